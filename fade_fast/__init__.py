@@ -1,0 +1,12 @@
+"""A KV cache in tiers for Hugging Face models: several times smaller, in plain PyTorch.
+
+>>> cache = fade_fast.create_cache(model, "safe")                       # doctest: +SKIP
+>>> model.generate(**inputs, past_key_values=cache)                     # doctest: +SKIP
+"""
+
+from fade_ref.config import FadeConfig
+
+from .cache import Memory, TieredKVCache, attach, create_cache, detach
+
+__version__ = "0.1.0"
+__all__ = ["FadeConfig", "Memory", "TieredKVCache", "attach", "create_cache", "detach"]

@@ -1,0 +1,227 @@
+"""What the model's attention call becomes.
+
+A mask covers the tokens of the step only: the cache knows the position and the validity of all it
+stores. Every tier gives a partial, and `merge` combines them.
+"""
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from .kernels import exact, rotated
+from .kernels.merge import Partial, combine, empty, merge
+from .layer import Arrival, TieredLayer
+from .timeline import HOLE
+
+NAME = "fade"  # what our attention and mask functions are registered as in transformers
+SHORT = 16  # most query tokens that are attended from the recent buffer, not beside it
+TILE = 2048  # keys decoded or scored at a time
+ROWS = 512  # query tokens of a long step attended at a time
+
+
+def attention(
+    module,
+    query: Tensor,
+    key,
+    value,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it.
+
+    Args:
+        query: [B, Hq, q, D].
+        key, value: an `Arrival` from a tiered layer, or tensors [B, H, n, D] from any other.
+        attention_mask: for an `Arrival`, bool [B, 1, q, q] over the tokens of the step, or None if
+            they are all real; for tensors, what `sdpa` takes.
+        softcap, sliding_window, s_aux: as Gemma 2, Mistral and gpt-oss pass them.
+
+    Returns the output [B, q, Hq, D], and None: attention weights are never formed.
+
+    Raises `ValueError` if the cache belongs to another model, or `use_cache=False`.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    terms = Terms(scaling, softcap, sliding_window, s_aux)
+    if not isinstance(key, Arrival):
+        return _attend_tensors(module, query, key, value, attention_mask, terms, **kwargs), None
+    layer, keys, values = key.layer, key.keys, key.values
+    if layer.model_config is not module.config:
+        raise ValueError("this cache was made for another model: create_cache(model) makes one for it")
+    if kwargs.get("use_cache") is False:
+        raise ValueError("use_cache=False with a cache would feed every token again: leave it True")
+    new, start = query.shape[2], layer.length
+    valid = None if attention_mask is None else _validity(attention_mask, new)
+    if valid is not None:  # a NaN in a padding slot must not reach a real token
+        keys, values = (x.masked_fill(~valid[:, None, :, None], 0) for x in (keys, values))
+    layer.settle()
+    layer.timeline.extend(start, valid, query.shape[0], new, query.device)
+    if not start:
+        output = _attend_tensors(module, query, keys, values, attention_mask, terms, **kwargs)
+        layer.store(keys, values, valid, attended=True)
+    elif not layer.has_middle and terms.plain:
+        layer.store(keys, values, valid, attended=False)
+        rows = Rows(query, layer, start, terms)
+        mask = None if new == 1 and not layer.timeline.has_holes else rows.sees(layer.exact_positions())
+        keys, values = layer.exact["key"], layer.exact["value"]
+        output = _sdpa(module, query, keys, values, mask, terms, is_causal=False, **kwargs)
+    elif new <= SHORT:
+        layer.store(keys, values, valid, attended=False)
+        output = Rows(query, layer, start, terms).attend()
+    else:
+        output = torch.cat(
+            [
+                Rows(part, layer, start + i * ROWS, terms).attend((start, keys, values))
+                for i, part in enumerate(query.split(ROWS, dim=2))
+            ],
+            dim=1,
+        )
+        layer.store(keys, values, valid, attended=True)
+    return output, None
+
+
+class Terms:
+    """What a model asks of its scores: scaling, softcap, sliding window and attention sinks."""
+
+    def __init__(self, scaling, softcap=None, window=None, s_aux=None):
+        self.scaling, self.softcap, self.window, self.s_aux = scaling, softcap, window, s_aux
+
+    @property
+    def plain(self) -> bool:
+        """Whether `sdpa` can do it."""
+        return self.softcap is None and self.s_aux is None
+
+
+class Rows:
+    """The queries of a step, or of a part of one, and what they see of a layer.
+
+    Args:
+        query: [B, Hq, q, D].
+        layer: the layer they read.
+        start: column of the first query.
+        terms: what the model asks for.
+
+    The query heads of a KV head are rows of one matrix, [B, H, R, D] with R = Hq / H * q.
+    """
+
+    def __init__(self, query: Tensor, layer: TieredLayer, start: int, terms: Terms):
+        self.shape, self.dtype, self.layer, self.terms = query.shape, query.dtype, layer, terms
+        self.start, self.stop = start, start + query.shape[2]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        self.query = _rows(query.to(wide) * terms.scaling, layer.heads)
+        self.positions = layer.timeline.positions[:, None, self.start : self.stop, None]
+
+    def sees(self, position: Tensor) -> Tensor:
+        """Which keys each query sees, bool [B, 1, q, n], for keys at `position` [B, 1, n]."""
+        position = position[:, :, None]
+        seen = (position != HOLE) & (position <= self.positions)
+        if self.terms.window is not None:
+            seen &= position > self.positions - self.terms.window
+        return seen
+
+    def attend(self, beside: tuple[int, Tensor, Tensor] | None = None) -> Tensor:
+        """Attention over all the layer holds, [B, q, Hq, D].
+
+        `beside`: `(column, keys, values)` of tokens of the step that are not stored yet.
+        """
+        layer = self.layer
+        partials = [self._exact(layer.exact["key"], layer.exact["value"], layer.exact_positions())]
+        partials += [self._tier(t) for t in (layer.middle.tiers if layer.has_middle else ()) if t.records.count]
+        if beside is not None:
+            first, keys, values = beside
+            for i in range(0, self.stop - first, TILE):
+                tile = slice(i, min(i + TILE, self.stop - first))
+                position = layer.timeline.positions[:, None, first + tile.start : first + tile.stop]
+                partials.append(self._exact(keys[:, :, tile], values[:, :, tile], position))
+        if self.terms.s_aux is not None:
+            partials.append(_sinks(self.query, self.terms.s_aux))
+        return _heads(merge(partials), self.shape).to(self.dtype)
+
+    def _fold(self, seen: Tensor) -> Tensor:
+        """[B, 1, q, n] for the rows of the query matrix: [B, 1, R, n]."""
+        return seen.repeat(1, 1, self.query.shape[2] // seen.shape[2], 1) if seen.shape[2] > 1 else seen
+
+    def _exact(self, keys: Tensor, values: Tensor, position: Tensor) -> Partial:
+        return exact.attend(self.query, keys, values, self._fold(self.sees(position)), self.terms.softcap)
+
+    def _tier(self, tier) -> Partial:
+        """Partial over one tier of the middle, tile by tile, so that it is never dense."""
+        layer, middle = self.layer, self.layer.middle
+        matrix = middle.matrix.to(self.query.dtype)
+        on_codes = not layer.config.contiguous
+        turned, bias = (self.query @ matrix.mT, middle.bias(self.query)) if on_codes else (None, None)
+        position, total = middle.position(tier), empty(self.query)
+        for start in range(0, tier.records.count, TILE):
+            stop = min(start + TILE, tier.records.count)
+            seen = self._fold(self.sees(position[..., start:stop]))
+            values = tier.packed("value", start, stop)
+            if on_codes:
+                keys, shift = tier.packed("key", start, stop), middle.bias_of(bias, start, stop)
+                part = rotated.attend(turned, keys, values, shift, seen, tier.bits, self.terms.softcap)
+            else:
+                keys = layer.decode_keys(tier, start, stop, self.query.dtype)
+                part = rotated.attend_decoded(self.query, keys, values, seen, tier.bits[1], self.terms.softcap)
+            total = combine(total, part)
+        return total._replace(acc=total.acc @ matrix)
+
+
+def _rows(query: Tensor, heads: int) -> Tensor:
+    """[B, Hq, q, D] to one matrix of rows a KV head, [B, H, Hq / H * q, D]."""
+    return query.reshape(query.shape[0], heads, -1, query.shape[-1])
+
+
+def _heads(rows: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_rows`, transposed as transformers wants it: [B, q, Hq, D]."""
+    return rows.reshape(*shape[:-1], rows.shape[-1]).transpose(1, 2).contiguous()
+
+
+def _sinks(query: Tensor, s_aux: Tensor) -> Partial:
+    """Learned attention sinks (gpt-oss): one key a head of score `s_aux` [Hq] and value 0."""
+    top = s_aux.to(query.dtype).reshape(1, query.shape[1], -1, 1)
+    top = top.expand(*query.shape[:2], -1, query.shape[2] // top.shape[2]).reshape(query.shape[:3])
+    return Partial(torch.zeros_like(query), top, torch.ones_like(top))
+
+
+def _validity(mask: Tensor, new: int) -> Tensor:
+    """Which of the step's tokens are real, bool [B, q], from its mask [B, 1, q, q]."""
+    if mask.dim() != 4 or mask.shape[-2:] != (new, new) or mask.dtype != torch.bool:
+        raise ValueError(
+            f"attention mask of shape {tuple(mask.shape)} and {mask.dtype}: a tiered cache takes a "
+            f"2-D mask, or a bool mask [batch, 1, {new}, {new}] over the tokens of the step"
+        )
+    return mask.diagonal(dim1=-2, dim2=-1)[:, 0]
+
+
+def _sdpa(module, query, keys, values, mask, terms: Terms, **kwargs) -> Tensor:
+    kwargs.setdefault("sliding_window", terms.window)
+    return sdpa_attention_forward(module, query, keys, values, mask, scaling=terms.scaling, **kwargs)[0]
+
+
+def _attend_tensors(module, query, keys, values, mask, terms: Terms, **kwargs) -> Tensor:
+    """Attention over plain tensors: `sdpa`, or our own where `sdpa` lacks what the model asks for."""
+    if terms.plain:
+        return _sdpa(module, query, keys, values, mask, terms, **kwargs)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    new, held = query.shape[2], keys.shape[2]
+    if mask is None:
+        column = torch.arange(held, device=query.device)
+        mask = (column <= column[held - new :, None])[None, None]
+    parts = []
+    for part, sees in zip(query.split(ROWS, dim=2), mask[..., :held].split(ROWS, dim=-2)):
+        rows = _rows(part.to(wide) * terms.scaling, keys.shape[1])
+        sees = sees if sees.dtype == torch.bool else sees == 0
+        seen = sees.repeat(1, 1, rows.shape[2] // part.shape[2], 1)
+        partials = [exact.attend(rows, keys, values, seen, terms.softcap)]
+        if terms.s_aux is not None:
+            partials.append(_sinks(rows, terms.s_aux))
+        parts.append(_heads(merge(partials), part.shape))
+    return torch.cat(parts, dim=1).to(query.dtype)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,244 @@
+"""`TieredKVCache`: the cache that goes into `model.generate(past_key_values=...)`."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from fade_ref.config import FadeConfig
+from fade_ref.tiers import Tier
+
+from . import plan
+from .attention import NAME
+from .kernels import rotated
+from .layer import TieredLayer
+from .models import find_rope, text_config
+from .timeline import Timeline
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a cache weighs, in bytes, and how many tokens it keeps in which tier.
+
+    Attributes:
+        allocated: every distinct storage the cache holds, spare capacity included.
+        packed: what the live tokens need.
+        dense: what `DynamicCache` would hold for the same logical tokens.
+        tokens: tokens by tier, "EVICTED" included, summed over the batch, of one tiered layer (the
+            mean over layers where they differ).
+    """
+
+    allocated: int
+    packed: int
+    dense: int
+    tokens: dict[str, float]
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the cache is than an uncompressed one: dense / allocated."""
+        return self.dense / self.allocated if self.allocated else 1.0
+
+
+class TieredKVCache(Cache):
+    """A `transformers` cache whose full-attention layers keep their tokens in tiers.
+
+    Make one with `fade_fast.create_cache(model)`. Layers of other kinds (sliding window, linear
+    attention, shared) keep the classes that `DynamicCache` gives them.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: FadeConfig, max_length: int | None = None):
+        model_config = text_config(model)
+        if config.eviction_policy not in plan.SUPPORTED:
+            raise ValueError(
+                f"eviction_policy={config.eviction_policy!r}: one of {', '.join(plan.SUPPORTED)} is "
+                "supported inside generate()"
+            )
+        if config.quant_backend != "rotated" or config.plan_scope != "sequence":
+            raise ValueError(
+                f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: "
+                "'rotated' and 'sequence' are supported inside generate()"
+            )
+        self.fade_config, self.timeline = config, Timeline()
+        self._matrices: dict[tuple, Tensor] = {}
+
+        def dispatches() -> bool:
+            return model_config._attn_implementation == NAME
+
+        layers = list(DynamicCache(config=model_config).layers)
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                rope = find_rope(model, i) if config.contiguous else None
+                layers[i] = TieredLayer(config, self.timeline, rope, self._rotation, dispatches, max_length)
+                layers[i].model_config = model_config
+        if not any(isinstance(layer, TieredLayer) for layer in layers):
+            raise ValueError(f"{type(model).__name__} has no full-attention layer whose cache could be tiered")
+        super().__init__(layers=layers)
+
+    def _rotation(self, dim: int, device) -> Tensor:
+        """The codec's matrix, float32, one for all layers of a head_dim and device."""
+        key = (dim, str(device))
+        if key not in self._matrices:
+            self._matrices[key] = rotated.rotation(dim).float().to(device)
+        return self._matrices[key]
+
+    @property
+    def tiered(self) -> list[TieredLayer]:
+        """The tiered layers, in order."""
+        return [layer for layer in self.layers if isinstance(layer, TieredLayer)]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Logical length: tokens seen, whatever became of them."""
+        layer = self.layers[layer_idx]
+        return layer.get_seq_length() if isinstance(layer, TieredLayer) else super().get_seq_length(layer_idx)
+
+    def reset(self) -> None:
+        """Forget every token; the next ones may have another batch size, dtype or device."""
+        super().reset()
+        self.timeline.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses."""
+        most = min(layer.croppable for layer in self.tiered)
+        if not -most <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): from {-most} to 0 is possible, the newest {most} tokens being "
+                "uncompressed"
+            )
+        super().crop(tokens_to_remove)
+        self.timeline.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was: int64 [B]."""
+        super().reorder_cache(beam_idx)
+        self.timeline.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep rows `indices` [B'], in that order."""
+        for layer in self.layers:
+            if isinstance(layer, TieredLayer):
+                layer.select_rows(indices)
+            else:
+                layer.batch_select_indices(indices)
+        self.timeline.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, in place."""
+        if self.timeline.length:
+            self.batch_select_indices(torch.arange(self.timeline.batch).repeat_interleave(repeats))
+
+    def memory(self) -> Memory:
+        """What the cache weighs now. Blocks whose demotion was due are demoted first."""
+        for layer in self.tiered:
+            layer.settle()
+        held = [x for layer in self.layers for x in _tensors(layer)] + self.timeline.tensors()
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
+        rest = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
+        other = sum(x.nbytes for layer in rest for x in _tensors(layer))
+        sizes = [_sizes(layer) for layer in self.tiered]
+        names = [tier for _, _, tokens in sizes for tier in tokens]
+        tokens = {n: sum(t.get(n, 0) for _, _, t in sizes) / len(sizes) for n in dict.fromkeys(names)}
+        return Memory(
+            allocated=sum(storages.values()),
+            packed=other + sum(packed for packed, _, _ in sizes),
+            dense=other + sum(dense for _, dense, _ in sizes),
+            tokens={n: int(x) if x == int(x) else x for n, x in tokens.items()},
+        )
+
+    def describe(self) -> str:
+        """A text saying what each layer keeps, and how."""
+        lines = [f"TieredKVCache, {self.timeline.length} tokens seen, {self.fade_config}"]
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, TieredLayer):
+                packed, dense, tokens = _sizes(layer)
+                kept = ", ".join(f"{n} {name}" for name, n in tokens.items()) or "empty"
+                lines.append(f"layer {i}: tiered: {kept}; {packed:,} of {dense:,} bytes")
+            else:
+                lines.append(f"layer {i}: {type(layer).__name__} of transformers, not compressed")
+        return "\n".join(lines)
+
+
+def _tensors(layer) -> list[Tensor]:
+    """Tensors a cache layer of any class holds."""
+    if isinstance(layer, TieredLayer):
+        return layer.tensors()
+    return [x for x in vars(layer).values() if isinstance(x, Tensor)]
+
+
+def _sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
+    """(packed bytes, dense bytes, tokens by tier) of a tiered layer."""
+    if not layer.is_initialized:
+        return 0, 0, {}
+    batch, heads = layer.exact["key"].shape[:2]
+    vector = layer.exact["key"].shape[3] * layer.exact["key"].element_size()
+    seen = int((layer.timeline.positions >= 0).sum())
+    tokens = {Tier.FP16.name: int((layer.exact_positions() >= 0).sum())}
+    packed = tokens["FP16"] * heads * 2 * vector
+    if layer.middle is not None:
+        for tier in layer.middle.tiers:
+            tokens[tier.name] = int((layer.middle.position(tier) >= 0).sum())
+            each = sum(x[0, :, 0].nbytes for x in tier.records.tensors.values())
+            packed += tokens[tier.name] * each
+        packed += layer.middle.means["mean"].nbytes if layer.middle.means.count else 0
+        tokens[Tier.EVICTED.name] = seen - sum(tokens.values())
+    return packed, batch * layer.length * heads * 2 * vector, tokens
+
+
+def create_cache(
+    model: PreTrainedModel, config: str | FadeConfig = "safe", *, max_length: int | None = None
+) -> TieredKVCache:
+    """A cache for `model.generate(..., past_key_values=cache)` that compresses as it fills.
+
+    Attaches our attention to the model, so that it reads compressed tokens as they are; `detach`
+    undoes that. Models that do not let their attention be replaced get dense keys and values at
+    every step, and a warning: their memory falls between steps, their speed does not rise.
+
+    Args:
+        model: a decoder of transformers, of any dtype and on any device.
+        config: a preset, "lossless", "safe", "balanced" or "aggressive", or a `FadeConfig`. `safe`
+            keeps every token; `balanced` and `aggressive` evict by position alone, oldest first.
+        max_length: the most tokens the cache will see; room for them is made at once. By default
+            the buffers grow with the text.
+
+    Raises:
+        ValueError: an unknown preset, or a model or a policy that cannot be served.
+        TypeError: `model` or `config` is of another type.
+    """
+    if isinstance(config, str):
+        config = FadeConfig.preset(config)
+    if not isinstance(config, FadeConfig):
+        raise TypeError(f"config must be the name of a preset or a FadeConfig, not {type(config).__name__}")
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
+    cache = TieredKVCache(model, config, max_length)
+    attach(model)
+    return cache
+
+
+def attach(model: PreTrainedModel) -> bool:
+    """Let the model's attention read tiered caches; plain caches go on working under it.
+
+    Returns whether the model dispatches its attention, and so could be attached. The setting lives
+    on the model's configuration: models built from one configuration object share it.
+    """
+    if model.config._attn_implementation == NAME:
+        return True
+    if not model._can_set_attn_implementation():
+        warnings.warn(
+            f"{type(model).__name__} does not dispatch its attention: a tiered cache hands it dense "
+            "keys and values at every step, so it saves memory between steps but no time",
+            stacklevel=3,
+        )
+        return False
+    model._fade_previous = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    return True
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`: the model's own attention function is back. Nothing happens without one."""
+    previous = model.__dict__.pop("_fade_previous", None)
+    if previous is not None:
+        model.set_attn_implementation(previous)

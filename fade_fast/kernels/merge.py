@@ -1,0 +1,68 @@
+"""Combining partial attentions by log-sum-exp; exact, in any order and grouping."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys, not yet normalised.
+
+    Shapes: `acc` [B, H, R, D] is sum exp(s - top) v; `top` [B, H, R] the row maximum of the scores
+    s; `total` [B, H, R] is sum exp(s - top). A row that sees no key has total 0 and acc 0. R counts
+    the query rows of a KV head (group size times query length).
+    """
+
+    acc: Tensor
+    top: Tensor
+    total: Tensor
+
+
+def merge(partials: list[Partial]) -> Tensor:
+    """Normalised attention output [B, H, R, D] over the union of the partials' keys.
+
+    A row that saw no key at all gives 0, never NaN.
+    """
+    top = torch.stack([p.top for p in partials]).amax(0)
+    acc, total = 0, 0
+    for p in partials:
+        weight = torch.exp(p.top - top)
+        acc = acc + p.acc * weight[..., None]
+        total = total + p.total * weight
+    return acc / total.clamp_min(torch.finfo(total.dtype).tiny)[..., None]
+
+
+def empty(query: Tensor) -> Partial:
+    """The partial of no keys, for query rows [B, H, R, D]: what a loop over tiles starts with."""
+    rows = query.shape[:-1]
+    lowest = torch.finfo(query.dtype).min
+    return Partial(torch.zeros_like(query), query.new_full(rows, lowest), query.new_zeros(rows))
+
+
+def combine(one: Partial, other: Partial) -> Partial:
+    """One partial over the keys of both, for loops over tiles."""
+    top = torch.maximum(one.top, other.top)
+    a, b = torch.exp(one.top - top), torch.exp(other.top - top)
+    return Partial(
+        one.acc * a[..., None] + other.acc * b[..., None], top, one.total * a + other.total * b
+    )
+
+
+def soften(scores: Tensor, visible: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Softcap, mask and exponentiate one tile of scores.
+
+    Args:
+        scores: [B, H, R, n], already scaled.
+        visible: bool, broadcastable to `scores`; False is never attended, whatever its score holds.
+        softcap: c in c * tanh(s / c) (Gemma 2), or None.
+
+    Returns `(weights [B, H, R, n], top [B, H, R], total [B, H, R])` as `Partial` defines them.
+    """
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    floor = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~visible, floor)
+    top = scores.amax(-1)
+    weights = torch.exp(scores - top[..., None]).masked_fill(~visible, 0.0)
+    return weights, top, weights.sum(-1)

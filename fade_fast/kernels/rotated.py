@@ -1,0 +1,169 @@
+"""The integer tiers: codes of 8, 4, 3 or 2 bits of the `rotated` codec.
+
+A vector is centred (keys only), rotated by an orthogonal matrix P and quantised on its own. 8 and 4
+bits are uniform codes with a scale and a zero; 3 and 2 bits are Lloyd-Max codes whose levels are an
+odd cubic of the code, with a scale that makes the decoded vector unbiased. Attention runs on the
+codes: the query is rotated once, and the summed values are rotated back once.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .merge import Partial, soften
+
+#: Odd cubic u * (a + b * u * u), u = 2 * code - (2**bits - 1), closest to the Lloyd-Max levels of
+#: N(0, 1). `fade_ref.quantize.cubic` derives the pair.
+CUBIC = {3: (0.235727614584881, 0.0014481055067159), 2: (0.446443471945258, 0.00633656269123419)}
+SMALLEST_SCALE = 2.0**-14  # the smallest normal fp16 number: scales never become subnormal
+LARGEST = 65504.0  # the largest finite fp16 number
+
+
+class Packed(NamedTuple):
+    """Codes of n tokens of one tier, keys or values, and what decodes them.
+
+    Shapes: `codes` [B, H, n, D * bits / 8] uint8, `scale` and `zero` [B, H, n] fp16; `zero` is None
+    at 3 and 2 bits.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+
+def rotation(dim: int, seed: int = 0) -> Tensor:
+    """Seeded Haar-random orthogonal matrix P [dim, dim], float64, made on the CPU.
+
+    QR of a Gaussian matrix with the signs fixed (TurboQuant, arXiv 2504.19874, section 3); every
+    machine gets the same one. A vector is rotated by `x @ P.T` and back by `y @ P`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
+    return q * r.diagonal().sign()
+
+
+def is_uniform(bits: int) -> bool:
+    """Whether codes of this width are uniform, with a zero, rather than Lloyd-Max."""
+    return bits >= 4
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [..., D] to bytes [..., D * bits / 8]; `fade_ref.quantize.pack` draws the layout."""
+    if bits == 8:
+        return codes
+    if bits == 3:
+        groups = codes.unflatten(-1, (-1, 8)).to(torch.int32)
+        word = (groups << torch.arange(0, 24, 3, device=codes.device, dtype=torch.int32)).sum(-1)
+        byte = torch.arange(0, 24, 8, device=codes.device, dtype=torch.int32)
+        return ((word[..., None] >> byte) & 255).to(torch.uint8).flatten(-2)
+    parts = codes.unflatten(-1, (8 // bits, -1)).to(torch.int32)
+    shift = torch.arange(0, 8, bits, device=codes.device, dtype=torch.int32)[:, None]
+    return (parts << shift).sum(-2).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`: bytes [..., D * bits / 8] to codes [..., D], as int32."""
+    packed = packed.to(torch.int32)
+    if bits == 8:
+        return packed
+    if bits == 3:
+        byte = torch.arange(0, 24, 8, device=packed.device, dtype=torch.int32)
+        word = (packed.unflatten(-1, (-1, 3)) << byte).sum(-1)
+        code = torch.arange(0, 24, 3, device=packed.device, dtype=torch.int32)
+        return ((word[..., None] >> code) & 7).flatten(-2)
+    shift = torch.arange(0, 8, bits, device=packed.device, dtype=torch.int32)[:, None]
+    return ((packed[..., None, :] >> shift) & (2**bits - 1)).flatten(-2)
+
+
+def levels(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """What a code stands for before scale and zero: itself, or its Lloyd-Max level."""
+    if is_uniform(bits):
+        return codes.to(dtype)
+    a, b = CUBIC[bits]
+    u = (2 * codes - (2**bits - 1)).to(dtype)
+    return u * (a + b * u * u)
+
+
+def quantize(rotated: Tensor, bits: int) -> Packed:
+    """Codes of vectors that are centred and rotated already: float32 [B, H, n, D]."""
+    steps = 2**bits - 1
+    if is_uniform(bits):
+        low, high = rotated.aminmax(dim=-1, keepdim=True)
+        zero = low.clamp(-LARGEST, LARGEST).half()
+        scale = ((high - low) / steps).clamp(SMALLEST_SCALE, LARGEST).half()
+        codes = ((rotated - zero.float()) / scale.float()).round().clamp(0, steps)
+        return Packed(pack(codes.to(torch.uint8), bits), scale[..., 0], zero[..., 0])
+    norm = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True)
+    unit = rotated * (rotated.shape[-1] ** 0.5 / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+    table = levels(torch.arange(steps + 1, device=rotated.device), bits, rotated.dtype)
+    codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2)
+    # Unbiased: the decoded vector's inner product with the original is the original's square.
+    aligned = (rotated * table[codes]).sum(-1).clamp_min(torch.finfo(norm.dtype).tiny)
+    scale = (norm[..., 0].square() / aligned).clamp_max(LARGEST).half()
+    return Packed(pack(codes.to(torch.uint8), bits), scale, None)
+
+
+def dequantize(packed: Packed, bits: int, dtype: torch.dtype) -> Tensor:
+    """Vectors [B, H, n, D] in the rotated, centred domain."""
+    decoded = levels(unpack(packed.codes, bits), bits, dtype) * packed.scale.to(dtype)[..., None]
+    return decoded if packed.zero is None else decoded + packed.zero.to(dtype)[..., None]
+
+
+def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, bits: int) -> Packed:
+    """Centre, rotate and quantise.
+
+    Args:
+        x: [B, H, n, D], any floating dtype; computed in float32.
+        mean: broadcastable to `x`, or None for values.
+        matrix: P [D, D] float32.
+        bits: 8, 4, 3 or 2.
+    """
+    x = x.float()
+    return quantize((x if mean is None else x - mean.float()) @ matrix.mT, bits)
+
+
+def decode(packed: Packed, mean: Tensor | None, matrix: Tensor, bits: int, dtype) -> Tensor:
+    """Vectors [B, H, n, D] as they were before `encode`, up to quantisation."""
+    x = dequantize(packed, bits, dtype) @ matrix.to(dtype)
+    return x if mean is None else x + mean.to(dtype)
+
+
+def attend(
+    query: Tensor,
+    keys: Packed,
+    values: Packed,
+    bias: Tensor,
+    visible: Tensor,
+    bits: tuple[int, int],
+    softcap: float | None = None,
+) -> Partial:
+    """Partial attention on codes; its `acc` is still in the rotated domain.
+
+    Args:
+        query: [B, H, R, D], scaled and rotated, in the dtype to compute in.
+        keys, values: the tier's codes.
+        bias: what the keys' means add to the scores, broadcastable to [B, H, R, n].
+        visible: bool, broadcastable to [B, H, R, n].
+        bits: widths of keys and values.
+        softcap: see `merge.soften`.
+    """
+    scores = query @ levels(unpack(keys.codes, bits[0]), bits[0], query.dtype).mT
+    scores = scores * keys.scale.to(query.dtype)[..., None, :] + bias
+    if keys.zero is not None:
+        scores = scores + query.sum(-1, keepdim=True) * keys.zero.to(query.dtype)[..., None, :]
+    return _weigh(scores, values, visible, bits[1], softcap)
+
+
+def attend_decoded(query, keys, values, visible, value_bits, softcap=None) -> Partial:
+    """As `attend`, over keys [B, H, n, D] that had to be decoded to be rotated by RoPE."""
+    return _weigh(query @ keys.mT, values, visible, value_bits, softcap)
+
+
+def _weigh(scores, values: Packed, visible, bits: int, softcap) -> Partial:
+    weights, top, total = soften(scores, visible, softcap)
+    scaled = weights * values.scale.to(scores.dtype)[..., None, :]
+    acc = scaled @ levels(unpack(values.codes, bits), bits, scores.dtype)
+    if values.zero is not None:
+        acc = acc + (weights * values.zero.to(scores.dtype)[..., None, :]).sum(-1, keepdim=True)
+    return Partial(acc, top, total)

@@ -1,0 +1,376 @@
+"""One tiered layer of the cache: the life of a token, from its arrival to the middle.
+
+Columns are stored as sinks, middle and recent. A column joins the recent region when it arrives
+and leaves it for the middle `block_size` columns at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from fade_ref.config import FadeConfig
+from fade_ref.tiers import packed_bytes
+
+from .buffers import Buffers
+from .kernels import rotated
+from .kernels.rope import rotate
+from .middle import HOLE, Middle, PinnedMiddle, PlannedMiddle, take
+from .models import Rope
+from .timeline import Timeline
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """What `update` hands to the attention function in the place of keys, and of values."""
+
+    layer: "TieredLayer"
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of all keys of the layer, the new ones included, as stock attention would see."""
+        batch, heads, new, dim = self.keys.shape
+        return torch.Size((batch, heads, self.layer.length + new, dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    def to(self, *args, **kwargs) -> "Arrival":
+        """Nothing moves: some models ask for the device that the keys are on already."""
+        return self
+
+
+class TieredLayer(CacheLayerMixin):
+    """Keys and values of one full-attention layer, in tiers.
+
+    Args:
+        config: what is kept how.
+        timeline: the columns of the cache this layer belongs to, shared by its layers.
+        rope: how the model rotates this layer's keys; needed if `config.contiguous`.
+        rotations: `(head_dim, device)` -> the codec's matrix P, shared by the cache's layers.
+        dispatches: whether the model's attention calls are ours at the moment; if they are not,
+            `update` returns dense keys and values.
+        max_length: columns to make room for at once; None grows on demand.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, config: FadeConfig, timeline, rope: Rope | None, rotations, dispatches, max_length):
+        super().__init__()
+        self.config, self.timeline, self.rope = config, timeline, rope
+        self._rotations, self._dispatches, self._max_length = rotations, dispatches, max_length
+        self._clear()
+
+    def _clear(self) -> None:
+        self.length = 0
+        self.exact: Buffers | None = None  # sinks, then recent columns
+        self.middle: Middle | None = None
+        self.sink_keys: Tensor | None = None  # as they came; `exact` holds them as they are read
+        self.is_initialized = False
+
+    # -- transformers' protocol
+
+    def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
+        """Make the buffers, for the shape, dtype and device of the first keys."""
+        c, most = self.config, self._max_length
+        batch, heads, _, dim = keys.shape
+        self.dtype, self.device = keys.dtype, keys.device
+        vector = ((dim,), keys.dtype)
+        self.exact = Buffers({"key": vector, "value": vector}, 1, keys.device)
+        if c.compresses:
+            kind = PlannedMiddle if c.moves else PinnedMiddle
+            matrix = self._rotations(dim, keys.device)
+            self.middle = kind(c, self.timeline, self.rope, matrix, heads)
+            # All that the region ever holds, unless the window is longer than this text.
+            room = min(c.n_sink + c.recent_window + c.block_size, keys.shape[2] + c.block_size)
+            if most is not None:
+                leaving = max(0, most - c.n_sink - c.recent_window) // c.block_size * c.block_size
+                self.middle.reserve(batch, leaving)
+            most = room if most is None else min(room, most)
+        self.exact.reserve(batch, {"key": heads, "value": heads}, most or 0)
+        self.is_initialized = True
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs):
+        """Check the new keys and values [B, H, q, D], and hand them on to attention.
+
+        Our attention function stores them, once it knows which are padding. Other attention
+        functions get all keys and values back, dense.
+        """
+        self.check(keys, values)
+        if self._dispatches():
+            arrival = Arrival(self, keys, values)
+            return arrival, arrival
+        self.settle()
+        both = (keys, values)
+        if self.length:
+            both = tuple(torch.cat(parts, dim=2) for parts in zip(self.dense(), both))
+        self.store(keys, values, None, attended=True)
+        return both
+
+    def check(self, keys: Tensor, values: Tensor) -> None:
+        """Refuse what cannot follow the tokens stored, before anything is written.
+
+        Raises `ValueError` on a wrong shape, batch, head count, head_dim, dtype or device.
+        """
+        if keys.dim() != 4 or keys.shape != values.shape or not keys.shape[2]:
+            raise ValueError(
+                "keys and values must have one shape [batch, KV heads, tokens > 0, head_dim]: got "
+                f"{tuple(keys.shape)} and {tuple(values.shape)}"
+            )
+        kind, other = (keys.dtype, keys.device), (values.dtype, values.device)
+        if kind != other or not keys.is_floating_point():
+            raise ValueError(f"keys and values must have one floating dtype and device: got {kind} and {other}")
+        if self.is_initialized:
+            stored = self.exact["key"]
+            ours = (stored.shape[0], stored.shape[1], stored.shape[3], stored.dtype, stored.device)
+            theirs = (keys.shape[0], keys.shape[1], keys.shape[3], *kind)
+            if ours != theirs:
+                raise ValueError(
+                    f"(batch, KV heads, head_dim, dtype, device) is {ours} in this cache but {theirs} "
+                    "in these keys: reset() the cache first, or use it with the model it was made for"
+                )
+        elif self.timeline.length and self.timeline.batch != keys.shape[0]:
+            raise ValueError(f"{keys.shape[0]} rows do not fit a cache of {self.timeline.batch}")
+        elif self.config.compresses:
+            for bits in (self.config.middle_k_bits, self.config.middle_v_bits):
+                packed_bytes(bits, keys.shape[3])
+
+    def get_seq_length(self) -> int:
+        """Logical length: columns seen, not columns held."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys a mask must cover.
+
+        Our attention knows which stored tokens are valid, so its mask covers the new tokens only.
+        """
+        if self._dispatches():
+            return query_length, self.length
+        held = self.length - (self.evicted_columns if self.is_initialized else 0)
+        return held + query_length, self.length - held
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything, shape and dtype included."""
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` columns, which must still be uncompressed.
+
+        Raises `ValueError` for a positive number, and where the cut would fall into the middle.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give a negative number, of columns to remove")
+        n = -tokens_to_remove
+        if n > self.croppable:
+            raise ValueError(f"crop({-n}): only the newest {self.croppable} columns are uncompressed")
+        if n:
+            self.exact.count -= n
+            self.length -= n
+
+    @property
+    def croppable(self) -> int:
+        """How many of the newest columns can be cropped."""
+        if not self.is_initialized:
+            return 0
+        return self.recent if self.has_middle else self.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        self.select_rows(beam_idx)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Rows `index` [B'] int64 take the places of the rows there were."""
+        self._map(lambda x: x.index_select(0, index.to(x.device)))
+
+    def offload(self) -> None:
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._map(lambda x: x.to(self.device, non_blocking=True))
+
+    def _map(self, function) -> None:
+        if not self.is_initialized:
+            return
+        self.exact.map(function)
+        if self.sink_keys is not None:
+            self.sink_keys = function(self.sink_keys)
+        if self.middle is not None:
+            self.middle.map(function)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor the layer holds."""
+        if not self.is_initialized:
+            return []
+        found = list(self.exact.tensors.values())
+        if self.sink_keys is not None:
+            found.append(self.sink_keys)
+        return found + (self.middle.tensors() if self.middle is not None else [])
+
+    # -- the life of a token
+
+    @property
+    def recent(self) -> int:
+        """Columns in the recent region."""
+        return self.exact.count - min(self.length, self.config.n_sink)
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.exact["key"].shape[1]
+
+    @property
+    def has_middle(self) -> bool:
+        """Whether any token is compressed."""
+        return self.middle is not None and self.middle.count > 0
+
+    @property
+    def evicted_columns(self) -> int:
+        """Columns no longer held, in a batch without padding."""
+        return self.length - self.exact.count - (self.middle.count if self.has_middle else 0)
+
+    def store(self, keys: Tensor, values: Tensor, valid: Tensor | None, attended: bool) -> None:
+        """Take in the columns of a step.
+
+        Args:
+            keys, values: [B, H, q, D], keys after RoPE.
+            valid: bool [B, q], False for padding; None if there is none.
+            attended: whether the step's attention is done. Then what has to leave the recent
+                region leaves it at once, so that a long step never fills the recent buffers.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.settle()
+        start, new = self.length, keys.shape[2]
+        self.timeline.extend(start, valid, keys.shape[0], new, keys.device)
+        if valid is not None:  # a NaN in a padding slot must not reach a real token
+            hole = ~valid[:, None, :, None]
+            keys, values = keys.masked_fill(hole, 0), values.masked_fill(hole, 0)
+        sinks = max(0, min(new, self.config.n_sink - start))
+        recent = self.recent
+        self.length += new
+        self.exact.append(key=keys[:, :, :sinks], value=values[:, :, :sinks])
+        if self.timeline.has_holes:
+            self._place_sinks(keys, values, start)
+        keys, values = keys[:, :, sinks:], values[:, :, sinks:]
+        surplus = self._surplus(recent + keys.shape[2]) if attended else 0
+        if surplus:
+            keys = torch.cat((self.exact["key"][:, :, self.exact.count - recent :], keys), dim=2)
+            values = torch.cat((self.exact["value"][:, :, self.exact.count - recent :], values), dim=2)
+            self.exact.count -= recent
+            self._demote(keys[:, :, :surplus], values[:, :, :surplus], self.length - keys.shape[2])
+            keys, values = keys[:, :, surplus:], values[:, :, surplus:]
+        self.exact.append(key=keys, value=values)
+
+    def settle(self) -> None:
+        """Demote the blocks that a step read from the recent buffers, and pushed out of them.
+
+        This waits for the next step, so that tokens cropped in between (assisted decoding) leave
+        no trace.
+        """
+        surplus = self._surplus(self.recent) if self.is_initialized else 0
+        if surplus:
+            start = self.exact.count - self.recent
+            columns = slice(start, start + surplus)
+            self._demote(self.exact["key"][:, :, columns], self.exact["value"][:, :, columns], self.length - self.recent)
+            self.exact.drop_first(surplus, start)
+
+    def _surplus(self, recent: int) -> int:
+        """How many of `recent` columns have to leave: whole blocks."""
+        c = self.config
+        if not c.compresses or recent < c.recent_window + c.block_size:
+            return 0
+        return (recent - c.recent_window) // c.block_size * c.block_size
+
+    def _place_sinks(self, keys: Tensor, values: Tensor, start: int) -> None:
+        """Put each row's first real tokens into its sink slots, from which padding shifted them."""
+        new = self.timeline.positions[:, start : self.length]
+        for slot in range(min(self.length, self.config.n_sink)):
+            hit = new == slot
+            here, column = hit.any(-1)[:, None, None], hit.int().argmax(-1)[:, None, None]
+            for name, x in (("key", keys), ("value", values)):
+                stored = self.exact[name][:, :, slot]
+                stored.copy_(torch.where(here, take(x, column)[:, :, 0], stored))
+
+    def _demote(self, keys: Tensor, values: Tensor, first: int) -> None:
+        before = self.middle.evicted
+        self.middle.demote(keys, values, first)
+        if self.config.contiguous and self.middle.evicted is not None:
+            self._turn_sinks(before, self.middle.evicted)
+
+    def _turn_sinks(self, before: Tensor | None, evicted: Tensor) -> None:
+        """Rewrite the sinks' keys as they are read now: rotated on by the tokens evicted.
+
+        Always from the keys as they came, so that rounding does not add up.
+        """
+        keys = self.exact["key"][:, :, : self.config.n_sink]
+        if before is None:
+            self.sink_keys = keys.clone()
+        else:  # a row without evictions holds its sinks as they came, late ones included
+            self.sink_keys = torch.where((before == 0)[..., None, None], keys, self.sink_keys)
+        delta = evicted[..., None].expand(-1, -1, keys.shape[2])
+        turned = rotate(self._wide(self.sink_keys), delta, self.rope.inv_freq(), self.rope.interleaved)
+        keys.copy_(torch.where((delta == 0)[..., None], self.sink_keys, turned.to(keys.dtype)))
+
+    @staticmethod
+    def _wide(x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    # -- what attention reads
+
+    def exact_positions(self) -> Tensor:
+        """Logical positions of the sinks and recent columns, [B, 1, n] int32, or `HOLE`."""
+        sinks = min(self.length, self.config.n_sink)
+        slots = torch.arange(sinks, dtype=torch.int32, device=self.device)
+        here = slots <= self.timeline.newest()[:, None]
+        recent = self.timeline.positions[:, self.length - self.recent : self.length]
+        recent = recent.masked_fill(recent < self.config.n_sink, HOLE)
+        return torch.cat((torch.where(here, slots, HOLE), recent), dim=-1)[:, None]
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """All keys and values held, decoded, oldest first: what other attention functions read.
+
+        Keys [B, H, n, D] are rotated to the positions at which they are read.
+        """
+        keys, values = self.exact["key"], self.exact["value"]
+        if not self.has_middle:
+            return keys, values
+        sinks = self.config.n_sink
+        middle = [self.decode(tier) for tier in self.middle.tiers if tier.records.count]
+        order = torch.cat([self.middle.position(t) for t in self.middle.tiers], dim=-1).argsort(-1, stable=True)
+        k, v = (torch.cat(parts, dim=2) for parts in zip(*middle))
+        if len(middle) > 1:
+            k, v = take(k, order), take(v, order)
+        return tuple(torch.cat((x[:, :, :sinks], m, x[:, :, sinks:]), dim=2) for x, m in ((keys, k), (values, v)))
+
+    def decode(self, tier, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys, as they are read, and values of a tier's slots, in the model's dtype."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        keys = self.decode_keys(tier, start, stop, wide)
+        stop = tier.records.count if stop is None else stop
+        values = rotated.decode(tier.packed("value", start, stop), None, self.middle.matrix, tier.bits[1], wide)
+        return keys.to(self.dtype), values.to(self.dtype)
+
+    def decode_keys(self, tier, start: int, stop: int | None, dtype) -> Tensor:
+        """Keys of slots `start` to `stop`, [B, H, n, D] of `dtype`, as they are read."""
+        stop = tier.records.count if stop is None else stop
+        middle = self.middle
+        packed, mean = tier.packed("key", start, stop), middle.mean(start, stop)
+        keys = rotated.decode(packed, mean, middle.matrix, tier.bits[0], dtype)
+        if not self.config.contiguous:
+            return keys
+        at = middle.read_at(tier)[..., start:stop]
+        return rotate(keys, at, self.rope.inv_freq(), self.rope.interleaved)

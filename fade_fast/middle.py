@@ -1,0 +1,340 @@
+"""The middle of a layer: tokens in integer tiers, between the sinks and the recent ones.
+
+`PinnedMiddle` keeps every token in the slot it got, `PlannedMiddle` lets tokens compete for
+budgets. Both hold a token as one record that depends on no other token, so that moving it is a
+gather of bytes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fade_ref.config import FadeConfig
+from fade_ref.tiers import INTEGER_TIERS, Tier, packed_bytes, tier_name
+
+from . import plan
+from .buffers import Buffers
+from .kernels import rotated
+from .kernels.rope import rotate
+from .kernels.rotated import Packed
+from .models import Rope
+from .timeline import HOLE, Timeline
+
+SHARED = ("position", "read_at")  # fields that a layer's heads have in common
+
+
+@dataclass
+class MiddleTier:
+    """One integer tier: the widths of its keys and values, and its records."""
+
+    tier: Tier
+    bits: tuple[int, int]
+    records: Buffers
+
+    @property
+    def name(self) -> str:
+        return tier_name(*self.bits)
+
+    def packed(self, side: str, start: int, stop: int) -> Packed:
+        """Codes of slots `start` to `stop`; `side` is "key" or "value"."""
+        return unrecord(self.records, side, slice(start, stop))
+
+
+def unrecord(fields, side: str, slots: slice = slice(None)) -> Packed:
+    """The `Packed` of one side, from named fields [B, H, n, ...]."""
+    zero = f"{side}_zero"
+    return Packed(
+        fields[f"{side}_codes"][:, :, slots],
+        fields[f"{side}_scale"][:, :, slots],
+        fields[zero][:, :, slots] if zero in fields else None,
+    )
+
+
+def record(keys: Packed, values: Packed) -> dict[str, Tensor]:
+    """Named fields [B, H, n, ...] of encoded tokens: the inverse of `unrecord`."""
+    sides = (("key", keys), ("value", values))
+    return {
+        f"{side}_{name}": x
+        for side, packed in sides
+        for name, x in packed._asdict().items()
+        if x is not None
+    }
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Slots `index` [B, 1 or H, m] of `x` [B, H, n, ...], as [B, H, m, ...]."""
+    index = index.expand(x.shape[0], x.shape[1], -1)
+    for size in x.shape[3:]:
+        index = index[..., None].expand(*index.shape, size)
+    return x.gather(2, index)
+
+
+def key_mean(keys: Tensor, position: Tensor) -> Tensor:
+    """Mean of the real tokens of each group: keys [B, H, G, n, D] to fp16 [B, H, G, D].
+
+    `position` [B, 1, G, n]: `HOLE` marks what does not count. A group without a real token has
+    mean 0. Summed in float64, so that the order of the sum leaves no trace in the fp16 result.
+    """
+    real = (position != HOLE)[..., None]
+    total = keys.masked_fill(~real, 0).sum(-2, dtype=torch.float64)
+    mean = total / real.sum(-2).clamp_min(1)
+    return mean.clamp(-rotated.LARGEST, rotated.LARGEST).half()
+
+
+class Middle:
+    """What both kinds of middle share.
+
+    Args:
+        config: what is kept how.
+        timeline: the columns of the cache.
+        rope: how the model rotates this layer's keys; needed if `config.contiguous`.
+        matrix: the codec's rotation [D, D], float32.
+        heads: KV heads of the layer.
+    """
+
+    def __init__(self, config: FadeConfig, timeline: Timeline, rope: Rope | None, matrix, heads: int):
+        self.config, self.timeline, self.rope, self.matrix = config, timeline, rope, matrix
+        self.heads, dim, device = heads, matrix.shape[0], matrix.device
+        widths = [(config.middle_k_bits, config.middle_v_bits)]
+        if config.int2_budget != 0:
+            widths.append((2, 2))
+        self.tiers = []
+        for bits in widths:
+            fields = dict(self.own_fields())
+            for side, b in zip(("key", "value"), bits):
+                fields[f"{side}_codes"] = ((packed_bytes(b, dim),), torch.uint8)
+                fields[f"{side}_scale"] = ((), torch.float16)
+                if rotated.is_uniform(b):
+                    fields[f"{side}_zero"] = ((), torch.float16)
+            tier = Tier.INT2 if self.tiers else INTEGER_TIERS[max(bits)]
+            self.tiers.append(MiddleTier(tier, bits, Buffers(fields, self.step, device)))
+        self.means = Buffers({"mean": ((dim,), torch.float16)}, 1, device)
+
+    step = 1  # capacities are multiples of this
+    evicted: Tensor | None = None  # [B, 1] int32: real tokens dropped so far
+
+    def own_fields(self) -> dict:
+        """Fields of a record besides its codes."""
+        return {}
+
+    def reserve(self, batch: int, tokens: int) -> None:
+        """Make room for `tokens` in all at once."""
+        raise NotImplementedError
+
+    def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
+        """Take in columns `first` onwards: keys after RoPE and values, [B, H, n, D]."""
+        raise NotImplementedError
+
+    def position(self, tier: MiddleTier) -> Tensor:
+        """Logical position of each slot in use, [B, 1, n] int32; `HOLE` where there is no token."""
+        raise NotImplementedError
+
+    def read_at(self, tier: MiddleTier) -> Tensor:
+        """Position at which RoPE reads each slot, where `config.contiguous`."""
+        raise NotImplementedError
+
+    def mean(self, start: int, stop: int) -> Tensor:
+        """Means of the keys in slots `start` to `stop`, [B, H, n or 1, D]."""
+        raise NotImplementedError
+
+    def bias(self, query: Tensor) -> Tensor:
+        """What each mean adds to the scores of `query` [B, H, R, D]: [B, H, R, means]."""
+        return query @ self.means["mean"].to(query.dtype).mT
+
+    def bias_of(self, bias: Tensor, start: int, stop: int) -> Tensor:
+        """The part of `bias(query)` for slots `start` to `stop`, [B, H, R, n or 1]."""
+        raise NotImplementedError
+
+    @property
+    def count(self) -> int:
+        return sum(t.records.count for t in self.tiers)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by `function` of it."""
+        for buffers in (*(t.records for t in self.tiers), self.means):
+            buffers.map(function)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held, the shared rotation included."""
+        buffers = (*(t.records for t in self.tiers), self.means)
+        return [self.matrix, *(x for b in buffers for x in b.tensors.values())]
+
+    def column_positions(self, first: int, count: int) -> Tensor:
+        """Positions [B, 1, count] of columns; sinks do not belong to the middle and are holes."""
+        position = self.timeline.positions[:, None, first : first + count]
+        return position.masked_fill(position < self.config.n_sink, HOLE)
+
+    def before_rope(self, keys: Tensor, position: Tensor) -> Tensor:
+        """Keys as they are encoded: rotated back to position 0 where survivors are renumbered."""
+        if not self.config.contiguous:
+            return keys
+        return rotate(keys.float(), -position, self.rope.inv_freq(), self.rope.interleaved)
+
+    def encode(self, keys: Tensor, values: Tensor, mean: Tensor, bits) -> dict[str, Tensor]:
+        return record(
+            rotated.encode(keys, mean, self.matrix, bits[0]),
+            rotated.encode(values, None, self.matrix, bits[1]),
+        )
+
+
+class PinnedMiddle(Middle):
+    """A middle without budgets: the token of column c stays in slot c - n_sink for ever.
+
+    So positions need not be stored, and each block has a mean of its own.
+    """
+
+    @property
+    def step(self) -> int:
+        return self.config.block_size
+
+    def reserve(self, batch: int, tokens: int) -> None:
+        blocks = tokens // self.step
+        self.tiers[0].records.reserve(batch, dict.fromkeys(self.tiers[0].records.fields, self.heads), tokens)
+        self.means.reserve(batch, {"mean": self.heads}, blocks)
+
+    def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
+        position = self.column_positions(first, keys.shape[2])
+        keys = self.before_rope(keys, position)
+        blocks = (keys.shape[2] // self.step, self.step)
+        mean = key_mean(keys.unflatten(2, blocks), position.unflatten(2, blocks))
+        each = mean.repeat_interleave(self.step, dim=2)
+        self.means.append(mean=mean)
+        self.tiers[0].records.append(**self.encode(keys, values, each, self.tiers[0].bits))
+
+    def position(self, tier: MiddleTier) -> Tensor:
+        return self.column_positions(self.config.n_sink, tier.records.count)
+
+    read_at = position
+
+    def mean(self, start: int, stop: int) -> Tensor:
+        blocks = self.means["mean"][:, :, start // self.step : -(-stop // self.step)]
+        return blocks.repeat_interleave(self.step, dim=2)[:, :, : stop - start]
+
+    def bias_of(self, bias: Tensor, start: int, stop: int) -> Tensor:
+        blocks = bias[..., start // self.step : -(-stop // self.step)]
+        return blocks.repeat_interleave(self.step, dim=-1)[..., : stop - start]
+
+
+class PlannedMiddle(Middle):
+    """A middle with budgets: survivors move, so each stores its position.
+
+    The mean is fixed at the first demotion, once for all, and means the same for every token.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._demoted: Tensor | None = None  # [B, 1] int32: real tokens ever demoted
+
+    def map(self, function) -> None:
+        super().map(function)
+        if self.evicted is not None:
+            self.evicted, self._demoted = function(self.evicted), function(self._demoted)
+
+    def tensors(self) -> list[Tensor]:
+        counts = [] if self.evicted is None else [self.evicted, self._demoted]
+        return super().tensors() + counts
+
+    def own_fields(self) -> dict:
+        fields = {"position": ((), torch.int32)}
+        if self.config.contiguous:
+            fields["read_at"] = ((), torch.int32)
+        return fields
+
+    def reserve(self, batch: int, tokens: int) -> None:
+        for tier, budget in zip(self.tiers, (self.config.int4_budget, self.config.int2_budget)):
+            heads = {name: 1 if name in SHARED else self.heads for name in tier.records.fields}
+            tier.records.reserve(batch, heads, tokens if budget is None else min(budget, tokens))
+        self.means.reserve(batch, {"mean": self.heads}, 1)
+
+    def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
+        position = self.column_positions(first, keys.shape[2])
+        keys = self.before_rope(keys, position)
+        self._fix_mean(keys, position)
+        candidates = torch.cat([t.records["position"] for t in self.tiers if t.records.count] + [position], -1)
+        tiers = plan.plan(
+            plan.scores(self.config.eviction_policy, candidates),
+            candidates,
+            self.config.int4_budget,
+            self.config.int2_budget,
+            self.tiers[0].tier,
+        )
+        chosen = [plan.kept(tiers, candidates, t.tier) for t in self.tiers]
+        survivors = [self._collect(t, index, keys, values) for t, (index, _) in zip(self.tiers, chosen)]
+        places = [candidates.gather(-1, index).masked_fill(~real, HOLE) for index, real in chosen]
+        self._count(position, places)
+        read_at = self._renumber(places)
+        for tier, fields, place, at in zip(self.tiers, survivors, places, read_at):
+            renumbered = {"read_at": at} if self.config.contiguous else {}
+            tier.records.replace(**fields, position=place, **renumbered)
+
+    def _fix_mean(self, keys: Tensor, position: Tensor) -> None:
+        """Fix each row's mean at the first demotion that brings it a real token."""
+        if self.means.count and not self.timeline.has_holes:
+            return
+        new = key_mean(keys[:, :, None], position[:, :, None])
+        if not self.means.count:
+            self.means.append(mean=new)
+        else:
+            unset = (self._demoted == 0)[:, :, None, None]
+            self.means["mean"].copy_(torch.where(unset, new, self.means["mean"]))
+
+    def _collect(self, tier: MiddleTier, index: Tensor, keys: Tensor, values: Tensor) -> dict:
+        """Records of the candidates `index`: moved if `tier` holds them already, else encoded."""
+        offset = sum(t.records.count for t in self.tiers)
+        new = (index - offset).clamp_min(0)
+        fields = self.encode(take(keys, new), take(values, new), self.means["mean"], tier.bits)
+        offset = 0
+        for source in self.tiers:
+            count = source.records.count
+            if count:
+                here = (index >= offset) & (index < offset + count)
+                slots = (index - offset).clamp(0, count - 1)
+                old = {n: take(source.records[n], slots) for n in source.records.fields if n not in SHARED}
+                if source is not tier:
+                    old = self._requantize(old, source.bits, tier.bits)
+                for name, x in fields.items():
+                    chosen = here if x.dim() == 3 else here[..., None]
+                    fields[name] = torch.where(chosen, old[name], x)
+            offset += count
+        return fields
+
+    def _requantize(self, fields: dict, bits, new_bits) -> dict[str, Tensor]:
+        """Records of another tier, without leaving the rotated domain."""
+        return record(
+            *(
+                rotated.quantize(rotated.dequantize(unrecord(fields, side), b, torch.float32), n)
+                for side, b, n in zip(("key", "value"), bits, new_bits)
+            )
+        )
+
+    def _count(self, position: Tensor, places: list[Tensor]) -> None:
+        demoted = (position.amax(-1) + 1 - self.config.n_sink).clamp_min(0)
+        self._demoted = demoted if self._demoted is None else torch.maximum(self._demoted, demoted)
+        live = sum((place != HOLE).sum(-1, dtype=torch.int32) for place in places)
+        self.evicted = self._demoted - live
+
+    def _renumber(self, places: list[Tensor]) -> list[Tensor]:
+        """Where survivors are read: their rank among the live tokens, plus the tokens evicted.
+
+        Queries keep logical positions, so this gives every distance that contiguous numbering
+        from 0 would (StreamingLLM, arXiv 2309.17453, section 3.2).
+        """
+        live = torch.cat(places, dim=-1)
+        last = torch.iinfo(live.dtype).max
+        order = live.masked_fill(live == HOLE, last).argsort(dim=-1, stable=True)
+        rank = order.argsort(dim=-1).to(torch.int32) + self.config.n_sink + self.evicted[..., None]
+        return list(rank.masked_fill(live == HOLE, HOLE).split([p.shape[-1] for p in places], dim=-1))
+
+    def position(self, tier: MiddleTier) -> Tensor:
+        return tier.records["position"]
+
+    def read_at(self, tier: MiddleTier) -> Tensor:
+        return tier.records["read_at"]
+
+    def mean(self, start: int, stop: int) -> Tensor:
+        return self.means["mean"]
+
+    def bias_of(self, bias: Tensor, start: int, stop: int) -> Tensor:
+        return bias

@@ -1,0 +1,84 @@
+"""Which columns a cache has seen, and where in its own row each one stands.
+
+A column is one step of the batch: every row gets a token or padding. Padding is known only from
+the attention mask of the step that brings it, so it is written down here once, for all layers.
+"""
+
+import torch
+from torch import Tensor
+
+HOLE = -1  # position of a padding column
+STEP = 256  # columns allocated at a time
+
+
+class Timeline:
+    """Positions of a cache's columns.
+
+    `positions` [B, length] int32: the token's index among the real tokens of its row, or `HOLE`.
+    `length`: columns seen, the cache's logical length.
+    """
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every column, and the batch size."""
+        self._buffer: Tensor | None = None
+        self.length = 0
+        self.has_holes = False
+
+    @property
+    def positions(self) -> Tensor:
+        return self._buffer[:, : self.length]
+
+    @property
+    def batch(self) -> int:
+        return self._buffer.shape[0]
+
+    def extend(self, start: int, valid: Tensor | None, batch: int, count: int, device) -> None:
+        """Record `count` columns from column `start` on; nothing happens if they are known already.
+
+        `valid` is bool [B, count], or None if every token is real. Each layer calls this for the
+        same columns, so only the first call of a step writes.
+        """
+        if start + count <= self.length:
+            return
+        last = self._last(batch, device)
+        if valid is None:
+            new = last[:, None] + torch.arange(1, count + 1, dtype=torch.int32, device=device)
+        else:
+            new = last[:, None] + valid.to(torch.int32).cumsum(-1, dtype=torch.int32)
+            new = new.masked_fill(~valid, HOLE)
+            self.has_holes = True
+        needed = self.length + count
+        if self._buffer is None or needed > self._buffer.shape[1]:
+            capacity = -(-(needed + needed // 8) // STEP) * STEP
+            grown = new.new_full((batch, capacity), HOLE)
+            if self.length:
+                grown[:, : self.length] = self.positions
+            self._buffer = grown
+        self._buffer[:, self.length : needed] = new
+        self.length = needed
+
+    def newest(self) -> Tensor:
+        """Position of each row's newest real token, [B] int32."""
+        return self._last(self._buffer.shape[0], self._buffer.device)
+
+    def _last(self, batch: int, device) -> Tensor:
+        """Position of each row's newest real token, [B] int32; -1 if it has none yet."""
+        if not self.length:
+            return torch.full((batch,), -1, dtype=torch.int32, device=device)
+        return self.positions.amax(-1) if self.has_holes else self.positions[:, -1]
+
+    def crop(self, n: int) -> None:
+        """Forget the newest `n` columns."""
+        self.length -= n
+
+    def select_rows(self, index: Tensor) -> None:
+        """Rows `index` [B'] take the places of the rows there were."""
+        if self._buffer is not None:
+            self._buffer = self._buffer.index_select(0, index.to(self._buffer.device))
+
+    def tensors(self) -> list[Tensor]:
+        """What this holds in memory."""
+        return [] if self._buffer is None else [self._buffer]

@@ -1,0 +1,286 @@
+"""The life of a token, step by step. One layer; nothing here is fast, everything is plain.
+
+A token arrives in the model's own dtype and joins the recent region. When that holds
+`recent_window + block_size` columns, the oldest `block_size` leave it for the middle: the policy
+plans the middle, and every token there is encoded, moved to a lower tier, left alone or evicted.
+
+A **column** is one step of the batch: every row gets a token or padding. Padding is never stored.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import attention, importance, policies
+from .attention import Terms
+from .config import FadeConfig
+from .rope import NOPE, Rope, rotate
+from .rotation import Record, RotatedCodec, key_mean, qr_rotation
+from .tiers import INTEGER_TIERS, Tier
+
+
+@dataclass
+class Token:
+    """One stored token of one row, for H KV heads: a record that depends on no other token.
+
+    In tier FP16 `key` and `value` are [H, D], the key after RoPE. In every other they are `Record`s
+    of the rotated codec, the key less `mean` [H, 1, D], and before RoPE if positions are contiguous.
+    """
+
+    position: int  # index among the real tokens of its row
+    column: int
+    tier: Tier
+    key: Tensor | Record
+    value: Tensor | Record
+    mean: Tensor | None = None
+
+
+class Row:
+    """The tokens of one batch row, oldest first, for the KV heads that share a plan."""
+
+    def __init__(self, heads: int):
+        self.tokens: list[Token] = []
+        self.seen = 0  # real tokens that ever arrived
+        self.mean: Tensor | None = None  # of keys, where tokens move: fixed at the first demotion
+        self.importance = importance.empty(heads)
+
+    @property
+    def evicted(self) -> int:
+        return self.seen - len(self.tokens)
+
+
+class LayerCache:
+    """Keys and values of one attention layer.
+
+    Args:
+        config: what is kept how; `quant_backend` must be "rotated".
+        batch, heads, head_dim: rows, KV heads, and channels of a head.
+        rope: how keys are rotated; needed where positions are contiguous.
+        terms: what the model asks of its scores; by default, scaling by 1 / sqrt(head_dim).
+        observe: whether to gather attention scores; by default, if the policy uses them.
+        layer, layers, weights: what the `learned` policy needs, see `policies.Candidates`.
+
+    Raises `ValueError` for another codec.
+    """
+
+    def __init__(
+        self, config: FadeConfig, batch: int, heads: int, head_dim: int, rope: Rope = NOPE,
+        terms: Terms | None = None, observe: bool | None = None, **learned,
+    ):  # fmt: skip
+        if config.quant_backend != "rotated":
+            raise ValueError(f"quant_backend={config.quant_backend!r}: its tokens cannot be moved")
+        self.config, self.rope, self.learned, self.head_dim = config, rope, learned, head_dim
+        self.terms = terms or Terms(head_dim**-0.5)
+        self.observe = config.eviction_policy != "position" if observe is None else observe
+        # Heads that share a plan share a list of tokens.
+        self.groups = [[h] for h in range(heads)] if config.plan_scope == "head" else [[*range(heads)]]
+        self.rows = [[Row(len(group)) for group in self.groups] for _ in range(batch)]
+        self.columns = 0  # seen: the logical length
+        self.boundary = config.n_sink  # columns before it have left the recent region
+        codec = {bits: RotatedCodec(bits, head_dim, qr_rotation(head_dim)) for bits in INTEGER_TIERS}
+        widths = config.middle_k_bits, config.middle_v_bits
+        self.first_tier = INTEGER_TIERS[max(widths)]
+        self.codecs = {Tier.INT2: (codec[2], codec[2])}
+        self.codecs[self.first_tier] = tuple(codec[bits] for bits in widths)
+
+    def step(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Take in q new columns, attend, and only then compress.
+
+        Args:
+            query: [B, Hq, q, D] after RoPE. keys, values: [B, H, q, D], keys after RoPE.
+            valid: bool [B, q], False for padding; None if there is none.
+
+        Returns the output [B, Hq, q, D] float64; 0 where the query is padding.
+        """
+        valid = torch.ones(keys.shape[0], keys.shape[2]).bool() if valid is None else valid
+        output = torch.zeros(query.shape, dtype=torch.float64)
+        per_head = query.shape[1] // keys.shape[1]
+        for b, rows in enumerate(self.rows):
+            for row, group in zip(rows, self.groups):
+                position = self._arrive(row, keys[b, group], values[b, group], valid[b])
+                own = [h * per_head + i for h in group for i in range(per_head)]
+                output[b, own] = self._attend(row, query[b, own].double(), position)
+        self.columns += keys.shape[2]
+        self._demote()
+        return output
+
+    def _arrive(self, row: Row, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
+        """Store the real tokens among q new ones; positions [q] int64, -1 for padding."""
+        position = torch.where(valid, row.seen + valid.long().cumsum(0) - 1, -1)
+        for i in valid.nonzero().flatten().tolist():
+            key, value = keys[:, i].double(), values[:, i].double()
+            row.tokens.append(Token(row.seen, self.columns + i, Tier.FP16, key, value))
+            row.seen += 1
+        return position
+
+    # -- reading
+
+    def read_at(self, row: Row) -> list[int]:
+        """Position at which each token's key is read.
+
+        Contiguous survivors are numbered 0, 1, ... without gaps. Queries keep their logical
+        positions, so the number of evicted tokens is added: every distance stays the same.
+        """
+        if not self.config.contiguous:
+            return [t.position for t in row.tokens]
+        return [rank + row.evicted for rank in range(len(row.tokens))]
+
+    def read(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Keys, as they are read, and values of all tokens of a row, decoded: [H, n, D] each."""
+        pairs = [self._decode(t, at) for t, at in zip(row.tokens, self.read_at(row))]
+        return tuple(torch.stack(x, dim=1) for x in zip(*pairs))
+
+    def _decode(self, token: Token, at: int) -> tuple[Tensor, Tensor]:
+        if token.tier == Tier.FP16:
+            return rotate(token.key, at - token.position, self.rope), token.value
+        key_codec, value_codec = self.codecs[token.tier]
+        key = key_codec.decode(token.key, token.mean[:, 0])
+        if self.config.contiguous:
+            key = rotate(key, at, self.rope)
+        return key, value_codec.decode(token.value)
+
+    def _attend(self, row: Row, query: Tensor, position: Tensor) -> Tensor:
+        """Attention of queries [Hq, q, D] over the tokens of a row, tier by tier, merged."""
+        if not row.tokens:
+            return torch.zeros_like(query)
+        keys, values = self.read(row)
+        # Window, causality and ALiBi go by what the model sees: where keys are read.
+        at = torch.tensor(self.read_at(row))
+        tiers = torch.tensor([t.tier for t in row.tokens])
+        partials = [
+            attention.over_tensors(query, keys[:, tiers == t], values[:, tiers == t], position, at[tiers == t], self.terms)
+            for t in tiers.unique()
+        ]
+        if self.observe:
+            self._observe(row, query, keys, position, at)
+        return attention.merge(partials)
+
+    def _observe(self, row: Row, query: Tensor, keys: Tensor, position: Tensor, at: Tensor) -> None:
+        """Add the probabilities of this step to what is known of each token."""
+        seen = attention.visible(position, at, self.terms.window)
+        one = torch.eye(len(at), dtype=torch.float64).expand(keys.shape[0], -1, -1)
+        shares = attention.over_tensors(query, keys, one, position, at, self.terms)
+        shares = importance.group_mean(attention.merge([shares]), keys.shape[0])
+        row.importance = importance.observe(row.importance, shares, seen)
+
+    # -- compressing
+
+    def _demote(self) -> None:
+        """Move whole blocks of the oldest recent columns to the middle, once there are enough."""
+        c, recent = self.config, self.columns - self.boundary
+        if not c.compresses or recent < c.recent_window + c.block_size:
+            return
+        first, blocks = self.boundary, (recent - c.recent_window) // c.block_size
+        self.boundary += blocks * c.block_size
+        for row in (row for rows in self.rows for row in rows):
+            if c.moves:
+                self._fix_mean(row, self._between(row, first, self.boundary))
+                continue
+            for start in range(first, self.boundary, c.block_size):
+                block = self._between(row, start, start + c.block_size)
+                mean = self._mean(block)
+                for token in block:
+                    self._put(token, self.first_tier, mean)
+        if c.moves:
+            self._replan()
+
+    def _between(self, row: Row, first: int, stop: int) -> list[Token]:
+        """Tokens of columns first to stop that are no sinks."""
+        return [t for t in row.tokens if first <= t.column < stop and t.position >= self.config.n_sink]
+
+    def middle(self, row: Row) -> list[Token]:
+        """The tokens of the middle, oldest first."""
+        return self._between(row, 0, self.boundary)
+
+    def _as_encoded(self, token: Token) -> Tensor:
+        """The key [H, D] that the codec sees: rotated back to position 0 if it is to be renumbered."""
+        return rotate(token.key, -token.position, self.rope) if self.config.contiguous else token.key
+
+    def _mean(self, tokens: list[Token]) -> Tensor | None:
+        if not tokens:
+            return None
+        return key_mean(torch.stack([self._as_encoded(t) for t in tokens], dim=1))
+
+    def _fix_mean(self, row: Row, demoted: list[Token]) -> None:
+        if row.mean is None:
+            row.mean = self._mean(demoted)
+
+    def _put(self, token: Token, tier: Tier, mean: Tensor) -> None:
+        """Move a token to a tier: encode it once, or re-encode it from a higher tier, never in its own."""
+        if token.tier == tier:
+            return
+        codecs = self.codecs[tier]
+        if token.tier == Tier.FP16:
+            token.mean = mean
+            token.key = codecs[0].encode(self._as_encoded(token), mean[:, 0])
+            token.value = codecs[1].encode(token.value)
+        else:
+            old = self.codecs[token.tier]
+            token.key = old[0].requantize(token.key, codecs[0])
+            token.value = old[1].requantize(token.value, codecs[1])
+        token.tier = tier
+
+    def _replan(self) -> None:
+        """Plan the middle anew: of each row alone, or of all rows at once if they share a plan."""
+        every = [row for rows in self.rows for row in rows]
+        for rows in [every] if self.config.plan_scope == "layer" else [[row] for row in every]:
+            for row, plan in zip(rows, self._plan(rows)):
+                for token in self.middle(row):
+                    if plan[token.column] == Tier.EVICTED:
+                        token.tier = Tier.EVICTED
+                    else:
+                        self._put(token, plan[token.column], row.mean)
+                self._keep(row, [i for i, t in enumerate(row.tokens) if t.tier != Tier.EVICTED])
+
+    def _keep(self, row: Row, alive: list[int]) -> None:
+        row.tokens = [row.tokens[i] for i in alive]
+        if self.observe:
+            row.importance = importance.keep(row.importance, torch.tensor(alive, dtype=torch.int64))
+
+    def _plan(self, rows: list[Row]) -> list[dict[int, Tier]]:
+        """For each row, the tier of each middle column; a row's padding is a hole in its plan."""
+        columns = sorted({t.column for row in rows for t in self.middle(row)})
+        position, slots = [], []
+        for row in rows:
+            middle = {t.column: t.position for t in self.middle(row)}
+            slot = {t.column: i for i, t in enumerate(row.tokens)}
+            position.append([middle.get(c, -1) for c in columns])
+            slots.append(torch.tensor([slot[c] if c in middle else -1 for c in columns], dtype=torch.int64))
+        keys, values = (torch.stack(x) for x in zip(*(self._pick(r, i) for r, i in zip(rows, slots))))
+        known = None
+        if self.observe:
+            each = [vars(importance.keep(row.importance, i)) for row, i in zip(rows, slots)]
+            known = importance.Importance(**{f: torch.stack([e[f] for e in each]) for f in each[0]})
+        now = torch.tensor([[max(row.seen - 1, 0)] for row in rows])
+        scope = "layer" if self.config.plan_scope == "layer" else "sequence"  # a head's row is its own
+        tiers = policies.make_plan(
+            replace(self.config, plan_scope=scope),
+            policies.Candidates(torch.tensor(position, dtype=torch.int64), now, known, keys, values, **self.learned),
+        )
+        return [dict(zip(columns, map(Tier, row))) for row in tiers.tolist()]
+
+    def _pick(self, row: Row, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [H, n, D] of some slots of a row; holes (-1) repeat any token."""
+        if not row.tokens:
+            hole = torch.zeros(row.importance.mass.shape[0], len(slots), self.head_dim).double()
+            return hole, hole
+        keys, values = self.read(row)
+        return keys[:, slots], values[:, slots]
+
+    # -- what generate() asks of a cache
+
+    def crop(self, columns: int) -> None:
+        """Forget the newest columns; `ValueError` if some have left the recent region."""
+        if columns > self.columns - self.boundary and self.boundary > self.config.n_sink:
+            raise ValueError(f"crop of {columns} columns: {self.columns - self.boundary} are uncompressed")
+        self.columns -= columns
+        for row in (row for rows in self.rows for row in rows):
+            alive = [i for i, t in enumerate(row.tokens) if t.column < self.columns]
+            row.seen -= len(row.tokens) - len(alive)
+            self._keep(row, alive)
+
+    def reorder(self, index: list[int]) -> None:
+        """Row i becomes what row `index[i]` was (beam search)."""
+        self.rows = [deepcopy(self.rows[i]) for i in index]

@@ -1,0 +1,119 @@
+"""Product quantisation (PQ): codes for short stretches of a vector (Jegou et al., TPAMI 2011).
+
+A vector of D elements is cut into m = D / w subspaces of w neighbouring elements. Each has its own
+codebook of k centroids, found by k-means, and a code names the nearest one: log2(k) / w bits an
+element, 2 bits by default. A **codebook** is a float64 tensor [m, k, w] of fp16 values, trained for
+one kind of vector: keys and values, and keys before and after RoPE, each need their own.
+
+Attention never decodes. A key's score is a sum of m table look-ups (asymmetric distance, here for
+inner products), and values are summed by adding up the weight that falls on each centroid.
+
+Residual PQ is the same twice: train a second codebook on x - decode(encode(x)), and add both parts'
+decoded vectors, scores and sums.
+"""
+
+import numpy as np
+import torch
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor
+
+from .quantize import finite, stored
+from .tiers import packed_bytes
+
+
+def _cut(x: Tensor, width: int) -> Tensor:
+    """x [..., D] as [..., m, width]."""
+    if width < 1 or x.shape[-1] % width:
+        raise ValueError(f"subspaces of {width} do not divide {x.shape[-1]} elements")
+    return x.unflatten(-1, (-1, width))
+
+
+def _code_bits(centroids: int) -> int:
+    if centroids not in (2, 4, 8, 16, 32, 64, 128, 256):
+        raise ValueError(f"centroids={centroids!r}: a power of two from 2 to 256 is allowed")
+    return centroids.bit_length() - 1
+
+
+def train(x: Tensor, subspace_width: int = 4, centroids: int = 256, seed: int = 0) -> Tensor:
+    """Codebook [m, centroids, w] for samples x [n, D] (paper, section II.B).
+
+    Mini-batch k-means (scikit-learn, k-means++ start) in each subspace; `seed` makes it repeatable.
+    Take at least 40 samples a centroid. Raises ValueError for fewer samples than centroids, NaN,
+    a width that does not divide D, or centroids that are no power of two up to 256.
+    """
+    _code_bits(centroids)
+    parts = _cut(finite(x), subspace_width)
+    if len(x) < centroids:
+        raise ValueError(f"{len(x)} samples are too few for {centroids} centroids")
+    kmeans = MiniBatchKMeans(centroids, random_state=seed, batch_size=4096, n_init=1)
+    centres = [kmeans.fit(part.numpy()).cluster_centers_ for part in parts.unbind(-2)]
+    return stored(torch.from_numpy(np.stack(centres)))
+
+
+def encode(x: Tensor, codebook: Tensor) -> Tensor:
+    """Codes uint8 [..., m] of x [..., D]: the nearest centroid, of equals the lowest index.
+
+    Raises ValueError for NaN and for D other than the codebook's.
+    """
+    parts = _cut(finite(x), codebook.shape[-1])
+    if parts.shape[-2] != len(codebook):
+        raise ValueError(f"the codebook has {len(codebook)} subspaces, x has {parts.shape[-2]}")
+    codes = [
+        (part.unsqueeze(-2) - book).square().sum(-1).argmin(-1)  # argmin: the first of equals
+        for part, book in zip(parts.unbind(-2), codebook)
+    ]
+    return torch.stack(codes, dim=-1).to(torch.uint8)
+
+
+def decode(codes: Tensor, codebook: Tensor) -> Tensor:
+    """Float64 [..., D]: the centroids that codes [..., m] name, side by side.
+
+    >>> book = torch.tensor([[[0.0, 0.0], [1.0, 2.0]], [[3.0, 4.0], [5.0, 6.0]]])
+    >>> decode(encode(torch.tensor([0.9, 1.7, 2.8, 4.4]), book), book).tolist()
+    [1.0, 2.0, 3.0, 4.0]
+    """
+    return codebook[torch.arange(len(codebook)), codes.long()].flatten(-2)
+
+
+def score_table(q: Tensor, codebook: Tensor) -> Tensor:
+    """T [..., m, k] = <q of the subspace, centroid> for queries q [..., D] (section III.A)."""
+    return torch.einsum("...mw,mkw->...mk", _cut(q, codebook.shape[-1]), codebook)
+
+
+def scores(q: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
+    """Inner products [..., Q, S] of queries q [..., Q, D] and coded keys codes [..., S, m].
+
+    Sums m entries of the score table a key; equal to q @ decode(codes).mT up to rounding.
+    """
+    index = codes.long().mT.unsqueeze(-3)  # [..., 1, m, S]
+    return torch.take_along_dim(score_table(q, codebook), index, dim=-1).sum(-2)
+
+
+def value_histogram(p: Tensor, codes: Tensor, centroids: int = 256) -> Tensor:
+    """Weight on each centroid, [..., Q, m, k], of weights p [..., Q, S] and codes [..., S, m]."""
+    weight, index = torch.broadcast_tensors(p.unsqueeze(-2), codes.long().mT.unsqueeze(-3))
+    empty = torch.zeros(*index.shape[:-1], centroids, dtype=p.dtype)
+    return empty.scatter_add(-1, index, weight)
+
+
+def combine(histogram: Tensor, codebook: Tensor) -> Tensor:
+    """Weighted sums of values [..., Q, D] from a histogram: p @ decode(codes) up to rounding."""
+    return torch.einsum("...mk,mkw->...mw", histogram, codebook).flatten(-2)
+
+
+def bytes_per_token(dim: int, subspace_width: int = 4, centroids: int = 256) -> int:
+    """Packed bytes of one vector's codes; ValueError if they do not fill whole bytes.
+
+    >>> [bytes_per_token(128, w) for w in (2, 4, 32)]  # 4, 2 and 0.25 bits an element
+    [64, 32, 4]
+    """
+    return packed_bytes(_code_bits(centroids), _cut(torch.empty(dim), subspace_width).shape[0])
+
+
+def codebook_bytes(dim: int, centroids: int = 256) -> int:
+    """Bytes of one fp16 codebook, shared by all vectors it codes: k * D * 2.
+
+    >>> codebook_bytes(128)
+    65536
+    """
+    return 2 * dim * centroids

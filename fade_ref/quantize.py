@@ -1,0 +1,270 @@
+"""How bits are chosen: uniform codes, Lloyd-Max codes, how codes are packed, and baselines.
+
+Pure functions. Reals are torch float64, in the units of the input; codes are uint8, one a byte
+until `pack`. A cache stores packed codes and one or two fp16 numbers a vector; uniform codes are
+chosen *after* those are rounded by `stored`, so that encoder and decoder use the same numbers.
+Every encoder raises ValueError for NaN and infinite input.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from scipy.special import betainc, gammaln
+from torch import Tensor
+
+from .tiers import packed_bytes
+
+FP16_MAX = 65504.0
+FP16_TINY = 2.0**-14  # smallest normal fp16, 6.1035e-05: a smaller scale would lose its precision
+_STRANDS = {8: 1, 4: 2, 3: 1, 2: 4}  # stretches of channels that share a byte, by width
+
+
+def stored(x: Tensor) -> Tensor:
+    """`x`, of any shape, rounded to fp16 (by way of fp32, as torch does), clamped to be finite.
+
+    >>> stored(torch.tensor([1 / 3, 1e6, -1e-9], dtype=torch.float64)).tolist()
+    [0.333251953125, 65504.0, -0.0]
+    """
+    return x.clamp(-FP16_MAX, FP16_MAX).to(torch.float16).to(torch.float64)
+
+
+def finite(x: Tensor) -> Tensor:
+    """`x` as float64; ValueError if a value is NaN or infinite."""
+    if not torch.isfinite(x).all():
+        raise ValueError("NaN or infinite input cannot be quantised")
+    return x.to(torch.float64)
+
+
+def _min_max(x: Tensor, bits: int, least: float) -> tuple[Tensor, Tensor]:
+    """(scale, zero) [...] that spread the 2^bits codes over the range of each vector [..., D]."""
+    if bits not in range(1, 9):
+        raise ValueError(f"bits={bits!r}: 1 to 8 are allowed")
+    low, high = finite(x).aminmax(dim=-1)
+    return ((high - low) / (2**bits - 1)).clamp(min=least), low
+
+
+def _nearest(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Codes [..., D] of x: half to even (torch.round), clamped to 0 .. 2^bits - 1."""
+    codes = torch.round((x - zero.unsqueeze(-1)) / scale.unsqueeze(-1))
+    return codes.clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def uniform_encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric uniform codes of vectors x [..., D], 1 to 8 bits (KIVI, 2402.02750, section 3).
+
+    Returns codes uint8 [..., D], scale [...] and zero [...].
+
+    >>> uniform_encode(torch.tensor([-1.0, 0.4, 2.0], dtype=torch.float64), 2)[0].tolist()
+    [0, 1, 3]
+    """
+    scale, zero = map(stored, _min_max(x, bits, FP16_TINY))
+    return _nearest(x, scale, zero, bits), scale, zero
+
+
+def uniform_decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """codes * scale + zero: codes [..., D], scale and zero [...] to float64 [..., D]."""
+    return codes.to(torch.float64) * scale.unsqueeze(-1) + zero.unsqueeze(-1)
+
+
+def _gaussian(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mass below t, and integral of x below t, of N(0, 1)."""
+    return torch.special.ndtr(t), -torch.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+
+
+def _sphere(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The same of sqrt(dim) times a coordinate of a random unit vector (2504.19874, Lemma 1)."""
+    half, z = (dim - 1) / 2, (t / math.sqrt(dim)).clamp(-1, 1)
+    norm = math.exp(gammaln(dim / 2) - gammaln(half)) / math.sqrt(math.pi)
+    mass = torch.from_numpy(betainc(half, half, ((1 + z) / 2).numpy()))
+    return mass, -math.sqrt(dim) * norm * (1 - z * z) ** half / (dim - 1)
+
+
+def _closest_cubic(centroid: Tensor, mass: Tensor) -> Tensor:
+    """The odd cubic of the index that is closest to the centroids, in weighted least squares."""
+    u = torch.arange(1 - len(mass), len(mass), 2, dtype=torch.float64)
+    basis = torch.stack((u, u**3), dim=1)
+    weight = mass.sqrt()
+    return basis @ torch.linalg.lstsq(weight.unsqueeze(-1) * basis, weight * centroid).solution
+
+
+@lru_cache
+def _levels(bits: int, kind: str, dim: int | None) -> tuple[float, ...]:
+    if bits not in (2, 3, 4) or kind not in ("gaussian", "sphere", "cubic"):
+        raise ValueError(f"no levels of bits={bits!r}, kind={kind!r}")
+    if kind == "sphere" and (dim is None or dim < 3):
+        raise ValueError(f"kind='sphere' needs dim of at least 3, not {dim!r}")
+    end = torch.tensor([math.inf], dtype=torch.float64)
+    level = torch.linspace(-1.5, 1.5, 2**bits, dtype=torch.float64)
+    for _ in range(2000):  # 16 levels need about 740 rounds for 1e-13
+        bounds = torch.cat((-end, (level[1:] + level[:-1]) / 2, end))
+        mass, first_moment = _sphere(bounds, dim) if kind == "sphere" else _gaussian(bounds)
+        mass, level = mass.diff(), first_moment.diff() / mass.diff()
+        if kind == "cubic":
+            level = _closest_cubic(level, mass)
+        level = (level - level.flip(0)) / 2  # keep the symmetry exact
+    return tuple(level.tolist())
+
+
+def levels(bits: int, kind: str = "cubic", dim: int | None = None) -> Tensor:
+    """The 2^bits decoded values of a coordinate of unit variance, ascending, float64; cached.
+
+    Lloyd's iteration (Lloyd 1982 method I, Max 1960): cells end midway between levels, and each
+    level moves to the centroid of its cell. `kind`:
+
+    - "gaussian": for N(0, 1).
+    - "sphere": for sqrt(dim) times a coordinate of a random unit vector (2504.19874, Lemma 1).
+    - "cubic": u * (a + b u^2), u = 2 code - (2^bits - 1), which a kernel computes without a table.
+      Fitting (a, b) to the centroids in every round gives the least squared error under N(0, 1)
+      for cells that end midway between the *cubic* levels. At 2 bits the same as "gaussian".
+
+    Raises ValueError for bits other than 2, 3, 4, an unknown kind, or "sphere" without dim >= 3.
+
+    >>> levels(2).round(decimals=4).tolist()
+    [-1.5104, -0.4528, 0.4528, 1.5104]
+    """
+    return torch.tensor(_levels(bits, kind, dim if kind == "sphere" else None), dtype=torch.float64)
+
+
+def cubic(bits: int) -> tuple[float, float]:
+    """(a, b) of the "cubic" levels u * (a + b u^2), u = 2 code - (2^bits - 1).
+
+    >>> [round(c, 6) for c in cubic(4)]
+    [0.120254, 0.000262]
+    """
+    one, three = levels(bits)[2 ** (bits - 1) :][:2].tolist()  # u = 1: a + b; u = 3: 3 a + 27 b
+    b = (three - 3 * one) / 24
+    return one - b, b
+
+
+def lloyd_encode(
+    y: Tensor, bits: int, kind: str = "cubic", norm: str = "unbiased"
+) -> tuple[Tensor, Tensor]:
+    """Lloyd-Max codes of rotated vectors y [..., D] (TurboQuant, arXiv 2504.19874, Algorithm 1).
+
+    code = number of midpoints strictly below y sqrt(D) / |y|: ties go down. With z the levels of
+    the codes, decoding gives scale * z. `norm` chooses the scale:
+
+    - "plain": |y| / sqrt(D); decoded vectors come out too short, by 12 % at 2 bits.
+    - "least_squares": <y, z> / <z, z>; the smallest error of one vector, and just as short.
+    - "unbiased": <y, y> / <y, z>, so that <decoded, y> = |y|^2. Attention averages over tokens:
+      independent errors cancel there, a shrinkage does not, so this is the default.
+
+    Returns codes uint8 [..., D] and scale [...] (`stored`; 0 for a zero vector). Raises ValueError
+    for an unknown kind or norm and for bits other than 2, 3, 4.
+    """
+    y, dim = finite(y), y.shape[-1]
+    level = levels(bits, kind, dim)
+    length = y.norm(dim=-1)
+    unit = y * math.sqrt(dim) / length.where(length > 0, 1.0).unsqueeze(-1)
+    midpoints = (level[1:] + level[:-1]) / 2
+    codes = torch.bucketize(unit, midpoints)  # how many are strictly below
+    z = level[codes]
+    aligned = (unit * z).sum(-1).where(length > 0, 1.0)
+    factor = {"plain": 1.0, "least_squares": aligned / (z * z).sum(-1), "unbiased": dim / aligned}
+    if norm not in factor:
+        raise ValueError(f"norm={norm!r}: one of {', '.join(factor)} is allowed")
+    return codes.to(torch.uint8), stored(length / math.sqrt(dim) * factor[norm])
+
+
+def lloyd_decode(codes: Tensor, scale: Tensor, bits: int, kind: str = "cubic") -> Tensor:
+    """scale * levels[codes]: codes [..., D], scale [...] to float64 [..., D]."""
+    return scale.unsqueeze(-1) * levels(bits, kind, codes.shape[-1])[codes.long()]
+
+
+def _recut(values: Tensor, width: int, new_width: int) -> Tensor:
+    """The values' bits as one stream, least significant first, cut into values of a new width."""
+    stream = (values.long().unsqueeze(-1) >> torch.arange(width)) & 1
+    pieces = stream.flatten(-2).unflatten(-1, (-1, new_width))
+    return (pieces << torch.arange(new_width)).sum(-1).to(torch.uint8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., D] as bytes uint8 [..., D * bits / 8]. Most significant bit on the left:
+
+        8 bits  byte j = c[j]
+        4 bits  byte j = c[j+D/2] c[j]                      half of the channels to a nibble
+        2 bits  byte j = c[j+3D/4] c[j+D/2] c[j+D/4] c[j]   a quarter of them to each two bits
+        3 bits  value j at bit 3j of a stream, least significant bit first: 8 values in 3 bytes,
+                77766655 54443332 22111000   (bytes 2, 1, 0; each bit shows the value it is of)
+
+    At 4 and 2 bits neighbouring bytes hold neighbouring channels, as a kernel wants them.
+    Raises ValueError for codes out of range, other widths, and D that does not fill whole bytes.
+
+    >>> [hex(b) for b in pack(torch.tensor([1, 2, 3, 4]), 4).tolist()]
+    ['0x31', '0x42']
+    """
+    packed_bytes(bits, codes.shape[-1])  # raises for sizes that do not fit
+    if bits not in _STRANDS or ((codes < 0) | (codes > 2**bits - 1)).any():
+        raise ValueError(f"codes of {bits!r} bits must lie in 0 .. {2**bits - 1}")
+    return _recut(codes.unflatten(-1, (_STRANDS[bits], -1)).mT.flatten(-2), bits, 8)
+
+
+def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
+    """Undo `pack`: bytes [..., dim * bits / 8], else ValueError, to codes uint8 [..., dim]."""
+    if bits not in _STRANDS or packed.shape[-1] != packed_bytes(bits, dim):
+        raise ValueError(f"{packed.shape[-1]} bytes do not hold {dim} codes of {bits!r} bits")
+    return _recut(packed, 8, bits).unflatten(-1, (-1, _STRANDS[bits])).mT.flatten(-2)
+
+
+def group_encode(x: Tensor, bits: int, n: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """Uniform codes of x [..., D] in groups of n channels (KIVI's values, 2402.02750, section 3).
+
+    Returns codes uint8 [..., D], scale and zero [..., D/n]; ValueError unless n divides D.
+    Bytes of a vector: D*bits/8 + 4*D/n.
+    """
+    if x.shape[-1] % n:
+        raise ValueError(f"{x.shape[-1]} values do not make whole groups of {n}")
+    codes, scale, zero = uniform_encode(x.unflatten(-1, (-1, n)), bits)
+    return codes.flatten(-2), scale, zero
+
+
+def group_decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Undo `group_encode`: float64 [..., D]."""
+    return uniform_decode(codes.unflatten(-1, (scale.shape[-1], -1)), scale, zero).flatten(-2)
+
+
+def channel_encode(x: Tensor, bits: int, n: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """Uniform codes of x [..., S, D], per channel in blocks of n tokens (KIVI's keys, section 3).
+
+    Returns codes uint8 [..., S, D], scale and zero [..., S/n, D]; a token's codes depend on its
+    block. Bytes of a token: D*bits/8 + 4*D/n. Raises ValueError if n does not divide S.
+    """
+    return tuple(part.mT for part in group_encode(x.mT, bits, n))
+
+
+def channel_decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Undo `channel_encode`: float64 [..., S, D]."""
+    return group_decode(codes.mT, scale.mT, zero.mT).mT
+
+
+def symmetric_encode(x: Tensor, over: int = -1) -> tuple[Tensor, Tensor]:
+    """The INT4 of fade-kv: scale = max|x| / 7 along dimension `over` of x [..., S, D].
+
+    Keys `over=-2`: scale [..., 1, D], one a channel. Values `over=-1`: [..., S, 1], one a token.
+    Codes uint8: round(x / scale) in -7 .. 7 as a two's complement nibble, for `pack(codes, 4)`.
+    Bytes of a token: D/2, plus 2*D/S (keys) or 2 (values).
+    """
+    scale = stored((finite(x).abs().amax(over, keepdim=True) / 7).clamp(min=FP16_TINY))
+    return torch.round(x / scale).clamp(-8, 7).to(torch.int8).to(torch.uint8) & 15, scale
+
+
+def symmetric_decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """scale * (the signed value of the nibble): float64, the shape of codes."""
+    return scale * ((codes.long() ^ 8) - 8)
+
+
+def akv_encode(x: Tensor, bits: int, n: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+    """The quantiser of akv-cache: zero-padded groups of n channels; scales stay unrounded (fp32).
+
+    x [..., D] to codes uint8 [..., D'], scale and zero [..., D'/n], where D' is D rounded up to
+    whole groups: D = 64 costs double. Bytes of a vector: D'*bits/8 + 8*D'/n.
+    """
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % n)).unflatten(-1, (-1, n))
+    scale, zero = _min_max(padded, bits, 1e-10)  # this least scale would be 0 in fp16
+    return _nearest(padded, scale, zero, bits).flatten(-2), scale, zero
+
+
+def akv_decode(codes: Tensor, scale: Tensor, zero: Tensor, dim: int) -> Tensor:
+    """Undo `akv_encode`: float64 [..., dim], the padding dropped."""
+    return group_decode(codes, scale, zero)[..., :dim]

@@ -1,0 +1,273 @@
+"""Positions: rotary embeddings (RoPE), renumbering after eviction, ALiBi.
+
+A rotary model turns channel pair i of a query or key at position m by the angle m * inv_freq[i].
+Rotations add, R(m) R(n) = R(m + n) (RoFormer, arXiv 2104.09864, eq. 14-16). So scores depend on
+distances only, and a stored key moves from m to n by one rotation through n - m. Positions are in
+tokens, angles in radians, parameters named as in Hugging Face's `rope_parameters`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """How one layer rotates (RoFormer, arXiv 2104.09864, section 3.2.2).
+
+    inv_freq: float64 [d/2], radians a token. The first d channels of a head rotate, the rest pass;
+    empty means no positions (NoPE). scaling: factor on cos and sin where the model makes queries
+    and keys (YaRN, 2309.00071, eq. 22). interleaved: pairs are channels (2i, 2i + 1), as in GPT-J,
+    Cohere, GLM; else (i, i + d/2), as in Llama. Raises ValueError unless inv_freq is as said.
+    """
+
+    inv_freq: Tensor
+    scaling: float = 1.0
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if self.inv_freq.ndim != 1 or self.inv_freq.dtype != torch.float64:
+            raise ValueError(f"inv_freq must be float64 [d/2], not {self.inv_freq}")
+
+
+NOPE = Rope(torch.zeros(0, dtype=torch.float64))  # a layer that does not rotate
+Frequencies = tuple[Tensor, float]  # inv_freq and scaling, as in Rope
+
+
+def default(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
+    """inv_freq[i] = theta^(-2i/d), 0 <= i < d/2 (RoFormer, arXiv 2104.09864, section 3.2.2).
+
+    d is head_dim * partial_rotary_factor, in the exponent too (GPT-NeoX, Phi). All schemes share
+    this signature: p, the model's `rope_parameters`; max_positions, its context; seq_len, tokens
+    it has seen (only dynamic and longrope care). All raise KeyError for a missing parameter.
+    """
+    d = int(head_dim * p.get("partial_rotary_factor", 1.0))
+    return p["rope_theta"] ** (-torch.arange(0, d, 2, dtype=torch.float64) / d), 1.0
+
+
+def linear(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
+    """Every frequency / factor, as if positions were (PI, arXiv 2306.15595, section 2.3)."""
+    return default(p, head_dim, max_positions)[0] / p["factor"], 1.0
+
+
+def dynamic(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
+    """NTK: theta grows with seq_len beyond max_positions (YaRN, arXiv 2309.00071, 3.1 and 3.3).
+
+    A key stored before the growth keeps the frequencies it was made with: move it with those.
+    """
+    d = int(head_dim * p.get("partial_rotary_factor", 1.0))
+    stretch = p["factor"] * max(seq_len, max_positions) / max_positions - (p["factor"] - 1)
+    theta = p["rope_theta"] * stretch ** (d / (d - 2))
+    return default({**p, "rope_theta": theta}, head_dim, max_positions)
+
+
+def _extension(p: Mapping, max_positions: int) -> tuple[int, float]:
+    """Tokens of the original training context, and the factor by which it was extended."""
+    original = p.get("original_max_position_embeddings") or max_positions
+    return original, p.get("factor") or max_positions / original
+
+
+def yarn(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
+    """NTK by parts (YaRN, arXiv 2309.00071, section 3.2, Definition 2), as in its authors' code.
+
+    Pairs that turn over beta_fast times in the original context keep their frequency, those that
+    turn under beta_slow times get it / factor, a ramp over the pair index joins the two. scaling
+    is 0.1 ln(factor) + 1 (section 3.4, eq. 22), unless attention_factor or mscale say else.
+    """
+    inv_freq, _ = default(p, head_dim, max_positions)
+    d, (original, factor) = 2 * len(inv_freq), _extension(p, max_positions)
+
+    def pair(turns: float) -> float:  # solves original * inv_freq[pair] = 2 pi * turns
+        return d / 2 * math.log(original / (2 * math.pi * turns)) / math.log(p["rope_theta"])
+
+    low, high = pair(p.get("beta_fast") or 32), pair(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    ramp = (torch.arange(d // 2, dtype=torch.float64) - low) / (high - low or 0.001)
+    scaling, m, m_all = p.get("attention_factor"), p.get("mscale"), p.get("mscale_all_dim")
+    if scaling is None:
+        log = math.log(max(factor, 1.0))
+        scaling = (0.1 * m * log + 1) / (0.1 * m_all * log + 1) if m and m_all else 0.1 * log + 1
+    return torch.lerp(inv_freq, inv_freq / factor, ramp.clamp(0, 1)), scaling
+
+
+def llama3(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
+    """YaRN with the ramp over the turns themselves (Llama 3.1, `apply_scaling` in Meta's code).
+
+    Pairs that turn over high_freq_factor times in the original context keep their frequency, those
+    that turn under low_freq_factor times get it / factor.
+    """
+    inv_freq, _ = default(p, head_dim, max_positions)
+    original, factor = _extension(p, max_positions)
+    low, high = p["low_freq_factor"], p["high_freq_factor"]
+    keep = (original * inv_freq / (2 * math.pi) - low) / (high - low)
+    return torch.lerp(inv_freq / factor, inv_freq, keep.clamp(0, 1)), 1.0
+
+
+def longrope(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
+    """One divisor a pair, found by search (LongRoPE, arXiv 2402.13753, section 3).
+
+    long_factor [d/2] once seq_len exceeds the original context, else short_factor; stored keys
+    keep theirs, as in `dynamic`. scaling = sqrt(1 + ln factor / ln original) is Phi-3's code.
+    """
+    original, factor = _extension(p, max_positions)
+    divisor = p["long_factor"] if seq_len > original else p["short_factor"]
+    scaling = p.get("attention_factor")
+    if scaling is None:
+        scaling = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(original))
+    inv_freq, _ = default(p, head_dim, max_positions)
+    return inv_freq / torch.tensor(divisor, dtype=torch.float64), scaling
+
+
+def proportional(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
+    """d = head_dim, but frequencies after the first partial_rotary_factor of them are 0: those
+    pairs never turn (p-RoPE, arXiv 2410.06205; Gemma 4)."""
+    inv_freq, _ = default({**p, "partial_rotary_factor": 1.0}, head_dim, max_positions)
+    inv_freq[int(p.get("partial_rotary_factor", 1.0) * head_dim // 2) :] = 0
+    return inv_freq / p.get("factor", 1.0), 1.0
+
+
+#: rope_type -> scheme.
+SCHEMES = {f.__name__: f for f in (default, linear, dynamic, yarn, llama3, longrope, proportional)}
+
+
+def from_parameters(
+    parameters: Mapping, *, head_dim: int, max_position_embeddings: int,
+    seq_len: int | None = None, interleaved: bool = False,
+) -> Rope:  # fmt: skip
+    """The `Rope` of a model's flat `rope_parameters`; shapes and sources as in its scheme.
+
+    Raises ValueError for an unknown rope_type and for a parameter that the scheme misses.
+
+    >>> from_parameters({"rope_theta": 1e4}, head_dim=4, max_position_embeddings=8).inv_freq
+    tensor([1.0000, 0.0100], dtype=torch.float64)
+    """
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if rope_type not in SCHEMES:
+        raise ValueError(f"rope_type must be one of {', '.join(SCHEMES)}, not {rope_type!r}")
+    try:
+        scheme = SCHEMES[rope_type](parameters, head_dim, max_position_embeddings, seq_len or 0)
+    except KeyError as missing:
+        raise ValueError(f"rope_type {rope_type!r} needs the parameter {missing}") from None
+    return Rope(*scheme, interleaved)
+
+
+def from_config(config, layer_type=None, layer_idx=None, seq_len=None, interleaved=False) -> Rope:
+    """The `Rope` of one layer of a Hugging Face text config, which is only read.
+
+    `NOPE` for layers that do not rotate. No config says `interleaved`: the family's own
+    `apply_rotary_pos_emb` does. Raises ValueError where positions are not rotary and where layers
+    differ but the call does not say which one is meant, by layer_type (str) or layer_idx (int).
+    """
+    if layer_type is None and layer_idx is not None and getattr(config, "layer_types", None):
+        layer_type = config.layer_types[layer_idx]
+    if _without_rope(config, layer_type, layer_idx):
+        return NOPE
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        raise ValueError("config has no rope_parameters: its positions are not rotary")
+    if any(isinstance(value, Mapping) for value in parameters.values()):  # one set a layer type
+        if layer_type not in parameters:
+            raise ValueError(f"layer_type must be one of {list(parameters)}, not {layer_type!r}")
+        parameters = parameters[layer_type]
+    if getattr(config, "is_heterogeneous", False):  # Gemma 4: head_dim, too, is a layer type's own
+        config = config.per_layer_config[layer_type if layer_idx is None else layer_idx]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return from_parameters(parameters, head_dim=head_dim, seq_len=seq_len, interleaved=interleaved,
+                           max_position_embeddings=config.max_position_embeddings)  # fmt: skip
+
+
+def _without_rope(config, layer_type: str | None, layer_idx: int | None) -> bool:
+    rotates = getattr(config, "no_rope_layers", None) or [1]  # despite its name, 1 means RoPE
+    if not all(rotates):  # SmolLM3, Llama 4
+        if layer_idx is None:
+            raise ValueError("some layers of this config have no RoPE: pass layer_idx")
+        return not rotates[layer_idx]
+    if getattr(config, "model_type", None) in ("cohere2", "exaone4") and config.sliding_window:
+        if layer_type is None:  # a rule that stands in these families' code only
+            raise ValueError("full-attention layers of this config have no RoPE: pass layer_type")
+        return layer_type == "full_attention"
+    return bool(getattr(config, "alibi", False))  # Falcon
+
+
+def rotate(x: Tensor, position: Tensor | int, rope: Rope, *, scaled: bool = False) -> Tensor:
+    """R(position) x, a new tensor (RoFormer, arXiv 2104.09864, eq. 34).
+
+    x, result: float64 [..., n, head_dim]. position: tokens, broadcastable to [..., n], any sign.
+    scaled: multiply by rope.scaling, as models do when they *make* queries and keys. A key that is
+    *moved*, by the difference of two positions, has that factor already: leave it out. Deltas add,
+    -delta undoes delta. Raises ValueError if x is not float64 or has too few channels.
+
+    >>> quarter_turn = Rope(torch.tensor([math.pi / 2], dtype=torch.float64))
+    >>> rotate(torch.tensor([[1.0, 0.0]]).double(), 1, quarter_turn).round(decimals=9).tolist()
+    [[0.0, 1.0]]
+    """
+    d = 2 * len(rope.inv_freq)
+    if x.dtype != torch.float64 or x.shape[-1] < d:
+        raise ValueError(f"x must be float64 of >= {d} channels, not {x.dtype} {tuple(x.shape)}")
+    position = torch.as_tensor(position, dtype=torch.float64).expand(x.shape[:-1])
+    angle = position[..., None] * rope.inv_freq
+    cos, sin = angle.cos(), angle.sin()
+    if scaled:
+        cos, sin = rope.scaling * cos, rope.scaling * sin
+    shape, axis = ((d // 2, 2), -1) if rope.interleaved else ((2, d // 2), -2)
+    a, b = x[..., :d].unflatten(-1, shape).unbind(axis)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), axis).flatten(-2)
+    return torch.cat((turned, x[..., d:]), -1)
+
+
+def renumber(position: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous positions after eviction (StreamingLLM, arXiv 2309.17453, section 3.2).
+
+    position: int64 [..., n], where the stored tokens stand now, in any order, the newest included.
+    alive: bool [..., n], False for the evicted and for padding. Returns rank, int64 [..., n], how
+    many survivors come before each (-1 for the dead), and evicted, int64 [...], how many tokens
+    of those ever seen are gone. Raises ValueError if two survivors share a position. Two readings:
+    - keys stand at rank, queries and new keys at their logical position - evicted;
+    - keys stand at rank + evicted, queries and new keys at their logical position, as the model
+      has them. All distances are as in the first. The cache uses this one: a key moves forward by
+      the number of tokens evicted after it, and the result can be renumbered again.
+
+    >>> rank, evicted = renumber(torch.arange(6), torch.tensor([1, 0, 0, 1, 1, 1]).bool())
+    >>> rank.tolist(), evicted.item()
+    ([0, -1, -1, 1, 2, 3], 2)
+    """
+    position, alive = torch.broadcast_tensors(position, alive)
+    before = (position[..., None, :] < position[..., :, None]) & alive[..., None, :]
+    rank, survivors = before.sum(-1), alive.sum(-1)
+    if ((rank * alive).sum(-1) * 2 != survivors * (survivors - 1)).any():  # a tie lowers the sum
+        raise ValueError("two survivors share a position")
+    return rank.masked_fill(~alive, -1), position.amax(-1) + 1 - survivors
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """One slope a head, float64 [heads], score a token (ALiBi, arXiv 2108.12409, section 3).
+
+    2^(-8j/p), j = 1..p, for the largest power of two p <= heads; the rest are every other slope of
+    2p heads, as in the authors' code, Bloom, Falcon and MPT. Raises ValueError if heads < 1.
+
+    >>> alibi_slopes(3).tolist()
+    [0.0625, 0.00390625, 0.25]
+    """
+    if heads < 1:
+        raise ValueError(f"heads must be positive, not {heads}")
+    p = 1 << (heads.bit_length() - 1)
+    exponent = [j / p for j in range(1, p + 1)] + [j / (2 * p) for j in range(1, 2 * p, 2)]
+    return 2.0 ** (-8 * torch.tensor(exponent[:heads], dtype=torch.float64))
+
+
+def alibi_bias(slopes: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+    """-slope * distance, to be added to the scores (ALiBi, arXiv 2108.12409, section 3).
+
+    slopes [H], positions [..., Q] and [..., K] (tokens) give float64 [..., H, Q, K]. The keys carry
+    no position: after eviction pass logical or renumbered ones, never indices into the cache.
+
+    >>> alibi_bias(alibi_slopes(1), torch.tensor([4]), torch.tensor([0, 2])).tolist()
+    [[[-0.015625, -0.0078125]]]
+    """
+    distance = query_position[..., None, :, None] - key_position[..., None, None, :]
+    return -slopes[:, None, None] * distance

@@ -1,0 +1,66 @@
+"""What a tier is: how many bits of a token are kept.
+
+A **tier** says how much of a token survives; a **codec** (`quantize.py`, `rotation.py`,
+`product.py`) says how its bits are chosen. A **plan** is a tensor holding one tier code a token.
+"""
+
+from enum import IntEnum
+
+
+class Tier(IntEnum):
+    """Tier of one token, best first. The integer values are part of the checkpoint format."""
+
+    FP16 = 0  # the model's own dtype, whatever it is
+    INT8 = 1
+    INT4 = 2
+    INT3 = 3
+    INT2 = 4
+    PQ = 5
+    EVICTED = 6
+
+    @property
+    def bits(self) -> int:
+        """Nominal bits an element: 16, 8, 4, 3, 2, 2 (PQ, by default) or 0."""
+        return (16, 8, 4, 3, 2, 2, 0)[self]
+
+
+#: Widths the integer tiers come in, in bits, and the tier each belongs to.
+INTEGER_TIERS = {8: Tier.INT8, 4: Tier.INT4, 3: Tier.INT3, 2: Tier.INT2}
+
+
+def tier_name(key_bits: int, value_bits: int) -> str:
+    """The name a middle tier is reported under: `INT4`, or `K4V2` where the widths differ.
+
+    >>> tier_name(4, 4), tier_name(4, 2)
+    ('INT4', 'K4V2')
+    """
+    return INTEGER_TIERS[key_bits].name if key_bits == value_bits else f"K{key_bits}V{value_bits}"
+
+
+def packed_bytes(bits: int, head_dim: int) -> int:
+    """Bytes that hold `head_dim` codes of `bits` bits each.
+
+    Raises `ValueError` if they do not fill whole bytes.
+
+    >>> [packed_bytes(b, 64) for b in (8, 4, 3, 2)]
+    [64, 32, 24, 16]
+    """
+    total = bits * head_dim
+    if total % 8:
+        raise ValueError(f"{head_dim} codes of {bits} bits do not fill whole bytes")
+    return total // 8
+
+
+def token_bytes(bits: int, head_dim: int, *, zero: bool | None = None) -> int:
+    """Bytes of one rotated-codec vector (one key, or one value, of one KV head).
+
+    `bits` 16 is an uncompressed vector of a 16-bit dtype. The integer tiers add an fp16 scale, and
+    at 8 and 4 bits (uniform codes) an fp16 zero; `zero` overrides that rule for other codecs.
+
+    >>> [token_bytes(b, 128) for b in (16, 8, 4, 3, 2)]
+    [256, 132, 68, 50, 34]
+    """
+    if bits == 16:
+        return 2 * head_dim
+    zero = bits >= 4 if zero is None else zero
+    return packed_bytes(bits, head_dim) + (4 if zero else 2)

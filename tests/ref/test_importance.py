@@ -1,0 +1,361 @@
+"""fade_ref.importance against slow loops written from the formulas, and its invariants."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from fade_ref import importance as imp
+
+NAMES = [f.name for f in fields(imp.Importance)]
+
+
+def same(a, b, rtol=1e-12):
+    """Every field of two states agrees, NaN where NaN."""
+    for name in NAMES:
+        x, y = getattr(a, name), getattr(b, name)
+        assert x.shape == y.shape and x.dtype == torch.float64, name
+        torch.testing.assert_close(x, y, rtol=rtol, atol=1e-14, equal_nan=True, msg=name)
+
+
+def causal(past, q, pads=(0,)):
+    """bool [B, q, past + q]: causal, and the first pads[b] slots of row b are padding."""
+    n = past + q
+    seen = torch.arange(n) <= torch.arange(past, n).unsqueeze(-1)
+    return torch.stack([seen & (torch.arange(n) >= pad) for pad in pads])
+
+
+def attention(visible, heads, seed, sharpness=3.0):
+    """Random softmax probabilities [B, H, q, n] under `visible`; rows that see nothing are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (visible.shape[0], heads, *visible.shape[1:])
+    logits = sharpness * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return logits.masked_fill(~visible.unsqueeze(1), -math.inf).softmax(-1).nan_to_num(0.0)
+
+
+def step_by_step(state, probabilities, visible, known):
+    """observe() one query at a time; query i comes together with slot known + i."""
+    for i in range(probabilities.shape[-2]):
+        n = known + i + 1
+        now = slice(i, i + 1)
+        state = imp.observe(state, probabilities[..., now, :n], visible[..., now, :n])
+    return state
+
+
+# ---------------------------------------------------------------- state over time
+
+
+@pytest.mark.parametrize("pads", [(0,), (0, 3), (5, 0, 2)])
+@pytest.mark.parametrize("window", [1, 4, 64])
+def test_many_queries_equal_one_by_one(pads, window):
+    visible = causal(0, 17, pads)
+    p = attention(visible, 3, seed=window)
+    whole = imp.observe(imp.empty(len(pads), 3, window=window), p, visible)
+    same(whole, step_by_step(imp.empty(len(pads), 3, window=window), p, visible, 0))
+    # ... and again from a state with a history, also in two unequal chunks
+    visible = causal(17, 9, pads)
+    p = attention(visible, 3, seed=99)
+    after = imp.observe(whole, p, visible)
+    same(after, step_by_step(whole, p, visible, 17))
+    parts = imp.observe(whole, p[:, :, :4, :21], visible[:, :4, :21])
+    same(after, imp.observe(parts, p[:, :, 4:], visible[:, 4:]))
+
+
+def test_no_batch_dim_and_two_batch_dims_equal_one():
+    visible = causal(0, 8, (0, 2))
+    p = attention(visible, 2, seed=0)
+    one = imp.observe(imp.empty(2, 2), p, visible)
+    none = imp.observe(imp.empty(2), p[1], visible[1])
+    two = imp.observe(imp.empty(1, 2, 2), p[None], visible[None])
+    for name in NAMES:
+        for other, mine in ((none, getattr(one, name)[1]), (two, getattr(one, name)[None])):
+            assert torch.equal(getattr(other, name).nan_to_num(-1), mine.nan_to_num(-1))
+
+
+def test_fields_against_slow_loops():
+    pads, heads, w = (0, 4), 2, 5
+    visible = causal(0, 14, pads)
+    p = attention(visible, heads, seed=5)
+    state = imp.observe(imp.empty(2, heads, window=w), p, visible)
+    for b in range(2):
+        for h in range(heads):
+            hybrid = {}
+            for i in range(14):  # AKV: decay, add, normalise by the maximum, mix with recency
+                seen = range(pads[b], i + 1)
+                hybrid |= {t: 0.95 * hybrid.get(t, 0.0) + p[b, h, i, t].item() for t in seen}
+                top = max([*hybrid.values(), 1e-10])
+                for rank, t in enumerate(seen):
+                    recency = rank / (len(seen) - 1) if len(seen) > 1 else 0.0
+                    hybrid[t] = 0.7 * hybrid[t] / top + 0.3 * recency
+            for t in range(14):
+                got = [p[b, h, i, t].item() for i in range(14) if i >= t >= pads[b]]
+                assert state.mass[b, h, t].item() == pytest.approx(sum(got))
+                assert state.queries[b, h, t].item() == len(got)
+                ema = got[0] if got else 0.0
+                for x in got[1:]:
+                    ema = 0.95 * ema + 0.05 * x
+                assert state.ema[b, h, t].item() == pytest.approx(ema, rel=1e-12)
+                assert state.hybrid[b, h, t].item() == pytest.approx(hybrid.get(t, 0.0), rel=1e-12)
+                for j in range(w):
+                    i = 14 - w + j
+                    x = state.window[b, h, j, t]
+                    assert x == p[b, h, i, t] if i >= t >= pads[b] else x.isnan()
+
+
+def test_akv_hybrid_equals_akv_code_for_one_row_and_head():
+    """akv-cache's own update for decode steps: one row, one head, one query a call."""
+    p = attention(causal(0, 12), 1, seed=8)
+    state, scores = imp.empty(1, 1), torch.zeros(0, dtype=torch.float64)
+    for i in range(12):
+        state = imp.observe(state, p[:, :, i : i + 1, : i + 1], torch.ones(1, 1, i + 1).bool())
+        scores = torch.cat([scores, scores.new_zeros(1)]) * 0.95 + p[0, 0, i, : i + 1]
+        recency = torch.linspace(0, 1, i + 1, dtype=torch.float64)
+        scores = 0.7 * scores / scores.max().clamp(min=1e-10) + 0.3 * recency
+    torch.testing.assert_close(state.hybrid[0, 0], scores, rtol=1e-12, atol=0)
+
+
+def test_padded_row_equals_the_row_alone():
+    visible = causal(0, 12, (5,))
+    p = attention(visible, 2, seed=3)
+    padded = imp.keep(imp.observe(imp.empty(1, 2), p, visible), torch.arange(5, 12))
+    alone = imp.observe(imp.empty(1, 2), p[:, :, 5:, 5:], visible[:, 5:, 5:])
+    same(padded, alone)
+
+
+def test_invisible_probabilities_are_ignored_even_nan():
+    visible = causal(0, 6, (2,))
+    p = attention(visible, 1, seed=4)
+    junk = torch.where(visible.unsqueeze(1), p, math.nan)
+    same(imp.observe(imp.empty(1, 1), junk, visible), imp.observe(imp.empty(1, 1), p, visible))
+
+
+def test_a_query_that_sees_nothing_changes_only_the_window():
+    visible = causal(0, 6)
+    before = imp.observe(imp.empty(1, 2), attention(visible, 2, seed=6), visible)
+    after = imp.observe(before, torch.rand(1, 2, 1, 6), torch.zeros(1, 1, 6).bool())
+    same(replace(after, window=before.window), before)
+    assert after.window[..., -1, :].isnan().all()
+
+
+def test_generated_tokens_start_from_their_first_mass():
+    visible = causal(0, 50)
+    state = imp.observe(imp.empty(1, 1), attention(visible, 1, seed=1), visible)
+    p = torch.full((1, 1, 1, 51), 0.01)
+    p[..., -1] = 0.5
+    state = imp.observe(state, p, torch.ones(1, 1, 51).bool())
+    assert state.ema[0, 0, -1] == 0.5 and state.mass[0, 0, -1] == 0.5
+    assert state.queries[0, 0, -1] == 1
+
+
+def test_prefill_mass_does_not_dominate():
+    """Pitfall 111: after a prefill of 500, a token that decode attends to leads within a few steps.
+
+    A prefill counted as one step would weigh 500 times as much, and lead for about 100 steps.
+    """
+    n = 500
+    p = torch.zeros(1, 1, n, n, dtype=torch.float64)
+    p[..., 0] = 0.1  # slot 0 is liked by the whole prefill,
+    state = imp.observe(imp.empty(1, 1), p, causal(0, n))
+    assert state.ema[0, 0, 0] <= 1 and state.ema[0, 0, 0] == pytest.approx(0.1)
+    steps = 0
+    while state.ema[0, 0, 1] <= state.ema[0, 0, 0]:
+        one = torch.zeros(1, 1, 1, n + steps + 1, dtype=torch.float64)
+        one[..., 1] = 0.5  # slot 1 only by decoding
+        state = imp.observe(state, one, torch.ones(1, 1, n + steps + 1).bool())
+        steps += 1
+    assert steps <= 5
+
+
+def test_half_precision_input_neither_overflows_nor_ties():
+    """Pitfall 110: fp16 sums end at 65504."""
+    state = replace(imp.append(imp.empty(1), 1), mass=torch.tensor([[65504.0]]).double())
+    state = imp.observe(state, torch.ones(1, 40, 1).half(), torch.ones(40, 1).bool())
+    assert state.mass.item() == 65544.0
+
+
+# ---------------------------------------------------------------- append and keep
+
+
+def observed(n=9, rows=2, heads=3, seed=0, window=4):
+    visible = causal(0, n, (0,) * rows)
+    p = attention(visible, heads, seed)
+    return imp.observe(imp.empty(rows, heads, window=window), p, visible)
+
+
+def test_scores_follow_tokens():
+    """Pitfalls 113, 114: eviction, new tokens, eviction: every score stays its token's."""
+    state = observed()
+    tag = torch.arange(9.0).double().expand(2, 3, 9)
+    state = replace(state, mass=tag, ema=tag, window=tag.unsqueeze(-2).expand(2, 3, 4, 9))
+    state = imp.append(imp.keep(state, torch.tensor([1, 4, 5, 8])), 2)
+    assert state.mass[1, 2].tolist() == [1, 4, 5, 8, 0, 0]
+    assert state.window[0, 0, 3, :4].tolist() == [1, 4, 5, 8]
+    assert state.window[..., 4:].isnan().all() and (state.queries[..., 4:] == 0).all()
+    rows = imp.keep(state, torch.tensor([[0, 3, 4], [2, 5, -1]]))
+    assert rows.ema[:, 1].tolist() == [[1, 8, 0], [5, 0, 0]]
+    heads = imp.keep(state, torch.tensor([[[0], [1], [2]], [[3], [2], [1]]]))
+    assert heads.mass[..., 0].tolist() == [[1, 4, 5], [8, 5, 4]]
+
+
+def test_a_hole_is_a_fresh_token_and_keeping_all_changes_nothing():
+    state = observed()
+    same(imp.keep(state, torch.arange(9)), state)
+    same(imp.keep(state, torch.tensor([0, -1])), imp.append(imp.keep(state, torch.tensor([0])), 1))
+    assert imp.keep(imp.empty(2, 3), torch.tensor([-1, -1])).mass.tolist() == [[[0, 0]] * 3] * 2
+
+
+def test_observing_after_keep_equals_keeping_after_observing():
+    """Evicted tokens that later queries cannot see leave the others' scores alone."""
+    state, kept = observed(), torch.tensor([0, 2, 3, 7])
+    visible = torch.zeros(2, 2, 9).bool()
+    visible[..., kept] = True
+    p = attention(visible, 3, seed=7)
+    late = imp.keep(imp.observe(state, p, visible), kept)
+    early = imp.observe(imp.keep(state, kept), p[..., kept], visible[..., kept])
+    same(early, late)
+
+
+def test_functions_are_pure():
+    state = observed()
+    copy = imp.Importance(*(getattr(state, name).clone() for name in NAMES))
+    visible = causal(9, 2, (0, 0))
+    imp.observe(state, attention(visible, 3, seed=2), visible)
+    imp.keep(state, torch.tensor([0, -1]))
+    same(state, copy, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda s: imp.empty(),
+        lambda s: imp.empty(2, window=0),
+        lambda s: imp.append(s, -1),
+        lambda s: imp.keep(s, torch.tensor([9])),
+        lambda s: imp.keep(s, torch.tensor([-2])),
+        lambda s: imp.keep(s, torch.tensor([0.0])),
+        lambda s: imp.keep(s, torch.zeros(4, 1).long()),  # rows that do not exist
+        lambda s: imp.keep(s, torch.zeros(1, 2, 3, 1).long()),
+        lambda s: imp.observe(s, torch.rand(2, 3, 1, 8), torch.ones(2, 1, 8).bool()),  # too short
+        lambda s: imp.observe(s, torch.rand(2, 4, 1, 9), torch.ones(2, 1, 9).bool()),  # heads
+        lambda s: imp.observe(s, torch.rand(3, 1, 9), torch.ones(1, 9).bool()),  # no batch dim
+        lambda s: imp.observe(s, torch.rand(2, 3, 1, 9), torch.ones(2, 1, 9)),  # float mask
+        lambda s: imp.observe(s, torch.rand(2, 3, 1, 9), torch.ones(2, 2, 9).bool()),
+        lambda s: imp.observe(imp.empty(1), torch.rand(1, 1, 0), torch.ones(1, 0).bool()),
+        lambda s: imp.group_mean(torch.rand(6, 1, 9), 4),
+        lambda s: imp.group_mean(torch.rand(6, 1, 9), 0),
+    ],
+)
+def test_bad_input_raises(call):
+    with pytest.raises(ValueError):
+        call(observed())
+
+
+# ---------------------------------------------------------------- pooling and keys
+
+
+def test_group_mean_takes_consecutive_query_heads():
+    p = torch.rand(2, 6, 4, 5)
+    mean = imp.group_mean(p, 2)
+    assert mean.dtype == torch.float64
+    torch.testing.assert_close(mean[:, 1], (p[:, 3] + p[:, 4] + p[:, 5]).double() / 3)
+
+
+def test_pooling_against_a_loop_and_avg_pool1d():
+    scores = torch.rand(2, 3, 11, dtype=torch.float64)
+    pooled = imp.pool_neighbours(scores, torch.arange(11))
+    for t in range(11):
+        near = [scores[..., s] for s in range(t - 2, t + 3) if 0 <= s < 11]
+        torch.testing.assert_close(pooled[..., t], sum(near) / 5)
+    torch.testing.assert_close(pooled, torch.nn.functional.avg_pool1d(scores, 5, 1, 2))
+
+
+def test_pooling_depends_on_positions_not_on_storage():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(1, 8, generator=generator).double()
+    position = torch.tensor([3, 4, 7, 9, 10, 11, 20, 21])
+    want = imp.pool_neighbours(scores, position)
+    shuffle = torch.randperm(8, generator=generator)
+    assert torch.equal(imp.pool_neighbours(scores[:, shuffle], position[shuffle]), want[:, shuffle])
+    holes = torch.tensor([-1, 3, 4, 7, -1, 9, 10, 11, 20, 21, -1])
+    padded = torch.full((1, 11), 1e6).double()
+    padded[:, holes >= 0] = scores
+    assert torch.equal(imp.pool_neighbours(padded, holes)[:, holes >= 0], want)
+    assert imp.pool_neighbours(scores[:, :1], position[:1]).tolist() == [[scores[0, 0].item() / 5]]
+    nan, zero = (scores.index_fill(-1, torch.tensor([3]), x) for x in (math.nan, 0.0))
+    assert torch.equal(imp.pool_neighbours(nan, position), imp.pool_neighbours(zero, position))
+
+
+def test_key_scores_against_loops():
+    generator = torch.Generator().manual_seed(2)
+    keys = torch.randn(2, 3, 7, 4, generator=generator) + 1
+    valid = torch.tensor([[True] * 7, [False] * 2 + [True] * 5]).unsqueeze(1)
+    keys[1, :, :2] = math.nan  # padding may hold anything
+    norm, diff = imp.key_norm(keys), imp.key_diff(keys, valid)
+    assert norm.dtype == diff.dtype == torch.float64
+    for b, h in ((0, 0), (0, 2), (1, 1)):
+        real = [t for t in range(7) if valid[b, 0, t]]
+        k = [keys[b, h, t].double() for t in range(7)]
+        anchor = sum(k[t] / math.sqrt(sum(x * x for x in k[t])) for t in real) / len(real)
+        for t in real:
+            length = math.sqrt(sum(x * x for x in k[t]))
+            assert norm[b, h, t].item() == pytest.approx(-length, rel=1e-12)
+            cosine = sum(k[t] * anchor) / (length * anchor.norm())
+            assert diff[b, h, t].item() == pytest.approx(-cosine.item(), rel=1e-10)
+
+
+def test_bf16_keys_keep_distinct_norms():
+    """Pitfall 115: norms rounded to bf16 tie for most tokens."""
+    keys = torch.randn(1, 400, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert keys.norm(dim=-1).unique().numel() < 200
+    assert imp.key_norm(keys).unique().numel() == 400
+
+
+def expected_by_loop(k, v, mu, sigma, group, valid):
+    """Section 6 of the formulas, for one row: plain sums over tokens and query heads."""
+    heads, n, dim = k.shape
+    out = torch.zeros(heads, n, dtype=torch.float64)
+    for h in range(heads):
+        for g in range(h * group, (h + 1) * group):
+            logit = [
+                (k[h, t] @ mu[g]).item() / math.sqrt(dim)
+                + (k[h, t] @ sigma[g] @ k[h, t]).item() / (2 * dim)
+                for t in range(n)
+            ]
+            total = sum(math.exp(logit[t]) for t in range(n) if valid[t])
+            for t in range(n):
+                out[h, t] += math.exp(logit[t]) / total / group * v[h, t].norm().item()
+    return out
+
+
+def test_expected_attention_against_a_loop():
+    generator = torch.Generator().manual_seed(3)
+    k, v = torch.randn(2, 2, 2, 6, 4, generator=generator, dtype=torch.float64)
+    queries = torch.randn(2, 6, 50, 4, generator=generator, dtype=torch.float64) + 0.5
+    mu, centred = queries.mean(-2), queries - queries.mean(-2, keepdim=True)
+    sigma = centred.transpose(-1, -2) @ centred / 50
+    valid = torch.tensor([[True] * 6, [False] + [True] * 5])
+    score = imp.expected_attention(k, v, mu, sigma, valid.unsqueeze(1))
+    for b in range(2):
+        want = expected_by_loop(k[b], v[b], mu[b], sigma[b], 3, valid[b])
+        torch.testing.assert_close(score[b][:, valid[b]], want[:, valid[b]])
+
+
+def test_expected_attention_is_the_mean_over_gaussian_queries():
+    """E[exp(q.k / sqrt(D))] = exp(k.mu / sqrt(D) + k' Sigma k / (2 D)), by simulation."""
+    generator = torch.Generator().manual_seed(4)
+    k = torch.randn(1, 5, 8, generator=generator, dtype=torch.float64)
+    mu = torch.randn(1, 8, generator=generator, dtype=torch.float64)
+    root = 0.5 * torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    q = mu + torch.randn(400_000, 8, generator=generator, dtype=torch.float64) @ root.T
+    drawn = (q @ k[0].T / math.sqrt(8)).exp().mean(0)
+    unit = torch.nn.functional.normalize(torch.ones_like(k), dim=-1)
+    score = imp.expected_attention(k, unit, mu, (root @ root.T)[None], torch.ones(5).bool())
+    torch.testing.assert_close(score[0], drawn / drawn.sum(), rtol=0.03, atol=0)
+
+
+def test_expected_attention_refuses_heads_that_do_not_fit():
+    k = torch.randn(2, 5, 4)
+    for mu, sigma in ((torch.randn(3, 4), torch.randn(3, 4, 4)), (torch.randn(4, 4), torch.eye(4))):
+        with pytest.raises(ValueError):
+            imp.expected_attention(k, k, mu, sigma, torch.ones(5).bool())
