@@ -93,9 +93,8 @@ class TieredLayer(CacheLayerMixin):
             self.middle = kind(c, self.timeline, self.rope, matrix, heads)
             # All that the region ever holds, unless the window is longer than this text.
             room = min(c.n_sink + c.recent_window + c.block_size, keys.shape[2] + c.block_size)
-            if most is not None:
-                leaving = max(0, most - c.n_sink - c.recent_window) // c.block_size * c.block_size
-                self.middle.reserve(batch, leaving)
+            leaving = max(0, (most or 0) - c.n_sink - c.recent_window)
+            self.middle.reserve(batch, leaving // c.block_size * c.block_size)
             most = room if most is None else min(room, most)
         self.exact.reserve(batch, {"key": heads, "value": heads}, most or 0)
         self.is_initialized = True

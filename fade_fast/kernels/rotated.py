@@ -95,7 +95,7 @@ def quantize(rotated: Tensor, bits: int) -> Packed:
         codes = ((rotated - zero.float()) / scale.float()).round().clamp(0, steps)
         return Packed(pack(codes.to(torch.uint8), bits), scale[..., 0], zero[..., 0])
     norm = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True)
-    unit = rotated * (rotated.shape[-1] ** 0.5 / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+    unit = rotated / norm.clamp_min(torch.finfo(norm.dtype).tiny) * rotated.shape[-1] ** 0.5
     table = levels(torch.arange(steps + 1, device=rotated.device), bits, rotated.dtype)
     codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2)
     # Unbiased: the decoded vector's inner product with the original is the original's square.

@@ -244,9 +244,10 @@ def test_adaptive_keeps_a_better_part_of_what_plan_keeps():
 def test_adaptive_without_any_mass_is_plan():
     _, position = random_rows(0)
     for budgets in ((3, 4), (0, 2), (40, 0), (2, None)):
-        zeros = torch.zeros(position.shape)
-        want = pol.plan(zeros, position, *budgets)
-        assert torch.equal(pol.adaptive_plan(zeros, position, *budgets), want)
+        for nothing in (0.0, -1.0):
+            scores = torch.full(position.shape, nothing)
+            want = pol.plan(scores, position, *budgets)
+            assert torch.equal(pol.adaptive_plan(scores, position, *budgets), want)
 
 
 # ---------------------------------------------------------------- aggregation

@@ -1,0 +1,1 @@
+"""Proves that `fade_fast` computes what `fade_ref` says."""

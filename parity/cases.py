@@ -1,0 +1,192 @@
+"""What is compared: one function a subject, each running both packages on the same input."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fade_fast
+from fade_fast.attention import attention
+from fade_fast.kernels import rotated
+from fade_fast.layer import Arrival, TieredLayer
+from fade_ref import quantize
+from fade_ref.cache import LayerCache, Row, Token
+from fade_ref.config import FadeConfig
+from fade_ref.rope import Rope
+from fade_ref.rotation import Record, RotatedCodec, key_mean, qr_rotation
+from fade_ref.tiers import Tier
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Batch rows, KV heads, query heads a KV head, channels a head, dtype of the model."""
+
+    batch: int = 2
+    heads: int = 2
+    group: int = 3
+    head_dim: int = 64
+    dtype: torch.dtype = torch.float32
+
+    def random(self, *, queries: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, H * group, q, D], keys and values [B, H, q, D]; keys carry a channel offset."""
+        draw = lambda heads: torch.randn(  # noqa: E731
+            self.batch, heads, queries, self.head_dim, generator=generator, dtype=torch.float64
+        )
+        offset = torch.linspace(-4, 4, self.head_dim, dtype=torch.float64)
+        q, k, v = draw(self.heads * self.group), draw(self.heads) + offset, draw(self.heads)
+        return q.to(self.dtype), k.to(self.dtype), v.to(self.dtype)
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of the exact tensor; NaN never passes for small."""
+    error = (ours.double() - exact).norm() / exact.norm().clamp_min(1e-300)
+    return float("inf") if error.isnan() else float(error)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How the codes of one encoding differ."""
+
+    total: int
+    differing: int  # where scale and zero agree
+    furthest: int  # largest difference between two such codes
+    scale_error: float  # relative, largest over scales and zeros
+
+
+def codes(x: Tensor, bits: int, *, centred: bool = True) -> Codes:
+    """Encode x [B, H, n, D] with both packages."""
+    matrix = qr_rotation(x.shape[-1])
+    mean = key_mean(x) if centred else None
+    codec = RotatedCodec(bits, x.shape[-1], matrix)
+    spec = codec.encode(x, mean)
+    ours = rotated.encode(x, None if mean is None else mean.half(), matrix.float(), bits)
+    a = quantize.unpack(spec.codes, bits, x.shape[-1]).int()
+    b = rotated.unpack(ours.codes, bits)
+    pairs = [(spec.scale, ours.scale)] + ([] if spec.zero is None else [(spec.zero, ours.zero)])
+    same = torch.stack([u == v.double() for u, v in pairs]).all(0)
+    gap = (a - b).abs()[same]
+    error = max(float(((u - v.double()).abs() / u.abs().clamp_min(2.0**-14)).max()) for u, v in pairs)
+    return Codes(gap.numel(), int((gap > 0).sum()), int(gap.max()) if gap.numel() else 0, error)
+
+
+def mirror(layer: TieredLayer, spec: LayerCache) -> LayerCache:
+    """A specification cache that holds exactly the codes of a fast layer, for `spec`'s model."""
+    twin = LayerCache(layer.config, len(spec.rows), layer.heads, spec.head_dim, spec.rope, spec.terms)
+    twin.columns, twin.boundary = layer.length, layer.length - layer.recent
+    positions = layer.timeline.positions
+    for b in range(len(spec.rows)):
+        row = Row(layer.heads)
+        row.seen = int((positions[b] >= 0).sum())
+        column = {int(p): c for c, p in enumerate(positions[b].tolist()) if p >= 0}
+        exact = layer.exact_positions()[b, 0].tolist()
+        keys = layer.exact["key"] if layer.sink_keys is None else _original_keys(layer)
+        for slot, p in enumerate(exact):
+            if p >= 0:
+                key, value = keys[b, :, slot].double(), layer.exact["value"][b, :, slot].double()
+                row.tokens.append(Token(p, column[p], Tier.FP16, key, value))
+        for tier in layer.middle.tiers if layer.middle is not None else ():
+            for slot, p in enumerate(layer.middle.position(tier)[b, 0].tolist()):
+                if p >= 0:
+                    mean = layer.middle.mean(slot, slot + 1)[b].double()
+                    sides = (_record(tier, side, b, slot) for side in ("key", "value"))
+                    row.tokens.append(Token(p, column[p], tier.tier, *sides, mean))
+        row.tokens.sort(key=lambda t: t.position)
+        twin.rows[b] = [row]
+    return twin
+
+
+def _original_keys(layer: TieredLayer) -> Tensor:
+    keys = layer.exact["key"].clone()
+    keys[:, :, : layer.sink_keys.shape[2]] = layer.sink_keys
+    return keys
+
+
+def _record(tier, side: str, b: int, slot: int) -> Record:
+    packed = tier.packed(side, slot, slot + 1)
+    zero = None if packed.zero is None else packed.zero[b, :, 0].double()
+    return Record(packed.codes[b, :, 0], packed.scale[b, :, 0].double(), zero)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a trace: what was compared after it."""
+
+    output_error: float  # against the specification with the same codes
+    same_tokens: bool  # positions, tiers and read positions agree with an independent run
+    middle: int  # compressed tokens that were attended
+
+
+def trace(
+    config: FadeConfig,
+    shape: Shape,
+    steps: list[int],
+    *,
+    padding: tuple[int, ...] = (),
+    holes: dict[int, int] | None = None,
+    seed: int = 0,
+) -> Iterator[Step]:
+    """Run one layer of both packages over random tokens, `steps` being the columns of each step.
+
+    `padding[b]` columns of row b are padding in the first step; `holes[i]` columns of step i are
+    padding in row 0.
+    """
+    model = _model(shape)
+    module = model.model.layers[0].self_attn
+    cache = fade_fast.create_cache(model, config)
+    layer: TieredLayer = cache.layers[0]
+    rope = Rope(model.model.rotary_emb.inv_freq.double())
+    spec = LayerCache(config, shape.batch, shape.heads, shape.head_dim, rope)
+    generator = torch.Generator().manual_seed(seed)
+    for i, count in enumerate(steps):
+        query, keys, values = shape.random(queries=count, generator=generator)
+        valid = torch.ones(shape.batch, count, dtype=torch.bool)
+        for b, n in enumerate(padding if i == 0 else ()):
+            valid[b, :n] = False
+        valid[0, : (holes or {}).get(i, 0)] = False
+        hole = ~valid[:, None, :, None]
+        keys, values = keys.masked_fill(hole, torch.nan), values.masked_fill(hole, torch.nan)  # poison
+        layer.settle()
+        twin = mirror(layer, spec) if layer.length else spec
+        attended = layer.middle.count if layer.has_middle else 0
+        exact = twin.step(query, keys, values, valid) if twin is not spec else None
+        independent = spec.step(query, keys, values, valid)
+        exact = independent if exact is None else exact
+        causal = torch.ones(count, count, dtype=torch.bool).tril()
+        mask = None if valid.all() else causal & valid[:, None, None, :]
+        arrival = Arrival(layer, keys, values)
+        layer.check(keys, values)
+        ours = attention(module, query, arrival, arrival, mask)[0].transpose(1, 2)
+        real = valid[:, None, :, None].expand_as(exact)
+        layer.settle()
+        yield Step(relative_error(ours[real], exact[real]), _same_tokens(layer, spec), attended)
+
+
+def _same_tokens(layer: TieredLayer, spec: LayerCache) -> bool:
+    """Whether both hold the same tokens in the same tiers, read at the same positions."""
+    for b, (row,) in enumerate(spec.rows):
+        theirs = {(t.position, t.tier, at) for t, at in zip(row.tokens, spec.read_at(row)) if t.tier != Tier.FP16}
+        ours = set()
+        for tier in layer.middle.tiers if layer.has_middle else ():
+            position = layer.middle.position(tier)[b, 0].tolist()
+            at = layer.middle.read_at(tier)[b, 0].tolist() if layer.config.contiguous else position
+            ours |= {(p, tier.tier, r) for p, r in zip(position, at) if p >= 0}
+        exact = {p for p in layer.exact_positions()[b, 0].tolist() if p >= 0}
+        if ours != theirs or exact != {t.position for t in row.tokens if t.tier == Tier.FP16}:
+            return False
+    return True
+
+
+def _model(shape: Shape) -> LlamaForCausalLM:
+    heads = shape.heads * shape.group
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=heads * shape.head_dim,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=shape.heads,
+        head_dim=shape.head_dim,
+    )
+    return LlamaForCausalLM(config).to(shape.dtype).eval()

@@ -1,0 +1,15 @@
+"""What may differ between `fade_fast` and `fade_ref`, by how much, and why."""
+
+import torch
+
+#: Attention: norm of the difference over norm of the float64 result, for the same codes. Inputs and
+#: output are rounded to the dtype (half its eps each); sums run in float32 or better. In float64 what
+#: remains is that the codec's rotation is stored in float32.
+ATTENTION = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+#: Share of rotated codes that may differ: those whose input lies on a boundary to within the rounding
+#: of the float32 product with the rotation. They must be neighbours of the specified code.
+CODES_DIFFERING = 1e-4
+
+#: Stored scales and zeros may differ by one rounding of fp16, for the same reason.
+SCALE_ULP = 2.0**-10

@@ -1,0 +1,75 @@
+"""The fast cache against the specification: codes, attention outputs, evicted sets, positions."""
+
+import pytest
+import torch
+
+from fade_ref.config import FadeConfig
+from parity import cases
+from parity.cases import Shape
+from parity.tolerances import ATTENTION, CODES_DIFFERING, SCALE_ULP
+
+SMALL = dict(recent_window=8, block_size=4)
+CONFIGS = {
+    "int4": FadeConfig(**SMALL),
+    "int8": FadeConfig(**SMALL, middle_k_bits=8, middle_v_bits=8),
+    "k3v2": FadeConfig(**SMALL, middle_k_bits=3, middle_v_bits=2),
+    "evict": FadeConfig(**SMALL, int4_budget=10),
+    "evict, original positions": FadeConfig(**SMALL, int4_budget=10, positions="original"),
+    "int4, int2, evict": FadeConfig(**SMALL, int4_budget=10, int2_budget=6),
+    "int4, int2": FadeConfig(**SMALL, int4_budget=10, int2_budget=None),
+    "before RoPE": FadeConfig(**SMALL, positions="contiguous"),
+    "no sinks": FadeConfig(**SMALL, n_sink=0, int4_budget=7),
+    "no recent window": FadeConfig(n_sink=2, recent_window=0, block_size=3, int4_budget=9),
+    "budget 0": FadeConfig(**SMALL, int4_budget=0),
+    "off": FadeConfig(recent_window=None),
+}
+STEPS = [14] + [1] * 21 + [20, 5] + [1] * 6  # prefill, decode, a long second turn, a draft
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_codes(bits, head_dim):
+    generator = torch.Generator().manual_seed(head_dim + bits)
+    x = torch.randn(2, 3, 500, head_dim, generator=generator) * 3 + torch.linspace(-9, 9, head_dim)
+    found = cases.codes(x, bits)
+    assert found.differing <= CODES_DIFFERING * found.total and found.furthest <= 1
+    assert found.scale_error <= SCALE_ULP
+    assert found.total > 0.98 * x.numel()
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-7, 1e4, 6e4], ids=str)
+def test_codes_of_extreme_vectors(x):
+    """Constant vectors, vanishing ones, and ones whose range leaves fp16."""
+    generator = torch.Generator().manual_seed(0)
+    sample = x * torch.cat((torch.ones(1, 1, 8, 64), torch.randn(1, 1, 50, 64, generator=generator)), dim=2)
+    for bits in (8, 4, 3, 2):
+        found = cases.codes(sample, bits, centred=False)
+        assert found.furthest <= 1 and found.scale_error <= SCALE_ULP, bits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("padding", [(), (0, 11), (3, 6)], ids=["unpadded", "one padded", "both padded"])
+def test_life_of_tokens(name, padding):
+    """Every step's output for the same codes, and the surviving tokens of an independent run."""
+    config, shape = CONFIGS[name], Shape()
+    found = list(cases.trace(config, shape, STEPS, padding=padding, holes={22: 4} if padding else {}))
+    assert max(s.output_error for s in found) <= ATTENTION[shape.dtype]
+    assert all(s.same_tokens for s in found)
+    assert name in ("off", "budget 0") or found[-1].middle > 0
+
+
+SHAPES = [
+    Shape(heads=3, group=1, dtype=torch.float64),
+    Shape(heads=2, group=4, head_dim=80, dtype=torch.float64),
+    Shape(heads=1, group=7, head_dim=96, dtype=torch.bfloat16),
+    Shape(heads=2, group=4, head_dim=128, dtype=torch.float16),
+    Shape(batch=1, heads=1, group=3, head_dim=256, dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"G{s.group} D{s.head_dim} {s.dtype}")
+@pytest.mark.parametrize("name", ["int4", "int4, int2, evict"])
+def test_shapes_and_dtypes(name, shape):
+    found = list(cases.trace(CONFIGS[name], shape, [30, 1, 1, 1, 1, 18, 3, 1], seed=1))
+    assert max(s.output_error for s in found) <= ATTENTION[shape.dtype]
+    assert found[-1].middle > 0
