@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: A full buffer grows by this fraction of itself: appending costs a constant a token on average,
-#: and little is allocated that holds nothing.
-GROWTH = 1 / 16
+#: A full buffer grows by a 64th of itself, in whole steps. So appending a token costs a constant, to
+#: copy 64, which is little beside reading all of them at every step; and nearly nothing is spare.
+GROWTH = 64
 
 
 class Buffers:
@@ -29,6 +29,11 @@ class Buffers:
     @property
     def capacity(self) -> int:
         return next(iter(self.tensors.values())).shape[2] if self.tensors else 0
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one slot of one row, over its heads and fields."""
+        return sum(x.shape[1] * x.shape[3:].numel() * x.element_size() for x in self.tensors.values())
 
     def __contains__(self, name: str) -> bool:
         return name in self.fields
@@ -55,7 +60,7 @@ class Buffers:
         sample = next(iter(records.values()))
         needed = self.count + sample.shape[2]
         if not self.tensors or needed > self.capacity:
-            slack = int(self.count * GROWTH)
+            slack = self.count // GROWTH // self.step * self.step
             heads = {name: x.shape[1] for name, x in records.items()}
             self.reserve(sample.shape[0], heads, needed + slack)
         for name, x in records.items():

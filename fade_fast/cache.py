@@ -1,5 +1,6 @@
 """`TieredKVCache`: the cache that goes into `model.generate(past_key_values=...)`."""
 
+import copy
 import warnings
 from dataclasses import dataclass
 
@@ -76,6 +77,15 @@ class TieredKVCache(Cache):
         if not any(isinstance(layer, TieredLayer) for layer in layers):
             raise ValueError(f"{type(model).__name__} has no full-attention layer whose cache could be tiered")
         super().__init__(layers=layers)
+
+    def __deepcopy__(self, memo: dict) -> "TieredKVCache":
+        """An independent copy for the same model: its configuration and rotary modules are shared."""
+        for layer in self.tiered:
+            for shared in (layer.model_config, layer.rope):
+                memo[id(shared)] = shared
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def _rotation(self, dim: int, device) -> Tensor:
         """The codec's matrix, float32, one for all layers of a head_dim and device."""
@@ -179,8 +189,7 @@ def _sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
     if layer.middle is not None:
         for tier in layer.middle.tiers:
             tokens[tier.name] = int((layer.middle.position(tier) >= 0).sum())
-            each = sum(x[0, :, 0].nbytes for x in tier.records.tensors.values())
-            packed += tokens[tier.name] * each
+            packed += tokens[tier.name] * tier.records.record_bytes
         packed += layer.middle.means["mean"].nbytes if layer.middle.means.count else 0
         tokens[Tier.EVICTED.name] = seen - sum(tokens.values())
     return packed, batch * layer.length * heads * 2 * vector, tokens

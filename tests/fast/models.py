@@ -1,0 +1,83 @@
+"""Tiny random models, and the twin that compressed generation is compared with."""
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import fade_fast
+from fade_ref.config import FadeConfig
+
+SMALL = dict(recent_window=16, block_size=8)  # compresses after a few tokens
+OFF = FadeConfig(recent_window=None)
+SAFE = FadeConfig(**SMALL)
+EVICTING = FadeConfig(**SMALL, int4_budget=24)
+
+
+def tiny_llama(*, heads=2, group=2, head_dim=64, layers=2, dtype=torch.float32, seed=0, **config):
+    """A random Llama whose attention is sharp enough for its cache to matter."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=16 * heads * group,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=heads * group,
+        num_key_value_heads=heads,
+        head_dim=head_dim,
+        max_position_embeddings=16384,
+        initializer_range=0.2,
+        pad_token_id=0,
+        **config,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def prompt(length, *, batch=1, pads=(), seed=0):
+    """Random `input_ids` and `attention_mask`, row b left-padded by `pads[b]`."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 256, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for b, n in enumerate(pads):
+        ids[b, :n], mask[b, :n] = 0, 0
+    return dict(input_ids=ids, attention_mask=mask)
+
+
+def generate(model, cache, inputs, new=40, **options):
+    """New tokens [B, new] of `generate()`, greedy unless `options` say otherwise."""
+    options = dict(do_sample=False, min_new_tokens=new) | options
+    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=new, **options)
+    return out[:, inputs["input_ids"].shape[1] :]
+
+
+def dense(model):
+    return DynamicCache(config=model.config)
+
+
+def teacher_forced(model, cache, inputs, chunks):
+    """Logits [B, n, vocabulary] of the input fed in chunks of the given sizes through one cache."""
+    ids, mask, start, out = inputs["input_ids"], inputs["attention_mask"], 0, []
+    position = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        for n in chunks:
+            part = slice(start, start + n)
+            step = model(
+                input_ids=ids[:, part],
+                attention_mask=mask[:, : start + n],
+                position_ids=position[:, part],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            out.append(step.logits)
+            start += n
+    return torch.cat(out, dim=1)
+
+
+def twin_logits(model, config, inputs, chunks):
+    """The same with stock attention over a cache that stores the same codes and reads them dense."""
+    cache = fade_fast.create_cache(model, config)
+    fade_fast.detach(model)
+    return teacher_forced(model, cache, inputs, chunks)
+
+
+def compressed_tokens(cache) -> int:
+    """Tokens in any integer tier."""
+    return sum(n for name, n in cache.memory().tokens.items() if name not in ("FP16", "EVICTED"))
