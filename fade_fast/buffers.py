@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: A full buffer grows by a 64th of itself, in whole steps. So appending a token costs a constant, to
-#: copy 64, which is little beside reading all of them at every step; and nearly nothing is spare.
-GROWTH = 64
+#: A full buffer grows by this fraction of itself, in whole steps. So to append a token costs a constant,
+#: at most that of copying 256, little beside reading all of them at every step; and hardly a slot is spare.
+GROWTH = 256
 
 
 class Buffers:

@@ -52,7 +52,7 @@ class Timeline:
             self.has_holes = True
         needed = self.length + count
         if self._buffer is None or needed > self._buffer.shape[1]:
-            capacity = -(-(needed + needed // 8) // STEP) * STEP
+            capacity = -(-(needed + needed // 64) // STEP) * STEP
             grown = new.new_full((batch, capacity), HOLE)
             if self.length:
                 grown[:, : self.length] = self.positions
