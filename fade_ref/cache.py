@@ -242,9 +242,11 @@ class LayerCache:
     def _plan(self, rows: list[Row]) -> list[dict[int, Tier]]:
         """For each row, the tier of each middle column; a row's padding is a hole in its plan."""
         columns = sorted({t.column for row in rows for t in self.middle(row)})
-        position, slots = [], []
+        position, slots, spent = [], [], []
         for row in rows:
             middle = {t.column: t.position for t in self.middle(row)}
+            tier = {t.column: t.tier for t in row.tokens}
+            spent.append([tier.get(c) == Tier.INT2 != self.first_tier for c in columns])
             slot = {t.column: i for i, t in enumerate(row.tokens)}
             position.append([middle.get(c, -1) for c in columns])
             slots.append(torch.tensor([slot[c] if c in middle else -1 for c in columns], dtype=torch.int64))
@@ -257,7 +259,10 @@ class LayerCache:
         scope = "layer" if self.config.plan_scope == "layer" else "sequence"  # a head's row is its own
         tiers = policies.make_plan(
             replace(self.config, plan_scope=scope),
-            policies.Candidates(torch.tensor(position, dtype=torch.int64), now, known, keys, values, **self.learned),
+            policies.Candidates(
+                torch.tensor(position, dtype=torch.int64), now, known, keys, values,
+                spent=torch.tensor(spent, dtype=torch.bool), **self.learned,
+            ),
         )
         return [dict(zip(columns, map(Tier, row))) for row in tiers.tolist()]
 

@@ -32,6 +32,7 @@ class Candidates:
         importance: attention received; every policy but position and the key-based needs it.
         keys, values: [..., H, n, D], rotated to their positions, for the key-based policies.
         queries: mean and covariance of future queries, see `importance.expected_attention`.
+        spent: bool, shape of `position`: tokens that are INT2 already, see `plan`; None: none is.
         layer, layers, weights: this layer's index, their number, `MLP` tensors; for learned.
 
     Raises `ValueError`: position not int64, below -1 or after `now`; numbers of tokens that differ.
@@ -43,6 +44,7 @@ class Candidates:
     keys: Tensor | None = None
     values: Tensor | None = None
     queries: tuple[Tensor, Tensor] | None = None
+    spent: Tensor | None = None
     layer: int = 0
     layers: int = 1
     weights: dict[str, Tensor] | None = None
@@ -147,31 +149,34 @@ def _rank(scores: Tensor, position: Tensor) -> Tensor:
     return order.argsort(dim=-1)
 
 
-def _assign(rank: Tensor, position: Tensor, first, total, first_tier: Tier) -> Tensor:
-    tiers = torch.full(rank.shape, Tier.EVICTED, dtype=torch.int8)
-    tiers[rank < total] = Tier.INT2
-    tiers[rank < first] = first_tier
-    return tiers.masked_fill(position < 0, Tier.EVICTED)
+def _assign(scores, position, first, second, first_tier: Tier, spent: Tensor | None) -> Tensor:
+    """The best `first` tokens that are not `spent` to `first_tier`, the next `second` to INT2."""
+    spent = torch.zeros_like(position).bool() if spent is None else spent
+    high = (_rank(scores, position.masked_fill(spent, -1)) < first) & ~spent & (position >= 0)
+    low = (_rank(scores, position.masked_fill(high, -1)) < second) & ~high & (position >= 0)
+    tiers = torch.full(position.shape, Tier.EVICTED, dtype=torch.int8)
+    return tiers.masked_fill(high, first_tier).masked_fill(low, Tier.INT2)
 
 
-def plan(scores, position, int4_budget, int2_budget, first_tier: Tier = Tier.INT4) -> Tensor:
+def plan(scores, position, int4_budget, int2_budget, first_tier=Tier.INT4, spent=None) -> Tensor:
     """Tier codes, int8 [..., n]: the best `int4_budget` tokens, then `int2_budget`, then EVICTED.
 
     Of equal `scores` [..., n] the older token loses; NaN is worst. `position` int64 [..., n]; -1
     (padding, hole) is EVICTED and uses no budget, which each row has for itself. A budget of None
-    is no limit. `ValueError`: shapes or dtypes that do not fit, a negative budget.
+    is no limit. `spent`, bool [..., n], marks tokens that are INT2 already and cannot climb: their
+    finer bits are gone. `ValueError`: shapes or dtypes that do not fit, a negative budget.
 
     >>> plan(torch.tensor([0.5, 0.9, 0.5, 0.1]), torch.arange(4), 2, 1).tolist()  # EVICTED is 6
     [4, 2, 2, 6]
     """
     if min(int4_budget or 0, int2_budget or 0) < 0:
         raise ValueError(f"negative budget: {int4_budget}, {int2_budget}")
-    first = scores.shape[-1] if int4_budget is None else int4_budget
-    total = scores.shape[-1] if int2_budget is None else first + int2_budget
-    return _assign(_rank(scores, position), position, first, total, first_tier)
+    n = scores.shape[-1]
+    first, second = (n if budget is None else budget for budget in (int4_budget, int2_budget))
+    return _assign(scores, position, first, second, first_tier, spent)
 
 
-def adaptive_plan(scores, position, int4_budget, int2_budget, first_tier=Tier.INT4) -> Tensor:
+def adaptive_plan(scores, position, int4_budget, int2_budget, first_tier=Tier.INT4, spent=None) -> Tensor:
     """`plan`, but a token must also earn its tier by its share of the attention mass, `scores`.
 
     A token is high while those better than it hold at most HIGH_SHARE of the row's mass, and worth
@@ -182,19 +187,22 @@ def adaptive_plan(scores, position, int4_budget, int2_budget, first_tier=Tier.IN
     >>> adaptive_plan(torch.tensor([91.0, 8.5, 0.5]), torch.arange(3), 2, 2).tolist()
     [2, 4, 6]
     """
-    limits = plan(scores, position, int4_budget, int2_budget, first_tier)
+    limits = plan(scores, position, int4_budget, int2_budget, first_tier, spent)
     if int4_budget is None:
         return limits
-    rank = _rank(scores, position)
-    mass = torch.where((position >= 0) & (scores > 0), scores.double(), 0.0)
-    better = F.pad(mass.gather(-1, rank.argsort(dim=-1)), (1, -1)).cumsum(-1)  # best first
-    total = mass.sum(-1, keepdim=True)
-    high, kept = ((better <= s * total).sum(-1, keepdim=True) for s in (HIGH_SHARE, KEEP_SHARE))
+    valid = position >= 0
+    mass = torch.where(valid & (scores > 0), scores.double(), 0.0)
+    best_first = _rank(scores, position).argsort(dim=-1)
+    better = F.pad(mass.gather(-1, best_first), (1, -1)).cumsum(-1)
+    shares = (better <= s * mass.sum(-1, keepdim=True) for s in (HIGH_SHARE, KEEP_SHARE))
+    high, kept = (s.sum(-1, keepdim=True).minimum(valid.sum(-1, keepdim=True)) for s in shares)
     if int2_budget is None:
-        return _assign(rank, position, high.clamp(max=int4_budget), rank.shape[-1], first_tier)
-    kept = kept.clamp(max=int4_budget + int2_budget)
-    first = high.maximum(kept - int2_budget).clamp(max=int4_budget)
-    return _assign(rank, position, first, kept, first_tier)
+        first, second = high.clamp(max=int4_budget), position.shape[-1]
+    else:
+        kept = kept.clamp(max=int4_budget + int2_budget)
+        first = high.maximum(kept - int2_budget).clamp(max=int4_budget)
+        second = kept - first
+    return _assign(scores, position, first, second, first_tier, spent)
 
 
 def make_plan(config: FadeConfig, candidates: Candidates) -> Tensor:
@@ -212,9 +220,11 @@ def make_plan(config: FadeConfig, candidates: Candidates) -> Tensor:
     if scope != "head":  # the axis H, which all heads share
         c = replace(c, position=position.unsqueeze(-2), now=torch.as_tensor(c.now).unsqueeze(-1))
     scores = aggregate(SCORES[config.eviction_policy](c), scope, position >= 0)
+    spent = c.spent
     if scope == "layer":  # in the order of the row that has the longest history
         position = position.reshape(-1, position.shape[-1]).amax(0)
+        spent = spent if spent is None else spent.reshape(-1, spent.shape[-1]).any(0)
     first_tier = INTEGER_TIERS[max(config.middle_k_bits, config.middle_v_bits)]
     chosen = adaptive_plan if config.eviction_policy == "adaptive" else plan
-    tiers = chosen(scores, position, config.int4_budget, config.int2_budget, first_tier)
+    tiers = chosen(scores, position, config.int4_budget, config.int2_budget, first_tier, spent)
     return tiers.masked_fill(candidates.position < 0, Tier.EVICTED)
