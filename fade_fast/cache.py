@@ -111,6 +111,7 @@ class TieredKVCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         most = min(layer.croppable for layer in self.tiered)
         if not -most <= tokens_to_remove <= 0:
             raise ValueError(
