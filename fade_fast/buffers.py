@@ -1,6 +1,7 @@
 """Static buffers: named tensors that hold one record a slot and move together."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,74 +11,111 @@ from torch import Tensor
 GROWTH = 256
 
 
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a buffer: shape and dtype of a head's record, and the axis that counts slots.
+
+    Axis 2 gives [B, heads, slots, *shape]; axis -1 gives [B, heads, *shape, slots].
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    heads: int
+    axis: int = 2
+
+    def empty(self, batch: int, slots: int, device) -> Tensor:
+        shape = (*self.shape, slots) if self.axis == -1 else (slots, *self.shape)
+        return torch.zeros(batch, self.heads, *shape, dtype=self.dtype, device=device)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one slot of one row."""
+        return self.heads * torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
 class Buffers:
-    """Records of one tier, slot by slot, in tensors [B, H, capacity, ...].
+    """Records of one tier, slot by slot, in one tensor a field.
 
     Args:
-        fields: name -> (shape of one record of one head, dtype).
+        fields: name -> what a slot holds.
         step: capacities are multiples of this many slots.
-        device: where the tensors live.
+        batch, device: of the tensors.
 
     `count` slots, the first ones, are in use. What the others hold means nothing.
     """
 
-    def __init__(self, fields: dict[str, tuple[tuple[int, ...], torch.dtype]], step: int, device):
-        self.fields, self.step, self.device = fields, step, device
-        self.count = 0
-        self.tensors: dict[str, Tensor] = {}
+    def __init__(self, fields: dict[str, Field], step: int, batch: int, device):
+        self.fields, self.step, self.count = fields, step, 0
+        self.tensors = {name: field.empty(batch, 0, device) for name, field in fields.items()}
 
     @property
     def capacity(self) -> int:
-        return next(iter(self.tensors.values())).shape[2] if self.tensors else 0
+        """Slots there is room for."""
+        name, field = next(iter(self.fields.items()))
+        return self.tensors[name].shape[field.axis]
 
     @property
     def record_bytes(self) -> int:
         """Bytes of one slot of one row, over its heads and fields."""
-        return sum(x.shape[1] * x.shape[3:].numel() * x.element_size() for x in self.tensors.values())
+        return sum(field.bytes for field in self.fields.values())
 
     def __contains__(self, name: str) -> bool:
         return name in self.fields
 
     def __getitem__(self, name: str) -> Tensor:
-        """The slots in use of one field: a view [B, H, count, ...]."""
-        return self.tensors[name][:, :, : self.count]
+        """The slots in use of one field, a view."""
+        return self.tensors[name].narrow(self.fields[name].axis, 0, self.count)
 
-    def reserve(self, batch: int, heads: dict[str, int], capacity: int) -> None:
-        """Make room for `capacity` slots in all; what is stored stays. `heads`: field -> heads."""
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` slots in all; what is stored stays."""
         capacity = -(-capacity // self.step) * self.step
-        if self.tensors and capacity <= self.capacity:
+        if capacity <= self.capacity:
             return
-        grown = {}
-        for name, (shape, dtype) in self.fields.items():
-            new = torch.zeros(batch, heads[name], capacity, *shape, dtype=dtype, device=self.device)
-            if self.tensors:
-                new[:, :, : self.count] = self[name]
-            grown[name] = new
-        self.tensors = grown
+        for name, field in self.fields.items():
+            old = self.tensors[name]
+            new = field.empty(old.shape[0], capacity, old.device)
+            new.narrow(field.axis, 0, self.count).copy_(self[name])
+            self.tensors[name] = new
 
     def append(self, **records: Tensor) -> None:
-        """Write records [B, H, n, ...], one tensor a field, after those in use."""
-        sample = next(iter(records.values()))
-        needed = self.count + sample.shape[2]
-        if not self.tensors or needed > self.capacity:
-            slack = self.count // GROWTH // self.step * self.step
-            heads = {name: x.shape[1] for name, x in records.items()}
-            self.reserve(sample.shape[0], heads, needed + slack)
+        """Write records, one tensor a field with n slots, after those in use."""
+        name = next(iter(records))
+        new = records[name].shape[self.fields[name].axis]
+        if self.count + new > self.capacity:
+            self.reserve(self.count + new + self.count // GROWTH // self.step * self.step)
         for name, x in records.items():
-            self.tensors[name][:, :, self.count : needed] = x
-        self.count = needed
+            self.tensors[name].narrow(self.fields[name].axis, self.count, new).copy_(x)
+        self.count += new
 
     def replace(self, **records: Tensor) -> None:
         """Hold exactly these records, in the memory there is if they fit."""
         self.count = 0
         self.append(**records)
 
-    def drop_first(self, n: int, start: int = 0) -> None:
+    def remove(self, start: int, n: int) -> None:
         """Remove `n` slots from `start` on; later ones move up."""
-        for x in self.tensors.values():
-            x[:, :, start : self.count - n] = x[:, :, start + n : self.count].clone()
+        for name, field in self.fields.items():
+            later = self[name].narrow(field.axis, start + n, self.count - start - n).clone()
+            self[name].narrow(field.axis, start, self.count - start - n).copy_(later)
         self.count -= n
+
+    def take(self, name: str, index: Tensor) -> Tensor:
+        """Slots `index` [B, 1 or H, m] of a field, gathered into a new tensor."""
+        return take(self[name], index, self.fields[name].axis)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `function` of it: rows reordered, moved to a device, ..."""
         self.tensors = {name: function(x) for name, x in self.tensors.items()}
+
+
+def along(x: Tensor, like: Tensor, axis: int = 2) -> Tensor:
+    """`x` [B, 1 or H, m], one number a slot, shaped to broadcast with a field's tensor `like`."""
+    extra = like.dim() - x.dim()
+    return x.reshape(*x.shape[:2], *[1] * extra, -1) if axis == -1 else x.reshape(*x.shape, *[1] * extra)
+
+
+def take(x: Tensor, index: Tensor, axis: int = 2) -> Tensor:
+    """Slots `index` [B, 1 or H, m] of `x`, whose `axis` counts slots."""
+    shape = list(x.shape)
+    shape[axis] = index.shape[-1]
+    return x.gather(axis, along(index, x, axis).expand(shape))

@@ -13,10 +13,10 @@ from transformers.cache_utils import CacheLayerMixin
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import packed_bytes
 
-from .buffers import Buffers
+from .buffers import Buffers, Field, take
 from .kernels import rotated
 from .kernels.rope import rotate
-from .middle import HOLE, Middle, PinnedMiddle, PlannedMiddle, take
+from .middle import HOLE, Middle, PinnedMiddle, PlannedMiddle
 from .models import Rope
 from .timeline import Timeline
 
@@ -85,18 +85,18 @@ class TieredLayer(CacheLayerMixin):
         c, most = self.config, self._max_length
         batch, heads, _, dim = keys.shape
         self.dtype, self.device = keys.dtype, keys.device
-        vector = ((dim,), keys.dtype)
-        self.exact = Buffers({"key": vector, "value": vector}, 1, keys.device)
+        fields = dict.fromkeys(("key", "value"), Field((dim,), keys.dtype, heads))
+        self.exact = Buffers(fields, 1, batch, keys.device)
         if c.compresses:
             kind = PlannedMiddle if c.moves else PinnedMiddle
             matrix = self._rotations(dim, keys.device)
-            self.middle = kind(c, self.timeline, self.rope, matrix, heads)
+            self.middle = kind(c, self.timeline, self.rope, matrix, batch, heads)
             # All that the region ever holds, unless the window is longer than this text.
             room = min(c.n_sink + c.recent_window + c.block_size, keys.shape[2] + c.block_size)
             leaving = max(0, (most or 0) - c.n_sink - c.recent_window)
-            self.middle.reserve(batch, leaving // c.block_size * c.block_size)
+            self.middle.reserve(leaving // c.block_size * c.block_size)
             most = room if most is None else min(room, most)
-        self.exact.reserve(batch, {"key": heads, "value": heads}, most or 0)
+        self.exact.reserve(most or 0)
         self.is_initialized = True
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs):
@@ -285,7 +285,7 @@ class TieredLayer(CacheLayerMixin):
             start = self.exact.count - self.recent
             columns = slice(start, start + surplus)
             self._demote(self.exact["key"][:, :, columns], self.exact["value"][:, :, columns], self.length - self.recent)
-            self.exact.drop_first(surplus, start)
+            self.exact.remove(start, surplus)
 
     def _surplus(self, recent: int) -> int:
         """How many of `recent` columns have to leave: whole blocks."""

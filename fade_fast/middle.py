@@ -15,14 +15,16 @@ from fade_ref.config import FadeConfig
 from fade_ref.tiers import INTEGER_TIERS, Tier, packed_bytes, tier_name
 
 from . import plan
-from .buffers import Buffers
+from .buffers import Buffers, Field, along, take
 from .kernels import rotated
 from .kernels.rope import rotate
 from .kernels.rotated import Packed
 from .models import Rope
 from .timeline import HOLE, Timeline
 
-SHARED = ("position", "read_at")  # fields that a layer's heads have in common
+#: Codes that are stored tokens last, [B, H, bytes, n]: attention sums values over tokens, and so reads
+#: them in the order of the sum.
+TRANSPOSED = ("value_codes",)
 
 
 @dataclass
@@ -39,36 +41,21 @@ class MiddleTier:
 
     def packed(self, side: str, start: int, stop: int) -> Packed:
         """Codes of slots `start` to `stop`; `side` is "key" or "value"."""
-        return unrecord(self.records, side, slice(start, stop))
+        return unrecord(self.records, side, start, stop)
 
 
-def unrecord(fields, side: str, slots: slice = slice(None)) -> Packed:
-    """The `Packed` of one side, from named fields [B, H, n, ...]."""
-    zero = f"{side}_zero"
-    return Packed(
-        fields[f"{side}_codes"][:, :, slots],
-        fields[f"{side}_scale"][:, :, slots],
-        fields[zero][:, :, slots] if zero in fields else None,
-    )
+def unrecord(fields, side: str, start: int = 0, stop: int | None = None) -> Packed:
+    """The `Packed` of one side, from slots of the fields that `record` named."""
+    pick = lambda name, x: (x.mT if name in TRANSPOSED else x)[:, :, start:stop]  # noqa: E731
+    names = [f"{side}_{name}" for name in Packed._fields]
+    return Packed(*(pick(name, fields[name]) if name in fields else None for name in names))
 
 
 def record(keys: Packed, values: Packed) -> dict[str, Tensor]:
-    """Named fields [B, H, n, ...] of encoded tokens: the inverse of `unrecord`."""
-    sides = (("key", keys), ("value", values))
-    return {
-        f"{side}_{name}": x
-        for side, packed in sides
-        for name, x in packed._asdict().items()
-        if x is not None
-    }
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Slots `index` [B, 1 or H, m] of `x` [B, H, n, ...], as [B, H, m, ...]."""
-    index = index.expand(x.shape[0], x.shape[1], -1)
-    for size in x.shape[3:]:
-        index = index[..., None].expand(*index.shape, size)
-    return x.gather(2, index)
+    """Named fields of encoded tokens."""
+    sides = {"key": keys, "value": values}
+    named = {f"{side}_{name}": x for side, packed in sides.items() for name, x in packed._asdict().items()}
+    return {name: x.mT if name in TRANSPOSED else x for name, x in named.items() if x is not None}
 
 
 def key_mean(keys: Tensor, position: Tensor) -> Tensor:
@@ -91,12 +78,12 @@ class Middle:
         timeline: the columns of the cache.
         rope: how the model rotates this layer's keys; needed if `config.contiguous`.
         matrix: the codec's rotation [D, D], float32.
-        heads: KV heads of the layer.
+        batch, heads: rows, and KV heads of the layer.
     """
 
-    def __init__(self, config: FadeConfig, timeline: Timeline, rope: Rope | None, matrix, heads: int):
+    def __init__(self, config: FadeConfig, timeline: Timeline, rope: Rope | None, matrix, batch: int, heads: int):
         self.config, self.timeline, self.rope, self.matrix = config, timeline, rope, matrix
-        self.heads, dim, device = heads, matrix.shape[0], matrix.device
+        dim, device = matrix.shape[0], matrix.device
         widths = [(config.middle_k_bits, config.middle_v_bits)]
         if config.int2_budget != 0:
             widths.append((2, 2))
@@ -104,22 +91,23 @@ class Middle:
         for bits in widths:
             fields = dict(self.own_fields())
             for side, b in zip(("key", "value"), bits):
-                fields[f"{side}_codes"] = ((packed_bytes(b, dim),), torch.uint8)
-                fields[f"{side}_scale"] = ((), torch.float16)
+                axis = -1 if f"{side}_codes" in TRANSPOSED else 2
+                fields[f"{side}_codes"] = Field((packed_bytes(b, dim),), torch.uint8, heads, axis)
+                fields[f"{side}_scale"] = Field((), torch.float16, heads)
                 if rotated.is_uniform(b):
-                    fields[f"{side}_zero"] = ((), torch.float16)
+                    fields[f"{side}_zero"] = Field((), torch.float16, heads)
             tier = Tier.INT2 if self.tiers else INTEGER_TIERS[max(bits)]
-            self.tiers.append(MiddleTier(tier, bits, Buffers(fields, self.step, device)))
-        self.means = Buffers({"mean": ((dim,), torch.float16)}, 1, device)
+            self.tiers.append(MiddleTier(tier, bits, Buffers(fields, self.step, batch, device)))
+        self.means = Buffers({"mean": Field((dim,), torch.float16, heads)}, 1, batch, device)
 
     step = 1  # capacities are multiples of this
     evicted: Tensor | None = None  # [B, 1] int32: real tokens dropped so far
 
-    def own_fields(self) -> dict:
+    def own_fields(self) -> dict[str, Field]:
         """Fields of a record besides its codes."""
         return {}
 
-    def reserve(self, batch: int, tokens: int) -> None:
+    def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all at once."""
         raise NotImplementedError
 
@@ -189,10 +177,9 @@ class PinnedMiddle(Middle):
     def step(self) -> int:
         return self.config.block_size
 
-    def reserve(self, batch: int, tokens: int) -> None:
-        blocks = tokens // self.step
-        self.tiers[0].records.reserve(batch, dict.fromkeys(self.tiers[0].records.fields, self.heads), tokens)
-        self.means.reserve(batch, {"mean": self.heads}, blocks)
+    def reserve(self, tokens: int) -> None:
+        self.tiers[0].records.reserve(tokens)
+        self.means.reserve(tokens // self.step)
 
     def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
         position = self.column_positions(first, keys.shape[2])
@@ -236,17 +223,14 @@ class PlannedMiddle(Middle):
         counts = [] if self.evicted is None else [self.evicted, self._demoted]
         return super().tensors() + counts
 
-    def own_fields(self) -> dict:
-        fields = {"position": ((), torch.int32)}
-        if self.config.contiguous:
-            fields["read_at"] = ((), torch.int32)
-        return fields
+    def own_fields(self) -> dict[str, Field]:
+        names = ("position", "read_at") if self.config.contiguous else ("position",)
+        return dict.fromkeys(names, Field((), torch.int32, 1))
 
-    def reserve(self, batch: int, tokens: int) -> None:
+    def reserve(self, tokens: int) -> None:
         for tier, budget in zip(self.tiers, (self.config.int4_budget, self.config.int2_budget)):
-            heads = {name: 1 if name in SHARED else self.heads for name in tier.records.fields}
-            tier.records.reserve(batch, heads, tokens if budget is None else min(budget, tokens))
-        self.means.reserve(batch, {"mean": self.heads}, 1)
+            tier.records.reserve(tokens if budget is None else min(budget, tokens))
+        self.means.reserve(1)
 
     def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
         position = self.column_positions(first, keys.shape[2])
@@ -291,11 +275,12 @@ class PlannedMiddle(Middle):
             if count:
                 here = (index >= offset) & (index < offset + count)
                 slots = (index - offset).clamp(0, count - 1)
-                old = {n: take(source.records[n], slots) for n in source.records.fields if n not in SHARED}
+                own = self.own_fields()
+                old = {n: source.records.take(n, slots) for n in source.records.fields if n not in own}
                 if source is not tier:
                     old = self._requantize(old, source.bits, tier.bits)
                 for name, x in fields.items():
-                    chosen = here if x.dim() == 3 else here[..., None]
+                    chosen = along(here, x, tier.records.fields[name].axis)
                     fields[name] = torch.where(chosen, old[name], x)
             offset += count
         return fields
