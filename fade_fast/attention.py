@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .kernels import exact, rotated
+from .kernels import exact, packed, rotated
 from .kernels.merge import Partial, combine, empty, merge
 from .layer import Arrival, TieredLayer
 from .timeline import HOLE
@@ -18,6 +18,7 @@ from .timeline import HOLE
 NAME = "fade"  # what our attention and mask functions are registered as in transformers
 SHORT = 16  # most query tokens that are attended from the recent buffer, not beside it
 TILE = 2048  # keys decoded or scored at a time
+MOST_ROWS = 64  # most query rows of a KV head that the compiled kernel is made for
 ROWS = 512  # query tokens of a long step attended at a time
 
 
@@ -131,7 +132,9 @@ class Rows:
         """
         layer = self.layer
         partials = [self._exact(layer.exact["key"], layer.exact["value"], layer.exact_positions())]
-        partials += [self._tier(t) for t in (layer.middle.tiers if layer.has_middle else ()) if t.records.count]
+        for tier in layer.middle.tiers if layer.has_middle else ():
+            if tier.records.count:
+                partials.append(self._tier(tier, partials[0].top))
         if beside is not None:
             first, keys, values = beside
             for i in range(0, self.stop - first, TILE):
@@ -149,25 +152,37 @@ class Rows:
     def _exact(self, keys: Tensor, values: Tensor, position: Tensor) -> Partial:
         return exact.attend(self.query, keys, values, self._fold(self.sees(position)), self.terms.softcap)
 
-    def _tier(self, tier) -> Partial:
-        """Partial over one tier of the middle, tile by tile, so that it is never dense."""
-        layer, middle = self.layer, self.layer.middle
-        matrix = middle.matrix.to(self.query.dtype)
-        on_codes = not layer.config.contiguous
-        turned, bias = (self.query @ matrix.mT, middle.bias(self.query)) if on_codes else (None, None)
-        position, total = middle.position(tier), empty(self.query)
+    def _tier(self, tier, near: Tensor) -> Partial:
+        """Partial over one tier of the middle, which is never dense; `near` is a likely top score."""
+        middle, codes = self.layer.middle, 3 not in tier.bits and self.terms.window is None
+        if self.layer.config.contiguous or not codes:
+            part = self._decoded(tier)
+        else:
+            part = packed.attend(
+                self.query @ middle.matrix.to(self.query.dtype).mT,
+                near.masked_fill(near <= torch.finfo(near.dtype).min, 0.0),
+                middle.bias(self.query, tier),
+                middle.valid(tier),
+                tier.stored("key"),
+                tier.stored("value"),
+                tier.bound,
+                tier.bits,
+                self.terms.softcap,
+                half=self.dtype.itemsize == 2 and self.query.is_cuda and self.query.shape[2] <= MOST_ROWS,
+            )
+        return part._replace(acc=part.acc @ middle.matrix.to(self.query.dtype))
+
+    def _decoded(self, tier) -> Partial:
+        """The same where keys must be decoded, for RoPE or a mask of their own, tile by tile."""
+        position, total = self.layer.middle.position(tier), empty(self.query)
         for start in range(0, tier.records.count, TILE):
             stop = min(start + TILE, tier.records.count)
             seen = self._fold(self.sees(position[..., start:stop]))
+            keys = self.layer.decode_keys(tier, start, stop, self.query.dtype)
             values = tier.packed("value", start, stop)
-            if on_codes:
-                keys, shift = tier.packed("key", start, stop), middle.bias_of(bias, start, stop)
-                part = rotated.attend(turned, keys, values, shift, seen, tier.bits, self.terms.softcap)
-            else:
-                keys = layer.decode_keys(tier, start, stop, self.query.dtype)
-                part = rotated.attend_decoded(self.query, keys, values, seen, tier.bits[1], self.terms.softcap)
+            part = rotated.attend(self.query, keys, values, seen, tier.bits[1], self.terms.softcap)
             total = combine(total, part)
-        return total._replace(acc=total.acc @ matrix)
+        return total
 
 
 def _rows(query: Tensor, heads: int) -> Tensor:

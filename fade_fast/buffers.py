@@ -55,6 +55,10 @@ class Buffers:
         return self.tensors[name].shape[field.axis]
 
     @property
+    def on_cuda(self) -> bool:
+        return next(iter(self.tensors.values())).is_cuda
+
+    @property
     def record_bytes(self) -> int:
         """Bytes of one slot of one row, over its heads and fields."""
         return sum(field.bytes for field in self.fields.values())
@@ -65,6 +69,10 @@ class Buffers:
     def __getitem__(self, name: str) -> Tensor:
         """The slots in use of one field, a view."""
         return self.tensors[name].narrow(self.fields[name].axis, 0, self.count)
+
+    def first(self, name: str, slots: int) -> Tensor:
+        """The first `slots` slots of one field, in use or not, a view."""
+        return self.tensors[name].narrow(self.fields[name].axis, 0, slots)
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots in all; what is stored stays."""

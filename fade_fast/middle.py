@@ -17,6 +17,7 @@ from fade_ref.tiers import INTEGER_TIERS, Tier, packed_bytes, tier_name
 from . import plan
 from .buffers import Buffers, Field, along, take
 from .kernels import rotated
+from .kernels.packed import bucket
 from .kernels.rope import rotate
 from .kernels.rotated import Packed
 from .models import Rope
@@ -34,14 +35,48 @@ class MiddleTier:
     tier: Tier
     bits: tuple[int, int]
     records: Buffers
+    bound: Tensor | None = None  # [B, H] float32: at least every value scale ever stored
 
     @property
     def name(self) -> str:
         return tier_name(*self.bits)
 
+    @property
+    def span(self) -> int:
+        """Slots a kernel runs over: those in use, and on CUDA some more, for few different lengths."""
+        return bucket(self.records.count) if self.records.on_cuda else self.records.count
+
     def packed(self, side: str, start: int, stop: int) -> Packed:
-        """Codes of slots `start` to `stop`; `side` is "key" or "value"."""
+        """Codes of slots `start` to `stop`, tokens before bytes; `side` is "key" or "value"."""
         return unrecord(self.records, side, start, stop)
+
+    def stored(self, side: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scale and zero of all of `span`, as they are stored."""
+        names = (f"{side}_{name}" for name in Packed._fields)
+        return tuple(self.records.first(n, self.span) if n in self.records else None for n in names)
+
+    def append(self, **fields: Tensor) -> None:
+        if self.records.on_cuda:
+            self.records.reserve(bucket(self.records.count + fields["key_scale"].shape[2]))
+        self.records.append(**fields)
+        self._raise_bound(fields["value_scale"])
+
+    def replace(self, **fields: Tensor) -> None:
+        """Hold exactly these records."""
+        self.records.count = 0
+        self.append(**fields)
+
+    def _raise_bound(self, scale: Tensor) -> None:
+        new = scale.float().amax(-1) if scale.shape[-1] else scale.new_zeros(scale.shape[:2]).float()
+        new = new.clamp_min(rotated.SMALLEST_SCALE)  # it is divided by
+        self.bound = new if self.bound is None else torch.maximum(self.bound, new)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.records.map(function)
+        self.bound = None if self.bound is None else function(self.bound)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.records.tensors.values(), *([] if self.bound is None else [self.bound])]
 
 
 def unrecord(fields, side: str, start: int = 0, stop: int | None = None) -> Packed:
@@ -119,6 +154,11 @@ class Middle:
         """Logical position of each slot in use, [B, 1, n] int32; `HOLE` where there is no token."""
         raise NotImplementedError
 
+    def valid(self, tier: MiddleTier) -> Tensor:
+        """Which slots of the tier's span hold a token, bool [B, 1, span]."""
+        spare = tier.span - tier.records.count
+        return torch.nn.functional.pad(self.position(tier) != HOLE, (0, spare))
+
     def read_at(self, tier: MiddleTier) -> Tensor:
         """Position at which RoPE reads each slot, where `config.contiguous`."""
         raise NotImplementedError
@@ -127,13 +167,12 @@ class Middle:
         """Means of the keys in slots `start` to `stop`, [B, H, n or 1, D]."""
         raise NotImplementedError
 
-    def bias(self, query: Tensor) -> Tensor:
-        """What each mean adds to the scores of `query` [B, H, R, D]: [B, H, R, means]."""
-        return query @ self.means["mean"].to(query.dtype).mT
+    def bias(self, query: Tensor, tier: MiddleTier) -> Tensor:
+        """What each mean adds to the scores of `query` [B, H, R, D]: [B, H, R, means].
 
-    def bias_of(self, bias: Tensor, start: int, stop: int) -> Tensor:
-        """The part of `bias(query)` for slots `start` to `stop`, [B, H, R, n or 1]."""
-        raise NotImplementedError
+        Mean m is that of slots m * span / means onwards of the tier.
+        """
+        return query @ self.means["mean"].to(query.dtype).mT
 
     @property
     def count(self) -> int:
@@ -141,13 +180,13 @@ class Middle:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `function` of it."""
-        for buffers in (*(t.records for t in self.tiers), self.means):
-            buffers.map(function)
+        for held in (*self.tiers, self.means):
+            held.map(function)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held, the shared rotation included."""
-        buffers = (*(t.records for t in self.tiers), self.means)
-        return [self.matrix, *(x for b in buffers for x in b.tensors.values())]
+        records = [x for tier in self.tiers for x in tier.tensors()]
+        return [self.matrix, *records, *self.means.tensors.values()]
 
     def column_positions(self, first: int, count: int) -> Tensor:
         """Positions [B, 1, count] of columns; sinks do not belong to the middle and are holes."""
@@ -187,8 +226,9 @@ class PinnedMiddle(Middle):
         blocks = (keys.shape[2] // self.step, self.step)
         mean = key_mean(keys.unflatten(2, blocks), position.unflatten(2, blocks))
         each = mean.repeat_interleave(self.step, dim=2)
+        self.means.reserve(bucket(self.tiers[0].records.count + keys.shape[2]) // self.step if keys.is_cuda else 0)
         self.means.append(mean=mean)
-        self.tiers[0].records.append(**self.encode(keys, values, each, self.tiers[0].bits))
+        self.tiers[0].append(**self.encode(keys, values, each, self.tiers[0].bits))
 
     def position(self, tier: MiddleTier) -> Tensor:
         return self.column_positions(self.config.n_sink, tier.records.count)
@@ -199,9 +239,8 @@ class PinnedMiddle(Middle):
         blocks = self.means["mean"][:, :, start // self.step : -(-stop // self.step)]
         return blocks.repeat_interleave(self.step, dim=2)[:, :, : stop - start]
 
-    def bias_of(self, bias: Tensor, start: int, stop: int) -> Tensor:
-        blocks = bias[..., start // self.step : -(-stop // self.step)]
-        return blocks.repeat_interleave(self.step, dim=-1)[..., : stop - start]
+    def bias(self, query: Tensor, tier: MiddleTier) -> Tensor:
+        return query @ self.means.first("mean", tier.span // self.step).to(query.dtype).mT
 
 
 class PlannedMiddle(Middle):
@@ -251,7 +290,7 @@ class PlannedMiddle(Middle):
         read_at = self._renumber(places)
         for tier, fields, place, at in zip(self.tiers, survivors, places, read_at):
             renumbered = {"read_at": at} if self.config.contiguous else {}
-            tier.records.replace(**fields, position=place, **renumbered)
+            tier.replace(**fields, position=place, **renumbered)
 
     def _fix_mean(self, keys: Tensor, position: Tensor) -> None:
         """Fix each row's mean at the first demotion that brings it a real token."""
@@ -320,6 +359,3 @@ class PlannedMiddle(Middle):
 
     def mean(self, start: int, stop: int) -> Tensor:
         return self.means["mean"]
-
-    def bias_of(self, bias: Tensor, start: int, stop: int) -> Tensor:
-        return bias

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import product, quantize
-from .rotation import Record, RotatedCodec
+from .rotation import KIND, Record, RotatedCodec
 
 
 class Partial(NamedTuple):
@@ -156,7 +156,7 @@ def _each(per_token: Tensor, query: Tensor) -> Tensor:
 def _levels(record: Record, codec: RotatedCodec) -> Tensor:
     """What the codes stand for before scale and zero, [H, n, D]."""
     codes = quantize.unpack(record.codes, codec.bits, codec.head_dim)
-    return codes.double() if codec.bits >= 4 else quantize.levels(codec.bits)[codes.long()]
+    return codes.double() if codec.bits >= 4 else quantize.steps(codec.bits, KIND[codec.bits])[codes.long()]
 
 
 def over_tables(

@@ -80,17 +80,17 @@ def _sphere(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return mass, -math.sqrt(dim) * norm * (1 - z * z) ** half / (dim - 1)
 
 
-def _closest_cubic(centroid: Tensor, mass: Tensor) -> Tensor:
-    """The odd cubic of the index that is closest to the centroids, in weighted least squares."""
+def _closest_odd(centroid: Tensor, mass: Tensor, powers: tuple[int, ...]) -> Tensor:
+    """The odd polynomial of the index that is closest to the centroids, in weighted least squares."""
     u = torch.arange(1 - len(mass), len(mass), 2, dtype=torch.float64)
-    basis = torch.stack((u, u**3), dim=1)
+    basis = torch.stack([u**power for power in powers], dim=1)
     weight = mass.sqrt()
     return basis @ torch.linalg.lstsq(weight.unsqueeze(-1) * basis, weight * centroid).solution
 
 
 @lru_cache
 def _levels(bits: int, kind: str, dim: int | None) -> tuple[float, ...]:
-    if bits not in (2, 3, 4) or kind not in ("gaussian", "sphere", "cubic"):
+    if bits not in (2, 3, 4) or kind not in ("gaussian", "sphere", "cubic", "linear"):
         raise ValueError(f"no levels of bits={bits!r}, kind={kind!r}")
     if kind == "sphere" and (dim is None or dim < 3):
         raise ValueError(f"kind='sphere' needs dim of at least 3, not {dim!r}")
@@ -100,8 +100,8 @@ def _levels(bits: int, kind: str, dim: int | None) -> tuple[float, ...]:
         bounds = torch.cat((-end, (level[1:] + level[:-1]) / 2, end))
         mass, first_moment = _sphere(bounds, dim) if kind == "sphere" else _gaussian(bounds)
         mass, level = mass.diff(), first_moment.diff() / mass.diff()
-        if kind == "cubic":
-            level = _closest_cubic(level, mass)
+        if kind in ("cubic", "linear"):
+            level = _closest_odd(level, mass, (1, 3) if kind == "cubic" else (1,))
         level = (level - level.flip(0)) / 2  # keep the symmetry exact
     return tuple(level.tolist())
 
@@ -117,6 +117,8 @@ def levels(bits: int, kind: str = "cubic", dim: int | None = None) -> Tensor:
     - "cubic": u * (a + b u^2), u = 2 code - (2^bits - 1), which a kernel computes without a table.
       Fitting (a, b) to the centroids in every round gives the least squared error under N(0, 1)
       for cells that end midway between the *cubic* levels. At 2 bits the same as "gaussian".
+    - "linear": a u, the best evenly spaced levels, which need no arithmetic at all. At 2 bits 1 %
+      more squared error than "gaussian", at 3 bits 8 %.
 
     Raises ValueError for bits other than 2, 3, 4, an unknown kind, or "sphere" without dim >= 3.
 
@@ -124,6 +126,16 @@ def levels(bits: int, kind: str = "cubic", dim: int | None = None) -> Tensor:
     [-1.5104, -0.4528, 0.4528, 1.5104]
     """
     return torch.tensor(_levels(bits, kind, dim if kind == "sphere" else None), dtype=torch.float64)
+
+
+def steps(bits: int, kind: str = "cubic", dim: int | None = None) -> Tensor:
+    """What the stored scale multiplies, float64 [2^bits]: `levels`, or if "linear" code - centre.
+
+    >>> steps(2, "linear").tolist()
+    [-1.5, -0.5, 0.5, 1.5]
+    """
+    level = levels(bits, kind, dim)
+    return level / level.diff()[0] if kind == "linear" else level
 
 
 def cubic(bits: int) -> tuple[float, float]:
@@ -143,7 +155,7 @@ def lloyd_encode(
     """Lloyd-Max codes of rotated vectors y [..., D] (TurboQuant, arXiv 2504.19874, Algorithm 1).
 
     code = number of midpoints strictly below y sqrt(D) / |y|: ties go down. With z the levels of
-    the codes, decoding gives scale * z. `norm` chooses the scale:
+    the codes (`steps`), decoding gives scale * z. `norm` chooses the scale:
 
     - "plain": |y| / sqrt(D); decoded vectors come out too short, by 12 % at 2 bits.
     - "least_squares": <y, z> / <z, z>; the smallest error of one vector, and just as short.
@@ -159,17 +171,18 @@ def lloyd_encode(
     unit = y * math.sqrt(dim) / length.where(length > 0, 1.0).unsqueeze(-1)
     midpoints = (level[1:] + level[:-1]) / 2
     codes = torch.bucketize(unit, midpoints)  # how many are strictly below
-    z = level[codes]
+    z = steps(bits, kind, dim)[codes]
     aligned = (unit * z).sum(-1).where(length > 0, 1.0)
-    factor = {"plain": 1.0, "least_squares": aligned / (z * z).sum(-1), "unbiased": dim / aligned}
+    plain = (level[-1] / steps(bits, kind, dim)[-1]).item()
+    factor = {"plain": plain, "least_squares": aligned / (z * z).sum(-1), "unbiased": dim / aligned}
     if norm not in factor:
         raise ValueError(f"norm={norm!r}: one of {', '.join(factor)} is allowed")
     return codes.to(torch.uint8), stored(length / math.sqrt(dim) * factor[norm])
 
 
 def lloyd_decode(codes: Tensor, scale: Tensor, bits: int, kind: str = "cubic") -> Tensor:
-    """scale * levels[codes]: codes [..., D], scale [...] to float64 [..., D]."""
-    return scale.unsqueeze(-1) * levels(bits, kind, codes.shape[-1])[codes.long()]
+    """scale * steps[codes]: codes [..., D], scale [...] to float64 [..., D]."""
+    return scale.unsqueeze(-1) * steps(bits, kind, codes.shape[-1])[codes.long()]
 
 
 def _recut(values: Tensor, width: int, new_width: int) -> Tensor:

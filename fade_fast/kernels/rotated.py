@@ -2,8 +2,7 @@
 
 A vector is centred (keys only), rotated by an orthogonal matrix P and quantised on its own. 8 and 4
 bits are uniform codes with a scale and a zero; 3 and 2 bits are Lloyd-Max codes whose levels are an
-odd cubic of the code, with a scale that makes the decoded vector unbiased. Attention runs on the
-codes: the query is rotated once, and the summed values are rotated back once.
+odd cubic of the code, or evenly spaced, with a scale that makes the decoded vector unbiased.
 """
 
 from typing import NamedTuple
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from .merge import Partial, soften
 
-#: Odd cubic u * (a + b * u * u), u = 2 * code - (2**bits - 1), closest to the Lloyd-Max levels of
-#: N(0, 1). `fade_ref.quantize.cubic` derives the pair.
-CUBIC = {3: (0.235727614584881, 0.0014481055067159), 2: (0.446443471945258, 0.00633656269123419)}
+#: Levels of N(0, 1) at 3 bits, u * (a + b * u * u) with u = 2 * code - 7, and their step at 2 bits, where
+#: they are evenly spaced. `fade_ref.quantize.cubic` and `levels(2, "linear")` derive the numbers.
+CUBIC = (0.235727614584881, 0.00144810550671591)
+STEP = 0.995686685943507
 SMALLEST_SCALE = 2.0**-14  # the smallest normal fp16 number: scales never become subnormal
 LARGEST = 65504.0  # the largest finite fp16 number
 
@@ -48,6 +48,11 @@ def is_uniform(bits: int) -> bool:
     return bits >= 4
 
 
+def center(bits: int) -> float:
+    """The middle of the codes of a width."""
+    return (2**bits - 1) / 2
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [..., D] to bytes [..., D * bits / 8]; `fade_ref.quantize.pack` draws the layout."""
     if bits == 8:
@@ -77,11 +82,13 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def levels(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """What a code stands for before scale and zero: itself, or its Lloyd-Max level."""
+    """What the scale multiplies: the code; less its centre at 2 bits; its level at 3 bits."""
     if is_uniform(bits):
         return codes.to(dtype)
-    a, b = CUBIC[bits]
-    u = (2 * codes - (2**bits - 1)).to(dtype)
+    if bits == 2:
+        return codes.to(dtype) - center(bits)
+    a, b = CUBIC
+    u = (2 * codes - 7).to(dtype)
     return u * (a + b * u * u)
 
 
@@ -97,7 +104,8 @@ def quantize(rotated: Tensor, bits: int) -> Packed:
     norm = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True)
     unit = rotated / norm.clamp_min(torch.finfo(norm.dtype).tiny) * rotated.shape[-1] ** 0.5
     table = levels(torch.arange(steps + 1, device=rotated.device), bits, rotated.dtype)
-    codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2)
+    ends = (table[1:] + table[:-1]) / 2 * (STEP if bits == 2 else 1.0)
+    codes = torch.bucketize(unit, ends)
     # Unbiased: the decoded vector's inner product with the original is the original's square.
     aligned = (rotated * table[codes]).sum(-1).clamp_min(torch.finfo(norm.dtype).tiny)
     scale = (norm[..., 0].square() / aligned).clamp_max(LARGEST).half()
@@ -129,41 +137,14 @@ def decode(packed: Packed, mean: Tensor | None, matrix: Tensor, bits: int, dtype
     return x if mean is None else x + mean.to(dtype)
 
 
-def attend(
-    query: Tensor,
-    keys: Packed,
-    values: Packed,
-    bias: Tensor,
-    visible: Tensor,
-    bits: tuple[int, int],
-    softcap: float | None = None,
-) -> Partial:
-    """Partial attention on codes; its `acc` is still in the rotated domain.
+def attend(query: Tensor, keys: Tensor, values: Packed, visible: Tensor, bits: int, softcap=None) -> Partial:
+    """Partial attention over decoded keys and packed values; its `acc` is in the rotated domain.
 
     Args:
-        query: [B, H, R, D], scaled and rotated, in the dtype to compute in.
-        keys, values: the tier's codes.
-        bias: what the keys' means add to the scores, broadcastable to [B, H, R, n].
+        query: [B, H, R, D], scaled, in the dtype to compute in. keys: [B, H, n, D] of that dtype.
+        values: the tier's codes, of `bits` bits.
         visible: bool, broadcastable to [B, H, R, n].
-        bits: widths of keys and values.
         softcap: see `merge.soften`.
     """
-    scores = query @ levels(unpack(keys.codes, bits[0]), bits[0], query.dtype).mT
-    scores = scores * keys.scale.to(query.dtype)[..., None, :] + bias
-    if keys.zero is not None:
-        scores = scores + query.sum(-1, keepdim=True) * keys.zero.to(query.dtype)[..., None, :]
-    return _weigh(scores, values, visible, bits[1], softcap)
-
-
-def attend_decoded(query, keys, values, visible, value_bits, softcap=None) -> Partial:
-    """As `attend`, over keys [B, H, n, D] that had to be decoded to be rotated by RoPE."""
-    return _weigh(query @ keys.mT, values, visible, value_bits, softcap)
-
-
-def _weigh(scores, values: Packed, visible, bits: int, softcap) -> Partial:
-    weights, top, total = soften(scores, visible, softcap)
-    scaled = weights * values.scale.to(scores.dtype)[..., None, :]
-    acc = scaled @ levels(unpack(values.codes, bits), bits, scores.dtype)
-    if values.zero is not None:
-        acc = acc + (weights * values.zero.to(scores.dtype)[..., None, :]).sum(-1, keepdim=True)
-    return Partial(acc, top, total)
+    weights, top, total = soften(query @ keys.mT, visible, softcap)
+    return Partial(weights @ dequantize(values, bits, query.dtype), top, total)

@@ -1,0 +1,8 @@
+"""`python -m fade_fast`: the command `fade`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

