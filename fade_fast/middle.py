@@ -35,7 +35,7 @@ class MiddleTier:
     tier: Tier
     bits: tuple[int, int]
     records: Buffers
-    bound: Tensor | None = None  # [B, H] float32: at least every value scale ever stored
+    bound: Tensor  # [B, H] float32: at least every value scale ever stored, and never 0
 
     @property
     def name(self) -> str:
@@ -59,24 +59,20 @@ class MiddleTier:
         if self.records.on_cuda:
             self.records.reserve(bucket(self.records.count + fields["key_scale"].shape[2]))
         self.records.append(**fields)
-        self._raise_bound(fields["value_scale"])
+        if fields["value_scale"].shape[2]:
+            torch.maximum(self.bound, fields["value_scale"].float().amax(-1), out=self.bound)
 
     def replace(self, **fields: Tensor) -> None:
         """Hold exactly these records."""
         self.records.count = 0
         self.append(**fields)
 
-    def _raise_bound(self, scale: Tensor) -> None:
-        new = scale.float().amax(-1) if scale.shape[-1] else scale.new_zeros(scale.shape[:2]).float()
-        new = new.clamp_min(rotated.SMALLEST_SCALE)  # it is divided by
-        self.bound = new if self.bound is None else torch.maximum(self.bound, new)
-
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.records.map(function)
-        self.bound = None if self.bound is None else function(self.bound)
+        self.bound = function(self.bound)
 
     def tensors(self) -> list[Tensor]:
-        return [*self.records.tensors.values(), *([] if self.bound is None else [self.bound])]
+        return [*self.records.tensors.values(), self.bound]
 
 
 def unrecord(fields, side: str, start: int = 0, stop: int | None = None) -> Packed:
@@ -132,7 +128,8 @@ class Middle:
                 if rotated.is_uniform(b):
                     fields[f"{side}_zero"] = Field((), torch.float16, heads)
             tier = Tier.INT2 if self.tiers else INTEGER_TIERS[max(bits)]
-            self.tiers.append(MiddleTier(tier, bits, Buffers(fields, self.step, batch, device)))
+            bound = torch.full((batch, heads), rotated.SMALLEST_SCALE, device=device)
+            self.tiers.append(MiddleTier(tier, bits, Buffers(fields, self.step, batch, device), bound))
         self.means = Buffers({"mean": Field((dim,), torch.float16, heads)}, 1, batch, device)
 
     step = 1  # capacities are multiples of this

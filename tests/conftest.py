@@ -8,8 +8,13 @@ import torch
 
 from fade_fast import loading
 
-torch.set_num_threads(2)
 WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2/test.txt"
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """One thread for tiny tensors, whose threads would mostly wait for each other; two for the model."""
+    torch.set_num_threads(2 if request.node.get_closest_marker("real_model") else 1)
 
 
 def unavailable(reason: str):

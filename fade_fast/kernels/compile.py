@@ -5,7 +5,7 @@ that were measured instead of searched for, so that nothing is tuned and compili
 """
 
 import contextlib
-import functools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,12 +13,16 @@ import torch
 
 #: Without `native_matmul`, a batched product cannot take its operand from arithmetic on bytes. With
 #: `shape_padding`, Inductor benchmarks at compile time whether to pad 4 query rows to 8; where it does,
-#: nothing fuses. A split reduction would write the scores' statistics in two kernels.
+#: nothing fuses. A split reduction would write the scores' statistics in two kernels. The thresholds leave
+#: it to `packed.written` where one kernel ends and the next begins.
 OPTIONS = {
     "triton.native_matmul": True,
     "shape_padding": False,
     "use_fast_math": True,
     "split_reductions": False,
+    "realize_opcount_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
+    "realize_reads_threshold": 1000,
 }
 
 
@@ -84,13 +88,24 @@ class Compiled:
         shapes = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x for x in args)
         key = (shapes, args[0].device, *sorted(constants.items()))
         if key not in self.graphs:
-            graph = torch.compile(
-                functools.partial(self.function, **constants), dynamic=False, fullgraph=True, options=OPTIONS
-            )
+            graph = torch.compile(_own(self.function, constants), dynamic=False, fullgraph=True, options=OPTIONS)
             with _pinned(pinned):
                 graph(*args)
             self.graphs[key] = graph
         return self.graphs[key](*args)
+
+
+def _own(function: Callable, constants: dict) -> Callable:
+    """`function` with `constants` bound, and a code object of its own.
+
+    Dynamo keeps only a few graphs for each code object; here every shape is meant to have one.
+    """
+
+    def bound(*args):
+        return function(*args, **constants)
+
+    code = bound.__code__.replace(co_name=function.__name__)
+    return types.FunctionType(code, bound.__globals__, function.__name__, None, bound.__closure__)
 
 
 @contextlib.contextmanager

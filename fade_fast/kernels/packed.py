@@ -60,6 +60,14 @@ def finite(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(x.abs() <= 65504.0, x, 0.0)
 
 
+def written(x: Tensor) -> Tensor:
+    """`x`, at a place where a compiled kernel has to end and write it.
+
+    To the compiler, a view by strides needs memory to view; without it, a consumer may compute `x` anew.
+    """
+    return x.as_strided(x.shape, x.stride())
+
+
 def scores(query, reference, bias, valid, codes, scale, zero, *, bits, chunk, softcap, dtype) -> Tensor:
     """Scores in base 2, less the row's reference: [Z, R, chunk], -inf where there is no token."""
     heads, length, width = codes.shape
@@ -67,7 +75,7 @@ def scores(query, reference, bias, valid, codes, scale, zero, *, bits, chunk, so
     out_dtype, last = wide(dtype), unit(count - 1, bits, dtype)
     rounded = query.to(dtype)
     # Of the query as rounded: what zeros and the codes' centre add then cancels exactly.
-    total = _chunks(rounded.to(out_dtype).sum(-1), blocks)[:, None]
+    total = _chunks(rounded.to(out_dtype).sum(-1), blocks).unsqueeze(1)
     out = 0.0
     for field in range(count):
         part = query.narrow(-1, field * width, width).to(dtype) * (last / unit(field, bits, dtype))
@@ -84,13 +92,13 @@ def scores(query, reference, bias, valid, codes, scale, zero, *, bits, chunk, so
     out = out + spread.reshape(-1, chunk, rows)
     if softcap is not None:
         out = softcap * torch.tanh(out / softcap)
-    out = (out - _chunks(reference, blocks)[:, None]) * LOG2E
+    out = (out - _chunks(reference, blocks).unsqueeze(1)) * LOG2E
     if dtype == torch.float16:
         out = out.clamp(-LIMIT, LIMIT)
     batch = valid.shape[0]
     seen = valid.reshape(batch, 1, blocks, chunk).expand(-1, heads // batch, -1, -1).reshape(-1, chunk, 1)
     out = torch.where(seen, out, -torch.inf)
-    return out.to(dtype).mT.clone(memory_format=torch.contiguous_format)
+    return written(out.to(dtype).mT.clone(memory_format=torch.contiguous_format))
 
 
 def statistics(scores: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int):
@@ -104,7 +112,7 @@ def statistics(scores: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int)
     total, scaled, shift = weights.sum(-1), (weights * scale).sum(-1), None
     if zero is not None:
         shift = (weights * (finite(zero, dtype).reshape(-1, 1, chunk) + center(bits) * scale)).sum(-1)
-    return top[..., 0], total, scaled, shift
+    return top.squeeze(-1), total, scaled, shift
 
 
 def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> list[Tensor]:
@@ -115,9 +123,9 @@ def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> lis
     heads, width, length = codes.shape
     blocks = length // chunk
     codes = codes.reshape(heads, width, blocks, chunk).transpose(1, 2).reshape(-1, width, chunk)
-    factor = _chunks((TOP if dtype == torch.float16 else 1.0) / bound, blocks)[:, None, None]
-    lean = scaled[:, None] / _chunks(bound, blocks)[:, None, None]
-    weights = torch.exp2(scores.to(wide(dtype)) - top[..., None])
+    factor = _chunks((TOP if dtype == torch.float16 else 1.0) / bound, blocks).reshape(-1, 1, 1)
+    lean = scaled.unsqueeze(1) / _chunks(bound, blocks).reshape(-1, 1, 1)
+    weights = torch.exp2(scores.to(wide(dtype)) - top.unsqueeze(-1))
     weights = (weights * (finite(scale, wide(dtype)).reshape(-1, 1, chunk) * factor)).to(dtype).mT
     out = []
     for field in range(8 // bits):
@@ -125,7 +133,7 @@ def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> lis
         if dtype == torch.float16:
             product = product * (1 / (unit(field, bits, dtype) * TOP))
             product = (product - center(bits) * lean) * (1 / _shrink(bits, chunk))
-        out.append(product.to(dtype))
+        out.append(written(product.to(dtype)))
     return out
 
 
@@ -143,10 +151,10 @@ def join(parts, top, total, shift, reference, bound, *, bits, chunk, dtype):
     blocks = parts[0].shape[0] // heads
     wider = lambda x: x.reshape(heads, blocks, 1, rows).expand(-1, -1, width, -1)  # noqa: E731
     best = wider(top).amax(1)
-    weight = torch.exp2(wider(top) - best[:, None])
+    weight = torch.exp2(wider(top) - best.unsqueeze(1))
     offset = 0.0 if shift is None else (weight * wider(shift)).sum(1)
     sum_all = (weight * wider(total)).sum(1)
-    factor = bound[:, None, None] * (_shrink(bits, chunk) if dtype == torch.float16 else 1.0)
+    factor = bound.reshape(-1, 1, 1) * (_shrink(bits, chunk) if dtype == torch.float16 else 1.0)
     out = [
         (part.reshape(heads, blocks, width, rows).to(wide(dtype)) * weight).sum(1) * factor + offset
         for part in parts
@@ -175,7 +183,7 @@ def attend_chunks(
 
 def _chunks(x: Tensor, blocks: int) -> Tensor:
     """One [N, ...] for each chunk: [N * blocks, ...]."""
-    return x[:, None].expand(-1, blocks, *x.shape[1:]).reshape(-1, *x.shape[1:])
+    return x.unsqueeze(1).expand(-1, blocks, *x.shape[1:]).reshape(-1, *x.shape[1:])
 
 
 _compiled = Compiled(attend_chunks)

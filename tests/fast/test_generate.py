@@ -158,10 +158,10 @@ def test_tokens_keep_their_codes_wherever_they_move():
 
     def follow(*_):
         nonlocal moved
-        records = layer.middle.tiers[0].records
-        codes = {name: records[name] for name in records.fields if name not in ("position", "read_at")}
-        for slot, position in enumerate(records["position"][0, 0].tolist()):
-            now = [codes[name][0, :, slot].clone() for name in sorted(codes)]
+        (tier,) = layer.middle.tiers
+        for slot, position in enumerate(tier.records["position"][0, 0].tolist()):
+            sides = (tier.packed(side, slot, slot + 1) for side in ("key", "value"))
+            now = [x.clone() for packed in sides for x in packed]
             before = seen.setdefault(position, now)
             assert all(torch.equal(a, b) for a, b in zip(before, now)), position
             moved += slots.get(position, slot) != slot

@@ -1,0 +1,96 @@
+"""README.md and docs: Python blocks run, names and links exist, quoted numbers are the stored ones."""
+
+import doctest
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+SPEC = ROOT / "docs/spec.md"
+BLOCK = re.compile(r"(<!-- needs a GPU -->\n)?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text: str) -> list[tuple[int, str]]:
+    """First line's number and source of every Python block that runs on a CPU."""
+    found = [m for m in BLOCK.finditer(text) if not m[1]]
+    return [(text.count("\n", 0, m.start(2)) + 1, m[2]) for m in found]
+
+
+def run(source: str, names: dict, where: str, line: int) -> None:
+    """Run a block in `names`: as a doctest if it shows prompts, else as plain statements."""
+    if ">>>" not in source:
+        exec(compile("\n" * (line - 1) + source, where, "exec"), names)
+        return
+    test = doctest.DocTestParser().get_doctest(source, {}, where, where, line - 1)
+    test.globs = names
+    said = []
+    doctest.DocTestRunner(verbose=False).run(test, out=said.append, clear_globs=False)
+    assert not said, "".join(said)
+
+
+def test_the_extraction():
+    text = "a\n```python\nx = 1\n```\n<!-- needs a GPU -->\n```python\nx = 1 / 0\n```\n```bash\nls\n```\n"
+    assert blocks(text) == [(3, "x = 1\n")]
+    names = {}
+    run("x = 1\n", names, "here", 1)
+    run(">>> x + 1\n2\n", names, "here", 3)
+    with pytest.raises(AssertionError, match='File "here", line 5'):
+        run(">>> x\n2\n", names, "here", 5)
+
+
+def of_a_model(path: Path) -> bool:
+    return any("load(" in source for _, source in blocks(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, id=p.name, marks=[pytest.mark.slow, pytest.mark.real_model] if of_a_model(p) else [])
+        for p in FILES
+    ],
+)
+def test_python_blocks_run(path, request, tmp_path, monkeypatch):
+    """In order, in one namespace a file, in a folder where they may write."""
+    if of_a_model(path):
+        request.getfixturevalue("smollm2")
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for line, source in blocks(path.read_text(encoding="utf-8")):
+        run(source, names, str(path), line)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    headings = [re.sub(r"[^\w -]", "", h.lower()) for h in re.findall(r"^#+ (.*)", text, re.MULTILINE)]
+    anchors = [h.replace(" ", "-") for h in headings]
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if "://" not in target:
+            assert (path.parent / file).exists(), target
+            assert file or anchor in anchors, target
+
+
+def test_the_functions_that_the_specification_names_exist():
+    modules = {p.stem for p in (ROOT / "fade_ref").glob("*.py")}
+    named = re.findall(r"`(\w+)\.([A-Za-z_][\w.]*)`", SPEC.read_text(encoding="utf-8"))
+    named = [(module, name) for module, name in named if module in modules]
+    assert len(named) > 50
+    for module, name in named:
+        thing = importlib.import_module(f"fade_ref.{module}")
+        for part in name.split("."):
+            assert hasattr(thing, part), f"{module}.{name}"
+            thing = getattr(thing, part)
+
+
+def test_the_numbers_under_the_figures_are_the_stored_ones():
+    location = importlib.util.spec_from_file_location("figures", ROOT / "docs/figures.py")
+    figures = importlib.util.module_from_spec(location)
+    location.loader.exec_module(figures)
+    text = SPEC.read_text(encoding="utf-8")
+    for name in figures.FIGURES:
+        assert figures.quoted(text, name) == text, f"python docs/figures.py --redraw --only {name}"
