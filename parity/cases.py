@@ -21,13 +21,14 @@ from fade_ref.tiers import Tier
 
 @dataclass(frozen=True)
 class Shape:
-    """Batch rows, KV heads, query heads a KV head, channels a head, dtype of the model."""
+    """Batch rows, KV heads, query heads a KV head, channels a head; dtype and device of the model."""
 
     batch: int = 2
     heads: int = 2
     group: int = 3
     head_dim: int = 64
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     def random(self, *, queries: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, H * group, q, D], keys and values [B, H, q, D]; keys carry a channel offset."""
@@ -55,13 +56,15 @@ class Codes:
     scale_error: float  # relative, largest over scales and zeros
 
 
-def codes(x: Tensor, bits: int, *, centred: bool = True) -> Codes:
-    """Encode x [B, H, n, D] with both packages."""
+def codes(x: Tensor, bits: int, *, centred: bool = True, device: str = "cpu") -> Codes:
+    """Encode x [B, H, n, D] with both packages, the fast one on `device`."""
     matrix = qr_rotation(x.shape[-1])
     mean = key_mean(x) if centred else None
     codec = RotatedCodec(bits, x.shape[-1], matrix)
     spec = codec.encode(x, mean)
-    ours = rotated.encode(x, None if mean is None else mean.half(), matrix.float(), bits)
+    there = lambda t: None if t is None else t.to(device)  # noqa: E731
+    ours = rotated.encode(there(x), None if mean is None else there(mean.half()), there(matrix.float()), bits)
+    ours = rotated.Packed(*(None if t is None else t.cpu() for t in ours))
     a = quantize.unpack(spec.codes, bits, x.shape[-1]).int()
     b = rotated.unpack(ours.codes, bits)
     pairs = [(spec.scale, ours.scale)] + ([] if spec.zero is None else [(spec.zero, ours.zero)])
@@ -75,7 +78,7 @@ def mirror(layer: TieredLayer, spec: LayerCache) -> LayerCache:
     """A specification cache that holds exactly the codes of a fast layer, for `spec`'s model."""
     twin = LayerCache(layer.config, len(spec.rows), layer.heads, spec.head_dim, spec.rope, spec.terms)
     twin.columns, twin.boundary = layer.length, layer.length - layer.recent
-    positions = layer.timeline.positions
+    positions = layer.timeline.positions.cpu()
     for b in range(len(spec.rows)):
         row = Row(layer.heads)
         row.seen = int((positions[b] >= 0).sum())
@@ -84,12 +87,12 @@ def mirror(layer: TieredLayer, spec: LayerCache) -> LayerCache:
         keys = layer.exact["key"] if layer.sink_keys is None else _original_keys(layer)
         for slot, p in enumerate(exact):
             if p >= 0:
-                key, value = keys[b, :, slot].double(), layer.exact["value"][b, :, slot].double()
+                key, value = (x[b, :, slot].double().cpu() for x in (keys, layer.exact["value"]))
                 row.tokens.append(Token(p, column[p], Tier.FP16, key, value))
         for tier in layer.middle.tiers if layer.middle is not None else ():
             for slot, p in enumerate(layer.middle.position(tier)[b, 0].tolist()):
                 if p >= 0:
-                    mean = layer.middle.mean(slot, slot + 1)[b].double()
+                    mean = layer.middle.mean(slot, slot + 1)[b].double().cpu()
                     sides = (_record(tier, side, b, slot) for side in ("key", "value"))
                     row.tokens.append(Token(p, column[p], tier.tier, *sides, mean))
         row.tokens.sort(key=lambda t: t.position)
@@ -104,9 +107,8 @@ def _original_keys(layer: TieredLayer) -> Tensor:
 
 
 def _record(tier, side: str, b: int, slot: int) -> Record:
-    packed = tier.packed(side, slot, slot + 1)
-    zero = None if packed.zero is None else packed.zero[b, :, 0].double()
-    return Record(packed.codes[b, :, 0], packed.scale[b, :, 0].double(), zero)
+    codes, scale, zero = (None if x is None else x[b, :, 0].cpu() for x in tier.packed(side, slot, slot + 1))
+    return Record(codes, scale.double(), None if zero is None else zero.double())
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,11 @@ def trace(
     `padding[b]` columns of row b are padding in the first step; `holes[i]` columns of step i are
     padding in row 0.
     """
-    model = _model(shape)
+    model = _model(shape).to(shape.device)
     module = model.model.layers[0].self_attn
     cache = fade_fast.create_cache(model, config)
     layer: TieredLayer = cache.layers[0]
-    rope = Rope(model.model.rotary_emb.inv_freq.double())
+    rope = Rope(model.model.rotary_emb.inv_freq.double().cpu())
     spec = LayerCache(config, shape.batch, shape.heads, shape.head_dim, rope)
     generator = torch.Generator().manual_seed(seed)
     for i, count in enumerate(steps):
@@ -155,9 +157,11 @@ def trace(
         exact = independent if exact is None else exact
         causal = torch.ones(count, count, dtype=torch.bool).tril()
         mask = None if valid.all() else causal & valid[:, None, None, :]
-        arrival = Arrival(layer, keys, values)
+        query, keys, values = (x.to(shape.device) for x in (query, keys, values))
         layer.check(keys, values)
-        ours = attention(module, query, arrival, arrival, mask)[0].transpose(1, 2)
+        arrival = Arrival(layer, keys, values)
+        mask = None if mask is None else mask.to(shape.device)
+        ours = attention(module, query, arrival, arrival, mask)[0].transpose(1, 2).cpu()
         real = valid[:, None, :, None].expand_as(exact)
         layer.settle()
         yield Step(relative_error(ours[real], exact[real]), _same_tokens(layer, spec), attended)

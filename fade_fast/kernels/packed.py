@@ -73,17 +73,19 @@ def scores(query, reference, bias, valid, codes, scale, zero, *, bits, chunk, so
     heads, length, width = codes.shape
     rows, blocks, count = query.shape[1], length // chunk, 8 // bits
     out_dtype, last = wide(dtype), unit(count - 1, bits, dtype)
+    # With one field, the compiler keeps the product in float16: lift it out of the subnormal numbers.
+    gain = 256.0 if count == 1 and dtype == torch.float16 else 1.0
     rounded = query.to(dtype)
     # Of the query as rounded: what zeros and the codes' centre add then cancels exactly.
     total = _chunks(rounded.to(out_dtype).sum(-1), blocks).unsqueeze(1)
     out = 0.0
     for field in range(count):
-        part = query.narrow(-1, field * width, width).to(dtype) * (last / unit(field, bits, dtype))
+        part = query.narrow(-1, field * width, width).to(dtype) * (gain * last / unit(field, bits, dtype))
         codes_of = number(codes.reshape(-1, chunk, width), field, bits, dtype)
         out = out + torch.bmm(codes_of, _chunks(part, blocks).mT).to(out_dtype)
     each = lambda x: x.reshape(-1, chunk, 1).to(out_dtype)  # noqa: E731
     if dtype == torch.float16:
-        out = out / last - center(bits) * total
+        out = out / (gain * last) - center(bits) * total
     out = out * each(scale)
     if zero is not None:
         out = out + (each(zero) + center(bits) * each(scale)) * total
