@@ -1,6 +1,6 @@
 """The figures of docs/spec.md, and the numbers behind them.
 
-    python docs/figures.py                      all figures: a quarter of an hour on two cores
+    python docs/figures.py                      all figures: about five minutes on one core
     python docs/figures.py --only bytes         one of them
     python docs/figures.py --redraw             from the numbers that are stored
 
@@ -558,9 +558,9 @@ def quote_codecs(data: dict) -> str:
     lines = [
         f"*Errors on real keys and values ({_source(data)}; {data['text']}, {data['window']:,} tokens, of "
         f"which {data['middle']:,} are the coded middle; the last {data['queries']} queries). At 4 and 2 "
-        f"bits, the error of a score is {times(bare, 0)} that of the first line without centring, and "
-        f"{times(before, 0)} with one mean taken before RoPE; KIVI's error of the output is {times(kivi, 2)} "
-        f"that of the first line. PQ, with a codebook a layer "
+        f"bits, not centring makes the error of a score {times(bare, 0)} that of the first line below, and "
+        f"one mean taken before RoPE {times(before, 0)}, but that of the output {times(before, 2)}; KIVI's "
+        f"error of the output is {times(kivi, 2)} the first line's. PQ, with a codebook a layer "
         f"trained on {data['pq_training']:,} other vectors, is there for every third layer. Below, means "
         f"over the layers shown, and bytes of a key and a value of head_dim {data['head_dim']}, "
         f"{4 * data['head_dim']} uncompressed:*",
