@@ -134,8 +134,9 @@ def steps(bits: int, kind: str = "cubic", dim: int | None = None) -> Tensor:
     >>> steps(2, "linear").tolist()
     [-1.5, -0.5, 0.5, 1.5]
     """
-    level = levels(bits, kind, dim)
-    return level / level.diff()[0] if kind == "linear" else level
+    if kind == "linear":
+        return torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2
+    return levels(bits, kind, dim)
 
 
 def cubic(bits: int) -> tuple[float, float]:

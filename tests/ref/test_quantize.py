@@ -94,6 +94,37 @@ def test_cubic_is_the_best_odd_cubic(bits):
     assert (a, b) == pytest.approx(tuple(search.x), abs=1e-6)
 
 
+@pytest.mark.parametrize("bits, excess", [(2, 1.0117), (3, 1.0837)])
+def test_linear_levels_are_the_best_evenly_spaced_ones(bits, excess):
+    """By squared error on a fine grid of N(0, 1): no other step does better, and by how much it is worse."""
+    y = torch.linspace(-8, 8, 200_001, dtype=torch.float64)
+    weight = torch.exp(-y.square() / 2)
+
+    def error(level):
+        nearest = level[torch.bucketize(y, (level[1:] + level[:-1]) / 2)]
+        return ((y - nearest).square() * weight).sum() / weight.sum()
+
+    level = qz.levels(bits, "linear")
+    assert torch.allclose(level.diff(), level.diff()[:1])
+    best = error(level)
+    assert best < min(error(level * 1.01), error(level * 0.99))
+    assert best / error(qz.levels(bits, "gaussian")) == pytest.approx(excess, abs=2e-4)
+    assert torch.equal(qz.steps(bits, "linear"), torch.arange(2**bits) - (2**bits - 1) / 2)
+
+
+@pytest.mark.parametrize("norm", ("plain", "least_squares", "unbiased"))
+def test_the_norm_does_not_depend_on_how_levels_are_written(norm):
+    """Stored for steps or for levels, a vector decodes to the same, up to the scale's rounding."""
+    y = torch.randn(50, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    codes, scale = qz.lloyd_encode(y, 2, "linear", norm)
+    z = qz.levels(2, "linear")[codes.long()]
+    length = y.norm(dim=-1)
+    factor = {"plain": length / 8, "least_squares": (y * z).sum(-1) / (z * z).sum(-1)}
+    factor["unbiased"] = length**2 / (y * z).sum(-1)
+    expected = factor[norm].unsqueeze(-1) * z
+    torch.testing.assert_close(qz.lloyd_decode(codes, scale, 2, "linear"), expected, rtol=2**-10, atol=0)
+
+
 @pytest.mark.parametrize("kind", ("gaussian", "cubic", "sphere"))
 @pytest.mark.parametrize("bits", (2, 3, 4))
 def test_levels_ascend_are_symmetric_and_cannot_be_spoiled(kind, bits):

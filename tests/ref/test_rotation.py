@@ -162,8 +162,9 @@ def test_codec_is_its_formula(bits):
         codes, scale, zero = qz.uniform_encode(y, bits)
         decoded = codes.double() * scale.unsqueeze(-1) + zero.unsqueeze(-1)
     else:
-        codes, scale = qz.lloyd_encode(y, bits, "cubic", "unbiased")
-        decoded = qz.lloyd_decode(codes, scale, bits, "cubic")
+        kind = {3: "cubic", 2: "linear"}[bits]
+        codes, scale = qz.lloyd_encode(y, bits, kind, "unbiased")
+        decoded = qz.lloyd_decode(codes, scale, bits, kind)
     record = subject.encode(x, mean)
     assert torch.equal(record.codes, qz.pack(codes, bits))
     expected = decoded @ subject.rotation + mean
@@ -212,7 +213,7 @@ def test_requantising_stays_in_the_rotated_domain():
     demoted = four.requantize(record, two)
     assert demoted.zero is None and demoted.codes.shape == (500, 32)
     y = qz.uniform_decode(qz.unpack(record.codes, 4, 128), record.scale, record.zero)
-    codes, scale = qz.lloyd_encode(y, 2)
+    codes, scale = qz.lloyd_encode(y, 2, "linear")
     assert torch.equal(demoted.codes, qz.pack(codes, 2)) and torch.equal(demoted.scale, scale)
     detour = two.encode(four.decode(record, mean), mean)  # the same up to rounding
     assert (detour.codes == demoted.codes).double().mean() > 0.999
