@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import product, quantize
+from .rope import alibi_bias
 from .rotation import KIND, Record, RotatedCodec
 
 
@@ -29,13 +30,20 @@ class Terms(NamedTuple):
     """What a model asks of its scores.
 
     `scaling` multiplies q.k; `softcap` c then gives c tanh(s / c) (Gemma 2, 2408.00118, section 2);
-    `window` is how many positions a query sees back, itself included; `slopes` [Hq] are ALiBi's.
+    `window` is how many positions a query sees back, itself included; `slopes` [Hq] are ALiBi's, and
+    `s_aux` [Hq] the scores of learned attention sinks (gpt-oss), see `sink`.
     """
 
     scaling: float
     softcap: float | None = None
     window: int | None = None
     slopes: Tensor | None = None
+    s_aux: Tensor | None = None
+
+    def of(self, heads: list[int]) -> "Terms":
+        """The same for some of the query heads."""
+        pick = lambda x: None if x is None else x[heads]  # noqa: E731
+        return self._replace(slopes=pick(self.slopes), s_aux=pick(self.s_aux))
 
 
 def visible(query_position: Tensor, key_position: Tensor, window: int | None = None) -> Tensor:
@@ -61,8 +69,7 @@ def partial(products: Tensor, weigh, query_position, key_position, terms: Terms)
     if terms.softcap is not None:
         scores = terms.softcap * torch.tanh(scores / terms.softcap)
     if terms.slopes is not None:
-        distance = query_position[:, None] - key_position[None, :]
-        scores = scores - terms.slopes[:, None, None] * distance
+        scores = scores + alibi_bias(terms.slopes, query_position, key_position)
     seen = visible(query_position, key_position, terms.window)
     scores = scores.masked_fill(~seen, -torch.inf)
     top = scores.amax(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -torch.inf)

@@ -73,7 +73,8 @@ class LayerCache:
             raise ValueError(f"quant_backend={config.quant_backend!r}: its tokens cannot be moved")
         self.config, self.rope, self.learned, self.head_dim = config, rope, learned, head_dim
         self.terms = terms or Terms(head_dim**-0.5)
-        self.observe = config.eviction_policy != "position" if observe is None else observe
+        by_attention = config.eviction_policy not in ("position", "knorm", "keydiff", "expected_attention")
+        self.observe = by_attention if observe is None else observe
         # Heads that share a plan share a list of tokens.
         self.groups = [[h] for h in range(heads)] if config.plan_scope == "head" else [[*range(heads)]]
         self.rows = [[Row(len(group)) for group in self.groups] for _ in range(batch)]
@@ -101,7 +102,7 @@ class LayerCache:
             for row, group in zip(rows, self.groups):
                 position = self._arrive(row, keys[b, group], values[b, group], valid[b])
                 own = [h * per_head + i for h in group for i in range(per_head)]
-                output[b, own] = self._attend(row, query[b, own].double(), position)
+                output[b, own] = self._attend(row, query[b, own].double(), position, self.terms.of(own))
         self.columns += keys.shape[2]
         self._demote()
         return output
@@ -141,7 +142,7 @@ class LayerCache:
             key = rotate(key, at, self.rope)
         return key, value_codec.decode(token.value)
 
-    def _attend(self, row: Row, query: Tensor, position: Tensor) -> Tensor:
+    def _attend(self, row: Row, query: Tensor, position: Tensor, terms: Terms) -> Tensor:
         """Attention of queries [Hq, q, D] over the tokens of a row, tier by tier, merged."""
         if not row.tokens:
             return torch.zeros_like(query)
@@ -150,19 +151,23 @@ class LayerCache:
         at = torch.tensor(self.read_at(row))
         tiers = torch.tensor([t.tier for t in row.tokens])
         partials = [
-            attention.over_tensors(query, keys[:, tiers == t], values[:, tiers == t], position, at[tiers == t], self.terms)
+            attention.over_tensors(query, keys[:, tiers == t], values[:, tiers == t], position, at[tiers == t], terms)
             for t in tiers.unique()
         ]
+        if terms.s_aux is not None:
+            partials.append(attention.sink(terms.s_aux, query.shape))
         if self.observe:
-            self._observe(row, query, keys, position, at)
+            self._observe(row, query, keys, position, at, terms)
         return attention.merge(partials)
 
-    def _observe(self, row: Row, query: Tensor, keys: Tensor, position: Tensor, at: Tensor) -> None:
+    def _observe(self, row: Row, query: Tensor, keys: Tensor, position: Tensor, at: Tensor, terms: Terms):
         """Add the probabilities of this step to what is known of each token."""
-        seen = attention.visible(position, at, self.terms.window)
+        seen = attention.visible(position, at, terms.window)
         one = torch.eye(len(at), dtype=torch.float64).expand(keys.shape[0], -1, -1)
-        shares = attention.over_tensors(query, keys, one, position, at, self.terms)
-        shares = importance.group_mean(attention.merge([shares]), keys.shape[0])
+        partials = [attention.over_tensors(query, keys, one, position, at, terms)]
+        if terms.s_aux is not None:
+            partials.append(attention.sink(terms.s_aux, partials[0].acc.shape))
+        shares = importance.group_mean(attention.merge(partials), keys.shape[0])
         row.importance = importance.observe(row.importance, shares, seen)
 
     # -- compressing
@@ -277,9 +282,11 @@ class LayerCache:
     # -- what generate() asks of a cache
 
     def crop(self, columns: int) -> None:
-        """Forget the newest columns; `ValueError` if some have left the recent region."""
-        if columns > self.columns - self.boundary and self.boundary > self.config.n_sink:
-            raise ValueError(f"crop of {columns} columns: {self.columns - self.boundary} are uncompressed")
+        """Forget the newest columns; `ValueError` if there are not as many, or some have left the recent
+        region. Attention that their queries paid to older tokens stays counted in their importance."""
+        most = self.columns - self.boundary if self.boundary > self.config.n_sink else self.columns
+        if not 0 <= columns <= most:
+            raise ValueError(f"crop of {columns} columns: 0 to {most} are uncompressed")
         self.columns -= columns
         for row in (row for rows in self.rows for row in rows):
             alive = [i for i, t in enumerate(row.tokens) if t.column < self.columns]

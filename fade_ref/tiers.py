@@ -51,16 +51,15 @@ def packed_bytes(bits: int, head_dim: int) -> int:
     return total // 8
 
 
-def token_bytes(bits: int, head_dim: int, *, zero: bool | None = None) -> int:
+def token_bytes(bits: int, head_dim: int) -> int:
     """Bytes of one rotated-codec vector (one key, or one value, of one KV head).
 
     `bits` 16 is an uncompressed vector of a 16-bit dtype. The integer tiers add an fp16 scale, and
-    at 8 and 4 bits (uniform codes) an fp16 zero; `zero` overrides that rule for other codecs.
+    at 8 and 4 bits (uniform codes) an fp16 zero.
 
     >>> [token_bytes(b, 128) for b in (16, 8, 4, 3, 2)]
     [256, 132, 68, 50, 34]
     """
     if bits == 16:
         return 2 * head_dim
-    zero = bits >= 4 if zero is None else zero
-    return packed_bytes(bits, head_dim) + (4 if zero else 2)
+    return packed_bytes(bits, head_dim) + (4 if bits >= 4 else 2)

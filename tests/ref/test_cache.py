@@ -148,7 +148,7 @@ def test_the_two_views_of_contiguous_positions_are_equal():
     query, keys, values = tokens(1, 2, 99)
     row = cache.rows[0][0]
     position = cache._arrive(row, keys[0], values[0], torch.tensor([True]))
-    ours = cache._attend(row, query[0], position)
+    ours = cache._attend(row, query[0], position, cache.terms)
     shift = row.evicted
     assert shift > 0
     read, v = cache.read(row)
@@ -166,8 +166,9 @@ def test_crop_and_reorder():
         dropped.crop(2)
         steps = rows(dropped)
         assert all(r.seen == 28 == r.tokens[-1].position + 1 for r in steps) and dropped.columns == 28
-        with pytest.raises(ValueError, match="uncompressed"):
-            dropped.crop(20)
+        for bad in (20, -3, 100):
+            with pytest.raises(ValueError, match="uncompressed"):
+                dropped.crop(bad)
         other, _ = run(CONFIGS[name], [30])
         other.reorder([1, 1])
         query, keys, values = tokens(1, 2, 5)
@@ -184,6 +185,20 @@ def test_windows_go_by_positions_of_the_model():
     _, expected = run(None, [30, 1], cache=exact)
     torch.testing.assert_close(output[:, :, :30], expected[:, :, :30])
     assert (output[:, :, 30] - expected[:, :, 30]).norm() < 0.1 * expected[:, :, 30].norm()
+
+
+def test_slopes_and_sinks_belong_to_their_heads():
+    """A plan for each head attends with that head's own slopes and sinks."""
+    config = FadeConfig(**SMALL)
+    heads = HEADS * GROUP
+    terms = attention.Terms(
+        D**-0.5, slopes=torch.rand(heads, dtype=torch.float64), s_aux=torch.linspace(-1, 4, heads).double()
+    )
+    outputs = [
+        run(dataclasses.replace(config, plan_scope=scope), STEPS, terms=terms)[1] for scope in ("sequence", "head")
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-13)
+    assert not torch.allclose(outputs[0], run(config, STEPS)[1])
 
 
 BASE = FadeConfig(**SMALL, int4_budget=8, int2_budget=4)
