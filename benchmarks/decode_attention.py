@@ -124,7 +124,7 @@ class Problem:
         for b in range(self.case.batch):
             for h in range(self.case.heads):
                 row = (slice(b, b + 1), slice(h, h + 1))
-                pick = lambda x: None if x is None else x[row]  # noqa: E731
+                pick = lambda x, row=row: None if x is None else x[row]  # noqa: E731
                 k = rotated.dequantize(rotated.Packed(*map(pick, self.keys)), bits, torch.float64)
                 v = rotated.Packed(pick(self.value_rows), *map(pick, self.values[1:]))
                 bias = self.query[row].double() @ self.means[row].double().mT
@@ -191,7 +191,10 @@ def measure(case: Case, device: str, bandwidth: float | None) -> Result:
 
 
 def table(results: list[Result]) -> str:
-    lines = ["| case | us | SDPA us | speed-up | target | floor us | of the floor | error | compile s |", "|---" * 9 + "|"]
+    lines = [
+        "| case | us | SDPA us | speed-up | target | floor us | of the floor | error | compile s |",
+        "|---" * 9 + "|",
+    ]
     show = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"  # noqa: E731
     for r in results:
         lines.append(
@@ -205,13 +208,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     args = parser.parse_args(argv)
     cases = [case for case in CASES if args.only in case.name]
     bandwidth = None
     if args.device == "cuda":
         bandwidth = read_bandwidth()
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {bandwidth / 1e12:.2f} TB/s copied\n")
+        print(
+            f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {bandwidth / 1e12:.2f} TB/s copied\n"
+        )
     else:
         print("no GPU: accuracy only, over shorter texts\n")
         cases = [replace(case, batch=min(case.batch, 2), length=2048) for case in cases]
@@ -222,7 +229,9 @@ def main(argv: list[str] | None = None) -> int:
         results.append(measure(case, args.device, bandwidth))
         print(table(results[-1:]).splitlines()[-1], flush=True)
         if args.json:
-            args.json.write_text(json.dumps(head | dict(results=[asdict(r) for r in results]), indent=1) + "\n")
+            args.json.write_text(
+                json.dumps(head | dict(results=[asdict(r) for r in results]), indent=1) + "\n"
+            )
     print("\n" + table(results))
     return 0
 

@@ -75,7 +75,9 @@ class TieredKVCache(Cache):
                 layers[i] = TieredLayer(config, self.timeline, rope, self._rotation, dispatches, max_length)
                 layers[i].model_config = model_config
         if not any(isinstance(layer, TieredLayer) for layer in layers):
-            raise ValueError(f"{type(model).__name__} has no full-attention layer whose cache could be tiered")
+            raise ValueError(
+                f"{type(model).__name__} has no full-attention layer whose cache could be tiered"
+            )
         super().__init__(layers=layers)
 
     def __deepcopy__(self, memo: dict) -> "TieredKVCache":
@@ -220,7 +222,9 @@ def create_cache(
         config = FadeConfig.preset(config)
     if not isinstance(config, FadeConfig):
         raise TypeError(f"config must be the name of a preset or a FadeConfig, not {type(config).__name__}")
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+    if max_length is not None and (
+        isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
+    ):
         raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
     cache = TieredKVCache(model, config, max_length)
     attach(model)

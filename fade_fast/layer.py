@@ -18,7 +18,6 @@ from .kernels import rotated
 from .kernels.rope import rotate
 from .middle import HOLE, Middle, PinnedMiddle, PlannedMiddle
 from .models import Rope
-from .timeline import Timeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +127,9 @@ class TieredLayer(CacheLayerMixin):
             )
         kind, other = (keys.dtype, keys.device), (values.dtype, values.device)
         if kind != other or not keys.is_floating_point():
-            raise ValueError(f"keys and values must have one floating dtype and device: got {kind} and {other}")
+            raise ValueError(
+                f"keys and values must have one floating dtype and device: got {kind} and {other}"
+            )
         if self.is_initialized:
             stored = self.exact["key"]
             ours = (stored.shape[0], stored.shape[1], stored.shape[3], stored.dtype, stored.device)
@@ -284,7 +285,11 @@ class TieredLayer(CacheLayerMixin):
         if surplus:
             start = self.exact.count - self.recent
             columns = slice(start, start + surplus)
-            self._demote(self.exact["key"][:, :, columns], self.exact["value"][:, :, columns], self.length - self.recent)
+            self._demote(
+                self.exact["key"][:, :, columns],
+                self.exact["value"][:, :, columns],
+                self.length - self.recent,
+            )
             self.exact.remove(start, surplus)
 
     def _surplus(self, recent: int) -> int:
@@ -349,18 +354,24 @@ class TieredLayer(CacheLayerMixin):
             return keys, values
         sinks = self.config.n_sink
         middle = [self.decode(tier) for tier in self.middle.tiers if tier.records.count]
-        order = torch.cat([self.middle.position(t) for t in self.middle.tiers], dim=-1).argsort(dim=-1, stable=True)
+        order = torch.cat([self.middle.position(t) for t in self.middle.tiers], dim=-1).argsort(
+            dim=-1, stable=True
+        )
         k, v = (torch.cat(parts, dim=2) for parts in zip(*middle))
         if len(middle) > 1:
             k, v = take(k, order), take(v, order)
-        return tuple(torch.cat((x[:, :, :sinks], m, x[:, :, sinks:]), dim=2) for x, m in ((keys, k), (values, v)))
+        return tuple(
+            torch.cat((x[:, :, :sinks], m, x[:, :, sinks:]), dim=2) for x, m in ((keys, k), (values, v))
+        )
 
     def decode(self, tier, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys, as they are read, and values of a tier's slots, in the model's dtype."""
         wide = torch.promote_types(self.dtype, torch.float32)
         keys = self.decode_keys(tier, start, stop, wide)
         stop = tier.records.count if stop is None else stop
-        values = rotated.decode(tier.packed("value", start, stop), None, self.middle.matrix, tier.bits[1], wide)
+        values = rotated.decode(
+            tier.packed("value", start, stop), None, self.middle.matrix, tier.bits[1], wide
+        )
         return keys.to(self.dtype), values.to(self.dtype)
 
     def decode_keys(self, tier, start: int, stop: int | None, dtype) -> Tensor:

@@ -112,7 +112,9 @@ class Middle:
         batch, heads: rows, and KV heads of the layer.
     """
 
-    def __init__(self, config: FadeConfig, timeline: Timeline, rope: Rope | None, matrix, batch: int, heads: int):
+    def __init__(
+        self, config: FadeConfig, timeline: Timeline, rope: Rope | None, matrix, batch: int, heads: int
+    ):
         self.config, self.timeline, self.rope, self.matrix = config, timeline, rope, matrix
         dim, device = matrix.shape[0], matrix.device
         widths = [(config.middle_k_bits, config.middle_v_bits)]
@@ -223,7 +225,9 @@ class PinnedMiddle(Middle):
         blocks = (keys.shape[2] // self.step, self.step)
         mean = key_mean(keys.unflatten(2, blocks), position.unflatten(2, blocks))
         each = mean.repeat_interleave(self.step, dim=2)
-        self.means.reserve(bucket(self.tiers[0].records.count + keys.shape[2]) // self.step if keys.is_cuda else 0)
+        self.means.reserve(
+            bucket(self.tiers[0].records.count + keys.shape[2]) // self.step if keys.is_cuda else 0
+        )
         self.means.append(mean=mean)
         self.tiers[0].append(**self.encode(keys, values, each, self.tiers[0].bits))
 
@@ -272,7 +276,9 @@ class PlannedMiddle(Middle):
         position = self.column_positions(first, keys.shape[2])
         keys = self.before_rope(keys, position)
         self._fix_mean(keys, position)
-        candidates = torch.cat([t.records["position"] for t in self.tiers if t.records.count] + [position], -1)
+        candidates = torch.cat(
+            [t.records["position"] for t in self.tiers if t.records.count] + [position], -1
+        )
         tiers = plan.plan(
             plan.scores(self.config.eviction_policy, candidates),
             candidates,

@@ -151,7 +151,9 @@ class LayerCache:
         at = torch.tensor(self.read_at(row))
         tiers = torch.tensor([t.tier for t in row.tokens])
         partials = [
-            attention.over_tensors(query, keys[:, tiers == t], values[:, tiers == t], position, at[tiers == t], terms)
+            attention.over_tensors(
+                query, keys[:, tiers == t], values[:, tiers == t], position, at[tiers == t], terms
+            )
             for t in tiers.unique()
         ]
         if terms.s_aux is not None:
@@ -265,8 +267,13 @@ class LayerCache:
         tiers = policies.make_plan(
             replace(self.config, plan_scope=scope),
             policies.Candidates(
-                torch.tensor(position, dtype=torch.int64), now, known, keys, values,
-                spent=torch.tensor(spent, dtype=torch.bool), **self.learned,
+                torch.tensor(position, dtype=torch.int64),
+                now,
+                known,
+                keys,
+                values,
+                spent=torch.tensor(spent, dtype=torch.bool),
+                **self.learned,
             ),
         )
         return [dict(zip(columns, map(Tier, row))) for row in tiers.tolist()]

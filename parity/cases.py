@@ -170,7 +170,9 @@ def trace(
 def _same_tokens(layer: TieredLayer, spec: LayerCache) -> bool:
     """Whether both hold the same tokens in the same tiers, read at the same positions."""
     for b, (row,) in enumerate(spec.rows):
-        theirs = {(t.position, t.tier, at) for t, at in zip(row.tokens, spec.read_at(row)) if t.tier != Tier.FP16}
+        theirs = {
+            (t.position, t.tier, at) for t, at in zip(row.tokens, spec.read_at(row)) if t.tier != Tier.FP16
+        }
         ours = set()
         for tier in layer.middle.tiers if layer.has_middle else ():
             position = layer.middle.position(tier)[b, 0].tolist()

@@ -88,7 +88,9 @@ class Compiled:
         shapes = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x for x in args)
         key = (shapes, args[0].device, *sorted(constants.items()))
         if key not in self.graphs:
-            graph = torch.compile(_own(self.function, constants), dynamic=False, fullgraph=True, options=OPTIONS)
+            graph = torch.compile(
+                _own(self.function, constants), dynamic=False, fullgraph=True, options=OPTIONS
+            )
             with _pinned(pinned):
                 graph(*args)
             self.graphs[key] = graph
@@ -131,7 +133,10 @@ def _pinned(tiles: Tiles):
             else:
                 return kernel_kwargs
             persistent = "R0_BLOCK" not in chosen
-            pinned = {"fixed_config": FixedTritonConfig(dict(chosen)), "override_persistent_reduction": persistent}
+            pinned = {
+                "fixed_config": FixedTritonConfig(dict(chosen)),
+                "override_persistent_reduction": persistent,
+            }
             return {**kernel_kwargs, **pinned}
 
     realized = lowering.needs_realized_inputs

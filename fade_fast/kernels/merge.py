@@ -44,9 +44,7 @@ def combine(one: Partial, other: Partial) -> Partial:
     """One partial over the keys of both, for loops over tiles."""
     top = torch.maximum(one.top, other.top)
     a, b = torch.exp(one.top - top), torch.exp(other.top - top)
-    return Partial(
-        one.acc * a[..., None] + other.acc * b[..., None], top, one.total * a + other.total * b
-    )
+    return Partial(one.acc * a[..., None] + other.acc * b[..., None], top, one.total * a + other.total * b)
 
 
 def soften(scores: Tensor, visible: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:

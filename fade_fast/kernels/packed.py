@@ -17,7 +17,6 @@ Z = N * S / chunk chunks, W bytes of codes a token, D = head_dim.
 """
 
 import math
-from functools import partial as bind
 
 import torch
 from torch import Tensor
@@ -165,7 +164,8 @@ def join(parts, top, total, shift, reference, bound, *, bits, chunk, dtype):
 
 
 def attend_chunks(
-    query, reference, bias, valid, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, bound,
+    query, reference, bias, valid,
+    key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, bound,
     *, bits, chunk, softcap, dtype,
 ):  # fmt: skip
     """All four steps: see `attend`. Returns what `join` does."""
@@ -178,8 +178,12 @@ def attend_chunks(
         bits=key_bits, chunk=chunk, softcap=softcap, dtype=dtype,
     )  # fmt: skip
     top, total, scaled, shift = statistics(found, value_scale, value_zero, bits=value_bits)
-    parts = sums(found, top, scaled, value_codes, value_scale, bound, bits=value_bits, chunk=chunk, dtype=dtype)
-    parts, top, total = join(parts, top, total, shift, reference, bound, bits=value_bits, chunk=chunk, dtype=dtype)
+    parts = sums(
+        found, top, scaled, value_codes, value_scale, bound, bits=value_bits, chunk=chunk, dtype=dtype
+    )
+    parts, top, total = join(
+        parts, top, total, shift, reference, bound, bits=value_bits, chunk=chunk, dtype=dtype
+    )
     return [x[..., :rows] for x in parts], top[:, :rows], total[:, :rows]
 
 
@@ -241,7 +245,9 @@ def attend(
         return shaped(*_compiled(pinned, *fixed, bias, valid, *keys, *values, bound, chunk=chunk, **options))
     whole = empty(query)
     per_mean = length // bias.shape[-1]
-    tile = length if bias.shape[-1] == 1 and length <= EAGER_TILE else max(1, EAGER_TILE // per_mean) * per_mean
+    tile = (
+        length if bias.shape[-1] == 1 and length <= EAGER_TILE else max(1, EAGER_TILE // per_mean) * per_mean
+    )
     tile = min(tile, EAGER_TILE) if bias.shape[-1] == 1 else tile
     for start in range(0, length, tile):
         s = slice(start, min(start + tile, length))

@@ -11,7 +11,18 @@ import fade_fast
 from fade_fast.attention import NAME
 from fade_ref.config import FadeConfig
 
-from .models import EVICTING, OFF, SAFE, SMALL, compressed_tokens, dense, generate, prompt, teacher_forced, tiny_llama
+from .models import (
+    EVICTING,
+    OFF,
+    SAFE,
+    SMALL,
+    compressed_tokens,
+    dense,
+    generate,
+    prompt,
+    teacher_forced,
+    tiny_llama,
+)
 
 
 def storages(cache) -> int:
@@ -81,7 +92,11 @@ def test_reorder_select_and_repeat_equal_the_same_rows(config):
     """Rows moved in a filled cache, packed tiers included, go on as they would have elsewhere."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(70, batch=3, pads=(0, 5, 12))
     more = torch.randint(1, 256, (3, 4))
-    for name, index in (("reorder_cache", [2, 0, 0]), ("batch_select_indices", [1, 2]), ("repeat", [0, 0, 1, 1, 2, 2])):
+    for name, index in (
+        ("reorder_cache", [2, 0, 0]),
+        ("batch_select_indices", [1, 2]),
+        ("repeat", [0, 0, 1, 1, 2, 2]),
+    ):
         index = torch.tensor(index)
         here, there = (fade_fast.create_cache(model, config) for _ in range(2))
         teacher_forced(model, here, inputs, [60] + [1] * 10)
@@ -156,7 +171,7 @@ def test_two_caches_alternate_on_one_model():
     ids = [prompt(60, seed=s)["input_ids"] for s in (1, 2)]
     found = [[], []]
     with torch.no_grad():
-        for step in range(20):
+        for _ in range(20):
             for i, cache in enumerate(caches):
                 ids[i] = model(ids[i], past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
                 found[i].append(ids[i])
@@ -188,7 +203,8 @@ def test_random_state_is_left_alone():
 def test_a_model_that_does_not_dispatch_attention_reads_dense_tensors():
     torch.manual_seed(0)
     config = FalconConfig(
-        vocab_size=256, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, alibi=False, multi_query=False,
+        vocab_size=256, hidden_size=128, num_hidden_layers=2, num_attention_heads=2,
+        alibi=False, multi_query=False,
         new_decoder_architecture=False, initializer_range=0.2, pad_token_id=0,
     )  # fmt: skip
     model, inputs = FalconForCausalLM(config).eval(), prompt(50)
@@ -215,11 +231,12 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "bad",
         [
-            dict(n_sink=-1), dict(recent_window=-5), dict(block_size=0), dict(int4_budget=-1), dict(int4_budget=1.5),
-            dict(int2_budget=8), dict(int4_budget=None, int2_budget=None), dict(recent_window=None, int4_budget=4),
-            dict(eviction_policy="lru"), dict(middle_k_bits=5), dict(middle_v_bits="4"), dict(middle_k_bits=True),
-            dict(quant_backend="zip"), dict(quant_backend="channel", int4_budget=64), dict(positions="rotated"),
-            dict(plan_scope="rows"), dict(n_sink=True),
+            dict(n_sink=-1), dict(recent_window=-5), dict(block_size=0), dict(int4_budget=-1),
+            dict(int4_budget=1.5), dict(int2_budget=8), dict(int4_budget=None, int2_budget=None),
+            dict(recent_window=None, int4_budget=4), dict(eviction_policy="lru"),
+            dict(middle_k_bits=5), dict(middle_v_bits="4"), dict(middle_k_bits=True),
+            dict(quant_backend="zip"), dict(quant_backend="channel", int4_budget=64),
+            dict(positions="rotated"), dict(plan_scope="rows"), dict(n_sink=True),
         ],
         ids=str,
     )  # fmt: skip
@@ -304,7 +321,9 @@ class TestBadInput:
     def test_models_that_cannot_be_renumbered(self):
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=128, n_layer=2, n_head=2, n_positions=256)).eval()
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=256, n_embd=128, n_layer=2, n_head=2, n_positions=256)
+        ).eval()
         with pytest.raises(ValueError, match="cannot be renumbered"):
             fade_fast.create_cache(model, EVICTING)
         kept = FadeConfig(**SMALL, int4_budget=24, positions="original")

@@ -114,7 +114,9 @@ def test_left_padded_rows_equal_the_same_rows_alone(config):
         # Blocks start at other tokens in a padded row, so that codes may differ: without
         # compression, and where the mean is the same, tokens are equal; else the row is its own twin.
         if config is OFF or n == 0:
-            assert torch.equal(together[b : b + 1], generate(model, fade_fast.create_cache(model, config), alone))
+            assert torch.equal(
+                together[b : b + 1], generate(model, fade_fast.create_cache(model, config), alone)
+            )
 
 
 def test_second_turn_continues_the_conversation():
@@ -126,7 +128,8 @@ def test_second_turn_continues_the_conversation():
         text = torch.cat((first["input_ids"], answer, inputs["input_ids"][:, 50:]), dim=1)
         second = dict(input_ids=text, attention_mask=torch.ones_like(text))
         fed = []
-        hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
+        count = lambda _, args, fed=fed: fed.append(args[0].shape[1])  # noqa: E731
+        hook = model.model.embed_tokens.register_forward_pre_hook(count)
         ours = generate(model, cache, second, new=20)
         hook.remove()
         assert fed[0] == text.shape[1] - (50 + 20 - 1), "only what the cache has not seen is fed"

@@ -28,7 +28,9 @@ def test_memory_and_tokens_after_generate(smollm2, text):
     model, _ = smollm2
     plain = dense(model)
     expected = generate(model, plain, text, new=64)
-    dense_bytes = sum(x.untyped_storage().nbytes() for layer in plain.layers for x in (layer.keys, layer.values))
+    dense_bytes = sum(
+        x.untyped_storage().nbytes() for layer in plain.layers for x in (layer.keys, layer.values)
+    )
     for config, least in (("safe", 2.9), ("balanced", 6.0)):
         cache = fade_fast.create_cache(model, config)
         generate(model, cache, text, new=64)

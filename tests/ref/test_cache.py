@@ -126,7 +126,9 @@ def test_a_prefill_equals_its_tokens_one_by_one():
         for a, b in zip(rows(once), rows(each)):
             assert [(t.position, t.tier) for t in a.tokens] == [(t.position, t.tier) for t in b.tokens]
             if name == "int4":  # the fixed mean of an evicting plan depends on the first demotion
-                assert all(torch.equal(s.key.codes, t.key.codes) for s, t in zip(once.middle(a), each.middle(b)))
+                assert all(
+                    torch.equal(s.key.codes, t.key.codes) for s, t in zip(once.middle(a), each.middle(b))
+                )
 
 
 @pytest.mark.parametrize("name", ["int4", "evict", "two tiers", "heads"])
@@ -139,7 +141,9 @@ def test_rows_do_not_see_each_other(name):
             part = [x[b : b + 1] for x in tokens(n, 3, i)]
             single = alone.step(*part)
             start = sum(STEPS[:i])
-            torch.testing.assert_close(output[b : b + 1, :, start : start + n], single, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                output[b : b + 1, :, start : start + n], single, rtol=1e-12, atol=1e-12
+            )
 
 
 def test_the_two_views_of_contiguous_positions_are_equal():
@@ -195,7 +199,8 @@ def test_slopes_and_sinks_belong_to_their_heads():
         D**-0.5, slopes=torch.rand(heads, dtype=torch.float64), s_aux=torch.linspace(-1, 4, heads).double()
     )
     outputs = [
-        run(dataclasses.replace(config, plan_scope=scope), STEPS, terms=terms)[1] for scope in ("sequence", "head")
+        run(dataclasses.replace(config, plan_scope=scope), STEPS, terms=terms)[1]
+        for scope in ("sequence", "head")
     ]
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-13)
     assert not torch.allclose(outputs[0], run(config, STEPS)[1])
@@ -217,7 +222,9 @@ def test_every_field_has_an_effect(field):
 
 def test_plan_scopes_differ_and_backends_are_known():
     policy = dataclasses.replace(BASE, eviction_policy="h2o")
-    outputs = [run(dataclasses.replace(policy, plan_scope=s), STEPS)[1] for s in ("layer", "sequence", "head")]
+    outputs = [
+        run(dataclasses.replace(policy, plan_scope=s), STEPS)[1] for s in ("layer", "sequence", "head")
+    ]
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
     with pytest.raises(ValueError, match="quant_backend"):
         LayerCache(FadeConfig(quant_backend="symmetric"), 1, 1, D)

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from fade_ref.rope import (
-    NOPE, SCHEMES, Rope, alibi_bias, alibi_slopes, from_config, from_parameters, renumber, rotate,
+    NOPE,
+    SCHEMES,
+    Rope,
+    alibi_bias,
+    alibi_slopes,
+    from_config,
+    from_parameters,
+    renumber,
+    rotate,
 )  # fmt: skip
 
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,12 @@ import torch
 
 from fade_ref import quantize as qz
 from fade_ref.rotation import (
-    Record, RotatedCodec, hadamard_rotate, hadamard_rotation, key_mean, qr_rotation,
+    Record,
+    RotatedCodec,
+    hadamard_rotate,
+    hadamard_rotation,
+    key_mean,
+    qr_rotation,
 )  # fmt: skip
 from fade_ref.tiers import token_bytes
 
