@@ -5,6 +5,7 @@ budgets. Both hold a token as one record that depends on no other token, so that
 gather of bytes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -101,7 +102,7 @@ def key_mean(keys: Tensor, position: Tensor) -> Tensor:
     return mean.clamp(-rotated.LARGEST, rotated.LARGEST).half()
 
 
-class Middle:
+class Middle(ABC):
     """What both kinds of middle share.
 
     Args:
@@ -141,30 +142,30 @@ class Middle:
         """Fields of a record besides its codes."""
         return {}
 
+    @abstractmethod
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all at once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
         """Take in columns `first` onwards: keys after RoPE and values, [B, H, n, D]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def position(self, tier: MiddleTier) -> Tensor:
         """Logical position of each slot in use, [B, 1, n] int32; `HOLE` where there is no token."""
-        raise NotImplementedError
 
     def valid(self, tier: MiddleTier) -> Tensor:
         """Which slots of the tier's span hold a token, bool [B, 1, span]."""
         spare = tier.span - tier.records.count
         return torch.nn.functional.pad(self.position(tier) != HOLE, (0, spare))
 
+    @abstractmethod
     def read_at(self, tier: MiddleTier) -> Tensor:
         """Position at which RoPE reads each slot, where `config.contiguous`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mean(self, start: int, stop: int) -> Tensor:
         """Means of the keys in slots `start` to `stop`, [B, H, n or 1, D]."""
-        raise NotImplementedError
 
     def bias(self, query: Tensor, tier: MiddleTier) -> Tensor:
         """What each mean adds to the scores of `query` [B, H, R, D]: [B, H, R, means].
