@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fade_ref.config import FadeConfig
-from fade_ref.tiers import INTEGER_TIERS, Tier, packed_bytes, tier_name
+from fade_ref.tiers import INTEGER_TIERS, Tier, packed_bytes
 
 from . import plan
 from .buffers import Buffers, Field, along, take
@@ -40,7 +40,9 @@ class MiddleTier:
 
     @property
     def name(self) -> str:
-        return tier_name(*self.bits)
+        """What reports call the tier: `INT4`, or `K4V2` where the widths differ."""
+        key, value = self.bits
+        return INTEGER_TIERS[key].name if key == value else f"K{key}V{value}"
 
     @property
     def span(self) -> int:

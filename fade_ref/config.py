@@ -20,6 +20,8 @@ PLAN_SCOPES = ("layer", "sequence", "head")
 class FadeConfig:
     """How the tokens of a cache are kept. Token counts are a batch row's, for each layer.
 
+    `fade_ref` has all of it; `fade_fast.create_cache` refuses, by name, what it does not serve yet.
+
     Args:
         n_sink: first real (non-padding) tokens kept in the model's own dtype for ever.
         recent_window: newest tokens kept in the model's own dtype; `None` keeps all of them, which

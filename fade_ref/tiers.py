@@ -18,23 +18,9 @@ class Tier(IntEnum):
     PQ = 5
     EVICTED = 6
 
-    @property
-    def bits(self) -> int:
-        """Nominal bits an element: 16, 8, 4, 3, 2, 2 (PQ, by default) or 0."""
-        return (16, 8, 4, 3, 2, 2, 0)[self]
-
 
 #: Widths the integer tiers come in, in bits, and the tier each belongs to.
 INTEGER_TIERS = {8: Tier.INT8, 4: Tier.INT4, 3: Tier.INT3, 2: Tier.INT2}
-
-
-def tier_name(key_bits: int, value_bits: int) -> str:
-    """The name a middle tier is reported under: `INT4`, or `K4V2` where the widths differ.
-
-    >>> tier_name(4, 4), tier_name(4, 2)
-    ('INT4', 'K4V2')
-    """
-    return INTEGER_TIERS[key_bits].name if key_bits == value_bits else f"K{key_bits}V{value_bits}"
 
 
 def packed_bytes(bits: int, head_dim: int) -> int:
