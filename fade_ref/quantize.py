@@ -158,7 +158,8 @@ def lloyd_encode(
     code = number of midpoints strictly below y sqrt(D) / |y|: ties go down. With z the levels of
     the codes (`steps`), decoding gives scale * z. `norm` chooses the scale:
 
-    - "plain": |y| / sqrt(D), times the distance of "linear" levels; decoded vectors come out too short, by 12 % at 2 bits.
+    - "plain": |y| / sqrt(D), times the distance of "linear" levels; decoded vectors come out too
+      short, by 12 % at 2 bits.
     - "least_squares": <y, z> / <z, z>; the smallest error of one vector, and just as short.
     - "unbiased": <y, y> / <y, z>, so that <decoded, y> = |y|^2. Attention averages over tokens:
       independent errors cancel there, a shrinkage does not, so this is the default.
