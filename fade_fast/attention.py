@@ -64,15 +64,15 @@ def attention(
     layer.timeline.extend(start, valid, query.shape[0], new, query.device)
     if not start:
         output = _attend_tensors(module, query, keys, values, attention_mask, terms, **kwargs)
-        layer.store(keys, values, valid, attended=True)
+        layer.store(keys, values, attended=True)
     elif not layer.has_middle and terms.plain:
-        layer.store(keys, values, valid, attended=False)
+        layer.store(keys, values, attended=False)
         rows = Rows(query, layer, start, terms)
         mask = None if new == 1 and not layer.timeline.has_holes else rows.sees(layer.exact_positions())
         keys, values = layer.exact["key"], layer.exact["value"]
         output = _sdpa(module, query, keys, values, mask, terms, is_causal=False, **kwargs)
     elif new <= SHORT:
-        layer.store(keys, values, valid, attended=False)
+        layer.store(keys, values, attended=False)
         output = Rows(query, layer, start, terms).attend()
     else:
         output = torch.cat(
@@ -82,7 +82,7 @@ def attention(
             ],
             dim=1,
         )
-        layer.store(keys, values, valid, attended=True)
+        layer.store(keys, values, attended=True)
     return output, None
 
 

@@ -146,15 +146,14 @@ class TieredKVCache(Cache):
         """What the cache weighs now. Blocks whose demotion was due are demoted first."""
         for layer in self.tiered:
             layer.settle()
-        held = [x for layer in self.layers for x in _tensors(layer)] + self.timeline.tensors()
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
+        held = [x for layer in self.layers for x in tensors(layer)] + self.timeline.tensors()
         rest = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
-        other = sum(x.nbytes for layer in rest for x in _tensors(layer))
+        other = sum(x.nbytes for layer in rest for x in tensors(layer))
         sizes = [_sizes(layer) for layer in self.tiered]
         names = [tier for _, _, tokens in sizes for tier in tokens]
         tokens = {n: sum(t.get(n, 0) for _, _, t in sizes) / len(sizes) for n in dict.fromkeys(names)}
         return Memory(
-            allocated=sum(storages.values()),
+            allocated=storage_bytes(held),
             packed=other + sum(packed for packed, _, _ in sizes),
             dense=other + sum(dense for _, dense, _ in sizes),
             tokens={n: int(x) if x == int(x) else x for n, x in tokens.items()},
@@ -173,7 +172,12 @@ class TieredKVCache(Cache):
         return "\n".join(lines)
 
 
-def _tensors(layer) -> list[Tensor]:
+def storage_bytes(held: list[Tensor]) -> int:
+    """Bytes of every distinct storage behind some tensors."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}.values())
+
+
+def tensors(layer) -> list[Tensor]:
     """Tensors a cache layer of any class holds."""
     if isinstance(layer, TieredLayer):
         return layer.tensors()

@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from fade_ref.config import PRESETS, FadeConfig
 from fade_ref.tiers import Tier
 
-from .cache import create_cache, detach
+from .cache import create_cache, detach, storage_bytes, tensors
 from .loading import DTYPES, HUB_ID, LoadError, load, quiet
 
 PROMPT_TOKENS = 3000
@@ -187,19 +187,13 @@ def measure(model: PreTrainedModel, inputs, cache, name: str, max_new_tokens: in
         watch = Stopwatch(bar)
         tokens = _generate(model, inputs, cache, max_new_tokens, watch)
     if isinstance(cache, DynamicCache):
-        allocated = dense = storage_bytes(cache)
+        allocated = dense = storage_bytes([x for layer in cache.layers for x in tensors(layer)])
         tiers = {Tier.FP16.name: cache.get_seq_length()}
     else:
         memory = cache.memory()
         allocated, dense, tiers = memory.allocated, memory.dense, memory.tokens
     first, last = watch.times[0], watch.times[-1]
     return Run(tokens, first - watch.start, last - first, allocated, dense, tiers)
-
-
-def storage_bytes(cache: DynamicCache) -> int:
-    """Bytes of every distinct storage that a stock cache holds."""
-    held = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}.values())
 
 
 def table(runs: dict[str, Run], prompt_tokens: int) -> str:

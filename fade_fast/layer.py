@@ -74,6 +74,7 @@ class TieredLayer(CacheLayerMixin):
         self.length = 0
         self.exact: Buffers | None = None  # sinks, then recent columns
         self.middle: Middle | None = None
+        self._sinks_placed = False
         self.sink_keys: Tensor | None = None  # as they came; `exact` holds them as they are read
         self.is_initialized = False
 
@@ -112,7 +113,8 @@ class TieredLayer(CacheLayerMixin):
         both = (keys, values)
         if self.length:
             both = tuple(torch.cat(parts, dim=2) for parts in zip(self.dense(), both))
-        self.store(keys, values, None, attended=True)
+        self.timeline.extend(self.length, None, keys.shape[0], keys.shape[2], keys.device)
+        self.store(keys, values, attended=True)
         return both
 
     def check(self, keys: Tensor, values: Tensor) -> None:
@@ -179,6 +181,7 @@ class TieredLayer(CacheLayerMixin):
         if n:
             self.exact.count -= n
             self.length -= n
+            self._sinks_placed = False
 
     @property
     def croppable(self) -> int:
@@ -242,28 +245,22 @@ class TieredLayer(CacheLayerMixin):
         """Columns no longer held, in a batch without padding."""
         return self.length - self.exact.count - (self.middle.count if self.has_middle else 0)
 
-    def store(self, keys: Tensor, values: Tensor, valid: Tensor | None, attended: bool) -> None:
-        """Take in the columns of a step.
+    def store(self, keys: Tensor, values: Tensor, attended: bool) -> None:
+        """Take in the columns of a step, which the timeline knows already; `settle` comes first.
 
         Args:
-            keys, values: [B, H, q, D], keys after RoPE.
-            valid: bool [B, q], False for padding; None if there is none.
+            keys, values: [B, H, q, D], keys after RoPE; 0 in padding slots.
             attended: whether the step's attention is done. Then what has to leave the recent
                 region leaves it at once, so that a long step never fills the recent buffers.
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self.settle()
         start, new = self.length, keys.shape[2]
-        self.timeline.extend(start, valid, keys.shape[0], new, keys.device)
-        if valid is not None:  # a NaN in a padding slot must not reach a real token
-            hole = ~valid[:, None, :, None]
-            keys, values = keys.masked_fill(hole, 0), values.masked_fill(hole, 0)
         sinks = max(0, min(new, self.config.n_sink - start))
         recent = self.recent
         self.length += new
         self.exact.append(key=keys[:, :, :sinks], value=values[:, :, :sinks])
-        if self.timeline.has_holes:
+        if self.timeline.has_holes and not self._sinks_placed:
             self._place_sinks(keys, values, start)
         keys, values = keys[:, :, sinks:], values[:, :, sinks:]
         surplus = self._surplus(recent + keys.shape[2]) if attended else 0
@@ -308,6 +305,7 @@ class TieredLayer(CacheLayerMixin):
             for name, x in (("key", keys), ("value", values)):
                 stored = self.exact[name][:, :, slot]
                 stored.copy_(torch.where(here, take(x, column)[:, :, 0], stored))
+        self._sinks_placed = bool((self.timeline.newest() >= self.config.n_sink - 1).all())
 
     def _demote(self, keys: Tensor, values: Tensor, first: int) -> None:
         before = self.middle.evicted
