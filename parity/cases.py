@@ -9,9 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fade_fast
 from fade_fast.attention import attention
+from fade_fast.kernels import product as tables
 from fade_fast.kernels import rotated
+from fade_fast.kernels.merge import merge
 from fade_fast.layer import Arrival, TieredLayer
-from fade_ref import quantize
+from fade_ref import attention as spec_attention
+from fade_ref import product, quantize
 from fade_ref.cache import LayerCache, Row, Token
 from fade_ref.config import FadeConfig
 from fade_ref.rope import Rope
@@ -72,6 +75,96 @@ def codes(x: Tensor, bits: int, *, centred: bool = True, device: str = "cpu") ->
     gap = (a - b).abs()[same]
     error = max(float(((u - v.double()).abs() / u.abs().clamp_min(2.0**-14)).max()) for u, v in pairs)
     return Codes(gap.numel(), int((gap > 0).sum()), int(gap.max()) if gap.numel() else 0, error)
+
+
+@dataclass(frozen=True)
+class ProductCodes:
+    """How the codes of one product quantisation differ."""
+
+    total: int
+    differing: int
+    excess: float  # distance beyond the nearest centroid's, over its rounding: see `product_codes`
+
+
+def product_codes(x: Tensor, codebook: Tensor, *, device: str = "cpu") -> ProductCodes:
+    """Encode x [B, H, n, D] with both packages, given a codebook [m, k, w] or [H, m, k, w].
+
+    How much further than the nearest our centroid c is, is told in eps (|x| + |c|)^2 of its stretch of
+    x, with the eps of the dtype that the kernel computes in: what a tie is to its products.
+    """
+    ours = tables.encode(x.to(device), codebook.to(device)).cpu()
+    books = codebook.double().expand(x.shape[1], *codebook.shape[-3:])
+    theirs = torch.stack([product.encode(y, b) for y, b in zip(x.double().unbind(1), books)], dim=1)
+    parts = x.double().unflatten(-1, (codebook.shape[-3], -1))
+
+    def named(codes: Tensor) -> Tensor:
+        found = torch.stack([product.decode(c, b) for c, b in zip(codes.unbind(1), books)], dim=1)
+        return found.view_as(parts)
+
+    mine, nearest = named(ours), named(theirs)
+    further = (mine - parts).square().sum(-1) - (nearest - parts).square().sum(-1)
+    size = (mine.norm(dim=-1) + parts.norm(dim=-1)).square()
+    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    excess = (further / (eps * size).clamp_min(1e-300))[ours != theirs]
+    return ProductCodes(ours.numel(), excess.numel(), float(excess.max()) if excess.numel() else 0.0)
+
+
+def product_attention(
+    shape: Shape,
+    length: int,
+    *,
+    queries: int = 1,
+    widths: tuple[int, int] = (4, 4),
+    centroids: tuple[int, int] = (256, 256),
+    softcap: float | None = None,
+    per_head: bool = False,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Relative errors of attention over `length` coded tokens, a third of them holes.
+
+    Pairs are those of keys and values. The first query of batch row 0 sees nothing. Of the kernel's
+    partial, what is left out is the largest score of rows that see nothing, where the packages differ.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    batch, heads, dim = shape.batch, shape.heads, shape.head_dim
+    query = draw(batch, heads * shape.group, queries, dim).to(shape.dtype)
+    books = [draw(heads if per_head else 1, dim // w, k, w).half() for w, k in zip(widths, centroids)]
+    codes = [
+        torch.randint(0, k, (batch, heads, length, dim // w), generator=generator, dtype=torch.uint8)
+        for w, k in zip(widths, centroids)
+    ]
+    hole = torch.rand(batch, length, generator=generator) < 1 / 3
+    key_position = torch.arange(length).expand(batch, -1).masked_fill(hole, -1)
+    query_position = torch.arange(length - queries, length).expand(batch, -1).clone()
+    query_position[0, 0] = -1
+    terms = spec_attention.Terms(dim**-0.5, softcap)
+    sees = torch.stack([spec_attention.visible(*x) for x in zip(query_position, key_position)])
+    parts = []
+    for b in range(batch):
+        for h in range(heads):
+            own = slice(h * shape.group, (h + 1) * shape.group)
+            pair = tuple(book[h if per_head else 0].double() for book in books)
+            args = (*(c[b, h : h + 1] for c in codes), pair, query_position[b], key_position[b], terms)
+            parts.append(spec_attention.over_tables(query[b, own].double(), *args))
+    folded = (batch, heads, shape.group * queries)
+    exact = [torch.stack(x).reshape(*folded, *x[0].shape[2:]) for x in zip(*parts)]
+    poisoned = [c.masked_fill(hole[:, None, :, None], 255) for c in codes]  # may name no centroid
+    books = [book if per_head else book[0] for book in books]
+    sides = [x.to(shape.device) for pair in zip(poisoned, books) for x in pair]
+    rows = query.reshape(*folded, dim).to(shape.device) * terms.scaling
+    folded_sees = sees[:, None].repeat(1, 1, shape.group, 1).to(shape.device)
+    ours = tables.attend(rows, *sides, folded_sees, softcap)
+    output = merge([ours]).cpu()
+    acc, top, total = (x.cpu() for x in ours)
+    some = exact[2] > 0
+    wanted = exact[0] / torch.where(some, exact[2], 1.0)[..., None]
+    return {
+        "output": relative_error(output, wanted),
+        "acc": relative_error(acc, exact[0]),
+        "top": relative_error(top[some], exact[1][some]),
+        "total": relative_error(total, exact[2]),
+    }
 
 
 def mirror(layer: TieredLayer, spec: LayerCache) -> LayerCache:

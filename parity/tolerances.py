@@ -13,3 +13,10 @@ CODES_DIFFERING = 1e-4
 
 #: Stored scales and zeros may differ by one rounding of fp16, for the same reason.
 SCALE_ULP = 2.0**-10
+
+#: Codes of product quantisation may differ where two centroids are equally far to within the rounding of
+#: the kernel's products: |c|^2 - 2 x.c of each, in units of eps (|x| + |c|)^2.
+TIE = 1.0
+
+#: Attention over product-quantised codes, as above; no rotation is involved.
+PRODUCT = {torch.float64: 1e-13, torch.float32: 1e-5}

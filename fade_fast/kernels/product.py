@@ -1,0 +1,137 @@
+"""The PQ tier: product-quantised keys and values, attended to without decoding them.
+
+A vector of D elements is m stretches of w; each has a codebook of k centroids, and a byte names one of
+them (Jegou, Douze, Schmid: Product quantization for nearest neighbor search, TPAMI 2011). A key's score
+is a sum of m look-ups in a table of the query's (asymmetric distance computation, section III.A, for
+inner products); values are summed by adding up the weight on each centroid.
+
+A codebook is [m, k, w] for all KV heads or [H, m, k, w] for each, of any floating dtype, k <= 256.
+Shapes do not depend on data, and slots that hold no token may contain any byte, also one >= k.
+"""
+
+import torch
+from torch import Tensor
+
+from .merge import Partial, combine, empty, soften
+
+ELEMENTS = 1 << 21  # distances, or table entries, held at a time: a few times 8 MiB in float32
+
+
+def encode(x: Tensor, codebook: Tensor) -> Tensor:
+    """Codes uint8 [B, H, n, m] of x [B, H, n, D]: the nearest centroid, of equals the lowest index.
+
+    Computed in float32, or in float64 if x is float64. Of NaN, the code is some byte below k. Raises
+    ValueError if the codebook does not fit x.
+    """
+    book = _book(codebook, x.shape[1], torch.promote_types(x.dtype, torch.float32))
+    parts = _cut(x, book)
+    norms = book.square().sum(-1).unsqueeze(1)
+    tile = _tile(norms[0].numel() * x.shape[0] * x.shape[1])
+    # |x - c|^2 less |x|^2, which is alike for all centroids
+    codes = [
+        (norms - 2 * torch.einsum("bhnmw,hmkw->bhnmk", part.to(book.dtype), book)).argmin(-1).to(torch.uint8)
+        for part in parts.split(tile, dim=2)
+    ]
+    return torch.cat(codes, dim=2)
+
+
+def decode(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
+    """Vectors [B, H, n, D] of `dtype`: the centroids that codes [B, H, n, m] name, side by side.
+
+    Raises ValueError if the codes are not uint8 or do not fit the codebook.
+    """
+    book = _book(codebook, codes.shape[1], dtype)
+    _check(codes, book, codes.shape[:3])
+    head, part = (torch.arange(n, device=codes.device) for n in book.shape[:2])
+    return book[head[:, None, None], part, _index(codes, book)].flatten(-2)
+
+
+def attend(
+    query: Tensor,
+    key_codes: Tensor,
+    key_codebook: Tensor,
+    value_codes: Tensor,
+    value_codebook: Tensor,
+    visible: Tensor,
+    softcap: float | None = None,
+) -> Partial:
+    """Partial attention over product-quantised keys and values.
+
+    Args:
+        query: [B, H, R, D], scaled, in the dtype to compute in (float32 or float64).
+        key_codes, value_codes: [B, H, n, m] uint8; keys and values may differ in m.
+        key_codebook, value_codebook: as above, in a floating dtype each.
+        visible: bool, broadcastable to [B, H, R, n].
+        softcap: see `merge.soften`.
+
+    Beside its result it holds tables of R m k numbers for each of the B H heads, and tiles of tokens.
+    Raises ValueError if query, codes and codebooks do not fit each other.
+    """
+    batch, heads, rows, _ = query.shape
+    length = key_codes.shape[2]
+    key_book, value_book = (_book(x, heads, query.dtype) for x in (key_codebook, value_codebook))
+    for codes, book in ((key_codes, key_book), (value_codes, value_book)):
+        _check(codes, book, (batch, heads, length))
+    table = torch.einsum("bhrmw,hmkw->bhrmk", _cut(query, key_book), key_book)
+    counts = query.new_empty(batch, heads, rows, *value_book.shape[1:3])  # only its shape is used
+    whole = empty(counts.flatten(-2))
+    visible = visible.expand(batch, heads, rows, length)
+    # Tables are read and histograms written once a tile: shorter ones than k would not pay.
+    parts = max(key_book.shape[1], value_book.shape[1])
+    tile = max(counts.shape[-1], _tile(batch * heads * rows * parts))
+    for start in range(0, length, tile):
+        s = slice(start, min(start + tile, length))
+        scores = table.gather(-1, _by_part(key_codes[:, :, s], key_book, rows)).sum(-2)
+        weights, top, total = soften(scores, visible[..., s], softcap)
+        index = _by_part(value_codes[:, :, s], value_book, rows)
+        histogram = torch.zeros_like(counts).scatter_add(-1, index, weights.unsqueeze(-2).expand(index.shape))
+        whole = combine(whole, Partial(histogram.flatten(-2), top, total))
+    histogram = whole.acc.view_as(counts)
+    return whole._replace(acc=torch.einsum("bhrmk,hmkw->bhrmw", histogram, value_book).flatten(-2))
+
+
+def _tile(elements: int) -> int:
+    """How many tokens of so many elements are held at a time."""
+    return max(1, ELEMENTS // max(1, elements))
+
+
+def _index(codes: Tensor, book: Tensor) -> Tensor:
+    """Codes as an index; bytes that name no centroid, in slots without a token, stay within bounds."""
+    return codes.long().clamp_max(book.shape[2] - 1)
+
+
+def _by_part(codes: Tensor, book: Tensor, rows: int) -> Tensor:
+    """Codes [B, H, n, m] as an index [B, H, rows, m, n]."""
+    return _index(codes, book).mT.unsqueeze(2).expand(-1, -1, rows, -1, -1)
+
+
+def _book(codebook: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """A codebook as [H or 1, m, k, w] of `dtype`; ValueError if it is none, or not for so many heads."""
+    if not codebook.is_floating_point():
+        raise ValueError(f"codebook of {codebook.dtype}: centroids have a floating dtype")
+    shape = tuple(codebook.shape)
+    if len(shape) not in (3, 4) or 0 in shape or shape[-2] > 256:
+        raise ValueError(f"codebook of shape {shape}: [m, k, w] or [H, m, k, w], k <= 256, is allowed")
+    if len(shape) == 4 and shape[0] not in (1, heads):
+        raise ValueError(f"the codebook is for {shape[0]} heads, not {heads}")
+    return (codebook if len(shape) == 4 else codebook.unsqueeze(0)).to(dtype)
+
+
+def _cut(x: Tensor, book: Tensor) -> Tensor:
+    """x [..., D] as [..., m, w]."""
+    (parts, _, width), dim = book.shape[1:], x.shape[-1]
+    if dim % width:
+        raise ValueError(f"subspaces of {width} do not divide {dim} elements")
+    if dim != parts * width:
+        raise ValueError(f"the codebook has {parts} subspaces of {width}, {dim} elements have {dim // width}")
+    return x.unflatten(-1, (parts, width))
+
+
+def _check(codes: Tensor, book: Tensor, shape) -> None:
+    """ValueError unless codes are uint8 [*shape, m]."""
+    expected = (*shape, book.shape[1])
+    if codes.dtype != torch.uint8 or codes.shape != expected:
+        raise ValueError(
+            f"codes of shape {tuple(codes.shape)} and {codes.dtype}: "
+            f"uint8 {expected}, the codebook having {book.shape[1]} subspaces, is expected"
+        )
