@@ -1,0 +1,578 @@
+"""A decode step of `model.generate()` with each cache: `python -m benchmarks.generate`.
+
+Models have the shape of a named one and random bfloat16 weights. Each method prefills random tokens
+and then decodes in plain `model.generate(..., past_key_values=cache)`. A step's time is the median once
+compilation and capture are over; a logits processor stamps the steps with CUDA events, and so never
+makes the host wait. `--list` shows cases and methods. `--json FILE` writes what the tables show, after
+every measurement; `--show FILE...` prints the tables of several such files together, so that a long list
+can be run in parts. Without a GPU a tiny model runs through the same code, and its times mean nothing.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+
+import fade_fast
+from fade_fast.cache import TieredKVCache, attach, storage_bytes
+from fade_fast.kernels.compile import Compiled
+from fade_ref.config import PRESETS, FadeConfig
+
+from .decode_attention import read_bandwidth
+from .models import GEMMA, LLAMA, QWEN, TINY, K, build, step_weights
+
+#: Methods that are ours; "fp16" never compresses. Beside them: "dynamic" and "static".
+OURS = {"fp16": FadeConfig(recent_window=None)}
+OURS |= {name: FadeConfig.preset(name) for name in PRESETS}
+OURS |= {f"int{bits}": FadeConfig(middle_k_bits=bits, middle_v_bits=bits) for bits in (3, 2)}
+BASELINES = ("dynamic", "static")
+METHODS = (*BASELINES, *OURS)
+
+WARM_UP = 40  # most steps that compilation and capture may take
+CHUNK = 2048  # columns of a prefill in chunks
+ONCE = 64 * K  # most tokens prefilled the ordinary way; and prefilled twice, so that the second is warm
+FILLS = ("once", "rows", "chunk", "random")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a context to decode after, and the methods to compare."""
+
+    model: str
+    batch: int
+    length: int
+    methods: tuple[str, ...] = (*BASELINES, "fp16", "safe")
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} B {self.batch} x S {self.length}"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+CASES = [
+    Case(LLAMA, 1, 2 * K),
+    Case(LLAMA, 1, 32 * K),
+    Case(LLAMA, 8, 2 * K, ("safe",)),
+    Case(LLAMA, 8, 32 * K, (*BASELINES, "fp16", *PRESETS, "int2")),
+    Case(LLAMA, 8, 8 * K),
+    Case(LLAMA, 1, 128 * K, ("dynamic", "fp16", "safe")),
+    Case(QWEN, 8, 16 * K, ("dynamic", "fp16", "safe")),
+    Case(GEMMA, 1, 32 * K, ("dynamic", "fp16", "safe")),
+]
+TINY_CASES = [Case(TINY, 2, 192, (*BASELINES, "fp16", "safe", "balanced"))]
+
+
+@dataclass
+class Result:
+    """What was measured of a method in a case; None: not measured, or not without a GPU."""
+
+    case: str
+    method: str
+    batch: int
+    length: int
+    new: int
+    fill: str
+    failed: str | None = None
+    ms: float | None = None  # median of the steps after warm-up, as are the next two
+    mean_ms: float | None = None
+    worst_ms: float | None = None
+    tokens_per_s: float | None = None
+    cold_s: float | None = None  # to the first token of the first prefill, kernels' compilation included
+    first_token_s: float | None = None  # the same of a second prefill
+    compile_s: float | None = None  # what the steps of the warm-up took beyond that of later ones
+    prefill_gb: float | None = None
+    decode_gb: float | None = None
+    cache_bytes: int | None = None
+    packed_bytes: int | None = None
+    tokens: dict[str, float] = field(default_factory=dict)  # by tier, as `cache.memory()` has them
+    live: float | None = None
+    floor_ms: float | None = None  # weights and packed bytes over the bandwidth of a copy
+    over_floor: float | None = None
+
+
+# -- targets
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on a quantity of a method, beside the best of some others (or on its own).
+
+    `quantity` is a field of `Result`. Of "ms" the bound is on how many times faster, of "batch" on how
+    many times larger, and the ratio must reach it; any other ratio must stay below.
+    """
+
+    case: str
+    method: str
+    quantity: str
+    against: tuple[str, ...]
+    bound: float
+    at: str | None = None  # case of the others, if it is another one
+
+    @property
+    def higher(self) -> bool:
+        return self.quantity in ("ms", "batch")
+
+    def text(self) -> str:
+        what = dict(ms="speed-up", over_floor="step over floor").get(self.quantity, self.quantity)
+        others = " / ".join(self.against) and f" against {' / '.join(self.against)}"
+        return f"{self.method}: {what}{others}" + (f" at {self.at}" if self.at else "")
+
+
+def largest_case(model: str, length: int) -> str:
+    """Name under which `--largest-batch` reports."""
+    return f"{model} largest batch x S {length}"
+
+
+LONG, WIDE = (Case(LLAMA, batch, 32 * K).name for batch in (1, 8))
+TARGETS = [
+    Target(WIDE, "safe", "ms", BASELINES, 4.0),
+    Target(LONG, "safe", "ms", BASELINES, 2.5),
+    Target(Case(LLAMA, 8, 8 * K).name, "safe", "ms", BASELINES, 2.0),
+    Target(Case(LLAMA, 1, 2 * K).name, "safe", "ms", BASELINES, 1.0),
+    Target(WIDE, "safe", "ms", ("fp16",), 1.5),
+    Target(Case(LLAMA, 1, 128 * K).name, "safe", "ms", ("fp16",), 1.4),
+    Target(LONG, "safe", "ms", ("fp16",), 1.15),
+    Target(WIDE, "lossless", "ms", ("fp16",), 1.3),
+    Target(WIDE, "balanced", "ms", ("safe",), 1.0, at=Case(LLAMA, 8, 2 * K).name),
+    Target(WIDE, "aggressive", "ms", ("safe",), 1.0, at=Case(LLAMA, 8, 2 * K).name),
+    Target(LONG, "safe", "over_floor", (), 1.4),
+    Target(LONG, "safe", "first_token_s", ("dynamic",), 1.1),
+    Target(LONG, "safe", "prefill_gb", ("dynamic",), 1.1),
+    Target(largest_case(LLAMA, 32 * K), "safe", "batch", ("dynamic",), 3.0),
+]
+
+
+def measured(target: Target, results: Iterable[Result]) -> float | None:
+    """The ratio that a target bounds, None if any side of it is missing."""
+    found = {(r.case, r.method): getattr(r, target.quantity) for r in results if not r.failed}
+    mine = found.get((target.case, target.method))
+    others = [found.get((target.at or target.case, name)) for name in target.against]
+    others = [x for x in others if x]
+    if not mine or (target.against and not others):
+        return None
+    if not target.against:
+        return mine
+    best = max(others) if target.quantity == "batch" else min(others)
+    return best / mine if target.quantity == "ms" else mine / best
+
+
+def met(target: Target, value: float) -> bool:
+    return value >= target.bound if target.higher else value <= target.bound
+
+
+def steady(steps: list[float]) -> tuple[list[float], float]:
+    """The steps after the warm-up, and what those of the warm-up took beyond the median of the others."""
+    first = min(WARM_UP, len(steps) // 2)
+    settled = steps[first:]
+    usual = statistics.median(settled)
+    return settled, sum(max(0.0, step - usual) for step in steps[:first])
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest batch up to `most` that fits, to within a sixteenth; 0 if none does."""
+    low, high = 0, most + 1
+    while high - low > max(1, low // 16):
+        middle = low + (high - low) * 3 // 4
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+# -- caches
+
+
+def make_cache(model, method: str, room: int | None, length: int):
+    """An empty cache. Ours attach themselves to the model; others get the model's own attention.
+
+    `room` is the most tokens ours will see, None to let them grow; a static cache is made for `length`.
+    """
+    fade_fast.detach(model)
+    if method == "dynamic":
+        return DynamicCache(config=model.config)
+    if method == "static":
+        return StaticCache(config=model.config, max_cache_len=length)
+    return fade_fast.create_cache(model, OURS[method], max_length=room)
+
+
+def weigh(cache, batch: int) -> tuple[int, int, dict[str, float]]:
+    """Bytes a cache has allocated, bytes of its live tokens, and those tokens by tier."""
+    if isinstance(cache, TieredKVCache):
+        memory = cache.memory()
+        return memory.allocated, memory.packed, memory.tokens
+    held = storage_bytes([x for layer in cache.layers for x in (layer.keys, layer.values)])
+    return held, held, {"FP16": batch * int(cache.get_seq_length())}
+
+
+def free(model) -> None:
+    """Leave nothing of the last measurement: no cache, no graph and no compiled code.
+
+    A reset makes Dynamo compile again, so our own kernels must forget that they are compiled: only the
+    first call of a shape compiles with the tile sizes chosen for it.
+    """
+    fade_fast.detach(model)
+    model.__dict__.pop("_compiled_call", None)
+    torch.compiler.reset()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fade_fast."):
+            for x in list(vars(module).values()):
+                if isinstance(x, Compiled):
+                    x.graphs.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# -- one measurement
+
+
+class Clock(LogitsProcessor):
+    """Stamps the start, and every new token when its logits are there; also the peaks of memory."""
+
+    def __init__(self, device: str):
+        self.cuda, self.stamps, self.prefill_peak = device == "cuda", [], None
+
+    def start(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self._stamp()
+
+    def __call__(self, input_ids, scores):
+        self._stamp()
+        if self.cuda and len(self.stamps) == 2:
+            self.prefill_peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        return scores
+
+    def _stamp(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        self.stamps.append(event if self.cuda else time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Time to the first token, then of every step. Waits for the device."""
+        pairs = list(itertools.pairwise(self.stamps))
+        if not self.cuda:
+            return [stop - start for start, stop in pairs]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(stop) / 1e3 for start, stop in pairs]
+
+
+def choose_fill(case: Case, method: str) -> str:
+    """How to prefill so that it fits: what `--fill auto` does.
+
+    A static cache masks every slot for every query, so a long prompt must come in chunks. With many long
+    rows, MLP activations are what does not fit, so they are taken a row at a time.
+    """
+    if method == "static":
+        return "chunk" if case.length > CHUNK else "once"
+    return "rows" if case.batch > 1 and case.tokens > ONCE else "once"
+
+
+def prefill(model, cache, ids, fill: str) -> None:
+    """Feed all columns but the last, which `generate()` then feeds; "once" leaves all of them to it."""
+    before = ids[:, :-1]
+    if fill == "rows":
+        with mlp_by_row(model):
+            model(before, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    elif fill == "chunk":
+        for part in before.split(CHUNK, dim=1):
+            model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    elif fill == "random":
+        random_fill(model, cache, *before.shape)
+
+
+@contextmanager
+def mlp_by_row(model):
+    """Every MLP takes a row of the batch at a time: the same numbers from smaller activations."""
+    mlps = [layer.mlp for layer in model.model.layers]
+    for mlp in mlps:
+        mlp.forward = lambda x, whole=mlp.forward: torch.cat([whole(row) for row in x.split(1)])
+    try:
+        yield
+    finally:
+        for mlp in mlps:
+            del mlp.forward
+
+
+def random_fill(model, cache, batch: int, length: int) -> None:
+    """Fill a cache with random keys and values: no model is run, so nothing but the cache needs room."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = (batch, config.num_key_value_heads, length, head_dim)
+    fade_fast.detach(model)  # our layers then store what they are given, without a query
+    for i in range(config.num_hidden_layers):
+        x = torch.randn(size, dtype=model.dtype, device=model.device)
+        cache.update(x, x, i)
+    if isinstance(cache, TieredKVCache):
+        attach(model)
+
+
+@torch.no_grad()
+def run(model, cache, ids, new: int, fill: str) -> Clock:
+    """Prefill and `new` tokens, as a user would ask for them."""
+    clock = Clock(model.device.type)
+    clock.start()
+    prefill(model, cache, ids, fill)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=new,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([clock]),
+    )
+    return clock
+
+
+def measure(
+    model,
+    case: Case,
+    method: str,
+    new: int,
+    fill: str,
+    bandwidth: float | None = None,
+    grow: bool = False,
+) -> Result:
+    """One method in one case. Raises what the model raises, memory exhausted included."""
+    result = Result(case.name, method, case.batch, case.length, new, fill)
+    room = -(-(case.length + new) // 128) * 128
+    generator = torch.Generator(model.device).manual_seed(1)
+    size = (case.batch, case.length)
+    ids = torch.randint(model.config.vocab_size, size, generator=generator, device=model.device)
+    make = lambda: make_cache(model, method, None if grow else room, room)  # noqa: E731
+    again = case.tokens <= ONCE and fill != "random"
+    if again:
+        result.cold_s = run(model, make(), ids, 1, fill).seconds()[0]
+        gc.collect()
+    cache = make()
+    clock = run(model, cache, ids, new, fill)
+    first, *steps = clock.seconds()
+    if again:
+        result.first_token_s = first
+    elif fill != "random":
+        result.cold_s = first
+    settled, extra = steady(steps)
+    result.ms, result.mean_ms = (f(settled) * 1e3 for f in (statistics.median, statistics.mean))
+    result.worst_ms, result.compile_s = max(settled) * 1e3, extra
+    result.tokens_per_s = case.batch / result.ms * 1e3
+    if clock.cuda:
+        result.prefill_gb = clock.prefill_peak / 1e9
+        result.decode_gb = torch.cuda.max_memory_allocated() / 1e9
+    result.cache_bytes, result.packed_bytes, result.tokens = weigh(cache, case.batch)
+    result.live = sum(n for name, n in result.tokens.items() if name != "EVICTED")
+    if bandwidth:
+        result.floor_ms = (step_weights(model) + result.packed_bytes) / bandwidth * 1e3
+        result.over_floor = result.ms / result.floor_ms
+    return result
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether an error means that memory ran out; a compiled call may wrap it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def attempt(model, case: Case, method: str, new: int, fill: str = "auto", **options) -> Result:
+    """`measure`, with a failure as a result, and nothing left in memory after either."""
+    fill = choose_fill(case, method) if fill == "auto" else fill
+    try:
+        return measure(model, case, method, new, fill, **options)
+    except Exception as error:
+        failed = "out of memory" if exhausted(error) else f"{type(error).__name__}: {error}"[:300]
+        if not exhausted(error):
+            traceback.print_exc()
+        return Result(case.name, method, case.batch, case.length, new, fill, failed)
+    finally:
+        free(model)
+
+
+def largest_batch(model, case: Case, method: str, **options) -> Result:
+    """The result at the largest batch that decodes beside a cache of random keys and values."""
+    name, new = largest_case(case.model, case.length), 16
+    options["fill"] = "random"
+    one = attempt(model, replace(case, batch=1), method, new, **options)
+    best = replace(one, case=name, batch=0)
+    if one.failed:
+        return best
+    total = torch.cuda.mem_get_info()[1] if model.device.type == "cuda" else 4 * one.cache_bytes
+
+    def fits(batch: int) -> bool:
+        nonlocal best
+        tried = attempt(model, replace(case, batch=batch), method, new, **options)
+        print(f"  {method}, batch {batch}: {tried.failed or 'fits'}", flush=True)
+        if not tried.failed:
+            best = replace(tried, case=name)
+        return not tried.failed
+
+    weights = sum(p.nbytes for p in model.parameters()) if model.device.type == "cuda" else 0
+    largest(fits, int((total - weights) / one.cache_bytes))
+    return best
+
+
+# -- what is shown
+
+
+def table(results: list[Result]) -> str:
+    head = (
+        "case", "method", "fill", "ms a step", "mean", "worst", "tokens/s", "floor ms", "step / floor",
+        "first token s", "cold s", "compile s", "prefill GB", "decode GB", "cache GB", "live tokens",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    show = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"  # noqa: E731
+    for r in results:
+        if r.failed:
+            lines.append(f"| {r.case} | {r.method} | {r.fill} | {r.failed} |" + " |" * (len(head) - 4))
+            continue
+        case = r.case + (f" = {r.batch}" if "largest" in r.case else "")
+        cells = [
+            case, r.method, r.fill, show(r.ms, 2), show(r.mean_ms, 2), show(r.worst_ms), show(r.tokens_per_s),
+            show(r.floor_ms, 2), show(r.over_floor, 2), show(r.first_token_s, 2), show(r.cold_s, 2),
+            show(r.compile_s), show(r.prefill_gb), show(r.decode_gb),
+            "-" if r.cache_bytes is None else show(r.cache_bytes / 1e9, 3), show(r.live, 0),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def reached(results: list[Result]) -> list[dict]:
+    """The targets whose ratio was measured: what they bound, the ratio, and whether it is met."""
+    pairs = [(target, measured(target, results)) for target in TARGETS]
+    return [asdict(t) | dict(text=t.text(), measured=x, met=met(t, x)) for t, x in pairs if x is not None]
+
+
+def targets_table(rows: list[dict]) -> str:
+    lines = ["| case | target | measured | bound | met |", "|---" * 5 + "|"]
+    for row in rows:
+        sign = ">=" if row["quantity"] in ("ms", "batch") else "<="
+        yes = "yes" if row["met"] else "**no**"
+        lines.append(
+            f"| {row['case']} | {row['text']} | {row['measured']:.2f} | {sign} {row['bound']} | {yes} |"
+        )
+    return "\n".join(lines)
+
+
+def report(head: dict, results: list[Result]) -> dict:
+    """What a JSON file holds."""
+    return head | dict(results=[asdict(r) for r in results], targets=reached(results))
+
+
+def merged(files: Iterable[Path]) -> tuple[dict, list[Result]]:
+    """Head and results of several files; of a method measured twice in a case, the last counts."""
+    head, results = {}, {}
+    for file in files:
+        data = json.loads(file.read_text())
+        found = [Result(**r) for r in data.pop("results")]
+        data.pop("targets", None)
+        if head and (head["device"], head["torch"]) != (data["device"], data["torch"]):
+            raise SystemExit(f"{file}: of another device or torch than the files before it")
+        head, results = data, results | {(r.case, r.method): r for r in found}
+    return head, list(results.values())
+
+
+def tables(results: list[Result]) -> str:
+    rows = reached(results)
+    return table(results) + ("\n\n" + targets_table(rows) if rows else "")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    parser.add_argument("--methods", metavar="A,B", help="these instead of each case's own")
+    parser.add_argument("--new", type=int, metavar="N", help="tokens to generate: 128, or 8 of a tiny model")
+    parser.add_argument("--fill", choices=("auto", *FILLS), default="auto", help="how the cache is filled")
+    parser.add_argument(
+        "--grow", action="store_true", help="our caches grow instead of being made to measure"
+    )
+    parser.add_argument("--largest-batch", action="store_true", help="instead of timing: what batch fits")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, as without a GPU")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
+    parser.add_argument("--list", action="store_true", help="list cases and methods, and stop")
+    parser.add_argument(
+        "--show", type=Path, nargs="+", metavar="FILE", help="tables of stored results, and stop"
+    )
+    args = parser.parse_args(argv)
+    args.tiny |= args.device == "cpu"
+    args.new = args.new or (8 if args.tiny else 128)
+    if args.new < 3:
+        parser.error("--new: at least 3 tokens")
+    args.methods = tuple(args.methods.split(",")) if args.methods else None
+    if unknown := set(args.methods or ()) - set(METHODS):
+        parser.error(f"--methods: {', '.join(sorted(unknown))}: of {', '.join(METHODS)}")
+    return args
+
+
+def selected(args: argparse.Namespace) -> list[Case]:
+    """The cases to run, each with its methods."""
+    cases = [case for case in (TINY_CASES if args.tiny else CASES) if args.only in case.name]
+    if args.largest_batch:
+        cases = TINY_CASES if args.tiny else [Case(LLAMA, 1, 32 * K)]
+        cases = [replace(case, methods=("dynamic", "safe")) for case in cases]
+    return [replace(case, methods=args.methods or case.methods) for case in cases]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    if args.show:
+        head, results = merged(args.show)
+        print(f"{head['device']}, torch {head['torch']}\n\n{tables(results)}")
+        if args.json:
+            args.json.write_text(json.dumps(report(head, results), indent=1) + "\n")
+        return 0
+    cases = selected(args)
+    if args.list:
+        for case in cases:
+            print(f"{case.name}: {', '.join(case.methods)}")
+        print(f"methods: {', '.join(METHODS)}")
+        return 0
+    cuda = args.device == "cuda"
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    head = dict(device=device, torch=torch.__version__, transformers=transformers.__version__)
+    head["bandwidth"] = read_bandwidth() if cuda else None
+    torch.cuda.empty_cache()
+    copied = f", {head['bandwidth'] / 1e12:.2f} TB/s copied" if cuda else ": times of a CPU mean nothing here"
+    print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}{copied}\n")
+    results = []
+    options = dict(fill=args.fill, bandwidth=head["bandwidth"], grow=args.grow)
+    for name, group in itertools.groupby(cases, key=lambda case: case.model):
+        started = time.perf_counter()
+        model = build(name, args.device)
+        print(f"{name}: {step_weights(model) / 1e9:.2f} GB of weights a step, ", end="")
+        print(f"built in {time.perf_counter() - started:.0f} s", flush=True)
+        for case in group:
+            for method in case.methods:
+                started = time.perf_counter()
+                if args.largest_batch:
+                    results.append(largest_batch(model, case, method, **options))
+                else:
+                    results.append(attempt(model, case, method, args.new, **options))
+                print(
+                    table(results[-1:]).splitlines()[-1], f"{time.perf_counter() - started:.0f} s", flush=True
+                )
+                if args.json:
+                    args.json.write_text(json.dumps(report(head, results), indent=1) + "\n")
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    print("\n" + tables(results))
+    return int(any(r.failed and r.failed != "out of memory" for r in results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
