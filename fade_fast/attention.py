@@ -10,15 +10,14 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .kernels import exact, packed, rotated
-from .kernels.merge import Partial, combine, empty, merge
+from .kernels import exact, packed, step
+from .kernels.merge import Partial, merge
 from .layer import Arrival, TieredLayer
 from .timeline import HOLE
 
 NAME = "fade"  # what our attention and mask functions are registered as in transformers
 SHORT = 16  # most query tokens that are attended from the recent buffer, not beside it
 TILE = 2048  # keys decoded or scored at a time
-MOST_ROWS = 64  # most query rows of a KV head that the compiled kernel is made for
 ROWS = 512  # query tokens of a long step attended at a time
 
 
@@ -77,7 +76,7 @@ def attention(
     else:
         output = torch.cat(
             [
-                Rows(part, layer, start + i * ROWS, terms).attend((start, keys, values))
+                Rows(part, layer, start + i * ROWS, terms).attend_beside(start, keys, values)
                 for i, part in enumerate(query.split(ROWS, dim=2))
             ],
             dim=1,
@@ -111,7 +110,7 @@ class Rows:
     """
 
     def __init__(self, query: Tensor, layer: TieredLayer, start: int, terms: Terms):
-        self.shape, self.dtype, self.layer, self.terms = query.shape, query.dtype, layer, terms
+        self.raw, self.shape, self.dtype, self.layer, self.terms = query, query.shape, query.dtype, layer, terms
         self.start, self.stop = start, start + query.shape[2]
         wide = torch.promote_types(query.dtype, torch.float32)
         self.query = _rows(query.to(wide) * terms.scaling, layer.heads)
@@ -125,25 +124,45 @@ class Rows:
             seen &= position > self.positions - self.terms.window
         return seen
 
-    def attend(self, beside: tuple[int, Tensor, Tensor] | None = None) -> Tensor:
-        """Attention over all the layer holds, [B, q, Hq, D].
+    def attend(self) -> Tensor:
+        """Attention of a short step over all the layer holds, [B, q, Hq, D]."""
+        layer, terms, tiers = self.layer, self.terms, self._tiers()
+        rope = layer.rope if layer.config.contiguous else None
+        keys, values, seen = layer.exact["key"], layer.exact["value"], self.sees(layer.exact_positions())
+        if keys.is_cuda:  # one shape for as long as the buffers last
+            keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
+            seen = torch.nn.functional.pad(seen, (0, keys.shape[2] - seen.shape[-1]))
+        return step.attend(
+            self.raw, keys, values, seen[:, 0], layer.middle.table,
+            [layer.middle.slots(tier, self.sees(layer.middle.position(tier))[:, 0]) for tier in tiers],
+            bits=[tier.bits for tier in tiers],
+            spans=[tier.span for tier in tiers],
+            scaling=terms.scaling,
+            softcap=terms.softcap,
+            s_aux=terms.s_aux,
+            inv_freq=None if rope is None else rope.inv_freq(),
+            interleaved=rope is not None and rope.interleaved,
+        )  # fmt: skip
 
-        `beside`: `(column, keys, values)` of tokens of the step that are not stored yet.
+    def attend_beside(self, first: int, keys: Tensor, values: Tensor) -> Tensor:
+        """The same for a long step, whose own `keys` and `values`, from column `first` on, lie beside.
+
+        In tiles, so that nothing grows with queries times keys.
         """
         layer = self.layer
         partials = [self._exact(layer.exact["key"], layer.exact["value"], layer.exact_positions())]
-        for tier in layer.middle.tiers if layer.has_middle else ():
-            if tier.records.count:
-                partials.append(self._tier(tier, partials[0].top))
-        if beside is not None:
-            first, keys, values = beside
-            for i in range(0, self.stop - first, TILE):
-                tile = slice(i, min(i + TILE, self.stop - first))
-                position = layer.timeline.positions[:, None, first + tile.start : first + tile.stop]
-                partials.append(self._exact(keys[:, :, tile], values[:, :, tile], position))
+        partials += [self._tier(tier, partials[0].top) for tier in self._tiers()]
+        for i in range(0, self.stop - first, TILE):
+            tile = slice(i, min(i + TILE, self.stop - first))
+            position = layer.timeline.positions[:, None, first + tile.start : first + tile.stop]
+            partials.append(self._exact(keys[:, :, tile], values[:, :, tile], position))
         if self.terms.s_aux is not None:
             partials.append(_sinks(self.query, self.terms.s_aux))
         return _heads(merge(partials), self.shape).to(self.dtype)
+
+    def _tiers(self) -> list:
+        """Tiers that hold a token."""
+        return [t for t in self.layer.middle.tiers if t.records.count] if self.layer.has_middle else []
 
     def _fold(self, seen: Tensor) -> Tensor:
         """[B, 1, q, n] for the rows of the query matrix: [B, 1, R, n]."""
@@ -154,35 +173,22 @@ class Rows:
 
     def _tier(self, tier, near: Tensor) -> Partial:
         """Partial over one tier of the middle, which is never dense; `near` is a likely top score."""
-        middle, codes = self.layer.middle, 3 not in tier.bits and self.terms.window is None
-        if self.layer.config.contiguous or not codes:
-            part = self._decoded(tier)
+        layer, shape = self.layer, self.query.shape[:2]
+        middle, matrix = layer.middle, layer.middle.matrix.to(self.query.dtype)
+        position = middle.position(tier)
+        seen = self._fold(self.sees(position))[:, 0] if self.terms.window else (position != HOLE)
+        slots = middle.slots(tier, seen).flat().narrow(0, tier.records.count)
+        query, near = self.query.flatten(0, 1), near.flatten(0, 1)
+        near = near.masked_fill(near <= torch.finfo(near.dtype).min, 0.0)
+        turned, decoder, bias = query @ matrix.mT, None, None
+        if layer.config.contiguous:
+            decoder = packed.Decoder(matrix, layer.rope.inv_freq(), layer.rope.interleaved)
         else:
-            part = packed.attend(
-                self.query @ middle.matrix.to(self.query.dtype).mT,
-                near.masked_fill(near <= torch.finfo(near.dtype).min, 0.0),
-                middle.bias(self.query, tier),
-                middle.valid(tier),
-                tier.stored("key"),
-                tier.stored("value"),
-                tier.bound,
-                tier.bits,
-                self.terms.softcap,
-                half=self.dtype.itemsize == 2 and self.query.is_cuda and self.query.shape[2] <= MOST_ROWS,
-            )
-        return part._replace(acc=part.acc @ middle.matrix.to(self.query.dtype))
-
-    def _decoded(self, tier) -> Partial:
-        """The same where keys must be decoded, for RoPE or a mask of their own, tile by tile."""
-        position, total = self.layer.middle.position(tier), empty(self.query)
-        for start in range(0, tier.records.count, TILE):
-            stop = min(start + TILE, tier.records.count)
-            seen = self._fold(self.sees(position[..., start:stop]))
-            keys = self.layer.decode_keys(tier, start, stop, self.query.dtype)
-            values = tier.packed("value", start, stop)
-            part = rotated.attend(self.query, keys, values, seen, tier.bits[1], self.terms.softcap)
-            total = combine(total, part)
-        return total
+            bias = query @ slots.means.to(query.dtype).mT
+        queries = packed.Queries(query, turned, turned.sum(-1), near)
+        part = packed.attend(queries, bias, slots, decoder, tier.bits, self.terms.softcap)
+        part = part._replace(acc=part.acc @ matrix)
+        return Partial(*(x.unflatten(0, shape) for x in part))
 
 
 def _rows(query: Tensor, heads: int) -> Tensor:

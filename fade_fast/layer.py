@@ -54,7 +54,7 @@ class TieredLayer(CacheLayerMixin):
         config: what is kept how.
         timeline: the columns of the cache this layer belongs to, shared by its layers.
         rope: how the model rotates this layer's keys; needed if `config.contiguous`.
-        rotations: `(head_dim, device)` -> the codec's matrix P, shared by the cache's layers.
+        rotations: `(head_dim, device)` -> the codec's matrix P and the sum of its rows, shared by the layers.
         dispatches: whether the model's attention calls are ours at the moment; if they are not,
             `update` returns dense keys and values.
         max_length: columns to make room for at once; None grows on demand.
@@ -89,8 +89,8 @@ class TieredLayer(CacheLayerMixin):
         self.exact = Buffers(fields, 1, batch, keys.device)
         if c.compresses:
             kind = PlannedMiddle if c.moves else PinnedMiddle
-            matrix = self._rotations(dim, keys.device)
-            self.middle = kind(c, self.timeline, self.rope, matrix, batch, heads)
+            table = self._rotations(dim, keys.device)
+            self.middle = kind(c, self.timeline, self.rope, table, batch, heads)
             # All that the region ever holds, unless the window is longer than this text.
             room = min(c.n_sink + c.recent_window + c.block_size, keys.shape[2] + c.block_size)
             leaving = max(0, (most or 0) - c.n_sink - c.recent_window)

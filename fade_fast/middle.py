@@ -18,7 +18,7 @@ from fade_ref.tiers import INTEGER_TIERS, Tier, packed_bytes
 from . import plan
 from .buffers import Buffers, Field, along, take
 from .kernels import rotated
-from .kernels.packed import bucket
+from .kernels.packed import Slots, bucket
 from .kernels.rope import rotate
 from .kernels.rotated import Packed
 from .models import Rope
@@ -27,6 +27,8 @@ from .timeline import HOLE, Timeline
 #: Codes that are stored tokens last, [B, H, bytes, n]: attention sums values over tokens, and so reads
 #: them in the order of the sum.
 TRANSPOSED = ("value_codes",)
+
+NEVER = 1 << 30  # slots until the next mean, where there is one for all
 
 
 @dataclass
@@ -47,20 +49,22 @@ class MiddleTier:
     @property
     def span(self) -> int:
         """Slots a kernel runs over: those in use, and on CUDA some more, for few different lengths."""
-        return bucket(self.records.count) if self.records.on_cuda else self.records.count
+        return self._bucket(self.records.count) if self.records.on_cuda else self.records.count
+
+    def _bucket(self, count: int) -> int:
+        return bucket(self.bound.numel(), count)
 
     def packed(self, side: str, start: int, stop: int) -> Packed:
         """Codes of slots `start` to `stop`, tokens before bytes; `side` is "key" or "value"."""
         return unrecord(self.records, side, start, stop)
 
-    def stored(self, side: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes, scale and zero of all of `span`, as they are stored."""
-        names = (f"{side}_{name}" for name in Packed._fields)
-        return tuple(self.records.first(n, self.span) if n in self.records else None for n in names)
+    def buffers(self, side: str) -> Packed:
+        """Codes, scale and zero of all slots there is room for, as they are stored."""
+        return Packed(*(self.records.tensors.get(f"{side}_{name}") for name in Packed._fields))
 
     def append(self, **fields: Tensor) -> None:
         if self.records.on_cuda:
-            self.records.reserve(bucket(self.records.count + fields["key_scale"].shape[2]))
+            self.records.reserve(self._bucket(self.records.count + fields["key_scale"].shape[2]))
         self.records.append(**fields)
         if fields["value_scale"].shape[2]:
             torch.maximum(self.bound, fields["value_scale"].float().amax(-1), out=self.bound)
@@ -111,15 +115,16 @@ class Middle(ABC):
         config: what is kept how.
         timeline: the columns of the cache.
         rope: how the model rotates this layer's keys; needed if `config.contiguous`.
-        matrix: the codec's rotation [D, D], float32.
+        table: the codec's rotation and, below it, the sum of its rows: [D + 1, D] float32.
         batch, heads: rows, and KV heads of the layer.
     """
 
     def __init__(
-        self, config: FadeConfig, timeline: Timeline, rope: Rope | None, matrix, batch: int, heads: int
+        self, config: FadeConfig, timeline: Timeline, rope: Rope | None, table, batch: int, heads: int
     ):
-        self.config, self.timeline, self.rope, self.matrix = config, timeline, rope, matrix
-        dim, device = matrix.shape[0], matrix.device
+        self.config, self.timeline, self.rope, self.table = config, timeline, rope, table
+        dim, device = table.shape[1], table.device
+        self.matrix = table[:dim]
         widths = [(config.middle_k_bits, config.middle_v_bits)]
         if config.int2_budget != 0:
             widths.append((2, 2))
@@ -156,11 +161,6 @@ class Middle(ABC):
     def position(self, tier: MiddleTier) -> Tensor:
         """Logical position of each slot in use, [B, 1, n] int32; `HOLE` where there is no token."""
 
-    def valid(self, tier: MiddleTier) -> Tensor:
-        """Which slots of the tier's span hold a token, bool [B, 1, span]."""
-        spare = tier.span - tier.records.count
-        return torch.nn.functional.pad(self.position(tier) != HOLE, (0, spare))
-
     @abstractmethod
     def read_at(self, tier: MiddleTier) -> Tensor:
         """Position at which RoPE reads each slot, where `config.contiguous`."""
@@ -169,12 +169,24 @@ class Middle(ABC):
     def mean(self, start: int, stop: int) -> Tensor:
         """Means of the keys in slots `start` to `stop`, [B, H, n or 1, D]."""
 
-    def bias(self, query: Tensor, tier: MiddleTier) -> Tensor:
-        """What each mean adds to the scores of `query` [B, H, R, D]: [B, H, R, means].
+    def slots(self, tier: MiddleTier, seen: Tensor) -> Slots:
+        """What kernels read of a tier: its buffers at full capacity.
 
-        Mean m is that of slots m * span / means onwards of the tier.
+        `seen`: bool [B, 1 or R, n], for the slots in use.
         """
-        return query @ self.means["mean"].to(query.dtype).mT
+        capacity = tier.records.capacity
+        pad = lambda x: torch.nn.functional.pad(x, (0, capacity - x.shape[-1]))  # noqa: E731
+        return Slots(
+            tier.buffers("key"),
+            tier.buffers("value"),
+            tier.bound,
+            self.means.tensors["mean"],
+            pad(seen),
+            self.per_mean,
+            pad(self.read_at(tier)) if self.config.contiguous else None,
+        )
+
+    per_mean = NEVER  # slots that share a mean
 
     @property
     def count(self) -> int:
@@ -188,7 +200,7 @@ class Middle(ABC):
     def tensors(self) -> list[Tensor]:
         """Every tensor held, the shared rotation included."""
         records = [x for tier in self.tiers for x in tier.tensors()]
-        return [self.matrix, *records, *self.means.tensors.values()]
+        return [self.table, *records, *self.means.tensors.values()]
 
     def column_positions(self, first: int, count: int) -> Tensor:
         """Positions [B, 1, count] of columns; sinks do not belong to the middle and are holes."""
@@ -218,9 +230,11 @@ class PinnedMiddle(Middle):
     def step(self) -> int:
         return self.config.block_size
 
+    per_mean = step
+
     def reserve(self, tokens: int) -> None:
         self.tiers[0].records.reserve(tokens)
-        self.means.reserve(tokens // self.step)
+        self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
 
     def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
         position = self.column_positions(first, keys.shape[2])
@@ -228,11 +242,9 @@ class PinnedMiddle(Middle):
         blocks = (keys.shape[2] // self.step, self.step)
         mean = key_mean(keys.unflatten(2, blocks), position.unflatten(2, blocks))
         each = mean.repeat_interleave(self.step, dim=2)
-        self.means.reserve(
-            bucket(self.tiers[0].records.count + keys.shape[2]) // self.step if keys.is_cuda else 0
-        )
-        self.means.append(mean=mean)
         self.tiers[0].append(**self.encode(keys, values, each, self.tiers[0].bits))
+        self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
+        self.means.append(mean=mean)
 
     def position(self, tier: MiddleTier) -> Tensor:
         return self.column_positions(self.config.n_sink, tier.records.count)
@@ -242,9 +254,6 @@ class PinnedMiddle(Middle):
     def mean(self, start: int, stop: int) -> Tensor:
         blocks = self.means["mean"][:, :, start // self.step : -(-stop // self.step)]
         return blocks.repeat_interleave(self.step, dim=2)[:, :, : stop - start]
-
-    def bias(self, query: Tensor, tier: MiddleTier) -> Tensor:
-        return query @ self.means.first("mean", tier.span // self.step).to(query.dtype).mT
 
 
 class PlannedMiddle(Middle):

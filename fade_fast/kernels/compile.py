@@ -1,15 +1,18 @@
 """How kernels are compiled: the only file that names options of torch.compile and Inductor.
 
-Each kernel is an eager PyTorch function. On CUDA its twin is compiled once a shape, with tile sizes
-that were measured instead of searched for, so that nothing is tuned and compiling takes seconds.
+Each kernel is an eager PyTorch function. On CUDA its twin is compiled once a shape of its buffers, with
+tile sizes that were measured instead of searched for, so that nothing is tuned and compiling takes
+seconds. How much of the buffers is read is data.
 """
 
 import contextlib
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.fx.experimental import _config as symbolic_shapes
+from torch.utils._pytree import tree_leaves
 
 #: Without `native_matmul`, a batched product cannot take its operand from arithmetic on bytes. With
 #: `shape_padding`, Inductor benchmarks at compile time whether to pad 4 query rows to 8; where it does,
@@ -26,51 +29,60 @@ OPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Block sizes, warps and stages of the generated kernels of one shape.
+#: Block sizes, warps and stages of the generated kernels of one graph, by how many numbers a kernel
+#: computes and how many it sums for each. A config without R0_BLOCK sums all of them at once.
+Tiles = dict[tuple[int, int], dict]
 
-    `scores` and `values` are for the two products, told apart by the number of scores; `stats` and
-    `merge` for the two reductions, told apart by their length.
+
+def tier_tiles(
+    heads: int, rows: int, blocks: int, chunk: int, key_width: int, value_width: int, dim: int
+) -> Tiles:
+    """Of one tier, measured on an H100 for 2 to 64 rows and fields of 32 to 256 codes a token.
+
+    Args:
+        heads: batch times KV heads. rows: query rows of each, at least 2.
+        blocks: chunks of `chunk` tokens.
+        key_width, value_width: codes a field (docs/lab-notebook.md says what was tried). dim: head_dim.
     """
-
-    scores_numel: int
-    chunk: int
-    scores: dict
-    values: dict
-    stats: dict
-    merge: dict
-
-
-def tiles(rows: int, batch_heads: int, length: int, chunk: int, key_bytes: int, value_bytes: int) -> Tiles:
-    """Measured on an H100 for 2 to 64 query rows and 32 to 256 bytes a token (docs/lab-notebook.md)."""
-    x = max(2, _power_of_two(rows))
+    x = _power_of_two(rows)
     scores = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=128, num_warps=2, num_stages=2)
     if x > 4:
         scores.update(YBLOCK=64, num_warps=2 if x <= 8 else 4)
-    if key_bytes % 32 == 0:
-        scores["R0_BLOCK"] = 32 if key_bytes <= 64 else 64
-    elif key_bytes % 16 == 0:
+    if key_width % 32 == 0:
+        scores["R0_BLOCK"] = 32 if key_width <= 64 else 64
+    else:
         scores.update(R0_BLOCK=16, num_stages=3)
-    if key_bytes == 32:
+    if key_width == 32:
         scores.update(YBLOCK=64, num_warps=1, num_stages=1)
-    y = min(128, max(16, _power_of_two(value_bytes)))
-    narrow = value_bytes <= 64
+    y = min(128, max(16, _power_of_two(value_width)))
+    narrow = value_width <= 64
     values = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=y, R0_BLOCK=128, num_warps=2 if narrow else 4)
     values["num_stages"] = 3 if x <= 4 else 2
     if chunk <= 256:
         values.update(R0_BLOCK=64, num_stages=4, num_warps=1 if narrow else 2)
     if chunk <= 128:
         values.update(num_stages=2, num_warps=2)
-    merge = dict(XBLOCK=32, R0_BLOCK=16) if batch_heads >= 32 else dict(XBLOCK=16, R0_BLOCK=64)
-    return Tiles(
-        scores_numel=batch_heads * length * max(2, rows),
-        chunk=chunk,
-        scores=scores,
-        values=values,
-        stats=dict(XBLOCK=2, num_warps=1 if chunk <= 512 else 2, num_stages=1),
-        merge=dict(merge, num_warps=4, num_stages=1),
-    )
+    join = dict(XBLOCK=32, R0_BLOCK=16) if heads >= 32 else dict(XBLOCK=16, R0_BLOCK=64)
+    decode = dict(ZBLOCK=1, XBLOCK=64, YBLOCK=64, R0_BLOCK=32, num_warps=4, num_stages=2)
+    length = blocks * chunk
+    return {
+        (heads * length * dim, dim): decode,
+        (heads * length * rows, dim): dict(scores, R0_BLOCK=32 if dim % 32 == 0 else 16),
+        (heads * length * rows, key_width): scores,
+        (heads * blocks * value_width * rows, chunk): values,
+        (heads * blocks * rows, chunk): dict(XBLOCK=2, num_warps=1 if chunk <= 512 else 2, num_stages=1),
+        (heads * value_width * rows, blocks): dict(join, num_warps=4, num_stages=1),
+    }
+
+
+def step_tiles(heads: int, rows: int, exact: int, means: int, dim: int) -> Tiles:
+    """Of what surrounds the tiers: `exact` uncompressed tokens, and as many means as all tiers have."""
+    x, rest = _power_of_two(rows), dict(ZBLOCK=1, R0_BLOCK=32, num_warps=2, num_stages=2)
+    return {
+        (heads * (dim + 1 + exact + means) * rows, dim): dict(rest, XBLOCK=x, YBLOCK=32),
+        (heads * rows, exact): dict(XBLOCK=1, num_warps=2, num_stages=1, R0_BLOCK=512),
+        (heads * rows * dim, exact + dim): dict(rest, XBLOCK=32, YBLOCK=x),
+    }
 
 
 def _power_of_two(n: int) -> int:
@@ -78,23 +90,27 @@ def _power_of_two(n: int) -> int:
 
 
 class Compiled:
-    """The compiled twin of a function of tensors: one graph a shape, with `tiles` pinned."""
+    """The compiled twin of a function of tensors: one graph a shape, with its tiles pinned."""
 
     def __init__(self, function: Callable):
         self.function = function
         self.graphs: dict[tuple, Callable] = {}
 
-    def __call__(self, pinned: Tiles, *args, **constants):
-        shapes = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x for x in args)
-        key = (shapes, args[0].device, *sorted(constants.items()))
+    def __call__(self, markers: list[Tensor], pinned: Callable[[], Tiles], *args, **constants):
+        """Call the twin on `args`, and `markers`, tensors whose length may differ between calls."""
+        shapes = tuple(
+            (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in tree_leaves(args)
+        )
+        key = (shapes, *constants.items())
         if key not in self.graphs:
-            graph = torch.compile(
-                _own(self.function, constants), dynamic=False, fullgraph=True, options=OPTIONS
-            )
-            with _pinned(pinned):
-                graph(*args)
+            tiles = pinned()
+            options = OPTIONS | {"cache_key_tag": str(tiles)}
+            graph = torch.compile(_own(self.function, constants), fullgraph=True, options=options)
+            with _pinned(tiles), symbolic_shapes.patch(use_duck_shape=False):
+                result = graph(markers, *args)
             self.graphs[key] = graph
-        return self.graphs[key](*args)
+            return result
+        return self.graphs[key](markers, *args)
 
 
 def _own(function: Callable, constants: dict) -> Callable:
@@ -123,19 +139,13 @@ def _pinned(tiles: Tiles):
 
     class Pinned(InductorChoices):
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
-            nodes = [getattr(node, "node", None) for node in features.scheduler_nodes()]
-            product = any(getattr(n, "get_reduction_type", lambda: None)() == "dot" for n in nodes)
-            numel, length = int(features.numel), int(features.reduction_numel)
-            if product:
-                chosen = tiles.scores if numel == tiles.scores_numel else tiles.values
-            elif features.is_reduction():
-                chosen = tiles.stats if length == tiles.chunk else tiles.merge
-            else:
+            hint = V.graph.sizevars.optimization_hint
+            chosen = tiles.get((int(hint(features.numel)), int(hint(features.reduction_numel))))
+            if chosen is None or not features.is_reduction():
                 return kernel_kwargs
-            persistent = "R0_BLOCK" not in chosen
             pinned = {
                 "fixed_config": FixedTritonConfig(dict(chosen)),
-                "override_persistent_reduction": persistent,
+                "override_persistent_reduction": "R0_BLOCK" not in chosen,
             }
             return {**kernel_kwargs, **pinned}
 

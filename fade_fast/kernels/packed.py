@@ -1,7 +1,7 @@
 """Attention on codes: the partial of an integer tier, whose tokens are never decoded.
 
 Four steps: scores of chunks of tokens, their statistics, weighted sums of value codes, and the merge
-of the chunks. Compiled, each is one kernel, and every stored byte is read once:
+of the chunks. Compiled (`step.py`), each is one kernel, and every stored byte is read once:
 
 - a field of a byte, masked in place and read as the bits of a float16, is code * 2^(shift - 24)
   exactly: no shift and no conversion. The powers of two go into the query, and into the sums;
@@ -17,13 +17,14 @@ Z = N * S / chunk chunks, W bytes of codes a token, D = head_dim.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .compile import Compiled, tiles
 from .merge import Partial, combine, empty
-from .rotated import center
+from .rope import rotate
+from .rotated import Packed, center, dequantize, levels, unpack
 
 LOG2E = math.log2(math.e)
 TOP = 2.0**14  # float16 weights are scaled by this, so that small ones stay normal numbers
@@ -31,21 +32,109 @@ LIMIT = 60_000.0  # where float16 scores are cut, in powers of two from the refe
 EAGER_TILE = 2048  # slots whose codes become numbers at a time where nothing is fused
 
 
-def number(codes: Tensor, field: int, bits: int, dtype: torch.dtype) -> Tensor:
-    """Field `field` of each byte as a number of `dtype`.
+class Slots(NamedTuple):
+    """What kernels read of a tier.
 
-    In float16 it is the code times `unit`, else the code less its centre: products of float16 have
-    `center` times the sum of the other operand taken off afterwards.
+    Attributes:
+        keys: codes [B, H, S, W] uint8, scale and zero (or None) [B, H, S] float16.
+        values: codes [B, H, W, S] uint8, tokens last; scale and zero as for keys.
+        bound: [B, H], at least every valid value scale.
+        means: [B, H, M, D] float16, the means of the keys: one for each `per_mean` slots, or one for all.
+        valid: bool [B, 1 or R, S], False where a slot holds no token that the row sees.
+        read_at: int32 [B, 1, S], where RoPE reads keys that were encoded before it; None if they were
+            encoded as they are read.
+
+    `flat` is the same with batch and heads as one dimension of N, but for `valid` and `read_at`.
     """
-    if dtype == torch.float16:
-        masked = codes if bits == 8 else codes & ((2**bits - 1) << bits * field)
-        return masked.to(torch.int16).view(torch.float16)
-    return ((codes >> bits * field) & (2**bits - 1)).to(dtype) - center(bits)
+
+    keys: Packed
+    values: Packed
+    bound: Tensor
+    means: Tensor
+    valid: Tensor
+    per_mean: int
+    read_at: Tensor | None = None
+
+    def flat(self) -> "Slots":
+        keys, values = (
+            Packed(*(None if x is None else x.flatten(0, 1) for x in side))
+            for side in (self.keys, self.values)
+        )
+        return self._replace(
+            keys=keys, values=values, bound=self.bound.flatten(0, 1), means=self.means.flatten(0, 1)
+        )
+
+    def narrow(self, start: int, length: int) -> "Slots":
+        """Of a flat record, slots `start` to `start + length`; `start` is a whole number of means."""
+        first, means = start // self.per_mean, -(-length // self.per_mean)
+        if self.means.shape[1] == 1:
+            first, means = 0, 1
+        cut = lambda x: None if x is None else x.narrow(-1, start, length)  # noqa: E731
+        return self._replace(
+            keys=Packed(self.keys.codes.narrow(1, start, length), cut(self.keys.scale), cut(self.keys.zero)),
+            values=Packed(*map(cut, self.values)),
+            means=self.means.narrow(1, first, means),
+            valid=cut(self.valid),
+            read_at=cut(self.read_at),
+        )
 
 
-def unit(field: int, bits: int, dtype: torch.dtype) -> float:
-    """The power of two that `number` multiplies a code by."""
-    return 2.0 ** (bits * field - 24) if dtype == torch.float16 else 1.0
+class Queries(NamedTuple):
+    """Queries of a step as a tier needs them; computed once for all tiers.
+
+    Attributes:
+        plain: [N, R, D], scaled. turned: the same rotated by the codec, total: [N, R] its sum over D.
+        reference: [N, R], a score near the row's largest. What is kept in float16 is the distance
+            from it, so that the largest weights are exact; any value is right.
+    """
+
+    plain: Tensor
+    turned: Tensor
+    total: Tensor
+    reference: Tensor
+
+
+class Decoder(NamedTuple):
+    """What decodes keys that RoPE has yet to rotate: P [D, D], frequencies [d / 2], the style of pairs."""
+
+    matrix: Tensor
+    inv_freq: Tensor
+    interleaved: bool
+
+
+def fields(codes: Tensor, bits: int, dtype: torch.dtype, axis: int) -> list[tuple[Tensor, float]]:
+    """Codes as matrices of `dtype`, one a field of their bytes: `(numbers, unit)` of each.
+
+    A number is unit * (code - c), where c is 0 for products in float16, which have `offset` times the
+    sum of the other operand taken off afterwards, and the code's centre otherwise. Three-bit codes,
+    which lie across bytes, become one matrix of their levels. `axis` is that of the bytes.
+    """
+    if bits == 3:
+        codes = unpack(codes.movedim(axis, -1), bits)
+        return [(levels(codes, bits, wide(dtype)).to(dtype).movedim(-1, axis), 1.0)]
+    out = []
+    for shift in range(0, 8, bits):
+        if dtype == torch.float16:
+            masked = codes if bits == 8 else codes & ((2**bits - 1) << shift)
+            out.append((masked.to(torch.int16).view(torch.float16), 2.0 ** (shift - 24)))
+        else:
+            out.append((((codes >> shift) & (2**bits - 1)).to(dtype) - center(bits), 1.0))
+    return out
+
+
+def field_width(bits: int, dim: int) -> int:
+    """Codes in a field of a token's bytes: rows of the matrices that `fields` makes."""
+    return dim if bits == 3 else dim * bits // 8
+
+
+def middle(bits: int) -> float:
+    """What a code less its centre still lacks: 0 for levels, which are odd already."""
+    return 0.0 if bits == 3 else center(bits)
+
+
+def offset(bits: int, dtype: torch.dtype) -> float:
+    """What `fields` leaves in the numbers."""
+    return middle(bits) if dtype == torch.float16 else 0.0
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -67,39 +156,64 @@ def written(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-def scores(query, reference, bias, valid, codes, scale, zero, *, bits, chunk, softcap, dtype) -> Tensor:
-    """Scores in base 2, less the row's reference: [Z, R, chunk], -inf where there is no token."""
-    heads, length, width = codes.shape
-    rows, blocks, count = query.shape[1], length // chunk, 8 // bits
-    out_dtype, last = wide(dtype), unit(count - 1, bits, dtype)
+def products(query: Queries, bias: Tensor, slots: Slots, *, bits, chunk, dtype) -> Tensor:
+    """Scores from codes, [Z, chunk, R]; `bias` [N, R, M] is what the keys' means add."""
+    codes, scale, zero = slots.keys
+    heads, length, _ = codes.shape
+    rows, blocks, sum_dtype = query.turned.shape[1], length // chunk, wide(dtype)
+    parts = fields(codes.reshape(-1, chunk, codes.shape[2]), bits, dtype, -1)
+    smallest = parts[-1][1]
     # With one field, the compiler keeps the product in float16: lift it out of the subnormal numbers.
-    gain = 256.0 if count == 1 and dtype == torch.float16 else 1.0
-    rounded = query.to(dtype)
-    # Of the query as rounded: what zeros and the codes' centre add then cancels exactly.
-    total = _chunks(rounded.to(out_dtype).sum(-1), blocks).unsqueeze(1)
-    out = 0.0
-    for field in range(count):
-        part = query.narrow(-1, field * width, width).to(dtype) * (gain * last / unit(field, bits, dtype))
-        codes_of = number(codes.reshape(-1, chunk, width), field, bits, dtype)
-        out = out + torch.bmm(codes_of, _chunks(part, blocks).mT).to(out_dtype)
-    each = lambda x: x.reshape(-1, chunk, 1).to(out_dtype)  # noqa: E731
-    if dtype == torch.float16:
-        out = out / (gain * last) - center(bits) * total
-    out = out * each(scale)
+    gain = 256.0 if bits == 8 and dtype == torch.float16 else 1.0
+    total = _chunks(query.total, blocks).unsqueeze(1)
+    out, start = 0.0, 0
+    for numbers, unit in parts:
+        width = numbers.shape[-1]
+        part = query.turned.narrow(-1, start, width).to(dtype) * (gain * smallest / unit)
+        out = out + torch.bmm(numbers, _chunks(part, blocks).mT).to(sum_dtype)
+        start += width
+    each = lambda x: x.reshape(-1, chunk, 1).to(sum_dtype)  # noqa: E731
+    out = (out / (gain * smallest) - offset(bits, dtype) * total) * each(scale)
     if zero is not None:
         out = out + (each(zero) + center(bits) * each(scale)) * total
-    means = bias.shape[-1]  # each covers length / means slots
-    spread = bias.mT.reshape(heads, means, 1, rows).expand(-1, -1, length // means, -1)
-    out = out + spread.reshape(-1, chunk, rows)
+    return out + _spread(bias.mT, slots.per_mean, length).reshape(-1, chunk, rows)
+
+
+def decoded_products(query: Queries, decoder: Decoder, slots: Slots, *, bits, chunk, dtype) -> Tensor:
+    """Scores [Z, chunk, R] of keys that are decoded, and rotated to where they are read."""
+    heads, length, _ = slots.keys.codes.shape
+    turned = dequantize(slots.keys, bits, wide(dtype)).to(dtype)
+    keys = torch.bmm(turned, decoder.matrix.to(dtype).expand(heads, -1, -1)).to(wide(dtype))
+    keys = written(keys + _spread(slots.means.to(wide(dtype)), slots.per_mean, length))
+    batch = slots.read_at.shape[0]
+    keys = rotate(
+        keys.unflatten(0, (batch, heads // batch)), slots.read_at, decoder.inv_freq, decoder.interleaved
+    )
+    keys = keys.to(dtype).reshape(-1, chunk, keys.shape[-1])
+    return torch.bmm(keys, _chunks(query.plain.to(dtype), length // chunk).mT).to(wide(dtype))
+
+
+def scores(
+    query: Queries, bias, slots: Slots, decoder: Decoder | None, *, bits, chunk, softcap, dtype
+) -> Tensor:
+    """Scores in base 2, less the row's reference: [Z, R, chunk], -inf where there is no token."""
+    options = dict(bits=bits, chunk=chunk, dtype=dtype)
+    if decoder is None:
+        scores = products(query, bias, slots, **options)
+    else:
+        scores = decoded_products(query, decoder, slots, **options)
+    reference, valid = query.reference, slots.valid
+    heads = reference.shape[0]
+    blocks = scores.shape[0] // heads
     if softcap is not None:
-        out = softcap * torch.tanh(out / softcap)
-    out = (out - _chunks(reference, blocks).unsqueeze(1)) * LOG2E
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = (scores - _chunks(reference, blocks).unsqueeze(1)) * LOG2E
     if dtype == torch.float16:
-        out = out.clamp(-LIMIT, LIMIT)
-    batch = valid.shape[0]
-    seen = valid.reshape(batch, 1, blocks, chunk).expand(-1, heads // batch, -1, -1).reshape(-1, chunk, 1)
-    out = torch.where(seen, out, -torch.inf)
-    return written(out.to(dtype).mT.clone(memory_format=torch.contiguous_format))
+        scores = scores.clamp(-LIMIT, LIMIT)
+    batch, rows, _ = valid.shape
+    seen = valid.reshape(batch, 1, rows, blocks, chunk).expand(-1, heads // batch, -1, -1, -1)
+    scores = torch.where(seen.permute(0, 1, 3, 4, 2).reshape(-1, chunk, rows), scores, -torch.inf)
+    return written(scores.to(dtype).mT.clone(memory_format=torch.contiguous_format))
 
 
 def statistics(scores: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int):
@@ -121,19 +235,19 @@ def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> lis
 
     `codes` [N, W, S] are stored tokens last; `bound` [N] is at least every valid scale.
     """
-    heads, width, length = codes.shape
+    width, length = codes.shape[1:]
     blocks = length // chunk
-    codes = codes.reshape(heads, width, blocks, chunk).transpose(1, 2).reshape(-1, width, chunk)
+    codes = codes.reshape(-1, width, blocks, chunk).transpose(1, 2).reshape(-1, width, chunk)
     factor = _chunks((TOP if dtype == torch.float16 else 1.0) / bound, blocks).reshape(-1, 1, 1)
     lean = scaled.unsqueeze(1) / _chunks(bound, blocks).reshape(-1, 1, 1)
     weights = torch.exp2(scores.to(wide(dtype)) - top.unsqueeze(-1))
     weights = (weights * (finite(scale, wide(dtype)).reshape(-1, 1, chunk) * factor)).to(dtype).mT
     out = []
-    for field in range(8 // bits):
-        product = torch.bmm(number(codes, field, bits, dtype), weights).to(wide(dtype))
+    for numbers, unit in fields(codes, bits, dtype, -2):
+        product = torch.bmm(numbers, weights).to(wide(dtype))
         if dtype == torch.float16:
-            product = product * (1 / (unit(field, bits, dtype) * TOP))
-            product = (product - center(bits) * lean) * (1 / _shrink(bits, chunk))
+            product = product * (1 / (unit * TOP)) - offset(bits, dtype) * lean
+            product = product * (1 / _shrink(bits, chunk))
         out.append(written(product.to(dtype)))
     return out
 
@@ -149,42 +263,30 @@ def join(parts, top, total, shift, reference, bound, *, bits, chunk, dtype):
     Statistics are broadcast over the bytes of a token, so that all reductions have one shape.
     """
     heads, (width, rows) = bound.shape[0], parts[0].shape[1:]
-    blocks = parts[0].shape[0] // heads
-    wider = lambda x: x.reshape(heads, blocks, 1, rows).expand(-1, -1, width, -1)  # noqa: E731
+    wider = lambda x: x.reshape(heads, -1, 1, rows).expand(-1, -1, width, -1)  # noqa: E731
     best = wider(top).amax(1)
     weight = torch.exp2(wider(top) - best.unsqueeze(1))
     offset = 0.0 if shift is None else (weight * wider(shift)).sum(1)
     sum_all = (weight * wider(total)).sum(1)
     factor = bound.reshape(-1, 1, 1) * (_shrink(bits, chunk) if dtype == torch.float16 else 1.0)
     out = [
-        (part.reshape(heads, blocks, width, rows).to(wide(dtype)) * weight).sum(1) * factor + offset
+        (part.reshape(heads, -1, width, rows).to(wide(dtype)) * weight).sum(1) * factor + offset
         for part in parts
     ]
     return out, best.select(1, 0) / LOG2E + reference, sum_all.select(1, 0)
 
 
 def attend_chunks(
-    query, reference, bias, valid,
-    key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, bound,
-    *, bits, chunk, softcap, dtype,
-):  # fmt: skip
-    """All four steps: see `attend`. Returns what `join` does."""
-    rows = query.shape[1]
-    if rows == 1:  # a product of one column would not run on tensor cores
-        query, reference, bias = (x.expand(-1, 2, *x.shape[2:]) for x in (query, reference, bias))
-    key_bits, value_bits = bits
-    found = scores(
-        query, reference, bias, valid, key_codes, key_scale, key_zero,
-        bits=key_bits, chunk=chunk, softcap=softcap, dtype=dtype,
-    )  # fmt: skip
-    top, total, scaled, shift = statistics(found, value_scale, value_zero, bits=value_bits)
-    parts = sums(
-        found, top, scaled, value_codes, value_scale, bound, bits=value_bits, chunk=chunk, dtype=dtype
-    )
-    parts, top, total = join(
-        parts, top, total, shift, reference, bound, bits=value_bits, chunk=chunk, dtype=dtype
-    )
-    return [x[..., :rows] for x in parts], top[:, :rows], total[:, :rows]
+    query: Queries, bias, slots: Slots, decoder: Decoder | None, *, bits, chunk, softcap, dtype
+):
+    """All four steps on a flat record. Returns what `join` does, and the scores."""
+    options = dict(chunk=chunk, dtype=dtype)
+    found = scores(query, bias, slots, decoder, bits=bits[0], softcap=softcap, **options)
+    codes, scale, zero = slots.values
+    bound = slots.bound.to(wide(dtype))
+    top, total, scaled, shift = statistics(found, scale, zero, bits=bits[1])
+    parts = sums(found, top, scaled, codes, scale, bound, bits=bits[1], **options)
+    return *join(parts, top, total, shift, query.reference, bound, bits=bits[1], **options), found
 
 
 def _chunks(x: Tensor, blocks: int) -> Tensor:
@@ -192,89 +294,93 @@ def _chunks(x: Tensor, blocks: int) -> Tensor:
     return x.unsqueeze(1).expand(-1, blocks, *x.shape[1:]).reshape(-1, *x.shape[1:])
 
 
-_compiled = Compiled(attend_chunks)
+def _spread(x: Tensor, per_mean: int, length: int) -> Tensor:
+    """[N, M, X], one a mean, for each of `length` slots: [N, length, X]."""
+    if x.shape[1] == 1:
+        return x.expand(-1, length, -1)
+    return x.unsqueeze(2).expand(-1, -1, per_mean, -1).flatten(1, 2).narrow(1, 0, length)
+
+
+def tiles(slots: Slots) -> list[tuple[int, int]]:
+    """`(start, length)` of the tiles that are attended one by one where nothing is fused."""
+    length, per = slots.keys.codes.shape[1], slots.per_mean
+    tile = max(1, EAGER_TILE // per) * per
+    return [(start, min(tile, length - start)) for start in range(0, length, tile)]
 
 
 def attend(
-    query: Tensor,
-    reference: Tensor,
+    query: Queries,
     bias: Tensor,
-    valid: Tensor,
-    keys: tuple[Tensor, Tensor, Tensor | None],
-    values: tuple[Tensor, Tensor, Tensor | None],
-    bound: Tensor,
+    slots: Slots,
+    decoder: Decoder | None,
     bits: tuple[int, int],
     softcap: float | None = None,
-    half: bool = False,
 ) -> Partial:
-    """Partial attention of an integer tier; its `acc` is in the rotated domain.
+    """Partial attention of an integer tier, tile by tile; its `acc` is in the rotated domain.
 
     Args:
-        query: [B, H, R, D] float32 or float64, scaled and rotated.
-        reference: [B, H, R], a score near the row's largest. What is kept in float16 is the distance
-            from it, so that the largest weights are exact; any value is right.
-        bias: [B, H, R, M], what the keys' means add to the scores; mean m is that of slots
-            m * S / M onwards.
-        valid: bool [B, 1, S] or [B, H, S], False where a slot holds no token.
-        keys: codes [B, H, S, W] uint8, scale and zero (or None) [B, H, S] float16.
-        values: codes [B, H, W, S] uint8, tokens last; scale and zero as for keys.
-        bound: [B, H], at least every valid value scale.
-        bits: widths of keys and values; 3-bit codes are not read here.
+        query: float32 or float64, [N, R, D].
+        bias: [N, R, M], the products of the query with the means; None where there is a decoder.
+        slots: the tier, flat.
+        decoder: where keys were encoded before RoPE.
+        bits: widths of keys and values.
         softcap: c in c * tanh(s / c), or None.
-        half: whether to compute with float16 products. Relative error below 2e-3, otherwise 1e-5.
 
-    On CUDA, with `half`, and if S is a multiple of 128, the compiled twin runs; else the function
-    itself, tile by tile.
+    Returns a `Partial` with N for [B, H].
     """
-    batch, heads, rows, dim = query.shape
-    length = keys[0].shape[2]
-    dtype = torch.float16 if half else query.dtype
-    flat = lambda x: None if x is None else x.flatten(0, 1)  # noqa: E731
-    fixed = [flat(query), flat(reference)]
-    bias, valid = flat(bias), valid.flatten(0, 1)
-    keys, values, bound = [flat(x) for x in keys], [flat(x) for x in values], flat(bound).to(wide(dtype))
-    options = dict(bits=bits, softcap=softcap, dtype=dtype)
-
-    def shaped(parts, top, total) -> Partial:
-        acc = torch.cat(parts, dim=1).mT
-        return Partial(*(x.unflatten(0, (batch, heads)) for x in (acc, top, total)))
-
-    if half and query.is_cuda and length % 128 == 0:
-        chunk = best_chunk(batch * heads, length, rows)
-        pinned = tiles(rows, batch * heads, length, chunk, keys[0].shape[2], values[0].shape[1])
-        return shaped(*_compiled(pinned, *fixed, bias, valid, *keys, *values, bound, chunk=chunk, **options))
-    whole = empty(query)
-    per_mean = length // bias.shape[-1]
-    tile = (
-        length if bias.shape[-1] == 1 and length <= EAGER_TILE else max(1, EAGER_TILE // per_mean) * per_mean
-    )
-    tile = min(tile, EAGER_TILE) if bias.shape[-1] == 1 else tile
-    for start in range(0, length, tile):
-        s = slice(start, min(start + tile, length))
-        means = bias if bias.shape[-1] == 1 else bias[..., s.start // per_mean : -(-s.stop // per_mean)]
-        part = attend_chunks(
-            *fixed, means, valid[:, s], *(x if x is None else x[:, s] for x in keys),
-            values[0][..., s], *(x if x is None else x[:, s] for x in values[1:]), bound,
-            chunk=s.stop - s.start, **options,
+    whole = empty(query.plain)
+    for start, length in tiles(slots):
+        tile = slots.narrow(start, length)
+        parts, top, total, _ = attend_chunks(
+            query, _near(bias, start, tile), tile, decoder,
+            bits=bits, chunk=length, softcap=softcap, dtype=query.plain.dtype,
         )  # fmt: skip
-        whole = combine(whole, shaped(*part))
+        whole = combine(whole, Partial(torch.cat(parts, dim=1).mT, top, total))
     return whole
 
 
-def bucket(length: int) -> int:
-    """The smallest of a few lengths that holds `length` slots: eight to a doubling, multiples of 128.
+def probabilities(found: Tensor, level: Tensor) -> Tensor:
+    """Attention probabilities [N, S] summed over rows, from scores [Z, R', chunk] of R' >= R rows.
 
-    The compiled twin is a graph a length; slots beyond those in use are masked.
+    `level` [N, R] is what lies between a row's reference and its log-sum-exp, in powers of two.
     """
-    step = max(128, (1 << max(0, length - 1).bit_length()) // 16)
-    return -(-length // step) * step
+    heads, rows = level.shape
+    blocks = found.shape[0] // heads
+    scores = found.narrow(1, 0, rows).to(level.dtype) + _chunks(level, blocks).unsqueeze(-1)
+    return torch.exp2(scores).sum(1).reshape(heads, -1)
 
 
-def best_chunk(heads: int, length: int, rows: int) -> int:
+def probabilities_by_tile(query: Queries, bias, slots: Slots, decoder, level, *, bits, softcap) -> Tensor:
+    """The same where scores are not kept: they are formed again."""
+    out, options = [], dict(softcap=softcap, dtype=query.plain.dtype)
+    for start, length in tiles(slots):
+        tile = slots.narrow(start, length)
+        found = scores(
+            query, _near(bias, start, tile), tile, decoder, bits=bits, chunk=length, **options
+        )
+        out.append(probabilities(found, level))
+    return torch.cat(out, dim=1)
+
+
+def _near(bias: Tensor | None, start: int, tile: Slots) -> Tensor | None:
+    """The part of `bias` that a tile from slot `start` on needs."""
+    if bias is None or bias.shape[-1] == 1:
+        return bias
+    return bias.narrow(-1, start // tile.per_mean, tile.means.shape[1])
+
+
+def chunk_of(heads: int, length: int, rows: int) -> int:
     """Tokens a program of the second product sums: measured on an H100 (docs/lab-notebook.md)."""
     total = heads * length
-    wanted = 2048 if total >= 1 << 20 else 512 if total >= 1 << 19 else 256 if total >= 1 << 17 else 128
-    wanted = min(wanted, 512) if rows > 4 else wanted
-    while length % wanted:
-        wanted //= 2
-    return wanted
+    chunk = 2048 if total >= 1 << 20 else 512 if total >= 1 << 19 else 256 if total >= 1 << 17 else 128
+    return min(chunk, 512) if rows > 4 else chunk
+
+
+def bucket(heads: int, length: int) -> int:
+    """The smallest of a few lengths that holds `length` slots: eight to a doubling, in whole chunks.
+
+    What is read is rounded up to this, so that few different launches serve a growing text; slots
+    beyond those in use are masked.
+    """
+    step = max(chunk_of(heads, length, 1), (1 << max(0, length - 1).bit_length()) // 16)
+    return -(-length // step) * step

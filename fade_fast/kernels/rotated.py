@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .merge import Partial, soften
-
 #: Levels of N(0, 1) at 3 bits, u * (a + b * u * u) with u = 2 * code - 7, and their step at 2 bits, where
 #: they are evenly spaced. `fade_ref.quantize.cubic` and `levels(2, "linear")` derive the numbers.
 CUBIC = (0.235727614584881, 0.00144810550671591)
@@ -41,6 +39,11 @@ def rotation(dim: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
     return q * r.diagonal().sign()
+
+
+def with_sum(matrix: Tensor) -> Tensor:
+    """P [D, D] and below it the sum of its rows, which gives a rotated query's sum: [D + 1, D]."""
+    return torch.cat((matrix, matrix.sum(0, keepdim=True)))
 
 
 def is_uniform(bits: int) -> bool:
@@ -73,12 +76,12 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
     if bits == 3:
-        byte = torch.arange(0, 24, 8, device=packed.device, dtype=torch.int32)
-        word = (packed.unflatten(-1, (-1, 3)) << byte).sum(-1)
+        low, mid, high = packed.unflatten(-1, (-1, 3)).unbind(-1)
+        word = low | (mid << 8) | (high << 16)
         code = torch.arange(0, 24, 3, device=packed.device, dtype=torch.int32)
-        return ((word[..., None] >> code) & 7).flatten(-2)
-    shift = torch.arange(0, 8, bits, device=packed.device, dtype=torch.int32)[:, None]
-    return ((packed[..., None, :] >> shift) & (2**bits - 1)).flatten(-2)
+        return ((word.unsqueeze(-1) >> code) & 7).flatten(-2)
+    shift = torch.arange(0, 8, bits, device=packed.device, dtype=torch.int32).unsqueeze(-1)
+    return ((packed.unsqueeze(-2) >> shift) & (2**bits - 1)).flatten(-2)
 
 
 def levels(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -114,8 +117,8 @@ def quantize(rotated: Tensor, bits: int) -> Packed:
 
 def dequantize(packed: Packed, bits: int, dtype: torch.dtype) -> Tensor:
     """Vectors [B, H, n, D] in the rotated, centred domain."""
-    decoded = levels(unpack(packed.codes, bits), bits, dtype) * packed.scale.to(dtype)[..., None]
-    return decoded if packed.zero is None else decoded + packed.zero.to(dtype)[..., None]
+    decoded = levels(unpack(packed.codes, bits), bits, dtype) * packed.scale.to(dtype).unsqueeze(-1)
+    return decoded if packed.zero is None else decoded + packed.zero.to(dtype).unsqueeze(-1)
 
 
 def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, bits: int) -> Packed:
@@ -135,16 +138,3 @@ def decode(packed: Packed, mean: Tensor | None, matrix: Tensor, bits: int, dtype
     """Vectors [B, H, n, D] as they were before `encode`, up to quantisation."""
     x = dequantize(packed, bits, dtype) @ matrix.to(dtype)
     return x if mean is None else x + mean.to(dtype)
-
-
-def attend(query: Tensor, keys: Tensor, values: Packed, visible: Tensor, bits: int, softcap=None) -> Partial:
-    """Partial attention over decoded keys and packed values; its `acc` is in the rotated domain.
-
-    Args:
-        query: [B, H, R, D], scaled, in the dtype to compute in. keys: [B, H, n, D] of that dtype.
-        values: the tier's codes, of `bits` bits.
-        visible: bool, broadcastable to [B, H, R, n].
-        softcap: see `merge.soften`.
-    """
-    weights, top, total = soften(query @ keys.mT, visible, softcap)
-    return Partial(weights @ dequantize(values, bits, query.dtype), top, total)

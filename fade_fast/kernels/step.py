@@ -1,0 +1,266 @@
+"""Attention of a short step over all tiers of a layer: from the query to the output, in one graph.
+
+Compiled, it is three kernels and four a tier:
+
+1. the query against one table: the codec's rotation, the uncompressed keys and the tiers' key means;
+2. the row maximum and the sum of weights of the uncompressed keys;
+3. scores, statistics, sums and join of each tier (`packed.py`);
+4. the weights against uncompressed values, and the tiers' sums against the rotation back.
+
+Nothing is concatenated in memory: the first product reads its table, and the last its operands, from
+where the parts lie.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import packed
+from .compile import Compiled, Tiles, step_tiles, tier_tiles
+from .packed import LOG2E, Decoder, Queries, Slots, wide, written
+from .rotated import Packed
+
+LOWEST = -3.0e38  # stands for -inf where -inf less -inf would be NaN
+MOST_ROWS = 64  # most query rows of a KV head that the compiled twin is made for
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor,
+    matrix: Tensor,
+    tiers: list[Slots],
+    *,
+    bits: list[tuple[int, int]],
+    spans: list[int],
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    interleaved: bool = False,
+    mass: list[Tensor] | None = None,
+) -> Tensor:
+    """Attention output [B, q, Hq, D] in the dtype of the query.
+
+    Args:
+        query: [B, Hq, q, D]; Hq a multiple of H.
+        keys, values: [B, H, E, D], uncompressed.
+        seen: bool [B, 1 or q, E], which of them each query sees.
+        matrix: float32 [D + 1, D], the codec's rotation and, below it, the sum of its rows.
+        tiers: buffers of each tier at full capacity, all of [B, H, capacity, ...].
+        bits: widths of keys and values of each tier.
+        spans: how many slots of each tier are read: all that `valid` may allow. The compiled twin does
+            not depend on them but for whole chunks.
+        scaling, softcap: of scores.
+        s_aux: [Hq], scores of learned attention sinks, or None.
+        inv_freq: [d / 2], where tiers have `read_at`; `interleaved` is the style of its pairs.
+        mass: where to add what the policies count, or None: float32 [B, H, E] and, a tier,
+            [B, H, capacity], the attention probabilities summed over query rows.
+
+    On CUDA, for two-byte dtypes and up to `MOST_ROWS` rows, products run in float16 (relative error
+    below 2e-3, bfloat16 output apart) in one compiled graph; elsewhere tile by tile in float32, or in
+    float64 if the query is.
+    """
+    flat = [x for slots in tiers for x in _to_list(slots)]
+    return torch.ops.fade.attend(
+        query, keys, values, seen, matrix, flat, s_aux, inv_freq, mass or [],
+        [b for pair in bits for b in pair], spans, [slots.per_mean for slots in tiers],
+        scaling, softcap, interleaved,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("fade::attend", mutates_args={"mass"})
+def _operator(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor,
+    matrix: Tensor,
+    tiers: list[Tensor | None],
+    s_aux: Tensor | None,
+    inv_freq: Tensor | None,
+    mass: list[Tensor],
+    bits: list[int],
+    spans: list[int],
+    per_mean: list[int],
+    scaling: float,
+    softcap: float | None,
+    interleaved: bool,
+) -> Tensor:
+    """`attend` as one operator, which a larger compiled graph need not look into."""
+    batch, q_heads, new, dim = query.shape
+    rows, heads = max(2, q_heads // keys.shape[1] * new), batch * keys.shape[1]
+    pairs = tuple(zip(bits[::2], bits[1::2]))
+    options = dict(bits=pairs, scaling=scaling, softcap=softcap, interleaved=interleaved)
+    slots = [_from_list(tiers[i * FLAT : (i + 1) * FLAT], n) for i, n in enumerate(per_mean)]
+    args = (query, keys, values, seen, matrix, slots, s_aux, inv_freq, mass)
+    if not (query.is_cuda and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
+        return _attend(*_of_span(args, spans), chunks=None, **options)
+    chunks = tuple(packed.chunk_of(heads, n, rows) for n in spans)
+    blocks = [span // chunk for span, chunk in zip(spans, chunks)]
+
+    def pinned() -> Tiles:
+        out = step_tiles(heads, rows, keys.shape[2], sum(map(_means, slots, spans)), dim)
+        for n, chunk, pair in zip(blocks, chunks, pairs):
+            out |= tier_tiles(heads, rows, n, chunk, *(packed.field_width(b, dim) for b in pair), dim)
+        return out
+
+    return _compiled([_marker(n) for n in blocks], pinned, *args, chunks=chunks, **options)
+
+
+@_operator.register_fake
+def _(query, *args):
+    batch, q_heads, new, dim = query.shape
+    return query.new_empty(batch, new, q_heads, dim)
+
+
+FLAT = 10  # tensors of a `Slots`
+
+
+def _to_list(slots: Slots) -> list[Tensor | None]:
+    return [*slots.keys, *slots.values, slots.bound, slots.means, slots.valid, slots.read_at]
+
+
+def _from_list(tensors: list[Tensor | None], per_mean: int) -> Slots:
+    keys, values, (bound, means, valid, read_at) = tensors[:3], tensors[3:6], tensors[6:]
+    return Slots(Packed(*keys), Packed(*values), bound, means, valid, per_mean, read_at)
+
+
+def _means(slots: Slots, span: int) -> int:
+    """Rows that a tier adds to the table of the first product."""
+    return 0 if slots.read_at is not None else min(slots.means.shape[2], -(-span // slots.per_mean))
+
+
+def _of_span(args: tuple, spans: list) -> tuple:
+    """The arguments with flat tiers, cut to their spans."""
+    tiers = [slots.flat().narrow(0, span) for slots, span in zip(args[5], spans)]
+    return *args[:5], tiers, *args[6:]
+
+
+def _twin(markers, *args, chunks, **options) -> Tensor:
+    """What is compiled: the number of chunks of each tier is data, the length of a marker."""
+    spans = [(marker.shape[0] - 1) * chunk for marker, chunk in zip(markers, chunks)]
+    return _attend(*_of_span(args, spans), chunks=chunks, **options)
+
+
+@functools.cache
+def _marker(n: int) -> Tensor:
+    """A tensor that says `n` by its length, so that a compiled graph need not know it.
+
+    One more than n, for the compiler makes constants of 0 and 1.
+    """
+    marker = torch.empty(1, dtype=torch.uint8).expand(n + 1)
+    torch._dynamo.mark_dynamic(marker, 0)
+    return marker
+
+
+def _attend(
+    query, keys, values, seen, matrix, tiers, s_aux, inv_freq, mass,
+    *, bits, chunks, scaling, softcap, interleaved,
+) -> Tensor:  # fmt: skip
+    """`attend` over flat tiers: in `chunks`, all at once in float16; without them tile by tile."""
+    batch, q_heads, new, dim = query.shape
+    heads, length = keys.shape[1:3]
+    dtype = torch.float16 if chunks else torch.promote_types(query.dtype, torch.float32)
+    real = q_heads // heads * new
+    plain = (query.to(wide(dtype)) * scaling).reshape(batch * heads, real, dim)
+    plain = plain.expand(-1, 2, -1) if real == 1 else plain  # one column would not run on tensor cores
+    rows = plain.shape[1]
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    seen = _for_rows(seen, rows).unsqueeze(1).expand(-1, heads, -1, -1).flatten(0, 1).mT  # [N, E, 1 or R]
+    tiers = [slots._replace(valid=_for_rows(slots.valid, rows)) for slots in tiers]
+
+    table, ends = [matrix.expand(batch * heads, -1, -1), keys], [dim + 1, dim + 1 + length]
+    for slots in tiers:
+        if slots.read_at is None:
+            table.append(slots.means)
+            ends.append(ends[-1] + slots.means.shape[1])
+    found = written(torch.bmm(torch.cat([x.to(wide(dtype)) for x in table], dim=1), plain.mT))
+
+    scores = found.narrow(1, dim + 1, length)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = torch.where(seen, scores, LOWEST)
+    top = scores.amax(1)
+    if s_aux is not None:
+        learned = _rows_of(s_aux.to(wide(dtype)), batch, heads, rows)
+        top = torch.maximum(top, learned)
+    top = torch.where(top > LOWEST / 2, top, 0.0)
+    weights = torch.where(seen, torch.exp2((scores - top.unsqueeze(1)) * LOG2E), 0.0)
+    total = weights.sum(1)
+    if s_aux is not None:
+        total = total + torch.exp2((learned - top) * LOG2E)
+
+    queries = Queries(plain, found.narrow(1, 0, dim).mT, found.select(1, dim), top)
+    decoder = None if inv_freq is None else Decoder(matrix.narrow(0, 0, dim), inv_freq, interleaved)
+    partials, start = [], ends[1]
+    for i, slots in enumerate(tiers):
+        own, bias = decoder, None
+        if slots.read_at is None:
+            own, bias = None, found.narrow(1, start, slots.means.shape[1]).mT
+            start += slots.means.shape[1]
+        options = dict(bits=bits[i], softcap=softcap)
+        if chunks:
+            partials.append(
+                packed.attend_chunks(queries, bias, slots, own, chunk=chunks[i], dtype=dtype, **options)
+            )
+        else:
+            acc, *rest = packed.attend(queries, bias, slots, own, **options)
+            partials.append(([acc.mT], *rest, (bias, own)))
+
+    best = top
+    for _, tier_top, _, _ in partials:
+        best = torch.maximum(best, tier_top)
+    shrink = lambda x: torch.exp2((x - best) * LOG2E)  # noqa: E731
+    whole = total * shrink(top)
+    for _, tier_top, tier_total, _ in partials:
+        whole = whole + tier_total * shrink(tier_top)
+    share = 1 / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+
+    # Values that no query sees may be NaN, and 0 * NaN is NaN.
+    above = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0).to(wide(dtype))
+    weights = weights * (shrink(top) * share).unsqueeze(1)
+    left = F.pad(weights, (0, 0, 0, dim))
+    right = F.pad(above, (0, 0, 0, dim)) + F.pad(matrix.narrow(0, 0, dim), (0, 0, length, 0)).to(wide(dtype))
+    for parts, tier_top, _, _ in partials:
+        before = length
+        for part in parts:
+            width = part.shape[1]
+            part = part * (shrink(tier_top) * share).unsqueeze(1)
+            left = left + F.pad(part, (0, 0, before, length + dim - before - width))
+            before += width
+    output = written(torch.bmm(left.mT, right).to(query.dtype))
+    output = output.narrow(1, 0, real).reshape(batch, q_heads, new, dim)
+    if mass:
+        level = ((top - best) * LOG2E + torch.log2(share)).narrow(1, 0, real)
+        mass[0].flatten(0, 1).add_(weights.narrow(2, 0, real).sum(2))
+        for i, (slots, (*_, kept), counts) in enumerate(zip(tiers, partials, mass[1:])):
+            if chunks:
+                counted = packed.probabilities(kept, level)
+            else:
+                counted = packed.probabilities_by_tile(
+                    queries, kept[0], slots, kept[1], level, bits=bits[i][0], softcap=softcap
+                )
+            counts.flatten(0, 1).narrow(1, 0, counted.shape[1]).add_(counted)
+    return output.transpose(1, 2).contiguous()
+
+
+def _for_rows(seen: Tensor, rows: int) -> Tensor:
+    """bool [B, 1 or q, n] for the query rows of a KV head: [B, 1 or R, n]."""
+    batch, new, length = seen.shape
+    if new == 1:
+        return seen
+    return seen.unsqueeze(1).expand(-1, rows // new, -1, -1).reshape(batch, rows, length)
+
+
+def _rows_of(x: Tensor, batch: int, heads: int, rows: int) -> Tensor:
+    """[Hq], one number a query head, for the query rows of each KV head: [N, R]."""
+    group = x.shape[0] // heads
+    x = x.reshape(1, heads, group, 1).expand(batch, -1, -1, -(-rows // group))
+    return x.reshape(batch * heads, -1)
+
+
+_compiled = Compiled(_twin)
