@@ -28,6 +28,7 @@ from .timeline import HOLE, Timeline
 #: them in the order of the sum.
 TRANSPOSED = ("value_codes",)
 
+SPARE = 64  # slots of a buffer on CUDA that are never used
 NEVER = 1 << 30  # slots until the next mean, where there is one for all
 
 
@@ -64,7 +65,8 @@ class MiddleTier:
 
     def append(self, **fields: Tensor) -> None:
         if self.records.on_cuda:
-            self.records.reserve(self._bucket(self.records.count + fields["key_scale"].shape[2]))
+            # More than any span, so that a compiled graph never ties a span to the capacity.
+            self.records.reserve(self._bucket(self.records.count + fields["key_scale"].shape[2]) + SPARE)
         self.records.append(**fields)
         if fields["value_scale"].shape[2]:
             torch.maximum(self.bound, fields["value_scale"].float().amax(-1), out=self.bound)

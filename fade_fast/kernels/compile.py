@@ -79,7 +79,7 @@ def step_tiles(heads: int, rows: int, exact: int, means: int, dim: int) -> Tiles
     """Of what surrounds the tiers: `exact` uncompressed tokens, and as many means as all tiers have."""
     x, rest = _power_of_two(rows), dict(ZBLOCK=1, R0_BLOCK=32, num_warps=2, num_stages=2)
     return {
-        (heads * (dim + 1 + exact + means) * rows, dim): dict(rest, XBLOCK=x, YBLOCK=32),
+        (heads * (dim + 1 + exact + means) * rows, dim // 2): dict(rest, XBLOCK=x, YBLOCK=32),
         (heads * rows, exact): dict(XBLOCK=1, num_warps=2, num_stages=1, R0_BLOCK=512),
         (heads * rows * dim, exact + dim): dict(rest, XBLOCK=32, YBLOCK=x),
     }
@@ -104,9 +104,14 @@ class Compiled:
         key = (shapes, *constants.items())
         if key not in self.graphs:
             tiles = pinned()
-            options = OPTIONS | {"cache_key_tag": str(tiles)}
-            graph = torch.compile(_own(self.function, constants), fullgraph=True, options=options)
-            with _pinned(tiles), symbolic_shapes.patch(use_duck_shape=False):
+            graph = torch.compile(_own(self.function, constants), fullgraph=True, options=OPTIONS)
+            tag = torch.compiler.config.patch(cache_key_tag=str(tiles))  # for graphs kept on disk
+            with (
+                _pinned(tiles),
+                tag,
+                torch._dynamo.config.patch(automatic_dynamic_shapes=False),  # but for the markers
+                symbolic_shapes.patch(use_duck_shape=False),  # equal lengths may part later
+            ):
                 result = graph(markers, *args)
             self.graphs[key] = graph
             return result
@@ -143,6 +148,8 @@ def _pinned(tiles: Tiles):
             chosen = tiles.get((int(hint(features.numel)), int(hint(features.reduction_numel))))
             if chosen is None or not features.is_reduction():
                 return kernel_kwargs
+            if "ZBLOCK" in chosen and "z" not in groups[0]:  # a batch that became rows
+                chosen = {name: n for name, n in chosen.items() if name != "ZBLOCK"}
             pinned = {
                 "fixed_config": FixedTritonConfig(dict(chosen)),
                 "override_persistent_reduction": "R0_BLOCK" not in chosen,

@@ -107,16 +107,24 @@ def fields(codes: Tensor, bits: int, dtype: torch.dtype, axis: int) -> list[tupl
 
     A number is unit * (code - c), where c is 0 for products in float16, which have `offset` times the
     sum of the other operand taken off afterwards, and the code's centre otherwise. Three-bit codes,
-    which lie across bytes, become one matrix of their levels. `axis` is that of the bytes.
+    which lie across bytes, become their levels. `axis` is that of the bytes.
+
+    There are at least two matrices, halves where a byte has one field: the compiler keeps a single
+    product in float16 and ends its kernel there; a sum of products stays in float32, and what
+    follows stays in the kernel.
     """
     if bits == 3:
-        codes = unpack(codes.movedim(axis, -1), bits)
-        return [(levels(codes, bits, wide(dtype)).to(dtype).movedim(-1, axis), 1.0)]
+        codes = levels(unpack(codes.movedim(axis, -1), bits), bits, wide(dtype)).to(dtype)
+        return [(half, 1.0) for half in codes.movedim(-1, axis).chunk(2, axis)]
+    if bits == 8:
+        if dtype == torch.float16:
+            return [(x.to(torch.int16).view(dtype), 2.0**-24) for x in codes.chunk(2, axis)]
+        return [(x.to(dtype) - center(bits), 1.0) for x in codes.chunk(2, axis)]
     out = []
     for shift in range(0, 8, bits):
         if dtype == torch.float16:
-            masked = codes if bits == 8 else codes & ((2**bits - 1) << shift)
-            out.append((masked.to(torch.int16).view(torch.float16), 2.0 ** (shift - 24)))
+            masked = codes & ((2**bits - 1) << shift)
+            out.append((masked.to(torch.int16).view(dtype), 2.0 ** (shift - 24)))
         else:
             out.append((((codes >> shift) & (2**bits - 1)).to(dtype) - center(bits), 1.0))
     return out
@@ -124,7 +132,7 @@ def fields(codes: Tensor, bits: int, dtype: torch.dtype, axis: int) -> list[tupl
 
 def field_width(bits: int, dim: int) -> int:
     """Codes in a field of a token's bytes: rows of the matrices that `fields` makes."""
-    return dim if bits == 3 else dim * bits // 8
+    return dim // 2 if bits in (3, 8) else dim * bits // 8
 
 
 def middle(bits: int) -> float:
@@ -159,24 +167,21 @@ def written(x: Tensor) -> Tensor:
 def products(query: Queries, bias: Tensor, slots: Slots, *, bits, chunk, dtype) -> Tensor:
     """Scores from codes, [Z, chunk, R]; `bias` [N, R, M] is what the keys' means add."""
     codes, scale, zero = slots.keys
-    heads, length, _ = codes.shape
-    rows, blocks, sum_dtype = query.turned.shape[1], length // chunk, wide(dtype)
-    parts = fields(codes.reshape(-1, chunk, codes.shape[2]), bits, dtype, -1)
+    blocks, sum_dtype = codes.shape[1] // chunk, wide(dtype)
+    parts = fields(_cut(codes, 1, chunk), bits, dtype, -1)
     smallest = parts[-1][1]
-    # With one field, the compiler keeps the product in float16: lift it out of the subnormal numbers.
-    gain = 256.0 if bits == 8 and dtype == torch.float16 else 1.0
     total = _chunks(query.total, blocks).unsqueeze(1)
     out, start = 0.0, 0
     for numbers, unit in parts:
         width = numbers.shape[-1]
-        part = query.turned.narrow(-1, start, width).to(dtype) * (gain * smallest / unit)
+        part = query.turned.narrow(-1, start, width).to(dtype) * (smallest / unit)
         out = out + torch.bmm(numbers, _chunks(part, blocks).mT).to(sum_dtype)
         start += width
-    each = lambda x: x.reshape(-1, chunk, 1).to(sum_dtype)  # noqa: E731
-    out = (out / (gain * smallest) - offset(bits, dtype) * total) * each(scale)
+    each = lambda x: _cut(x, 1, chunk).unsqueeze(-1).to(sum_dtype)  # noqa: E731
+    out = (out / smallest - offset(bits, dtype) * total) * each(scale)
     if zero is not None:
         out = out + (each(zero) + center(bits) * each(scale)) * total
-    return out + _spread(bias.mT, slots.per_mean, length).reshape(-1, chunk, rows)
+    return out + _spread(bias.mT, slots.per_mean, blocks, chunk)
 
 
 def decoded_products(query: Queries, decoder: Decoder, slots: Slots, *, bits, chunk, dtype) -> Tensor:
@@ -184,7 +189,8 @@ def decoded_products(query: Queries, decoder: Decoder, slots: Slots, *, bits, ch
     heads, length, _ = slots.keys.codes.shape
     turned = dequantize(slots.keys, bits, wide(dtype)).to(dtype)
     keys = torch.bmm(turned, decoder.matrix.to(dtype).expand(heads, -1, -1)).to(wide(dtype))
-    keys = written(keys + _spread(slots.means.to(wide(dtype)), slots.per_mean, length))
+    means = _spread(slots.means.to(wide(dtype)), slots.per_mean, length // chunk, chunk)
+    keys = written(keys + means.reshape(keys.shape))
     batch = slots.read_at.shape[0]
     keys = rotate(
         keys.unflatten(0, (batch, heads // batch)), slots.read_at, decoder.inv_freq, decoder.interleaved
@@ -220,13 +226,14 @@ def statistics(scores: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int)
     """Of each chunk, [Z, R] each: the maximum, and the sums of weights, of weights times scales, and of
     weights times what a value code at its centre stands for (None where that is 0)."""
     dtype, chunk = wide(scores.dtype), scores.shape[-1]
+    each = lambda x: finite(_cut(x, 1, chunk), dtype).unsqueeze(1)  # noqa: E731
     scores = scores.to(dtype)
     top = scores.amax(-1, keepdim=True).clamp_min(-65504.0)
     weights = torch.exp2(scores - top)
-    scale = finite(scale, dtype).reshape(-1, 1, chunk)
+    scale = each(scale)
     total, scaled, shift = weights.sum(-1), (weights * scale).sum(-1), None
     if zero is not None:
-        shift = (weights * (finite(zero, dtype).reshape(-1, 1, chunk) + center(bits) * scale)).sum(-1)
+        shift = (weights * (each(zero) + center(bits) * scale)).sum(-1)
     return top.squeeze(-1), total, scaled, shift
 
 
@@ -235,13 +242,12 @@ def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> lis
 
     `codes` [N, W, S] are stored tokens last; `bound` [N] is at least every valid scale.
     """
-    width, length = codes.shape[1:]
-    blocks = length // chunk
-    codes = codes.reshape(-1, width, blocks, chunk).transpose(1, 2).reshape(-1, width, chunk)
+    blocks = codes.shape[2] // chunk
+    codes = codes.unflatten(2, (blocks, chunk)).transpose(1, 2).flatten(0, 1)
     factor = _chunks((TOP if dtype == torch.float16 else 1.0) / bound, blocks).reshape(-1, 1, 1)
     lean = scaled.unsqueeze(1) / _chunks(bound, blocks).reshape(-1, 1, 1)
     weights = torch.exp2(scores.to(wide(dtype)) - top.unsqueeze(-1))
-    weights = (weights * (finite(scale, wide(dtype)).reshape(-1, 1, chunk) * factor)).to(dtype).mT
+    weights = (weights * (finite(_cut(scale, 1, chunk), wide(dtype)).unsqueeze(1) * factor)).to(dtype).mT
     out = []
     for numbers, unit in fields(codes, bits, dtype, -2):
         product = torch.bmm(numbers, weights).to(wide(dtype))
@@ -258,22 +264,21 @@ def _shrink(bits: int, chunk: int) -> float:
 
 
 def join(parts, top, total, shift, reference, bound, *, bits, chunk, dtype):
-    """One partial of all chunks: the fields' sums [N, W, R], and `top` and `total` [N, R].
+    """One partial of all chunks: the fields' sums [N, W, R], and `top` and `total` of the same shape.
 
     Statistics are broadcast over the bytes of a token, so that all reductions have one shape.
     """
     heads, (width, rows) = bound.shape[0], parts[0].shape[1:]
-    wider = lambda x: x.reshape(heads, -1, 1, rows).expand(-1, -1, width, -1)  # noqa: E731
+    wider = lambda x: x.unflatten(0, (heads, -1)).unsqueeze(2).expand(-1, -1, width, -1)  # noqa: E731
     best = wider(top).amax(1)
     weight = torch.exp2(wider(top) - best.unsqueeze(1))
     offset = 0.0 if shift is None else (weight * wider(shift)).sum(1)
     sum_all = (weight * wider(total)).sum(1)
     factor = bound.reshape(-1, 1, 1) * (_shrink(bits, chunk) if dtype == torch.float16 else 1.0)
     out = [
-        (part.reshape(heads, -1, width, rows).to(wide(dtype)) * weight).sum(1) * factor + offset
-        for part in parts
+        (part.unflatten(0, (heads, -1)).to(wide(dtype)) * weight).sum(1) * factor + offset for part in parts
     ]
-    return out, best.select(1, 0) / LOG2E + reference, sum_all.select(1, 0)
+    return out, best / LOG2E + reference.unsqueeze(1), sum_all
 
 
 def attend_chunks(
@@ -289,16 +294,25 @@ def attend_chunks(
     return *join(parts, top, total, shift, query.reference, bound, bits=bits[1], **options), found
 
 
+def _cut(x: Tensor, axis: int, chunk: int) -> Tensor:
+    """[N, S, ...] as chunks: [Z, chunk, ...]. In two steps, for the compiler to see whole chunks."""
+    return x.unflatten(axis, (x.shape[axis] // chunk, chunk)).flatten(0, 1)
+
+
 def _chunks(x: Tensor, blocks: int) -> Tensor:
     """One [N, ...] for each chunk: [N * blocks, ...]."""
     return x.unsqueeze(1).expand(-1, blocks, *x.shape[1:]).reshape(-1, *x.shape[1:])
 
 
-def _spread(x: Tensor, per_mean: int, length: int) -> Tensor:
-    """[N, M, X], one a mean, for each of `length` slots: [N, length, X]."""
+def _spread(x: Tensor, per_mean: int, blocks: int, chunk: int) -> Tensor:
+    """[N, M, X], one a mean, for the slots of each chunk: [Z, chunk, X]."""
     if x.shape[1] == 1:
-        return x.expand(-1, length, -1)
-    return x.unsqueeze(2).expand(-1, -1, per_mean, -1).flatten(1, 2).narrow(1, 0, length)
+        return _chunks(x, blocks).expand(-1, chunk, -1)
+    if chunk % per_mean == 0:
+        x = x.unflatten(1, (blocks, chunk // per_mean)).unsqueeze(3).expand(-1, -1, -1, per_mean, -1)
+        return x.flatten(2, 3).flatten(0, 1)
+    x = x.unsqueeze(2).expand(-1, -1, per_mean, -1).flatten(1, 2).narrow(1, 0, blocks * chunk)
+    return _cut(x, 1, chunk)
 
 
 def tiles(slots: Slots) -> list[tuple[int, int]]:
@@ -335,7 +349,7 @@ def attend(
             query, _near(bias, start, tile), tile, decoder,
             bits=bits, chunk=length, softcap=softcap, dtype=query.plain.dtype,
         )  # fmt: skip
-        whole = combine(whole, Partial(torch.cat(parts, dim=1).mT, top, total))
+        whole = combine(whole, Partial(torch.cat(parts, dim=1).mT, top[:, 0], total[:, 0]))
     return whole
 
 

@@ -79,9 +79,9 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         low, mid, high = packed.unflatten(-1, (-1, 3)).unbind(-1)
         word = low | (mid << 8) | (high << 16)
         code = torch.arange(0, 24, 3, device=packed.device, dtype=torch.int32)
-        return ((word.unsqueeze(-1) >> code) & 7).flatten(-2)
+        return (torch.bitwise_right_shift(word.unsqueeze(-1), code) & 7).flatten(-2)
     shift = torch.arange(0, 8, bits, device=packed.device, dtype=torch.int32).unsqueeze(-1)
-    return ((packed.unsqueeze(-2) >> shift) & (2**bits - 1)).flatten(-2)
+    return (torch.bitwise_right_shift(packed.unsqueeze(-2), shift) & (2**bits - 1)).flatten(-2)
 
 
 def levels(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

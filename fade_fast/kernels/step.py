@@ -52,8 +52,8 @@ def attend(
         matrix: float32 [D + 1, D], the codec's rotation and, below it, the sum of its rows.
         tiers: buffers of each tier at full capacity, all of [B, H, capacity, ...].
         bits: widths of keys and values of each tier.
-        spans: how many slots of each tier are read: all that `valid` may allow. The compiled twin does
-            not depend on them but for whole chunks.
+        spans: how many slots of each tier are read: all that `valid` may allow, as `packed.bucket`
+            rounds them. One compiled twin serves all spans below the capacity.
         scaling, softcap: of scores.
         s_aux: [Hq], scores of learned attention sinks, or None.
         inv_freq: [d / 2], where tiers have `read_at`; `interleaved` is the style of its pairs.
@@ -108,7 +108,10 @@ def _operator(
             out |= tier_tiles(heads, rows, n, chunk, *(packed.field_width(b, dim) for b in pair), dim)
         return out
 
-    return _compiled([_marker(n) for n in blocks], pinned, *args, chunks=chunks, **options)
+    # A buffer read to its end would tie its length to its size, for good.
+    whole = tuple(spans) if any(s.valid.shape[2] == n for s, n in zip(slots, spans)) else None
+    markers = [] if whole else [_marker(n) for n in blocks]
+    return _compiled(markers, pinned, *args, chunks=chunks, spans=whole, **options)
 
 
 @_operator.register_fake
@@ -140,9 +143,9 @@ def _of_span(args: tuple, spans: list) -> tuple:
     return *args[:5], tiers, *args[6:]
 
 
-def _twin(markers, *args, chunks, **options) -> Tensor:
-    """What is compiled: the number of chunks of each tier is data, the length of a marker."""
-    spans = [(marker.shape[0] - 1) * chunk for marker, chunk in zip(markers, chunks)]
+def _twin(markers, *args, chunks, spans, **options) -> Tensor:
+    """What is compiled: without `spans`, the number of chunks of a tier is data, the length of a marker."""
+    spans = spans or [(marker.shape[0] - 1) * chunk for marker, chunk in zip(markers, chunks)]
     return _attend(*_of_span(args, spans), chunks=chunks, **options)
 
 
@@ -166,19 +169,20 @@ def _attend(
     heads, length = keys.shape[1:3]
     dtype = torch.float16 if chunks else torch.promote_types(query.dtype, torch.float32)
     real = q_heads // heads * new
-    plain = (query.to(wide(dtype)) * scaling).reshape(batch * heads, real, dim)
+    plain = query.to(dtype).reshape(batch * heads, real, dim)
     plain = plain.expand(-1, 2, -1) if real == 1 else plain  # one column would not run on tensor cores
     rows = plain.shape[1]
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     seen = _for_rows(seen, rows).unsqueeze(1).expand(-1, heads, -1, -1).flatten(0, 1).mT  # [N, E, 1 or R]
     tiers = [slots._replace(valid=_for_rows(slots.valid, rows)) for slots in tiers]
 
-    table, ends = [matrix.expand(batch * heads, -1, -1), keys], [dim + 1, dim + 1 + length]
-    for slots in tiers:
-        if slots.read_at is None:
-            table.append(slots.means)
-            ends.append(ends[-1] + slots.means.shape[1])
-    found = written(torch.bmm(torch.cat([x.to(wide(dtype)) for x in table], dim=1), plain.mT))
+    table = [matrix.expand(batch * heads, -1, -1), keys]
+    table += [slots.means for slots in tiers if slots.read_at is None]
+    table = torch.cat([x.to(dtype) for x in table], dim=1)
+    # Halves: see `packed.fields`.
+    halves = [torch.bmm(t, q.mT).to(wide(dtype)) for t, q in zip(table.chunk(2, -1), plain.chunk(2, -1))]
+    found = written((halves[0] + halves[1]) * scaling)
+    plain = plain.to(wide(dtype)) * scaling
 
     scores = found.narrow(1, dim + 1, length)
     if softcap is not None:
@@ -196,7 +200,7 @@ def _attend(
 
     queries = Queries(plain, found.narrow(1, 0, dim).mT, found.select(1, dim), top)
     decoder = None if inv_freq is None else Decoder(matrix.narrow(0, 0, dim), inv_freq, interleaved)
-    partials, start = [], ends[1]
+    partials, kept, start = [], [], dim + 1 + length
     for i, slots in enumerate(tiers):
         own, bias = decoder, None
         if slots.read_at is None:
@@ -204,45 +208,52 @@ def _attend(
             start += slots.means.shape[1]
         options = dict(bits=bits[i], softcap=softcap)
         if chunks:
-            partials.append(
-                packed.attend_chunks(queries, bias, slots, own, chunk=chunks[i], dtype=dtype, **options)
+            *partial, scores_of = packed.attend_chunks(
+                queries, bias, slots, own, chunk=chunks[i], dtype=dtype, **options
             )
+            kept.append(scores_of)
         else:
             acc, *rest = packed.attend(queries, bias, slots, own, **options)
-            partials.append(([acc.mT], *rest, (bias, own)))
+            partial = [acc.mT], *(x.unsqueeze(1) for x in rest)
+            kept.append((bias, own))
+        partials.append(partial)
 
-    best = top
-    for _, tier_top, _, _ in partials:
-        best = torch.maximum(best, tier_top)
-    shrink = lambda x: torch.exp2((x - best) * LOG2E)  # noqa: E731
-    whole = total * shrink(top)
-    for _, tier_top, tier_total, _ in partials:
-        whole = whole + tier_total * shrink(tier_top)
+    # Statistics have one row, or are the last tier's, as wide as its sums: so the last join ends in this.
+    stats = [(top.unsqueeze(1), total.unsqueeze(1))]
+    stats += [(t.narrow(1, 0, 1), n.narrow(1, 0, 1)) for _, t, n in partials[:-1]]
+    stats += [(t, n) for _, t, n in partials[-1:]]
+    best = functools.reduce(torch.maximum, [t for t, _ in stats])
+    shrink = [torch.exp2((t - best) * LOG2E) for t, _ in stats]
+    whole = sum(n * by for (_, n), by in zip(stats, shrink))
     share = 1 / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+    factors = [written(by * share).narrow(1, 0, 1) for by in shrink[: len(shrink) - bool(partials)]]
 
     # Values that no query sees may be NaN, and 0 * NaN is NaN.
-    above = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0).to(wide(dtype))
-    weights = weights * (shrink(top) * share).unsqueeze(1)
+    above = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0).to(dtype)
+    weights = weights * factors[0]
     left = F.pad(weights, (0, 0, 0, dim))
-    right = F.pad(above, (0, 0, 0, dim)) + F.pad(matrix.narrow(0, 0, dim), (0, 0, length, 0)).to(wide(dtype))
-    for parts, tier_top, _, _ in partials:
+    below = matrix.narrow(0, 0, dim).to(dtype)
+    right = F.pad(above, (0, 0, 0, dim)) + F.pad(below, (0, 0, length, 0))
+    for i, (parts, _, _) in enumerate(partials):
         before = length
         for part in parts:
-            width = part.shape[1]
-            part = part * (shrink(tier_top) * share).unsqueeze(1)
-            left = left + F.pad(part, (0, 0, before, length + dim - before - width))
-            before += width
-    output = written(torch.bmm(left.mT, right).to(query.dtype))
+            if i + 1 < len(partials):
+                part = part * factors[i + 1]
+            else:
+                part = written(part * shrink[-1] * share)
+            left = left + F.pad(part, (0, 0, before, length + dim - before - part.shape[1]))
+            before += part.shape[1]
+    output = written(torch.bmm(left.to(dtype).mT, right).to(query.dtype))
     output = output.narrow(1, 0, real).reshape(batch, q_heads, new, dim)
     if mass:
-        level = ((top - best) * LOG2E + torch.log2(share)).narrow(1, 0, real)
+        level = ((top - best.select(1, 0)) * LOG2E + torch.log2(share.select(1, 0))).narrow(1, 0, real)
         mass[0].flatten(0, 1).add_(weights.narrow(2, 0, real).sum(2))
-        for i, (slots, (*_, kept), counts) in enumerate(zip(tiers, partials, mass[1:])):
+        for i, (slots, counts) in enumerate(zip(tiers, mass[1:])):
             if chunks:
-                counted = packed.probabilities(kept, level)
+                counted = packed.probabilities(kept[i], level)
             else:
                 counted = packed.probabilities_by_tile(
-                    queries, kept[0], slots, kept[1], level, bits=bits[i][0], softcap=softcap
+                    queries, kept[i][0], slots, kept[i][1], level, bits=bits[i][0], softcap=softcap
                 )
             counts.flatten(0, 1).narrow(1, 0, counted.shape[1]).add_(counted)
     return output.transpose(1, 2).contiguous()
