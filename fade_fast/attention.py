@@ -110,7 +110,13 @@ class Rows:
     """
 
     def __init__(self, query: Tensor, layer: TieredLayer, start: int, terms: Terms):
-        self.raw, self.shape, self.dtype, self.layer, self.terms = query, query.shape, query.dtype, layer, terms
+        self.raw, self.shape, self.dtype, self.layer, self.terms = (
+            query,
+            query.shape,
+            query.dtype,
+            layer,
+            terms,
+        )
         self.start, self.stop = start, start + query.shape[2]
         wide = torch.promote_types(query.dtype, torch.float32)
         self.query = _rows(query.to(wide) * terms.scaling, layer.heads)

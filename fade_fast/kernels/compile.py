@@ -35,33 +35,34 @@ Tiles = dict[tuple[int, int], dict]
 
 
 def tier_tiles(
-    heads: int, rows: int, blocks: int, chunk: int, key_width: int, value_width: int, dim: int
+    heads: int, rows: int, blocks: int, chunk: int, bits: tuple[int, int], widths: tuple[int, int], dim: int
 ) -> Tiles:
-    """Of one tier, measured on an H100 for 2 to 64 rows and fields of 32 to 256 codes a token.
+    """Of one tier, measured on an H100 for 2 to 64 rows (docs/lab-notebook.md).
 
     Args:
         heads: batch times KV heads. rows: query rows of each, at least 2.
         blocks: chunks of `chunk` tokens.
-        key_width, value_width: codes a field (docs/lab-notebook.md says what was tried). dim: head_dim.
+        bits, widths: of keys and values, bits a code and codes a field. dim: head_dim.
     """
-    x = _power_of_two(rows)
-    scores = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=128, num_warps=2, num_stages=2)
-    if x > 4:
-        scores.update(YBLOCK=64, num_warps=2 if x <= 8 else 4)
+    x, (key_width, value_width) = _power_of_two(rows), widths
+    scores = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=128, R0_BLOCK=16, num_warps=2, num_stages=3)
     if key_width % 32 == 0:
-        scores["R0_BLOCK"] = 32 if key_width <= 64 else 64
-    else:
-        scores.update(R0_BLOCK=16, num_stages=3)
+        scores["R0_BLOCK"] = 32 if x <= 4 else 64
+    if x > 4:
+        scores.update(YBLOCK=64, num_warps=2 if x <= 8 else 4, num_stages=2)
+    if bits[0] == 8:
+        scores.update(R0_BLOCK=min(64, key_width), num_warps=4, num_stages=2)
     if key_width == 32:
-        scores.update(YBLOCK=64, num_warps=1, num_stages=1)
-    y = min(128, max(16, _power_of_two(value_width)))
-    narrow = value_width <= 64
-    values = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=y, R0_BLOCK=128, num_warps=2 if narrow else 4)
-    values["num_stages"] = 3 if x <= 4 else 2
+        scores.update(R0_BLOCK=32, YBLOCK=64, num_warps=1, num_stages=1)
+    values = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=min(128, max(16, _power_of_two(value_width))))
+    values.update(R0_BLOCK=128, num_warps=2 if value_width <= 64 else 4, num_stages=3 if x <= 4 else 2)
+    if bits[1] == 8:
+        values.update(num_warps=4)
     if chunk <= 256:
-        values.update(R0_BLOCK=64, num_stages=4, num_warps=1 if narrow else 2)
+        values.update(R0_BLOCK=64, num_stages=4, num_warps=1 if value_width <= 64 else 2)
     if chunk <= 128:
         values.update(num_stages=2, num_warps=2)
+    stats = dict(XBLOCK=2, num_warps=min(8, max(1, chunk // 256)), num_stages=1)
     join = dict(XBLOCK=32, R0_BLOCK=16) if heads >= 32 else dict(XBLOCK=16, R0_BLOCK=64)
     decode = dict(ZBLOCK=1, XBLOCK=64, YBLOCK=64, R0_BLOCK=32, num_warps=4, num_stages=2)
     length = blocks * chunk
@@ -70,18 +71,24 @@ def tier_tiles(
         (heads * length * rows, dim): dict(scores, R0_BLOCK=32 if dim % 32 == 0 else 16),
         (heads * length * rows, key_width): scores,
         (heads * blocks * value_width * rows, chunk): values,
-        (heads * blocks * rows, chunk): dict(XBLOCK=2, num_warps=1 if chunk <= 512 else 2, num_stages=1),
+        (heads * blocks * rows, chunk): stats,
         (heads * value_width * rows, blocks): dict(join, num_warps=4, num_stages=1),
     }
 
 
 def step_tiles(heads: int, rows: int, exact: int, means: int, dim: int) -> Tiles:
     """Of what surrounds the tiers: `exact` uncompressed tokens, and as many means as all tiers have."""
-    x, rest = _power_of_two(rows), dict(ZBLOCK=1, R0_BLOCK=32, num_warps=2, num_stages=2)
+    x, table = _power_of_two(rows), dim + 1 + exact + means
+    first = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=32, R0_BLOCK=32, num_warps=2, num_stages=2)
+    if heads * table >= 1 << 14:
+        first.update(YBLOCK=128, R0_BLOCK=64 if dim % 128 == 0 else 32, num_warps=4)
+    last = dict(ZBLOCK=1, XBLOCK=64, YBLOCK=x, R0_BLOCK=64, num_warps=4, num_stages=2)
+    if heads < 32:
+        last.update(XBLOCK=32, R0_BLOCK=128)
     return {
-        (heads * (dim + 1 + exact + means) * rows, dim // 2): dict(rest, XBLOCK=x, YBLOCK=32),
-        (heads * rows, exact): dict(XBLOCK=1, num_warps=2, num_stages=1, R0_BLOCK=512),
-        (heads * rows * dim, exact + dim): dict(rest, XBLOCK=32, YBLOCK=x),
+        (heads * table * rows, dim // 2): first,
+        (heads * rows, exact): dict(XBLOCK=1, R0_BLOCK=256, num_warps=1, num_stages=1),
+        (heads * rows * dim, exact + dim): last,
     }
 
 

@@ -369,9 +369,7 @@ def probabilities_by_tile(query: Queries, bias, slots: Slots, decoder, level, *,
     out, options = [], dict(softcap=softcap, dtype=query.plain.dtype)
     for start, length in tiles(slots):
         tile = slots.narrow(start, length)
-        found = scores(
-            query, _near(bias, start, tile), tile, decoder, bits=bits, chunk=length, **options
-        )
+        found = scores(query, _near(bias, start, tile), tile, decoder, bits=bits, chunk=length, **options)
         out.append(probabilities(found, level))
     return torch.cat(out, dim=1)
 

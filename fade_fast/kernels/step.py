@@ -105,11 +105,13 @@ def _operator(
     def pinned() -> Tiles:
         out = step_tiles(heads, rows, keys.shape[2], sum(map(_means, slots, spans)), dim)
         for n, chunk, pair in zip(blocks, chunks, pairs):
-            out |= tier_tiles(heads, rows, n, chunk, *(packed.field_width(b, dim) for b in pair), dim)
+            widths = tuple(packed.field_width(b, dim) for b in pair)
+            out |= tier_tiles(heads, rows, n, chunk, pair, widths, dim)
         return out
 
-    # A buffer read to its end would tie its length to its size, for good.
-    whole = tuple(spans) if any(s.valid.shape[2] == n for s, n in zip(slots, spans)) else None
+    # The compiler ties a length for good to 1, and to the size of a buffer that is read to its end.
+    ends = (n == 1 or span == s.valid.shape[2] for n, span, s in zip(blocks, spans, slots))
+    whole = tuple(spans) if any(ends) else None
     markers = [] if whole else [_marker(n) for n in blocks]
     return _compiled(markers, pinned, *args, chunks=chunks, spans=whole, **options)
 
@@ -226,7 +228,7 @@ def _attend(
     shrink = [torch.exp2((t - best) * LOG2E) for t, _ in stats]
     whole = sum(n * by for (_, n), by in zip(stats, shrink))
     share = 1 / whole.clamp_min(torch.finfo(whole.dtype).tiny)
-    factors = [written(by * share).narrow(1, 0, 1) for by in shrink[: len(shrink) - bool(partials)]]
+    factors = [written(by * share).narrow(1, 0, 1) for by in shrink[: max(1, len(partials))]]
 
     # Values that no query sees may be NaN, and 0 * NaN is NaN.
     above = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0).to(dtype)
@@ -238,7 +240,7 @@ def _attend(
         before = length
         for part in parts:
             if i + 1 < len(partials):
-                part = part * factors[i + 1]
+                part = written(part) * factors[i + 1]
             else:
                 part = written(part * shrink[-1] * share)
             left = left + F.pad(part, (0, 0, before, length + dim - before - part.shape[1]))
