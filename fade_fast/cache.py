@@ -90,7 +90,7 @@ class TieredKVCache(Cache):
         return twin
 
     def _rotation(self, dim: int, device) -> Tensor:
-        """The codec's matrix and the sum of its rows, float32, one for all layers of a head_dim and device."""
+        """The codec's matrix and the sum of its rows, float32: one for all layers of a head_dim."""
         key = (dim, str(device))
         if key not in self._matrices:
             self._matrices[key] = rotated.with_sum(rotated.rotation(dim)).float().to(device)

@@ -268,7 +268,7 @@ def join(parts, top, total, shift, reference, bound, *, bits, chunk, dtype):
 
     Statistics are broadcast over the bytes of a token, so that all reductions have one shape.
     """
-    heads, (width, rows) = bound.shape[0], parts[0].shape[1:]
+    heads, width = bound.shape[0], parts[0].shape[1]
     wider = lambda x: x.unflatten(0, (heads, -1)).unsqueeze(2).expand(-1, -1, width, -1)  # noqa: E731
     best = wider(top).amax(1)
     weight = torch.exp2(wider(top) - best.unsqueeze(1))

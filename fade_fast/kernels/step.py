@@ -200,7 +200,9 @@ def _attend(
     if s_aux is not None:
         total = total + torch.exp2((learned - top) * LOG2E)
 
-    queries = Queries(plain, found.narrow(1, 0, dim).mT, found.select(1, dim), top)
+    turned = found.narrow(1, 0, dim).mT
+    # A sum rounded to float32 would show in float64.
+    queries = Queries(plain, turned, found.select(1, dim) if chunks else turned.sum(-1), top)
     decoder = None if inv_freq is None else Decoder(matrix.narrow(0, 0, dim), inv_freq, interleaved)
     partials, kept, start = [], [], dim + 1 + length
     for i, slots in enumerate(tiers):
