@@ -13,10 +13,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from .kernels import exact, packed, step
 from .kernels.merge import Partial, merge
 from .layer import Arrival, TieredLayer
+from .stepper import SHORT
 from .timeline import HOLE
 
 NAME = "fade"  # what our attention and mask functions are registered as in transformers
-SHORT = 16  # most query tokens that are attended from the recent buffer, not beside it
 TILE = 2048  # keys decoded or scored at a time
 ROWS = 512  # query tokens of a long step attended at a time
 
@@ -47,9 +47,23 @@ def attention(
     Raises `ValueError` if the cache belongs to another model, or `use_cache=False`.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    terms = Terms(scaling, softcap, sliding_window, s_aux)
     if not isinstance(key, Arrival):
+        terms = Terms(scaling, softcap, sliding_window, s_aux)
         return _attend_tensors(module, query, key, value, attention_mask, terms, **kwargs), None
+    stepper = key.layer.stepper
+    if stepper.active:
+        output = torch.ops.fade.step(
+            query, key.keys, key.values, attention_mask, stepper.marker.shape[0], key.layer.index,
+            scaling, softcap, s_aux,
+        )  # fmt: skip
+        return output, None
+    return _attend(module, query, key, attention_mask, scaling, softcap, sliding_window, s_aux, **kwargs)
+
+
+@torch.compiler.disable
+def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, sliding_window, s_aux, **kwargs):
+    """Attention outside captured steps, and the storing of what arrived."""
+    terms = Terms(scaling, softcap, sliding_window, s_aux)
     layer, keys, values = key.layer, key.keys, key.values
     if layer.model_config is not module.config:
         raise ValueError("this cache was made for another model: create_cache(model) makes one for it")
@@ -132,22 +146,20 @@ class Rows:
 
     def attend(self) -> Tensor:
         """Attention of a short step over all the layer holds, [B, q, Hq, D]."""
-        layer, terms, tiers = self.layer, self.terms, self._tiers()
-        rope = layer.rope if layer.config.contiguous else None
+        layer, terms, tiers = self.layer, self.terms, self.layer.held_tiers()
         keys, values, seen = layer.exact["key"], layer.exact["value"], self.sees(layer.exact_positions())
         if keys.is_cuda:  # one shape for as long as the buffers last
             keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
             seen = torch.nn.functional.pad(seen, (0, keys.shape[2] - seen.shape[-1]))
         return step.attend(
-            self.raw, keys, values, seen[:, 0], layer.middle.table,
+            self.raw, keys, values, seen[:, 0], layer.table,
             [layer.middle.slots(tier, self.sees(layer.middle.position(tier))[:, 0]) for tier in tiers],
             bits=[tier.bits for tier in tiers],
             spans=[tier.span for tier in tiers],
             scaling=terms.scaling,
             softcap=terms.softcap,
             s_aux=terms.s_aux,
-            inv_freq=None if rope is None else rope.inv_freq(),
-            interleaved=rope is not None and rope.interleaved,
+            **layer.rope_options(),
         )  # fmt: skip
 
     def attend_beside(self, first: int, keys: Tensor, values: Tensor) -> Tensor:
@@ -157,7 +169,7 @@ class Rows:
         """
         layer = self.layer
         partials = [self._exact(layer.exact["key"], layer.exact["value"], layer.exact_positions())]
-        partials += [self._tier(tier, partials[0].top) for tier in self._tiers()]
+        partials += [self._tier(tier, partials[0].top) for tier in self.layer.held_tiers()]
         for i in range(0, self.stop - first, TILE):
             tile = slice(i, min(i + TILE, self.stop - first))
             position = layer.timeline.positions[:, None, first + tile.start : first + tile.stop]
@@ -165,10 +177,6 @@ class Rows:
         if self.terms.s_aux is not None:
             partials.append(_sinks(self.query, self.terms.s_aux))
         return _heads(merge(partials), self.shape).to(self.dtype)
-
-    def _tiers(self) -> list:
-        """Tiers that hold a token."""
-        return [t for t in self.layer.middle.tiers if t.records.count] if self.layer.has_middle else []
 
     def _fold(self, seen: Tensor) -> Tensor:
         """[B, 1, q, n] for the rows of the query matrix: [B, 1, R, n]."""

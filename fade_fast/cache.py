@@ -7,16 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticSlidingWindowLayer,
+)
 
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import Tier
 
-from . import plan
+from . import plan, stepper
 from .attention import NAME
 from .kernels import rotated
 from .layer import TieredLayer
 from .models import find_rope, text_config
+from .stepper import Stepper
 from .timeline import Timeline
 
 
@@ -63,6 +69,8 @@ class TieredKVCache(Cache):
                 "'rotated' and 'sequence' are supported inside generate()"
             )
         self.fade_config, self.timeline = config, Timeline()
+        on_gpu = model.device.type == "cuda"
+        self.stepper = Stepper(self.timeline, compileable=on_gpu)
         self._matrices: dict[tuple, Tensor] = {}
 
         def dispatches() -> bool:
@@ -72,8 +80,10 @@ class TieredKVCache(Cache):
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 rope = find_rope(model, i) if config.contiguous else None
-                layers[i] = TieredLayer(config, self.timeline, rope, self._rotation, dispatches, max_length)
+                layers[i] = TieredLayer(config, self.stepper, rope, self._rotation, dispatches, max_length)
                 layers[i].model_config = model_config
+            elif type(layer) is DynamicSlidingWindowLayer and on_gpu:
+                layers[i] = StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
         if not any(isinstance(layer, TieredLayer) for layer in layers):
             raise ValueError(
                 f"{type(model).__name__} has no full-attention layer whose cache could be tiered"
@@ -110,6 +120,7 @@ class TieredKVCache(Cache):
         """Forget every token; the next ones may have another batch size, dtype or device."""
         super().reset()
         self.timeline.clear()
+        self.stepper.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses."""
@@ -252,6 +263,7 @@ def attach(model: PreTrainedModel) -> bool:
         return False
     model._fade_previous = model.config._attn_implementation
     model.set_attn_implementation(NAME)
+    stepper.attach(model)
     return True
 
 
@@ -260,3 +272,4 @@ def detach(model: PreTrainedModel) -> None:
     previous = model.__dict__.pop("_fade_previous", None)
     if previous is not None:
         model.set_attn_implementation(previous)
+        stepper.detach(model)

@@ -15,9 +15,11 @@ from fade_ref.tiers import packed_bytes
 
 from .buffers import Buffers, Field, take
 from .kernels import rotated
+from .kernels.packed import Slots
 from .kernels.rope import rotate
-from .middle import HOLE, Middle, PinnedMiddle, PlannedMiddle
+from .middle import HOLE, Middle, MiddleTier, PinnedMiddle, PlannedMiddle
 from .models import Rope
+from .stepper import ROOM, SETTLED, SHORT, Stepper
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,7 @@ class TieredLayer(CacheLayerMixin):
 
     Args:
         config: what is kept how.
-        timeline: the columns of the cache this layer belongs to, shared by its layers.
+        stepper: the captured steps of the cache this layer belongs to, and its columns: shared by all layers.
         rope: how the model rotates this layer's keys; needed if `config.contiguous`.
         rotations: `(head_dim, device)` -> the codec's matrix P and the sum of its rows, shared by the layers.
         dispatches: whether the model's attention calls are ours at the moment; if they are not,
@@ -62,10 +64,14 @@ class TieredLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
-    is_compileable = False
 
-    def __init__(self, config: FadeConfig, timeline, rope: Rope | None, rotations, dispatches, max_length):
+    def __init__(
+        self, config: FadeConfig, stepper: Stepper, rope: Rope | None, rotations, dispatches, max_length
+    ):
         super().__init__()
+        self.stepper, self.index = stepper, len(stepper.layers)
+        stepper.layers.append(self)
+        timeline = stepper.timeline
         self.config, self.timeline, self.rope = config, timeline, rope
         self._rotations, self._dispatches, self._max_length = rotations, dispatches, max_length
         self._clear()
@@ -76,6 +82,7 @@ class TieredLayer(CacheLayerMixin):
         self.middle: Middle | None = None
         self._sinks_placed = False
         self.sink_keys: Tensor | None = None  # as they came; `exact` holds them as they are read
+        self.frozen: list[Slots] = []  # what captured steps read of the tiers
         self.is_initialized = False
 
     # -- transformers' protocol
@@ -96,6 +103,9 @@ class TieredLayer(CacheLayerMixin):
             leaving = max(0, (most or 0) - c.n_sink - c.recent_window)
             self.middle.reserve(leaving // c.block_size * c.block_size)
             most = room if most is None else min(room, most)
+            if keys.is_cuda:  # one shape for all steps, with room for a draft
+                most = c.n_sink + c.recent_window + c.block_size + SHORT
+                most = min(most, max(SETTLED, room))
         self.exact.reserve(most or 0)
         self.is_initialized = True
 
@@ -105,6 +115,13 @@ class TieredLayer(CacheLayerMixin):
         Our attention function stores them, once it knows which are padding. Other attention
         functions get all keys and values back, dense.
         """
+        if self.stepper.active:
+            arrival = Arrival(self, keys, values)
+            return arrival, arrival
+        return self._update(keys, values)
+
+    @torch.compiler.disable
+    def _update(self, keys: Tensor, values: Tensor):
         self.check(keys, values)
         if self._dispatches():
             arrival = Arrival(self, keys, values)
@@ -182,6 +199,7 @@ class TieredLayer(CacheLayerMixin):
             self.exact.count -= n
             self.length -= n
             self._sinks_placed = False
+            self.stepper.touch()
 
     @property
     def croppable(self) -> int:
@@ -195,8 +213,17 @@ class TieredLayer(CacheLayerMixin):
         self.select_rows(beam_idx)
 
     def select_rows(self, index: Tensor) -> None:
-        """Rows `index` [B'] int64 take the places of the rows there were."""
-        self._map(lambda x: x.index_select(0, index.to(x.device)))
+        """Rows `index` [B'] int64 take the places of the rows there were.
+
+        In place if there are as many: captured steps know the tensors by their addresses.
+        """
+
+        def select(x: Tensor) -> Tensor:
+            chosen = x.index_select(0, index.to(x.device))
+            return x.copy_(chosen) if chosen.shape == x.shape else chosen
+
+        self._map(select)
+        self.stepper.touch()
 
     def offload(self) -> None:
         self._map(lambda x: x.to("cpu", non_blocking=True))
@@ -255,6 +282,7 @@ class TieredLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
+        self.stepper.touch()
         start, new = self.length, keys.shape[2]
         sinks = max(0, min(new, self.config.n_sink - start))
         recent = self.recent
@@ -272,11 +300,11 @@ class TieredLayer(CacheLayerMixin):
             keys, values = keys[:, :, surplus:], values[:, :, surplus:]
         self.exact.append(key=keys, value=values)
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """Demote the blocks that a step read from the recent buffers, and pushed out of them.
 
         This waits for the next step, so that tokens cropped in between (assisted decoding) leave
-        no trace.
+        no trace. Returns whether any block was due.
         """
         surplus = self._surplus(self.recent) if self.is_initialized else 0
         if surplus:
@@ -288,6 +316,7 @@ class TieredLayer(CacheLayerMixin):
                 self.length - self.recent,
             )
             self.exact.remove(start, surplus)
+        return surplus > 0
 
     def _surplus(self, recent: int) -> int:
         """How many of `recent` columns have to leave: whole blocks."""
@@ -330,6 +359,72 @@ class TieredLayer(CacheLayerMixin):
     @staticmethod
     def _wide(x: Tensor) -> Tensor:
         return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    # -- captured steps
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether generate() may compile the decode step: on a GPU, where that pays."""
+        return self.stepper.compileable
+
+    @property
+    def can_step(self) -> bool:
+        """Whether a column can come by a captured step: the sinks are in their places."""
+        placed = self._sinks_placed or not self.timeline.has_holes
+        return self.is_initialized and self.length >= max(1, self.config.n_sink) and placed
+
+    def make_room(self) -> None:
+        """See to it that a column fits into the uncompressed buffers."""
+        c, count = self.config, self.exact.count
+        most = c.n_sink + c.recent_window + c.block_size + SHORT if c.compresses else self._max_length
+        if count < self.exact.capacity:
+            return
+        doubled = max(2 * count, count + ROOM)
+        self.exact.reserve(max(count + 1, doubled if most is None else min(most, doubled)))
+
+    def held_tiers(self) -> list[MiddleTier]:
+        """Tiers that hold a token."""
+        return [t for t in self.middle.tiers if t.records.count] if self.has_middle else []
+
+    def spans(self) -> list[int]:
+        """Slots that a step reads of each."""
+        return [tier.span for tier in self.held_tiers()]
+
+    def baked(self) -> list[Tensor]:
+        """Tensors that captured steps know by their addresses."""
+        found = list(self.exact.tensors.values())
+        if self.has_middle:
+            found += [x for tier in self.held_tiers() for x in tier.tensors()]
+            found += self.middle.means.tensors.values()
+        return found + ([self.rope.inv_freq()] if self.config.contiguous else [])
+
+    @property
+    def table(self) -> Tensor:
+        """The codec's rotation and, below it, the sum of its rows."""
+        return self._rotations(self.exact["key"].shape[3], self.device)
+
+    def rope_options(self) -> dict:
+        """What `step.attend` needs where keys are encoded before RoPE."""
+        if not self.config.contiguous:
+            return {}
+        return dict(inv_freq=self.rope.inv_freq(), interleaved=self.rope.interleaved)
+
+    def freeze(self) -> None:
+        """Make the tensors that captured steps read beside the buffers."""
+        self.frozen = [self.middle.slots(tier) for tier in self.held_tiers()]
+
+    def thaw(self) -> None:
+        """Bring those tensors up to date."""
+        for tier, frozen in zip(self.held_tiers(), self.frozen):
+            for stale, fresh in zip(frozen[-3:], self.middle.slots(tier)[-3:]):
+                if isinstance(stale, Tensor):
+                    stale.copy_(fresh)
+
+    def settled_columns(self) -> int:
+        """How many columns, the first ones, can be left to FlashAttention: whole, and not the newest."""
+        if self.has_middle or self.exact.count < SETTLED:
+            return 0
+        return self.exact.count // 256 * 256
 
     # -- what attention reads
 

@@ -171,12 +171,13 @@ class Middle(ABC):
     def mean(self, start: int, stop: int) -> Tensor:
         """Means of the keys in slots `start` to `stop`, [B, H, n or 1, D]."""
 
-    def slots(self, tier: MiddleTier, seen: Tensor) -> Slots:
+    def slots(self, tier: MiddleTier, seen: Tensor | None = None) -> Slots:
         """What kernels read of a tier: its buffers at full capacity.
 
-        `seen`: bool [B, 1 or R, n], for the slots in use.
+        `seen`: bool [B, 1 or R, n], for the slots in use; None: those that hold a token.
         """
         capacity = tier.records.capacity
+        seen = self.position(tier) != HOLE if seen is None else seen
         pad = lambda x: torch.nn.functional.pad(x, (0, capacity - x.shape[-1]))  # noqa: E731
         return Slots(
             tier.buffers("key"),

@@ -15,7 +15,7 @@ class Timeline:
     """Positions of a cache's columns.
 
     `positions` [B, length] int32: the token's index among the real tokens of its row, or `HOLE`.
-    `length`: columns seen, the cache's logical length.
+    `length`: columns seen, the cache's logical length. `buffer`: what `positions` is a view of.
     """
 
     def __init__(self):
@@ -23,17 +23,17 @@ class Timeline:
 
     def clear(self) -> None:
         """Forget every column, and the batch size."""
-        self._buffer: Tensor | None = None
+        self.buffer: Tensor | None = None
         self.length = 0
         self.has_holes = False
 
     @property
     def positions(self) -> Tensor:
-        return self._buffer[:, : self.length]
+        return self.buffer[:, : self.length]
 
     @property
     def batch(self) -> int:
-        return self._buffer.shape[0]
+        return self.buffer.shape[0]
 
     def extend(self, start: int, valid: Tensor | None, batch: int, count: int, device) -> None:
         """Record `count` columns from column `start` on; nothing happens if they are known already.
@@ -51,18 +51,25 @@ class Timeline:
             new = new.masked_fill(~valid, HOLE)
             self.has_holes = True
         needed = self.length + count
-        if self._buffer is None or needed > self._buffer.shape[1]:
-            capacity = -(-(needed + needed // 64) // STEP) * STEP
-            grown = new.new_full((batch, capacity), HOLE)
-            if self.length:
-                grown[:, : self.length] = self.positions
-            self._buffer = grown
-        self._buffer[:, self.length : needed] = new
+        if self.buffer is None:
+            self.buffer = new.new_full((batch, 0), HOLE)
+        self.reserve(needed)
+        self.buffer[:, self.length : needed] = new
         self.length = needed
+
+    def reserve(self, columns: int) -> None:
+        """Make room for `columns` in all, and more if there is too little: on a GPU twice as many."""
+        if columns <= self.buffer.shape[1]:
+            return
+        spare = columns if self.buffer.is_cuda else columns // 64
+        capacity = -(-(columns + spare) // STEP) * STEP
+        grown = self.buffer.new_full((self.batch, capacity), HOLE)
+        grown[:, : self.length] = self.positions
+        self.buffer = grown
 
     def newest(self) -> Tensor:
         """Position of each row's newest real token, [B] int32."""
-        return self._last(self._buffer.shape[0], self._buffer.device)
+        return self._last(self.buffer.shape[0], self.buffer.device)
 
     def _last(self, batch: int, device) -> Tensor:
         """Position of each row's newest real token, [B] int32; -1 if it has none yet."""
@@ -76,9 +83,9 @@ class Timeline:
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index` [B'] take the places of the rows there were."""
-        if self._buffer is not None:
-            self._buffer = self._buffer.index_select(0, index.to(self._buffer.device))
+        if self.buffer is not None:
+            self.buffer = self.buffer.index_select(0, index.to(self.buffer.device))
 
     def tensors(self) -> list[Tensor]:
         """What this holds in memory."""
-        return [] if self._buffer is None else [self._buffer]
+        return [] if self.buffer is None else [self.buffer]

@@ -1,8 +1,12 @@
 """The FP16 tier: attention over keys and values kept in the model's own dtype."""
 
+import torch
 from torch import Tensor
 
-from .merge import Partial, soften
+from .compile import Compiled
+from .merge import Partial, merge, soften
+
+TAIL = 1024  # columns beyond those settled, at most, less a few
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap=None) -> Partial:
@@ -17,3 +21,41 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap
     scores = query @ keys.to(query.dtype).mT
     weights, top, total = soften(scores, visible, softcap)
     return Partial(weights @ values.to(query.dtype), top, total)
+
+
+def attend_long(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, settled: int, scaling: float
+) -> Tensor:
+    """Attention of one query token over many uncompressed columns, [B, 1, Hq, D].
+
+    The first `settled` columns, all visible, go to FlashAttention; at most `2 * TAIL` further ones, of
+    which `seen` [B, 1, capacity] says which are visible, are merged with its result.
+
+    Args:
+        query: [B, Hq, 1, D]. keys, values: [B, H, capacity, D].
+    """
+    heads, length = keys.shape[1], min(2 * TAIL, keys.shape[2] - settled)
+    first = (x.narrow(2, 0, settled) for x in (keys, values))
+    last = [x.narrow(2, settled, length) for x in (keys, values)]
+    seen = seen.narrow(2, settled, length)
+    if query.is_cuda:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention(query, *first, scale=scaling)
+        return _compiled([], dict, query, *flash[:2], *last, seen, scaling=scaling)
+    rows = query.unflatten(1, (heads, -1)).flatten(2, 3).to(torch.promote_types(query.dtype, torch.float32))
+    part = attend(rows * scaling, *first, torch.ones_like(seen[:, :, None, :1]))
+    output, top = merge([part]), part.top + part.total.log()
+    return _with_tail(query, output.reshape(query.shape), top.reshape(query.shape[:3]), *last, seen, scaling)
+
+
+def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor:
+    """Attention over keys of which `output` and `lse` [B, Hq, 1] are known, and these."""
+    shape, heads = query.shape, keys.shape[1]
+    rows = lambda x: x.unflatten(1, (heads, -1)).flatten(2, 3)  # noqa: E731
+    wide = torch.promote_types(query.dtype, torch.float32)
+    known = Partial(rows(output).to(wide), rows(lse.unsqueeze(-1))[..., 0].to(wide), 1.0)
+    known = known._replace(total=torch.ones_like(known.top))
+    tail = attend(rows(query).to(wide) * scaling, keys, values, seen.unsqueeze(2))
+    return merge([known, tail]).reshape(shape).to(query.dtype).transpose(1, 2)
+
+
+_compiled = Compiled(lambda markers, *args, scaling: _with_tail(*args, scaling))

@@ -318,8 +318,7 @@ def expected_by_loop(k, v, mu, sigma, group, valid):
     for h in range(heads):
         for g in range(h * group, (h + 1) * group):
             logit = [
-                (k[h, t] @ mu[g]).item() / math.sqrt(dim)
-                + (k[h, t] @ sigma[g] @ k[h, t]).item() / (2 * dim)
+                (k[h, t] @ mu[g]).item() / math.sqrt(dim) + (k[h, t] @ sigma[g] @ k[h, t]).item() / (2 * dim)
                 for t in range(n)
             ]
             total = sum(math.exp(logit[t]) for t in range(n) if valid[t])

@@ -81,9 +81,7 @@ def by_head(c, order):
 
 
 def config(policy, scope="sequence", int4=6, int2=5, **more):
-    return FadeConfig(
-        eviction_policy=policy, plan_scope=scope, int4_budget=int4, int2_budget=int2, **more
-    )
+    return FadeConfig(eviction_policy=policy, plan_scope=scope, int4_budget=int4, int2_budget=int2, **more)
 
 
 def with_axis(c):
@@ -334,9 +332,7 @@ def test_head_scope_plans_each_head_by_itself(policy):
     tiers = pol.make_plan(config(policy, "head"), c)
     holes = torch.zeros_like(c.position).bool()
     holes[:, 1, ::3] = True
-    apart = pol.make_plan(
-        config(policy, "head"), replace(c, position=c.position.masked_fill(holes, -1))
-    )
+    apart = pol.make_plan(config(policy, "head"), replace(c, position=c.position.masked_fill(holes, -1)))
     assert torch.equal(apart[:, [0, 2, 3]], tiers[:, [0, 2, 3]])
     assert not kept(apart[:, 1, ::3]).any() and kept(apart[:, 1]).any()
 

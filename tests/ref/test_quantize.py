@@ -348,10 +348,7 @@ def slow_bytes(codes, bits):
         stream = sum(code << (3 * j) for j, code in enumerate(codes))
         return list(stream.to_bytes(3 * dim // 8, "little"))
     count = dim * bits // 8
-    return [
-        sum(codes[j + part * count] << (bits * part) for part in range(8 // bits))
-        for j in range(count)
-    ]
+    return [sum(codes[j + part * count] << (bits * part) for part in range(8 // bits)) for j in range(count)]
 
 
 @pytest.mark.parametrize("bits", (8, 4, 3, 2))

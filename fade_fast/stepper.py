@@ -1,0 +1,218 @@
+"""The decode step as generate() compiles and captures it: one operator a layer, over fixed buffers.
+
+A compiled graph must not look at lengths, or it would be compiled anew at every token; a captured one
+runs no Python at all. So the operator `fade::step` takes tensors of the step alone, and a number that
+says where the cache stands, its epoch. Whatever a captured graph has baked in (addresses, spans) is
+fixed for an epoch; counters live in tensors that the graph itself advances. The epoch is a dimension
+of a tensor marked dynamic: a new one captures again, but compiles nothing.
+
+Around each call, `begin` does what is due outside the graph (demotion, room, a new epoch), and `end`
+keeps the counts that Python has.
+"""
+
+import itertools
+import types
+import weakref
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .kernels import exact, step
+from .timeline import HOLE
+
+SHORT = 16  # most columns of a step that are stored before they are attended
+ROOM = 1024  # columns a buffer that grows with the text has free when it is made
+SETTLED = 4096  # from this many uncompressed columns on, all but the newest are left to FlashAttention
+
+_epochs = itertools.count(2)  # the compiler makes constants of 0 and 1
+_steppers: "weakref.WeakValueDictionary[int, Stepper]" = weakref.WeakValueDictionary()
+
+
+class Stepper:
+    """What the captured steps of one cache share.
+
+    Attributes:
+        layers: the cache's tiered layers, in order.
+        compileable: whether generate() may compile steps.
+        active: whether a step is under way, so that attention goes through `fade::step`.
+        marker: a tensor whose length is the epoch.
+    """
+
+    def __init__(self, timeline, compileable: bool):
+        self.timeline, self.layers, self.active = timeline, [], False
+        self.compileable = compileable
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the epoch, and with it every tensor that only a captured graph needs."""
+        self.marker: Tensor | None = None
+        self.settled = 0  # columns left to FlashAttention
+        self._held: list[Tensor] = []
+        self._spans: list[list[int]] = []
+        self._epoch, self._stale = 0, True
+
+    # -- around a step
+
+    def begin(self, new: int, batch: int) -> bool:
+        """Prepare for a step of `new` columns; False if it has to run outside the graph."""
+        layers = self.layers
+        ready = new == 1 and all(layer.can_step for layer in layers)
+        if not ready or self.timeline.batch != batch:
+            self.active = False
+            return False
+        due = [layer for layer in layers if layer.settle()]
+        for layer in layers:
+            layer.make_room()
+        self.timeline.reserve(self.timeline.length + 1)
+        held = [x for layer in layers for x in layer.baked()] + self.timeline.tensors()
+        spans = [layer.spans() for layer in layers]
+        same = spans == self._spans and len(held) == len(self._held)
+        if not same or any(a is not b for a, b in zip(held, self._held)) or self._outgrown():
+            self._held, self._spans = held, spans
+            self._open()
+        elif due or self._stale:
+            self._refresh()
+        self._stale, self.active = False, True
+        return True
+
+    def end(self) -> None:
+        """Count the column that the step has stored."""
+        for layer in self.layers:
+            layer.exact.count += 1
+            layer.length += 1
+        self.timeline.length += 1
+        self.active = False
+
+    def _outgrown(self) -> bool:
+        """Whether too many columns have come since FlashAttention's part was settled."""
+        first = self.layers[0]
+        now = 0 if self.timeline.has_holes else first.settled_columns()
+        return bool(now) != bool(self.settled) or now >= self.settled + exact.TAIL
+
+    def touch(self) -> None:
+        """Say that columns changed other than by a step."""
+        self._stale = True
+
+    def _open(self) -> None:
+        """Begin a new epoch."""
+        first = self.layers[0]
+        device, capacity = first.device, first.exact.capacity
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self.column = torch.zeros(1, dtype=torch.int64, device=device)
+        self.newest = torch.zeros(self.timeline.batch, dtype=torch.int32, device=device)
+        self.seen = torch.zeros(self.timeline.batch, 1, capacity, dtype=torch.bool, device=device)
+        for layer in self.layers:
+            layer.freeze()
+        self.settled = first.settled_columns() if not self.timeline.has_holes else 0
+        self._refresh()
+        _steppers.pop(self._epoch, None)
+        self._epoch = next(_epochs)
+        _steppers[self._epoch] = self
+        self.marker = torch.empty(1, dtype=torch.uint8, device=device).expand(self._epoch)
+        torch._dynamo.mark_dynamic(self.marker, 0)
+
+    def _refresh(self) -> None:
+        """Bring the tensors that graphs read up to date."""
+        first, timeline = self.layers[0], self.timeline
+        self.slot.fill_(first.exact.count)
+        self.column.fill_(timeline.length)
+        self.newest.copy_(timeline.newest())
+        held = first.exact_positions() != HOLE
+        self.seen.zero_()
+        self.seen[:, :, : held.shape[-1]] = held
+        for layer in self.layers:
+            layer.thaw()
+
+    # -- inside a step
+
+    def run(self, index: int, query, key, value, mask, scaling, softcap, s_aux) -> Tensor:
+        """Store a layer's column and attend: everything by tensors of fixed addresses."""
+        layer = self.layers[index]
+        if index == 0:
+            self._advance(mask)
+        if mask is not None:
+            valid = mask[:, :, -1:, -1:]
+            key, value = (x.masked_fill(~valid, 0) for x in (key, value))
+        keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
+        keys.index_copy_(2, self.slot, key)
+        values.index_copy_(2, self.slot, value)
+        if self.settled and softcap is None and s_aux is None:
+            output = exact.attend_long(query, keys, values, self.seen, self.settled, scaling)
+        else:
+            output = step.attend(
+                query, keys, values, self.seen, layer.table, layer.frozen,
+                bits=[tier.bits for tier in layer.held_tiers()], spans=layer.spans(),
+                scaling=scaling, softcap=softcap, s_aux=s_aux, **layer.rope_options(),
+            )  # fmt: skip
+        if index == len(self.layers) - 1:
+            self.slot.add_(1)
+            self.column.add_(1)
+        return output
+
+    def _advance(self, mask: Tensor | None) -> None:
+        """Give the column its position in each row, and let it be seen."""
+        real = torch.ones_like(self.newest, dtype=torch.bool) if mask is None else mask[:, 0, -1, -1]
+        self.newest.add_(real)
+        place = torch.where(real, self.newest, HOLE)
+        self.timeline.buffer.index_copy_(1, self.column, place[:, None])
+        self.seen.index_copy_(2, self.slot, real[:, None, None])
+
+
+@torch.library.custom_op("fade::step", mutates_args=())
+def step_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    epoch: int,
+    index: int,
+    scaling: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Attention of one layer in a decode step, [B, 1, Hq, D]; see `Stepper.run`.
+
+    What it changes, the cache's own buffers, is hidden from the compiler, for which an epoch's operator
+    is a function of its arguments; the layers' order follows from their data.
+    """
+    return _steppers[epoch].run(index, query, key, value, mask, scaling, softcap, s_aux)
+
+
+@step_operator.register_fake
+def _(query, *args):
+    batch, heads, new, dim = query.shape
+    return query.new_empty(batch, new, heads, dim)
+
+
+def compiled_call(model: PreTrainedModel, compile_config):
+    """What generate() gets for `model.get_compiled_call`: the compiled step, with its surroundings."""
+    compiled = type(model).get_compiled_call(model, compile_config)
+
+    def call(*args, **kwargs):
+        stepper = getattr(kwargs.get("past_key_values"), "stepper", None)
+        if stepper is None:
+            return compiled(*args, **kwargs)
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if args or tokens is None or not stepper.begin(tokens.shape[1], tokens.shape[0]):
+            return model(*args, **kwargs)
+        try:
+            output = compiled(**kwargs)
+        except BaseException:
+            stepper.active = False
+            raise
+        stepper.end()
+        return output
+
+    return call
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Let generate() compile `model` with the surroundings that a tiered cache needs."""
+    model.get_compiled_call = types.MethodType(compiled_call, model)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`."""
+    model.__dict__.pop("get_compiled_call", None)
