@@ -17,7 +17,7 @@ from .tiers import packed_bytes
 
 FP16_MAX = 65504.0
 FP16_TINY = 2.0**-14  # smallest normal fp16, 6.1035e-05: a smaller scale would lose its precision
-_STRANDS = {8: 1, 4: 2, 3: 1, 2: 4}  # stretches of channels that share a byte, by width
+_PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}  # widths of the planes that codes are stored in
 
 
 def stored(x: Tensor) -> Tensor:
@@ -200,26 +200,37 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         8 bits  byte j = c[j]
         4 bits  byte j = c[j+D/2] c[j]                      half of the channels to a nibble
         2 bits  byte j = c[j+3D/4] c[j+D/2] c[j+D/4] c[j]   a quarter of them to each two bits
-        3 bits  value j at bit 3j of a stream, least significant bit first: 8 values in 3 bytes,
-                77766655 54443332 22111000   (bytes 2, 1, 0; each bit shows the value it is of)
+        3 bits  D/4 bytes as at 2 bits, of the low two bits of each code, then D/8 bytes of the
+                high bits: byte j = h[j+7D/8] h[j+6D/8] .. h[j+D/8] h[j]
 
-    At 4 and 2 bits neighbouring bytes hold neighbouring channels, as a kernel wants them.
+    Neighbouring bytes of a plane hold neighbouring channels, as a kernel wants them.
     Raises ValueError for codes out of range, other widths, and D that does not fill whole bytes.
 
     >>> [hex(b) for b in pack(torch.tensor([1, 2, 3, 4]), 4).tolist()]
     ['0x31', '0x42']
     """
     packed_bytes(bits, codes.shape[-1])  # raises for sizes that do not fit
-    if bits not in _STRANDS or ((codes < 0) | (codes > 2**bits - 1)).any():
+    if bits not in _PLANES or ((codes < 0) | (codes > 2**bits - 1)).any():
         raise ValueError(f"codes of {bits!r} bits must lie in 0 .. {2**bits - 1}")
-    return _recut(codes.unflatten(-1, (_STRANDS[bits], -1)).mT.flatten(-2), bits, 8)
+    planes, rest = [], codes.long()
+    for width in _PLANES[bits]:
+        strands = (rest % 2**width).unflatten(-1, (8 // width, -1))  # those that share a byte
+        planes.append(_recut(strands.mT.flatten(-2), width, 8))
+        rest = rest >> width
+    return torch.cat(planes, dim=-1)
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     """Undo `pack`: bytes [..., dim * bits / 8], else ValueError, to codes uint8 [..., dim]."""
-    if bits not in _STRANDS or packed.shape[-1] != packed_bytes(bits, dim):
+    if bits not in _PLANES or packed.shape[-1] != packed_bytes(bits, dim):
         raise ValueError(f"{packed.shape[-1]} bytes do not hold {dim} codes of {bits!r} bits")
-    return _recut(packed, 8, bits).unflatten(-1, (-1, _STRANDS[bits])).mT.flatten(-2)
+    codes, start, shift = 0, 0, 0
+    for width in _PLANES[bits]:
+        plane = packed.narrow(-1, start, dim * width // 8)
+        strands = _recut(plane, 8, width).unflatten(-1, (-1, 8 // width))
+        codes = codes | strands.mT.flatten(-2) << shift
+        start, shift = start + plane.shape[-1], shift + width
+    return codes
 
 
 def group_encode(x: Tensor, bits: int, n: int = 64) -> tuple[Tensor, Tensor, Tensor]:

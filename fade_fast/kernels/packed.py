@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .merge import Partial, combine, empty
 from .rope import rotate
-from .rotated import Packed, center, dequantize, levels, unpack
+from .rotated import CUBIC, Packed, center, dequantize, planes
 
 LOG2E = math.log2(math.e)
 TOP = 2.0**14  # float16 weights are scaled by this, so that small ones stay normal numbers
@@ -107,15 +107,15 @@ def fields(codes: Tensor, bits: int, dtype: torch.dtype, axis: int) -> list[tupl
 
     A number is unit * (code - c), where c is 0 for products in float16, which have `offset` times the
     sum of the other operand taken off afterwards, and the code's centre otherwise. Three-bit codes,
-    which lie across bytes, become their levels. `axis` is that of the bytes.
+    which lie in two planes, become their levels, one matrix a quarter of the channels. `axis`, counted
+    from the end, is that of the bytes.
 
     There are at least two matrices, halves where a byte has one field: the compiler keeps a single
     product in float16 and ends its kernel there; a sum of products stays in float32, and what
     follows stays in the kernel.
     """
     if bits == 3:
-        codes = levels(unpack(codes.movedim(axis, -1), bits), bits, wide(dtype)).to(dtype)
-        return [(half, 1.0) for half in codes.movedim(-1, axis).chunk(2, axis)]
+        return [(x, 1.0) for x in _three_bit_levels(codes, dtype, axis)]
     if bits == 8:
         if dtype == torch.float16:
             return [(x.to(torch.int16).view(dtype), 2.0**-24) for x in codes.chunk(2, axis)]
@@ -130,9 +130,33 @@ def fields(codes: Tensor, bits: int, dtype: torch.dtype, axis: int) -> list[tupl
     return out
 
 
+def _three_bit_levels(codes: Tensor, dtype: torch.dtype, axis: int) -> list[Tensor]:
+    """The levels of the four quarters of the channels, equal to those of `rotated.levels`.
+
+    Each code is put together where its low bits lie, and read as part of a float32's mantissa: with
+    the exponent of 2^23, an integer's bits are 2^23 plus the integer. So no code is shifted or
+    converted; its place is a power of two in the coefficients.
+    """
+    exponent = 0x4B000000
+    low, high = (x.to(torch.int32) for x in planes(codes, axis))
+    # A quarter has two bits of each high byte: the lower for its first half, the upper for its second.
+    up = torch.arange(10, 8, -1, device=codes.device, dtype=torch.int32).reshape(2, *[1] * -axis)
+    high = torch.bitwise_left_shift(high.unsqueeze(axis - 1), up).flatten(axis - 1, axis) | exponent
+    low = low << 8  # room for the halves of 3.5, the centre
+    # High bits lie two above the low ones, where the next quarter has its own: hence two words.
+    words = [(low & (0x33 << shift)) | (high & (0x44 << shift | exponent)) for shift in (8, 10)]
+    out = []
+    for i in range(4):
+        unit, (a, b) = 256 * 4**i, CUBIC
+        number = (words[i % 2] & (7 * unit | exponent)).view(torch.float32)  # 2^23 + unit * code
+        u = number.to(wide(dtype)) - (2**23 + center(3) * unit)
+        out.append((u * (2 / unit * a + (2 / unit) ** 3 * b * u * u)).to(dtype))
+    return out
+
+
 def field_width(bits: int, dim: int) -> int:
     """Codes in a field of a token's bytes: rows of the matrices that `fields` makes."""
-    return dim // 2 if bits in (3, 8) else dim * bits // 8
+    return dim // (2 if bits >= 4 else 4)
 
 
 def middle(bits: int) -> float:

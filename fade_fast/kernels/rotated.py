@@ -56,15 +56,18 @@ def center(bits: int) -> float:
     return (2**bits - 1) / 2
 
 
+def planes(packed: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Of three-bit codes, the bytes of the low two bits, as at 2 bits, and those of the high one."""
+    low = packed.shape[axis] // 3 * 2
+    return packed.narrow(axis, 0, low), packed.narrow(axis, low, low // 2)
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [..., D] to bytes [..., D * bits / 8]; `fade_ref.quantize.pack` draws the layout."""
     if bits == 8:
         return codes
     if bits == 3:
-        groups = codes.unflatten(-1, (-1, 8)).to(torch.int32)
-        word = (groups << torch.arange(0, 24, 3, device=codes.device, dtype=torch.int32)).sum(-1)
-        byte = torch.arange(0, 24, 8, device=codes.device, dtype=torch.int32)
-        return ((word[..., None] >> byte) & 255).to(torch.uint8).flatten(-2)
+        return torch.cat((pack(codes & 3, 2), pack(codes >> 2, 1)), dim=-1)
     parts = codes.unflatten(-1, (8 // bits, -1)).to(torch.int32)
     shift = torch.arange(0, 8, bits, device=codes.device, dtype=torch.int32)[:, None]
     return (parts << shift).sum(-2).to(torch.uint8)
@@ -76,10 +79,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
     if bits == 3:
-        low, mid, high = packed.unflatten(-1, (-1, 3)).unbind(-1)
-        word = low | (mid << 8) | (high << 16)
-        code = torch.arange(0, 24, 3, device=packed.device, dtype=torch.int32)
-        return (torch.bitwise_right_shift(word.unsqueeze(-1), code) & 7).flatten(-2)
+        low, high = planes(packed, -1)
+        return unpack(low, 2) + 4 * unpack(high, 1)
     shift = torch.arange(0, 8, bits, device=packed.device, dtype=torch.int32).unsqueeze(-1)
     return (torch.bitwise_right_shift(packed.unsqueeze(-2), shift) & (2**bits - 1)).flatten(-2)
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from fade_fast.kernels import packed, rotated
+from fade_ref import quantize
 from fade_ref.config import FadeConfig
 from parity import cases
 from parity.cases import Shape
@@ -35,6 +37,24 @@ def test_codes(bits, head_dim):
     assert found.differing <= CODES_DIFFERING * found.total and found.furthest <= 1
     assert found.scale_error <= SCALE_ULP
     assert found.total > 0.98 * x.numel()
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 80, 128])
+def test_three_bit_levels_of_products(head_dim, axis):
+    """The matrices of a product hold the levels of a quarter of the channels each, exactly."""
+    generator = torch.Generator().manual_seed(head_dim)
+    codes = torch.randint(8, (3, 50, head_dim), generator=generator, dtype=torch.uint8)
+    data = quantize.pack(codes, 3)
+    assert torch.equal(rotated.pack(codes, 3), data)
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        parts = packed.fields(data.movedim(-1, axis), 3, dtype, axis)
+        assert all(unit == 1 and x.shape[axis] == packed.field_width(3, head_dim) for x, unit in parts)
+        found = torch.cat([x for x, _ in parts], dim=axis).movedim(axis, -1)
+        assert torch.equal(found, rotated.levels(codes.int(), 3, packed.wide(dtype)).to(dtype))
+        expected = quantize.levels(3)[codes.long()]
+        tolerance = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3}[dtype]
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("x", [0.0, 1e-7, 1e4, 6e4], ids=str)

@@ -345,8 +345,7 @@ def slow_bytes(codes, bits):
     """The bytes of one vector, with Python integers alone."""
     dim = len(codes)
     if bits == 3:
-        stream = sum(code << (3 * j) for j, code in enumerate(codes))
-        return list(stream.to_bytes(3 * dim // 8, "little"))
+        return slow_bytes([c % 4 for c in codes], 2) + slow_bytes([c // 4 for c in codes], 1)
     count = dim * bits // 8
     return [sum(codes[j + part * count] << (bits * part) for part in range(8 // bits)) for j in range(count)]
 
