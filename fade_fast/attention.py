@@ -71,6 +71,8 @@ def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, slidi
         raise ValueError("use_cache=False with a cache would feed every token again: leave it True")
     new, start = query.shape[2], layer.length
     valid = None if attention_mask is None else _validity(attention_mask, new)
+    if new == 1 and valid is not None and layer.timeline.all_real(start, valid):
+        valid = attention_mask = None  # as generate() masks the steps of caches it may compile
     if valid is not None:  # a NaN in a padding slot must not reach a real token
         keys, values = (x.masked_fill(~valid[:, None, :, None], 0) for x in (keys, values))
     layer.settle()

@@ -373,12 +373,20 @@ class TieredLayer(CacheLayerMixin):
         placed = self._sinks_placed or not self.timeline.has_holes
         return self.is_initialized and self.length >= max(1, self.config.n_sink) and placed
 
+    @property
+    def due(self) -> bool:
+        """Whether a block has to leave the recent region."""
+        return self._surplus(self.recent) > 0
+
+    @property
+    def frequencies(self) -> Tensor | None:
+        """RoPE's frequencies, where keys are encoded before it; dynamic RoPE replaces the tensor."""
+        return self.rope.inv_freq() if self.config.contiguous else None
+
     def make_room(self) -> None:
         """See to it that a column fits into the uncompressed buffers."""
         c, count = self.config, self.exact.count
         most = c.n_sink + c.recent_window + c.block_size + SHORT if c.compresses else self._max_length
-        if count < self.exact.capacity:
-            return
         doubled = max(2 * count, count + ROOM)
         self.exact.reserve(max(count + 1, doubled if most is None else min(most, doubled)))
 
@@ -396,7 +404,7 @@ class TieredLayer(CacheLayerMixin):
         if self.has_middle:
             found += [x for tier in self.held_tiers() for x in tier.tensors()]
             found += self.middle.means.tensors.values()
-        return found + ([self.rope.inv_freq()] if self.config.contiguous else [])
+        return found if self.frequencies is None else [*found, self.frequencies]
 
     @property
     def table(self) -> Tensor:
@@ -405,9 +413,9 @@ class TieredLayer(CacheLayerMixin):
 
     def rope_options(self) -> dict:
         """What `step.attend` needs where keys are encoded before RoPE."""
-        if not self.config.contiguous:
+        if self.frequencies is None:
             return {}
-        return dict(inv_freq=self.rope.inv_freq(), interleaved=self.rope.interleaved)
+        return dict(inv_freq=self.frequencies, interleaved=self.rope.interleaved)
 
     def freeze(self) -> None:
         """Make the tensors that captured steps read beside the buffers."""

@@ -50,29 +50,27 @@ class Stepper:
         self.settled = 0  # columns left to FlashAttention
         self._held: list[Tensor] = []
         self._spans: list[list[int]] = []
+        self._frequencies: Tensor | None = None
         self._epoch, self._stale = 0, True
 
     # -- around a step
 
     def begin(self, new: int, batch: int) -> bool:
         """Prepare for a step of `new` columns; False if it has to run outside the graph."""
-        layers = self.layers
-        ready = new == 1 and all(layer.can_step for layer in layers)
-        if not ready or self.timeline.batch != batch:
-            self.active = False
+        first = self.layers[0]
+        if new != 1 or not first.can_step or self.timeline.batch != batch:
             return False
-        due = [layer for layer in layers if layer.settle()]
-        for layer in layers:
-            layer.make_room()
-        self.timeline.reserve(self.timeline.length + 1)
-        held = [x for layer in layers for x in layer.baked()] + self.timeline.tensors()
-        spans = [layer.spans() for layer in layers]
-        same = spans == self._spans and len(held) == len(self._held)
-        if not same or any(a is not b for a, b in zip(held, self._held)) or self._outgrown():
-            self._held, self._spans = held, spans
-            self._open()
-        elif due or self._stale:
-            self._refresh()
+        if first.due:
+            for layer in self.layers:
+                layer.settle()
+            self.touch()
+        if first.exact.count == first.exact.capacity or self.timeline.full:
+            for layer in self.layers:
+                layer.make_room()
+            self.timeline.reserve(self.timeline.length + 1)
+            self.touch()
+        if self._stale or self._outgrown() or first.frequencies is not self._frequencies:
+            self._renew()
         self._stale, self.active = False, True
         return True
 
@@ -93,6 +91,17 @@ class Stepper:
     def touch(self) -> None:
         """Say that columns changed other than by a step."""
         self._stale = True
+
+    def _renew(self) -> None:
+        """Bring what graphs read up to date, in a new epoch if anything that they have baked in changed."""
+        held = [x for layer in self.layers for x in layer.baked()] + self.timeline.tensors()
+        spans = [layer.spans() for layer in self.layers]
+        same = spans == self._spans and len(held) == len(self._held) and not self._outgrown()
+        if same and all(a is b for a, b in zip(held, self._held)):
+            self._refresh()
+        else:
+            self._held, self._spans, self._frequencies = held, spans, self.layers[0].frequencies
+            self._open()
 
     def _open(self) -> None:
         """Begin a new epoch."""
@@ -131,12 +140,8 @@ class Stepper:
         layer = self.layers[index]
         if index == 0:
             self._advance(mask)
-        if mask is not None:
-            valid = mask[:, :, -1:, -1:]
-            key, value = (x.masked_fill(~valid, 0) for x in (key, value))
         keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
-        keys.index_copy_(2, self.slot, key)
-        values.index_copy_(2, self.slot, value)
+        exact.write(keys, values, self.slot, key, value, mask)
         if self.settled and softcap is None and s_aux is None:
             output = exact.attend_long(query, keys, values, self.seen, self.settled, scaling)
         else:

@@ -26,6 +26,7 @@ class Timeline:
         self.buffer: Tensor | None = None
         self.length = 0
         self.has_holes = False
+        self._judged = (-1, False)
 
     @property
     def positions(self) -> Tensor:
@@ -34,6 +35,11 @@ class Timeline:
     @property
     def batch(self) -> int:
         return self.buffer.shape[0]
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another column."""
+        return self.length == self.buffer.shape[1]
 
     def extend(self, start: int, valid: Tensor | None, batch: int, count: int, device) -> None:
         """Record `count` columns from column `start` on; nothing happens if they are known already.
@@ -56,6 +62,12 @@ class Timeline:
         self.reserve(needed)
         self.buffer[:, self.length : needed] = new
         self.length = needed
+
+    def all_real(self, start: int, valid: Tensor) -> bool:
+        """Whether no row has padding in a step from column `start` on; looked at once, for all layers."""
+        if self._judged[0] != start:
+            self._judged = (start, bool(valid.all()))
+        return self._judged[1]
 
     def reserve(self, columns: int) -> None:
         """Make room for `columns` in all, and more if there is too little: on a GPU twice as many."""
@@ -80,6 +92,7 @@ class Timeline:
     def crop(self, n: int) -> None:
         """Forget the newest `n` columns."""
         self.length -= n
+        self._judged = (-1, False)
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index` [B'] take the places of the rows there were."""

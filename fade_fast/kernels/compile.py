@@ -53,10 +53,10 @@ def tier_tiles(
     if bits[0] == 8:
         scores.update(R0_BLOCK=min(64, key_width), num_warps=4, num_stages=2)
     if key_width == 32:
-        scores.update(R0_BLOCK=32, YBLOCK=64, num_warps=1, num_stages=1)
+        scores.update(R0_BLOCK=32, YBLOCK=64, num_warps=2 if bits[0] == 3 else 1, num_stages=1)
     values = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=min(128, max(16, _power_of_two(value_width))))
     values.update(R0_BLOCK=128, num_warps=2 if value_width <= 64 else 4, num_stages=3 if x <= 4 else 2)
-    if bits[1] == 8:
+    if bits[1] in (3, 8):  # more arithmetic a byte, and wider sums
         values.update(num_warps=4)
     if chunk <= 256:
         values.update(R0_BLOCK=64, num_stages=4, num_warps=1 if value_width <= 64 else 2)
@@ -68,7 +68,7 @@ def tier_tiles(
     length = blocks * chunk
     return {
         (heads * length * dim, dim): decode,
-        (heads * length * rows, dim): dict(scores, R0_BLOCK=32 if dim % 32 == 0 else 16),
+        (heads * length * rows, dim // 2): dict(scores, R0_BLOCK=32 if dim % 64 == 0 else 16),
         (heads * length * rows, key_width): scores,
         (heads * blocks * value_width * rows, chunk): values,
         (heads * blocks * rows, chunk): stats,

@@ -23,6 +23,26 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap
     return Partial(weights @ values.to(query.dtype), top, total)
 
 
+def write(
+    keys: Tensor, values: Tensor, slot: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> None:
+    """Write a column [B, H, 1, D] into slot `slot` [1] of the buffers, 0 where it is padding.
+
+    `mask`: bool [B, 1, 1, 1], or None if no row is padding.
+    """
+    if keys.is_cuda:
+        _compiled_write([], dict, keys, values, slot, key, value, mask)
+    else:
+        _write([], keys, values, slot, key, value, mask)
+
+
+def _write(_, keys, values, slot, key, value, mask) -> None:
+    if mask is not None:
+        key, value = (torch.where(mask, x, 0.0).to(x.dtype) for x in (key, value))
+    keys.index_copy_(2, slot, key)
+    values.index_copy_(2, slot, value)
+
+
 def attend_long(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, settled: int, scaling: float
 ) -> Tensor:
@@ -58,4 +78,5 @@ def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor
     return merge([known, tail]).reshape(shape).to(query.dtype).transpose(1, 2)
 
 
+_compiled_write = Compiled(_write)
 _compiled = Compiled(lambda markers, *args, scaling: _with_tail(*args, scaling))

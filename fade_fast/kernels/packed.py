@@ -211,16 +211,16 @@ def products(query: Queries, bias: Tensor, slots: Slots, *, bits, chunk, dtype) 
 def decoded_products(query: Queries, decoder: Decoder, slots: Slots, *, bits, chunk, dtype) -> Tensor:
     """Scores [Z, chunk, R] of keys that are decoded, and rotated to where they are read."""
     heads, length, _ = slots.keys.codes.shape
-    turned = dequantize(slots.keys, bits, wide(dtype)).to(dtype)
-    keys = torch.bmm(turned, decoder.matrix.to(dtype).expand(heads, -1, -1)).to(wide(dtype))
-    means = _spread(slots.means.to(wide(dtype)), slots.per_mean, length // chunk, chunk)
-    keys = written(keys + means.reshape(keys.shape))
-    batch = slots.read_at.shape[0]
-    keys = rotate(
-        keys.unflatten(0, (batch, heads // batch)), slots.read_at, decoder.inv_freq, decoder.interleaved
-    )
-    keys = keys.to(dtype).reshape(-1, chunk, keys.shape[-1])
-    return torch.bmm(keys, _chunks(query.plain.to(dtype), length // chunk).mT).to(wide(dtype))
+    blocks, batch = length // chunk, slots.read_at.shape[0]
+    codes = Packed(*(None if x is None else _cut(x, 1, chunk) for x in slots.keys))
+    turned = dequantize(codes, bits, wide(dtype)).to(dtype)
+    keys = torch.bmm(turned, decoder.matrix.to(dtype).expand(turned.shape[0], -1, -1)).to(wide(dtype))
+    keys = written(keys + _spread(slots.means.to(wide(dtype)), slots.per_mean, blocks, chunk))
+    read_at = slots.read_at.expand(-1, heads // batch, -1).flatten(0, 1)
+    keys = rotate(keys, _cut(read_at, 1, chunk), decoder.inv_freq, decoder.interleaved)
+    keys = written(keys.to(dtype))  # or the product would take sines of every tile it loads
+    halves = zip(keys.chunk(2, -1), query.plain.to(dtype).chunk(2, -1))  # see `fields`
+    return sum(torch.bmm(k, _chunks(q, blocks).mT).to(wide(dtype)) for k, q in halves)
 
 
 def scores(

@@ -10,8 +10,8 @@ def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, interleaved: bool) -> 
     """R(position) x: a pure rotation, without the attention scaling that keys carry already.
 
     Args:
-        x: [B, H, n, D]; the leading `2 * len(inv_freq)` channels are rotated, the rest pass.
-        position: [B, 1 or H, n], integer; may be negative (a rotation back).
+        x: [..., n, D]; the leading `2 * len(inv_freq)` channels are rotated, the rest pass.
+        position: [..., n], integer, broadcast to `x`; may be negative (a rotation back).
         inv_freq: [d / 2], radians a position.
         interleaved: whether pairs are channels (2i, 2i + 1) (Cohere, GLM) or (i, i + d / 2).
 
