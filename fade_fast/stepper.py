@@ -110,6 +110,7 @@ class Stepper:
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.newest = torch.zeros(self.timeline.batch, dtype=torch.int32, device=device)
+        self.real = torch.ones(self.timeline.batch, dtype=torch.bool, device=device)
         self.seen = torch.zeros(self.timeline.batch, 1, capacity, dtype=torch.bool, device=device)
         for layer in self.layers:
             layer.freeze()
@@ -141,7 +142,7 @@ class Stepper:
         if index == 0:
             self._advance(mask)
         keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
-        exact.write(keys, values, self.slot, key, value, mask)
+        exact.write(keys, values, self.slot, key, value, self.real)
         if self.settled and softcap is None and s_aux is None:
             output = exact.attend_long(query, keys, values, self.seen, self.settled, scaling)
         else:
@@ -157,11 +158,11 @@ class Stepper:
 
     def _advance(self, mask: Tensor | None) -> None:
         """Give the column its position in each row, and let it be seen."""
-        real = torch.ones_like(self.newest, dtype=torch.bool) if mask is None else mask[:, 0, -1, -1]
-        self.newest.add_(real)
-        place = torch.where(real, self.newest, HOLE)
+        self.real.fill_(True) if mask is None else self.real.copy_(mask[:, 0, -1, -1])
+        self.newest.add_(self.real)
+        place = torch.where(self.real, self.newest, HOLE)
         self.timeline.buffer.index_copy_(1, self.column, place[:, None])
-        self.seen.index_copy_(2, self.slot, real[:, None, None])
+        self.seen.index_copy_(2, self.slot, self.real[:, None, None])
 
 
 @torch.library.custom_op("fade::step", mutates_args=())

@@ -106,7 +106,8 @@ class Compiled:
     def __call__(self, markers: list[Tensor], pinned: Callable[[], Tiles], *args, **constants):
         """Call the twin on `args`, and `markers`, tensors whose length may differ between calls."""
         shapes = tuple(
-            (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in tree_leaves(args)
+            (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
+            for x in tree_leaves(args)
         )
         key = (shapes, *constants.items())
         if key not in self.graphs:

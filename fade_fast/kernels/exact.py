@@ -23,24 +23,20 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap
     return Partial(weights @ values.to(query.dtype), top, total)
 
 
-def write(
-    keys: Tensor, values: Tensor, slot: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> None:
-    """Write a column [B, H, 1, D] into slot `slot` [1] of the buffers, 0 where it is padding.
+def write(keys: Tensor, values: Tensor, slot: Tensor, key: Tensor, value: Tensor, real: Tensor) -> None:
+    """Write a column [B, H, 1, D] into slot `slot` [1] of the buffers [B, H, capacity, D].
 
-    `mask`: bool [B, 1, 1, 1], or None if no row is padding.
+    `real`: bool [B], False where it is padding, for which 0 is written.
     """
     if keys.is_cuda:
-        _compiled_write([], dict, keys, values, slot, key, value, mask)
+        _compiled_write([], dict, keys, values, slot, key, value, real)
     else:
-        _write([], keys, values, slot, key, value, mask)
+        _write([], keys, values, slot, key, value, real)
 
 
-def _write(_, keys, values, slot, key, value, mask) -> None:
-    if mask is not None:
-        key, value = (torch.where(mask, x, 0.0).to(x.dtype) for x in (key, value))
-    keys.index_copy_(2, slot, key)
-    values.index_copy_(2, slot, value)
+def _write(_, keys, values, slot, key, value, real) -> None:
+    for buffer, column in ((keys, key), (values, value)):
+        buffer.index_copy_(2, slot, torch.where(real[:, None, None, None], column, 0.0).to(buffer.dtype))
 
 
 def attend_long(
