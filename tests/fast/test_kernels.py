@@ -87,7 +87,7 @@ def problem(
             first = torch.randint(0, length, (batch, new, 1), generator=draw)
             valid = valid & (torch.arange(length) >= first)
         valid = torch.nn.functional.pad(valid, (0, capacity - length))
-        tiers.append(tier(draw, valid, bits, heads, dim, ONE if contiguous else per_mean, contiguous))
+        tiers.append(tier(draw, valid, bits, heads, dim, per_mean, contiguous))
     options = dict(bits=list(widths), spans=list(lengths), scaling=dim**-0.5, softcap=softcap)
     options["s_aux"] = normal(heads * group) if sinks else None
     if contiguous:
@@ -178,7 +178,6 @@ def poisoned():
 def test_random_cases(seed, monkeypatch):
     """Any shape, dtype and mask; tiles are short, so that there are several."""
     pick = random.Random(seed)
-    per_mean = pick.choice([64, 48, ONE])
     monkeypatch.setattr(packed, "EAGER_TILE", pick.choice([48, 100, 2048]))
     new = pick.choice([1, 1, 2, 3, 7, 16])
     lengths = [pick.randint(1, 400) for _ in range(pick.choice([0, 1, 1, 2]))]
@@ -193,8 +192,8 @@ def test_random_cases(seed, monkeypatch):
         lengths=lengths,
         capacities=[n + pick.choice([0, 1, 70]) for n in lengths],
         widths=[pick.choice(WIDTHS) for _ in lengths],
-        per_mean=per_mean,
-        contiguous=per_mean == ONE and pick.random() < 0.5,
+        per_mean=pick.choice([64, 48, ONE]),
+        contiguous=pick.random() < 0.4,
         interleaved=pick.random() < 0.5,
         softcap=pick.choice([None, None, 0.5, 30.0]),
         sinks=pick.random() < 0.3,
@@ -328,7 +327,7 @@ def test_opcheck(gathers):
         dict(lengths=(900,)),
         dict(lengths=(900,), new=3, group=1, widths=[(3, 8)], sinks=True, softcap=20.0),
         dict(lengths=(900, 700), widths=[(4, 4), (2, 2)], dim=80),
-        dict(lengths=(900,), contiguous=True, group=1),
+        dict(lengths=(900,), contiguous=True, group=1, per_mean=ONE),
     ],
 )
 def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
