@@ -290,7 +290,10 @@ def _attend(
     if s_aux is not None:
         total = total + torch.exp2((learned - top) * LOG2E)
 
-    queries = Queries(plain, found.narrow(1, 0, dim).mT, found.select(1, dim), top)
+    turned = found.narrow(1, 0, dim)
+    # The table's row of sums costs the compiled kernel nothing, but was rounded to float32 by itself.
+    sums = found.select(1, dim) if chunks else turned.sum(1)
+    queries = Queries(plain, turned.mT, sums, top)
     decoder = None if inv_freq is None else Decoder(matrix.narrow(0, 0, dim), inv_freq, interleaved)
     partials, kept, start = [], [], dim + 1 + length
     for i, slots in enumerate(tiers):
