@@ -1,25 +1,47 @@
 """Decode attention over packed tiers against SDPA over bfloat16: `python -m benchmarks.decode_attention`.
 
-One attention layer, one query token, random data of a model's shape. Times are medians of CUDA-graph
-replays in one process, SDPA (`enable_gqa=True`, which picks FlashAttention) beside each case. Every
-case is checked against float64 with the same codes before it is timed. Without a GPU the cases shrink
-and only the check runs. `--json FILE` writes what the table shows.
+One attention layer, random data of a model's shape: of S tokens, the sinks and the recent ones are in
+bfloat16, the rest in tiers. Of every case are timed the whole step (`step.attend`, from the query to the
+output in bfloat16), the kernels of its tier alone (the figure that targets are about), and SDPA over all S
+tokens (`enable_gqa=True`, which picks FlashAttention). Times are medians of CUDA-graph replays in one
+process; each case is first checked against float64 with the same codes. The floor is the time in which a
+copy would move the bytes that the step must read.
+
+Instead of the cases, `--lengths` times one buffer at growing live lengths, `--encode` compares compressing
+a prompt with its prefill, and `--processes` compiles a case twice, the second time from the caches of the
+first. `--json FILE` writes what is shown. Without a GPU everything shrinks and runs through the same code;
+its times mean nothing then.
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from fade_fast.kernels import packed, rotated
+from fade_fast.kernels import packed, rotated, step
+from fade_fast.kernels.compile import Compiled, tier_tiles
+from fade_fast.kernels.packed import Queries, Slots
+from fade_fast.kernels.rope import rotate
+from fade_fast.kernels.rotated import Packed
+from fade_fast.middle import NEVER, SPARE, PinnedMiddle
+from fade_fast.timeline import Timeline
+from fade_ref.config import FadeConfig
 from fade_ref.tiers import token_bytes
 
-BLOCK = 64  # slots a mean
+BLOCK = 64  # slots a mean, but for tiers with a budget, which have one for all
+EXACT = 132  # uncompressed tokens: 4 sinks and 128 recent ones
+HOLES = 5  # slots at the end of a tier that hold no token
 
 
 @dataclass(frozen=True)
@@ -30,20 +52,43 @@ class Case:
     bits: int
     batch: int
     length: int
-    target: float | None
+    target: float | None = None
     heads: int = 8
     group: int = 4
     head_dim: int = 128
+    new: int = 1  # query tokens
+    budget: int | None = None  # most tokens of `bits`; what exceeds it has 2 bits, or is evicted
+    evicts: bool = False  # and keys are encoded before RoPE, to be renumbered
+    scores: bool = False  # also with attention probabilities gathered
 
     @property
     def name(self) -> str:
-        return f"INT{self.bits} {self.model} B {self.batch} x S {self.length}"
+        more = f" q {self.new}" * (self.new > 1)
+        if self.budget is not None:
+            more += f" of {self.budget}, " + ("contiguous" if self.evicts else "then INT2")
+        return f"INT{self.bits} {self.model} B {self.batch} x S {self.length}{more}"
+
+    @property
+    def tiers(self) -> list[tuple[int, int]]:
+        """Bits and tokens of each."""
+        rest = self.length - EXACT
+        if self.budget is None:
+            return [(self.bits, rest)]
+        kept = min(self.budget, rest)
+        return [(self.bits, kept)] + [(2, rest - kept)] * (not self.evicts and rest > kept)
+
+    @property
+    def tier_bytes(self) -> int:
+        """Packed bytes of the tiers: keys, values and key means."""
+        mean = 2 * self.head_dim
+        means = [1 if self.budget is not None else -(-n // BLOCK) for _, n in self.tiers]
+        one = sum(2 * token_bytes(b, self.head_dim) * n + mean * m for (b, n), m in zip(self.tiers, means))
+        return self.batch * self.heads * one
 
     @property
     def bytes(self) -> int:
-        """Packed bytes that must be read: keys, values and key means."""
-        vector = 2 * token_bytes(self.bits, self.head_dim) + 2 * self.head_dim / BLOCK
-        return int(self.batch * self.heads * self.length * vector)
+        """What a step must read: packed bytes, and uncompressed keys and values."""
+        return self.tier_bytes + self.batch * self.heads * EXACT * 4 * self.head_dim
 
 
 K = 1024
@@ -57,87 +102,327 @@ CASES = [
     Case(LLAMA2, 4, 8, 16 * K, 2.5, heads=32, group=1),
     Case(LLAMA, 2, 8, 32 * K, 3.0),
     Case(LLAMA, 8, 8, 32 * K, 1.85),
-    Case(LLAMA, 4, 1, 16 * K, None),
-    Case(LLAMA, 4, 1, 64 * K, None),
+    Case(LLAMA, 3, 8, 32 * K, 2.2),
+    Case(LLAMA, 4, 8, 32 * K, new=4),
+    Case(LLAMA, 4, 8, K, budget=400, scores=True),
+    Case(LLAMA, 4, 8, K, budget=400, evicts=True),
 ]
+LENGTHS = [n * K for n in (8, 16, 32, 48, 64, 96, 128)]
+SCORES_TARGET = 5.0  # most percent that gathering probabilities may add
+INTERCEPT_TARGET = 25.0  # most microseconds of a step over no tokens
+ENCODE_TARGET = 0.10  # most of a prefill that compressing it may take
+COMPILE_TARGETS = (60.0, 10.0)  # most seconds, without caches and with
 
 
 @dataclass
 class Result:
-    """What was measured of a case; times in microseconds, None without a GPU."""
+    """What was measured of a case; times in microseconds unless the name says otherwise."""
 
     name: str
-    error: float
+    target: float | None
+    bytes: int
+    error: float  # of the step, whose output is bfloat16
+    tier_error: float | None = None
+    mass_error: float | None = None
     us: float | None = None
+    tier_us: float | None = None
     sdpa_us: float | None = None
+    scores_us: float | None = None  # the step with probabilities gathered
     speedup: float | None = None
-    target: float | None = None
+    tier_speedup: float | None = None
+    scores_percent: float | None = None  # what gathering adds
     floor_us: float | None = None
-    fraction_of_floor: float | None = None
-    compile_s: float | None = None
+    fraction_of_floor: float | None = None  # of the step
+    tier_fraction: float | None = None  # of the tier's kernels, whose floor is their packed bytes'
+    compile_s: float | None = None  # the first call; from disk, where a process has compiled it before
+    tier_compile_s: float | None = None
+
+    def compare(self, case: Case, bandwidth: float) -> None:
+        """Fill in what follows from the times."""
+        self.speedup = self.sdpa_us / self.us
+        self.floor_us = case.bytes / bandwidth * 1e6
+        self.fraction_of_floor = self.floor_us / self.us
+        if self.tier_us is not None:
+            self.tier_speedup = self.sdpa_us / self.tier_us
+            self.tier_fraction = case.tier_bytes / bandwidth * 1e6 / self.tier_us
+        if self.scores_us is not None:
+            self.scores_percent = (self.scores_us / self.us - 1) * 100
+
+
+# -- what is measured
+
+
+def tier_kernels(markers, queries: Queries, bias: Tensor, slots: Slots, *, chunk, bits, dtype):
+    """The kernels of a tier by themselves, between what the step does before and after."""
+    flat = slots.flat().narrow(0, (markers[0].shape[0] - 1) * chunk)
+    bias = bias.narrow(-1, 0, flat.means.shape[1])
+    options = dict(chunk=chunk, bits=bits, softcap=None, dtype=dtype)
+    return packed.attend_chunks(queries, bias, flat, None, **options)[:3]
+
+
+compiled_tier = Compiled(tier_kernels)
 
 
 class Problem:
-    """Random codes of a case, and the query that attends to them."""
+    """Random tokens of a case, encoded, and the query that attends to them."""
 
     def __init__(self, case: Case, device: str, seed: int = 0):
-        self.case, generator = case, torch.Generator(device).manual_seed(seed)
-        draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
-        b, h, n, d = case.batch, case.heads, case.length, case.head_dim
-        self.matrix = rotated.rotation(d).float().to(device)
-        offset = draw(1, h, 1, d)
-        keys, values, means = [], [], []
-        for _ in range(b):  # a row at a time: float32 keys of all rows need not fit
-            k = draw(1, h, n, d) + offset
-            mean = k.unflatten(2, (-1, BLOCK)).mean(3).half()
-            means.append(mean)
-            keys.append(rotated.encode(k, mean.repeat_interleave(BLOCK, dim=2), self.matrix, case.bits))
-            values.append(rotated.encode(draw(1, h, n, d), None, self.matrix, case.bits))
-        join = lambda packed: [None if x[0] is None else torch.cat(x) for x in zip(*packed)]  # noqa: E731
-        self.keys, (codes, *rest) = join(keys), join(values)
-        self.value_rows = codes
-        self.values = [codes.mT.contiguous(), *rest]
-        self.means = torch.cat(means)
-        self.query = draw(b, h, case.group, d).bfloat16().float() * d**-0.5
-        self.valid = torch.ones(b, 1, n, dtype=torch.bool, device=device)
-        self.valid[:, :, -5:] = False
-        self.bound = self.values[1].float().amax(-1)
-        self.half = device == "cuda"
-
-    def prepare(self):
-        """What depends on the query alone: rotated, its products with the means, a reference score."""
-        bias = self.query @ self.means.float().mT
-        return self.query @ self.matrix.mT, bias.amax(-1), bias
-
-    def attend(self, turned, reference, bias):
-        bits = (self.case.bits,) * 2
-        return packed.attend(
-            turned, reference, bias, self.valid, self.keys, self.values, self.bound, bits, half=self.half
+        self.case, self.device = case, device
+        generator = torch.Generator(device).manual_seed(seed)
+        self.draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
+        b, h, d = case.batch, case.heads, case.head_dim
+        self.table = rotated.with_sum(rotated.rotation(d)).float().to(device)
+        self.matrix, self.offset = self.table[:d], self.draw(1, h, 1, d)
+        self.query = self.draw(b, h * case.group, case.new, d).bfloat16()
+        self.keys = (self.draw(b, h, EXACT, d) + self.offset).bfloat16()
+        self.values = self.draw(b, h, EXACT, d).bfloat16()
+        self.seen = torch.ones(b, 1, EXACT, dtype=torch.bool, device=device)
+        if case.new > 1:
+            self.seen = self.seen & self.seen.new_ones(case.new, EXACT).tril(EXACT - case.new)
+        self.tiers = [self._tier(bits, n) for bits, n in case.tiers]
+        self.options = dict(
+            bits=[(bits, bits) for bits, _ in case.tiers],
+            spans=[packed.bucket(b * h, n) for _, n in case.tiers],
+            scaling=d**-0.5,
         )
+        if case.evicts:
+            self.options["inv_freq"] = 1e4 ** (-torch.arange(0, d, 2, device=device) / d)
 
-    def error(self) -> float:
-        """Relative to float64 attention over the same codes, in the rotated domain."""
-        part = self.attend(*self.prepare())
-        ours = part.acc / part.total[..., None]
-        different = total = 0.0
-        turned, bits = self.query.double() @ self.matrix.double().mT, self.case.bits
-        for b in range(self.case.batch):
-            for h in range(self.case.heads):
-                row = (slice(b, b + 1), slice(h, h + 1))
-                pick = lambda x, row=row: None if x is None else x[row]  # noqa: E731
-                k = rotated.dequantize(rotated.Packed(*map(pick, self.keys)), bits, torch.float64)
-                v = rotated.Packed(pick(self.value_rows), *map(pick, self.values[1:]))
-                bias = self.query[row].double() @ self.means[row].double().mT
-                s = turned[row] @ k.mT + bias.repeat_interleave(BLOCK, dim=-1)
-                s = s.masked_fill(~self.valid[b, 0], -torch.inf)
-                exact = s.softmax(-1) @ rotated.dequantize(v, bits, torch.float64)
-                different += float((ours[row] - exact).norm() ** 2)
-                total += float(exact.norm() ** 2)
-        return (different / total) ** 0.5
+    def _tier(self, bits: int, length: int) -> Slots:
+        """A tier with room as `MiddleTier` has it on CUDA; slots beyond `length` hold tokens nobody sees."""
+        b, h, d = self.case.batch, self.case.heads, self.case.head_dim
+        size = packed.bucket(b * h, length) + SPARE
+        per = BLOCK if self.case.budget is None else NEVER
+        rows = []
+        for _ in range(b):  # a row at a time: float32 keys of all rows need not fit
+            k = self.draw(1, h, size, d) + self.offset
+            mean = k.unflatten(2, (-1, min(per, size))).mean(3).half()
+            keys = rotated.encode(k, mean.repeat_interleave(min(per, size), dim=2), self.matrix, bits)
+            values = rotated.encode(self.draw(1, h, size, d), None, self.matrix, bits)
+            rows.append([*keys, *values, mean])
+        joined = [None if x[0] is None else torch.cat(x) for x in zip(*rows)]
+        keys, values, means = Packed(*joined[:3]), Packed(*joined[3:6]), joined[6]
+        valid = torch.arange(size, device=self.device).expand(b, 1, -1) < length - HOLES
+        at = None
+        if self.case.evicts:
+            at = torch.arange(size, dtype=torch.int32, device=self.device).expand(b, 1, -1).contiguous()
+        values = values._replace(codes=values.codes.mT.contiguous())
+        return Slots(keys, values, values.scale.float().amax(-1), means, valid, per, at)
+
+    def attend(self, mass: list[Tensor] | None = None) -> Tensor:
+        args = self.query, self.keys, self.values, self.seen, self.table, self.tiers
+        return step.attend(*args, **self.options, mass=mass)
+
+    def live(self, length: int) -> None:
+        """From now on the tier holds `length` tokens."""
+        (slots,) = self.tiers
+        valid = torch.arange(slots.valid.shape[-1], device=self.device) < length
+        self.tiers = [slots._replace(valid=valid.expand_as(slots.valid).contiguous())]
+        self.options["spans"] = [packed.bucket(slots.bound.numel(), length)]
+
+    def mass(self) -> list[Tensor]:
+        """Where `attend` can add probabilities."""
+        lengths = [EXACT, *(slots.valid.shape[-1] for slots in self.tiers)]
+        return [torch.zeros(*self.keys.shape[:2], n, device=self.device) for n in lengths]
+
+    def prepared(self) -> tuple[Queries, Tensor]:
+        """The query for the first tier, as the step's first kernel leaves it, and its part for the means."""
+        (slots, *_), case = self.tiers, self.case
+        heads, d = case.batch * case.heads, case.head_dim
+        plain = self.query.float().reshape(heads, -1, d)
+        plain = plain.expand(-1, max(2, plain.shape[1]), -1).contiguous()
+        table = torch.cat((self.table.expand(heads, -1, -1), slots.means.flatten(0, 1).float()), dim=1)
+        found = table @ plain.mT * self.options["scaling"]
+        bias = found[:, d + 1 :].mT
+        queries = Queries(plain * self.options["scaling"], found[:, :d].mT, found[:, d], bias.amax(-1))
+        return queries, bias
+
+    def tier(self, queries: Queries, bias: Tensor):
+        """The kernels of the first tier alone: compiled on CUDA, in float32 elsewhere."""
+        slots, bits, span = self.tiers[0], self.options["bits"][0], self.options["spans"][0]
+        heads, rows, d = queries.plain.shape
+        chunk = packed.chunk_of(heads, span, rows)
+        markers = [step._marker(span // chunk)]
+        args = markers, queries, bias, slots
+        if self.device != "cuda":
+            return tier_kernels(*args, chunk=chunk, bits=bits, dtype=torch.float32)
+        widths = tuple(packed.field_width(b, d) for b in bits)
+        pinned = lambda: tier_tiles(heads, rows, span // chunk, chunk, bits, widths, d)  # noqa: E731
+        args = markers, pinned, queries, bias, slots
+        return compiled_tier(*args, chunk=chunk, bits=bits, dtype=torch.float16)
+
+    # -- against float64
+
+    def decoded(self, i: int, row: int) -> tuple[Tensor, Tensor]:
+        """Keys as they are read and values of a tier, of a row of the batch: float64 [H, capacity, D]."""
+        slots, (bits, _) = self.tiers[i], self.options["bits"][i]
+        pick = lambda side: [None if x is None else x[row] for x in side]  # noqa: E731
+        matrix, (codes, *rest) = self.matrix.double(), pick(slots.values)
+        values = rotated.dequantize(Packed(codes.mT, *rest), bits, torch.float64) @ matrix
+        keys = rotated.dequantize(Packed(*pick(slots.keys)), bits, torch.float64) @ matrix
+        size = keys.shape[1]
+        keys += slots.means[row].double().repeat_interleave(min(slots.per_mean, size), dim=1)
+        if slots.read_at is not None:
+            keys = rotate(keys[None], slots.read_at[row][None], self.options["inv_freq"], False)[0]
+        return keys, values
+
+    def errors(self, tier: bool, scores: bool) -> tuple[float, float | None, float | None]:
+        """Relative to float64 attention over the same codes: of the step, its tier and its probabilities."""
+        case, mass = self.case, self.mass() if scores else []
+        output = self.attend(mass)  # [B, q, Hq, D]
+        if tier:
+            parts, _, total = self.tier(*self.prepared())
+            alone = (torch.cat(parts, dim=1) / total[:, :1]).mT.double() @ self.matrix.double()
+            alone = alone.narrow(1, 0, case.group * case.new).unflatten(0, (case.batch, case.heads))
+        sums = {name: [0.0, 0.0] for name in ("step", "tier", "mass")}
+
+        def compare(name, ours, exact):
+            sums[name][0] += float((ours.double() - exact).square().sum())
+            sums[name][1] += float(exact.square().sum())
+
+        for row in range(case.batch):
+            query = self.query[row].double().unflatten(0, (case.heads, -1)).flatten(1, 2)  # [H, R, D]
+            keys, values = [self.keys[row].double()], [self.values[row].double()]
+            seen = [self.seen[row].expand(case.new, -1)]
+            for i, slots in enumerate(self.tiers):
+                for held, x in zip((keys, values), self.decoded(i, row)):
+                    held.append(x)
+                seen.append(slots.valid[row].expand(case.new, -1))
+            scored = [
+                (query @ k.mT * self.options["scaling"]).masked_fill(~s.repeat(case.group, 1), -torch.inf)
+                for k, s in zip(keys, seen)
+            ]
+            share = torch.cat(scored, dim=-1).softmax(-1).split([x.shape[-1] for x in scored], dim=-1)
+            exact = sum(p @ v for p, v in zip(share, values)).unflatten(1, (case.group, case.new))
+            compare("step", output[row], exact.flatten(0, 1).transpose(0, 1))
+            if tier:
+                compare("tier", alone[row], scored[1].softmax(-1) @ values[1])
+            for counts, p in zip(mass, share):
+                compare("mass", counts[row], p.sum(1))
+        return tuple((part / whole) ** 0.5 if whole else None for part, whole in sums.values())
 
 
-def microseconds(function, repeats: int = 20, inner: int = 10) -> float:
+def measure(case: Case, device: str, bandwidth: float) -> Result:
+    """All of a case. What competes with SDPA as a whole is timed as a whole."""
+    problem, alone = Problem(case, device), case.budget is None
+    compile_s, tier_compile_s = seconds(problem.attend, device), None
+    if alone:
+        prepared = problem.prepared()
+        tier_compile_s = seconds(lambda: problem.tier(*prepared), device)
+    result = Result(case.name, case.target, case.bytes, *problem.errors(alone, case.scores))
+    result.compile_s, result.tier_compile_s = compile_s, tier_compile_s
+    result.us = microseconds(problem.attend, device)
+    if alone:
+        result.tier_us = microseconds(lambda: problem.tier(*prepared), device)
+    if case.scores:
+        mass = problem.mass()
+        result.scores_us = microseconds(lambda: problem.attend(mass), device)
+    shape = (case.batch, case.heads, case.length, case.head_dim)
+    k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
+    attention = lambda: F.scaled_dot_product_attention(problem.query, k, v, enable_gqa=True)  # noqa: E731
+    result.sdpa_us = microseconds(attention, device)
+    result.compare(case, bandwidth)
+    return result
+
+
+def by_length(device: str, lengths: list[int]) -> dict:
+    """Times of a step over buffers made for the longest of `lengths`, as the text in them grows."""
+    problem = Problem(Case(LLAMA, 4, 1, max(lengths) + EXACT), device)
+    before, us = set(step._compiled.graphs), []
+    for length in lengths:
+        problem.live(length)
+        us.append(microseconds(problem.attend, device))
+    graphs = len(set(step._compiled.graphs) - before)
+    compiled = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
+    capacity = problem.tiers[0].valid.shape[-1]
+    return line(lengths, us) | dict(capacity=capacity, graphs=graphs, compiled=compiled)
+
+
+def line(lengths: list[int], us: list[float]) -> dict:
+    """The least-squares line through times by length, and how far the farthest of them lies from it."""
+    slope, intercept = statistics.linear_regression(lengths, us)
+    off = max(abs(t / (intercept + slope * n) - 1) for n, t in zip(lengths, us))
+    return dict(lengths=lengths, us=us, us_per_k=slope * K, intercept_us=intercept, farthest=off)
+
+
+def encoding(device: str, length: int, hidden: int = 4096, inner: int = 14336, layers: int = 32) -> dict:
+    """Milliseconds to demote a prompt's tokens, and an estimate of its prefill, of a model of 8B shape.
+
+    The estimate is FlashAttention and the products with the layers' weights alone, so that the share is an
+    upper bound.
+    """
+    config, timeline, heads, d = FadeConfig.safe(), Timeline(), 8, 128
+    timeline.extend(0, None, 1, length, device)
+    table = rotated.with_sum(rotated.rotation(d)).float().to(device)
+    middle = PinnedMiddle(config, timeline, None, table, 1, heads)
+    middle.reserve(length)
+    random = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
+    query, keys, values = (random(1, n, length, d) for n in (4 * heads, heads, heads))
+    first, step_ = config.n_sink, config.block_size
+    last = first + (length - EXACT) // step_ * step_
+
+    def demote():
+        middle.tiers[0].records.count = middle.means.count = 0  # into the memory there is
+        middle.demote(keys[:, :, first:last], values[:, :, first:last], first)
+
+    def attention():
+        F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True)
+
+    x, wide = random(length, hidden), random(length, inner)
+    sizes = [heads * 4 * d, heads * d, heads * d, inner, inner]
+    weights = [random(n, hidden) for n in sizes]
+    out = [(random(length, heads * 4 * d), random(hidden, heads * 4 * d)), (wide, random(hidden, inner))]
+
+    def linear():
+        for weight in weights:
+            F.linear(x, weight)
+        for inputs, weight in out:
+            F.linear(inputs, weight)
+
+    times = {}
+    for name, function in dict(encode=demote, attention=attention, linear=linear).items():
+        function()
+        times[f"{name}_ms"] = statistics.median(seconds(function, device) for _ in range(5)) * 1e3 * layers
+    share = times["encode_ms"] / (times["attention_ms"] + times["linear_ms"])
+    return dict(tokens=length, layers=layers) | times | dict(share=share, target=ENCODE_TARGET)
+
+
+def processes(device: str) -> dict:
+    """Seconds of a case's first call in a fresh process, without caches and with those of the first."""
+    case, found = CASES[3], {}
+    with tempfile.TemporaryDirectory() as folder:
+        places = dict(TORCHINDUCTOR_CACHE_DIR=folder, TRITON_CACHE_DIR=f"{folder}/triton")
+        for name, target in zip(("cold", "warm"), COMPILE_TARGETS):
+            file = Path(folder, f"{name}.json")
+            arguments = ["--only", case.name, "--device", device, "--json", str(file)]
+            started = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-m", "benchmarks.decode_attention", *arguments],
+                env=os.environ | places, cwd=Path(__file__).parents[1], check=True, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+            (result,) = json.loads(file.read_text())["results"]
+            found[f"{name}_s"], found[f"{name}_tier_s"] = result["compile_s"], result["tier_compile_s"]
+            found |= {f"{name}_process_s": time.perf_counter() - started, f"{name}_target_s": target}
+    return dict(case=case.name) | found
+
+
+# -- clocks
+
+
+def seconds(function: Callable, device: str) -> float:
+    """Time of one call, its work on the device included."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - started
+
+
+def microseconds(function: Callable, device: str = "cuda", repeats: int = 20, inner: int = 10) -> float:
     """Median time of a call, from replays of a CUDA graph of `inner` calls."""
+    if device != "cuda":
+        return statistics.median(seconds(function, device) for _ in range(3)) * 1e6
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -159,49 +444,63 @@ def microseconds(function, repeats: int = 20, inner: int = 10) -> float:
     return statistics.median(times[3:])
 
 
-def read_bandwidth() -> float:
+def read_bandwidth(device: str = "cuda") -> float:
     """Bytes a second of a large elementwise copy, read and written."""
-    x = torch.rand(2**28, device="cuda")
+    x = torch.rand(2**28 if device == "cuda" else 2**20, device=device)
     y = torch.empty_like(x)
-    return 2 * x.nbytes / (microseconds(lambda: torch.add(x, 1, out=y), inner=3) * 1e-6)
+    return 2 * x.nbytes / (microseconds(lambda: torch.add(x, 1, out=y), device, inner=3) * 1e-6)
 
 
-def measure(case: Case, device: str, bandwidth: float | None) -> Result:
-    problem = Problem(case, device)
-    started = time.perf_counter()
-    prepared = problem.prepare()
-    problem.attend(*prepared)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    compiled = time.perf_counter() - started
-    result = Result(case.name, problem.error(), target=case.target)
-    if device == "cuda":
-        result.compile_s = compiled
-        result.us = microseconds(lambda: problem.attend(*prepared))
-        del problem
-        shape = (case.batch, case.heads, case.length, case.head_dim)
-        k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
-        q = torch.randn(shape[0], shape[1] * case.group, 1, shape[3], device=device, dtype=torch.bfloat16)
-        result.sdpa_us = microseconds(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
-        result.speedup = result.sdpa_us / result.us
-        result.floor_us = case.bytes / bandwidth * 1e6
-        result.fraction_of_floor = result.floor_us / result.us
-        torch.cuda.empty_cache()
-    return result
+# -- what is shown
 
 
 def table(results: list[Result]) -> str:
-    lines = [
-        "| case | us | SDPA us | speed-up | target | floor us | of the floor | error | compile s |",
-        "|---" * 9 + "|",
-    ]
-    show = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"  # noqa: E731
+    head = (
+        "case", "step us", "tier us", "SDPA us", "speed-up", "of the tier", "target", "floor us",
+        "step of floor", "tier of floor", "scores %", "error", "tier error", "mass error", "MB", "compile s",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    show = lambda x, form=".1f": "-" if x is None else f"{x:{form}}"  # noqa: E731
     for r in results:
-        lines.append(
-            f"| {r.name} | {show(r.us)} | {show(r.sdpa_us)} | {show(r.speedup, 2)} | {show(r.target, 2)} | "
-            f"{show(r.floor_us)} | {show(r.fraction_of_floor, 2)} | {r.error:.1e} | {show(r.compile_s)} |"
-        )
+        cells = [
+            r.name, show(r.us), show(r.tier_us), show(r.sdpa_us), show(r.speedup, ".2f"),
+            show(r.tier_speedup, ".2f"), show(r.target, ".2f"), show(r.floor_us),
+            show(r.fraction_of_floor, ".2f"), show(r.tier_fraction, ".2f"), show(r.scores_percent),
+            show(r.error, ".1e"), show(r.tier_error, ".1e"), show(r.mass_error, ".1e"), show(r.bytes / 1e6),
+            show(r.compile_s),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def describe(name: str, found: dict) -> str:
+    """A few lines about what one of the other measurements found."""
+    if name == "lengths":
+        rows = [f"| {n} | {t:.1f} |" for n, t in zip(found["lengths"], found["us"])]
+        return "\n".join(
+            ["| live tokens | us |", "|---|---|", *rows, ""]
+            + [
+                f"{found['us_per_k']:.3f} us a K tokens + {found['intercept_us']:.1f} us (target below "
+                f"{INTERCEPT_TARGET}), farthest {found['farthest']:.0%} off; capacity {found['capacity']}, "
+                f"{found['graphs']} graphs, {found['compiled']} compilations"
+            ]
+        )
+    if name == "encode":
+        return (
+            f"{found['tokens']} tokens, {found['layers']} layers: compressed in {found['encode_ms']:.0f} ms, "
+            f"attention {found['attention_ms']:.0f} ms + products {found['linear_ms']:.0f} ms: "
+            f"{found['share']:.1%} (target {found['target']:.0%})"
+        )
+    return f"{found['case']}: first call, compilation included\n" + "\n".join(
+        f"{kind}: step {found[f'{kind}_s']:.1f} s, tier alone {found[f'{kind}_tier_s']:.1f} s (target "
+        f"{found[f'{kind}_target_s']:.0f} s), process {found[f'{kind}_process_s']:.1f} s"
+        for kind in ("cold", "warm")
+    )
+
+
+def small(case: Case) -> Case:
+    """The case for a machine without a GPU."""
+    return replace(case, batch=min(case.batch, 2), heads=min(case.heads, 4), length=min(case.length, K))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,28 +510,41 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
+    parser.add_argument("--lengths", action="store_true", help="instead: times by live length")
+    parser.add_argument("--encode", action="store_true", help="instead: compressing against prefill")
+    parser.add_argument("--processes", action="store_true", help="instead: compiling, cold and from caches")
     args = parser.parse_args(argv)
-    cases = [case for case in CASES if args.only in case.name]
-    bandwidth = None
-    if args.device == "cuda":
-        bandwidth = read_bandwidth()
-        print(
-            f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {bandwidth / 1e12:.2f} TB/s copied\n"
-        )
-    else:
-        print("no GPU: accuracy only, over shorter texts\n")
-        cases = [replace(case, batch=min(case.batch, 2), length=2048) for case in cases]
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    cuda = args.device == "cuda"
+    others = {
+        "lengths": lambda: by_length(args.device, LENGTHS if cuda else [128, 256, 512]),
+        "encode": lambda: encoding(args.device, 32 * K) if cuda else encoding(args.device, 512, 64, 128, 2),
+        "processes": lambda: processes(args.device),
+    }
+    chosen = [name for name in others if getattr(args, name)]
+    bandwidth = read_bandwidth(args.device)
+    device = torch.cuda.get_device_name() if cuda else "cpu"
     head = dict(device=device, torch=torch.__version__, bandwidth=bandwidth)
+    note = "" if cuda else "; everything shrinks, and times of a CPU mean nothing"
+    print(f"{device}, torch {torch.__version__}: {bandwidth / 1e12:.2f} TB/s copied{note}\n", flush=True)
     results = []
-    for case in cases:
-        results.append(measure(case, args.device, bandwidth))
-        print(table(results[-1:]).splitlines()[-1], flush=True)
+
+    def write(**found):
         if args.json:
-            args.json.write_text(
-                json.dumps(head | dict(results=[asdict(r) for r in results]), indent=1) + "\n"
-            )
-    print("\n" + table(results))
+            args.json.write_text(json.dumps(head | found, indent=1) + "\n")
+
+    with torch.no_grad():
+        for name in chosen:
+            head[name] = others[name]()
+            print(describe(name, head[name]) + "\n", flush=True)
+            write()
+        for case in [] if chosen else [case for case in CASES if args.only in case.name]:
+            results.append(measure(case if cuda else small(case), args.device, bandwidth))
+            print(table(results[-1:]).splitlines()[-1], flush=True)
+            write(results=[asdict(r) for r in results])
+            if cuda:
+                torch.cuda.empty_cache()
+    if results:
+        print("\n" + table(results))
     return 0
 
 

@@ -142,7 +142,8 @@ class Stepper:
         if index == 0:
             self._advance(mask)
         keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
-        exact.write(keys, values, self.slot, key, value, self.real)
+        keys.index_copy_(2, self.slot, key)
+        values.index_copy_(2, self.slot, value)
         if self.settled and softcap is None and s_aux is None:
             output = exact.attend_long(query, keys, values, self.seen, self.settled, scaling)
         else:

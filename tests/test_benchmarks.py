@@ -1,4 +1,4 @@
-"""The decode-step benchmark: it runs without a GPU, and its arithmetic is right."""
+"""The benchmarks: they run without a GPU, and their arithmetic is right."""
 
 import gc
 import json
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks import generate, models
+from benchmarks import decode_attention, generate, models
 from benchmarks.generate import Case, Result, Target
 
 
@@ -157,3 +157,132 @@ def test_long_prompts_are_prefilled_so_that_they_fit():
     assert choose(Case(models.LLAMA, 8, 32 * 1024), "safe") == "rows"
     assert choose(Case(models.LLAMA, 1, 128 * 1024), "safe") == "once"
     assert choose(Case(models.LLAMA, 1, 32 * 1024), "static") == "chunk"
+
+
+# -- decode attention
+
+
+def test_decode_attention_runs_without_a_gpu(tmp_path, capsys):
+    """All kinds of case, by names that take part of the list; every quantity is measured."""
+    file = tmp_path / "out.json"
+    for only, count in (("INT3", 1), ("q 4", 1), ("of 400", 2)):
+        assert decode_attention.main(["--device", "cpu", "--only", only, "--json", str(file)]) == 0
+        stored = json.loads(file.read_text())
+        assert set(stored) == {"device", "torch", "bandwidth", "results"} and stored["bandwidth"] > 0
+        assert len(stored["results"]) == count
+        for r in stored["results"]:
+            assert set(r) == {f.name for f in fields(decode_attention.Result)}
+            assert r["error"] < 5e-3 and r["us"] > 0 and r["sdpa_us"] > 0 and r["compile_s"] > 0
+            assert (r["tier_error"] or 0) < 1e-5 and (r["mass_error"] or 0) < 1e-5
+            assert (r["tier_us"] is None) == ("of 400" in r["name"])
+            assert (r["scores_percent"] is None) == ("then INT2" not in r["name"])
+        shown = capsys.readouterr().out
+        assert all(f"| {r['name']} |" in shown for r in stored["results"])
+
+
+def test_other_measurements_run_without_a_gpu(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    options = ["--device", "cpu", "--lengths", "--encode", "--json", str(file)]
+    assert decode_attention.main(options) == 0
+    stored = json.loads(file.read_text())
+    assert set(stored) == {"device", "torch", "bandwidth", "lengths", "encode"}
+    lengths, encode = stored["lengths"], stored["encode"]
+    assert lengths["capacity"] > max(lengths["lengths"]) and lengths["graphs"] == 0
+    assert len(lengths["us"]) == len(lengths["lengths"]) and min(lengths["us"]) > 0
+    assert encode["share"] == pytest.approx(
+        encode["encode_ms"] / (encode["attention_ms"] + encode["linear_ms"])
+    )
+    shown = capsys.readouterr().out
+    assert "graphs" in shown and "of 400" not in shown
+
+
+@pytest.mark.slow
+def test_compiling_twice_runs_without_a_gpu(capsys):
+    """The same case and nothing else, in two processes."""
+    assert decode_attention.main(["--device", "cpu", "--processes"]) == 0
+    assert capsys.readouterr().out.count("process ") == 2
+    assert sum(decode_attention.CASES[3].name in case.name for case in decode_attention.CASES) == 1
+
+
+def test_a_decode_step(benchmark):
+    """A small step under pytest-benchmark: INT4, two rows, eager on the CPU."""
+    case = decode_attention.Case("tiny", 4, 2, 512, heads=2, head_dim=64)
+    problem = decode_attention.Problem(case, "cpu")
+    output = benchmark(problem.attend)
+    assert output.shape == (2, 1, 8, 64) and problem.errors(True, True)[0] < 5e-3
+
+
+def test_one_graph_of_a_tier_serves_every_length(monkeypatch):
+    """What CUDA compiles of a tier alone, traced by the same code without code generation."""
+    compiler = torch.compile
+    trace = lambda f, fullgraph, options: compiler(f, fullgraph=fullgraph, backend="aot_eager")  # noqa: E731
+    monkeypatch.setattr(torch, "compile", trace)
+    problem = decode_attention.Problem(decode_attention.Case("tiny", 4, 1, 132 + 1000, head_dim=64), "cpu")
+    compiled = decode_attention.compiled_tier
+    compiled.graphs.clear()
+    for length in (900, 700):
+        problem.live(length)
+        exact = problem.errors(True, False)[1]
+        problem.device = "cuda"
+        assert exact < 1e-6 < problem.errors(True, False)[1] < 0.02  # a CPU rounds sums of float16 products
+        problem.device = "cpu"
+    assert len(compiled.graphs) == 1
+    compiled.graphs.clear()
+
+
+def test_a_wrong_step_is_seen():
+    """The check before the clock: of the step, its tier and its probabilities, by what each depends on."""
+    case = decode_attention.Case("tiny", 4, 2, 512, heads=2, head_dim=64)
+    problem = decode_attention.Problem(case, "cpu")
+    right = problem.errors(True, True)
+    exact = problem.decoded
+    problem.decoded = lambda i, row: tuple(1.05 * x for x in exact(i, row))
+    assert all(a < 1e-2 < b for a, b in zip(right, problem.errors(True, True)))
+
+
+def test_bytes_of_a_step():
+    """Two vectors a token and head, a mean a block, and the uncompressed tokens in bfloat16."""
+    case = decode_attention.Case("tiny", 4, 2, 132 + 130, heads=3)
+    assert case.tiers == [(4, 130)]
+    assert case.tier_bytes == 2 * 3 * (130 * 2 * (64 + 4) + 3 * 256)
+    assert case.bytes == case.tier_bytes + 2 * 3 * 132 * 2 * 256
+    two = replace(case, length=132 + 500, budget=400)
+    assert two.tiers == [(4, 400), (2, 100)]
+    assert two.tier_bytes == 2 * 3 * (400 * 136 + 100 * 2 * (32 + 2) + 2 * 256)
+    assert replace(two, evicts=True).tiers == [(4, 400)]
+    problem = decode_attention.Problem(replace(case, head_dim=64), "cpu")
+    keys = problem.tiers[0].keys
+    assert sum(x[:, :, :130].nbytes for x in keys) == 2 * 3 * 130 * (32 + 4)
+
+
+def test_comparisons_of_a_case():
+    case = decode_attention.Case("tiny", 4, 1, 4096)
+    found = decode_attention.Result(case.name, 2.5, case.bytes, 0.0, us=20.0, tier_us=10.0, sdpa_us=40.0)
+    found.scores_us = 21.0
+    found.compare(case, case.bytes / 10e-6)  # a copy of the bytes would take 10 us
+    assert (found.speedup, found.tier_speedup) == (2.0, 4.0)
+    assert found.floor_us == pytest.approx(10.0) and found.fraction_of_floor == pytest.approx(0.5)
+    assert found.tier_fraction == pytest.approx(case.tier_bytes / case.bytes)
+    assert found.scores_percent == pytest.approx(5.0)
+    assert " 2.00 | 4.00 | 2.50 |" in decode_attention.table([found])
+
+
+def test_the_line_through_times_by_length():
+    found = decode_attention.line([1024, 2048, 4096], [7.0, 9.0, 13.0])
+    assert found["us_per_k"] == pytest.approx(2.0) and found["intercept_us"] == pytest.approx(5.0)
+    assert found["farthest"] == pytest.approx(0.0, abs=1e-12)
+    assert decode_attention.line([1024, 2048, 4096], [7.0, 9.0, 14.0])["farthest"] > 0.01
+
+
+def test_the_cases_cover_the_targets():
+    """Those of the table that decode attention is to reach."""
+    targets = {
+        (c.bits, c.model, c.batch, c.length // 1024): c.target for c in decode_attention.CASES if c.target
+    }
+    llama, qwen, llama2 = decode_attention.LLAMA, decode_attention.QWEN, decode_attention.LLAMA2
+    assert targets == {
+        (4, llama, 8, 32): 2.5, (4, llama, 1, 128): 2.5, (4, llama, 1, 32): 2.0, (4, llama, 1, 8): 1.0,
+        (4, qwen, 8, 16): 2.0, (4, llama2, 8, 16): 2.5, (2, llama, 8, 32): 3.0, (8, llama, 8, 32): 1.85,
+        (3, llama, 8, 32): 2.2,
+    }  # fmt: skip
+    assert len({case.name for case in decode_attention.CASES}) == len(decode_attention.CASES)

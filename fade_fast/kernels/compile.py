@@ -99,8 +99,8 @@ def _power_of_two(n: int) -> int:
 class Compiled:
     """The compiled twin of a function of tensors: one graph a shape, with its tiles pinned."""
 
-    def __init__(self, function: Callable):
-        self.function = function
+    def __init__(self, function: Callable, options: dict = OPTIONS):
+        self.function, self.options = function, options
         self.graphs: dict[tuple, Callable] = {}
 
     def __call__(self, markers: list[Tensor], pinned: Callable[[], Tiles], *args, **constants):
@@ -112,7 +112,7 @@ class Compiled:
         key = (shapes, *constants.items())
         if key not in self.graphs:
             tiles = pinned()
-            graph = torch.compile(_own(self.function, constants), fullgraph=True, options=OPTIONS)
+            graph = torch.compile(_own(self.function, constants), fullgraph=True, options=self.options)
             tag = torch.compiler.config.patch(cache_key_tag=str(tiles))  # for graphs kept on disk
             with (
                 _pinned(tiles),

@@ -23,22 +23,6 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap
     return Partial(weights @ values.to(query.dtype), top, total)
 
 
-def write(keys: Tensor, values: Tensor, slot: Tensor, key: Tensor, value: Tensor, real: Tensor) -> None:
-    """Write a column [B, H, 1, D] into slot `slot` [1] of the buffers [B, H, capacity, D].
-
-    `real`: bool [B], False where it is padding, for which 0 is written.
-    """
-    if keys.is_cuda:
-        _compiled_write([], dict, keys, values, slot, key, value, real)
-    else:
-        _write([], keys, values, slot, key, value, real)
-
-
-def _write(_, keys, values, slot, key, value, real) -> None:
-    for buffer, column in ((keys, key), (values, value)):
-        buffer.index_copy_(2, slot, torch.where(real[:, None, None, None], column, 0.0).to(buffer.dtype))
-
-
 def attend_long(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, settled: int, scaling: float
 ) -> Tensor:
@@ -70,9 +54,10 @@ def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor
     wide = torch.promote_types(query.dtype, torch.float32)
     known = Partial(rows(output).to(wide), rows(lse.unsqueeze(-1))[..., 0].to(wide), 1.0)
     known = known._replace(total=torch.ones_like(known.top))
+    values = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0)  # padding may be NaN
     tail = attend(rows(query).to(wide) * scaling, keys, values, seen.unsqueeze(2))
     return merge([known, tail]).reshape(shape).to(query.dtype).transpose(1, 2)
 
 
-_compiled_write = Compiled(_write)
-_compiled = Compiled(lambda markers, *args, scaling: _with_tail(*args, scaling))
+# With a library's products: here they are few and small, and choosing tiles would take longer.
+_compiled = Compiled(lambda markers, *args, scaling: _with_tail(*args, scaling), options={})

@@ -419,4 +419,6 @@ def bucket(heads: int, length: int) -> int:
     beyond those in use are masked.
     """
     step = max(chunk_of(heads, length, 1), (1 << max(0, length - 1).bit_length()) // 16)
-    return -(-length // step) * step
+    found = -(-length // step) * step
+    # Rounded up, it may belong to longer chunks.
+    return bucket(heads, found) if found % chunk_of(heads, found, 1) else found

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import packed
 from .compile import Compiled, Tiles, step_tiles, tier_tiles
 from .packed import LOG2E, Decoder, Queries, Slots, wide, written
-from .rotated import Packed
+from .rotated import Packed, is_uniform
 
 LOWEST = -3.0e38  # stands for -inf where -inf less -inf would be NaN
 MOST_ROWS = 64  # most query rows of a KV head that the compiled twin is made for
@@ -63,13 +63,95 @@ def attend(
     On CUDA, for two-byte dtypes and up to `MOST_ROWS` rows, products run in float16 (relative error
     below 2e-3, bfloat16 output apart) in one compiled graph; elsewhere tile by tile in float32, or in
     float64 if the query is.
+
+    Raises `ValueError` for shapes, dtypes, devices and spans that do not fit together.
     """
+    _check(query, keys, values, seen, matrix, tiers, bits, spans, s_aux, inv_freq, mass or [])
     flat = [x for slots in tiers for x in _to_list(slots)]
     return torch.ops.fade.attend(
         query, keys, values, seen, matrix, flat, s_aux, inv_freq, mass or [],
         [b for pair in bits for b in pair], spans, [slots.per_mean for slots in tiers],
         scaling, softcap, interleaved,
     )  # fmt: skip
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check(query, keys, values, seen, matrix, tiers, bits, spans, s_aux, inv_freq, mass) -> None:
+    """Refuse what would be misread. Looks at no number, so that the host waits for nothing."""
+    if query.dim() != 4 or keys.dim() != 4:
+        sizes = f"{list(query.shape)} and {list(keys.shape)}"
+        raise ValueError(f"query and keys are {sizes}; allowed: [B, Hq, q, D] and [B, H, E, D]")
+    (batch, q_heads, new, dim), (heads, length), on = query.shape, keys.shape[1:3], query.device
+    if dim % 2 or not dim:
+        raise ValueError(f"head_dim is {dim}; allowed: an even number")
+    if min(batch, heads, new, length) < 1 or q_heads < heads or q_heads % heads:
+        sizes = f"{list(query.shape)} and keys {list(keys.shape)}"
+        raise ValueError(f"query is {sizes}; allowed: no empty axis, and a multiple of {heads} query heads")
+    if query.dtype not in FLOATS:
+        raise ValueError(f"query is {query.dtype}; allowed: {', '.join(map(str, FLOATS))}")
+    for name, x in dict(keys=keys, values=values).items():
+        _expect(name, x, (batch, heads, length, dim), FLOATS, on)
+    rows = 1 if new == 1 else (1, new)  # the numbers of rows a mask may have
+    _expect("seen", seen, (batch, rows, length), (torch.bool,), on)
+    _expect("matrix", matrix, (dim + 1, dim), (torch.float32,), on)
+    if s_aux is not None:
+        _expect("s_aux", s_aux, (q_heads,), FLOATS, on)
+    if not len(tiers) == len(bits) == len(spans):
+        raise ValueError(f"{len(tiers)} tiers, {len(bits)} pairs of bits, {len(spans)} spans: one of each")
+    for i, (slots, pair, span) in enumerate(zip(tiers, bits, spans)):
+        _check_tier(f"tiers[{i}]", slots, pair, span, (batch, heads, dim), rows, on)
+    if any(slots.read_at is not None for slots in tiers):
+        if inv_freq is None:
+            raise ValueError("inv_freq is None; allowed with a tier that has `read_at`: a tensor")
+        _expect("inv_freq", inv_freq, (tuple(range(1, dim // 2 + 1)),), FLOATS, on)
+    if mass and len(mass) != 1 + len(tiers):
+        raise ValueError(f"mass has {len(mass)} tensors; allowed: {1 + len(tiers)}, one more than tiers")
+    lengths = [length, *(slots.keys.codes.shape[2] for slots in tiers)]
+    for i, (x, n) in enumerate(zip(mass, lengths)):
+        _expect(f"mass[{i}]", x, (batch, heads, n), (torch.float32, torch.float64), on)
+        if not x.is_contiguous():  # else it would be a copy that is added to
+            raise ValueError(f"mass[{i}] has strides {x.stride()}; allowed: contiguous")
+
+
+def _check_tier(name: str, slots: Slots, bits: tuple[int, int], span: int, sizes, rows, device) -> None:
+    batch, heads, dim = sizes
+    if len(bits) != 2 or any(b not in (8, 4, 3, 2) or b * dim % 8 for b in bits):
+        allowed = "two of 8, 4, 3 and 2, whose codes fill whole bytes"
+        raise ValueError(f"{name} has bits {tuple(bits)} at head_dim {dim}; allowed: {allowed}")
+    capacity = slots.valid.shape[-1] if slots.valid.dim() else 0
+    if not 1 <= span <= capacity:
+        raise ValueError(f"{name} has span {span}; allowed: 1 to its capacity, {capacity}")
+    for side, packed_, b in zip(("keys", "values"), (slots.keys, slots.values), bits):
+        shape = (capacity, b * dim // 8) if side == "keys" else (b * dim // 8, capacity)
+        _expect(f"{name}.{side}.codes", packed_.codes, (batch, heads, *shape), (torch.uint8,), device)
+        _expect(f"{name}.{side}.scale", packed_.scale, (batch, heads, capacity), (torch.float16,), device)
+        if (packed_.zero is not None) != is_uniform(b):
+            allowed = "a tensor" if is_uniform(b) else "None"
+            raise ValueError(f"{name}.{side}.zero is {type(packed_.zero).__name__}; allowed: {allowed}")
+        if packed_.zero is not None:
+            _expect(f"{name}.{side}.zero", packed_.zero, (batch, heads, capacity), (torch.float16,), device)
+    _expect(f"{name}.valid", slots.valid, (batch, rows, capacity), (torch.bool,), device)
+    _expect(f"{name}.bound", slots.bound, (batch, heads), FLOATS, device)
+    means = slots.means.shape[2] if slots.means.dim() == 4 else 0
+    _expect(f"{name}.means", slots.means, (batch, heads, means, dim), FLOATS, device)
+    if slots.per_mean < 1 or means != 1 and means * slots.per_mean < span:
+        has = f"{means} means of {slots.per_mean} slots each"
+        raise ValueError(f"{name} has {has}; allowed: as many as {span} slots need, or one for all")
+    if slots.read_at is not None:
+        _expect(f"{name}.read_at", slots.read_at, (batch, 1, capacity), (torch.int32, torch.int64), device)
+
+
+def _expect(name: str, x: Tensor, shape: tuple, dtypes: tuple, device) -> None:
+    """`ValueError` unless `x` is such a tensor; a tuple in `shape` lists the lengths that are allowed."""
+    fits = x.dim() == len(shape) and all(
+        n in m if isinstance(m, tuple) else n == m for n, m in zip(x.shape, shape)
+    )
+    if not fits or x.dtype not in dtypes or x.device != device:
+        sizes = [f"{m[0]} to {m[-1]}" if isinstance(m, tuple) else str(m) for m in shape]
+        allowed = f"[{', '.join(sizes)}], {' or '.join(map(str, dtypes))}, on {device}"
+        raise ValueError(f"{name} is {list(x.shape)}, {x.dtype}, on {x.device}; allowed: {allowed}")
 
 
 @torch.library.custom_op("fade::attend", mutates_args={"mass"})
@@ -99,7 +181,7 @@ def _operator(
     args = (query, keys, values, seen, matrix, slots, s_aux, inv_freq, mass)
     if not (query.is_cuda and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
         return _attend(*_of_span(args, spans), chunks=None, **options)
-    chunks = tuple(packed.chunk_of(heads, n, rows) for n in spans)
+    chunks = _chunks_of(heads, spans, rows)
     blocks = [span // chunk for span, chunk in zip(spans, chunks)]
 
     def pinned() -> Tiles:
@@ -120,6 +202,14 @@ def _operator(
 def _(query, *args):
     batch, q_heads, new, dim = query.shape
     return query.new_empty(batch, new, q_heads, dim)
+
+
+def _chunks_of(heads: int, spans: list[int], rows: int) -> tuple[int, ...]:
+    """Chunks of each tier of the compiled twin; slots beyond the last whole one would be left out."""
+    chunks = tuple(packed.chunk_of(heads, n, rows) for n in spans)
+    if any(n % chunk for n, chunk in zip(spans, chunks)):
+        raise ValueError(f"spans are {spans}; allowed: as `packed.bucket` rounds, multiples of {chunks}")
+    return chunks
 
 
 FLAT = 10  # tensors of a `Slots`
