@@ -29,6 +29,9 @@ OPTIONS = {
 }
 
 
+#: What calls are dispatched by where nothing unusual is going on; `Compiled` restores it.
+PLAIN = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
 #: Block sizes, warps and stages of the generated kernels of one graph, by how many numbers a kernel
 #: computes and how many it sums for each. A config without R0_BLOCK sums all of them at once.
 Tiles = dict[tuple[int, int], dict]
@@ -110,6 +113,12 @@ class Compiled:
             for x in tree_leaves(args)
         )
         key = (shapes, *constants.items())
+        # Inside the first call of another compiled graph, tensors show other dispatch keys than in later
+        # ones; the twin would then be compiled again, and where that graph is being captured, it cannot.
+        with torch._C._ForceDispatchKeyGuard(*PLAIN):
+            return self._call(key, markers, pinned, args, constants)
+
+    def _call(self, key: tuple, markers: list[Tensor], pinned: Callable[[], Tiles], args, constants):
         if key not in self.graphs:
             tiles = pinned()
             graph = torch.compile(_own(self.function, constants), fullgraph=True, options=self.options)

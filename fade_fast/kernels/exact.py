@@ -23,6 +23,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap
     return Partial(weights @ values.to(query.dtype), top, total)
 
 
+@torch.library.custom_op("fade::attend_long", mutates_args=())
 def attend_long(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, settled: int, scaling: float
 ) -> Tensor:
@@ -31,20 +32,43 @@ def attend_long(
     The first `settled` columns, all visible, go to FlashAttention; at most `2 * TAIL` further ones, of
     which `seen` [B, 1, capacity] says which are visible, are merged with its result.
 
+    An operator, as all that is compiled inside another: without its own dispatch, the compiled twin
+    would see tensors of other dispatch keys at its second call, and be compiled again.
+
     Args:
         query: [B, Hq, 1, D]. keys, values: [B, H, capacity, D].
     """
     heads, length = keys.shape[1], min(2 * TAIL, keys.shape[2] - settled)
-    first = (x.narrow(2, 0, settled) for x in (keys, values))
+    first = [x.narrow(2, 0, settled) for x in (keys, values)]
     last = [x.narrow(2, settled, length) for x in (keys, values)]
     seen = seen.narrow(2, settled, length)
     if query.is_cuda:
         flash = torch.ops.aten._scaled_dot_product_flash_attention(query, *first, scale=scaling)
-        return _compiled([], dict, query, *flash[:2], *last, seen, scaling=scaling)
+        return _tail_operator(query, *flash[:2], *last, seen, scaling)
     rows = query.unflatten(1, (heads, -1)).flatten(2, 3).to(torch.promote_types(query.dtype, torch.float32))
     part = attend(rows * scaling, *first, torch.ones_like(seen[:, :, None, :1]))
-    output, top = merge([part]), part.top + part.total.log()
-    return _with_tail(query, output.reshape(query.shape), top.reshape(query.shape[:3]), *last, seen, scaling)
+    output, lse = merge([part]), part.top + part.total.log()
+    return _tail_operator(
+        query, output.reshape(query.shape), lse.reshape(query.shape[:3]), *last, seen, scaling
+    )
+
+
+@attend_long.register_fake
+def _(query, *args):
+    batch, heads, new, dim = query.shape
+    return query.new_empty(batch, new, heads, dim)
+
+
+@torch.library.custom_op("fade::attend_tail", mutates_args=())
+def _tail_operator(
+    query: Tensor, output: Tensor, lse: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float
+) -> Tensor:
+    if query.is_cuda:
+        return _compiled([], dict, query, output, lse, keys, values, seen, scaling=scaling)
+    return _with_tail(query, output, lse, keys, values, seen, scaling)
+
+
+_tail_operator.register_fake(attend_long._abstract_fn)
 
 
 def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor:
@@ -56,7 +80,7 @@ def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor
     known = known._replace(total=torch.ones_like(known.top))
     values = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0)  # padding may be NaN
     tail = attend(rows(query).to(wide) * scaling, keys, values, seen.unsqueeze(2))
-    return merge([known, tail]).reshape(shape).to(query.dtype).transpose(1, 2)
+    return merge([known, tail]).reshape(shape).to(query.dtype).transpose(1, 2).contiguous()
 
 
 # With a library's products: here they are few and small, and choosing tiles would take longer.
