@@ -28,6 +28,7 @@ from .timeline import HOLE, Timeline
 #: them in the order of the sum.
 TRANSPOSED = ("value_codes",)
 
+HEADROOM = 1024  # slots on CUDA for tokens to come, at least, when a tier is first filled
 SPARE = 64  # slots of a buffer on CUDA that are never used
 NEVER = 1 << 30  # slots until the next mean, where there is one for all
 
@@ -40,6 +41,7 @@ class MiddleTier:
     bits: tuple[int, int]
     records: Buffers
     bound: Tensor  # [B, H] float32: at least every value scale ever stored, and never 0
+    most: int | None = None  # tokens it will ever hold; None: as many as the text has
 
     @property
     def name(self) -> str:
@@ -63,10 +65,18 @@ class MiddleTier:
         """Codes, scale and zero of all slots there is room for, as they are stored."""
         return Packed(*(self.records.tensors.get(f"{side}_{name}") for name in Packed._fields))
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` in all; on CUDA for more than any span, for which compilers would mistake it."""
+        if self.records.on_cuda and tokens:
+            tokens = self._bucket(tokens) + SPARE
+        self.records.reserve(tokens)
+
     def append(self, **fields: Tensor) -> None:
-        if self.records.on_cuda:
-            # More than any span, so that a compiled graph never ties a span to the capacity.
-            self.records.reserve(self._bucket(self.records.count + fields["key_scale"].shape[2]) + SPARE)
+        needed = self.records.count + fields["key_scale"].shape[2]
+        if self.records.on_cuda and self._bucket(needed) + SPARE > self.records.capacity:
+            # Kernels are compiled for a capacity: some to spare at first, then twice as much.
+            spare = needed if self.records.capacity else max(HEADROOM, needed // 8)
+            self.reserve(needed + spare if self.most is None else max(needed, min(self.most, needed + spare)))
         self.records.append(**fields)
         if fields["value_scale"].shape[2]:
             torch.maximum(self.bound, fields["value_scale"].float().amax(-1), out=self.bound)
@@ -131,7 +141,8 @@ class Middle(ABC):
         if config.int2_budget != 0:
             widths.append((2, 2))
         self.tiers = []
-        for bits in widths:
+        budgets = (config.int4_budget, config.int2_budget)
+        for bits, budget in zip(widths, budgets):
             fields = dict(self.own_fields())
             for side, b in zip(("key", "value"), bits):
                 axis = -1 if f"{side}_codes" in TRANSPOSED else 2
@@ -141,7 +152,9 @@ class Middle(ABC):
                     fields[f"{side}_zero"] = Field((), torch.float16, heads)
             tier = Tier.INT2 if self.tiers else INTEGER_TIERS[max(bits)]
             bound = torch.full((batch, heads), rotated.SMALLEST_SCALE, device=device)
-            self.tiers.append(MiddleTier(tier, bits, Buffers(fields, self.step, batch, device), bound))
+            self.tiers.append(
+                MiddleTier(tier, bits, Buffers(fields, self.step, batch, device), bound, budget)
+            )
         self.means = Buffers({"mean": Field((dim,), torch.float16, heads)}, 1, batch, device)
 
     step = 1  # capacities are multiples of this
@@ -217,10 +230,7 @@ class Middle(ABC):
         return rotate(keys.float(), -position, self.rope.inv_freq(), self.rope.interleaved)
 
     def encode(self, keys: Tensor, values: Tensor, mean: Tensor, bits) -> dict[str, Tensor]:
-        return record(
-            rotated.encode(keys, mean, self.matrix, bits[0]),
-            rotated.encode(values, None, self.matrix, bits[1]),
-        )
+        return record(*rotated.encode_both(keys, values, mean, self.matrix, bits))
 
 
 class PinnedMiddle(Middle):
@@ -236,7 +246,7 @@ class PinnedMiddle(Middle):
     per_mean = step
 
     def reserve(self, tokens: int) -> None:
-        self.tiers[0].records.reserve(tokens)
+        self.tiers[0].reserve(tokens)
         self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
 
     def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
@@ -284,7 +294,7 @@ class PlannedMiddle(Middle):
 
     def reserve(self, tokens: int) -> None:
         for tier, budget in zip(self.tiers, (self.config.int4_budget, self.config.int2_budget)):
-            tier.records.reserve(tokens if budget is None else min(budget, tokens))
+            tier.reserve(tokens if budget is None else min(budget, tokens))
         self.means.reserve(1)
 
     def demote(self, keys: Tensor, values: Tensor, first: int) -> None:

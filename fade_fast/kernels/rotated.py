@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .compile import Compiled
+
 #: Levels of N(0, 1) at 3 bits, u * (a + b * u * u) with u = 2 * code - 7, and their step at 2 bits, where
 #: they are evenly spaced. `fade_ref.quantize.cubic` and `levels(2, "linear")` derive the numbers.
 CUBIC = (0.235727614584881, 0.00144810550671591)
@@ -135,7 +137,45 @@ def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, bits: int) -> Packed:
     return quantize((x if mean is None else x - mean.float()) @ matrix.mT, bits)
 
 
+def encode_both(
+    keys: Tensor, values: Tensor, mean: Tensor, matrix: Tensor, bits: tuple[int, int]
+) -> tuple[Packed, Packed]:
+    """`encode` of the keys and values of some tokens, in tiles, so that little is in float32 at a time.
+
+    Args:
+        keys, values: [B, H, n, D]. mean: [B, H, n or 1, D], of the keys.
+        matrix: P [D, D] float32. bits: widths of keys and values.
+
+    On CUDA, steps of one block and whole tiles run compiled.
+    """
+    parts = []
+    for start in range(0, max(1, keys.shape[2]), TILE):
+        tile = slice(start, start + TILE)
+        part = keys[:, :, tile], values[:, :, tile], mean if mean.shape[2] == 1 else mean[:, :, tile]
+        if keys.is_cuda and (part[0].shape[2] == TILE or 0 < keys.shape[2] <= SMALL):
+            parts.append(_compiled([], dict, *part, matrix, bits=bits))
+        else:
+            parts.append(_encode_both([], *part, matrix, bits=bits))
+    return tuple(Packed(*(_join(x) for x in zip(*side))) for side in zip(*parts))
+
+
+TILE = 2048  # tokens encoded at a time
+SMALL = 256  # most tokens of a block that is encoded by a twin of its own
+
+
+def _join(parts: tuple) -> Tensor | None:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, dim=2)
+
+
+def _encode_both(markers, keys, values, mean, matrix, *, bits) -> tuple[Packed, Packed]:
+    return encode(keys, mean, matrix, bits[0]), encode(values, None, matrix, bits[1])
+
+
 def decode(packed: Packed, mean: Tensor | None, matrix: Tensor, bits: int, dtype) -> Tensor:
     """Vectors [B, H, n, D] as they were before `encode`, up to quantisation."""
     x = dequantize(packed, bits, dtype) @ matrix.to(dtype)
     return x if mean is None else x + mean.to(dtype)
+
+
+# Codes are defined by scales and zeros as they are stored: rounded.
+_compiled = Compiled(_encode_both, options={"emulate_precision_casts": True})
