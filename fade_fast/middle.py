@@ -66,7 +66,7 @@ class MiddleTier:
         return Packed(*(self.records.tensors.get(f"{side}_{name}") for name in Packed._fields))
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` in all; on CUDA for more than any span, for which compilers would mistake it."""
+        """Make room for `tokens` in all; on CUDA for more than any span, which a graph would take for it."""
         if self.records.on_cuda and tokens:
             tokens = self._bucket(tokens) + SPARE
         self.records.reserve(tokens)

@@ -71,7 +71,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 3:
         return torch.cat((pack(codes & 3, 2), pack(codes >> 2, 1)), dim=-1)
     parts = codes.unflatten(-1, (8 // bits, -1)).to(torch.int32)
-    shift = torch.arange(0, 8, bits, device=codes.device, dtype=torch.int32)[:, None]
+    shift = torch.arange(0, 8, bits, device=codes.device, dtype=torch.int32).unsqueeze(-1)
     return (parts << shift).sum(-2).to(torch.uint8)
 
 
@@ -106,7 +106,7 @@ def quantize(rotated: Tensor, bits: int) -> Packed:
         zero = low.clamp(-LARGEST, LARGEST).half()
         scale = ((high - low) / steps).clamp(SMALLEST_SCALE, LARGEST).half()
         codes = ((rotated - zero.float()) / scale.float()).round().clamp(0, steps)
-        return Packed(pack(codes.to(torch.uint8), bits), scale[..., 0], zero[..., 0])
+        return Packed(pack(codes.to(torch.uint8), bits), scale.squeeze(-1), zero.squeeze(-1))
     norm = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True)
     unit = rotated / norm.clamp_min(torch.finfo(norm.dtype).tiny) * rotated.shape[-1] ** 0.5
     table = levels(torch.arange(steps + 1, device=rotated.device), bits, rotated.dtype)
@@ -114,7 +114,7 @@ def quantize(rotated: Tensor, bits: int) -> Packed:
     codes = torch.bucketize(unit, ends)
     # Unbiased: the decoded vector's inner product with the original is the original's square.
     aligned = (rotated * table[codes]).sum(-1).clamp_min(torch.finfo(norm.dtype).tiny)
-    scale = (norm[..., 0].square() / aligned).clamp_max(LARGEST).half()
+    scale = (norm.squeeze(-1).square() / aligned).clamp_max(LARGEST).half()
     return Packed(pack(codes.to(torch.uint8), bits), scale, None)
 
 

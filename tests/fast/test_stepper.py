@@ -58,3 +58,125 @@ def test_steps_equal_eager_steps(name, padded):
     for ours, other in zip(cache.tiered, theirs.tiered):
         for a, b in zip(ours.dense(), other.dense()):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_caches_alternate_and_start_again_without_recompiling():
+    model = tiny_llama(dtype=torch.float64)
+    first, second = prompt(30, batch=2), prompt(41, batch=2, seed=1)
+    expected = [eager(model, fade_fast.create_cache(model, CONFIGS["int4"]), x) for x in (first, second)]
+    one, two = (fade_fast.create_cache(model, CONFIGS["int4"]) for _ in range(2))
+    for cache, inputs, tokens in ((one, first, expected[0]), (two, second, expected[1])):
+        assert torch.equal(compiled(model, cache, inputs), tokens)
+    one.reset()
+    assert torch.equal(compiled(model, one, second), expected[1])
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_turns_continue_a_captured_cache():
+    """A second turn, eager steps between and a crop leave the next captured steps right."""
+    model = tiny_llama(dtype=torch.float64)
+    inputs = prompt(30, batch=2)
+
+    def talk(step):
+        cache = fade_fast.create_cache(model, CONFIGS["int4"])
+        out = step(model, cache, inputs, new=9)
+        cache.crop(-3)
+        for length in (7, 1):
+            out = torch.cat(
+                (out[:, : cache.get_seq_length()], prompt(length, batch=2, seed=length)["input_ids"]), 1
+            )
+            turn = dict(input_ids=out, attention_mask=torch.ones_like(out))
+            out = step(model, cache, turn, new=9)
+            out = eager(model, cache, dict(input_ids=out, attention_mask=torch.ones_like(out)), new=3)
+        return out
+
+    assert torch.equal(talk(compiled), talk(eager))
+
+
+def test_beams_and_captured_steps_share_a_cache():
+    """Rows reordered in place, as captured steps need it."""
+    model = tiny_llama(dtype=torch.float64)
+    inputs = prompt(30, batch=2)
+    outputs = []
+    for step in (compiled, eager):
+        cache = fade_fast.create_cache(model, CONFIGS["int4"])
+        out = step(model, cache, inputs, new=9)
+        cache.reorder_cache(torch.tensor([1, 1]))
+        turn = dict(input_ids=out[[1, 1]], attention_mask=torch.ones_like(out))
+        outputs.append(step(model, cache, turn, new=9))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad], ids=lambda c: c.__name__)
+def test_inference_mode(context):
+    model = tiny_llama(dtype=torch.float64)
+    inputs = prompt(30, batch=2)
+    with context():
+        found = compiled(model, fade_fast.create_cache(model, CONFIGS["int4"]), inputs)
+        expected = eager(model, fade_fast.create_cache(model, CONFIGS["int4"]), inputs)
+    assert torch.equal(found, expected)
+
+
+def test_a_model_that_the_user_compiled():
+    model = tiny_llama(dtype=torch.float64)
+    inputs = prompt(30, batch=2)
+    expected = eager(model, fade_fast.create_cache(model, CONFIGS["int4"]), inputs)
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    assert torch.equal(eager(model, fade_fast.create_cache(model, CONFIGS["int4"]), inputs), expected)
+
+
+def test_long_uncompressed_texts_are_left_to_flash_attention(monkeypatch):
+    monkeypatch.setattr("fade_fast.layer.SETTLED", 64)
+    monkeypatch.setattr("fade_fast.kernels.exact.TAIL", 256)
+    model = tiny_llama(dtype=torch.float64)
+    inputs = prompt(600, batch=2)
+    cache = fade_fast.create_cache(model, CONFIGS["off"])
+    found = compiled(model, cache, inputs, new=300)
+    assert cache.stepper.settled >= 768 and counters["stats"]["unique_graphs"] == 1
+    expected = eager(model, fade_fast.create_cache(model, CONFIGS["off"]), inputs, new=300)
+    assert torch.equal(found, expected)
+
+
+def test_attach_is_undone():
+    model = tiny_llama()
+    fade_fast.create_cache(model)
+    assert "get_compiled_call" in vars(model)
+    fade_fast.detach(model)
+    assert "get_compiled_call" not in vars(model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", ["int4", "evict", "off"])
+def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name):
+    """From one demotion to the next: no host synchronisation, no allocation, no compilation."""
+    model = tiny_llama(dtype=torch.bfloat16).cuda()
+    inputs = {k: v.cuda() for k, v in prompt(300, batch=2).items()}
+    long = dict(recent_window=8, block_size=64)
+    configs = dict(int4=FadeConfig(**long), evict=FadeConfig(**long, int4_budget=64), off=CONFIGS["off"])
+    cache = fade_fast.create_cache(model, configs[name])
+    stepper, seen = cache.stepper, []
+    begin, end = stepper.begin, stepper.end
+
+    def strict(*args):
+        ready = begin(*args)
+        seen.append(
+            (torch.cuda.memory_stats()["allocation.all.allocated"], counters["stats"]["unique_graphs"])
+        )
+        torch.cuda.set_sync_debug_mode("error")
+        return ready
+
+    def relaxed():
+        torch.cuda.set_sync_debug_mode("default")
+        seen[-1] += (torch.cuda.memory_stats()["allocation.all.allocated"],)
+        end()
+
+    stepper.begin, stepper.end = strict, relaxed
+    try:
+        model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=120, min_new_tokens=120, do_sample=False
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    steady = seen[-40:-1]
+    assert len({graphs for _, graphs, _ in steady}) == 1
+    assert all(after == before for before, _, after in steady)
