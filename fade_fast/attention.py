@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .kernels import exact, packed, step
+from .kernels.compile import fuses
 from .kernels.merge import Partial, merge
 from .layer import Arrival, TieredLayer
 from .stepper import SHORT
@@ -150,7 +151,7 @@ class Rows:
         """Attention of a short step over all the layer holds, [B, q, Hq, D]."""
         layer, terms, tiers = self.layer, self.terms, self.layer.held_tiers()
         keys, values, seen = layer.exact["key"], layer.exact["value"], self.sees(layer.exact_positions())
-        if keys.is_cuda:  # one shape for as long as the buffers last
+        if fuses(keys):  # one shape for as long as the buffers last
             keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
             seen = torch.nn.functional.pad(seen, (0, keys.shape[2] - seen.shape[-1]))
         return step.attend(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .kernels.compile import fuses
+
 #: A full buffer grows by this fraction of itself, in whole steps. So to append a token costs a constant,
 #: at most that of copying 256, little beside reading all of them at every step; and hardly a slot is spare.
 GROWTH = 256
@@ -55,8 +57,9 @@ class Buffers:
         return self.tensors[name].shape[field.axis]
 
     @property
-    def on_cuda(self) -> bool:
-        return next(iter(self.tensors.values())).is_cuda
+    def fused(self) -> bool:
+        """Whether compiled kernels read this, for which a capacity should last."""
+        return fuses(next(iter(self.tensors.values())))
 
     @property
     def record_bytes(self) -> int:

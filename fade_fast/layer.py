@@ -15,6 +15,7 @@ from fade_ref.tiers import packed_bytes
 
 from .buffers import Buffers, Field, take
 from .kernels import rotated
+from .kernels.compile import fuses
 from .kernels.packed import Slots
 from .kernels.rope import rotate
 from .middle import HOLE, Middle, MiddleTier, PinnedMiddle, PlannedMiddle
@@ -103,7 +104,7 @@ class TieredLayer(CacheLayerMixin):
             leaving = max(0, (most or 0) - c.n_sink - c.recent_window)
             self.middle.reserve(leaving // c.block_size * c.block_size)
             most = room if most is None else min(room, most)
-            if keys.is_cuda:  # one shape for all steps, with room for a draft
+            if fuses(keys):  # one shape for all steps, with room for a draft
                 most = c.n_sink + c.recent_window + c.block_size + SHORT
                 most = min(most, max(SETTLED, room))
         self.exact.reserve(most or 0)

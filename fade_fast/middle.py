@@ -52,7 +52,7 @@ class MiddleTier:
     @property
     def span(self) -> int:
         """Slots a kernel runs over: those in use, and on CUDA some more, for few different lengths."""
-        return self._bucket(self.records.count) if self.records.on_cuda else self.records.count
+        return self._bucket(self.records.count) if self.records.fused else self.records.count
 
     def _bucket(self, count: int) -> int:
         return bucket(self.bound.numel(), count)
@@ -67,13 +67,13 @@ class MiddleTier:
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all; on CUDA for more than any span, which a graph would take for it."""
-        if self.records.on_cuda and tokens:
+        if self.records.fused and tokens:
             tokens = self._bucket(tokens) + SPARE
         self.records.reserve(tokens)
 
     def append(self, **fields: Tensor) -> None:
         needed = self.records.count + fields["key_scale"].shape[2]
-        if self.records.on_cuda and self._bucket(needed) + SPARE > self.records.capacity:
+        if self.records.fused and self._bucket(needed) + SPARE > self.records.capacity:
             # Kernels are compiled for a capacity: some to spare at first, then twice as much.
             spare = needed if self.records.capacity else max(HEADROOM, needed // 8)
             self.reserve(needed + spare if self.most is None else max(needed, min(self.most, needed + spare)))

@@ -99,6 +99,15 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+#: Types of devices on which twins run.
+FUSED_ON = {"cuda"}
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether functions of tensors like `x` run as their compiled twins."""
+    return x.device.type in FUSED_ON
+
+
 class Compiled:
     """The compiled twin of a function of tensors: one graph a shape, with its tiles pinned."""
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .compile import Compiled
+from .compile import Compiled, fuses
 from .merge import Partial, merge, soften
 
 TAIL = 1024  # columns beyond those settled, at most, less a few
@@ -63,7 +63,7 @@ def _(query, *args):
 def _tail_operator(
     query: Tensor, output: Tensor, lse: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float
 ) -> Tensor:
-    if query.is_cuda:
+    if fuses(query):
         return _compiled([], dict, query, output, lse, keys, values, seen, scaling=scaling)
     return _with_tail(query, output, lse, keys, values, seen, scaling)
 

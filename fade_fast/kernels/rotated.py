@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .compile import Compiled
+from .compile import Compiled, fuses
 
 #: Levels of N(0, 1) at 3 bits, u * (a + b * u * u) with u = 2 * code - 7, and their step at 2 bits, where
 #: they are evenly spaced. `fade_ref.quantize.cubic` and `levels(2, "linear")` derive the numbers.
@@ -152,7 +152,7 @@ def encode_both(
     for start in range(0, max(1, keys.shape[2]), TILE):
         tile = slice(start, start + TILE)
         part = keys[:, :, tile], values[:, :, tile], mean if mean.shape[2] == 1 else mean[:, :, tile]
-        if keys.is_cuda and (part[0].shape[2] == TILE or 0 < keys.shape[2] <= SMALL):
+        if fuses(keys) and (part[0].shape[2] == TILE or 0 < keys.shape[2] <= SMALL):
             parts.append(_compiled([], dict, *part, matrix, bits=bits))
         else:
             parts.append(_encode_both([], *part, matrix, bits=bits))

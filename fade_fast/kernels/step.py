@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import packed
-from .compile import Compiled, Tiles, step_tiles, tier_tiles
+from .compile import Compiled, Tiles, fuses, step_tiles, tier_tiles
 from .packed import LOG2E, Decoder, Queries, Slots, wide, written
 from .rotated import Packed, is_uniform
 
@@ -179,7 +179,7 @@ def _operator(
     options = dict(bits=pairs, scaling=scaling, softcap=softcap, interleaved=interleaved)
     slots = [_from_list(tiers[i * FLAT : (i + 1) * FLAT], n) for i, n in enumerate(per_mean)]
     args = (query, keys, values, seen, matrix, slots, s_aux, inv_freq, mass)
-    if not (query.is_cuda and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
+    if not (fuses(query) and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
         return _attend(*_of_span(args, spans), chunks=None, **options)
     chunks = _chunks_of(heads, spans, rows)
     blocks = [span // chunk for span, chunk in zip(spans, chunks)]

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+import fade_fast
 from fade_fast.kernels import compile as compiling
+from fade_fast.kernels import rotated, step
+
+from .models import compressed_tokens, prompt, tiny_llama
+from .test_stepper import CONFIGS
+from .test_stepper import compiled as captured
 
 TRACE = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
 
@@ -15,7 +21,8 @@ TRACE = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
 @pytest.fixture
 def twin(monkeypatch):
     """A twin of `x * 2 + marker's length`, traced as on CUDA, without code generation."""
-    monkeypatch.setattr(compiling.torch, "compile", lambda f, fullgraph, options: TRACE(f))
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: real(f, **k) if "backend" in k else TRACE(f))
     torch._dynamo.reset()
     counters.clear()
     return compiling.Compiled(lambda markers, x, *, factor: x * factor + len(markers[0]))
@@ -56,3 +63,24 @@ def test_no_second_graph_inside_another_compiled_one(twin):
             assert outer(torch.ones(3)).eq(18).all()
         twin([marker(5)], dict, torch.ones(3), factor=2)
     assert graphs() == 2
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("name", ["int4", "int4, int2, evict"])
+def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
+    """A GPU's whole decode path traced on the CPU: every twin of every kernel is compiled once."""
+    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
+    monkeypatch.setattr(step, "_compiled", compiling.Compiled(step._twin))
+    monkeypatch.setattr(rotated, "_compiled", compiling.Compiled(rotated._encode_both))
+    config, counts = CONFIGS[name], []
+    model = tiny_llama(dtype=torch.float16)
+    with context():
+        for seed in range(3):
+            cache = fade_fast.create_cache(model, config)
+            captured(model, cache, prompt(40, batch=2, seed=seed), new=20)
+            assert compressed_tokens(cache) > 0
+            counts.append(graphs())
+    assert len(step._compiled.graphs) > 0 and len(rotated._compiled.graphs) > 0
+    assert counts[1] == counts[2]
+    twins = len(step._compiled.graphs) + len(rotated._compiled.graphs)
+    assert counts[2] == 1 + twins
