@@ -9,10 +9,10 @@ from torch._dynamo.utils import counters
 
 import fade_fast
 from fade_fast.kernels import compile as compiling
-from fade_fast.kernels import rotated, step
+from fade_fast.kernels import exact, rotated, step
 
 from .models import compressed_tokens, prompt, tiny_llama
-from .test_stepper import CONFIGS
+from .test_stepper import CONFIGS, eager
 from .test_stepper import compiled as captured
 
 TRACE = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
@@ -84,3 +84,19 @@ def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
     assert counts[1] == counts[2]
     twins = len(step._compiled.graphs) + len(rotated._compiled.graphs)
     assert counts[2] == 1 + twins
+
+
+def test_twin_of_long_uncompressed_texts(twin, monkeypatch):
+    """The same for what FlashAttention leaves over; the settled part moves on, the twin stays."""
+    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
+    monkeypatch.setattr("fade_fast.layer.SETTLED", 64)
+    monkeypatch.setattr(exact, "TAIL", 256)
+    tail = compiling.Compiled(lambda markers, *args, scaling: exact._with_tail(*args, scaling))
+    monkeypatch.setattr(exact, "_compiled", tail)
+    model = tiny_llama(dtype=torch.float32)
+    inputs = prompt(600, batch=2)
+    cache = fade_fast.create_cache(model, CONFIGS["off"], max_length=1500)
+    found = captured(model, cache, inputs, new=300)
+    assert cache.stepper.settled >= 768
+    assert len(tail.graphs) == 1 and graphs() == 2
+    assert torch.equal(found, eager(model, fade_fast.create_cache(model, CONFIGS["off"]), inputs, new=300))
