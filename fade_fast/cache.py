@@ -69,7 +69,9 @@ class TieredKVCache(Cache):
                 "'rotated' and 'sequence' are supported inside generate()"
             )
         self.fade_config, self.timeline = config, Timeline()
-        on_gpu = model.device.type == "cuda"
+        # Captured steps keep their counters on one device, so all layers must be there.
+        on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
+        on_gpu &= len({p.device for p in model.parameters()}) == 1
         self.stepper = Stepper(self.timeline, compileable=on_gpu)
         self._matrices: dict[tuple, Tensor] = {}
 
@@ -97,6 +99,7 @@ class TieredKVCache(Cache):
                 memo[id(shared)] = shared
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.stepper.clear()  # captured steps of this cache must not become the twin's
         return twin
 
     def _rotation(self, dim: int, device) -> Tensor:

@@ -224,7 +224,6 @@ class TieredLayer(CacheLayerMixin):
             return x.copy_(chosen) if chosen.shape == x.shape else chosen
 
         self._map(select)
-        self.stepper.touch()
 
     def offload(self) -> None:
         self._map(lambda x: x.to("cpu", non_blocking=True))
@@ -236,6 +235,7 @@ class TieredLayer(CacheLayerMixin):
     def _map(self, function) -> None:
         if not self.is_initialized:
             return
+        self.stepper.touch()
         self.exact.map(function)
         if self.sink_keys is not None:
             self.sink_keys = function(self.sink_keys)
@@ -309,6 +309,7 @@ class TieredLayer(CacheLayerMixin):
         """
         surplus = self._surplus(self.recent) if self.is_initialized else 0
         if surplus:
+            self.stepper.touch()
             start = self.exact.count - self.recent
             columns = slice(start, start + surplus)
             self._demote(

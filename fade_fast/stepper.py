@@ -63,7 +63,6 @@ class Stepper:
         if first.due:
             for layer in self.layers:
                 layer.settle()
-            self.touch()
         if first.exact.count == first.exact.capacity or self.timeline.full:
             for layer in self.layers:
                 layer.make_room()

@@ -97,7 +97,9 @@ class Timeline:
     def select_rows(self, index: Tensor) -> None:
         """Rows `index` [B'] take the places of the rows there were."""
         if self.buffer is not None:
-            self.buffer = self.buffer.index_select(0, index.to(self.buffer.device))
+            chosen = self.buffer.index_select(0, index.to(self.buffer.device))
+            same = chosen.shape == self.buffer.shape  # then in place: captured steps know the address
+            self.buffer = self.buffer.copy_(chosen) if same else chosen
 
     def tensors(self) -> list[Tensor]:
         """What this holds in memory."""

@@ -1,5 +1,7 @@
 """Captured decode steps: what generate() compiles gives what eager steps give, in one graph."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -180,3 +182,32 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name):
     steady = seen[-40:-1]
     assert len({graphs for _, graphs, _ in steady}) == 1
     assert all(after == before for before, _, after in steady)
+
+
+def test_a_copy_has_captured_steps_of_its_own():
+    model = tiny_llama(dtype=torch.float64)
+    inputs = prompt(30, batch=2)
+    cache = fade_fast.create_cache(model, CONFIGS["int4"])
+    out = compiled(model, cache, inputs, new=9)
+    twin = copy.deepcopy(cache)
+    before = [x.clone() for layer in twin.tiered for x in layer.dense()]
+    turn = dict(input_ids=out, attention_mask=torch.ones_like(out))
+    first = compiled(model, cache, turn, new=9)
+    assert all(torch.equal(a, b) for a, b in zip(before, [x for layer in twin.tiered for x in layer.dense()]))
+    assert torch.equal(compiled(model, twin, turn, new=9), first)
+
+
+def test_steps_follow_a_cache_that_moved():
+    """Weighing settles what is due; offloading moves every tensor."""
+    model = tiny_llama(dtype=torch.float64)
+    inputs = prompt(30, batch=2)
+    cache = fade_fast.create_cache(model, CONFIGS["int4"])
+    out = inputs["input_ids"]
+    for _ in range(8):
+        turn = dict(input_ids=out, attention_mask=torch.ones_like(out))
+        out = compiled(model, cache, turn, new=3)
+        cache.memory()
+        for layer in cache.tiered:
+            layer._map(torch.clone)
+    expected = eager(model, fade_fast.create_cache(model, CONFIGS["int4"]), inputs, new=24)
+    assert torch.equal(out, expected)
