@@ -6,7 +6,7 @@
 
 from fade_ref.config import FadeConfig
 
-from .cache import Memory, TieredKVCache, attach, create_cache, detach
+from .cache import Memory, TieredKVCache, attach, create_cache, detach, load_cache
 
 __version__ = "0.1.0"
-__all__ = ["FadeConfig", "Memory", "TieredKVCache", "attach", "create_cache", "detach"]
+__all__ = ["FadeConfig", "Memory", "TieredKVCache", "attach", "create_cache", "detach", "load_cache"]

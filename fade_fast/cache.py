@@ -1,6 +1,7 @@
 """`TieredKVCache`: the cache that goes into `model.generate(past_key_values=...)`."""
 
 import copy
+import os
 import warnings
 from dataclasses import dataclass
 
@@ -17,11 +18,11 @@ from transformers.cache_utils import (
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import Tier
 
-from . import plan, stepper
+from . import checkpoint, plan, stepper
 from .attention import NAME
 from .kernels import rotated
 from .layer import TieredLayer
-from .models import find_rope, text_config
+from .models import find_rope, fingerprint, text_config
 from .stepper import Stepper
 from .timeline import Timeline
 
@@ -69,6 +70,7 @@ class TieredKVCache(Cache):
                 "'rotated' and 'sequence' are supported inside generate()"
             )
         self.fade_config, self.timeline = config, Timeline()
+        self.device, self.fingerprint = model.device, fingerprint(model)
         # Captured steps keep their counters on one device, so all layers must be there.
         on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
         on_gpu &= len({p.device for p in model.parameters()}) == 1
@@ -173,6 +175,24 @@ class TieredKVCache(Cache):
             tokens={n: int(x) if x == int(x) else x for n, x in tokens.items()},
         )
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the cache to a file, whole or not at all; `load_cache` reads it.
+
+        Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
+        """
+        checkpoint.save(self, path)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict]:
+        """Tensors, cloned, and what else the cache knows, for people who store it themselves."""
+        return checkpoint.state_dict(self)
+
+    def load_state_dict(self, tensors: dict[str, Tensor], known: dict) -> None:
+        """Fill this cache, which must be empty, with what `state_dict` gave.
+
+        Raises `ValueError`, and leaves the cache empty, if they do not fit.
+        """
+        checkpoint.load_state_dict(self, tensors, known)
+
     def describe(self) -> str:
         """A text saying what each layer keeps, and how."""
         lines = [f"TieredKVCache, {self.timeline.length} tokens seen, {self.fade_config}"]
@@ -246,6 +266,30 @@ def create_cache(
         raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
     cache = TieredKVCache(model, config, max_length)
     attach(model)
+    return cache
+
+
+def load_cache(
+    path: str | os.PathLike, model: PreTrainedModel, *, max_length: int | None = None
+) -> TieredKVCache:
+    """A cache for `model` as `TieredKVCache.save` wrote it; decoding goes on to the bit.
+
+    Args:
+        path: what `save` wrote.
+        model: the model it was filled by, on any device.
+        max_length: as `create_cache` takes it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not such a file, damaged, of another version, or of another model.
+    """
+    tensors, header = checkpoint.read(path)
+    theirs, ours = header["model"], fingerprint(model)
+    if theirs != ours:
+        different = ", ".join(name for name in ours if theirs.get(name) != ours[name])
+        raise ValueError(f"{path} was filled by another model: {different} differ")
+    cache = create_cache(model, FadeConfig(**header["config"]), max_length=max_length)
+    cache.load_state_dict(tensors, header)
     return cache
 
 

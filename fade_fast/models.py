@@ -1,6 +1,7 @@
 """What a model is: its text configuration, its attention layers and their RoPE."""
 
 import copy
+import json
 import sys
 from dataclasses import dataclass
 
@@ -47,6 +48,28 @@ def text_config(model: PreTrainedModel):
             "which are compressed already and cannot be tiered"
         )
     return config
+
+
+#: What must agree between the model that filled a cache and one that goes on with it.
+FINGERPRINT = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+)
+
+
+def fingerprint(model: PreTrainedModel) -> dict:
+    """What makes two models' caches interchangeable, as JSON has it; weights are not looked at."""
+    config = text_config(model)
+    found = {name: getattr(config, name, None) for name in FINGERPRINT}
+    return json.loads(json.dumps(found | dict(dtype=str(model.dtype)), default=str))
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .kernels import exact, step
+from .models import text_config
 from .timeline import HOLE
 
 SHORT = 16  # most columns of a step that are stored before they are attended
@@ -201,7 +202,8 @@ def compiled_call(model: PreTrainedModel, compile_config):
             return compiled(*args, **kwargs)
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        if args or tokens is None or not stepper.begin(tokens.shape[1], tokens.shape[0]):
+        ours = stepper.layers[0].model_config is text_config(model)  # else attention refuses the cache
+        if args or tokens is None or not ours or not stepper.begin(tokens.shape[1], tokens.shape[0]):
             return model(*args, **kwargs)
         try:
             output = compiled(**kwargs)

@@ -211,3 +211,13 @@ def test_steps_follow_a_cache_that_moved():
             layer._map(torch.clone)
     expected = eager(model, fade_fast.create_cache(model, CONFIGS["int4"]), inputs, new=24)
     assert torch.equal(out, expected)
+
+
+def test_a_cache_of_another_model_is_refused():
+    model, other = tiny_llama(dtype=torch.float64), tiny_llama(dtype=torch.float64)
+    inputs = prompt(30, batch=2)
+    cache = fade_fast.create_cache(model, CONFIGS["int4"])
+    out = compiled(model, cache, inputs)
+    fade_fast.create_cache(other, CONFIGS["int4"])
+    with pytest.raises(ValueError, match="another model"):
+        compiled(other, cache, dict(input_ids=out, attention_mask=torch.ones_like(out)))

@@ -1,0 +1,187 @@
+"""A cache as a file: safetensors with a JSON header, nothing that could run code.
+
+What is stored are the slots in use, as they are in memory, so that decoding goes on to the bit. What
+follows from the configuration (the codec's rotation, capacities, captured steps) is made anew.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+
+from .layer import TieredLayer
+from .middle import PlannedMiddle
+from .timeline import Timeline
+
+VERSION = 1
+
+
+def state_dict(cache: Cache) -> tuple[dict[str, Tensor], dict]:
+    """Every tensor of a `TieredKVCache`, cloned, and what else it knows, as JSON would have it.
+
+    Names are "timeline" and "{layer}.{part}.{field}"; shapes are those in memory, cut to what is in use.
+
+    Raises `ValueError` for a layer of a kind that cannot be stored.
+    """
+    tensors = {"timeline": cache.timeline.positions} if cache.timeline.length else {}
+    layers = []
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, TieredLayer):
+            layer.settle()
+            parts, known = _of_tiered(layer)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            parts = dict(keys=layer.keys, values=layer.values) if layer.is_initialized else {}
+            known = dict(cumulative_length=layer.cumulative_length)
+        else:
+            raise ValueError(f"layer {i} is a {type(layer).__name__}, which cannot be stored")
+        tensors |= {f"{i}.{name}": x for name, x in parts.items()}
+        layers.append(dict(kind=type(layer).__name__) | known)
+    known = dict(config=dataclasses.asdict(cache.fade_config), holes=cache.timeline.has_holes, layers=layers)
+    return {name: x.detach().clone().contiguous() for name, x in tensors.items()}, known
+
+
+def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> None:
+    """Fill an empty cache with what `state_dict` gave; tensors are copied to the model's device.
+
+    Raises `ValueError`, before anything is changed, if the cache is not empty, has another
+    configuration or other layers, or a tensor is missing, left over, or of a wrong shape.
+    """
+    if cache.timeline.length:
+        raise ValueError("the cache is not empty: reset() it first")
+    if known["config"] != dataclasses.asdict(cache.fade_config):
+        raise ValueError(f"the stored configuration is {known['config']}, the cache's {cache.fade_config}")
+    kinds, ours = (
+        [layer["kind"] for layer in known["layers"]],
+        [type(layer).__name__ for layer in cache.layers],
+    )
+    if kinds != ours:
+        raise ValueError(f"the stored layers are {kinds}, the cache's {ours}")
+    rest = dict(tensors)
+    position = rest.pop("timeline", None)
+    own = [{} for _ in cache.layers]
+    for name in list(rest):
+        index, _, part = name.partition(".")
+        if not index.isdigit() or int(index) >= len(own):
+            raise ValueError(f"tensor {name!r} belongs to no layer")
+        own[int(index)][part] = rest.pop(name)
+    try:
+        for layer, parts, about in zip(cache.layers, own, known["layers"]):
+            device = cache.device
+            parts = {name: x.to(device) for name, x in parts.items()}
+            if isinstance(layer, TieredLayer):
+                _fill_tiered(layer, parts, about)
+            elif parts:
+                layer.lazy_initialization(parts["keys"], parts["values"])
+                layer.keys, layer.values = parts.pop("keys").clone(), parts.pop("values").clone()
+                layer.cumulative_length = about["cumulative_length"]
+            if parts:
+                raise ValueError(f"tensors without a place: {', '.join(parts)}")
+        if position is not None:
+            _fill_timeline(cache.timeline, position.to(cache.device), known["holes"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        cache.reset()
+        raise ValueError(f"what is stored does not fit the cache: {error}") from error
+
+
+def save(cache: Cache, path: str | os.PathLike) -> None:
+    """Write a cache to a file, whole or not at all: a file that was there survives a crash.
+
+    Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
+    """
+    tensors, known = state_dict(cache)
+    header = dict(version=VERSION, model=cache.fingerprint, digest=_digest(tensors), **known)
+    data = serialise(tensors, metadata={"fade": json.dumps(header)})
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the header of a file that `save` wrote.
+
+    Raises `FileNotFoundError`, and `ValueError` for what is no such file, damaged, or newer.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["fade"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a stored cache, or is damaged: {error}") from error
+    if header.get("version") != VERSION:
+        raise ValueError(f"{path} has version {header.get('version')}; {VERSION} is understood here")
+    if header.get("digest") != _digest(tensors):
+        raise ValueError(f"{path} is damaged: its tensors are not those that were written")
+    return tensors, header
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        x = tensors[name].contiguous().cpu()
+        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        digest.update(x.flatten().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+    return digest.hexdigest()
+
+
+def _of_tiered(layer: TieredLayer) -> tuple[dict[str, Tensor], dict]:
+    if not layer.is_initialized:
+        return {}, dict(length=0)
+    parts = {f"exact.{name}": layer.exact[name] for name in layer.exact.fields}
+    if layer.sink_keys is not None:
+        parts["sink_keys"] = layer.sink_keys
+    middle = layer.middle
+    if middle is not None:
+        for i, tier in enumerate(middle.tiers):
+            parts |= {f"tier{i}.{name}": tier.records[name] for name in tier.records.fields}
+            parts[f"tier{i}.bound"] = tier.bound
+        parts["means"] = middle.means["mean"]
+        if isinstance(middle, PlannedMiddle) and middle.evicted is not None:
+            parts |= dict(evicted=middle.evicted, demoted=middle._demoted)
+    return parts, dict(length=layer.length, sinks_placed=layer._sinks_placed)
+
+
+def _fill_tiered(layer: TieredLayer, parts: dict[str, Tensor], about: dict) -> None:
+    if not about["length"]:
+        return
+    exact = {name: parts.pop(f"exact.{name}") for name in ("key", "value")}
+    layer.check(*exact.values())
+    layer.lazy_initialization(*exact.values())
+    layer.exact.append(**exact)
+    layer.length, layer._sinks_placed = about["length"], about["sinks_placed"]
+    layer.sink_keys = parts.pop("sink_keys", None)
+    middle = layer.middle
+    if middle is None:
+        return
+    for i, tier in enumerate(middle.tiers):
+        fields = {name: parts.pop(f"tier{i}.{name}") for name in tier.records.fields}
+        tier.append(**fields)
+        tier.bound.copy_(parts.pop(f"tier{i}.bound"))
+    middle.means.reserve(-(-middle.tiers[0].records.capacity // middle.per_mean))
+    middle.means.append(mean=parts.pop("means"))
+    if "evicted" in parts:
+        middle.evicted, middle._demoted = parts.pop("evicted"), parts.pop("demoted")
+
+
+def _fill_timeline(timeline: Timeline, position: Tensor, holes: bool) -> None:
+    timeline.buffer = position[:, :0].clone()
+    timeline.reserve(position.shape[1])
+    timeline.buffer[:, : position.shape[1]] = position
+    timeline.length, timeline.has_holes = position.shape[1], holes
