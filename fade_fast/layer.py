@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import packed_bytes
 
+from . import importance
 from .buffers import Buffers, Field, take
 from .kernels import rotated
 from .kernels.packed import Slots
@@ -80,6 +81,7 @@ class TieredLayer(CacheLayerMixin):
         self.length = 0
         self.exact: Buffers | None = None  # sinks, then recent columns
         self.middle: Middle | None = None
+        self.observer = importance.observer(self.config)  # of attention received, if the policy asks
         self._sinks_placed = False
         self.sink_keys: Tensor | None = None  # as they came; `exact` holds them as they are read
         self.frozen: list[Slots] = []  # what captured steps read of the tiers
@@ -93,11 +95,14 @@ class TieredLayer(CacheLayerMixin):
         batch, heads, _, dim = keys.shape
         self.dtype, self.device = keys.dtype, keys.device
         fields = dict.fromkeys(("key", "value"), Field((dim,), keys.dtype, heads))
+        if self.observer:
+            self.observer.start(heads, keys.dtype, keys.device)
+            fields |= self.observer.fields
         self.exact = Buffers(fields, 1, batch, keys.device)
         if c.compresses:
             kind = PlannedMiddle if c.moves else PinnedMiddle
             table = self._rotations(dim, keys.device)
-            self.middle = kind(c, self.timeline, self.rope, table, batch, heads)
+            self.middle = kind(c, self.timeline, self.rope, table, batch, heads, self.observer)
             # All that the region ever holds, unless the window is longer than this text.
             room = min(c.n_sink + c.recent_window + c.block_size, keys.shape[2] + c.block_size)
             leaving = max(0, (most or 0) - c.n_sink - c.recent_window)
@@ -126,6 +131,11 @@ class TieredLayer(CacheLayerMixin):
         if self._dispatches():
             arrival = Arrival(self, keys, values)
             return arrival, arrival
+        if self.observer:
+            raise ValueError(
+                f"eviction_policy={self.config.eviction_policy!r} ranks by attention, which this model's "
+                "own attention function does not tell: fade_fast.attach(model) replaces it"
+            )
         self.settle()
         both = (keys, values)
         if self.length:
@@ -248,6 +258,7 @@ class TieredLayer(CacheLayerMixin):
         found = list(self.exact.tensors.values())
         if self.sink_keys is not None:
             found.append(self.sink_keys)
+        found += self.observer.tensors() if self.observer else []
         return found + (self.middle.tensors() if self.middle is not None else [])
 
     # -- the life of a token
@@ -272,13 +283,16 @@ class TieredLayer(CacheLayerMixin):
         """Columns no longer held, in a batch without padding."""
         return self.length - self.exact.count - (self.middle.count if self.has_middle else 0)
 
-    def store(self, keys: Tensor, values: Tensor, attended: bool) -> None:
+    def store(
+        self, keys: Tensor, values: Tensor, attended: bool, received: dict[str, Tensor] | None = None
+    ) -> None:
         """Take in the columns of a step, which the timeline knows already; `settle` comes first.
 
         Args:
             keys, values: [B, H, q, D], keys after RoPE; 0 in padding slots.
             attended: whether the step's attention is done. Then what has to leave the recent
                 region leaves it at once, so that a long step never fills the recent buffers.
+            received: the observer's fields of these columns; None: no query has seen them.
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
@@ -287,18 +301,33 @@ class TieredLayer(CacheLayerMixin):
         sinks = max(0, min(new, self.config.n_sink - start))
         recent = self.recent
         self.length += new
-        self.exact.append(key=keys[:, :, :sinks], value=values[:, :, :sinks])
+        columns = dict(key=keys, value=values) | (self.arrive(new) if received is None else received)
+        self.exact.append(**self._cut(columns, 0, sinks))
         if self.timeline.has_holes and not self._sinks_placed:
             self._place_sinks(keys, values, start)
-        keys, values = keys[:, :, sinks:], values[:, :, sinks:]
-        surplus = self._surplus(recent + keys.shape[2]) if attended else 0
+        columns = self._cut(columns, sinks, new)
+        surplus = self._surplus(recent + new - sinks) if attended else 0
         if surplus:
-            keys = torch.cat((self.exact["key"][:, :, self.exact.count - recent :], keys), dim=2)
-            values = torch.cat((self.exact["value"][:, :, self.exact.count - recent :], values), dim=2)
+            older, first = self._held(self.exact.count - recent, self.exact.count), self.length - new + sinks
+            axes = {name: field.axis for name, field in self.exact.fields.items()}
+            columns = {name: torch.cat((older[name], x), axes[name]) for name, x in columns.items()}
             self.exact.count -= recent
-            self._demote(keys[:, :, :surplus], values[:, :, :surplus], self.length - keys.shape[2])
-            keys, values = keys[:, :, surplus:], values[:, :, surplus:]
-        self.exact.append(key=keys, value=values)
+            self._demote(self._cut(columns, 0, surplus), first - recent)
+            columns = self._cut(columns, surplus, recent + new - sinks)
+        self.exact.append(**columns)
+
+    def arrive(self, count: int) -> dict[str, Tensor]:
+        """The observer's fields of `count` new columns."""
+        return self.observer.arrive(self.exact["key"].shape[0], count, self.device) if self.observer else {}
+
+    def _cut(self, columns: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+        """Columns `start` to `stop` of every field."""
+        axes = self.exact.fields
+        return {name: x.narrow(axes[name].axis, start, stop - start) for name, x in columns.items()}
+
+    def _held(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Slots `start` to `stop` of the uncompressed region, every field."""
+        return self._cut(self.exact.tensors, start, stop)
 
     def settle(self) -> bool:
         """Demote the blocks that a step read from the recent buffers, and pushed out of them.
@@ -309,12 +338,7 @@ class TieredLayer(CacheLayerMixin):
         surplus = self._surplus(self.recent) if self.is_initialized else 0
         if surplus:
             start = self.exact.count - self.recent
-            columns = slice(start, start + surplus)
-            self._demote(
-                self.exact["key"][:, :, columns],
-                self.exact["value"][:, :, columns],
-                self.length - self.recent,
-            )
+            self._demote(self._held(start, start + surplus), self.length - self.recent)
             self.exact.remove(start, surplus)
         return surplus > 0
 
@@ -336,9 +360,11 @@ class TieredLayer(CacheLayerMixin):
                 stored.copy_(torch.where(here, take(x, column)[:, :, 0], stored))
         self._sinks_placed = bool((self.timeline.newest() >= self.config.n_sink - 1).all())
 
-    def _demote(self, keys: Tensor, values: Tensor, first: int) -> None:
+    def _demote(self, columns: dict[str, Tensor], first: int) -> None:
+        """Hand columns `first` onwards to the middle, given every field of them."""
         before = self.middle.evicted
-        self.middle.demote(keys, values, first)
+        received = {name: x for name, x in columns.items() if name not in ("key", "value")}
+        self.middle.demote(columns["key"], columns["value"], first, received)
         if self.config.contiguous and self.middle.evicted is not None:
             self._turn_sinks(before, self.middle.evicted)
 
@@ -401,6 +427,7 @@ class TieredLayer(CacheLayerMixin):
     def baked(self) -> list[Tensor]:
         """Tensors that captured steps know by their addresses."""
         found = list(self.exact.tensors.values())
+        found += self.observer.tensors() if self.observer else []
         if self.has_middle:
             found += [x for tier in self.held_tiers() for x in tier.tensors()]
             found += self.middle.means.tensors.values()
@@ -430,9 +457,36 @@ class TieredLayer(CacheLayerMixin):
 
     def settled_columns(self) -> int:
         """How many columns, the first ones, can be left to FlashAttention: whole, and not the newest."""
-        if self.has_middle or self.exact.count < SETTLED:
+        if self.has_middle or self.exact.count < SETTLED or self.observer:  # it tells no weights
             return 0
         return self.exact.count // 256 * 256
+
+    # -- the attention that tokens receive
+
+    def tally(self) -> list[Tensor]:
+        """Zeros in which `step.attend` counts a step: one tensor for the uncompressed slots and one a
+        tier, [B, H, capacity], or none where nothing asks."""
+        if not self.observer:
+            return []
+        keys = self.exact.tensors["key"]
+        sizes = [keys.shape[2], *(tier.records.capacity for tier in self.held_tiers())]
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        return [torch.zeros(*keys.shape[:2], n, dtype=wide, device=keys.device) for n in sizes]
+
+    def count(self, tally: list[Tensor], group: int, seen: list[Tensor]) -> None:
+        """Add what a step counted, given for the same slots what its queries saw.
+
+        Args:
+            tally: see there; sums over the query rows of a KV head, `group` heads.
+            seen: bool [B, 1 or q, n]; n may be less than the capacity.
+        """
+        buffers = [self.exact, *(tier.records for tier in self.held_tiers())]
+        for records, sums, sees in zip(buffers, tally, seen):
+            n = sees.shape[-1]
+            tensors = {name: records.tensors[name] for name in self.observer.fields}
+            shares = (sums[..., :n] / group).unsqueeze(2)
+            self.observer.add({k: x[..., :n] for k, x in tensors.items()}, shares, sees.unsqueeze(1))
+        self.observer.advance(seen[0].shape[1])
 
     # -- what attention reads
 

@@ -17,6 +17,7 @@ from fade_ref.tiers import INTEGER_TIERS, Tier, packed_bytes
 
 from . import plan
 from .buffers import Buffers, Field, along, take
+from .importance import Observer
 from .kernels import rotated
 from .kernels.packed import Slots, bucket
 from .kernels.rope import rotate
@@ -119,16 +120,25 @@ class Middle(ABC):
         rope: how the model rotates this layer's keys; needed if `config.contiguous`.
         table: the codec's rotation and, below it, the sum of its rows: [D + 1, D] float32.
         batch, heads: rows, and KV heads of the layer.
+        observer: what tells how much attention tokens received; None where nothing asks.
     """
 
     def __init__(
-        self, config: FadeConfig, timeline: Timeline, rope: Rope | None, table, batch: int, heads: int
+        self,
+        config: FadeConfig,
+        timeline: Timeline,
+        rope: Rope | None,
+        table: Tensor,
+        batch: int,
+        heads: int,
+        observer: Observer | None = None,
     ):
+        self.observer = observer
         self.config, self.timeline, self.rope, self.table = config, timeline, rope, table
         dim, device = table.shape[1], table.device
         self.matrix = table[:dim]
         widths = [(config.middle_k_bits, config.middle_v_bits)]
-        if config.int2_budget != 0:
+        if config.int2_budget != 0 and max(widths[0]) > 2:  # else the first tier has both budgets
             widths.append((2, 2))
         self.tiers = []
         for bits in widths:
@@ -156,8 +166,11 @@ class Middle(ABC):
         """Make room for `tokens` in all at once."""
 
     @abstractmethod
-    def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
-        """Take in columns `first` onwards: keys after RoPE and values, [B, H, n, D]."""
+    def demote(self, keys: Tensor, values: Tensor, first: int, received: dict[str, Tensor]) -> None:
+        """Take in columns `first` onwards: keys after RoPE and values, [B, H, n, D].
+
+        `received` holds the observer's fields of the same columns; empty without one.
+        """
 
     @abstractmethod
     def position(self, tier: MiddleTier) -> Tensor:
@@ -239,7 +252,7 @@ class PinnedMiddle(Middle):
         self.tiers[0].records.reserve(tokens)
         self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
 
-    def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
+    def demote(self, keys: Tensor, values: Tensor, first: int, received: dict[str, Tensor]) -> None:
         position = self.column_positions(first, keys.shape[2])
         keys = self.before_rope(keys, position)
         blocks = (keys.shape[2] // self.step, self.step)
@@ -280,35 +293,47 @@ class PlannedMiddle(Middle):
 
     def own_fields(self) -> dict[str, Field]:
         names = ("position", "read_at") if self.config.contiguous else ("position",)
-        return dict.fromkeys(names, Field((), torch.int32, 1))
+        return dict.fromkeys(names, Field((), torch.int32, 1)) | self._observed
+
+    @property
+    def _observed(self) -> dict[str, Field]:
+        return self.observer.fields if self.observer else {}
 
     def reserve(self, tokens: int) -> None:
         for tier, budget in zip(self.tiers, (self.config.int4_budget, self.config.int2_budget)):
             tier.records.reserve(tokens if budget is None else min(budget, tokens))
         self.means.reserve(1)
 
-    def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
+    def demote(self, keys: Tensor, values: Tensor, first: int, received: dict[str, Tensor]) -> None:
         position = self.column_positions(first, keys.shape[2])
         keys = self.before_rope(keys, position)
         self._fix_mean(keys, position)
-        candidates = torch.cat(
-            [t.records["position"] for t in self.tiers if t.records.count] + [position], -1
-        )
+        held = [t for t in self.tiers if t.records.count]
+        candidates = torch.cat([t.records["position"] for t in held] + [position], -1)
+        spent = [torch.full_like(t.records["position"], t is not self.tiers[0], dtype=torch.bool) for t in held]
+        spent = torch.cat([*spent, torch.zeros_like(position, dtype=torch.bool)], -1)
+        received = {
+            name: torch.cat([t.records[name] for t in held] + [received[name]], field.axis)
+            for name, field in self._observed.items()
+        }
         tiers = plan.plan(
-            plan.scores(self.config.eviction_policy, candidates),
+            plan.scores(self.config.eviction_policy, candidates, self.observer, received),
             candidates,
             self.config.int4_budget,
             self.config.int2_budget,
             self.tiers[0].tier,
+            spent,
+            adaptive=self.config.eviction_policy == "adaptive",
         )
         chosen = [plan.kept(tiers, candidates, t.tier) for t in self.tiers]
         survivors = [self._collect(t, index, keys, values) for t, (index, _) in zip(self.tiers, chosen)]
         places = [candidates.gather(-1, index).masked_fill(~real, HOLE) for index, real in chosen]
         self._count(position, places)
         read_at = self._renumber(places)
-        for tier, fields, place, at in zip(self.tiers, survivors, places, read_at):
-            renumbered = {"read_at": at} if self.config.contiguous else {}
-            tier.replace(**fields, position=place, **renumbered)
+        for tier, fields, place, at, (index, _) in zip(self.tiers, survivors, places, read_at, chosen):
+            own = {"read_at": at} if self.config.contiguous else {}
+            own |= {name: take(x, index, self._observed[name].axis) for name, x in received.items()}
+            tier.replace(**fields, position=place, **own)
 
     def _fix_mean(self, keys: Tensor, position: Tensor) -> None:
         """Fix each row's mean at the first demotion that brings it a real token."""
