@@ -17,7 +17,7 @@ from transformers.cache_utils import (
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import Tier
 
-from . import plan, stepper
+from . import importance, plan, stepper
 from .attention import NAME
 from .kernels import rotated
 from .layer import TieredLayer
@@ -67,6 +67,13 @@ class TieredKVCache(Cache):
             raise ValueError(
                 f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: "
                 "'rotated' and 'sequence' are supported inside generate()"
+            )
+        if importance.observer(config) and not (
+            model_config._attn_implementation == NAME or model._can_set_attn_implementation()
+        ):
+            raise ValueError(
+                f"eviction_policy={config.eviction_policy!r} ranks by attention, but {type(model).__name__} "
+                "does not let its attention be replaced: 'position' is supported for it"
             )
         self.fade_config, self.timeline = config, Timeline()
         on_gpu = model.device.type == "cuda"
@@ -203,7 +210,7 @@ def _sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
     vector = layer.exact["key"].shape[3] * layer.exact["key"].element_size()
     seen = int((layer.timeline.positions >= 0).sum())
     tokens = {Tier.FP16.name: int((layer.exact_positions() >= 0).sum())}
-    packed = tokens["FP16"] * heads * 2 * vector
+    packed = tokens["FP16"] * layer.exact.record_bytes
     if layer.middle is not None:
         for tier in layer.middle.tiers:
             tokens[tier.name] = int((layer.middle.position(tier) >= 0).sum())
@@ -225,12 +232,15 @@ def create_cache(
     Args:
         model: a decoder of transformers, of any dtype and on any device.
         config: a preset, "lossless", "safe", "balanced" or "aggressive", or a `FadeConfig`. `safe`
-            keeps every token; `balanced` and `aggressive` evict by position alone, oldest first.
+            keeps every token; `balanced` and `aggressive` evict by position alone, oldest first. Other
+            `eviction_policy`s (`plan.SUPPORTED`) rank tokens by the attention they receive, which
+            costs a few numbers a token (`importance.OBSERVERS`) and, in a prompt, their scores once more.
         max_length: the most tokens the cache will see; room for them is made at once. By default
             the buffers grow with the text.
 
     Raises:
-        ValueError: an unknown preset, or a model or a policy that cannot be served.
+        ValueError: an unknown preset, or a model or a policy that cannot be served; a policy that
+            ranks by attention needs a model whose attention can be replaced.
         TypeError: `model` or `config` is of another type.
     """
     if isinstance(config, str):

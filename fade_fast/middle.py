@@ -310,7 +310,9 @@ class PlannedMiddle(Middle):
         self._fix_mean(keys, position)
         held = [t for t in self.tiers if t.records.count]
         candidates = torch.cat([t.records["position"] for t in held] + [position], -1)
-        spent = [torch.full_like(t.records["position"], t is not self.tiers[0], dtype=torch.bool) for t in held]
+        spent = [
+            torch.full_like(t.records["position"], t is not self.tiers[0], dtype=torch.bool) for t in held
+        ]
         spent = torch.cat([*spent, torch.zeros_like(position, dtype=torch.bool)], -1)
         received = {
             name: torch.cat([t.records[name] for t in held] + [received[name]], field.axis)

@@ -211,6 +211,7 @@ class Step:
     output_error: float  # against the specification with the same codes
     same_tokens: bool  # positions, tiers and read positions agree with an independent run
     middle: int  # compressed tokens that were attended
+    score_error: float = 0.0  # of what tokens beyond the sinks received, against the independent run
 
 
 def trace(
@@ -220,12 +221,15 @@ def trace(
     *,
     padding: tuple[int, ...] = (),
     holes: dict[int, int] | None = None,
+    crops: dict[int, int] | None = None,
+    order: dict[int, list[int]] | None = None,
     seed: int = 0,
 ) -> Iterator[Step]:
     """Run one layer of both packages over random tokens, `steps` being the columns of each step.
 
     `padding[b]` columns of row b are padding in the first step; `holes[i]` columns of step i are
-    padding in row 0.
+    padding in row 0. Before step i the newest `crops[i]` columns are forgotten, then row j becomes what
+    row `order[i][j]` was.
     """
     model = _model(shape).to(shape.device)
     module = model.model.layers[0].self_attn
@@ -240,6 +244,12 @@ def trace(
         for b, n in enumerate(padding if i == 0 else ()):
             valid[b, :n] = False
         valid[0, : (holes or {}).get(i, 0)] = False
+        if i in (crops or {}):
+            cache.crop(-crops[i])
+            spec.crop(crops[i])
+        if i in (order or {}):
+            cache.reorder_cache(torch.tensor(order[i], device=shape.device))
+            spec.reorder(order[i])
         hole = ~valid[:, None, :, None]
         keys, values = keys.masked_fill(hole, torch.nan), values.masked_fill(hole, torch.nan)  # poison
         layer.settle()
@@ -257,7 +267,39 @@ def trace(
         ours = attention(module, query, arrival, arrival, mask)[0].transpose(1, 2).cpu()
         real = valid[:, None, :, None].expand_as(exact)
         layer.settle()
-        yield Step(relative_error(ours[real], exact[real]), _same_tokens(layer, spec), attended)
+        same = _same_tokens(layer, spec)
+        error = _score_error(layer, spec) if same and layer.observer else 0.0
+        yield Step(relative_error(ours[real], exact[real]), same, attended, error)
+
+
+def _score_error(layer: TieredLayer, spec: LayerCache) -> float:
+    """Largest error, over rows, of each token's own scores; the same tokens must be held."""
+    buffers = [(layer.exact_positions(), layer.exact)]
+    for tier in layer.middle.tiers if layer.has_middle else ():
+        buffers.append((layer.middle.position(tier), tier.records))
+    worst = 0.0
+    for b, (row,) in enumerate(spec.rows):
+        known = row.importance
+        theirs = {
+            "h2o": lambda: known.mass / known.queries.clamp(min=1),
+            "snapkv": lambda: known.window.nanmean(-2),
+            "tova": lambda: known.window[..., -1, :],
+        }.get(layer.config.eviction_policy, lambda: known.ema)()
+        ours = torch.zeros_like(theirs)
+        slot = {t.position: i for i, t in enumerate(row.tokens)}
+        for position, records in buffers:
+            received = {name: records[name] for name in layer.observer.fields}
+            scores = layer.observer.score(received)[b].cpu()
+            for i, p in enumerate(position[b, 0].tolist()):
+                if p >= layer.config.n_sink:
+                    ours[:, slot[p]] = scores[:, i]
+        chosen = torch.tensor([t.position >= layer.config.n_sink for t in row.tokens], dtype=torch.bool)
+        if chosen.any():
+            ours, theirs = ours[:, chosen], theirs[:, chosen]
+            if not torch.equal(ours.isnan(), theirs.isnan()):
+                return float("inf")
+            worst = max(worst, relative_error(ours.nan_to_num(), theirs.nan_to_num()))
+    return worst
 
 
 def _same_tokens(layer: TieredLayer, spec: LayerCache) -> bool:
