@@ -259,7 +259,7 @@ class Rows:
             for start, stop in _spans(tier.records.count):
                 fields = {name: tier.records[name][..., start:stop] for name in names}
                 position = layer.middle.position(tier)[..., start:stop]
-                yield layer.decode_keys(tier, start, stop, dtype), position, fields
+                yield layer.middle.decode_keys(tier, start, stop, dtype), position, fields
         for start, stop in _spans(self.stop - first if keys is not None else 0):
             position = layer.timeline.positions[:, None, first + start : first + stop]
             yield keys[:, :, start:stop], position, {n: received[n][..., start:stop] for n in names}

@@ -1,6 +1,7 @@
 """`TieredKVCache`: the cache that goes into `model.generate(past_key_values=...)`."""
 
 import copy
+import os
 import warnings
 from dataclasses import dataclass
 
@@ -56,24 +57,35 @@ class TieredKVCache(Cache):
     attention, shared) keep the classes that `DynamicCache` gives them.
     """
 
-    def __init__(self, model: PreTrainedModel, config: FadeConfig, max_length: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: FadeConfig,
+        max_length: int | None = None,
+        policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
+    ):
         model_config = text_config(model)
         if config.eviction_policy not in plan.SUPPORTED:
             raise ValueError(
                 f"eviction_policy={config.eviction_policy!r}: one of {', '.join(plan.SUPPORTED)} is "
                 "supported inside generate()"
             )
-        if config.quant_backend != "rotated" or config.plan_scope != "sequence":
+        if config.quant_backend != "rotated" or config.plan_scope not in plan.SCOPES:
             raise ValueError(
                 f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: "
-                "'rotated' and 'sequence' are supported inside generate()"
+                f"'rotated' and one of {', '.join(plan.SCOPES)} are supported inside generate()"
             )
-        if importance.observer(config) and not (
-            model_config._attn_implementation == NAME or model._can_set_attn_implementation()
-        ):
+        if (config.eviction_policy == "learned") != (policy_weights is not None):
+            raise ValueError(
+                f"eviction_policy={config.eviction_policy!r}, policy_weights "
+                f"{'not ' if policy_weights is None else ''}given: 'learned' needs them, others take none"
+            )
+        weights = None if policy_weights is None else importance.load(policy_weights)
+        replaceable = model_config._attn_implementation == NAME or model._can_set_attn_implementation()
+        if importance.observer(config, weights) and not replaceable:
             raise ValueError(
                 f"eviction_policy={config.eviction_policy!r} ranks by attention, but {type(model).__name__} "
-                "does not let its attention be replaced: 'position' is supported for it"
+                f"does not let its attention be replaced: {', '.join(plan.SCORES)} are supported for it"
             )
         self.fade_config, self.timeline = config, Timeline()
         on_gpu = model.device.type == "cuda"
@@ -87,7 +99,10 @@ class TieredKVCache(Cache):
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 rope = find_rope(model, i) if config.contiguous else None
-                layers[i] = TieredLayer(config, self.stepper, rope, self._rotation, dispatches, max_length)
+                observer = importance.observer(config, weights, i, len(layers))
+                layers[i] = TieredLayer(
+                    config, self.stepper, rope, self._rotation, dispatches, max_length, observer
+                )
                 layers[i].model_config = model_config
             elif type(layer) is DynamicSlidingWindowLayer and on_gpu:
                 layers[i] = StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
@@ -221,7 +236,11 @@ def _sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
 
 
 def create_cache(
-    model: PreTrainedModel, config: str | FadeConfig = "safe", *, max_length: int | None = None
+    model: PreTrainedModel,
+    config: str | FadeConfig = "safe",
+    *,
+    max_length: int | None = None,
+    policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
 ) -> TieredKVCache:
     """A cache for `model.generate(..., past_key_values=cache)` that compresses as it fills.
 
@@ -237,6 +256,8 @@ def create_cache(
             costs a few numbers a token (`importance.OBSERVERS`) and, in a prompt, their scores once more.
         max_length: the most tokens the cache will see; room for them is made at once. By default
             the buffers grow with the text.
+        policy_weights: for `eviction_policy="learned"`: a safetensors file, or its tensors, named and
+            shaped as `importance.MLP` says. None are shipped yet.
 
     Raises:
         ValueError: an unknown preset, or a model or a policy that cannot be served; a policy that
@@ -251,7 +272,7 @@ def create_cache(
         isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
     ):
         raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
-    cache = TieredKVCache(model, config, max_length)
+    cache = TieredKVCache(model, config, max_length, policy_weights)
     attach(model)
     return cache
 

@@ -8,9 +8,12 @@ Shapes: B rows, H KV heads, q queries, n slots. A share [B, H, q, n] is the prob
 gives to a token, mean over the query heads of the KV head.
 """
 
+import os
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fade_ref.config import FadeConfig
@@ -19,6 +22,9 @@ from .buffers import Field
 
 ALPHA = 0.95  # decay of `Decayed` a query: fade-kv 1.1.0, tracker.py
 WINDOW = 64  # queries that SnapKV observes
+#: Names and shapes of the tensors of the `learned` policy's network, as fade-kv names them.
+MLP = {"net.0.weight": (32, 4), "net.2.weight": (32, 32), "net.4.weight": (1, 32)}
+MLP |= {name.replace("weight", "bias"): shape[:1] for name, shape in MLP.items()}
 UNSEEN = -1.0  # stands where no query could see the token
 
 
@@ -55,10 +61,20 @@ class Observer(ABC):
 
     @abstractmethod
     def score(self, received: dict[str, Tensor]) -> Tensor:
-        """What the tokens are worth to each head, float64 [B, H, n], NaN where nothing is known."""
+        """What each token received by itself, float64 [B, H, n], NaN where nothing is known."""
+
+    def worth(self, received: dict[str, Tensor], position: Tensor, now: Tensor) -> Tensor:
+        """What the policy ranks candidates by, as `score`; it may depend on who else is one.
+
+        Args:
+            received: the fields of all candidates.
+            position: int32 [B, 1, n], negative where there is none. now: [B, 1, 1], of the newest token.
+        """
+        return self.score(received)
 
     def advance(self, queries: int) -> None:
         """Say that all tiles of `queries` queries have been added."""
+        return None
 
     def tensors(self) -> list[Tensor]:
         """What is held beside the fields."""
@@ -164,23 +180,84 @@ class Windowed(Observer):
         return window.masked_fill(~seen, 0.0).sum(2, dtype=torch.float64) / seen.sum(2)
 
     def tensors(self):
-        return [self.cursor]
+        return [] if self.cursor is None else [self.cursor]
 
 
-#: The observer that a policy needs. The windows: SnapKV (arXiv 2404.14469), TOVA (2401.06104).
+class Pooled(Windowed):
+    """SnapKV (arXiv 2404.14469): the mean over the window, pooled over neighbours."""
+
+    def worth(self, received, position, now):
+        return pool_neighbours(self.score(received), position)
+
+
+class Learned(Summed):
+    """The probability of a small network that a token is worth keeping (fade-kv 1.1.0).
+
+    It sees, each in [0, 1]: the position and the mean share, both scaled by their extremes over the
+    candidates; the layer's depth; and the token's age over that of the first.
+
+    Args:
+        weights: float64 tensors named and shaped as `MLP` says; `ValueError` if they are not.
+        layer, layers: index of this layer, and their number.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], layer: int, layers: int):
+        super().__init__()
+        found = {name: tuple(x.shape) for name, x in weights.items()}
+        if found != MLP:
+            raise ValueError(f"policy_weights have names and shapes {found}: {MLP} are needed")
+        self.weights, self.depth = weights, layer / max(layers - 1, 1)
+
+    def start(self, heads, dtype, device):
+        super().start(heads, dtype, device)
+        self.weights = {name: x.to(device) for name, x in self.weights.items()}
+
+    def worth(self, received, position, now):
+        w, x = self.weights, self._features(self.score(received), position, now)
+        x = F.linear(x, w["net.0.weight"], w["net.0.bias"]).relu()
+        x = F.linear(x, w["net.2.weight"], w["net.2.bias"]).relu()
+        return F.linear(x, w["net.4.weight"], w["net.4.bias"]).sigmoid().squeeze(-1)
+
+    def _features(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
+        hole = (position < 0).unsqueeze(-1)
+        x = torch.stack(torch.broadcast_tensors(position.double(), score), dim=-1)
+        low = x.masked_fill(hole, torch.inf).amin(-2, keepdim=True)
+        high = x.masked_fill(hole, -torch.inf).amax(-2, keepdim=True)
+        age = ((now - position).double() / now.clamp_min(1)).expand(score.shape)
+        scaled = torch.where(low == high, 0.0, (x - low) / (high - low))
+        depth = torch.full_like(age, self.depth)
+        return torch.cat([scaled, torch.stack([depth, age], dim=-1)], dim=-1).clamp(0, 1)
+
+    def tensors(self):
+        return list(self.weights.values())
+
+
+#: The observer that a policy needs. TOVA: arXiv 2401.06104.
 OBSERVERS = {
     "h2o": Summed,
     "ema": Decayed,
     "adaptive": Decayed,
-    "snapkv": lambda: Windowed(WINDOW),
+    "snapkv": lambda: Pooled(WINDOW),
     "tova": lambda: Windowed(1),
+    "learned": Learned,
 }
 
 
-def observer(config: FadeConfig) -> Observer | None:
-    """What has to watch a layer's attention under `config`; None if nothing ever asks."""
+def observer(config: FadeConfig, weights: dict[str, Tensor] | None = None, layer: int = 0, layers: int = 1):
+    """An `Observer` of what a layer's tokens receive under `config`; None if nothing ever asks.
+
+    `weights`, `layer` and `layers` are for the `learned` policy, see `Learned`.
+    """
     make = OBSERVERS.get(config.eviction_policy)
-    return make() if make and config.moves else None
+    if make is None or not config.moves:
+        return None
+    return make(weights, layer, layers) if make is Learned else make()
+
+
+def load(weights: str | os.PathLike | dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the `learned` policy in float64, from a safetensors file or as they are."""
+    found = weights if isinstance(weights, dict) else load_file(weights)
+    return {name: x.detach().double() for name, x in found.items()}
 
 
 def pool_neighbours(scores: Tensor, position: Tensor, size: int = 5) -> Tensor:
@@ -191,5 +268,5 @@ def pool_neighbours(scores: Tensor, position: Tensor, size: int = 5) -> Tensor:
     """
     order = position.argsort(dim=-1, stable=True).expand(scores.shape)  # holes first
     real = torch.where((position >= 0) & ~scores.isnan(), scores, 0.0).gather(-1, order)
-    pooled = torch.nn.functional.pad(real, (size // 2, size // 2)).unfold(-1, size, 1).mean(-1)
+    pooled = F.pad(real, (size // 2, size // 2)).unfold(-1, size, 1).mean(-1)
     return torch.empty_like(pooled).scatter_(-1, order, pooled)

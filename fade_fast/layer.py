@@ -13,8 +13,8 @@ from transformers.cache_utils import CacheLayerMixin
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import packed_bytes
 
-from . import importance
 from .buffers import Buffers, Field, take
+from .importance import Observer
 from .kernels import rotated
 from .kernels.packed import Slots
 from .kernels.rope import rotate
@@ -61,13 +61,21 @@ class TieredLayer(CacheLayerMixin):
         dispatches: whether the model's attention calls are ours at the moment; if they are not,
             `update` returns dense keys and values.
         max_length: columns to make room for at once; None grows on demand.
+        observer: of the attention that tokens receive, if the policy asks.
     """
 
     is_sliding = False
     is_croppable = True
 
     def __init__(
-        self, config: FadeConfig, stepper: Stepper, rope: Rope | None, rotations, dispatches, max_length
+        self,
+        config: FadeConfig,
+        stepper: Stepper,
+        rope: Rope | None,
+        rotations,
+        dispatches,
+        max_length: int | None,
+        observer: Observer | None = None,
     ):
         super().__init__()
         self.stepper, self.index = stepper, len(stepper.layers)
@@ -75,13 +83,13 @@ class TieredLayer(CacheLayerMixin):
         timeline = stepper.timeline
         self.config, self.timeline, self.rope = config, timeline, rope
         self._rotations, self._dispatches, self._max_length = rotations, dispatches, max_length
+        self.observer = observer
         self._clear()
 
     def _clear(self) -> None:
         self.length = 0
         self.exact: Buffers | None = None  # sinks, then recent columns
         self.middle: Middle | None = None
-        self.observer = importance.observer(self.config)  # of attention received, if the policy asks
         self._sinks_placed = False
         self.sink_keys: Tensor | None = None  # as they came; `exact` holds them as they are read
         self.frozen: list[Slots] = []  # what captured steps read of the tiers
@@ -364,7 +372,7 @@ class TieredLayer(CacheLayerMixin):
         """Hand columns `first` onwards to the middle, given every field of them."""
         before = self.middle.evicted
         received = {name: x for name, x in columns.items() if name not in ("key", "value")}
-        self.middle.demote(columns["key"], columns["value"], first, received)
+        self.middle.demote(columns["key"], columns["value"], first, self.length, received)
         if self.config.contiguous and self.middle.evicted is not None:
             self._turn_sinks(before, self.middle.evicted)
 
@@ -522,20 +530,9 @@ class TieredLayer(CacheLayerMixin):
     def decode(self, tier, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys, as they are read, and values of a tier's slots, in the model's dtype."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        keys = self.decode_keys(tier, start, stop, wide)
         stop = tier.records.count if stop is None else stop
+        keys = self.middle.decode_keys(tier, start, stop, wide)
         values = rotated.decode(
             tier.packed("value", start, stop), None, self.middle.matrix, tier.bits[1], wide
         )
         return keys.to(self.dtype), values.to(self.dtype)
-
-    def decode_keys(self, tier, start: int, stop: int | None, dtype) -> Tensor:
-        """Keys of slots `start` to `stop`, [B, H, n, D] of `dtype`, as they are read."""
-        stop = tier.records.count if stop is None else stop
-        middle = self.middle
-        packed, mean = tier.packed("key", start, stop), middle.mean(start, stop)
-        keys = rotated.decode(packed, mean, middle.matrix, tier.bits[0], dtype)
-        if not self.config.contiguous:
-            return keys
-        at = middle.read_at(tier)[..., start:stop]
-        return rotate(keys, at, self.rope.inv_freq(), self.rope.interleaved)

@@ -1,14 +1,15 @@
 """Which middle tokens stay, and in which tier: scores and budgets to a plan, vectorised."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
+from fade_ref.config import FadeConfig
 from fade_ref.tiers import Tier
 
-from .importance import OBSERVERS, Observer, pool_neighbours
-
-#: Policies this package can run inside generate().
-SUPPORTED = ("position", *OBSERVERS)
+from .importance import OBSERVERS, Observer
 
 HIGH_SHARE, KEEP_SHARE = 0.9, 0.99  # of the attention that the middle received: `adaptive`
 
@@ -95,23 +96,74 @@ def kept(tiers: Tensor, position: Tensor, tier: Tier) -> tuple[Tensor, Tensor]:
     return index, torch.arange(most, device=tiers.device) < counts
 
 
-def scores(
-    policy: str, position: Tensor, observer: Observer | None = None, received: dict[str, Tensor] | None = None
-) -> Tensor:
-    """Scores of middle tokens, larger is better, float64 [B, 1, n], as `position`.
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens that compete for the middle of a layer, in any order, and all that policies ask of them.
 
-    Args:
-        policy: one of `SUPPORTED`; `ValueError` if it is not.
-        position: logical positions, negative where there is no token.
-        observer, received: what is known of the attention that the tokens received, where the
-            policy asks. Heads count alike: their mean is taken (as TOVA's, arXiv 2401.06104).
+    Attributes:
+        position: int32 [B, 1, n], logical, negative where there is no token.
+        now: int32 [B, 1, 1], position of each row's newest token.
+        spent: bool [B, 1, n], tokens that are INT2 already.
+        keys: gives the keys as they are read, [B, H, n, D] of float32 or float64.
+        observer, received: what is known of the attention that they received, where the policy asks.
     """
-    if policy == "position":
-        return position.double()
+
+    position: Tensor
+    now: Tensor
+    spent: Tensor
+    keys: Callable[[], Tensor]
+    observer: Observer | None = None
+    received: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _key_norm(c: Candidates) -> Tensor:
+    return -torch.linalg.vector_norm(c.keys(), dim=-1, dtype=torch.float64)
+
+
+def _key_diff(c: Candidates) -> Tensor:
+    keys, real = c.keys().double(), (c.position >= 0).unsqueeze(-1)
+    unit = torch.nn.functional.normalize(keys, dim=-1).masked_fill(~real, 0.0)
+    anchor = unit.sum(-2, keepdim=True) / real.sum(-2, keepdim=True).clamp_min(1)
+    return -torch.nn.functional.cosine_similarity(keys, anchor, dim=-1)
+
+
+#: Policies that score without attention: StreamingLLM (arXiv 2309.17453), Knorm (2406.11430), KeyDiff
+#: (2504.15364). Each gives float64 [B, 1 or H, n], larger is better.
+SCORES: dict[str, Callable[[Candidates], Tensor]] = {
+    "position": lambda c: (c.position - c.now).double(),
+    "knorm": _key_norm,
+    "keydiff": _key_diff,
+}
+
+#: Policies this package can run inside generate(), and who can share a plan.
+SUPPORTED = (*SCORES, *OBSERVERS)
+SCOPES = ("sequence", "layer")
+
+
+def scores(policy: str, c: Candidates) -> Tensor:
+    """Scores of candidates, larger is better, float64 [B, 1, n]: heads count alike, by their mean.
+
+    `ValueError` for a policy that is not `SUPPORTED`.
+    """
     if policy not in SUPPORTED:
         raise ValueError(f"eviction_policy={policy!r}: one of {', '.join(SUPPORTED)} is supported here")
-    found = observer.score(received)
-    if policy == "snapkv":
-        found = pool_neighbours(found, position)
+    score = SCORES.get(policy)
+    found = score(c) if score else c.observer.worth(c.received, c.position, c.now)
     # Sorted first: a sum in another order rounds differently, and that would break ties.
     return found.sort(dim=1).values.mean(1, keepdim=True)
+
+
+def choose(config: FadeConfig, c: Candidates, first: Tier) -> tuple[Tensor, Tensor]:
+    """`(tiers, position)`: the tier of every candidate, int8 [B, 1, n], and by what they are ordered.
+
+    With plan_scope "layer" all rows share a plan, and both are [1, 1, n]: slot i must then be the same
+    column in every row, and counts where any row has a token in it.
+    """
+    found, position, spent = scores(config.eviction_policy, c), c.position, c.spent
+    if config.plan_scope == "layer":
+        real = position >= 0
+        found = torch.where(real, found, 0.0).sum(0, keepdim=True) / real.sum(0, keepdim=True).clamp_min(1)
+        position, spent = position.amax(0, keepdim=True), spent.any(0, keepdim=True)
+    budgets = config.int4_budget, config.int2_budget
+    adaptive = config.eviction_policy == "adaptive"
+    return plan(found, position, *budgets, first, spent, adaptive), position

@@ -14,9 +14,10 @@ from fade_fast.kernels import rotated
 from fade_fast.kernels.merge import merge
 from fade_fast.layer import Arrival, TieredLayer
 from fade_ref import attention as spec_attention
-from fade_ref import product, quantize
+from fade_ref import policies, product, quantize
 from fade_ref.cache import LayerCache, Row, Token
 from fade_ref.config import FadeConfig
+from fade_ref.importance import Importance
 from fade_ref.rope import Rope
 from fade_ref.rotation import Record, RotatedCodec, key_mean, qr_rotation
 from fade_ref.tiers import Tier
@@ -169,7 +170,9 @@ def product_attention(
 
 def mirror(layer: TieredLayer, spec: LayerCache) -> LayerCache:
     """A specification cache that holds exactly the codes of a fast layer, for `spec`'s model."""
-    twin = LayerCache(layer.config, len(spec.rows), layer.heads, spec.head_dim, spec.rope, spec.terms)
+    twin = LayerCache(
+        layer.config, len(spec.rows), layer.heads, spec.head_dim, spec.rope, spec.terms, **spec.learned
+    )
     twin.columns, twin.boundary = layer.length, layer.length - layer.recent
     positions = layer.timeline.positions.cpu()
     for b in range(len(spec.rows)):
@@ -214,6 +217,12 @@ class Step:
     score_error: float = 0.0  # of what tokens beyond the sinks received, against the independent run
 
 
+def policy_weights(seed: int = 0) -> dict[str, Tensor]:
+    """Random weights of the `learned` policy's network."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) / 2 for name, shape in policies.MLP.items()}
+
+
 def trace(
     config: FadeConfig,
     shape: Shape,
@@ -231,12 +240,14 @@ def trace(
     padding in row 0. Before step i the newest `crops[i]` columns are forgotten, then row j becomes what
     row `order[i][j]` was.
     """
+    by_network = config.eviction_policy == "learned"
     model = _model(shape).to(shape.device)
     module = model.model.layers[0].self_attn
-    cache = fade_fast.create_cache(model, config)
+    learned = dict(layer=0, layers=1, weights=policy_weights(seed)) if by_network else {}
+    cache = fade_fast.create_cache(model, config, policy_weights=learned.get("weights"))
     layer: TieredLayer = cache.layers[0]
     rope = Rope(model.model.rotary_emb.inv_freq.double().cpu())
-    spec = LayerCache(config, shape.batch, shape.heads, shape.head_dim, rope)
+    spec = LayerCache(config, shape.batch, shape.heads, shape.head_dim, rope, **learned)
     generator = torch.Generator().manual_seed(seed)
     for i, count in enumerate(steps):
         query, keys, values = shape.random(queries=count, generator=generator)
@@ -272,6 +283,15 @@ def trace(
         yield Step(relative_error(ours[real], exact[real]), same, attended, error)
 
 
+def _own_scores(policy: str, known: Importance) -> Tensor:
+    """What each token of a row received by itself, in the terms of a policy: [H, n]."""
+    if policy in ("h2o", "learned"):
+        return known.mass / known.queries.clamp(min=1)
+    if policy in ("snapkv", "tova"):
+        return known.window[..., -1, :] if policy == "tova" else known.window.nanmean(-2)
+    return known.ema
+
+
 def _score_error(layer: TieredLayer, spec: LayerCache) -> float:
     """Largest error, over rows, of each token's own scores; the same tokens must be held."""
     buffers = [(layer.exact_positions(), layer.exact)]
@@ -279,12 +299,7 @@ def _score_error(layer: TieredLayer, spec: LayerCache) -> float:
         buffers.append((layer.middle.position(tier), tier.records))
     worst = 0.0
     for b, (row,) in enumerate(spec.rows):
-        known = row.importance
-        theirs = {
-            "h2o": lambda: known.mass / known.queries.clamp(min=1),
-            "snapkv": lambda: known.window.nanmean(-2),
-            "tova": lambda: known.window[..., -1, :],
-        }.get(layer.config.eviction_policy, lambda: known.ema)()
+        theirs = _own_scores(layer.config.eviction_policy, row.importance)
         ours = torch.zeros_like(theirs)
         slot = {t.position: i for i, t in enumerate(row.tokens)}
         for position, records in buffers:

@@ -7,12 +7,12 @@ import torch
 from transformers import FalconConfig, FalconForCausalLM
 
 import fade_fast
-from fade_fast import importance, plan
+from fade_fast import importance
 from fade_ref.config import FadeConfig
 
 from .models import SMALL, generate, prompt, teacher_forced, tiny_llama
 
-BY_ATTENTION = tuple(p for p in plan.SUPPORTED if p != "position")
+BY_ATTENTION = tuple(p for p in importance.OBSERVERS if p != "learned")
 
 
 def config(policy, **changes):

@@ -23,7 +23,7 @@ CONFIGS = {
 CONFIGS |= {
     policy: FadeConfig(**SMALL, int4_budget=10, int2_budget=6, eviction_policy=policy)
     for policy in plan.SUPPORTED
-    if policy != "position"
+    if policy not in ("position", "learned")
 }
 
 

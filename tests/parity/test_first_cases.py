@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fade_fast import attention, plan
+from fade_fast.importance import OBSERVERS
 from fade_fast.kernels import packed, rotated
 from fade_ref import policies, quantize
 from fade_ref.config import FadeConfig
@@ -25,16 +26,18 @@ CONFIGS = {
     "no sinks": FadeConfig(**SMALL, n_sink=0, int4_budget=7),
     "no recent window": FadeConfig(n_sink=2, recent_window=0, block_size=3, int4_budget=9),
     "budget 0": FadeConfig(**SMALL, int4_budget=0),
+    "one plan a layer": FadeConfig(**SMALL, int4_budget=10, int2_budget=6, plan_scope="layer"),
     "both tiers INT2": FadeConfig(**SMALL, int4_budget=6, int2_budget=5, middle_k_bits=2, middle_v_bits=2),
     "off": FadeConfig(recent_window=None),
 }
-BY_ATTENTION = tuple(p for p in plan.SUPPORTED if p != "position")
+BY_ATTENTION = tuple(OBSERVERS)
 BUDGETS = {
     "evict": dict(int4_budget=10),
     "int4, int2, evict": dict(int4_budget=7, int2_budget=6),
     "int4, int2": dict(int4_budget=7, int2_budget=None),
     "original positions": dict(int4_budget=6, positions="original"),
     "no sinks": dict(int4_budget=7, n_sink=0),
+    "one plan a layer": dict(int4_budget=7, int2_budget=6, plan_scope="layer"),
 }
 STEPS = [14] + [1] * 21 + [20, 5] + [1] * 6  # prefill, decode, a long second turn, a draft
 
@@ -106,10 +109,10 @@ def test_shapes_and_dtypes(name, shape):
     assert found[-1].middle > 0
 
 
-@pytest.mark.parametrize("policy", BY_ATTENTION)
+@pytest.mark.parametrize("policy", [p for p in plan.SUPPORTED if p != "position"])
 @pytest.mark.parametrize("padding", [(), (0, 11), (3, 6)], ids=["unpadded", "one padded", "both padded"])
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_policies_by_attention(policy, budget, padding):
+def test_policies(policy, budget, padding):
     """The same tokens survive in the same tiers, and every token received the same."""
     config, shape = FadeConfig(**SMALL, eviction_policy=policy, **BUDGETS[budget]), Shape(dtype=torch.float64)
     holes = {8: 1, 22: 4} if padding else {}
