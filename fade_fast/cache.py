@@ -251,9 +251,10 @@ def create_cache(
     Args:
         model: a decoder of transformers, of any dtype and on any device.
         config: a preset, "lossless", "safe", "balanced" or "aggressive", or a `FadeConfig`. `safe`
-            keeps every token; `balanced` and `aggressive` evict by position alone, oldest first. Other
-            `eviction_policy`s (`plan.SUPPORTED`) rank tokens by the attention they receive, which
-            costs a few numbers a token (`importance.OBSERVERS`) and, in a prompt, their scores once more.
+            keeps every token; `balanced` and `aggressive` evict by position alone, oldest first. Of
+            the other policies (`plan.SUPPORTED`), those in `importance.OBSERVERS` rank tokens by the
+            attention they receive: that costs some numbers a token and, in a prompt, its scores twice
+            more (of `snapkv` and `tova`, those of the last queries).
         max_length: the most tokens the cache will see; room for them is made at once. By default
             the buffers grow with the text.
         policy_weights: for `eviction_policy="learned"`: a safetensors file, or its tensors, named and
