@@ -363,7 +363,7 @@ def encoding(device: str, length: int, hidden: int = 4096, inner: int = 14336, l
 
     def demote():
         middle.tiers[0].records.count = middle.means.count = 0  # into the memory there is
-        middle.demote(keys[:, :, first:last], values[:, :, first:last], first)
+        middle.demote(keys[:, :, first:last], values[:, :, first:last], first, last, {})
 
     def attention():
         F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True)

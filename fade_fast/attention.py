@@ -4,6 +4,9 @@ A mask covers the tokens of the step only: the cache knows the position and the 
 stores. Every tier gives a partial, and `merge` combines them.
 """
 
+import functools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -80,8 +83,8 @@ def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, slidi
     layer.timeline.extend(start, valid, query.shape[0], new, query.device)
     if not start:
         output = _attend_tensors(module, query, keys, values, attention_mask, terms, **kwargs)
-        layer.store(keys, values, attended=True)
-    elif not layer.has_middle and terms.plain:
+        layer.store(keys, values, attended=True, received=_observe_first(query, layer, keys, values, terms))
+    elif not layer.has_middle and terms.plain and not layer.observer:
         layer.store(keys, values, attended=False)
         rows = Rows(query, layer, start, terms)
         mask = None if new == 1 and not layer.timeline.has_holes else rows.sees(layer.exact_positions())
@@ -91,15 +94,31 @@ def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, slidi
         layer.store(keys, values, attended=False)
         output = Rows(query, layer, start, terms).attend()
     else:
+        received = layer.arrive(new)
         output = torch.cat(
             [
-                Rows(part, layer, start + i * ROWS, terms).attend_beside(start, keys, values)
+                Rows(part, layer, start + i * ROWS, terms).attend_beside(start, keys, values, received)
                 for i, part in enumerate(query.split(ROWS, dim=2))
             ],
             dim=1,
         )
-        layer.store(keys, values, attended=True)
+        layer.store(keys, values, attended=True, received=received)
     return output, None
+
+
+def _observe_first(query, layer: TieredLayer, keys, values, terms: "Terms") -> dict[str, Tensor] | None:
+    """What the tokens of a first step receive, whose output `sdpa` gave: scores again, in tiles, of
+    those queries that can make a difference. None where nothing asks."""
+    if not layer.observer:
+        return None
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+    new = query.shape[2]
+    first = max(0, new - (layer.observer.horizon or new))
+    received = layer.arrive(new)
+    for i, part in enumerate(query[:, :, first:].split(ROWS, dim=2)):
+        Rows(part, layer, first + i * ROWS, terms).observe(0, keys, received)
+    return received
 
 
 class Terms:
@@ -151,24 +170,37 @@ class Rows:
         """Attention of a short step over all the layer holds, [B, q, Hq, D]."""
         layer, terms, tiers = self.layer, self.terms, self.layer.held_tiers()
         keys, values, seen = layer.exact["key"], layer.exact["value"], self.sees(layer.exact_positions())
-        if fuses(keys):  # one shape for as long as the buffers last
+        group, observer = self.shape[1] // layer.heads, layer.observer
+        counts = observer is not None and (self.shape[2] == 1 or observer.additive)
+        tally = layer.tally() if counts else []
+        if fuses(keys) or tally:  # one shape for as long as the buffers last
             keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
             seen = torch.nn.functional.pad(seen, (0, keys.shape[2] - seen.shape[-1]))
-        return step.attend(
+        sees = [self.sees(layer.middle.position(tier))[:, 0] for tier in tiers]
+        output = step.attend(
             self.raw, keys, values, seen[:, 0], layer.table,
-            [layer.middle.slots(tier, self.sees(layer.middle.position(tier))[:, 0]) for tier in tiers],
+            [layer.middle.slots(tier, x) for tier, x in zip(tiers, sees)],
             bits=[tier.bits for tier in tiers],
             spans=[tier.span for tier in tiers],
             scaling=terms.scaling,
             softcap=terms.softcap,
             s_aux=terms.s_aux,
+            mass=tally,
             **layer.rope_options(),
         )  # fmt: skip
+        if counts:
+            layer.count(tally, group, [seen[:, 0], *sees])
+        elif observer:
+            self.observe()
+        return output
 
-    def attend_beside(self, first: int, keys: Tensor, values: Tensor) -> Tensor:
+    def attend_beside(
+        self, first: int, keys: Tensor, values: Tensor, received: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """The same for a long step, whose own `keys` and `values`, from column `first` on, lie beside.
 
-        In tiles, so that nothing grows with queries times keys.
+        In tiles, so that nothing grows with queries times keys. `received`: the observer's fields of
+        the step's own tokens, which are added to.
         """
         layer = self.layer
         partials = [self._exact(layer.exact["key"], layer.exact["value"], layer.exact_positions())]
@@ -179,7 +211,59 @@ class Rows:
             partials.append(self._exact(keys[:, :, tile], values[:, :, tile], position))
         if self.terms.s_aux is not None:
             partials.append(_sinks(self.query, self.terms.s_aux))
+        if layer.observer and self.stop > layer.timeline.length - (layer.observer.horizon or self.stop):
+            self.observe(first, keys, received, [part.top + part.total.log() for part in partials])
         return _heads(merge(partials), self.shape).to(self.dtype)
+
+    def observe(
+        self,
+        first: int = 0,
+        keys: Tensor | None = None,
+        received: dict[str, Tensor] | None = None,
+        normalisers: list[Tensor] | None = None,
+    ) -> None:
+        """Add these queries' attention to what the tokens received; in tiles, as `attend_beside`.
+
+        Args:
+            first, keys, received: of the step's own tokens, where they lie beside.
+            normalisers: logarithms of sums of exponentiated scores [B, H, R], the tokens of which
+                cover all; None: they are computed by a pass of their own.
+        """
+        observer, new = self.layer.observer, self.shape[2]
+        if normalisers is None:
+            tiles = self._tiles(first, keys, received)
+            normalisers = [self._scores(key, position).logsumexp(-1) for key, position, _ in tiles]
+            if self.terms.s_aux is not None:
+                normalisers.append(_sinks(self.query, self.terms.s_aux).top)
+        total = functools.reduce(torch.logaddexp, normalisers)
+        total = torch.where(total.isfinite(), total, 0.0).unsqueeze(-1)  # a query that sees nothing
+        for key, position, fields in self._tiles(first, keys, received):
+            shares = (self._scores(key, position) - total).exp().unflatten(2, (-1, new)).mean(2)
+            observer.add(fields, shares, self.sees(position))
+        observer.advance(new)
+
+    def _scores(self, keys: Tensor, position: Tensor) -> Tensor:
+        """Scores [B, H, R, n] of keys [B, H, n, D] at `position` [B, 1, n]; -inf where not seen."""
+        scores = self.query @ keys.to(self.query.dtype).mT
+        if self.terms.softcap is not None:
+            scores = self.terms.softcap * torch.tanh(scores / self.terms.softcap)
+        return scores.masked_fill_(~self._fold(self.sees(position)), -torch.inf)
+
+    def _tiles(self, first: int, keys, received) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """Keys as they are read, positions [B, 1, n] and the observer's fields of all tokens in reach."""
+        layer, dtype = self.layer, self.query.dtype
+        names, positions = layer.observer.fields, layer.exact_positions()
+        for start, stop in _spans(layer.exact.count):
+            fields = {name: layer.exact[name][..., start:stop] for name in names}
+            yield layer.exact["key"][:, :, start:stop], positions[..., start:stop], fields
+        for tier in layer.held_tiers():
+            for start, stop in _spans(tier.records.count):
+                fields = {name: tier.records[name][..., start:stop] for name in names}
+                position = layer.middle.position(tier)[..., start:stop]
+                yield layer.middle.decode_keys(tier, start, stop, dtype), position, fields
+        for start, stop in _spans(self.stop - first if keys is not None else 0):
+            position = layer.timeline.positions[:, None, first + start : first + stop]
+            yield keys[:, :, start:stop], position, {n: received[n][..., start:stop] for n in names}
 
     def _fold(self, seen: Tensor) -> Tensor:
         """[B, 1, q, n] for the rows of the query matrix: [B, 1, R, n]."""
@@ -206,6 +290,11 @@ class Rows:
         part = packed.attend(queries, bias, slots, decoder, tier.bits, self.terms.softcap)
         part = part._replace(acc=part.acc @ matrix)
         return Partial(*(x.unflatten(0, shape) for x in part))
+
+
+def _spans(count: int) -> list[tuple[int, int]]:
+    """`(start, stop)` of the tiles of `count` keys."""
+    return [(i, min(i + TILE, count)) for i in range(0, count, TILE)]
 
 
 def _rows(query: Tensor, heads: int) -> Tensor:

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import Tier
 
-from . import checkpoint, plan, stepper
+from . import checkpoint, importance, plan, stepper
 from .attention import NAME
 from .kernels import rotated
 from .layer import TieredLayer
@@ -57,17 +57,35 @@ class TieredKVCache(Cache):
     attention, shared) keep the classes that `DynamicCache` gives them.
     """
 
-    def __init__(self, model: PreTrainedModel, config: FadeConfig, max_length: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: FadeConfig,
+        max_length: int | None = None,
+        policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
+    ):
         model_config = text_config(model)
         if config.eviction_policy not in plan.SUPPORTED:
             raise ValueError(
                 f"eviction_policy={config.eviction_policy!r}: one of {', '.join(plan.SUPPORTED)} is "
                 "supported inside generate()"
             )
-        if config.quant_backend != "rotated" or config.plan_scope != "sequence":
+        if config.quant_backend != "rotated" or config.plan_scope not in plan.SCOPES:
             raise ValueError(
                 f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: "
-                "'rotated' and 'sequence' are supported inside generate()"
+                f"'rotated' and one of {', '.join(plan.SCOPES)} are supported inside generate()"
+            )
+        if (config.eviction_policy == "learned") != (policy_weights is not None):
+            raise ValueError(
+                f"eviction_policy={config.eviction_policy!r}, policy_weights "
+                f"{'not ' if policy_weights is None else ''}given: 'learned' needs them, others take none"
+            )
+        weights = None if policy_weights is None else importance.load(policy_weights)
+        replaceable = model_config._attn_implementation == NAME or model._can_set_attn_implementation()
+        if importance.observer(config, weights) and not replaceable:
+            raise ValueError(
+                f"eviction_policy={config.eviction_policy!r} ranks by attention, but {type(model).__name__} "
+                f"does not let its attention be replaced: {', '.join(plan.SCORES)} are supported for it"
             )
         self.fade_config, self.timeline = config, Timeline()
         self.device, self.fingerprint = model.device, fingerprint(model)
@@ -84,7 +102,10 @@ class TieredKVCache(Cache):
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 rope = find_rope(model, i) if config.contiguous else None
-                layers[i] = TieredLayer(config, self.stepper, rope, self._rotation, dispatches, max_length)
+                observer = importance.observer(config, weights, i, len(layers))
+                layers[i] = TieredLayer(
+                    config, self.stepper, rope, self._rotation, dispatches, max_length, observer
+                )
                 layers[i].model_config = model_config
             elif type(layer) is DynamicSlidingWindowLayer and on_gpu:
                 layers[i] = StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
@@ -226,7 +247,7 @@ def _sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
     vector = layer.exact["key"].shape[3] * layer.exact["key"].element_size()
     seen = int((layer.timeline.positions >= 0).sum())
     tokens = {Tier.FP16.name: int((layer.exact_positions() >= 0).sum())}
-    packed = tokens["FP16"] * heads * 2 * vector
+    packed = tokens["FP16"] * layer.exact.record_bytes
     if layer.middle is not None:
         for tier in layer.middle.tiers:
             tokens[tier.name] = int((layer.middle.position(tier) >= 0).sum())
@@ -237,7 +258,11 @@ def _sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
 
 
 def create_cache(
-    model: PreTrainedModel, config: str | FadeConfig = "safe", *, max_length: int | None = None
+    model: PreTrainedModel,
+    config: str | FadeConfig = "safe",
+    *,
+    max_length: int | None = None,
+    policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
 ) -> TieredKVCache:
     """A cache for `model.generate(..., past_key_values=cache)` that compresses as it fills.
 
@@ -248,12 +273,18 @@ def create_cache(
     Args:
         model: a decoder of transformers, of any dtype and on any device.
         config: a preset, "lossless", "safe", "balanced" or "aggressive", or a `FadeConfig`. `safe`
-            keeps every token; `balanced` and `aggressive` evict by position alone, oldest first.
+            keeps every token; `balanced` and `aggressive` evict by position alone, oldest first. Of
+            the other policies (`plan.SUPPORTED`), those in `importance.OBSERVERS` rank tokens by the
+            attention they receive: that costs some numbers a token and, in a prompt, its scores twice
+            more (of `snapkv` and `tova`, those of the last queries).
         max_length: the most tokens the cache will see; room for them is made at once. By default
             the buffers grow with the text.
+        policy_weights: for `eviction_policy="learned"`: a safetensors file, or its tensors, named and
+            shaped as `importance.MLP` says. None are shipped yet.
 
     Raises:
-        ValueError: an unknown preset, or a model or a policy that cannot be served.
+        ValueError: an unknown preset, or a model or a policy that cannot be served; a policy that
+            ranks by attention needs a model whose attention can be replaced.
         TypeError: `model` or `config` is of another type.
     """
     if isinstance(config, str):
@@ -264,20 +295,20 @@ def create_cache(
         isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
     ):
         raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
-    cache = TieredKVCache(model, config, max_length)
+    cache = TieredKVCache(model, config, max_length, policy_weights)
     attach(model)
     return cache
 
 
 def load_cache(
-    path: str | os.PathLike, model: PreTrainedModel, *, max_length: int | None = None
+    path: str | os.PathLike, model: PreTrainedModel, *, max_length: int | None = None, policy_weights=None
 ) -> TieredKVCache:
     """A cache for `model` as `TieredKVCache.save` wrote it; decoding goes on to the bit.
 
     Args:
         path: what `save` wrote.
         model: the model it was filled by, on any device.
-        max_length: as `create_cache` takes it.
+        max_length, policy_weights: as `create_cache` takes them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -288,7 +319,8 @@ def load_cache(
     if theirs != ours:
         different = ", ".join(name for name in ours if theirs.get(name) != ours[name])
         raise ValueError(f"{path} was filled by another model: {different} differ")
-    cache = create_cache(model, FadeConfig(**header["config"]), max_length=max_length)
+    config = FadeConfig(**header["config"])
+    cache = create_cache(model, config, max_length=max_length, policy_weights=policy_weights)
     cache.load_state_dict(tensors, header)
     return cache
 

@@ -147,6 +147,8 @@ def _of_tiered(layer: TieredLayer) -> tuple[dict[str, Tensor], dict]:
     parts = {f"exact.{name}": layer.exact[name] for name in layer.exact.fields}
     if layer.sink_keys is not None:
         parts["sink_keys"] = layer.sink_keys
+    if layer.observer is not None:
+        parts |= {f"observer.{i}": x for i, x in enumerate(layer.observer.tensors())}
     middle = layer.middle
     if middle is not None:
         for i, tier in enumerate(middle.tiers):
@@ -161,10 +163,12 @@ def _of_tiered(layer: TieredLayer) -> tuple[dict[str, Tensor], dict]:
 def _fill_tiered(layer: TieredLayer, parts: dict[str, Tensor], about: dict) -> None:
     if not about["length"]:
         return
-    exact = {name: parts.pop(f"exact.{name}") for name in ("key", "value")}
-    layer.check(*exact.values())
-    layer.lazy_initialization(*exact.values())
-    layer.exact.append(**exact)
+    keys, values = parts["exact.key"], parts["exact.value"]
+    layer.check(keys, values)
+    layer.lazy_initialization(keys, values)
+    layer.exact.append(**{name: parts.pop(f"exact.{name}") for name in layer.exact.fields})
+    for i, x in enumerate(layer.observer.tensors() if layer.observer else ()):
+        x.copy_(parts.pop(f"observer.{i}"))
     layer.length, layer._sinks_placed = about["length"], about["sinks_placed"]
     layer.sink_keys = parts.pop("sink_keys", None)
     middle = layer.middle

@@ -14,6 +14,7 @@ from fade_ref.config import FadeConfig
 from fade_ref.tiers import packed_bytes
 
 from .buffers import Buffers, Field, take
+from .importance import Observer
 from .kernels import rotated
 from .kernels.compile import fuses
 from .kernels.packed import Slots
@@ -61,13 +62,21 @@ class TieredLayer(CacheLayerMixin):
         dispatches: whether the model's attention calls are ours at the moment; if they are not,
             `update` returns dense keys and values.
         max_length: columns to make room for at once; None grows on demand.
+        observer: of the attention that tokens receive, if the policy asks.
     """
 
     is_sliding = False
     is_croppable = True
 
     def __init__(
-        self, config: FadeConfig, stepper: Stepper, rope: Rope | None, rotations, dispatches, max_length
+        self,
+        config: FadeConfig,
+        stepper: Stepper,
+        rope: Rope | None,
+        rotations,
+        dispatches,
+        max_length: int | None,
+        observer: Observer | None = None,
     ):
         super().__init__()
         self.stepper, self.index = stepper, len(stepper.layers)
@@ -75,6 +84,7 @@ class TieredLayer(CacheLayerMixin):
         timeline = stepper.timeline
         self.config, self.timeline, self.rope = config, timeline, rope
         self._rotations, self._dispatches, self._max_length = rotations, dispatches, max_length
+        self.observer = observer
         self._clear()
 
     def _clear(self) -> None:
@@ -94,11 +104,14 @@ class TieredLayer(CacheLayerMixin):
         batch, heads, _, dim = keys.shape
         self.dtype, self.device = keys.dtype, keys.device
         fields = dict.fromkeys(("key", "value"), Field((dim,), keys.dtype, heads))
+        if self.observer:
+            self.observer.start(heads, keys.dtype, keys.device)
+            fields |= self.observer.fields
         self.exact = Buffers(fields, 1, batch, keys.device)
         if c.compresses:
             kind = PlannedMiddle if c.moves else PinnedMiddle
             table = self._rotations(dim, keys.device)
-            self.middle = kind(c, self.timeline, self.rope, table, batch, heads)
+            self.middle = kind(c, self.timeline, self.rope, table, batch, heads, self.observer)
             # All that the region ever holds, unless the window is longer than this text.
             room = min(c.n_sink + c.recent_window + c.block_size, keys.shape[2] + c.block_size)
             leaving = max(0, (most or 0) - c.n_sink - c.recent_window)
@@ -127,6 +140,11 @@ class TieredLayer(CacheLayerMixin):
         if self._dispatches():
             arrival = Arrival(self, keys, values)
             return arrival, arrival
+        if self.observer:
+            raise ValueError(
+                f"eviction_policy={self.config.eviction_policy!r} ranks by attention, which this model's "
+                "own attention function does not tell: fade_fast.attach(model) replaces it"
+            )
         self.settle()
         both = (keys, values)
         if self.length:
@@ -249,6 +267,7 @@ class TieredLayer(CacheLayerMixin):
         found = list(self.exact.tensors.values())
         if self.sink_keys is not None:
             found.append(self.sink_keys)
+        found += self.observer.tensors() if self.observer else []
         return found + (self.middle.tensors() if self.middle is not None else [])
 
     # -- the life of a token
@@ -273,13 +292,16 @@ class TieredLayer(CacheLayerMixin):
         """Columns no longer held, in a batch without padding."""
         return self.length - self.exact.count - (self.middle.count if self.has_middle else 0)
 
-    def store(self, keys: Tensor, values: Tensor, attended: bool) -> None:
+    def store(
+        self, keys: Tensor, values: Tensor, attended: bool, received: dict[str, Tensor] | None = None
+    ) -> None:
         """Take in the columns of a step, which the timeline knows already; `settle` comes first.
 
         Args:
             keys, values: [B, H, q, D], keys after RoPE; 0 in padding slots.
             attended: whether the step's attention is done. Then what has to leave the recent
                 region leaves it at once, so that a long step never fills the recent buffers.
+            received: the observer's fields of these columns; None: no query has seen them.
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
@@ -288,18 +310,33 @@ class TieredLayer(CacheLayerMixin):
         sinks = max(0, min(new, self.config.n_sink - start))
         recent = self.recent
         self.length += new
-        self.exact.append(key=keys[:, :, :sinks], value=values[:, :, :sinks])
+        columns = dict(key=keys, value=values) | (self.arrive(new) if received is None else received)
+        self.exact.append(**self._cut(columns, 0, sinks))
         if self.timeline.has_holes and not self._sinks_placed:
             self._place_sinks(keys, values, start)
-        keys, values = keys[:, :, sinks:], values[:, :, sinks:]
-        surplus = self._surplus(recent + keys.shape[2]) if attended else 0
+        columns = self._cut(columns, sinks, new)
+        surplus = self._surplus(recent + new - sinks) if attended else 0
         if surplus:
-            keys = torch.cat((self.exact["key"][:, :, self.exact.count - recent :], keys), dim=2)
-            values = torch.cat((self.exact["value"][:, :, self.exact.count - recent :], values), dim=2)
+            older, first = self._held(self.exact.count - recent, self.exact.count), self.length - new + sinks
+            axes = {name: field.axis for name, field in self.exact.fields.items()}
+            columns = {name: torch.cat((older[name], x), axes[name]) for name, x in columns.items()}
             self.exact.count -= recent
-            self._demote(keys[:, :, :surplus], values[:, :, :surplus], self.length - keys.shape[2])
-            keys, values = keys[:, :, surplus:], values[:, :, surplus:]
-        self.exact.append(key=keys, value=values)
+            self._demote(self._cut(columns, 0, surplus), first - recent)
+            columns = self._cut(columns, surplus, recent + new - sinks)
+        self.exact.append(**columns)
+
+    def arrive(self, count: int) -> dict[str, Tensor]:
+        """The observer's fields of `count` new columns."""
+        return self.observer.arrive(self.exact["key"].shape[0], count, self.device) if self.observer else {}
+
+    def _cut(self, columns: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+        """Columns `start` to `stop` of every field."""
+        axes = self.exact.fields
+        return {name: x.narrow(axes[name].axis, start, stop - start) for name, x in columns.items()}
+
+    def _held(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Slots `start` to `stop` of the uncompressed region, every field."""
+        return self._cut(self.exact.tensors, start, stop)
 
     def settle(self) -> bool:
         """Demote the blocks that a step read from the recent buffers, and pushed out of them.
@@ -311,12 +348,7 @@ class TieredLayer(CacheLayerMixin):
         if surplus:
             self.stepper.touch()
             start = self.exact.count - self.recent
-            columns = slice(start, start + surplus)
-            self._demote(
-                self.exact["key"][:, :, columns],
-                self.exact["value"][:, :, columns],
-                self.length - self.recent,
-            )
+            self._demote(self._held(start, start + surplus), self.length - self.recent)
             self.exact.remove(start, surplus)
         return surplus > 0
 
@@ -338,9 +370,11 @@ class TieredLayer(CacheLayerMixin):
                 stored.copy_(torch.where(here, take(x, column)[:, :, 0], stored))
         self._sinks_placed = bool((self.timeline.newest() >= self.config.n_sink - 1).all())
 
-    def _demote(self, keys: Tensor, values: Tensor, first: int) -> None:
+    def _demote(self, columns: dict[str, Tensor], first: int) -> None:
+        """Hand columns `first` onwards to the middle, given every field of them."""
         before = self.middle.evicted
-        self.middle.demote(keys, values, first)
+        received = {name: x for name, x in columns.items() if name not in ("key", "value")}
+        self.middle.demote(columns["key"], columns["value"], first, self.length, received)
         if self.config.contiguous and self.middle.evicted is not None:
             self._turn_sinks(before, self.middle.evicted)
 
@@ -403,6 +437,7 @@ class TieredLayer(CacheLayerMixin):
     def baked(self) -> list[Tensor]:
         """Tensors that captured steps know by their addresses."""
         found = list(self.exact.tensors.values())
+        found += self.observer.tensors() if self.observer else []
         if self.has_middle:
             found += [x for tier in self.held_tiers() for x in tier.tensors()]
             found += self.middle.means.tensors.values()
@@ -432,9 +467,36 @@ class TieredLayer(CacheLayerMixin):
 
     def settled_columns(self) -> int:
         """How many columns, the first ones, can be left to FlashAttention: whole, and not the newest."""
-        if self.has_middle or self.exact.count < SETTLED:
+        if self.has_middle or self.exact.count < SETTLED or self.observer:  # it tells no weights
             return 0
         return self.exact.count // 256 * 256
+
+    # -- the attention that tokens receive
+
+    def tally(self) -> list[Tensor]:
+        """Zeros in which `step.attend` counts a step: one tensor for the uncompressed slots and one a
+        tier, [B, H, capacity], or none where nothing asks."""
+        if not self.observer:
+            return []
+        keys = self.exact.tensors["key"]
+        sizes = [keys.shape[2], *(tier.records.capacity for tier in self.held_tiers())]
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        return [torch.zeros(*keys.shape[:2], n, dtype=wide, device=keys.device) for n in sizes]
+
+    def count(self, tally: list[Tensor], group: int, seen: list[Tensor]) -> None:
+        """Add what a step counted, given for the same slots what its queries saw.
+
+        Args:
+            tally: see there; sums over the query rows of a KV head, `group` heads.
+            seen: bool [B, 1 or q, n]; n may be less than the capacity.
+        """
+        buffers = [self.exact, *(tier.records for tier in self.held_tiers())]
+        for records, sums, sees in zip(buffers, tally, seen):
+            n = sees.shape[-1]
+            tensors = {name: records.tensors[name] for name in self.observer.fields}
+            shares = (sums[..., :n] / group).unsqueeze(2)
+            self.observer.add({k: x[..., :n] for k, x in tensors.items()}, shares, sees.unsqueeze(1))
+        self.observer.advance(seen[0].shape[1])
 
     # -- what attention reads
 
@@ -470,20 +532,9 @@ class TieredLayer(CacheLayerMixin):
     def decode(self, tier, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys, as they are read, and values of a tier's slots, in the model's dtype."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        keys = self.decode_keys(tier, start, stop, wide)
         stop = tier.records.count if stop is None else stop
+        keys = self.middle.decode_keys(tier, start, stop, wide)
         values = rotated.decode(
             tier.packed("value", start, stop), None, self.middle.matrix, tier.bits[1], wide
         )
         return keys.to(self.dtype), values.to(self.dtype)
-
-    def decode_keys(self, tier, start: int, stop: int | None, dtype) -> Tensor:
-        """Keys of slots `start` to `stop`, [B, H, n, D] of `dtype`, as they are read."""
-        stop = tier.records.count if stop is None else stop
-        middle = self.middle
-        packed, mean = tier.packed("key", start, stop), middle.mean(start, stop)
-        keys = rotated.decode(packed, mean, middle.matrix, tier.bits[0], dtype)
-        if not self.config.contiguous:
-            return keys
-        at = middle.read_at(tier)[..., start:stop]
-        return rotate(keys, at, self.rope.inv_freq(), self.rope.interleaved)

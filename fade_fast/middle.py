@@ -5,6 +5,7 @@ budgets. Both hold a token as one record that depends on no other token, so that
 gather of bytes.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fade_ref.tiers import INTEGER_TIERS, Tier, packed_bytes
 
 from . import plan
 from .buffers import Buffers, Field, along, take
+from .importance import Observer
 from .kernels import rotated
 from .kernels.packed import Slots, bucket
 from .kernels.rope import rotate
@@ -129,16 +131,25 @@ class Middle(ABC):
         rope: how the model rotates this layer's keys; needed if `config.contiguous`.
         table: the codec's rotation and, below it, the sum of its rows: [D + 1, D] float32.
         batch, heads: rows, and KV heads of the layer.
+        observer: what tells how much attention tokens received; None where nothing asks.
     """
 
     def __init__(
-        self, config: FadeConfig, timeline: Timeline, rope: Rope | None, table, batch: int, heads: int
+        self,
+        config: FadeConfig,
+        timeline: Timeline,
+        rope: Rope | None,
+        table: Tensor,
+        batch: int,
+        heads: int,
+        observer: Observer | None = None,
     ):
+        self.observer = observer
         self.config, self.timeline, self.rope, self.table = config, timeline, rope, table
         dim, device = table.shape[1], table.device
         self.matrix = table[:dim]
         widths = [(config.middle_k_bits, config.middle_v_bits)]
-        if config.int2_budget != 0:
+        if config.int2_budget != 0 and max(widths[0]) > 2:  # else the first tier has both budgets
             widths.append((2, 2))
         self.tiers = []
         budgets = (config.int4_budget, config.int2_budget)
@@ -169,8 +180,14 @@ class Middle(ABC):
         """Make room for `tokens` in all at once."""
 
     @abstractmethod
-    def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
-        """Take in columns `first` onwards: keys after RoPE and values, [B, H, n, D]."""
+    def demote(
+        self, keys: Tensor, values: Tensor, first: int, seen: int, received: dict[str, Tensor]
+    ) -> None:
+        """Take in columns `first` onwards: keys after RoPE and values, [B, H, n, D].
+
+        `seen` columns have arrived so far. `received` holds the observer's fields of those that are
+        taken in; it is empty without an observer.
+        """
 
     @abstractmethod
     def position(self, tier: MiddleTier) -> Tensor:
@@ -201,6 +218,15 @@ class Middle(ABC):
             self.per_mean,
             pad(self.read_at(tier)) if self.config.contiguous else None,
         )
+
+    def decode_keys(self, tier: MiddleTier, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Keys of slots `start` to `stop`, [B, H, n, D] of `dtype`, as they are read."""
+        packed, mean = tier.packed("key", start, stop), self.mean(start, stop)
+        keys = rotated.decode(packed, mean, self.matrix, tier.bits[0], dtype)
+        if not self.config.contiguous:
+            return keys
+        at = self.read_at(tier)[..., start:stop]
+        return rotate(keys, at, self.rope.inv_freq(), self.rope.interleaved)
 
     per_mean = NEVER  # slots that share a mean
 
@@ -249,7 +275,9 @@ class PinnedMiddle(Middle):
         self.tiers[0].reserve(tokens)
         self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
 
-    def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
+    def demote(
+        self, keys: Tensor, values: Tensor, first: int, seen: int, received: dict[str, Tensor]
+    ) -> None:
         position = self.column_positions(first, keys.shape[2])
         keys = self.before_rope(keys, position)
         blocks = (keys.shape[2] // self.step, self.step)
@@ -290,35 +318,55 @@ class PlannedMiddle(Middle):
 
     def own_fields(self) -> dict[str, Field]:
         names = ("position", "read_at") if self.config.contiguous else ("position",)
-        return dict.fromkeys(names, Field((), torch.int32, 1))
+        return dict.fromkeys(names, Field((), torch.int32, 1)) | self._observed
+
+    @property
+    def _observed(self) -> dict[str, Field]:
+        return self.observer.fields if self.observer else {}
 
     def reserve(self, tokens: int) -> None:
         for tier, budget in zip(self.tiers, (self.config.int4_budget, self.config.int2_budget)):
             tier.reserve(tokens if budget is None else min(budget, tokens))
         self.means.reserve(1)
 
-    def demote(self, keys: Tensor, values: Tensor, first: int) -> None:
+    def demote(
+        self, keys: Tensor, values: Tensor, first: int, seen: int, received: dict[str, Tensor]
+    ) -> None:
         position = self.column_positions(first, keys.shape[2])
+        held = [t for t in self.tiers if t.records.count]
+        spent = [torch.full_like(t.records["position"], t is not self.tiers[0]) for t in held]
+        candidates = plan.Candidates(
+            torch.cat([t.records["position"] for t in held] + [position], -1),
+            self.timeline.positions[:, None, :seen].amax(-1, keepdim=True),
+            torch.cat([*spent, torch.zeros_like(position)], -1).bool(),
+            functools.partial(self._candidate_keys, held, keys),
+            self.observer,
+            {
+                name: torch.cat([t.records[name] for t in held] + [received[name]], field.axis)
+                for name, field in self._observed.items()
+            },
+        )
+        tiers, order = plan.choose(self.config, candidates, self.tiers[0].tier)
         keys = self.before_rope(keys, position)
         self._fix_mean(keys, position)
-        candidates = torch.cat(
-            [t.records["position"] for t in self.tiers if t.records.count] + [position], -1
-        )
-        tiers = plan.plan(
-            plan.scores(self.config.eviction_policy, candidates),
-            candidates,
-            self.config.int4_budget,
-            self.config.int2_budget,
-            self.tiers[0].tier,
-        )
-        chosen = [plan.kept(tiers, candidates, t.tier) for t in self.tiers]
+        chosen = [plan.kept(tiers, order, t.tier) for t in self.tiers]
+        chosen = [tuple(x.expand(len(position), -1, -1) for x in pair) for pair in chosen]
         survivors = [self._collect(t, index, keys, values) for t, (index, _) in zip(self.tiers, chosen)]
-        places = [candidates.gather(-1, index).masked_fill(~real, HOLE) for index, real in chosen]
+        places = [candidates.position.gather(-1, index).masked_fill(~real, HOLE) for index, real in chosen]
         self._count(position, places)
         read_at = self._renumber(places)
-        for tier, fields, place, at in zip(self.tiers, survivors, places, read_at):
-            renumbered = {"read_at": at} if self.config.contiguous else {}
-            tier.replace(**fields, position=place, **renumbered)
+        for tier, fields, place, at, (index, _) in zip(self.tiers, survivors, places, read_at, chosen):
+            own = {"read_at": at} if self.config.contiguous else {}
+            own |= {
+                name: take(x, index, self._observed[name].axis) for name, x in candidates.received.items()
+            }
+            tier.replace(**fields, position=place, **own)
+
+    def _candidate_keys(self, held: list[MiddleTier], keys: Tensor) -> Tensor:
+        """Keys of the tokens of some tiers and of new ones, as they are read: [B, H, n, D]."""
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        decoded = [self.decode_keys(tier, 0, tier.records.count, wide) for tier in held]
+        return torch.cat([*decoded, keys.to(wide)], dim=2)
 
     def _fix_mean(self, keys: Tensor, position: Tensor) -> None:
         """Fix each row's mean at the first demotion that brings it a real token."""

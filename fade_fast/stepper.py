@@ -144,14 +144,22 @@ class Stepper:
         keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
         keys.index_copy_(2, self.slot, key)
         values.index_copy_(2, self.slot, value)
+        tally = layer.tally()
+        if tally:
+            layer.observer.renew(layer.exact.tensors, self.slot)
         if self.settled and softcap is None and s_aux is None:
             output = exact.attend_long(query, keys, values, self.seen, self.settled, scaling)
         else:
             output = step.attend(
                 query, keys, values, self.seen, layer.table, layer.frozen,
                 bits=[tier.bits for tier in layer.held_tiers()], spans=layer.spans(),
-                scaling=scaling, softcap=softcap, s_aux=s_aux, **layer.rope_options(),
+                scaling=scaling, softcap=softcap, s_aux=s_aux, mass=tally, **layer.rope_options(),
             )  # fmt: skip
+        if tally:  # a query that is padding counts nowhere
+            real = self.real[:, None, None]
+            sees = [x & real for x in (self.seen, *(slots.valid for slots in layer.frozen))]
+            tally = [x * real for x in tally]
+            layer.count(tally, query.shape[1] // key.shape[1], sees)
         if index == len(self.layers) - 1:
             self.slot.add_(1)
             self.column.add_(1)

@@ -14,9 +14,10 @@ from fade_fast.kernels import rotated
 from fade_fast.kernels.merge import merge
 from fade_fast.layer import Arrival, TieredLayer
 from fade_ref import attention as spec_attention
-from fade_ref import product, quantize
+from fade_ref import policies, product, quantize
 from fade_ref.cache import LayerCache, Row, Token
 from fade_ref.config import FadeConfig
+from fade_ref.importance import Importance
 from fade_ref.rope import Rope
 from fade_ref.rotation import Record, RotatedCodec, key_mean, qr_rotation
 from fade_ref.tiers import Tier
@@ -169,7 +170,9 @@ def product_attention(
 
 def mirror(layer: TieredLayer, spec: LayerCache) -> LayerCache:
     """A specification cache that holds exactly the codes of a fast layer, for `spec`'s model."""
-    twin = LayerCache(layer.config, len(spec.rows), layer.heads, spec.head_dim, spec.rope, spec.terms)
+    twin = LayerCache(
+        layer.config, len(spec.rows), layer.heads, spec.head_dim, spec.rope, spec.terms, **spec.learned
+    )
     twin.columns, twin.boundary = layer.length, layer.length - layer.recent
     positions = layer.timeline.positions.cpu()
     for b in range(len(spec.rows)):
@@ -211,6 +214,13 @@ class Step:
     output_error: float  # against the specification with the same codes
     same_tokens: bool  # positions, tiers and read positions agree with an independent run
     middle: int  # compressed tokens that were attended
+    score_error: float = 0.0  # of what tokens beyond the sinks received, against the independent run
+
+
+def policy_weights(seed: int = 0) -> dict[str, Tensor]:
+    """Random weights of the `learned` policy's network."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) / 2 for name, shape in policies.MLP.items()}
 
 
 def trace(
@@ -220,19 +230,24 @@ def trace(
     *,
     padding: tuple[int, ...] = (),
     holes: dict[int, int] | None = None,
+    crops: dict[int, int] | None = None,
+    order: dict[int, list[int]] | None = None,
     seed: int = 0,
 ) -> Iterator[Step]:
     """Run one layer of both packages over random tokens, `steps` being the columns of each step.
 
     `padding[b]` columns of row b are padding in the first step; `holes[i]` columns of step i are
-    padding in row 0.
+    padding in row 0. Before step i the newest `crops[i]` columns are forgotten, then row j becomes what
+    row `order[i][j]` was.
     """
+    by_network = config.eviction_policy == "learned"
     model = _model(shape).to(shape.device)
     module = model.model.layers[0].self_attn
-    cache = fade_fast.create_cache(model, config)
+    learned = dict(layer=0, layers=1, weights=policy_weights(seed)) if by_network else {}
+    cache = fade_fast.create_cache(model, config, policy_weights=learned.get("weights"))
     layer: TieredLayer = cache.layers[0]
     rope = Rope(model.model.rotary_emb.inv_freq.double().cpu())
-    spec = LayerCache(config, shape.batch, shape.heads, shape.head_dim, rope)
+    spec = LayerCache(config, shape.batch, shape.heads, shape.head_dim, rope, **learned)
     generator = torch.Generator().manual_seed(seed)
     for i, count in enumerate(steps):
         query, keys, values = shape.random(queries=count, generator=generator)
@@ -240,6 +255,12 @@ def trace(
         for b, n in enumerate(padding if i == 0 else ()):
             valid[b, :n] = False
         valid[0, : (holes or {}).get(i, 0)] = False
+        if i in (crops or {}):
+            cache.crop(-crops[i])
+            spec.crop(crops[i])
+        if i in (order or {}):
+            cache.reorder_cache(torch.tensor(order[i], device=shape.device))
+            spec.reorder(order[i])
         hole = ~valid[:, None, :, None]
         keys, values = keys.masked_fill(hole, torch.nan), values.masked_fill(hole, torch.nan)  # poison
         layer.settle()
@@ -257,7 +278,43 @@ def trace(
         ours = attention(module, query, arrival, arrival, mask)[0].transpose(1, 2).cpu()
         real = valid[:, None, :, None].expand_as(exact)
         layer.settle()
-        yield Step(relative_error(ours[real], exact[real]), _same_tokens(layer, spec), attended)
+        same = _same_tokens(layer, spec)
+        error = _score_error(layer, spec) if same and layer.observer else 0.0
+        yield Step(relative_error(ours[real], exact[real]), same, attended, error)
+
+
+def _own_scores(policy: str, known: Importance) -> Tensor:
+    """What each token of a row received by itself, in the terms of a policy: [H, n]."""
+    if policy in ("h2o", "learned"):
+        return known.mass / known.queries.clamp(min=1)
+    if policy in ("snapkv", "tova"):
+        return known.window[..., -1, :] if policy == "tova" else known.window.nanmean(-2)
+    return known.ema
+
+
+def _score_error(layer: TieredLayer, spec: LayerCache) -> float:
+    """Largest error, over rows, of each token's own scores; the same tokens must be held."""
+    buffers = [(layer.exact_positions(), layer.exact)]
+    for tier in layer.middle.tiers if layer.has_middle else ():
+        buffers.append((layer.middle.position(tier), tier.records))
+    worst = 0.0
+    for b, (row,) in enumerate(spec.rows):
+        theirs = _own_scores(layer.config.eviction_policy, row.importance)
+        ours = torch.zeros_like(theirs)
+        slot = {t.position: i for i, t in enumerate(row.tokens)}
+        for position, records in buffers:
+            received = {name: records[name] for name in layer.observer.fields}
+            scores = layer.observer.score(received)[b].cpu()
+            for i, p in enumerate(position[b, 0].tolist()):
+                if p >= layer.config.n_sink:
+                    ours[:, slot[p]] = scores[:, i]
+        chosen = torch.tensor([t.position >= layer.config.n_sink for t in row.tokens], dtype=torch.bool)
+        if chosen.any():
+            ours, theirs = ours[:, chosen], theirs[:, chosen]
+            if not torch.equal(ours.isnan(), theirs.isnan()):
+                return float("inf")
+            worst = max(worst, relative_error(ours.nan_to_num(), theirs.nan_to_num()))
+    return worst
 
 
 def _same_tokens(layer: TieredLayer, spec: LayerCache) -> bool:

@@ -20,3 +20,7 @@ TIE = 1.0
 
 #: Attention over product-quantised codes, as above; no rotation is involved.
 PRODUCT = {torch.float64: 1e-13, torch.float32: 1e-5}
+
+#: What a token received, between runs that encode for themselves: norm of the difference over norm. Where
+#: codes agree it is rounding; one that differs (`CODES_DIFFERING`) moves the probabilities of its token.
+SCORES = 1e-3

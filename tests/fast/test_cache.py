@@ -8,8 +8,9 @@ import torch
 from transformers import FalconConfig, FalconForCausalLM, T5Config, T5ForConditionalGeneration
 
 import fade_fast
+from fade_fast import plan
 from fade_fast.attention import NAME
-from fade_ref.config import FadeConfig
+from fade_ref.config import POLICIES, FadeConfig
 
 from .models import (
     EVICTING,
@@ -257,8 +258,11 @@ class TestBadInput:
         for bad in (0, -3, 2.0, True):
             with pytest.raises(ValueError, match="max_length"):
                 fade_fast.create_cache(model, max_length=bad)
-        with pytest.raises(ValueError, match="eviction_policy"):
-            fade_fast.create_cache(model, FadeConfig(int4_budget=64, eviction_policy="h2o"))
+        for policy in set(POLICIES) - set(plan.SUPPORTED):
+            with pytest.raises(ValueError, match="eviction_policy"):
+                fade_fast.create_cache(model, FadeConfig(int4_budget=64, eviction_policy=policy))
+        with pytest.raises(ValueError, match="plan_scope"):
+            fade_fast.create_cache(model, FadeConfig(int4_budget=64, plan_scope="head"))
         assert model.config._attn_implementation != NAME, "a refusal attaches nothing"
 
     def test_encoder_decoder_models(self):

@@ -19,6 +19,8 @@ CONFIGS = {
     "k3v2": FadeConfig(**SMALL, middle_k_bits=3, middle_v_bits=2),
     "evict": FadeConfig(**SMALL, int4_budget=10),
     "two tiers": FadeConfig(**SMALL, int4_budget=10, int2_budget=6, positions="original"),
+    "h2o": FadeConfig(**SMALL, int4_budget=10, eviction_policy="h2o"),
+    "snapkv": FadeConfig(**SMALL, int4_budget=10, int2_budget=6, eviction_policy="snapkv"),
     "off": FadeConfig(recent_window=None),
 }
 

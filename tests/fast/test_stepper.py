@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import fade_fast
+from fade_fast import plan
 from fade_ref.config import FadeConfig
 
 from .models import compressed_tokens, prompt, tiny_llama
@@ -20,6 +21,11 @@ CONFIGS = {
     "evict, original positions": FadeConfig(**SMALL, int4_budget=10, positions="original"),
     "int4, int2, evict": FadeConfig(**SMALL, int4_budget=10, int2_budget=6),
     "off": FadeConfig(recent_window=None),
+}
+CONFIGS |= {
+    policy: FadeConfig(**SMALL, int4_budget=10, int2_budget=6, eviction_policy=policy)
+    for policy in plan.SUPPORTED
+    if policy not in ("position", "learned")
 }
 
 
@@ -60,6 +66,16 @@ def test_steps_equal_eager_steps(name, padded):
     for ours, other in zip(cache.tiered, theirs.tiered):
         for a, b in zip(ours.dense(), other.dense()):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        for records, twin in zip(_records(ours), _records(other)):
+            for name in ours.observer.fields if ours.observer else ():
+                torch.testing.assert_close(records[name], twin[name], rtol=1e-9, atol=1e-12)
+
+
+def _records(layer):
+    """The buffers that hold tokens; sinks, whose scores mean nothing, are left out."""
+    layer.settle()
+    exact = {name: layer.exact[name][..., layer.config.n_sink :] for name in layer.exact.fields}
+    return [exact] + [tier.records for tier in layer.held_tiers()]
 
 
 def test_caches_alternate_and_start_again_without_recompiling():

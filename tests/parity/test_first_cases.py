@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from fade_fast import attention, plan
+from fade_fast.importance import OBSERVERS
 from fade_fast.kernels import packed, rotated
-from fade_ref import quantize
+from fade_ref import policies, quantize
 from fade_ref.config import FadeConfig
+from fade_ref.tiers import Tier
 from parity import cases
 from parity.cases import Shape
-from parity.tolerances import ATTENTION, CODES_DIFFERING, SCALE_ULP
+from parity.tolerances import ATTENTION, CODES_DIFFERING, SCALE_ULP, SCORES
 
 SMALL = dict(recent_window=8, block_size=4)
 CONFIGS = {
@@ -23,7 +26,18 @@ CONFIGS = {
     "no sinks": FadeConfig(**SMALL, n_sink=0, int4_budget=7),
     "no recent window": FadeConfig(n_sink=2, recent_window=0, block_size=3, int4_budget=9),
     "budget 0": FadeConfig(**SMALL, int4_budget=0),
+    "one plan a layer": FadeConfig(**SMALL, int4_budget=10, int2_budget=6, plan_scope="layer"),
+    "both tiers INT2": FadeConfig(**SMALL, int4_budget=6, int2_budget=5, middle_k_bits=2, middle_v_bits=2),
     "off": FadeConfig(recent_window=None),
+}
+BY_ATTENTION = tuple(OBSERVERS)
+BUDGETS = {
+    "evict": dict(int4_budget=10),
+    "int4, int2, evict": dict(int4_budget=7, int2_budget=6),
+    "int4, int2": dict(int4_budget=7, int2_budget=None),
+    "original positions": dict(int4_budget=6, positions="original"),
+    "no sinks": dict(int4_budget=7, n_sink=0),
+    "one plan a layer": dict(int4_budget=7, int2_budget=6, plan_scope="layer"),
 }
 STEPS = [14] + [1] * 21 + [20, 5] + [1] * 6  # prefill, decode, a long second turn, a draft
 
@@ -93,3 +107,59 @@ def test_shapes_and_dtypes(name, shape):
     found = list(cases.trace(CONFIGS[name], shape, [30, 1, 1, 1, 1, 18, 3, 1], seed=1))
     assert max(s.output_error for s in found) <= ATTENTION[shape.dtype]
     assert found[-1].middle > 0
+
+
+@pytest.mark.parametrize("policy", [p for p in plan.SUPPORTED if p != "position"])
+@pytest.mark.parametrize("padding", [(), (0, 11), (3, 6)], ids=["unpadded", "one padded", "both padded"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_policies(policy, budget, padding):
+    """The same tokens survive in the same tiers, and every token received the same."""
+    config, shape = FadeConfig(**SMALL, eviction_policy=policy, **BUDGETS[budget]), Shape(dtype=torch.float64)
+    holes = {8: 1, 22: 4} if padding else {}
+    found = list(cases.trace(config, shape, STEPS, padding=padding, holes=holes))
+    assert max(s.output_error for s in found) <= ATTENTION[shape.dtype]
+    assert all(s.same_tokens for s in found) and found[-1].middle > 0
+    assert max(s.score_error for s in found) <= SCORES
+
+
+@pytest.mark.parametrize("policy", BY_ATTENTION)
+@pytest.mark.parametrize("padding", [(), (0, 11)], ids=["unpadded", "padded"])
+def test_scores_follow_crops_and_reordered_rows(policy, padding):
+    """Drafts are rejected, rows are exchanged and doubled: scores stay with their tokens."""
+    config = FadeConfig(**SMALL, int4_budget=7, int2_budget=6, eviction_policy=policy)
+    steps = [20] + [1, 4] * 6 + [1] * 9 + [19, 1, 3, 1]
+    # A crop must come while nothing is due, as in `fade_ref` a block leaves at the end of its step.
+    crops, order = {3: 2, 9: 1, 23: 1}, {5: [1, 0], 12: [1, 1], 22: [1, 0]}
+    shape = Shape(dtype=torch.float64)
+    found = list(cases.trace(config, shape, steps, padding=padding, crops=crops, order=order))
+    assert all(s.same_tokens for s in found) and found[-1].middle > 0
+    assert max(s.score_error for s in found) <= SCORES
+
+
+@pytest.mark.parametrize("policy", BY_ATTENTION)
+def test_tiles_and_horizons_of_long_steps(policy, monkeypatch):
+    """Scores do not depend on how queries and keys are cut, and queries left out make no difference."""
+    config = FadeConfig(recent_window=24, block_size=16, int4_budget=40, eviction_policy=policy)
+    steps, shape = [150, 1, 90, 7, 1], Shape(batch=1, dtype=torch.float64)
+    monkeypatch.setattr(attention, "ROWS", 32)
+    monkeypatch.setattr(attention, "TILE", 20)
+    found = list(cases.trace(config, shape, steps, seed=1))
+    assert all(s.same_tokens for s in found) and found[-1].middle == 40
+    assert max(s.score_error for s in found) <= SCORES
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
+@pytest.mark.parametrize("budgets", [(5, 4), (9, None), (0, 6), (12, 0), (None, 0)], ids=str)
+def test_plans(budgets, adaptive):
+    """Random scores with ties, NaN, padding and tokens that are spent."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = policies.adaptive_plan if adaptive else policies.plan
+    for sharpness in (0.0, 1.0, 3.0, 6.0):
+        scores = (sharpness * torch.randn(40, 25, generator=generator).double()).exp()
+        scores = torch.where(torch.rand(40, 25, generator=generator) < 0.2, scores.round(), scores)
+        scores[::3, ::7] = torch.nan
+        position = torch.stack([torch.randperm(25, generator=generator) for _ in range(40)])
+        position[torch.rand(40, 25, generator=generator) < 0.2] = -1
+        spent = torch.rand(40, 25, generator=generator) < 0.3
+        expected = chosen(scores, position, *budgets, Tier.INT4, spent)
+        assert torch.equal(plan.plan(scores, position, *budgets, Tier.INT4, spent, adaptive), expected)

@@ -1,0 +1,57 @@
+"""The `learned` policy inside generate(): its weights, and what is refused."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch._dynamo.utils import counters
+
+import fade_fast
+from fade_ref.config import FadeConfig
+from parity.cases import policy_weights
+
+from .models import SMALL, generate, prompt, tiny_llama
+from .test_stepper import compiled
+
+LEARNED = FadeConfig(**SMALL, int4_budget=12, eviction_policy="learned")
+
+
+def survivors(cache):
+    return [layer.middle.tiers[0].records["position"].clone() for layer in cache.tiered]
+
+
+def test_weights_from_a_file(tmp_path):
+    """A file gives what its tensors give, other weights choose otherwise, and layers differ by depth."""
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(80)
+    save_file(policy_weights(), tmp_path / "weights.safetensors")
+    found = []
+    for weights in (tmp_path / "weights.safetensors", policy_weights(), policy_weights(1)):
+        cache = fade_fast.create_cache(model, LEARNED, policy_weights=weights)
+        generate(model, cache, inputs)
+        assert cache.memory().tokens["INT4"] == 12
+        found.append(survivors(cache))
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1]))
+    assert not all(torch.equal(a, b) for a, b in zip(found[0], found[2]))
+    assert [layer.observer.depth for layer in cache.tiered] == [0.0, 1.0]
+
+
+def test_captured_steps():
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2, pads=(0, 9))
+    torch._dynamo.reset()
+    counters.clear()
+    caches = [fade_fast.create_cache(model, LEARNED, policy_weights=policy_weights()) for _ in range(2)]
+    expected = generate(model, caches[0], inputs, new=24)
+    assert torch.equal(compiled(model, caches[1], inputs, new=24)[:, 30:], expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(*map(survivors, caches)))
+
+
+def test_refusals():
+    model, weights = tiny_llama(), policy_weights()
+    with pytest.raises(ValueError, match="'learned' needs them"):
+        fade_fast.create_cache(model, LEARNED)
+    with pytest.raises(ValueError, match="others take none"):
+        fade_fast.create_cache(model, "balanced", policy_weights=weights)
+    wrong = weights | {"net.0.bias": torch.zeros(31)}
+    for bad in (wrong, {k: v for k, v in weights.items() if k != "net.2.bias"}):
+        with pytest.raises(ValueError, match="policy_weights have names and shapes"):
+            fade_fast.create_cache(model, LEARNED, policy_weights=bad)
