@@ -81,7 +81,8 @@ class TieredKVCache(Cache):
             if type(layer) is DynamicLayer:
                 rope = find_rope(model, i) if config.contiguous else None
                 layers[i] = TieredLayer(config, self.stepper, rope, self._rotation, dispatches, max_length)
-                layers[i].model_config = model_config
+                layers[i].model_config, layers[i].layer_idx = model_config, i
+                layers[i].shared = bool(getattr(model_config, "num_kv_shared_layers", 0))
             elif type(layer) is DynamicSlidingWindowLayer and on_gpu:
                 layers[i] = StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
         if not any(isinstance(layer, TieredLayer) for layer in layers):

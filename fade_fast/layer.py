@@ -44,6 +44,10 @@ class Arrival:
     def device(self) -> torch.device:
         return self.keys.device
 
+    def of_another(self, module) -> bool:
+        """Whether the attention module that reads this is not the one whose keys these are."""
+        return getattr(module, "layer_idx", self.layer.layer_idx) != self.layer.layer_idx
+
     def to(self, *args, **kwargs) -> "Arrival":
         """Nothing moves: some models ask for the device that the keys are on already."""
         return self
@@ -64,6 +68,8 @@ class TieredLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
+    layer_idx: int | None = None  # of the model's layer, where the model is known
+    shared = False  # whether other layers may read what this one stores (Gemma 4)
 
     def __init__(
         self, config: FadeConfig, stepper: Stepper, rope: Rope | None, rotations, dispatches, max_length
