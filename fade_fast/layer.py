@@ -446,7 +446,10 @@ class TieredLayer(CacheLayerMixin):
         """Logical positions of the sinks and recent columns, [B, 1, n] int32, or `HOLE`."""
         sinks = min(self.length, self.config.n_sink)
         slots = torch.arange(sinks, dtype=torch.int32, device=self.device)
-        here = slots <= self.timeline.newest()[:, None]
+        # A long step is in the timeline before it is stored: its tokens are in no sink slot yet.
+        stored = self.timeline.positions[:, : self.length]
+        newest = self.timeline.newest() if self.length == self.timeline.length else stored.amax(-1)
+        here = slots <= newest[:, None]
         recent = self.timeline.positions[:, self.length - self.recent : self.length]
         recent = recent.masked_fill(recent < self.config.n_sink, HOLE)
         return torch.cat((torch.where(here, slots, HOLE), recent), dim=-1)[:, None]

@@ -120,6 +120,12 @@ def find_rope(model: PreTrainedModel, layer_idx: int) -> Rope:
     kinds = getattr(source, "rope_type", None)
     if "dynamic" in (kinds.get(kind) if isinstance(kinds, dict) else kinds, None):
         raise refusal("dynamic RoPE changes its frequencies while the text grows")
+    text = model.config.get_text_config(decoder=True)
+    by_axis = "mrope_section" in (getattr(text, "rope_parameters", None) or {}) or hasattr(
+        source, "mrope_section"
+    )
+    if by_axis and text is not model.config:
+        raise refusal("images take fewer positions than tokens")
     weight = next(x for x in attention.parameters() if x.dim() == 2)
     width = attention.config.hidden_size
     draw = torch.Generator().manual_seed(0)
@@ -128,7 +134,8 @@ def find_rope(model: PreTrainedModel, layer_idx: int) -> Rope:
     twin = copy.deepcopy(source).to(weight.device)
     with torch.no_grad():
         try:
-            angles = twin(hidden, position, *([kind] if buffer != "inv_freq" else []))
+            axes = position.expand(3, 1, 3) if by_axis else position
+            angles = twin(hidden, axes, *([kind] if buffer != "inv_freq" else []))
             none = (torch.ones_like(angles[0]), torch.zeros_like(angles[1]))
             before, after = (_keys(attention, hidden, x) for x in (none, angles))
         except (TypeError, IndexError, RuntimeError, AttributeError):
