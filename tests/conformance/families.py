@@ -37,6 +37,8 @@ class Family:
         dispatches: whether the attention function can be replaced, so that decoding reads packed tokens.
         renumbers: why survivors of eviction cannot be renumbered; empty if they can.
         refused: why no cache can be made; empty if one can.
+        drops_cache: whether the model would go on with another cache, without our help.
+        state_of_batch: whether its frequencies depend on the longest row, so that rows differ alone.
         note: a remark for the table.
         eager: whether `sdpa` lacks what the model asks for, and `eager` is not exact in float64.
     """
@@ -49,6 +51,8 @@ class Family:
     dispatches: bool = True
     renumbers: str = ""
     refused: str = ""
+    drops_cache: bool = False
+    state_of_batch: bool = False
     note: str = ""
     eager: bool = False
 
@@ -71,6 +75,7 @@ class Family:
             model.set_experts_implementation("eager")  # others lack float64
         if self.eager:
             model.set_attn_implementation(REFERENCE)
+        model.generation_config.use_cache = True  # MPT says otherwise
         _sharpen(model)
         return model
 
@@ -125,6 +130,7 @@ LINEAR = dict(
     linear_value_head_dim=16,
 )
 LEARNED = "learned positions are part of the hidden state"
+DYNAMIC = "dynamic RoPE changes its frequencies while the text grows"
 ALIBI = "its bias counts stored keys"
 LEARNED_SIZES = dict(hidden_size=..., intermediate_size=..., num_hidden_layers=...)
 
@@ -143,8 +149,14 @@ _ALL = [
         ),
     ),
     Family("Llama, yarn RoPE", "Llama", rope("yarn", factor=4.0, original_max_position_embeddings=32)),
-    Family("Llama, dynamic RoPE", "Llama", rope("dynamic", factor=4.0)),
-    Family("Llama, dynamic RoPE beyond its length", "Llama", SHORT | rope("dynamic", factor=4.0)),
+    Family("Llama, dynamic RoPE", "Llama", rope("dynamic", factor=4.0), renumbers=DYNAMIC),
+    Family(
+        "Llama, dynamic RoPE beyond its length",
+        "Llama",
+        SHORT | rope("dynamic", factor=4.0),
+        renumbers=DYNAMIC,
+        state_of_batch=True,
+    ),
     Family("Qwen2", "Qwen2"),
     Family("Qwen3", "Qwen3", dict(head_dim=32)),
     Family("Mistral", "Mistral", dict(sliding_window=None)),
@@ -172,6 +184,8 @@ _ALL = [
         "Phi3",
         rope("longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8, factor=4.0)
         | dict(original_max_position_embeddings=16, max_position_embeddings=64, sliding_window=None),
+        drops_cache=True,
+        state_of_batch=True,
     ),
     Family("Phi-3, partial RoPE", "Phi3", rope("default", partial_rotary_factor=0.5) | dict(sliding_window=None)),
     Family("Gemma", "Gemma", dict(head_dim=32)),
@@ -288,6 +302,7 @@ _ALL = [
             text_config=rope("default", mrope_section=[2, 3, 3]),
             vision_config=dict(depth=1, embed_dim=32, hidden_size=64, num_heads=2),
         ),
+        renumbers="images take fewer positions than tokens",
     ),
 ]  # fmt: skip
 FAMILIES = {family.name: family for family in _ALL}
