@@ -137,7 +137,7 @@ class TieredLayer(CacheLayerMixin):
         if self.length:
             both = tuple(torch.cat(parts, dim=2) for parts in zip(self.dense(), both))
         self.timeline.extend(self.length, None, keys.shape[0], keys.shape[2], keys.device)
-        self.store(keys, values, attended=True)
+        self.store(keys, values, attended=keys.shape[2] > SHORT)  # drafts may be cropped again
         return both
 
     def check(self, keys: Tensor, values: Tensor) -> None:
@@ -181,6 +181,7 @@ class TieredLayer(CacheLayerMixin):
         """
         if self._dispatches():
             return query_length, self.length
+        self.settle()  # what is due is evicted before the keys are read
         held = self.length - (self.evicted_columns if self.is_initialized else 0)
         return held + query_length, self.length - held
 

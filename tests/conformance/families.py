@@ -39,6 +39,7 @@ class Family:
         refused: why no cache can be made; empty if one can.
         drops_cache: whether the model would go on with another cache, without our help.
         state_of_batch: whether its frequencies depend on the longest row, so that rows differ alone.
+        dtype: float32 where stock attention gives NaN for padding in float64.
         note: a remark for the table.
         eager: whether `sdpa` lacks what the model asks for, and `eager` is not exact in float64.
     """
@@ -53,11 +54,12 @@ class Family:
     refused: str = ""
     drops_cache: bool = False
     state_of_batch: bool = False
+    dtype: torch.dtype = torch.float64
     note: str = ""
     eager: bool = False
 
     def model(self, seed: int = 0) -> PreTrainedModel:
-        """A random model of the family in float64, always the same for a seed."""
+        """A random model of the family, always the same for a seed."""
         torch.manual_seed(seed)
         head = getattr(transformers, self.architecture + "ForCausalLM", None) or getattr(
             transformers, self.architecture + "LMHeadModel", None
@@ -70,7 +72,7 @@ class Family:
             config = dict(self.config, text_config=_sizes(self.config["text_config"]))
         else:
             config = _sizes(self.config)
-        model = head(getattr(transformers, name)(**config)).double().eval()
+        model = head(getattr(transformers, name)(**config)).to(self.dtype).eval()
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # others lack float64
         if self.eager:
@@ -268,8 +270,8 @@ _ALL = [
     Family("OPT", "OPT", dict(ffn_dim=64, word_embed_proj_dim=64, init_std=0.2), renumbers=LEARNED),
     Family("Falcon", "Falcon", dict(alibi=False), dispatches=False),
     Family("Falcon, ALiBi", "Falcon", dict(alibi=True), dispatches=False, renumbers=ALIBI),
-    Family("Bloom", "Bloom", LEARNED_SIZES | dict(hidden_size=64, n_layer=2, n_head=4), dispatches=False, renumbers=ALIBI),
-    Family("MPT", "Mpt", dict(d_model=64, n_layers=2, n_heads=4, max_seq_len=512), dispatches=False, renumbers=ALIBI),
+    Family("Bloom", "Bloom", LEARNED_SIZES | dict(hidden_size=64, n_layer=2, n_head=4), dispatches=False, renumbers=ALIBI, dtype=torch.float32),
+    Family("MPT", "Mpt", dict(d_model=64, n_layers=2, n_heads=4, max_seq_len=512), dispatches=False, renumbers=ALIBI, dtype=torch.float32, note="generate() needs use_cache=True"),
     Family(
         "DeepSeek-V3",
         "DeepseekV3",
