@@ -39,6 +39,7 @@ class Family:
         refused: why no cache can be made; empty if one can.
         drops_cache: whether the model would go on with another cache, without our help.
         state_of_batch: whether its frequencies depend on the longest row, so that rows differ alone.
+        branches: whether its forward pass branches on data, so that it never compiles into one graph.
         dtype: float32 where stock attention gives NaN for padding in float64.
         note: a remark for the table.
         eager: whether `sdpa` lacks what the model asks for, and `eager` is not exact in float64.
@@ -54,6 +55,7 @@ class Family:
     refused: str = ""
     drops_cache: bool = False
     state_of_batch: bool = False
+    branches: bool = False
     dtype: torch.dtype = torch.float64
     note: str = ""
     eager: bool = False
@@ -74,7 +76,7 @@ class Family:
             config = _sizes(self.config)
         model = head(getattr(transformers, name)(**config)).to(self.dtype).eval()
         if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("eager")  # others lack float64
+            model.set_experts_implementation("batched_mm")  # float64, and no branch on data
         if self.eager:
             model.set_attn_implementation(REFERENCE)
         model.generation_config.use_cache = True  # MPT says otherwise
@@ -151,13 +153,14 @@ _ALL = [
         ),
     ),
     Family("Llama, yarn RoPE", "Llama", rope("yarn", factor=4.0, original_max_position_embeddings=32)),
-    Family("Llama, dynamic RoPE", "Llama", rope("dynamic", factor=4.0), renumbers=DYNAMIC),
+    Family("Llama, dynamic RoPE", "Llama", rope("dynamic", factor=4.0), renumbers=DYNAMIC, branches=True),
     Family(
         "Llama, dynamic RoPE beyond its length",
         "Llama",
         SHORT | rope("dynamic", factor=4.0),
         renumbers=DYNAMIC,
         state_of_batch=True,
+        branches=True,
     ),
     Family("Qwen2", "Qwen2"),
     Family("Qwen3", "Qwen3", dict(head_dim=32)),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
-from .families import FAMILIES, VOCABULARY
+from .families import FAMILIES, VOCABULARY, Family
 
 PROMPT, NEW = 40, 8
 PADS = (0, 13, 34)  # very unequal lengths
@@ -229,6 +230,9 @@ def compiled(inputs: Callable) -> Callable[[Run], Tensor]:
         config._compile_all_devices = True
         cache = run.new_cache()
         cache.stepper.compileable = True
+        for i, layer in enumerate(cache.layers):  # as create_cache() does on a GPU
+            if type(layer) is DynamicSlidingWindowLayer:
+                cache.layers[i] = StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
         out = run.generate(inputs(), cache, compile_config=config)
         assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
         return out
@@ -255,6 +259,13 @@ class Mode:
     padded: bool = False
     slow: bool = False
     compiles: bool = False
+
+    def applies_to(self, family: Family) -> bool:
+        """Whether the matrix has this cell."""
+        if family.name == "Llama":
+            return True
+        eager = not family.dispatches or family.branches or family.refused
+        return self.everywhere and not (self.compiles and eager)
 
 
 _ALL = [

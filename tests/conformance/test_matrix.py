@@ -12,16 +12,19 @@ SHORT = os.environ.get("FADE_CONFORMANCE") == "short"  # for a second version of
 BRIEF = ("greedy, left-padded", "beam", "two turns on one cache")
 
 
-def cells():
+def cells() -> list:
+    """All cells as parameters."""
+    found = []
     for family in FAMILIES.values():
         for mode in MODES.values():
             whole = family.name == "Llama"
-            if not (whole or mode.everywhere) or (mode.compiles and not family.dispatches):
+            if not mode.applies_to(family):
                 continue
             if SHORT and (mode.slow or not whole and mode.name not in BRIEF):
                 continue
             marks = [pytest.mark.slow] if mode.slow and not whole else []
-            yield pytest.param(family, mode, marks=marks, id=f"{family.name}-{mode.name}")
+            found.append(pytest.param(family, mode, marks=marks, id=f"{family.name}-{mode.name}"))
+    return found
 
 
 @pytest.mark.parametrize("family, mode", cells())
