@@ -57,7 +57,8 @@ def attention(
     stepper = key.layer.stepper
     if stepper.active:
         output = torch.ops.fade.step(
-            query, key.keys, key.values, attention_mask, stepper.marker.shape[0], key.layer.index,
+            query, key.keys, key.values, attention_mask, stepper.marker.shape[0],
+            -1 - key.layer.index if key.of_another(module) else key.layer.index,
             scaling, softcap, s_aux,
         )  # fmt: skip
         return output, None
@@ -73,6 +74,8 @@ def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, slidi
         raise ValueError("this cache was made for another model: create_cache(model) makes one for it")
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache=False with a cache would feed every token again: leave it True")
+    if key.of_another(module):
+        return _read_again(module, query, key, terms, **kwargs), None
     new, start = query.shape[2], layer.length
     valid = None if attention_mask is None else _validity(attention_mask, new)
     if new == 1 and valid is not None and layer.timeline.all_real(start, valid):
@@ -83,7 +86,8 @@ def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, slidi
     layer.timeline.extend(start, valid, query.shape[0], new, query.device)
     if not start:
         output = _attend_tensors(module, query, keys, values, attention_mask, terms, **kwargs)
-        layer.store(keys, values, attended=True, received=_observe_first(query, layer, keys, values, terms))
+        received = _observe_first(query, layer, keys, values, terms)
+        layer.store(keys, values, attended=True, received=received)
     elif not layer.has_middle and terms.plain and not layer.observer:
         layer.store(keys, values, attended=False)
         rows = Rows(query, layer, start, terms)
@@ -102,7 +106,7 @@ def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, slidi
             ],
             dim=1,
         )
-        layer.store(keys, values, attended=True, received=received)
+        layer.store(keys, values, attended=not layer.shared, received=received)
     return output, None
 
 
@@ -119,6 +123,24 @@ def _observe_first(query, layer: TieredLayer, keys, values, terms: "Terms") -> d
     for i, part in enumerate(query[:, :, first:].split(ROWS, dim=2)):
         Rows(part, layer, first + i * ROWS, terms).observe(0, keys, received)
     return received
+
+
+def _read_again(module, query: Tensor, key: Arrival, terms: "Terms", **kwargs) -> Tensor:
+    """Attention over a layer whose columns of this step are stored already, [B, q, Hq, D].
+
+    The queries are those of the newest columns, perhaps not of all that arrived.
+    """
+    layer, keys, values = key.layer, key.keys, key.values
+    start, first = layer.length - query.shape[2], layer.length - keys.shape[2]
+    if first:
+        parts = query.split(SHORT, dim=2)
+        return torch.cat(
+            [Rows(part, layer, start + i * SHORT, terms).attend() for i, part in enumerate(parts)], dim=1
+        )
+    position = layer.timeline.positions[:, None]
+    keys, values = (x.masked_fill((position == HOLE)[..., None], 0) for x in (keys, values))
+    mask = Rows(query, layer, start, terms).sees(position)
+    return _attend_tensors(module, query, keys, values, mask, terms, **kwargs)
 
 
 class Terms:

@@ -2,12 +2,13 @@
 
 import copy
 import os
+import types
 import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -87,6 +88,11 @@ class TieredKVCache(Cache):
                 f"eviction_policy={config.eviction_policy!r} ranks by attention, but {type(model).__name__} "
                 f"does not let its attention be replaced: {', '.join(plan.SCORES)} are supported for it"
             )
+        if config.evicts and not model._can_set_attn_implementation():
+            raise ValueError(
+                f"{type(model).__name__} does not dispatch its attention, whose masks and biases would count "
+                "evicted tokens: use a configuration that keeps every token"
+            )
         self.fade_config, self.timeline = config, Timeline()
         self.device, self.fingerprint = model.device, fingerprint(model)
         # Captured steps keep their counters on one device, so all layers must be there.
@@ -106,7 +112,8 @@ class TieredKVCache(Cache):
                 layers[i] = TieredLayer(
                     config, self.stepper, rope, self._rotation, dispatches, max_length, observer
                 )
-                layers[i].model_config = model_config
+                layers[i].model_config, layers[i].layer_idx = model_config, i
+                layers[i].shared = bool(getattr(model_config, "num_kv_shared_layers", 0))
             elif type(layer) is DynamicSlidingWindowLayer and on_gpu:
                 layers[i] = StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
         if not any(isinstance(layer, TieredLayer) for layer in layers):
@@ -331,6 +338,10 @@ def attach(model: PreTrainedModel) -> bool:
     Returns whether the model dispatches its attention, and so could be attached. The setting lives
     on the model's configuration: models built from one configuration object share it.
     """
+    if "_fade_guard" not in model.__dict__:
+        model._fade_guard = model.register_forward_pre_hook(_refuse_without_use_cache, with_kwargs=True)
+        if model.config.model_type in SWITCHING:
+            model.prepare_inputs_for_generation = types.MethodType(_prepare_inputs, model)
     if model.config._attn_implementation == NAME:
         return True
     if not model._can_set_attn_implementation():
@@ -348,7 +359,37 @@ def attach(model: PreTrainedModel) -> bool:
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`: the model's own attention function is back. Nothing happens without one."""
+    guard = model.__dict__.pop("_fade_guard", None)
+    if guard is not None:
+        guard.remove()
+        model.__dict__.pop("prepare_inputs_for_generation", None)
     previous = model.__dict__.pop("_fade_previous", None)
     if previous is not None:
         model.set_attn_implementation(previous)
         stepper.detach(model)
+
+
+#: Models that drop their cache, for good, when the text reaches the length where long RoPE switches.
+SWITCHING = ("phi3", "phimoe", "phi4_multimodal")
+
+
+def _prepare_inputs(model, input_ids, past_key_values=None, **kwargs):
+    """What such a model feeds in a step, but through the same cache after the switch."""
+    prepare = type(model).prepare_inputs_for_generation
+    length = getattr(model.config, "original_max_position_embeddings", None)
+    if not isinstance(past_key_values, TieredKVCache) or length is None or input_ids.shape[1] <= length:
+        return prepare(model, input_ids, past_key_values=past_key_values, **kwargs)
+    if past_key_values.get_seq_length() <= length:  # keys of the short frequencies are made anew
+        past_key_values.reset()
+        kwargs["next_sequence_length"] = None
+    return GenerationMixin.prepare_inputs_for_generation(
+        model, input_ids, past_key_values=past_key_values, **kwargs
+    )
+
+
+def _refuse_without_use_cache(model, args, kwargs) -> None:
+    """Refuse a step that is fed every token again on top of what the cache holds."""
+    if isinstance(kwargs.get("past_key_values"), TieredKVCache) and kwargs.get("use_cache") is False:
+        raise ValueError(
+            "use_cache=False with a cache would feed every token again: pass use_cache=True to generate()"
+        )

@@ -46,6 +46,10 @@ class Arrival:
     def device(self) -> torch.device:
         return self.keys.device
 
+    def of_another(self, module) -> bool:
+        """Whether the attention module that reads this is not the one whose keys these are."""
+        return getattr(module, "layer_idx", self.layer.layer_idx) != self.layer.layer_idx
+
     def to(self, *args, **kwargs) -> "Arrival":
         """Nothing moves: some models ask for the device that the keys are on already."""
         return self
@@ -67,6 +71,8 @@ class TieredLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
+    layer_idx: int | None = None  # of the model's layer, where the model is known
+    shared = False  # whether other layers may read what this one stores (Gemma 4)
 
     def __init__(
         self,
@@ -150,7 +156,7 @@ class TieredLayer(CacheLayerMixin):
         if self.length:
             both = tuple(torch.cat(parts, dim=2) for parts in zip(self.dense(), both))
         self.timeline.extend(self.length, None, keys.shape[0], keys.shape[2], keys.device)
-        self.store(keys, values, attended=True)
+        self.store(keys, values, attended=keys.shape[2] > SHORT)  # drafts may be cropped again
         return both
 
     def check(self, keys: Tensor, values: Tensor) -> None:
@@ -194,6 +200,7 @@ class TieredLayer(CacheLayerMixin):
         """
         if self._dispatches():
             return query_length, self.length
+        self.settle()  # what is due is evicted before the keys are read
         held = self.length - (self.evicted_columns if self.is_initialized else 0)
         return held + query_length, self.length - held
 
@@ -504,7 +511,10 @@ class TieredLayer(CacheLayerMixin):
         """Logical positions of the sinks and recent columns, [B, 1, n] int32, or `HOLE`."""
         sinks = min(self.length, self.config.n_sink)
         slots = torch.arange(sinks, dtype=torch.int32, device=self.device)
-        here = slots <= self.timeline.newest()[:, None]
+        # A long step is in the timeline before it is stored: its tokens are in no sink slot yet.
+        whole = self.length in (0, self.timeline.length)
+        newest = self.timeline.newest() if whole else self.timeline.positions[:, : self.length].amax(-1)
+        here = slots <= newest[:, None]
         recent = self.timeline.positions[:, self.length - self.recent : self.length]
         recent = recent.masked_fill(recent < self.config.n_sink, HOLE)
         return torch.cat((torch.where(here, slots, HOLE), recent), dim=-1)[:, None]

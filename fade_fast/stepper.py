@@ -137,15 +137,19 @@ class Stepper:
     # -- inside a step
 
     def run(self, index: int, query, key, value, mask, scaling, softcap, s_aux) -> Tensor:
-        """Store a layer's column and attend: everything by tensors of fixed addresses."""
-        layer = self.layers[index]
+        """Store a layer's column and attend: everything by tensors of fixed addresses.
+
+        A negative `index`, -1 less the layer's, is of a layer that reads what that one has stored.
+        """
+        layer = self.layers[index if index >= 0 else -1 - index]
         if index == 0:
             self._advance(mask)
         keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
-        keys.index_copy_(2, self.slot, key)
-        values.index_copy_(2, self.slot, value)
+        if index >= 0:
+            keys.index_copy_(2, self.slot, key)
+            values.index_copy_(2, self.slot, value)
         tally = layer.tally()
-        if tally:
+        if tally and index >= 0:
             layer.observer.renew(layer.exact.tensors, self.slot)
         if self.settled and softcap is None and s_aux is None:
             output = exact.attend_long(query, keys, values, self.seen, self.settled, scaling)

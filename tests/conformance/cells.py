@@ -1,0 +1,144 @@
+"""One cell of the matrix: a family decoded in a mode, against `DynamicCache` and against twins."""
+
+import re
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import fade_fast
+from fade_ref.config import FadeConfig
+
+from .families import Family
+from .modes import MODES, PADS, PROMPT, Mode, Run, padded
+from .twins import read_dense
+
+SMALL = dict(recent_window=16, block_size=8)
+OFF = FadeConfig(recent_window=None)
+SAFE = FadeConfig(**SMALL)
+EQUAL, THEIRS, OURS = "equal", "refused by transformers", "refused"
+
+#: Cells that transformers refuses with its own DynamicCache: families' and modes' names, and its words.
+STATEFUL = "is not supported with stateful models"
+REFUSED_BY_TRANSFORMERS = {
+    ("Qwen3-Next", "prompt look-up"): STATEFUL,
+    ("Qwen3.5", "prompt look-up"): STATEFUL,
+}
+#: Cells that fade_fast refuses, and its words.
+REFUSED_BY_US: dict[tuple[str, str], str] = {}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: `EQUAL`, `THEIRS` or `OURS`, and the words of the refusal."""
+
+    status: str
+    words: str = ""
+
+
+def create(model, config: FadeConfig):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of models that do not dispatch
+        return fade_fast.create_cache(model, config)
+
+
+def configs(family: Family) -> dict[str, FadeConfig]:
+    """The compressing configurations a family is decoded with."""
+    found = {"safe": SAFE}
+    if family.dispatches:
+        positions = "original" if family.renumbers else None
+        found["evicting"] = FadeConfig(**SMALL, int4_budget=8, positions=positions)
+    return found
+
+
+def twin(family: Family, mode: Mode, config: FadeConfig) -> Tensor:
+    """What comes out if the same codes are read back dense.
+
+    Stock attention reads them, where it can; it knows nothing of the positions of padding, and
+    some models drop their cache without us.
+    """
+    model = family.model()
+    cache = create(model, config)
+    if mode.padded or family.drops_cache:
+        with read_dense():
+            return mode.run(Run(model, lambda: cache, plain=True))
+    fade_fast.detach(model)
+    return mode.run(Run(model, lambda: cache, plain=True))
+
+
+def compressed(cache) -> float:
+    return sum(n for name, n in cache.memory().tokens.items() if name not in ("FP16", "EVICTED"))
+
+
+def check_equal(found: Tensor, expected: Tensor, what: str) -> None:
+    """Tokens are equal, logits to rounding; NaN never is."""
+    assert found.shape == expected.shape, what
+    if found.is_floating_point():
+        near = 1e-7 * expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=near, msg=lambda text: f"{what}: {text}")
+    else:
+        assert torch.equal(found, expected), f"{what}: {found.tolist()} is not {expected.tolist()}"
+
+
+def run_cell(family: Family, mode: Mode) -> Outcome:
+    """Decode and compare; raises `AssertionError` if anything differs, or refuses unexpectedly."""
+    key = family.name, mode.name
+    if family.refused:
+        return _refusal(lambda: create(family.model(), SAFE), family.refused)
+    model = family.model()
+    reference = Run(model, lambda: DynamicCache(config=model.config), plain=True)
+    if key in REFUSED_BY_TRANSFORMERS:
+        try:
+            mode.run(reference)
+        except (ValueError, NotImplementedError) as error:
+            assert re.search(REFUSED_BY_TRANSFORMERS[key], str(error)), error
+            return Outcome(THEIRS, str(error))
+        raise AssertionError(f"{key} is no longer refused by transformers")
+    expected = mode.run(reference)
+    assert expected.isfinite().all() and expected.unique().numel() > 2, "a cell that shows nothing"
+    if key in REFUSED_BY_US:
+        return _refusal(lambda: _ours(family, mode, SAFE), REFUSED_BY_US[key])
+    found, cache = _ours(family, mode, OFF)
+    check_equal(found, expected, "compression off against DynamicCache")
+    assert compressed(cache) == 0
+    if mode is MODES["greedy, left-padded"]:
+        check_rows_alone(family, found)
+    for name, config in configs(family).items():
+        found, cache = _ours(family, mode, config)
+        assert compressed(cache) > 0, "no compressed token was attended"
+        assert cache.memory().tokens["EVICTED"] > 0 or not config.evicts
+        check_equal(found, twin(family, mode, config), f"{name} against its dense twin")
+    return Outcome(EQUAL)
+
+
+def _ours(family: Family, mode: Mode, config: FadeConfig):
+    """(output, cache) of a mode with a tiered cache."""
+    model = family.model()
+    run = Run(model, lambda: create(model, config), plain=not family.dispatches)
+    return mode.run(run), run.cache
+
+
+def check_rows_alone(family: Family, together: Tensor) -> None:
+    """Left-padded rows equal the same rows run alone, on a DynamicCache without padding."""
+    inputs = padded()
+    for b, n in enumerate(PADS):
+        model = family.model()
+        alone = {name: x[b : b + 1, n:] for name, x in inputs.items()}
+        if family.state_of_batch:
+            continue
+        row = Run(model, lambda model=model: DynamicCache(config=model.config)).generate(alone)
+        check_equal(together[b : b + 1, PROMPT:], row[:, PROMPT - n :], f"row {b} alone")
+
+
+def _refusal(call, words: str) -> Outcome:
+    """The outcome of what must raise a `ValueError` with these words."""
+    with nullcontext():
+        try:
+            call()
+        except ValueError as error:
+            assert re.search(words, str(error)), error
+            return Outcome(OURS, str(error))
+    raise AssertionError(f"not refused: {words}")

@@ -1,0 +1,299 @@
+"""Ways to decode, each as a function from a model and a cache to what has to come out the same."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
+from transformers.generation.streamers import BaseStreamer
+
+from .families import FAMILIES, VOCABULARY, Family
+
+PROMPT, NEW = 40, 8
+PADS = (0, 13, 34)  # very unequal lengths
+
+
+@dataclass
+class Run:
+    """One way of decoding under way.
+
+    Attributes:
+        model: decodes.
+        make: a new, empty cache for it.
+        plain: whether this is a reference, which is never compiled.
+        cache: the cache last made.
+    """
+
+    model: PreTrainedModel
+    make: Callable
+    plain: bool = False
+    cache: object = None
+
+    def new_cache(self):
+        self.cache = self.make()
+        return self.cache
+
+    def generate(self, inputs: dict, cache=None, **options) -> Tensor:
+        """What `generate()` returns, greedy unless `options` say otherwise; the seed is always the same."""
+        torch.manual_seed(5)
+        options = dict(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW) | options
+        cache = self.new_cache() if cache is None else cache
+        return self.model.generate(**inputs, past_key_values=cache, **options)
+
+
+def prompt(batch: int = 2, pads=(), length: int = PROMPT) -> dict:
+    """Random `input_ids` and `attention_mask`, row b left-padded by `pads[b]`."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCABULARY, (max(batch, len(pads)), length), generator=generator)
+    mask = torch.ones_like(ids)
+    for b, n in enumerate(pads):
+        ids[b, :n], mask[b, :n] = 0, 0
+    return dict(input_ids=ids, attention_mask=mask)
+
+
+def looped() -> dict:
+    """A prompt in which there is something to look up."""
+    inputs = prompt(batch=1)
+    inputs["input_ids"][:, PROMPT // 2 :] = inputs["input_ids"][:, : PROMPT // 2]
+    return inputs
+
+
+def generating(inputs: Callable = prompt, **options) -> Callable[[Run], Tensor]:
+    """The mode of one call of `generate()` with some options."""
+    return lambda run: run.generate(inputs(), **options)
+
+
+def padded() -> dict:
+    return prompt(pads=PADS)
+
+
+def assisted(run: Run) -> Tensor:
+    draft = FAMILIES["Llama"].model(seed=1)
+    draft.generation_config.num_assistant_tokens = 5
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    return run.generate(prompt(batch=1), assistant_model=draft)
+
+
+def turns(run: Run) -> Tensor:
+    """Two turns of a conversation on one cache; the second call must feed what is new only."""
+    inputs, cache = prompt(), run.new_cache()
+    first = {name: x[:, :24] for name, x in inputs.items()}
+    answer = run.generate(first, cache)
+    text = torch.cat((answer, inputs["input_ids"][:, 24:]), dim=1)
+    return run.generate(dict(input_ids=text, attention_mask=torch.ones_like(text)), cache)
+
+
+class Listener(BaseStreamer):
+    """Collects what a `TextStreamer` would print."""
+
+    def __init__(self):
+        self.heard, self.ended = [], False
+
+    def put(self, value):
+        self.heard.append(value.reshape(-1))
+
+    def end(self):
+        self.ended = True
+
+
+def streaming(run: Run) -> Tensor:
+    streamer = Listener()
+    out = run.generate(prompt(batch=1), streamer=streamer)
+    assert streamer.ended and torch.equal(torch.cat(streamer.heard), out[0])
+    return out
+
+
+class AfterFive(StoppingCriteria):
+    """Stops row 0 after three new tokens and the others after five, as a stop string would."""
+
+    def __call__(self, ids, scores, **kwargs):
+        limit = torch.full((ids.shape[0],), PROMPT + 5)
+        limit[0] = PROMPT + 3
+        return ids.shape[1] >= limit
+
+
+def stopping(run: Run) -> Tensor:
+    out = run.generate(prompt(), stopping_criteria=StoppingCriteriaList([AfterFive()]), min_new_tokens=None)
+    assert out.shape[1] == PROMPT + 5
+    return out
+
+
+def feed(run: Run, cache, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits [B, n, V] of the newest `ids` [B, n]; `mask` covers all tokens."""
+    position = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    step = dict(input_ids=ids, attention_mask=mask, position_ids=position)
+    with torch.no_grad():
+        return run.model(**step, past_key_values=cache, use_cache=True).logits
+
+
+def after(operation: Callable) -> Callable[[Run], Tensor]:
+    """The mode of steps by hand around an operation on the cache.
+
+    `operation(cache, feed)` returns the cache to go on with, and which of the old rows its rows are;
+    `feed(ids)` feeds tokens that the operation itself has to get rid of.
+    """
+
+    def mode(run: Run) -> Tensor:
+        inputs = prompt(pads=PADS, length=PROMPT + 8)
+        ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], run.new_cache()
+
+        def start(cache):
+            feed(run, cache, ids[:, :PROMPT], mask[:, :PROMPT])
+            for n in range(PROMPT, PROMPT + 4, 2):
+                feed(run, cache, ids[:, n : n + 2], mask[:, : n + 2])
+
+        def more(junk):
+            feed(run, cache, junk, torch.cat((mask[:, : PROMPT + 4], torch.ones_like(junk)), dim=1))
+
+        start(cache)
+        cache, rows, restart = operation(cache, more)
+        run.cache = cache
+        if restart:
+            cache = run.cache = run.new_cache() if type(cache).__name__ == "DynamicCache" else cache
+            start(cache)
+        ids, mask = ids[rows], mask[rows]
+        steps = range(PROMPT + 4, PROMPT + 8)
+        return torch.cat([feed(run, cache, ids[:, n : n + 1], mask[:, : n + 1]) for n in steps], dim=1)
+
+    return mode
+
+
+ROWS = list(range(len(PADS)))
+
+
+def crop(cache, more):
+    more(torch.randint(3, VOCABULARY, (len(PADS), 5), generator=torch.Generator().manual_seed(2)))
+    cache.crop(-5)
+    return cache, ROWS, False
+
+
+def reset(cache, more):
+    cache.reset()
+    return cache, ROWS, True
+
+
+def reorder(cache, more):
+    rows = [1, 1, 0]
+    cache.reorder_cache(torch.tensor(rows))
+    return cache, rows, False
+
+
+def select(cache, more):
+    rows = [2, 0]
+    cache.batch_select_indices(torch.tensor(rows))
+    return cache, rows, False
+
+
+def repeat(cache, more):
+    cache.batch_repeat_interleave(2)
+    return cache, [b for b in ROWS for _ in range(2)], False
+
+
+def deepcopy(cache, more):
+    twin = copy.deepcopy(cache)
+    more(torch.full((len(PADS), 3), 7))
+    return twin, ROWS, False
+
+
+def offload(cache, more):
+    for layer in cache.layers:
+        layer.offload()
+    for layer in cache.layers:
+        layer.prefetch()
+    return cache, ROWS, False
+
+
+def chunks(run: Run) -> Tensor:
+    """Logits of a text fed in chunks, short and long, and single tokens."""
+    ids, cache, start, out = prompt(length=62)["input_ids"], run.new_cache(), 0, []
+    with torch.no_grad():
+        for n in (30, 1, 1, 7, 20, 1, 1, 1):
+            part = dict(
+                input_ids=ids[:, start : start + n], attention_mask=torch.ones_like(ids[:, : start + n])
+            )
+            out.append(run.model(**part, past_key_values=cache, use_cache=True).logits)
+            start += n
+    return torch.cat(out, dim=1)
+
+
+def compiled(inputs: Callable) -> Callable[[Run], Tensor]:
+    """The mode of steps compiled by `generate()` into one graph; references decode as they are."""
+
+    def mode(run: Run) -> Tensor:
+        if run.plain:
+            return run.generate(inputs())
+        torch._dynamo.reset()
+        counters.clear()
+        config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+        config._compile_all_devices = True
+        cache = run.new_cache()
+        cache.stepper.compileable = True
+        for i, layer in enumerate(cache.layers):  # as create_cache() does on a GPU
+            if type(layer) is DynamicSlidingWindowLayer:
+                cache.layers[i] = StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
+        out = run.generate(inputs(), cache, compile_config=config)
+        assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
+        return out
+
+    return mode
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to decode.
+
+    Attributes:
+        name: what the table calls it.
+        run: the way; returns tokens, or logits, of which the newest count.
+        everywhere: whether every family goes through it, or Llama alone.
+        padded: whether rows are left-padded.
+        slow: whether it takes long.
+        compiles: whether the decode step is compiled.
+    """
+
+    name: str
+    run: Callable[[Run], Tensor]
+    everywhere: bool = False
+    padded: bool = False
+    slow: bool = False
+    compiles: bool = False
+
+    def applies_to(self, family: Family) -> bool:
+        """Whether the matrix has this cell."""
+        if family.name == "Llama":
+            return True
+        eager = not family.dispatches or family.branches or family.refused
+        return self.everywhere and not (self.compiles and eager)
+
+
+_ALL = [
+    Mode("greedy", generating(), everywhere=True),
+    Mode("greedy, left-padded", generating(padded), everywhere=True, padded=True),
+    Mode("logits in chunks", chunks, everywhere=True),
+    Mode("sampling", generating(do_sample=True, temperature=1.5)),
+    Mode("beam", generating(num_beams=3), everywhere=True),
+    Mode("beam, left-padded", generating(padded, num_beams=2), padded=True),
+    Mode("beam sampling", generating(num_beams=3, do_sample=True)),
+    Mode("several return sequences", generating(do_sample=True, num_return_sequences=3)),
+    Mode("prompt look-up", generating(looped, prompt_lookup_num_tokens=4), everywhere=True),
+    Mode("assisted, own draft model", assisted),
+    Mode("chunked prefill", generating(prefill_chunk_size=16), everywhere=True),
+    Mode("chunked prefill, left-padded", generating(padded, prefill_chunk_size=18), padded=True),
+    Mode("two turns on one cache", turns, everywhere=True),
+    Mode("streaming", streaming),
+    Mode("stopping criteria", stopping),
+    Mode("reset()", after(reset), padded=True),
+    Mode("crop()", after(crop), padded=True),
+    Mode("reorder_cache()", after(reorder), padded=True),
+    Mode("batch_select_indices()", after(select), padded=True),
+    Mode("batch_repeat_interleave()", after(repeat), padded=True),
+    Mode("deepcopy", after(deepcopy), padded=True),
+    Mode("offload() and prefetch()", after(offload), padded=True),
+    Mode("compiled step", compiled(prompt), everywhere=True, slow=True, compiles=True),
+    Mode("compiled step, left-padded", compiled(padded), padded=True, slow=True, compiles=True),
+]
+MODES = {mode.name: mode for mode in _ALL}

@@ -1,0 +1,33 @@
+"""Family times mode: each decodes as it should, or is refused with a reason."""
+
+import os
+
+import pytest
+
+from .cells import EQUAL, run_cell
+from .families import FAMILIES
+from .modes import MODES
+
+SHORT = os.environ.get("FADE_CONFORMANCE") == "short"  # for a second version of transformers
+BRIEF = ("greedy, left-padded", "beam", "two turns on one cache")
+
+
+def cells() -> list:
+    """All cells as parameters."""
+    found = []
+    for family in FAMILIES.values():
+        for mode in MODES.values():
+            whole = family.name == "Llama"
+            if not mode.applies_to(family):
+                continue
+            if SHORT and (mode.slow or not whole and mode.name not in BRIEF):
+                continue
+            marks = [pytest.mark.slow] if mode.slow and not whole else []
+            found.append(pytest.param(family, mode, marks=marks, id=f"{family.name}-{mode.name}"))
+    return found
+
+
+@pytest.mark.parametrize("family, mode", cells())
+def test_cell(family, mode):
+    outcome = run_cell(family, mode)
+    assert outcome.status == EQUAL or outcome.words

@@ -1,0 +1,54 @@
+"""The same codes read back dense, by attention that is written down plainly."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from fade_fast.attention import Rows
+
+
+def held(layer) -> tuple[Tensor, Tensor, Tensor]:
+    """All that a tiered layer keeps, decoded: keys and values [B, H, n, D], positions [B, 1 or H, n]."""
+    parts = [(layer.exact["key"], layer.exact["value"], layer.exact_positions())]
+    for tier in layer.held_tiers():
+        keys, values = layer.decode(tier)
+        parts.append((keys, values, layer.middle.position(tier)))
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(x, dim=2) for x in zip(*parts))
+
+
+def _plain(rows: Rows, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    """Attention [B, q, Hq, D] over keys at logical positions; -1 is padding."""
+    query, terms = rows.raw, rows.terms
+    keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+    scores = query @ keys.mT * terms.scaling
+    if terms.softcap is not None:
+        scores = terms.softcap * torch.tanh(scores / terms.softcap)
+    here, there = rows.layer.timeline.positions[:, None, rows.start : rows.stop, None], position[:, :, None]
+    seen = (there >= 0) & (there <= here)
+    if terms.window is not None:
+        seen &= there > here - terms.window
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    if terms.s_aux is not None:
+        sinks = terms.s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    probabilities = scores.softmax(-1)[..., : values.shape[2]]
+    return (probabilities @ values).transpose(1, 2).contiguous()
+
+
+def _attend(self) -> Tensor:
+    return _plain(self, *held(self.layer))
+
+
+def _attend_beside(self, first: int, keys: Tensor, values: Tensor) -> Tensor:
+    position = self.layer.timeline.positions[:, None, first:]
+    beside = (keys, values, position)
+    return _plain(self, *(torch.cat(parts, dim=2) for parts in zip(held(self.layer), beside)))
+
+
+@contextmanager
+def read_dense():
+    """Inside, tiered caches are read through plain attention over dense keys and values."""
+    with mock.patch.object(Rows, "attend", _attend), mock.patch.object(Rows, "attend_beside", _attend_beside):
+        yield
