@@ -1,0 +1,98 @@
+"""What every family owes beside its cells: renumbered keys, refusals, one cache for one feeding."""
+
+import inspect
+
+import pytest
+import torch
+
+from fade_fast.models import attention_modules
+from fade_ref.config import FadeConfig
+
+from .cells import SAFE, SMALL, create
+from .families import FAMILIES
+from .modes import Run, prompt
+from .twins import held
+
+SERVED = [family for family in FAMILIES.values() if not family.refused]
+EVICTING = FadeConfig(**SMALL, int4_budget=8, middle_k_bits=8, middle_v_bits=8)
+
+
+def named(families):
+    return pytest.mark.parametrize("family", families, ids=[family.name for family in families])
+
+
+class Keys(Exception):
+    """Stops an attention module when it hands its keys to the cache."""
+
+
+class Stop:
+    def update(self, keys, *args, **kwargs):
+        raise Keys(keys)
+
+
+def rotary(model, hidden, position, kind):
+    """Angles of the model's own rotary module."""
+    (module,) = (x for name, x in model.get_decoder().named_modules() if name.split(".")[-1] == "rotary_emb")
+    if "layer_type" in inspect.signature(module.forward).parameters:
+        return module(hidden, position, kind)
+    try:
+        return module(hidden, position)
+    except (IndexError, RuntimeError):  # three axes, in older versions
+        return module(hidden, position.expand(3, *position.shape))
+
+
+@named([family for family in SERVED if family.dispatches and not family.renumbers])
+def test_keys_after_eviction_are_those_of_the_models_own_rotary(family):
+    """Renumbered keys equal, to INT8, what the model makes of the same hidden states at the new positions."""
+    model = family.model()
+    for index in family.tiered:
+        cache, hidden = create(model, EVICTING), []
+        attention = attention_modules(model)[index]
+
+        def listen(module, args, kwargs, hidden=hidden):
+            hidden.append(kwargs.get("hidden_states", args[0] if args else None))
+
+        hook = attention.register_forward_pre_hook(listen, with_kwargs=True)
+        Run(model, lambda cache=cache: cache).generate(prompt(batch=1), max_new_tokens=30)
+        hook.remove()
+        seen = torch.cat(hidden, dim=1)
+        layer = cache.layers[index]
+        layer.settle()
+        keys, _, position = held(layer)
+        order = position[0, 0].argsort()
+        kept, length = position[0, 0][order].long(), layer.length
+        assert len(kept) < length - 20, "nothing was evicted"
+        states, places = seen[:, kept], torch.arange(length - len(kept), length)[None]
+        angles = rotary(model, states, places, getattr(attention, "layer_type", None))
+        offered = dict(
+            hidden_states=states, position_embeddings=angles, attention_mask=None,
+            past_key_values=Stop(), layer_past=Stop(), shared_kv_states={},
+        )  # fmt: skip
+        names = inspect.signature(attention.forward).parameters
+        with pytest.raises(Keys) as caught, torch.no_grad():
+            attention(**{name: x for name, x in offered.items() if name in names})
+        expected = caught.value.args[0]
+        error = (keys[:, :, order] - expected).norm(dim=-1) / expected.norm(dim=-1).mean()
+        assert error.max() < 0.05, (index, error.max())
+
+
+@named([family for family in SERVED if family.renumbers or not family.dispatches])
+def test_families_that_cannot_be_renumbered_say_so(family):
+    words = family.renumbers if family.dispatches else "does not dispatch its attention"
+    words = "no rotary embedding" if "learned" in words else words
+    with pytest.raises(ValueError, match=words):
+        create(family.model(), EVICTING)
+
+
+@named(SERVED)
+def test_use_cache_false_is_refused(family):
+    """transformers would feed every token again on top of what the cache holds."""
+    model = family.model()
+    with pytest.raises(ValueError, match="use_cache=True"):
+        Run(model, lambda: create(model, SAFE)).generate(prompt(), use_cache=False)
+
+
+@named(SERVED)
+def test_layers_tiered_are_those_the_table_names(family):
+    cache = create(family.model(), SAFE)
+    assert tuple(i for i, layer in enumerate(cache.layers) if layer in cache.tiered) == family.tiered
