@@ -232,14 +232,18 @@ def trace(
     holes: dict[int, int] | None = None,
     crops: dict[int, int] | None = None,
     order: dict[int, list[int]] | None = None,
+    terms: dict | None = None,
     seed: int = 0,
 ) -> Iterator[Step]:
     """Run one layer of both packages over random tokens, `steps` being the columns of each step.
 
     `padding[b]` columns of row b are padding in the first step; `holes[i]` columns of step i are
     padding in row 0. Before step i the newest `crops[i]` columns are forgotten, then row j becomes what
-    row `order[i][j]` was.
+    row `order[i][j]` was. `terms`: softcap, window and s_aux of the model, if it has any.
     """
+    terms = terms or {}
+    asked = spec_attention.Terms(shape.head_dim**-0.5, **terms)
+    passed = {"sliding_window" if name == "window" else name: x for name, x in terms.items()}
     by_network = config.eviction_policy == "learned"
     model = _model(shape).to(shape.device)
     module = model.model.layers[0].self_attn
@@ -247,7 +251,7 @@ def trace(
     cache = fade_fast.create_cache(model, config, policy_weights=learned.get("weights"))
     layer: TieredLayer = cache.layers[0]
     rope = Rope(model.model.rotary_emb.inv_freq.double().cpu())
-    spec = LayerCache(config, shape.batch, shape.heads, shape.head_dim, rope, **learned)
+    spec = LayerCache(config, shape.batch, shape.heads, shape.head_dim, rope, asked, **learned)
     generator = torch.Generator().manual_seed(seed)
     for i, count in enumerate(steps):
         query, keys, values = shape.random(queries=count, generator=generator)
@@ -275,7 +279,7 @@ def trace(
         layer.check(keys, values)
         arrival = Arrival(layer, keys, values)
         mask = None if mask is None else mask.to(shape.device)
-        ours = attention(module, query, arrival, arrival, mask)[0].transpose(1, 2).cpu()
+        ours = attention(module, query, arrival, arrival, mask, **passed)[0].transpose(1, 2).cpu()
         real = valid[:, None, :, None].expand_as(exact)
         layer.settle()
         same = _same_tokens(layer, spec)

@@ -153,3 +153,27 @@ class TestRefusals:
         with pytest.raises(ValueError, match="attach"):
             generate(model, cache, prompt(40))
         assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("policy", BY_ATTENTION)
+def test_padding_between_captured_steps(policy):
+    """A query that is padding counts nowhere, in captured steps as in eager ones."""
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(60, batch=2, pads=(0, 3))
+    inputs["attention_mask"][1, [45, 50, 51]] = 0
+    caches = [fade_fast.create_cache(model, config(policy)) for _ in range(2)]
+    for cache in caches:
+        teacher_forced(model, cache, inputs, [40])
+    expected = continued(model, caches[0], inputs, 40, [1] * 20)
+    for column in range(40, 60):
+        assert caches[1].stepper.begin(1, 2)
+        found = continued(model, caches[1], inputs, column, [1])[:, 0]
+        caches[1].stepper.end()
+        real = inputs["attention_mask"][:, column].bool()
+        torch.testing.assert_close(found[real], expected[real, column - 40], rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(*(cache.tiered for cache in caches)):
+        ours.settle(), theirs.settle()
+        for row in range(2):
+            a, b = _received(ours, row), _received(theirs, row)
+            assert a.keys() == b.keys()
+            for position in a:
+                torch.testing.assert_close(a[position], b[position], rtol=1e-9, atol=1e-12, equal_nan=True)

@@ -136,6 +136,26 @@ def test_scores_follow_crops_and_reordered_rows(policy, padding):
     assert max(s.score_error for s in found) <= SCORES
 
 
+TERMS = {
+    "softcap": dict(softcap=3.0),
+    "window": dict(window=17),
+    "attention sinks": dict(s_aux=torch.linspace(-1, 4, 6).double()),
+    "all": dict(softcap=3.0, window=17, s_aux=torch.linspace(-1, 4, 6).double()),
+}
+
+
+@pytest.mark.parametrize("policy", BY_ATTENTION)
+@pytest.mark.parametrize("terms", TERMS)
+def test_what_models_ask_of_scores(policy, terms):
+    """Softcap, windows and learned sinks shape what tokens receive, in short steps and in long ones."""
+    config = FadeConfig(**SMALL, int4_budget=7, int2_budget=6, eviction_policy=policy, positions="original")
+    shape = Shape(dtype=torch.float64)
+    found = list(cases.trace(config, shape, STEPS, padding=(0, 5), terms=TERMS[terms], seed=1))
+    assert max(s.output_error for s in found) <= ATTENTION[shape.dtype]
+    assert all(s.same_tokens for s in found) and found[-1].middle > 0
+    assert max(s.score_error for s in found) <= SCORES
+
+
 @pytest.mark.parametrize("policy", BY_ATTENTION)
 def test_tiles_and_horizons_of_long_steps(policy, monkeypatch):
     """Scores do not depend on how queries and keys are cut, and queries left out make no difference."""
