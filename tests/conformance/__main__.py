@@ -1,6 +1,6 @@
 """`python -m tests.conformance`: run the matrix, and write the table that the docs show.
 
-    python -m tests.conformance --markdown docs/compatibility.md
+python -m tests.conformance --markdown docs/compatibility.md
 """
 
 import argparse

@@ -67,8 +67,13 @@ def generating(inputs: Callable = prompt, **options) -> Callable[[Run], Tensor]:
     return lambda run: run.generate(inputs(), **options)
 
 
-def padded() -> dict:
-    return prompt(pads=PADS)
+def padded(length: int = PROMPT) -> dict:
+    return prompt(pads=PADS, length=length)
+
+
+def late() -> dict:
+    """A prompt of which some rows begin in the second of two long chunks."""
+    return padded(60)
 
 
 def assisted(run: Run) -> Tensor:
@@ -212,7 +217,9 @@ def chunks(run: Run) -> Tensor:
     ids, cache, start, out = prompt(length=62)["input_ids"], run.new_cache(), 0, []
     with torch.no_grad():
         for n in (30, 1, 1, 7, 20, 1, 1, 1):
-            part = dict(input_ids=ids[:, start : start + n], attention_mask=torch.ones_like(ids[:, : start + n]))
+            part = dict(
+                input_ids=ids[:, start : start + n], attention_mask=torch.ones_like(ids[:, : start + n])
+            )
             out.append(run.model(**part, past_key_values=cache, use_cache=True).logits)
             start += n
     return torch.cat(out, dim=1)
@@ -280,7 +287,7 @@ _ALL = [
     Mode("prompt look-up", generating(looped, prompt_lookup_num_tokens=4), everywhere=True),
     Mode("assisted, own draft model", assisted),
     Mode("chunked prefill", generating(prefill_chunk_size=16), everywhere=True),
-    Mode("chunked prefill, left-padded", generating(padded, prefill_chunk_size=18), padded=True),
+    Mode("chunked prefill, left-padded", generating(late, prefill_chunk_size=30), padded=True),
     Mode("two turns on one cache", turns, everywhere=True),
     Mode("streaming", streaming),
     Mode("stopping criteria", stopping),
