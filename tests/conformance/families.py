@@ -278,7 +278,7 @@ _ALL = [
     Family(
         "Bloom",
         "Bloom",
-        LEARNED_SIZES | dict(hidden_size=64, n_layer=2, n_head=4),
+        LEARNED_SIZES | dict(hidden_size=64, n_layer=2, n_head=4, num_key_value_heads=...),
         dispatches=False,
         renumbers=ALIBI,
         dtype=torch.float32,
@@ -286,7 +286,7 @@ _ALL = [
     Family(
         "MPT",
         "Mpt",
-        dict(d_model=64, n_layers=2, n_heads=4, max_seq_len=512),
+        dict(d_model=64, n_layers=2, n_heads=4, max_seq_len=512, num_key_value_heads=...),
         dispatches=False,
         renumbers=ALIBI,
         dtype=torch.float32,
