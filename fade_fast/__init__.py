@@ -7,6 +7,18 @@
 from fade_ref.config import FadeConfig
 
 from .cache import Memory, TieredKVCache, attach, create_cache, detach, load_cache
+from .check import LayerCheck, ModelCheck, check_model
 
 __version__ = "0.1.0"
-__all__ = ["FadeConfig", "Memory", "TieredKVCache", "attach", "create_cache", "detach", "load_cache"]
+__all__ = [
+    "FadeConfig",
+    "LayerCheck",
+    "Memory",
+    "ModelCheck",
+    "TieredKVCache",
+    "attach",
+    "check_model",
+    "create_cache",
+    "detach",
+    "load_cache",
+]

@@ -192,7 +192,9 @@ _ALL = [
         drops_cache=True,
         state_of_batch=True,
     ),
-    Family("Phi-3, partial RoPE", "Phi3", rope("default", partial_rotary_factor=0.5) | dict(sliding_window=None)),
+    Family(
+        "Phi-3, partial RoPE", "Phi3", rope("default", partial_rotary_factor=0.5) | dict(sliding_window=None)
+    ),
     Family("Gemma", "Gemma", dict(head_dim=32)),
     Family(
         "Gemma 2",
@@ -273,15 +275,39 @@ _ALL = [
     Family("OPT", "OPT", dict(ffn_dim=64, word_embed_proj_dim=64, init_std=0.2), renumbers=LEARNED),
     Family("Falcon", "Falcon", dict(alibi=False), dispatches=False),
     Family("Falcon, ALiBi", "Falcon", dict(alibi=True), dispatches=False, renumbers=ALIBI),
-    Family("Bloom", "Bloom", LEARNED_SIZES | dict(hidden_size=64, n_layer=2, n_head=4), dispatches=False, renumbers=ALIBI, dtype=torch.float32),
-    Family("MPT", "Mpt", dict(d_model=64, n_layers=2, n_heads=4, max_seq_len=512), dispatches=False, renumbers=ALIBI, dtype=torch.float32, note="generate() needs use_cache=True"),
+    Family(
+        "Bloom",
+        "Bloom",
+        LEARNED_SIZES | dict(hidden_size=64, n_layer=2, n_head=4, num_key_value_heads=...),
+        dispatches=False,
+        renumbers=ALIBI,
+        dtype=torch.float32,
+    ),
+    Family(
+        "MPT",
+        "Mpt",
+        dict(d_model=64, n_layers=2, n_heads=4, max_seq_len=512, num_key_value_heads=...),
+        dispatches=False,
+        renumbers=ALIBI,
+        dtype=torch.float32,
+        note="generate() needs use_cache=True",
+    ),
     Family(
         "DeepSeek-V3",
         "DeepseekV3",
         dict(
-            q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, n_group=2,
-            n_routed_experts=8, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=32,
-            num_key_value_heads=4, first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=16,
+            n_group=2,
+            n_routed_experts=8,
+            topk_group=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            num_key_value_heads=4,
+            first_k_dense_replace=1,
         ),
         tiered=(),
         refused="latent",
@@ -292,8 +318,12 @@ _ALL = [
         dict(
             text_config=dict(head_dim=32, sliding_window=12, layer_types=LAYER_TYPES["sliding"]),
             vision_config=dict(
-                hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                image_size=28, patch_size=14,
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=28,
+                patch_size=14,
             ),
             mm_tokens_per_image=4,
             tie_word_embeddings=False,
@@ -309,5 +339,5 @@ _ALL = [
         ),
         renumbers="images take fewer positions than tokens",
     ),
-]  # fmt: skip
+]
 FAMILIES = {family.name: family for family in _ALL}

@@ -67,8 +67,13 @@ def generating(inputs: Callable = prompt, **options) -> Callable[[Run], Tensor]:
     return lambda run: run.generate(inputs(), **options)
 
 
-def padded() -> dict:
-    return prompt(pads=PADS)
+def padded(length: int = PROMPT) -> dict:
+    return prompt(pads=PADS, length=length)
+
+
+def late() -> dict:
+    """A prompt of which some rows begin in the second of two long chunks."""
+    return padded(60)
 
 
 def assisted(run: Run) -> Tensor:
@@ -282,7 +287,7 @@ _ALL = [
     Mode("prompt look-up", generating(looped, prompt_lookup_num_tokens=4), everywhere=True),
     Mode("assisted, own draft model", assisted),
     Mode("chunked prefill", generating(prefill_chunk_size=16), everywhere=True),
-    Mode("chunked prefill, left-padded", generating(padded, prefill_chunk_size=18), padded=True),
+    Mode("chunked prefill, left-padded", generating(late, prefill_chunk_size=30), padded=True),
     Mode("two turns on one cache", turns, everywhere=True),
     Mode("streaming", streaming),
     Mode("stopping criteria", stopping),

@@ -11,11 +11,20 @@ from fade_fast.attention import Rows
 
 def held(layer) -> tuple[Tensor, Tensor, Tensor]:
     """All that a tiered layer keeps, decoded: keys and values [B, H, n, D], positions [B, 1 or H, n]."""
-    parts = [(layer.exact["key"], layer.exact["value"], layer.exact_positions())]
+    parts = [(layer.exact["key"], layer.exact["value"], _exact_positions(layer))]
     for tier in layer.held_tiers():
         keys, values = layer.decode(tier)
         parts.append((keys, values, layer.middle.position(tier)))
     return parts[0] if len(parts) == 1 else tuple(torch.cat(x, dim=2) for x in zip(*parts))
+
+
+def _exact_positions(layer) -> Tensor:
+    """Positions [B, 1, n] of what is not compressed: sinks that have come, and recent columns."""
+    positions, sinks = layer.timeline.positions[:, : layer.length], min(layer.length, layer.config.n_sink)
+    slots = torch.arange(sinks).expand(positions.shape[0], -1)
+    slots = torch.where(slots <= positions.amax(-1, keepdim=True), slots, -1)
+    recent = positions[:, layer.length - layer.recent :]
+    return torch.cat((slots, torch.where(recent < layer.config.n_sink, -1, recent)), dim=-1)[:, None]
 
 
 def _plain(rows: Rows, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:

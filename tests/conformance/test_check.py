@@ -1,0 +1,41 @@
+"""check_model() promises what create_cache() and generate() then do, over all families."""
+
+import pytest
+
+import fade_fast
+from fade_ref.config import FadeConfig
+
+from .cells import OFF, SAFE, SMALL, create
+from .families import FAMILIES
+from .modes import PROMPT, Run, prompt
+
+CONFIGS = {
+    "off": OFF,
+    "safe": SAFE,
+    "evicting": FadeConfig(**SMALL, int4_budget=8),
+    "three bits": FadeConfig(**SMALL, middle_k_bits=3, middle_v_bits=2),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_what_is_promised_is_done(family, config):
+    model, length = family.model(), PROMPT + 7
+    before = model.config._attn_implementation
+    check = fade_fast.check_model(model, config, length=length)
+    assert model.config._attn_implementation == before, "nothing is attached"
+    if not check.served:
+        assert check.refused in str(check)
+        with pytest.raises(ValueError) as error:
+            create(model, config)
+        assert str(error.value) == check.refused
+        return
+    cache = create(model, config)
+    Run(model, lambda: cache).generate(prompt(batch=1))
+    memory = cache.memory()
+    other = memory.dense - check.dense
+    assert cache.get_seq_length() == length
+    assert check.packed == memory.packed - other
+    assert [layer.tiered for layer in check.layers] == [layer in cache.tiered for layer in cache.layers]
+    assert (check.decode == "packed") == family.dispatches
+    assert len(str(check).splitlines()) == 2 + len(check.layers)
