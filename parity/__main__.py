@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0, 1 if something does not agree, 2 if it cannot run."""
     args = parser().parse_args(argv)
     logging.set_verbosity_error()
+    torch.set_num_threads(1)  # tensors are tiny here: threads would wait for each other
     warnings.filterwarnings("ignore", message=".*non-contiguous.*")
     try:
         if args.command == "compare":

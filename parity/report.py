@@ -71,7 +71,11 @@ def record(outcomes: list[Outcome], where: dict, seconds: float) -> dict:
 
 
 def _check(check) -> dict:
-    row = {"claim": check.claim, "error": float(f"{check.error:.3g}"), "allowed": float(f"{check.allowed:.3g}")}
+    row = {
+        "claim": check.claim,
+        "error": float(f"{check.error:.3g}"),
+        "allowed": float(f"{check.allowed:.3g}"),
+    }
     if not check.passed:
         row["where"] = check.where
     elif check.digest:

@@ -67,7 +67,9 @@ CLAIMS = {
     "identity": Claim("a rotation by 0 positions multiplies by 1 and adds 0"),
     "tokens generated": Claim("a captured step runs the arithmetic of the eager one"),
     "one graph": Claim("a captured step compiles once and never breaks"),
-    "refusal": Claim("what is not served is refused by a ValueError that names it, before anything is written"),
+    "refusal": Claim(
+        "what is not served is refused by a ValueError that names it, before anything is written"
+    ),
     "registry": Claim("everything that a registry lists has a case"),
     # -- within a tolerance
     "codes differing": Claim(
@@ -122,7 +124,7 @@ CLAIMS = {
     ),
     "rope of the model": Claim(
         "the scheme's frequencies in float64 against the model's in float32, which takes powers and "
-        "quotients of rounded numbers: ten roundings, and theta^x doubles the exponent's ln(theta) = 13 times",
+        "quotients of rounded numbers: ten roundings, that of theta's exponent counting ln(theta) = 13 times",
         32 * EPS[torch.float32],
     ),
     "logits": Claim(

@@ -33,7 +33,9 @@ def collect(dtype: torch.dtype | None = None) -> list[Case]:
         except Exception as error:  # a registry's entry without a case, most likely
             broken.append(_failing(module.__name__.rpartition(".")[2], error))
     covered = {name for case in found for name in case.covers}
-    registry = [Case("registry", "has cases", name, _lists(names, covered)) for name, names in registries().items()]
+    registry = [
+        Case("registry", "has cases", name, _lists(names, covered)) for name, names in registries().items()
+    ]
     titles = [case.title for case in found]
     assert len(titles) == len(set(titles)), "two cases of one name"
     return registry + broken + [case for case in found if dtype in (None, case.dtype) or case.dtype is None]

@@ -47,6 +47,7 @@ class Problem:
     sinks: bool = False
     rope: str | None = None  # "halves" or "pairs", where keys were encoded before it
     blind: bool = False  # row 0's first query sees nothing
+    alone: bool = False  # no query sees an uncompressed token
     spare: int = 0
     beyond: int = 0
     mass: bool = False
@@ -61,6 +62,7 @@ FEATURES = {
     "softcap": dict(softcap=2.0),
     "learned sinks": dict(sinks=True),
     "blind rows": dict(blind=True, holes=0.1),
+    "tiers alone": dict(alone=True, lengths=(37, 20), holes=0.1),
     "before RoPE": dict(rope="halves", per_mean=ONE, holes=0.1),
     "before RoPE, pairs": dict(rope="pairs", per_mean=ONE, window=11),
     "two tiers": dict(lengths=(37, 20), holes=0.2, mass=True),
@@ -122,7 +124,14 @@ def collect() -> list[Case]:
             ]
             for dtype in (torch.float32, torch.float64):
                 run = _chunks(chunk)
-                case("chunks", f"{bits} bits, chunks of {chunk}, {dtype}".replace("torch.", ""), each, covers, dtype, run)
+                case(
+                    "chunks",
+                    f"{bits} bits, chunks of {chunk}, {dtype}".replace("torch.", ""),
+                    each,
+                    covers,
+                    dtype,
+                    run,
+                )
         tiles = [
             ("", replace(p, lengths=(n,), dim=d)) for n, d in ((150, 64), (97, 80), (48, 128), (49, 256))
         ]
@@ -174,6 +183,8 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     at = position[:, total - p.new :].clone()
     if p.blind:
         at[0, 0] = -1
+    if p.alone:
+        position[:, sum(p.lengths) :] = -1
     terms = spec.Terms(p.dim**-0.5, p.softcap, p.window)
     query = draw.normal(p.batch, p.heads * p.group, p.new, p.dim)
     keys, values = (draw.normal(p.batch, p.heads, p.exact, p.dim) for _ in "kv")
@@ -246,9 +257,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     keys, values = keys.masked_fill(blind, torch.nan), values.masked_fill(blind, torch.inf)
     there = lambda x: None if x is None else x.to(device)  # noqa: E731
     table = rotated.with_sum(rotated.rotation(p.dim)).float()
-    tiers = [
-        step._from_list([there(x) for x in step._to_list(slots)], slots.per_mean) for slots in tiers
-    ]
+    tiers = [step._from_list([there(x) for x in step._to_list(slots)], slots.per_mean) for slots in tiers]
     args = (*map(there, (query, keys, values, seen_exact, table)), tiers)
     options = dict(bits=list(p.bits), spans=[n + min(p.beyond, p.spare) for n in p.lengths])
     options |= dict(scaling=terms.scaling, softcap=p.softcap, s_aux=there(s_aux))
@@ -402,14 +411,14 @@ def _merge(name: str):
                     total.masked_fill(gone, 0.0),
                 )
             )
-        expected = torch.stack([spec.merge([spec.Partial(*(x[b] for x in e)) for e in exact]) for b in (0, 1)])
+        expected = torch.stack(
+            [spec.merge([spec.Partial(*(x[b] for x in e)) for e in exact]) for b in (0, 1)]
+        )
         for dtype in (torch.float64, torch.float32):
             # The tops themselves are rounded: what a rounding of 900 is, a weight is off by.
             room = strain(dtype, apart * 4) * 4
             low = torch.finfo(dtype).min
-            ours = [
-                merge.Partial(*(x.clamp_min(low).to(dtype).to(found.device) for x in e)) for e in exact
-            ]
+            ours = [merge.Partial(*(x.clamp_min(low).to(dtype).to(found.device) for x in e)) for e in exact]
             found.near("merge", relative_error(merge.merge(ours), expected), dtype=dtype, strain=room)
             if name == "of no keys":
                 zero = merge.merge(ours)[0, 0, 0]

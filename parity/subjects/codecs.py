@@ -234,7 +234,9 @@ def _channel(found: Found, seed: int):
                 found.bits("codec by definition", part)
             step = scale.repeat_interleave(x.shape[axis] // scale.shape[axis], axis)
             room = zero.abs().repeat_interleave(x.shape[axis] // scale.shape[axis], axis) * 2.0**-10
-            far = (decode(codes, scale, zero) - x.double()).abs() > step / 2 + room + step * 2**bits * 2.0**-10
+            far = (
+                decode(codes, scale, zero) - x.double()
+            ).abs() > step / 2 + room + step * 2**bits * 2.0**-10
             fits = x.abs().max() < 3e4  # a range beyond fp16 is cut
             found.holds("codec by definition", not (far.any() and fits), f"{where}: beyond half a step")
 

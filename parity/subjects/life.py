@@ -47,7 +47,13 @@ RANDOM = 24  # random traces
 
 def collect() -> list[Case]:
     found = []
-    tokens = ("tier FP16", "tier EVICTED", "plan scope sequence", "positions original", "positions contiguous")
+    tokens = (
+        "tier FP16",
+        "tier EVICTED",
+        "plan scope sequence",
+        "positions original",
+        "positions contiguous",
+    )
     for name, config in CONFIGS.items():
         for padding in ((), (0, 11), (3, 6)):
             title = f"{name}, padding {padding}" if padding else name
@@ -74,7 +80,11 @@ def collect() -> list[Case]:
         run = _trace(config, [150, 1, 90, ("crop", 1), 1], shape=dict(heads=1, group=2))
         found.append(Case("life", "presets", name, run, (f"preset {name}",)))
     for policy in plan.SUPPORTED:
-        for budgets in (dict(int4_budget=10), dict(int4_budget=7, int2_budget=6), dict(int2_budget=9, int4_budget=0)):
+        for budgets in (
+            dict(int4_budget=10),
+            dict(int4_budget=7, int2_budget=6),
+            dict(int2_budget=9, int4_budget=0),
+        ):
             run = _trace(FadeConfig(**SMALL, **budgets, eviction_policy=policy))
             title = f"{policy}, " + ", ".join(f"{k} {v}" for k, v in budgets.items())
             found.append(Case("life", "policies", title, run, (f"policy {policy}",)))
@@ -85,7 +95,10 @@ def collect() -> list[Case]:
             title = f"{name}, {dtype}".replace("torch.", "")
             found.append(Case("life", "logits", title, _logits(CONFIGS[name], dtype), dtype=dtype))
     found.append(Case("life", "crop", "beyond the recent region", _crop_refused(FadeConfig(**SMALL))))
-    run, known = _crop_refused(CONFIGS["budget 0"]), "with an empty middle, more than the recent can be cropped"
+    run, known = (
+        _crop_refused(CONFIGS["budget 0"]),
+        "with an empty middle, more than the recent can be cropped",
+    )
     found.append(Case("life", "crop", "nothing is left of the middle", run, known=known))
     run = _trace(FadeConfig(**SMALL, n_sink=0), [30, ("crop", 10), 20])
     known = "IndexError: a long step where no token is uncompressed"

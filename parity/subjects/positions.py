@@ -31,7 +31,10 @@ PARAMETERS = {
     "yarn": dict(factor=4.0, **ORIGINAL),
     "llama3": dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, **ORIGINAL),
     "longrope": dict(
-        factor=4.0, short_factor=[1.0 + i for i in range(16)], long_factor=[3.0 + i for i in range(16)], **ORIGINAL
+        factor=4.0,
+        short_factor=[1.0 + i for i in range(16)],
+        long_factor=[3.0 + i for i in range(16)],
+        **ORIGINAL,
     ),
     "proportional": dict(partial_rotary_factor=0.5),
 }
@@ -47,7 +50,9 @@ def collect() -> list[Case]:
         for style in MODELS:
             run = _rotate(scheme, style == "pairs")
             found.append(Case("positions", "rotate", f"{scheme}, {style}", run, covers))
-            found.append(Case("positions", "of a model", f"{scheme}, {style}", _of_a_model(scheme, style), covers))
+            found.append(
+                Case("positions", "of a model", f"{scheme}, {style}", _of_a_model(scheme, style), covers)
+            )
     found.append(Case("positions", "of a model", "none", _without))
     found.append(Case("positions", "rotate", "part of the channels", _partial))
     found.append(Case("positions", "renumber", "random survivors", _renumber, ("positions contiguous",)))
@@ -83,7 +88,9 @@ def _compare(found: Found, x, position, rope: spec.Rope) -> None:
             error = relative_error(ours[..., i, :], exact[..., i, :])
             found.near("rope", error, f"position {p}, {dtype}", dtype=dtype)
         back = rotate(ours, -at, frequencies, rope.interleaved)
-        found.near("rope", relative_error(back, there.double().cpu()) / 2, f"there and back, {dtype}", dtype=dtype)
+        found.near(
+            "rope", relative_error(back, there.double().cpu()) / 2, f"there and back, {dtype}", dtype=dtype
+        )
         found.same("identity", rotate(there, at * 0, frequencies, rope.interleaved), there)
 
 
@@ -94,14 +101,18 @@ def _partial(found: Found, seed: int):
         rope = spec.Rope(rope.inv_freq.float().double(), interleaved=interleaved)
         x, position = Draw(seed).normal(2, 3, 5, DIM), torch.tensor([5, 0, 9, -3, 70_000])
         _compare(found, x, position, rope)
-        ours = rotate(x.to(found.device), position.to(found.device), rope.inv_freq.to(found.device), interleaved)
+        ours = rotate(
+            x.to(found.device), position.to(found.device), rope.inv_freq.to(found.device), interleaved
+        )
         found.same("identity", ours[..., 2 * pairs :], x[..., 2 * pairs :])
 
 
 def _of_a_model(scheme, style):
     def run(found: Found, seed: int):
         config_class, model_class = MODELS[style]
-        sizes = dict(vocab_size=16, hidden_size=DIM * 2, intermediate_size=16, num_hidden_layers=1, pad_token_id=0)
+        sizes = dict(
+            vocab_size=16, hidden_size=DIM * 2, intermediate_size=16, num_hidden_layers=1, pad_token_id=0
+        )
         heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=DIM)
         config = config_class(
             **sizes, **heads, max_position_embeddings=CONTEXT, rope_parameters=_parameters(scheme)
