@@ -111,7 +111,7 @@ def test_compare(tmp_path, capsys):
         check["error"] = 1e-4
 
     code, said = compared(lambda cases: None)
-    assert code == 0 and said.count(": none") == 4
+    assert code == 0 and said.count(": none\n") == 4
     code, said = compared(digest)
     assert code == 1 and "Bits that differ: 1" in said and "0" * 16 in said
     code, said = compared(error)
