@@ -22,6 +22,8 @@ from fade_ref.rope import Rope
 from fade_ref.rotation import Record, RotatedCodec, key_mean, qr_rotation
 from fade_ref.tiers import Tier
 
+from .case import relative_error
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -44,12 +46,6 @@ class Shape:
         return q.to(self.dtype), k.to(self.dtype), v.to(self.dtype)
 
 
-def relative_error(ours: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of the exact tensor; NaN never passes for small."""
-    error = (ours.double() - exact).norm() / exact.norm().clamp_min(1e-300)
-    return float("inf") if error.isnan() else float(error)
-
-
 @dataclass(frozen=True)
 class Codes:
     """How the codes of one encoding differ."""
@@ -69,12 +65,28 @@ def codes(x: Tensor, bits: int, *, centred: bool = True, device: str = "cpu") ->
     there = lambda t: None if t is None else t.to(device)  # noqa: E731
     ours = rotated.encode(there(x), None if mean is None else there(mean.half()), there(matrix.float()), bits)
     ours = rotated.Packed(*(None if t is None else t.cpu() for t in ours))
-    a = quantize.unpack(spec.codes, bits, x.shape[-1]).int()
-    b = rotated.unpack(ours.codes, bits)
+    return differing_codes(spec, ours, bits, x.shape[-1])
+
+
+def differing_codes(spec: Record, ours: rotated.Packed, bits: int, dim: int) -> Codes:
+    """How the fast package's codes differ from the specified ones.
+
+    Uniform codes are compared where scale and zero agree: they are chosen by these. Lloyd-Max scales are
+    compared where all codes of a vector agree, for they are chosen by those; and codes where the scale is
+    not stored as 0, which would make them meaningless.
+    """
+    a = quantize.unpack(spec.codes, bits, dim).int()
+    b = quantize.unpack(ours.codes, bits, dim).int()
     pairs = [(spec.scale, ours.scale)] + ([] if spec.zero is None else [(spec.zero, ours.zero)])
-    same = torch.stack([u == v.double() for u, v in pairs]).all(0)
-    gap = (a - b).abs()[same]
-    error = max(float(((u - v.double()).abs() / u.abs().clamp_min(2.0**-14)).max()) for u, v in pairs)
+    gap, counted = (a - b).abs(), torch.ones_like(spec.scale, dtype=torch.bool)
+    same = spec.scale > 0
+    if spec.zero is None:
+        counted = ~(gap > 0).any(-1)
+    else:
+        same = torch.stack([u == v.double() for u, v in pairs]).all(0)
+    errors = [((u - v.double()).abs() / u.abs().clamp_min(2.0**-14))[counted] for u, v in pairs]
+    error = max(float(x.max()) if x.numel() else 0.0 for x in errors)
+    gap = gap[same]
     return Codes(gap.numel(), int((gap > 0).sum()), int(gap.max()) if gap.numel() else 0, error)
 
 
@@ -197,8 +209,10 @@ def mirror(layer: TieredLayer, spec: LayerCache) -> LayerCache:
 
 
 def _original_keys(layer: TieredLayer) -> Tensor:
+    """Keys of uncompressed tokens as they came: sinks of rows that lost tokens are kept beside."""
     keys = layer.exact["key"].clone()
-    keys[:, :, : layer.sink_keys.shape[2]] = layer.sink_keys
+    sinks = keys[:, :, : layer.sink_keys.shape[2]]
+    sinks.copy_(torch.where((layer.middle.evicted == 0)[..., None, None], sinks, layer.sink_keys))
     return keys
 
 
@@ -215,6 +229,9 @@ class Step:
     same_tokens: bool  # positions, tiers and read positions agree with an independent run
     middle: int  # compressed tokens that were attended
     score_error: float = 0.0  # of what tokens beyond the sinks received, against the independent run
+    same_records: bool = True  # no byte of a token that kept its tier has changed
+    same_lengths: bool = True  # columns, and tokens by tier
+    state: tuple = ()  # all that `same_tokens` is about, for a digest
 
 
 def policy_weights(seed: int = 0) -> dict[str, Tensor]:
@@ -223,27 +240,30 @@ def policy_weights(seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) / 2 for name, shape in policies.MLP.items()}
 
 
+#: What a step of a trace may be: columns that come, or a change of those there are.
+Change = int | tuple[str, int] | tuple[str, list[int]]
+
+
 def trace(
     config: FadeConfig,
     shape: Shape,
-    steps: list[int],
+    steps: list[Change],
     *,
     padding: tuple[int, ...] = (),
     holes: dict[int, int] | None = None,
     crops: dict[int, int] | None = None,
     order: dict[int, list[int]] | None = None,
-    terms: dict | None = None,
+    terms: dict | spec_attention.Terms | None = None,
     seed: int = 0,
 ) -> Iterator[Step]:
     """Run one layer of both packages over random tokens, `steps` being the columns of each step.
 
     `padding[b]` columns of row b are padding in the first step; `holes[i]` columns of step i are
     padding in row 0. Before step i the newest `crops[i]` columns are forgotten, then row j becomes what
-    row `order[i][j]` was. `terms`: softcap, window and s_aux of the model, if it has any.
+    row `order[i][j]` was. A step ("crop", n) forgets the newest n columns, or as many as it may, and
+    ("reorder", rows) puts rows in the places of those there are. `terms` are the model's: softcap, window
+    and s_aux, if it has any.
     """
-    terms = terms or {}
-    asked = spec_attention.Terms(shape.head_dim**-0.5, **terms)
-    passed = {"sliding_window" if name == "window" else name: x for name, x in terms.items()}
     by_network = config.eviction_policy == "learned"
     model = _model(shape).to(shape.device)
     module = model.model.layers[0].self_attn
@@ -251,40 +271,118 @@ def trace(
     cache = fade_fast.create_cache(model, config, policy_weights=learned.get("weights"))
     layer: TieredLayer = cache.layers[0]
     rope = Rope(model.model.rotary_emb.inv_freq.double().cpu())
-    spec = LayerCache(config, shape.batch, shape.heads, shape.head_dim, rope, asked, **learned)
+    if isinstance(terms, dict):
+        terms = spec_attention.Terms(shape.head_dim**-0.5, **terms)
+    spec = LayerCache(config, shape.batch, shape.heads, shape.head_dim, rope, terms, **learned)
+    asked = {} if terms is None else _options(spec.terms, shape)
     generator = torch.Generator().manual_seed(seed)
     for i, count in enumerate(steps):
-        query, keys, values = shape.random(queries=count, generator=generator)
-        valid = torch.ones(shape.batch, count, dtype=torch.bool)
-        for b, n in enumerate(padding if i == 0 else ()):
-            valid[b, :n] = False
-        valid[0, : (holes or {}).get(i, 0)] = False
         if i in (crops or {}):
             cache.crop(-crops[i])
             spec.crop(crops[i])
         if i in (order or {}):
             cache.reorder_cache(torch.tensor(order[i], device=shape.device))
             spec.reorder(order[i])
-        hole = ~valid[:, None, :, None]
-        keys, values = keys.masked_fill(hole, torch.nan), values.masked_fill(hole, torch.nan)  # poison
-        layer.settle()
-        twin = mirror(layer, spec) if layer.length else spec
-        attended = layer.middle.count if layer.has_middle else 0
-        exact = twin.step(query, keys, values, valid) if twin is not spec else None
-        independent = spec.step(query, keys, values, valid)
-        exact = independent if exact is None else exact
-        causal = torch.ones(count, count, dtype=torch.bool).tril()
-        mask = None if valid.all() else causal & valid[:, None, None, :]
-        query, keys, values = (x.to(shape.device) for x in (query, keys, values))
-        layer.check(keys, values)
-        arrival = Arrival(layer, keys, values)
-        mask = None if mask is None else mask.to(shape.device)
-        ours = attention(module, query, arrival, arrival, mask, **passed)[0].transpose(1, 2).cpu()
-        real = valid[:, None, :, None].expand_as(exact)
-        layer.settle()
+        before = _records(layer)
+        if isinstance(count, int):
+            query, keys, values = shape.random(queries=count, generator=generator)
+            valid = torch.ones(shape.batch, count, dtype=torch.bool)
+            for b, n in enumerate(padding if i == 0 else ()):
+                valid[b, :n] = False
+            valid[0, : (holes or {}).get(i, 0)] = False
+            hole = ~valid[:, None, :, None]
+            keys, values = keys.masked_fill(hole, torch.nan), values.masked_fill(hole, torch.nan)  # poison
+            layer.settle()
+            twin = mirror(layer, spec) if layer.length else spec
+            attended = layer.middle.count if layer.has_middle else 0
+            exact = twin.step(query, keys, values, valid) if twin is not spec else None
+            independent = spec.step(query, keys, values, valid)
+            exact = independent if exact is None else exact
+            causal = torch.ones(count, count, dtype=torch.bool).tril()
+            if spec.terms.window is not None:
+                causal = causal.triu(1 - spec.terms.window)
+            mask = None if valid.all() and causal.sum() * 2 == count * (count + 1) else True
+            mask = None if mask is None else causal & valid[:, None, None, :]
+            query, keys, values = (x.to(shape.device) for x in (query, keys, values))
+            layer.check(keys, values)
+            arrival = Arrival(layer, keys, values)
+            mask = None if mask is None else mask.to(shape.device)
+            ours = attention(module, query, arrival, arrival, mask, **asked)[0].transpose(1, 2).cpu()
+            real = valid[:, None, :, None].expand_as(exact)
+            error = relative_error(ours[real], exact[real]) if real.any() else 0.0
+            layer.settle()
+        else:
+            error, attended = 0.0, 0
+            before = {} if count[0] == "reorder" else before
+            _change(cache, spec, *count)
         same = _same_tokens(layer, spec)
-        error = _score_error(layer, spec) if same and layer.observer else 0.0
-        yield Step(relative_error(ours[real], exact[real]), same, attended, error)
+        yield Step(
+            error,
+            same,
+            attended,
+            _score_error(layer, spec) if same and layer.observer else 0.0,
+            _kept_bytes(before, _records(layer)),
+            _same_lengths(cache, spec),
+            _state(layer),
+        )
+
+
+def _options(terms: spec_attention.Terms, shape: Shape) -> dict:
+    """Of the attention function, what `terms` asks for."""
+    s_aux = None if terms.s_aux is None else terms.s_aux.to(shape.dtype).to(shape.device)
+    return dict(scaling=terms.scaling, softcap=terms.softcap, sliding_window=terms.window, s_aux=s_aux)
+
+
+def _change(cache, spec: LayerCache, what: str, how) -> None:
+    """Crop or reorder both."""
+    if what == "crop":
+        free = spec.columns - spec.boundary if spec.boundary > spec.config.n_sink else spec.columns
+        n = min(how, free, spec.columns - 1)
+        spec.crop(n)
+        cache.crop(-n)
+    else:
+        spec.reorder(how)
+        cache.reorder_cache(torch.tensor(how, device=cache.timeline.buffer.device))
+
+
+def _records(layer: TieredLayer) -> dict[tuple, tuple]:
+    """The bytes of every compressed token, by row, position and tier."""
+    found = {}
+    for tier in layer.middle.tiers if layer.is_initialized and layer.has_middle else ():
+        count = tier.records.count
+        parts = [x.cpu() for side in ("key", "value") for x in tier.packed(side, 0, count) if x is not None]
+        position = layer.middle.position(tier)[:, 0].tolist()
+        for b, slot in ((b, i) for b, row in enumerate(position) for i in range(count) if row[i] >= 0):
+            mean = layer.middle.mean(slot, slot + 1)[b].cpu()
+            held = (*(x[b, :, slot] for x in parts), mean)
+            found[b, position[b][slot], tier.tier] = tuple(x.numpy().tobytes() for x in held)
+    return found
+
+
+def _kept_bytes(before: dict, after: dict) -> bool:
+    return all(before[key] == after[key] for key in before.keys() & after.keys())
+
+
+def _same_lengths(cache, spec: LayerCache) -> bool:
+    """Columns seen, and tokens by tier as `memory()` reports them."""
+    tokens = [t.tier for (row,) in spec.rows for t in row.tokens]
+    evicted = sum(row.evicted for (row,) in spec.rows)
+    counted = cache.memory().tokens
+    middle = sum(n for name, n in counted.items() if name not in ("FP16", "EVICTED"))
+    ours = (cache.get_seq_length(), counted["FP16"], middle, counted.get("EVICTED", 0))
+    exact = sum(t == Tier.FP16 for t in tokens)
+    return ours == (spec.columns, exact, len(tokens) - exact, evicted)
+
+
+def _state(layer: TieredLayer) -> tuple:
+    """Which tokens a layer holds: (row, tier, position, read position) each, and those uncompressed."""
+    held = []
+    for tier in layer.middle.tiers if layer.has_middle else ():
+        position = layer.middle.position(tier)[:, 0]
+        at = layer.middle.read_at(tier)[:, 0] if layer.config.contiguous else position
+        rows = zip(position.tolist(), at.tolist())
+        held += [(b, int(tier.tier), p, r) for b, row in enumerate(rows) for p, r in zip(*row) if p >= 0]
+    return tuple(sorted(held)), layer.exact_positions().tolist()
 
 
 def _own_scores(policy: str, known: Importance) -> Tensor:

@@ -1,0 +1,653 @@
+"""Corrupted kernels: would parity notice?
+
+`python -m parity mutate` replaces one line of `fade_fast` at a time by a wrong one, in memory, runs the
+cases of that line's subject until one fails, and puts the line back. A mutant that no case notices
+*survives*, and the command exits with 1: then a case is missing. So it does for a mutant whose line is no
+longer in the source, which says that this list has to follow.
+
+To add one: the function, the text to replace (it must stand there once), what replaces it, and a pattern
+of the titles of the cases that have to notice, the fewer the better.
+"""
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from . import subjects
+from .case import Outcome, perform
+from .report import _laid_out
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One corruption: in `where`, a function `module.name` of fade_fast, `old` becomes `new`."""
+
+    name: str
+    where: str
+    old: str
+    new: str
+    cases: str  # what the titles of the cases that must notice have in common
+
+
+MUTANTS = [
+    Mutant(*row)
+    for row in (
+        # -- packing
+        (
+            "swapped nibbles",
+            "kernels.rotated.pack",
+            "(parts << shift)",
+            "(parts << shift.flip(0))",
+            "packing, 4",
+        ),
+        (
+            "swapped nibbles, unpacking",
+            "kernels.rotated.unpack",
+            "unsqueeze(-2), shift)",
+            "unsqueeze(-2), shift.flip(0))",
+            "packing, 2",
+        ),
+        (
+            "high plane lost",
+            "kernels.rotated.unpack",
+            "+ 4 * unpack(high, 1)",
+            "+ 4 * (unpack(high, 1) * 0)",
+            "packing, 3",
+        ),
+        ("high plane, other place", "kernels.rotated.pack", "codes >> 2", "codes >> 1 & 1", "packing, 3"),
+        (
+            "fields in reverse",
+            "kernels.packed.fields",
+            "range(0, 8, bits)",
+            "reversed(range(0, 8, bits))",
+            "packing, 4",
+        ),
+        (
+            "three-bit quarters swapped",
+            "kernels.packed._three_bit_levels",
+            "words[i % 2]",
+            "words[(i + 1) % 2]",
+            "packing, 3",
+        ),
+        # -- codes and scales
+        (
+            "shifted scale",
+            "kernels.rotated.quantize",
+            "clamp(SMALLEST_SCALE, LARGEST).half()",
+            "clamp(SMALLEST_SCALE, LARGEST).half() * 1.01",
+            "encode, 4 bits",
+        ),
+        (
+            "codes from the unrounded scale",
+            "kernels.rotated.quantize",
+            "/ scale.float()",
+            "/ ((high - low) / steps).clamp_min(SMALLEST_SCALE)",
+            "encode, 8 bits",
+        ),
+        (
+            "subnormal scales",
+            "kernels.rotated.quantize",
+            "clamp(SMALLEST_SCALE, LARGEST)",
+            "clamp(1e-7, LARGEST)",
+            "encode, 4 bits",
+        ),
+        (
+            "ties away from even",
+            "kernels.rotated.quantize",
+            ".round().clamp(0, steps)",
+            ".add(0.5).floor().clamp(0, steps)",
+            "codes of exact inputs",
+        ),
+        (
+            "codes not clamped",
+            "kernels.rotated.quantize",
+            ".round().clamp(0, steps)",
+            ".round()",
+            "encode, 8 bits/D64 fp16",
+        ),
+        (
+            "biased norm",
+            "kernels.rotated.quantize",
+            "(norm[..., 0].square() / aligned)",
+            "(aligned / table[codes].square().sum(-1))",
+            "encode, 2 bits",
+        ),
+        (
+            "linear levels at 3 bits",
+            "kernels.rotated.levels",
+            "u * (a + b * u * u)",
+            "u * (a + 0.03)",
+            "encode, 3 bits",
+        ),
+        (
+            "dropped mean",
+            "kernels.rotated.encode",
+            "x if mean is None else x - mean.float()",
+            "x",
+            "encode, 4 bits",
+        ),
+        (
+            "mean not added back",
+            "kernels.rotated.decode",
+            "x if mean is None else x + mean.to(dtype)",
+            "x",
+            "decode, 4",
+        ),
+        ("rotation transposed", "kernels.rotated.encode", "@ matrix.mT", "@ matrix", "encode, 8 bits"),
+        (
+            "rotated back the wrong way",
+            "kernels.rotated.decode",
+            "@ matrix.to(dtype)",
+            "@ matrix.to(dtype).mT",
+            "decode, 8",
+        ),
+        (
+            "zero dropped",
+            "kernels.rotated.dequantize",
+            "decoded + packed.zero",
+            "decoded + 0 * packed.zero",
+            "decode, 8",
+        ),
+        ("mean counts padding", "middle.key_mean", "real.sum(-2).clamp_min(1)", "real.shape[-2]", "key mean"),
+        (
+            "lower tier from codes, not numbers",
+            "middle.PlannedMiddle._requantize",
+            "rotated.dequantize(unrecord(fields, side), b, torch.float32)",
+            "rotated.unpack(unrecord(fields, side).codes, b).float()",
+            "move to a lower tier",
+        ),
+        # -- scores and sums of a tier
+        (
+            "scale of the next token",
+            "kernels.packed.products",
+            "dtype) * total) * each(scale)",
+            "dtype) * total) * each(scale).roll(1, 1)",
+            "tiles/4",
+        ),
+        (
+            "zero dropped from scores",
+            "kernels.packed.products",
+            "(each(zero) + center(bits) * each(scale))",
+            "(center(bits) * each(scale))",
+            "tiles/4",
+        ),
+        (
+            "mean dropped from scores",
+            "kernels.packed.products",
+            "_spread(bias.mT, slots.per_mean, blocks, chunk)",
+            "0.0",
+            "tiles/2",
+        ),
+        (
+            "mean of the block before",
+            "kernels.packed._near",
+            "start // tile.per_mean",
+            "max(0, start // tile.per_mean - 1)",
+            "tiles/8",
+        ),
+        (
+            "missing softcap",
+            "kernels.packed.scores",
+            "softcap * torch.tanh(scores / softcap)",
+            "scores",
+            "step, 4 bits/D64 softcap",
+        ),
+        (
+            "mask ignored",
+            "kernels.packed.scores",
+            "torch.where(seen.permute(0, 1, 3, 4, 2).reshape(-1, chunk, rows), scores, -torch.inf)",
+            "scores",
+            "step, 4 bits/D64 window",
+        ),
+        (
+            "mask of another query",
+            "kernels.step._for_rows",
+            "seen.unsqueeze(1).expand(-1, rows // new, -1, -1)",
+            "seen.flip(1).unsqueeze(1).expand(-1, rows // new, -1, -1)",
+            "step, 4 bits/D64 window",
+        ),
+        (
+            "skipped last token",
+            "kernels.packed.tiles",
+            "min(tile, length - start)",
+            "max(1, min(tile, length - start) - 1)",
+            "step, 4 bits/D64 plain",
+        ),
+        (
+            "skipped last tile",
+            "kernels.packed.tiles",
+            "range(0, length, tile)",
+            "range(0, max(1, length - tile), tile)",
+            "tiles/4",
+        ),
+        (
+            "value scale of the next token",
+            "kernels.packed.sums",
+            "finite(_cut(scale, 1, chunk), wide(dtype))",
+            "finite(_cut(scale, 1, chunk), wide(dtype)).roll(1, 1)",
+            "tiles/3",
+        ),
+        ("value zero dropped", "kernels.packed.statistics", "if zero is not None:", "if False:", "tiles/8"),
+        (
+            "value offset halved",
+            "kernels.packed.statistics",
+            "each(zero) + center(bits) * scale",
+            "each(zero) + center(bits) * scale / 2",
+            "tiles/4",
+        ),
+        (
+            "chunks not rescaled",
+            "kernels.packed.join",
+            "torch.exp2(wider(top) - best.unsqueeze(1))",
+            "torch.ones_like(wider(top))",
+            "chunks/4 bits",
+        ),
+        (
+            "bound forgotten",
+            "kernels.packed.join",
+            "bound.reshape(-1, 1, 1)",
+            "bound.new_ones(len(bound), 1, 1)",
+            "chunks/2 bits",
+        ),
+        (
+            "float16 products keep the offset",
+            "kernels.packed.offset",
+            "dtype == torch.float16",
+            "False",
+            "twin",
+        ),
+        (
+            "stale position",
+            "kernels.packed.decoded_products",
+            "_cut(read_at, 1, chunk)",
+            "_cut(read_at, 1, chunk) - 1",
+            "step, 4 bits/D64 before RoPE",
+        ),
+        (
+            "pairs rotated as halves",
+            "kernels.packed.decoded_products",
+            "decoder.interleaved",
+            "False",
+            "before RoPE, pairs",
+        ),
+        ("probabilities of one row", "kernels.packed.probabilities", ".sum(1)", "[:, 0]", "two widths"),
+        # -- the step
+        (
+            "wrong GQA head",
+            "kernels.step._attend",
+            "query.to(dtype).reshape(batch * heads, real, dim)",
+            "query.to(dtype).unflatten(1, (-1, heads)).transpose(1, 2).reshape(batch * heads, real, dim)",
+            "step, 4 bits/D64 plain",
+        ),
+        (
+            "scaling forgotten",
+            "kernels.step._attend",
+            "(halves[0] + halves[1]) * scaling",
+            "(halves[0] + halves[1])",
+            "step, 8 bits/D64 plain",
+        ),
+        (
+            "softcap of the tiers only",
+            "kernels.step._attend",
+            "scores = softcap * torch.tanh(scores / softcap)",
+            "pass",
+            "step, 8 bits/D64 softcap",
+        ),
+        (
+            "learned sinks not counted",
+            "kernels.step._attend",
+            "total = total + torch.exp2((learned - top) * LOG2E)",
+            "pass",
+            "learned sinks",
+        ),
+        (
+            "learned sinks of another head",
+            "kernels.step._rows_of",
+            "x.reshape(1, heads, group, 1)",
+            "x.flip(0).reshape(1, heads, group, 1)",
+            "learned sinks",
+        ),
+        (
+            "uncompressed mask of another query",
+            "kernels.step._attend",
+            "_for_rows(seen, rows).unsqueeze(1)",
+            "_for_rows(seen.flip(1), rows).unsqueeze(1)",
+            "step, 4 bits/D64 window",
+        ),
+        (
+            "no reference without uncompressed tokens",
+            "kernels.step._attend",
+            "torch.where(top > LOWEST / 2, top, 0.0)",
+            "top + 0.0",
+            "tiers alone",
+        ),
+        (
+            "not rotated back",
+            "kernels.step._attend",
+            "below = matrix.narrow(0, 0, dim)",
+            "below = torch.eye(dim, device=matrix.device)",
+            "step, 4 bits/D64 plain",
+        ),
+        (
+            "off-by-one span",
+            "kernels.step._of_span",
+            "narrow(0, span)",
+            "narrow(0, max(1, span - 1))",
+            "step, 4 bits/D64 plain",
+        ),
+        # -- merge, uncompressed tokens, product quantisation
+        (
+            "merge without the maxima",
+            "kernels.merge.merge",
+            "torch.exp(p.top - top)",
+            "torch.ones_like(p.top)",
+            "merge",
+        ),
+        ("combine forgets a weight", "kernels.merge.combine", "other.total * b", "other.total", "merge"),
+        (
+            "softcap forgotten in a long step",
+            "kernels.merge.soften",
+            "softcap * torch.tanh(scores / softcap)",
+            "scores",
+            "softcap, int4",
+        ),
+        (
+            "nearest by direction",
+            "kernels.product.encode",
+            "norms - 2 *",
+            "0 * norms - 2 *",
+            "product/encode",
+        ),
+        (
+            "farthest of equals",
+            "kernels.product._index",
+            "codes.long()",
+            "(codes.long() ^ 1)",
+            "product/decode",
+        ),
+        (
+            "histogram forgets a tile",
+            "kernels.product.attend",
+            "whole = combine(whole, Partial(histogram.flatten(-2), top, total))",
+            "whole = Partial(histogram.flatten(-2), top, total)",
+            "product/attention",
+        ),
+        # -- plans
+        (
+            "wrong tie order",
+            "plan.rank",
+            "position.argsort(dim=-1, descending=True, stable=True)",
+            "position.argsort(dim=-1, descending=False, stable=True)",
+            "ties everywhere",
+        ),
+        ("NaN is best", "plan.rank", "nan=-torch.inf", "nan=1e300", "NaN"),
+        (
+            "padding has a place",
+            "plan.rank",
+            "scores.masked_fill(position < 0, -torch.inf)",
+            "scores + 0",
+            "many ties",
+        ),
+        ("budget of one more", "plan.plan", "place < high", "place <= high", "given scores, normal"),
+        (
+            "second budget not after the first",
+            "plan.plan",
+            "high + int2_budget",
+            "int2_budget",
+            "given scores, normal",
+        ),
+        (
+            "newest first",
+            "plan.kept",
+            "argsort(dim=-1, stable=True)",
+            "argsort(dim=-1, stable=True, descending=True)",
+            "given scores, normal",
+        ),
+        (
+            "oldest are best",
+            "plan.scores",
+            "return position.double()",
+            "return -position.double()",
+            "from positions",
+        ),
+        # -- positions
+        (
+            "rotated backwards",
+            "kernels.rope.rotate",
+            "angle.cos(), angle.sin()",
+            "angle.cos(), -angle.sin()",
+            "positions/rotate",
+        ),
+        (
+            "angles in float32",
+            "kernels.rope.rotate",
+            "position.unsqueeze(-1).double() * (inv_freq.double() / math.tau)",
+            "(position.unsqueeze(-1).float() * (inv_freq.float() / math.tau)).double()",
+            "positions/rotate",
+        ),
+        (
+            "survivors keep their rank",
+            "middle.PlannedMiddle._renumber",
+            "+ self.evicted[..., None]",
+            "",
+            "renumber",
+        ),
+        ("sinks not counted", "middle.PlannedMiddle._renumber", "+ self.config.n_sink", "", "renumber"),
+        (
+            "sinks not turned",
+            "layer.TieredLayer._turn_sinks",
+            "delta = evicted[..., None]",
+            "delta = 0 * evicted[..., None]",
+            "of tokens/evict",
+        ),
+        # -- the life of tokens
+        (
+            "one block less than is due",
+            "layer.TieredLayer._surplus",
+            "// c.block_size * c.block_size",
+            "// c.block_size * c.block_size - c.block_size",
+            "of tokens/int4",
+        ),
+        (
+            "a block too late",
+            "layer.TieredLayer._surplus",
+            "recent < c.recent_window + c.block_size",
+            "recent <= c.recent_window + c.block_size",
+            "of tokens/int4",
+        ),
+        (
+            "records not moved",
+            "middle.PlannedMiddle._collect",
+            "torch.where(chosen, old[name], x)",
+            "x",
+            "of tokens/evict",
+        ),
+        (
+            "kept bits of the wrong slot",
+            "middle.PlannedMiddle._collect",
+            "(index - offset).clamp(0, count - 1)",
+            "(index - offset + 1).clamp(0, count - 1)",
+            "of tokens/evict",
+        ),
+        (
+            "mean fixed anew",
+            "middle.PlannedMiddle._fix_mean",
+            "if self.means.count and not self.timeline.has_holes:",
+            "self.means.count = 0\nif False:",
+            "of tokens/evict",
+        ),
+        (
+            "crop takes one more",
+            "layer.TieredLayer.crop",
+            "self.exact.count -= n",
+            "self.exact.count -= n + 1",
+            "random traces",
+        ),
+        (
+            "rows stay where they are",
+            "timeline.Timeline.select_rows",
+            "self.buffer.index_select(0, index.to(self.buffer.device))",
+            "self.buffer",
+            "of tokens/int4, padding",
+        ),
+        (
+            "sinks where padding was",
+            "layer.TieredLayer._place_sinks",
+            "hit = new == slot",
+            "hit = new == slot + 99",
+            "of tokens/int4, padding",
+        ),
+        (
+            "padding has a position",
+            "timeline.Timeline.extend",
+            "new.masked_fill(~valid, HOLE)",
+            "new",
+            "of tokens/int4, padding",
+        ),
+        (
+            "future tokens are seen",
+            "attention.Rows.sees",
+            "(position <= self.positions)",
+            "(position > HOLE)",
+            "of tokens/int4",
+        ),
+        (
+            "window of one more",
+            "attention.Rows.sees",
+            "self.positions - self.terms.window",
+            "self.positions - self.terms.window - 1",
+            "what models ask/window",
+        ),
+        (
+            "captured step in the wrong slot",
+            "stepper.Stepper._refresh",
+            "self.slot.fill_(first.exact.count)",
+            "self.slot.fill_(first.exact.count - 1)",
+            "captured/steps/int4",
+        ),
+        (
+            "captured step one position late",
+            "stepper.Stepper._advance",
+            "self.newest.add_(self.real)",
+            "self.newest.add_(0)",
+            "captured/steps/int4",
+        ),
+    )
+]
+
+
+class Stale(Exception):
+    """The source is no longer as a mutant expects it."""
+
+
+@contextmanager
+def corrupted(mutant: Mutant) -> Iterator[None]:
+    """fade_fast with the mutant in it. Raises `Stale` if its text does not stand there once."""
+    home, _, name = mutant.where.rpartition(".")
+    module_name, owner = _home(home)
+    module = sys.modules[module_name]
+    held = inspect.getattr_static(owner, name)
+    function = held.fget if isinstance(held, property) else held
+    source = textwrap.dedent(inspect.getsource(function))
+    if source.count(mutant.old) != 1:
+        raise Stale(f"{mutant.where} has {mutant.old!r} {source.count(mutant.old)} times")
+    names: dict = {}
+    indent = source[: source.index(mutant.old)].rpartition("\n")[2]
+    new = mutant.new.replace("\n", "\n" + " " * (len(indent) - len(indent.lstrip())))
+    code = compile(source.replace(mutant.old, new), f"<mutant: {mutant.name}>", "exec")
+    exec(code, vars(module), names)
+    twin = names[name]
+    places = [(owner, name)] if inspect.isclass(owner) else _bound_to(held)
+    try:
+        for place, attribute in places:
+            setattr(place, attribute, twin)
+        yield
+    finally:
+        for place, attribute in places:
+            setattr(place, attribute, held)
+
+
+def _home(path: str):
+    """The module, and the module or class, that a dotted path below fade_fast leads to."""
+    module, parts = f"fade_fast.{path}", []
+    while module not in sys.modules:
+        module, _, last = module.rpartition(".")
+        parts.insert(0, last)
+    owner = sys.modules[module]
+    for part in parts:
+        owner = getattr(owner, part)
+    return module, owner
+
+
+def _bound_to(function) -> list[tuple]:
+    """Every place in fade_fast and here that knows a function by a name of its own."""
+    modules = [m for n, m in sys.modules.items() if n.split(".")[0] in ("fade_fast", "parity")]
+    return [(m, name) for m in modules for name, x in list(vars(m).items()) if x is function]
+
+
+@dataclass
+class Fate:
+    """What became of a mutant: the case that noticed it, if one did."""
+
+    mutant: Mutant
+    noticed: Outcome | None = None
+    ran: int = 0
+    stale: str = ""
+
+    @property
+    def caught(self) -> bool:
+        return self.noticed is not None and not self.stale
+
+    @property
+    def how(self) -> str:
+        if self.stale:
+            return self.stale
+        if self.noticed is None:
+            return f"nothing, in {self.ran} cases"
+        if self.noticed.raised:
+            return self.noticed.raised[:60]
+        worst = max(self.noticed.checks, key=lambda c: c.excess)
+        return f"{worst.claim}: {worst.error:.2g} > {worst.allowed:.2g}"
+
+
+def hunt(mutant: Mutant, cases) -> Fate:
+    """Run cases until one fails that does not fail without the mutant."""
+    fate = Fate(mutant)
+    try:
+        with corrupted(mutant):
+            for case in cases:
+                if mutant.cases in case.title and not case.known:
+                    fate.ran += 1
+                    outcome = perform(case)
+                    if not outcome.passed:
+                        fate.noticed = outcome
+                        break
+    except (Stale, AttributeError, KeyError, SyntaxError) as error:
+        fate.stale = f"stale: {error}"
+    if fate.noticed is not None and not perform(fate.noticed.case).passed:
+        fate.stale = f"{fate.noticed.case.title} fails without it, too"
+    return fate
+
+
+def main(only: str = "") -> int:
+    """Hunt all mutants whose name has `only`; print what noticed each; 1 if one survives."""
+    chosen = [m for m in MUTANTS if only in m.name]
+    if not chosen:
+        raise ValueError(f"--only {only}: no mutant has it in its name")
+    cases = subjects.collect()
+    with tqdm(chosen, unit="mutant", leave=False, disable=None) as bar:
+        fates = [hunt(mutant, cases) for mutant in bar]
+    lines = [
+        (f.mutant.name, f.mutant.where, f.noticed.case.title if f.noticed else "", f.how,
+         "caught" if f.caught else "SURVIVES")
+        for f in fates
+    ]  # fmt: skip
+    print("\n".join(_laid_out(("mutant", "of fade_fast", "noticed by", "how", "fate"), lines)))
+    survivors = sum(not f.caught for f in fates)
+    print(f"\n{len(fates)} mutants: {survivors or 'none'} survived")
+    return int(survivors > 0)

@@ -1,0 +1,254 @@
+"""What a run found: a table, JSON, Markdown, and the comparison of two runs."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import transformers
+
+from .case import Outcome
+from .tolerances import CLAIMS
+
+SCHEMA = 1
+COLUMNS = ("group", "cases", "bit for bit", "worst tolerance", "error", "allowed", "result")
+
+
+def machine(device: str, seed: int) -> dict:
+    """Where a run was made."""
+    found = {
+        "device": platform.processor() or platform.machine(),
+        "driver": None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "commit": _commit(),
+        "seed": seed,
+    }
+    if device != "cpu":
+        found |= {"device": torch.cuda.get_device_name(), "driver": _driver(), "cuda": torch.version.cuda}
+    else:
+        found["device"] = f"CPU, {found['device']}, {torch.backends.cpu.get_cpu_capability()}"
+    return found
+
+
+def _said(*command: str) -> str | None:
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None if run.returncode == 0 else None
+
+
+def _commit() -> str | None:
+    """Of the working tree, with a plus where files that are tracked and run differ from it."""
+    commit = _said("git", "rev-parse", "HEAD")
+    changed = _said("git", "status", "--porcelain", "--untracked-files=no", "--", "..", ":!../docs")
+    return commit and commit + ("+" if changed else "")
+
+
+def _driver() -> str | None:
+    said = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return said and said.splitlines()[0]
+
+
+def record(outcomes: list[Outcome], where: dict, seconds: float) -> dict:
+    """A run, as JSON holds it."""
+    cases = []
+    for outcome in outcomes:
+        case = outcome.case
+        row = {"subject": case.subject, "group": case.group, "name": case.name, "passed": outcome.passed}
+        if case.known:
+            row["known"] = case.known
+        if outcome.raised:
+            row["raised"] = outcome.raised
+        row["checks"] = [_check(check) for check in outcome.checks]
+        cases.append(row)
+    return {"schema": SCHEMA, "machine": where, "seconds": round(seconds, 1), "cases": cases}
+
+
+def _check(check) -> dict:
+    row = {
+        "claim": check.claim,
+        "error": float(f"{check.error:.3g}"),
+        "allowed": float(f"{check.allowed:.3g}"),
+    }
+    if not check.passed:
+        row["where"] = check.where
+    elif check.digest:
+        row["digest"] = check.digest
+    return row
+
+
+def write(report: dict, path: str) -> None:
+    """JSON, a case a line, so that two reports can be read side by side."""
+    head = {name: value for name, value in report.items() if name != "cases"}
+    lines = [json.dumps(head)[:-1] + ', "cases": [']
+    lines += [",\n".join(json.dumps(case) for case in report["cases"]), "]}", ""]
+    Path(path).write_text("\n".join(lines), encoding="utf-8")
+
+
+def read(path: str) -> dict:
+    """A report; `ValueError` if the file holds none."""
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        if report["schema"] == SCHEMA and isinstance(report["cases"], list):
+            return report
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: no report of python -m parity --json") from error
+    raise ValueError(f"{path}: a report of schema {report['schema']}, not {SCHEMA}")
+
+
+def status(case: dict) -> str:
+    if case["passed"]:
+        return "fixed" if case.get("known") else "ok"
+    return "known bug" if case.get("known") else "FAILED"
+
+
+def failures(report: dict) -> list[dict]:
+    return [case for case in report["cases"] if status(case) == "FAILED"]
+
+
+def title(case: dict) -> str:
+    return f"{case['subject']}/{case['group']}/{case['name']}"
+
+
+def rows(report: dict) -> dict[str, list[tuple]]:
+    """Of each subject, a row a group, as `COLUMNS` names them."""
+    groups: dict[tuple, list[dict]] = {}
+    for case in report["cases"]:
+        groups.setdefault((case["subject"], case["group"]), []).append(case)
+    table: dict[str, list[tuple]] = {}
+    for (subject, group), cases in groups.items():
+        checks = [check for case in cases if status(case) != "known bug" for check in case["checks"]]
+        bits = [c for c in checks if CLAIMS[c["claim"]].is_bits]
+        near = [c for c in checks if not CLAIMS[c["claim"]].is_bits]
+        worst = max(near, key=lambda c: c["error"] / (c["allowed"] or 1e-300), default=None)
+        equal = sum(c["error"] == 0 for c in bits)
+        found = {status(case): 0 for case in cases}
+        for case in cases:
+            found[status(case)] += 1
+        result = "ok" if set(found) == {"ok"} else ", ".join(f"{n} {name}" for name, n in found.items())
+        table.setdefault(subject, []).append(
+            (
+                group,
+                str(len(cases)),
+                f"{equal} of {len(bits)}" if bits else "",
+                worst["claim"] if worst else "",
+                f"{worst['error']:.1e}" if worst else "",
+                f"{worst['allowed']:.1e}" if worst else "",
+                result,
+            )
+        )
+    return table
+
+
+def _laid_out(header: Iterable[str], lines: list[tuple]) -> list[str]:
+    """Columns side by side."""
+    every = [tuple(header), *lines]
+    widths = [max(len(row[i]) for row in every) for i in range(len(every[0]))]
+    return ["  ".join(x.ljust(w) for x, w in zip(row, widths)).rstrip() for row in every]
+
+
+def text(report: dict) -> str:
+    """The table that a run prints."""
+    table, lines = rows(report), []
+    laid = iter(_laid_out(COLUMNS, [row for part in table.values() for row in part]))
+    lines += [f"  {next(laid)}"]
+    for subject, part in table.items():
+        lines += [subject, *(f"  {next(laid)}" for _ in part)]
+    return "\n".join([*lines, "", *_remarks(report), summary(report)])
+
+
+def _remarks(report: dict) -> list[str]:
+    """What went wrong, case by case."""
+    lines = []
+    for case in report["cases"]:
+        if status(case) == "FAILED":
+            wrong = [case["raised"]] if "raised" in case else []
+            wrong += [
+                f"{c['claim']}: {c['error']:.3g} > {c['allowed']:.3g} ({c['where']})"
+                for c in case["checks"]
+                if "where" in c
+            ]
+            lines.append(f"FAILED {title(case)}: " + ("; ".join(wrong) or "it checked nothing"))
+        elif status(case) == "known bug":
+            lines.append(f"known bug {title(case)}: {case['known']}")
+        elif status(case) == "fixed":
+            lines.append(f"fixed {title(case)}: no longer so, remove the mark: {case['known']}")
+    return lines
+
+
+def summary(report: dict) -> str:
+    where, failed = report["machine"], len(failures(report))
+    known = sum(status(case) == "known bug" for case in report["cases"])
+    said = f"{len(report['cases'])} cases in {report['seconds']:.0f} s: "
+    said += f"{failed} failed" if failed else "none failed"
+    said += f", {known} known bugs" if known else ""
+    return f"{said}; torch {where['torch']}, transformers {where['transformers']}, {where['device']}"
+
+
+def markdown(report: dict) -> str:
+    """The same for a reader, with the claims and their reasons."""
+    where = report["machine"]
+    out = ["# Parity of fade_fast with fade_ref", "", summary(report) + ".", ""]
+    out += ["| | |", "|---|---|"]
+    out += [f"| {name} | {value} |" for name, value in where.items() if value is not None]
+    for subject, part in rows(report).items():
+        out += ["", f"## {subject}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+        out += ["| " + " | ".join(row) + " |" for row in part]
+    remarks = _remarks(report)
+    if remarks:
+        out += ["", "## Remarks", "", *(f"- {line}" for line in remarks)]
+    out += ["", "## Claims", "", "| claim | kind | why |", "|---|---|---|"]
+    used = {check["claim"] for case in report["cases"] for check in case["checks"]}
+    for name, claim in CLAIMS.items():
+        if name in used:
+            kind = "bit for bit" if claim.is_bits else "within " + _allowed(claim.allowed)
+            out.append(f"| {name} | {kind} | {claim.reason.replace('|', chr(92) + '|')} |")
+    return "\n".join([*out, ""])
+
+
+def _allowed(allowed) -> str:
+    if not isinstance(allowed, dict):
+        return f"{allowed:.1e}"
+    return ", ".join(f"{x:.1e} ({str(d).removeprefix('torch.')})" for d, x in allowed.items())
+
+
+def compare(one: dict, other: dict) -> tuple[str, bool]:
+    """What differs between two runs, bits first; and whether anything must not.
+
+    Bits must agree, and so must what passes, and which cases there are. Errors within their tolerances
+    may differ: they are told where one is over twice the other, the largest against what is allowed first.
+    """
+    left, right = ({title(case): case for case in report["cases"]} for report in (one, other))
+    lines = [f"A: {summary(one)}", f"B: {summary(other)}", ""]
+    bits, near, results = [], [], []
+    for name in [n for n in left if n in right]:
+        a, b = left[name], right[name]
+        if a["passed"] != b["passed"]:
+            results.append(f"  {name}: A {status(a)}, B {status(b)}")
+        found = [{check["claim"]: check for check in case["checks"]} for case in (a, b)]
+        for claim in [c for c in found[0] if c in found[1]]:
+            x, y = found[0][claim], found[1][claim]
+            if x.get("digest") != y.get("digest") and "digest" in x and "digest" in y:
+                bits.append(f"  {name}: {claim}: {x['digest'][:16]} in A, {y['digest'][:16]} in B")
+            elif not CLAIMS[claim].is_bits and max(x["error"], y["error"]) > 2 * min(x["error"], y["error"]):
+                size = max(x["error"], y["error"]) / max(x["allowed"], y["allowed"], 1e-300)
+                line = f"  {name}: {claim}: {x['error']:.2e} in A, {y['error']:.2e} in B"
+                near.append((size, f"{line}, allowed {x['allowed']:.1e}"))
+    lonely = [f"  {name}: only in A" for name in left if name not in right]
+    lonely += [f"  {name}: only in B" for name in right if name not in left]
+    near = [line for _, line in sorted(near, reverse=True)]
+    for heading, part in (
+        ("Bits that differ", bits),
+        ("Results that differ", results),
+        ("Cases that only one has", lonely),
+        ("Errors of which one is over twice the other (allowed)", near),
+    ):
+        lines.append(f"{heading}: {len(part) or 'none'}")
+        lines += part[:40] + ([f"  and {len(part) - 40} more"] if len(part) > 40 else [])
+    return "\n".join(lines), bool(bits or results or lonely)

@@ -1,0 +1,434 @@
+"""Attention over tiers: the operator of a short step, one tier alone, and the arithmetic of its twin.
+
+Codes are random bytes, the same for both packages; slots without a token hold NaN and infinities.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fade_fast.kernels import merge, packed, rotated, step
+from fade_fast.kernels.packed import Slots
+from fade_ref import attention as spec
+from fade_ref.rope import Rope, rotate
+from fade_ref.rotation import Record, RotatedCodec, qr_rotation
+from fade_ref.tiers import INTEGER_TIERS
+
+from ..case import Case, Draw, Found, relative_error
+from ..tolerances import ATTENTION, floor, strain
+
+DIMS, GROUPS, QUERIES = (64, 80, 96, 128, 256), (1, 3, 4, 8), (1, 5, 16)
+ONE = 1 << 30  # slots of a mean where there is one for all
+SPREAD = {8: 0.02, 4: 0.3, 3: 1.0, 2: 1.0}  # of scales, for decoded numbers of one size
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of `step.attend`, without its numbers.
+
+    `lengths` and `bits` have one entry a tier; `spare` slots follow each, and `beyond` of them are read.
+    """
+
+    dim: int = 64
+    group: int = 4
+    new: int = 1
+    bits: tuple[tuple[int, int], ...] = ((4, 4),)
+    lengths: tuple[int, ...] = (37,)
+    exact: int = 5
+    batch: int = 2
+    heads: int = 2
+    dtype: torch.dtype = torch.float32
+    per_mean: int = 16
+    holes: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    rope: str | None = None  # "halves" or "pairs", where keys were encoded before it
+    blind: bool = False  # row 0's first query sees nothing
+    alone: bool = False  # no query sees an uncompressed token
+    spare: int = 0
+    beyond: int = 0
+    mass: bool = False
+    stress: str | None = None
+
+
+#: What a mask, or a model, may ask for.
+FEATURES = {
+    "plain": {},
+    "holes": dict(holes=0.3, spare=9, beyond=4),
+    "window": dict(window=11, holes=0.1),
+    "softcap": dict(softcap=2.0),
+    "learned sinks": dict(sinks=True),
+    "blind rows": dict(blind=True, holes=0.1),
+    "tiers alone": dict(alone=True, lengths=(37, 20), holes=0.1),
+    "before RoPE": dict(rope="halves", per_mean=ONE, holes=0.1),
+    "before RoPE, pairs": dict(rope="pairs", per_mean=ONE, window=11),
+    "two tiers": dict(lengths=(37, 20), holes=0.2, mass=True),
+    "everything": dict(lengths=(37, 20), holes=0.2, window=19, softcap=5.0, sinks=True, mass=True),
+}
+STRESS = ("large offset", "hot channel", "denormals", "fp16 extremes", "ties everywhere", "one token")
+BORDERS = (1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049)
+
+
+def collect() -> list[Case]:
+    found = []
+
+    def case(group, name, problems, covers=(), dtype=torch.float32, run=_attend):
+        def all_of_them(f: Found, seed: int):
+            for where, problem in problems:
+                run(f, replace(problem, dtype=dtype), seed, where)
+
+        found.append(Case("attention", group, name, all_of_them, covers, dtype))
+
+    shapes = list(itertools.product(GROUPS, QUERIES))
+    for bits, tier in INTEGER_TIERS.items():
+        covers = (f"tier {tier.name}",)
+        for (name, options), dim in itertools.product(FEATURES.items(), DIMS):
+            each = [
+                (f"G{g} q{q}", Problem(dim, g, q, **{"lengths": (37,), **options}, exact=q + 4))
+                for g, q in shapes
+            ]
+            each = [(w, replace(p, bits=((bits, bits), (2, 2))[: len(p.lengths)])) for w, p in each]
+            case(f"step, {bits} bits", f"D{dim} {name}", each, covers)
+        for dtype in ATTENTION:
+            if dtype != torch.float32:
+                for name, options in FEATURES.items():
+                    p = Problem(128, 4, **{"lengths": (37,), **options}, exact=12, dtype=dtype)
+                    p = replace(p, bits=((bits, bits), (2, 2))[: len(p.lengths)])
+                    short = str(dtype).removeprefix("torch.")
+                    case(f"step, {short}", f"{bits} bits {name}", [("", p)], covers, dtype)
+        for name in STRESS:
+            p = Problem(stress=name, bits=((bits, bits),), lengths=(70,), new=3, exact=7)
+            each = [("", p), ("before RoPE", replace(p, rope="halves", per_mean=ONE))]
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                short = str(dtype).removeprefix("torch.")
+                case("step, hostile", f"{bits} bits {name} {short}", each, covers, dtype)
+        each = [
+            (f"n{n}", Problem(heads=1, group=2, bits=((bits, bits),), lengths=(n,), spare=n % 3, batch=1))
+            for n in BORDERS
+        ]
+        case("step, lengths around borders", f"{bits} bits", each, covers)
+        p = Problem(bits=((bits, bits),), lengths=(256,), holes=0.2, per_mean=64)
+        for chunk in (32, 64, 256):
+            each = [
+                (w, q)
+                for w, q in {
+                    "": p,
+                    "one mean": replace(p, per_mean=ONE),
+                    "means of 48": replace(p, per_mean=48),
+                    "RoPE": replace(p, rope="pairs", per_mean=ONE),
+                    "softcap": replace(p, softcap=3.0, dim=80),
+                }.items()
+            ]
+            for dtype in (torch.float32, torch.float64):
+                run = _chunks(chunk)
+                case(
+                    "chunks",
+                    f"{bits} bits, chunks of {chunk}, {dtype}".replace("torch.", ""),
+                    each,
+                    covers,
+                    dtype,
+                    run,
+                )
+        tiles = [
+            ("", replace(p, lengths=(n,), dim=d)) for n, d in ((150, 64), (97, 80), (48, 128), (49, 256))
+        ]
+        tiles += [("RoPE", replace(p, rope="halves", per_mean=ONE, lengths=(150,)))]
+        case("tiles", f"{bits} bits", tiles, covers, run=_tiles)
+        # Sums of three-bit values leave float16 unless they stay in a compiled kernel's float32.
+        widths = (bits, 4 if bits == 3 else bits)
+        p = Problem(bits=(widths,), lengths=(256,), dim=64, per_mean=64, mass=True, holes=0.1)
+        wide = replace(p, dim=128, softcap=8.0, new=3, exact=9, sinks=True)
+        each = [("", p), ("G1", replace(p, group=1)), ("wide", wide)]
+        each += [("RoPE", replace(p, rope="halves", per_mean=ONE))]
+        case("twin, run eagerly", f"{bits} bits", each, covers, torch.float16, _twin)
+    for key, value in itertools.permutations(INTEGER_TIERS, 2):
+        covers = (f"tier {INTEGER_TIERS[key].name}", f"tier {INTEGER_TIERS[value].name}")
+        each = [(f"D{d}", Problem(d, bits=((key, value),), holes=0.1, mass=True)) for d in DIMS]
+        case("step, keys and values of two widths", f"{key} and {value} bits", each, covers)
+    each = [(f"q{q}", Problem(bits=(), lengths=(), new=q, exact=q + 9, mass=True)) for q in range(1, 17)]
+    case("step, no tier", "q1 to q16", each)
+    for name in ("partials", "of no keys", "far apart", "any grouping"):
+        found.append(Case("attention", "merge", name, _merge(name)))
+    return found
+
+
+# -- one problem, for both packages
+
+
+@dataclass
+class Posed:
+    """Arguments of `step.attend`, and what the specification says of them."""
+
+    args: tuple
+    options: dict
+    output: Tensor  # [B, q, Hq, D]
+    mass: list[Tensor]  # [B, H, n] of the uncompressed tokens and of each tier
+    strain: float
+    parts: list[list[spec.Partial]]  # a batch row and tier
+
+
+def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
+    """Random numbers for a problem, and the specification's answer."""
+    draw, total = Draw(seed), sum(p.lengths) + p.exact
+    first = 50_000 if p.rope else 0  # large angles
+    order = torch.stack([torch.randperm(sum(p.lengths), generator=draw.generator) for _ in range(p.batch)])
+    newest = torch.arange(sum(p.lengths), total).expand(p.batch, -1)
+    position = torch.cat((order, newest), dim=1) + first
+    hole = draw.chance(p.holes, p.batch, total)
+    hole[:, -p.new :] = False
+    position = position.masked_fill(hole, -1)
+    at = position[:, total - p.new :].clone()
+    if p.blind:
+        at[0, 0] = -1
+    if p.alone:
+        position[:, sum(p.lengths) :] = -1
+    terms = spec.Terms(p.dim**-0.5, p.softcap, p.window)
+    query = draw.normal(p.batch, p.heads * p.group, p.new, p.dim)
+    keys, values = (draw.normal(p.batch, p.heads, p.exact, p.dim) for _ in "kv")
+    if p.stress == "hot channel":
+        query[..., 5] *= 10
+        keys[..., 5] = 20
+    if p.stress == "denormals":
+        keys, values = keys * 2.0**-140, values * 2.0**-20
+    if p.stress == "fp16 extremes":
+        values = values.sign() * 65504.0
+    if p.stress == "ties everywhere":
+        keys = keys[:, :, :1].expand_as(keys).clone()
+    query, keys, values = (x.to(p.dtype) for x in (query, keys, values))
+    s_aux = (draw.normal(p.heads * p.group) * 2).to(p.dtype) if p.sinks else None
+    terms = terms._replace(s_aux=None if s_aux is None else s_aux.double())
+    seen = torch.stack([spec.visible(*x, p.window) for x in zip(at, position)])  # [B, q, total]
+    frequencies = 10_000.0 ** (-torch.arange(0, p.dim // 2, 2, dtype=torch.float32) / p.dim)
+    rope = Rope(frequencies.double(), interleaved=p.rope == "pairs")
+    matrix = qr_rotation(p.dim)
+
+    decoded = [[], []]  # keys, values of each tier
+    parts, tiers, start = [[] for _ in range(p.batch)], [], 0
+    for length, widths in zip(p.lengths, p.bits):
+        own = slice(start, start + length)
+        codec = tuple(RotatedCodec(b, p.dim, matrix) for b in widths)
+        sides = [_side(draw, p, b, length) for b in widths]
+        count = 1 if p.per_mean == ONE else -(-(length + p.spare) // p.per_mean)
+        means = (draw.normal(p.batch, p.heads, count, p.dim) * 0.5).half()
+        if p.stress == "large offset":
+            means = means + 40
+        if p.stress == "ties everywhere":
+            means = means[:, :, :1].expand_as(means).clone()
+        mean = means.double()[:, :, torch.arange(length) // p.per_mean]
+        k = codec[0].decode(sides[0], mean)
+        v = codec[1].decode(sides[1])
+        if p.rope:
+            k = rotate(k, position[:, None, own].expand(-1, p.heads, -1), rope)
+        for b in range(p.batch):
+            records = [Record(*(None if x is None else x[b] for x in side)) for side in sides]
+            if p.rope:
+                part = spec.over_tensors(query[b].double(), k[b], v[b], at[b], position[b, own], terms)
+            else:
+                part = spec.over_codes(
+                    query[b].double(), *records, mean[b], codec, at[b], position[b, own], terms
+                )
+            parts[b].append(part)
+        decoded[0].append(k)
+        decoded[1].append(v)
+        tiers.append(_slots(p, sides, means, position[:, own], seen[:, :, own]))
+        start += length
+    own = slice(start, total)
+    output, mass, size = [], [], 0.0
+    all_keys, all_values = (torch.cat((*d, x.double()), dim=2) for d, x in zip(decoded, (keys, values)))
+    size = float(query.double().norm(dim=-1).max() * all_keys.norm(dim=-1).max() * terms.scaling)
+    for b in range(p.batch):
+        q = query[b].double()
+        part = spec.over_tensors(q, keys[b].double(), values[b].double(), at[b], position[b, own], terms)
+        sink = [] if s_aux is None else [spec.sink(terms.s_aux, q.shape)]
+        output.append(spec.merge([part, *parts[b], *sink]))
+        if p.mass:
+            one = torch.eye(total, dtype=torch.float64).expand(p.heads, -1, -1)
+            each = spec.over_tensors(q, all_keys[b], one, at[b], position[b], terms)
+            sink = [] if s_aux is None else [spec.sink(terms.s_aux, each.acc.shape)]
+            mass.append(spec.merge([each, *sink]).unflatten(0, (p.heads, -1)).sum((1, 2)))
+    mass = [torch.stack(mass).split([*p.lengths, p.exact], dim=-1)] if mass else [[]]
+    mass = [mass[0][-1], *mass[0][:-1]] if mass[0] else []
+
+    seen_exact = seen[:, :, own]
+    blind = ~seen_exact.any(1)[:, None, :, None]
+    keys, values = keys.masked_fill(blind, torch.nan), values.masked_fill(blind, torch.inf)
+    there = lambda x: None if x is None else x.to(device)  # noqa: E731
+    table = rotated.with_sum(rotated.rotation(p.dim)).float()
+    tiers = [step._from_list([there(x) for x in step._to_list(slots)], slots.per_mean) for slots in tiers]
+    args = (*map(there, (query, keys, values, seen_exact, table)), tiers)
+    options = dict(bits=list(p.bits), spans=[n + min(p.beyond, p.spare) for n in p.lengths])
+    options |= dict(scaling=terms.scaling, softcap=p.softcap, s_aux=there(s_aux))
+    if p.rope:
+        options |= dict(inv_freq=there(frequencies), interleaved=rope.interleaved)
+    output = torch.stack(output).transpose(1, 2)
+    limit = strain(p.dtype, size, cuda=device != "cpu") + floor(p.dtype, output)
+    return Posed(args, options, output, mass, limit, parts)
+
+
+def _side(draw: Draw, p: Problem, bits: int, length: int) -> Record:
+    """Random codes of keys or values, as fp16 scales and zeros can be."""
+    codes = draw.integers(0, 256, p.batch, p.heads, length, p.dim * bits // 8).to(torch.uint8)
+    scale = (0.5 + draw.uniform(p.batch, p.heads, length)) * SPREAD[bits]
+    zero = -scale * rotated.center(bits) + 0.1 * draw.normal(p.batch, p.heads, length)
+    if p.stress == "denormals":
+        scale, zero = scale * 2.0**-20, zero * 2.0**-20
+    if p.stress == "fp16 extremes":
+        scale[..., ::2] *= 30.0
+        zero[..., ::2] *= 30.0
+    if p.stress == "ties everywhere":
+        codes, scale, zero = (x[:, :, :1].expand_as(x).clone() for x in (codes, scale, zero))
+    zero = zero.half().double() if rotated.is_uniform(bits) else None
+    return Record(codes, scale.half().double(), zero)
+
+
+def _slots(p: Problem, sides: list[Record], means: Tensor, position: Tensor, seen: Tensor) -> Slots:
+    """Records in buffers of the fast package, with poison where no query sees a token."""
+    pad = lambda x, value: torch.nn.functional.pad(x, (0, p.spare), value=value)  # noqa: E731
+    valid = pad(seen, False)
+    hole = ~valid.any(1, keepdim=True)
+    out = []
+    for side, tokens_last in zip(sides, (False, True)):
+        codes = pad(side.codes.mT, 255)
+        scale = pad(side.scale, 0.0).masked_fill(hole, torch.nan).half()
+        zero = None if side.zero is None else pad(side.zero, 0.0).masked_fill(hole, torch.inf).half()
+        out.append(rotated.Packed((codes if tokens_last else codes.mT).contiguous(), scale, zero))
+    bound = pad(sides[1].scale, 0.0).amax(-1).float().clamp_min(rotated.SMALLEST_SCALE)
+    read_at = pad(position, -1)[:, None].to(torch.int32) if p.rope else None
+    return Slots(*out, bound, means, valid, p.per_mean, read_at)
+
+
+# -- what is compared
+
+
+def _attend(found: Found, p: Problem, seed: int, where: str) -> None:
+    posed = pose(p, seed, found.device)
+    lengths = [p.exact, *(n + p.spare for n in p.lengths)]
+    wide = torch.promote_types(p.dtype, torch.float32)
+    mass = [torch.ones(p.batch, p.heads, n, dtype=wide, device=found.device) for n in lengths]
+    mass = mass if p.mass else []
+    out = step.attend(*posed.args, **posed.options, mass=mass)
+    found.near("attention", relative_error(out, posed.output), where, dtype=p.dtype, strain=posed.strain)
+    if p.blind and not p.sinks:
+        found.same("empty rows", out[0, 0], torch.zeros_like(out[0, 0]), where)
+    if mass:
+        ours = torch.cat([x[..., :n] - 1 for x, n in zip(mass, [p.exact, *p.lengths])], -1).double().cpu()
+        dtype = p.dtype if found.device != "cpu" else wide
+        error = relative_error(ours, torch.cat(posed.mass, -1))
+        # The ones that were there already round each sum once more.
+        found.near("mass", error, where, dtype=dtype, strain=posed.strain + 1e-6 * (wide == torch.float32))
+
+
+def _queries(posed: Posed, p: Problem) -> packed.Queries:
+    query, matrix = posed.args[0], posed.args[4][:-1]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    plain = query.to(wide).reshape(p.batch * p.heads, p.group * p.new, p.dim) * p.dim**-0.5
+    turned = plain @ matrix.to(wide).mT
+    return packed.Queries(plain, turned, turned.sum(-1), plain[..., 0] * 0 + 0.25)
+
+
+def _bias_and_decoder(posed: Posed, queries: packed.Queries, slots: Slots):
+    if slots.read_at is None:
+        return queries.plain @ slots.means.to(queries.plain.dtype).mT, None
+    options, matrix = posed.options, posed.args[4][:-1]
+    return None, packed.Decoder(matrix, options["inv_freq"], options["interleaved"])
+
+
+def _compare(found: Found, posed: Posed, p: Problem, ours: merge.Partial, where: str) -> None:
+    """A partial of the one tier, normalised, and its log-sum-exp."""
+    exact = [torch.stack(x) for x in zip(*(part[0] for part in posed.parts))]
+    acc = ours.acc.double() @ posed.args[4][:-1].double()
+    mine = [x.double().cpu().reshape(y.shape) for x, y in zip((acc, ours.top, ours.total), exact)]
+    for x, claim_of in ((0, "output"), (1, "log-sum-exp")):
+        if x:
+            a, b = (t[1] + t[2].log() for t in (mine, exact))
+            a, b = a[exact[2] > 0], b[exact[2] > 0]
+        else:
+            a, b = (t[0] / t[2].clamp_min(1e-300)[..., None] for t in (mine, exact))
+        error, name = relative_error(a, b), f"{where} {claim_of}".strip()
+        found.near("partials", error, name, dtype=p.dtype, strain=posed.strain)
+
+
+def _chunks(chunk: int):
+    def run(found: Found, p: Problem, seed: int, where: str) -> None:
+        posed = pose(p, seed, found.device)
+        slots, queries = posed.args[5][0].flat(), _queries(posed, p)
+        bias, decoder = _bias_and_decoder(posed, queries, slots)
+        parts, top, total, _ = packed.attend_chunks(
+            queries, bias, slots, decoder,
+            bits=p.bits[0], chunk=chunk, softcap=p.softcap, dtype=queries.plain.dtype,
+        )  # fmt: skip
+        ours = merge.Partial(torch.cat(parts, dim=1).mT, top[:, 0], total[:, 0])
+        _compare(found, posed, p, ours, where)
+
+    return run
+
+
+def _tiles(found: Found, p: Problem, seed: int, where: str) -> None:
+    """`packed.attend` tile by tile, tiles being short here."""
+    posed, before = pose(p, seed, found.device), packed.EAGER_TILE
+    slots, queries = posed.args[5][0].flat(), _queries(posed, p)
+    bias, decoder = _bias_and_decoder(posed, queries, slots)
+    for tile in (1, 48, 64, 100, 2048):
+        packed.EAGER_TILE = tile
+        try:
+            ours = packed.attend(queries, bias, slots, decoder, p.bits[0], p.softcap)
+        finally:
+            packed.EAGER_TILE = before
+        _compare(found, posed, p, ours, f"{where} tiles of {tile}".strip())
+
+
+def _twin(found: Found, p: Problem, seed: int, where: str) -> None:
+    """What the GPU's compiled twin computes, without a compiler."""
+    posed = pose(p, seed, found.device)
+    o, lengths = posed.options, [p.exact, *p.lengths]
+    mass = [torch.zeros(p.batch, p.heads, n, device=found.device) for n in lengths]
+    args = step._of_span((*posed.args, o["s_aux"], o.get("inv_freq"), mass), o["spans"])
+    options = dict(bits=tuple(p.bits), scaling=o["scaling"], softcap=p.softcap)
+    options["interleaved"] = o.get("interleaved", False)
+    out = step._attend(*args, chunks=(128,) * len(p.lengths), **options)
+    found.near("twin", relative_error(out, posed.output), where)
+    error = relative_error(torch.cat(mass, -1), torch.cat(posed.mass, -1))
+    found.near("twin", error, f"{where} mass".strip())
+
+
+def _merge(name: str):
+    def run(found: Found, seed: int):
+        draw = Draw(seed)
+        apart = 300.0 if name == "far apart" else 3.0
+        exact = []
+        for i in range(5):
+            acc, top = draw.normal(2, 3, 8, 16), draw.normal(2, 3, 8) * apart
+            total = 1 + draw.uniform(2, 3, 8) * 9
+            gone = draw.chance(0.4, 2, 3, 8) | (torch.tensor(i == 2) & torch.tensor(name == "of no keys"))
+            gone[0, 0, 0] = name == "of no keys"
+            exact.append(
+                spec.Partial(
+                    acc.masked_fill(gone[..., None], 0.0),
+                    top.masked_fill(gone, -torch.inf),
+                    total.masked_fill(gone, 0.0),
+                )
+            )
+        expected = torch.stack(
+            [spec.merge([spec.Partial(*(x[b] for x in e)) for e in exact]) for b in (0, 1)]
+        )
+        for dtype in (torch.float64, torch.float32):
+            # The tops themselves are rounded: what a rounding of 900 is, a weight is off by.
+            room = strain(dtype, apart * 4) * 4
+            low = torch.finfo(dtype).min
+            ours = [merge.Partial(*(x.clamp_min(low).to(dtype).to(found.device) for x in e)) for e in exact]
+            found.near("merge", relative_error(merge.merge(ours), expected), dtype=dtype, strain=room)
+            if name == "of no keys":
+                zero = merge.merge(ours)[0, 0, 0]
+                found.same("empty rows", zero, torch.zeros_like(zero))
+            one = merge.empty(ours[0].acc)
+            for i in (3, 1, 4, 0, 2):
+                one = merge.combine(one, ours[i])
+            found.near("merge", relative_error(merge.merge([one]), expected), dtype=dtype, strain=room)
+            two = merge.combine(merge.combine(ours[1], ours[2]), merge.combine(ours[0], ours[4]))
+            both = relative_error(merge.merge([two, ours[3]]), expected)
+            found.near("merge", both, dtype=dtype, strain=room)
+
+    return run

@@ -1,0 +1,61 @@
+"""Steps as generate() compiles and captures them, against eager ones."""
+
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
+
+import fade_fast
+from fade_ref.config import FadeConfig
+
+from ..case import Case, Draw, Found, relative_error
+
+SMALL = dict(recent_window=8, block_size=4)
+CONFIGS = {
+    "int4": (FadeConfig(**SMALL), False),
+    "k3v2": (FadeConfig(**SMALL, middle_k_bits=3, middle_v_bits=2), False),
+    "int4, int2, evict, padded": (FadeConfig(**SMALL, int4_budget=10, int2_budget=6), True),
+    "evict, original positions": (FadeConfig(**SMALL, int4_budget=10, positions="original"), False),
+    "off": (FadeConfig(recent_window=None), False),
+}
+
+
+def collect() -> list[Case]:
+    return [Case("captured", "steps", name, _steps(*options)) for name, options in CONFIGS.items()]
+
+
+def _steps(config, padded):
+    def run(found: Found, seed: int):
+        torch.manual_seed(seed % 2**31)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=64,
+                num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0,
+            )
+        ).double().to(found.device).eval()  # fmt: skip
+        ids = Draw(seed).integers(1, 256, 2, 24)
+        mask = torch.ones_like(ids)
+        if padded:
+            mask[1, :9] = ids[1, :9] = 0
+        inputs = dict(input_ids=ids.to(found.device), attention_mask=mask.to(found.device))
+        options = dict(max_new_tokens=14, min_new_tokens=14, do_sample=False)
+        eager = fade_fast.create_cache(model, config)
+        eager.stepper.compileable = False
+        expected = model.generate(**inputs, past_key_values=eager, **options)
+        torch._dynamo.reset()
+        counters.clear()
+        # Without code generation on a CPU: what is shown is that steps can be captured, and what they do.
+        backend = "aot_eager" if found.device == "cpu" else "inductor"
+        compiling = CompileConfig(fullgraph=True, backend=backend, mode=None)
+        compiling._compile_all_devices = True
+        cache = fade_fast.create_cache(model, config)
+        cache.stepper.compileable = True
+        ours = model.generate(**inputs, past_key_values=cache, compile_config=compiling, **options)
+        found.same("tokens generated", ours, expected)
+        found.holds("one graph", counters["stats"]["unique_graphs"] == 1, str(counters["stats"]))
+        found.holds("one graph", not counters["graph_break"], "a graph break")
+        found.same("lengths", cache.timeline.positions, eager.timeline.positions)
+        for i, (a, b) in enumerate(zip(cache.tiered, eager.tiered)):
+            for side, x, y in zip(("keys", "values"), a.dense(), b.dense()):
+                found.near("captured", relative_error(x, y.double().cpu()), f"{side} of layer {i}")
+
+    return run

@@ -1,0 +1,258 @@
+"""Bits of the integer tiers: packing, codes, scales, decoding, moving to a lower tier, means."""
+
+import itertools
+
+import torch
+
+from fade_fast import middle
+from fade_fast.kernels import packed, rotated
+from fade_ref import quantize
+from fade_ref.config import CODECS
+from fade_ref.rotation import Record, RotatedCodec, key_mean, qr_rotation
+from fade_ref.tiers import INTEGER_TIERS
+
+from .. import cases as measure
+from ..case import Case, Draw, Found, relative_error
+from .refusals import refused_config
+
+DIMS = (64, 80, 96, 128, 256)
+DTYPES = (torch.float64, torch.float32, torch.float16)
+
+
+def collect() -> list[Case]:
+    found = []
+    for bits, tier in INTEGER_TIERS.items():
+        covers = (f"tier {tier.name}", "codec rotated")
+        for dim in (8, 72, *DIMS):
+            found.append(Case("codecs", f"packing, {bits} bits", f"D{dim}", _packing(bits, dim), covers))
+        for dim, (name, make) in itertools.product(DIMS, INPUTS.items()):
+            run = _encoding(bits, dim, make)
+            found.append(Case("codecs", f"encode, {bits} bits", f"D{dim} {name}", run, covers))
+        for dim in DIMS:
+            found.append(Case("codecs", f"decode, {bits} bits", f"D{dim}", _decoding(bits, dim), covers))
+        for lower in (b for b in INTEGER_TIERS if b < bits):
+            run = _requantize(bits, lower)
+            found.append(Case("codecs", "move to a lower tier", f"{bits} to {lower} bits", run, covers))
+        if rotated.is_uniform(bits):
+            for name in ("on codes", "ties everywhere", "constant"):
+                run = _exact(bits, name)
+                found.append(Case("codecs", "codes of exact inputs", f"{bits} bits, {name}", run, covers))
+    found.append(Case("codecs", "key mean", "with holes", _mean))
+    for codec in CODECS:
+        if codec == "rotated":
+            continue
+        run = BY_DEFINITION[codec]  # a codec without a case fails here
+        found.append(Case("codecs", "spec only", codec, run, (f"codec {codec}",)))
+    return found
+
+
+# -- inputs meant to break a codec: [2, 3, n, D] float32
+
+
+def _base(draw: Draw, dim: int, n: int = 60) -> torch.Tensor:
+    return draw.normal(2, 3, n, dim)
+
+
+def _hot(draw: Draw, dim: int) -> torch.Tensor:
+    x = _base(draw, dim)
+    x[..., 3] = x[..., 3] * 200 + 500
+    return x
+
+
+INPUTS = {
+    "normal": lambda draw, dim: _base(draw, dim, 400) * 3,
+    "large offset": lambda draw, dim: _base(draw, dim) + torch.linspace(-90, 90, dim, dtype=torch.float64),
+    "hot channel": _hot,
+    "denormals": lambda draw, dim: _base(draw, dim) * 2.0**-130,
+    "fp16 denormals": lambda draw, dim: _base(draw, dim) * 2.0**-20,
+    "fp16 extremes": lambda draw, dim: _base(draw, dim).sign() * 65504.0,
+    "ties everywhere": lambda draw, dim: (draw.integers(0, 2, 2, 3, 60, dim) * 2 - 1).double(),
+    "constant": lambda draw, dim: torch.full((2, 3, 9, dim), 1.25, dtype=torch.float64),
+    "zero": lambda draw, dim: torch.zeros(2, 3, 9, dim, dtype=torch.float64),
+}
+
+
+def _encoding(bits, dim, make):
+    def run(found: Found, seed: int):
+        x = make(Draw(seed), dim).float()
+        for centred in (True, False):
+            where = "key" if centred else "value"
+            result = measure.codes(x, bits, centred=centred, device=found.device)
+            # One code of a small sample may lie on a boundary.
+            share = max(0, result.differing - 1) / max(1, result.total)
+            found.near("codes differing", share, where)
+            found.near("code distance", result.furthest, where)
+            found.near("scales", result.scale_error, where)
+
+    return run
+
+
+def _packing(bits, dim):
+    def run(found: Found, seed: int):
+        draw = Draw(seed)
+        ramp = torch.arange(dim) % 2**bits
+        samples = [draw.integers(0, 2**bits, 3, 7, dim), ramp, ramp * 0, ramp * 0 + 2**bits - 1]
+        for i, codes in enumerate(samples):
+            codes = codes.to(torch.uint8)
+            theirs, there = quantize.pack(codes, bits), codes.to(found.device)
+            ours = rotated.pack(there, bits)
+            found.same("packing", ours, theirs, f"pack {i}")
+            found.same("packing", rotated.unpack(ours, bits), codes, f"unpack {i}")
+            found.same("packing", quantize.unpack(ours.cpu(), bits, dim), codes, f"unpack {i} by the other")
+            for dtype, axis in itertools.product(DTYPES, (-1, -2)):
+                if dim % 8 == 0 and (axis == -1 or codes.dim() > 1):
+                    _numbers(found, ours, codes, bits, dtype, axis)
+
+    return run
+
+
+def _numbers(found: Found, data, codes, bits, dtype, axis) -> None:
+    """What the products make of the fields of a byte."""
+    parts = packed.fields(data.movedim(-1, axis).contiguous(), bits, dtype, axis)
+    ours = torch.cat([x.double() / unit for x, unit in parts], dim=axis).movedim(axis, -1).cpu()
+    where = f"{dtype} axis {axis}"
+    found.holds("packing", all(x.shape[axis] == packed.field_width(bits, codes.shape[-1]) for x, _ in parts))
+    if bits == 3:
+        error = relative_error(ours, quantize.levels(3)[codes.long()])
+        found.near("levels", error, where, dtype=dtype)
+    else:
+        kept = 0.0 if dtype == torch.float16 else (2**bits - 1) / 2
+        found.same("numbers of codes", ours, codes.double() - kept, where)
+
+
+def _record(draw: Draw, bits, *size) -> tuple[rotated.Packed, Record]:
+    """Random codes for both packages."""
+    dim = size[-1]
+    codes = draw.integers(0, 256, *size[:-1], dim * bits // 8).to(torch.uint8)
+    scale = ((0.5 + draw.uniform(*size[:-1])) * 2.0 ** (2 - bits)).half()
+    zero = draw.normal(*size[:-1]).half() if rotated.is_uniform(bits) else None
+    spec = Record(codes, scale.double(), None if zero is None else zero.double())
+    return rotated.Packed(codes, scale, zero), spec
+
+
+def _decoding(bits, dim):
+    def run(found: Found, seed: int):
+        draw = Draw(seed)
+        ours, spec = _record(draw, bits, 2, 3, 40, dim)
+        mean = (draw.normal(2, 3, 1, dim) * 8).half()
+        matrix = qr_rotation(dim)
+        codec = RotatedCodec(bits, dim, matrix)
+        there = rotated.Packed(*(None if x is None else x.to(found.device) for x in ours))
+        for dtype in (torch.float64, torch.float32):
+            for m in (None, mean):
+                exact = codec.decode(spec, None if m is None else m.double())
+                m = None if m is None else m.to(found.device)
+                x = rotated.decode(there, m, matrix.float().to(found.device), bits, dtype)
+                found.near("decoding", relative_error(x, exact), f"{dtype}", dtype=dtype)
+
+    return run
+
+
+def _requantize(bits, lower):
+    """Records of one tier as those of a lower one, without leaving the rotated domain."""
+
+    def run(found: Found, seed: int):
+        for dim in (64, 80, 128):
+            draw, matrix = Draw(seed + dim), qr_rotation(dim)
+            high, low = (RotatedCodec(b, dim, matrix) for b in (bits, lower))
+            spec = high.encode(draw.normal(2, 3, 60, dim) * 5)
+            half = [None if x is None else x.half().to(found.device) for x in spec[1:]]
+            ours = rotated.Packed(spec.codes.to(found.device), *half)
+            names = middle.record(ours, ours)
+            twin = middle.PlannedMiddle._requantize(None, names, (bits, bits), (lower, lower))
+            exact = high.requantize(spec, low)
+            for side in ("key", "value"):
+                out = middle.unrecord(twin, side)
+                result = measure.differing_codes(exact, rotated.Packed(*_here(out)), lower, dim)
+                where = f"D{dim} {side}"
+                found.near("codes differing", max(0, result.differing - 1) / max(1, result.total), where)
+                found.near("code distance", result.furthest, where)
+                found.near("scales", result.scale_error, where)
+
+    return run
+
+
+def _here(tensors):
+    return [None if x is None else x.cpu() for x in tensors]
+
+
+def _exact(bits, name):
+    """Vectors whose scale and zero are exact, under the identity: half to even decides, alike everywhere."""
+
+    def run(found: Found, seed: int):
+        dim, top = 64, 2**bits - 1
+        draw, eye = Draw(seed), torch.eye(64, dtype=torch.float64)
+        codes = draw.integers(0, top + 1, 4, 2, 50, dim).double()
+        codes[..., 0], codes[..., 1] = 0, top
+        if name == "ties everywhere":
+            codes = (codes + 0.5).clamp(0, top)
+            codes[..., 0] = 0
+        if name == "constant":
+            codes = codes[..., :1].expand_as(codes) * 0 + 3
+        for power in (-9, 0, 5):
+            x = codes * 2.0**power - 2.0 ** (power + 2)
+            spec = RotatedCodec(bits, dim, eye).encode(x)
+            ours = rotated.encode(x.float().to(found.device), None, eye.float().to(found.device), bits)
+            for part in ("codes", "scale", "zero"):
+                claim, where = "codes of exact inputs", f"{part}, 2^{power}"
+                found.same(claim, getattr(ours, part), getattr(spec, part), where)
+
+    return run
+
+
+def _mean(found: Found, seed: int):
+    draw = Draw(seed)
+    for scale in (1.0, 1e-6, 1e4):
+        x = (draw.normal(2, 3, 4, 50, 64) * scale + torch.linspace(-9, 9, 64)).half()
+        position = torch.arange(50).expand(2, 1, 4, -1).masked_fill(draw.chance(0.3, 2, 1, 4, 50), -1)
+        position[0, 0, 1] = -1
+        ours = middle.key_mean(x.to(found.device), position.to(found.device))
+        valid = (position >= 0).expand(-1, 3, -1, -1)
+        exact = key_mean(x.masked_fill(~valid[..., None], torch.nan), valid)[..., 0, :]
+        found.same("key mean", ours, exact, f"scale {scale}")
+
+
+# -- codecs that only the specification has
+
+
+def _channel(found: Found, seed: int):
+    """KIVI's codes by their definition, in exact arithmetic on a grid."""
+    refused_config(found, "quant_backend", "channel")
+    for bits, (name, make) in itertools.product((8, 4, 3, 2), INPUTS.items()):
+        x = make(Draw(seed), 64).float()
+        x = x[:, :, : x.shape[2] // 3 * 3]
+        n = 3
+        for encode, decode, axis in (
+            (quantize.channel_encode, quantize.channel_decode, -2),
+            (lambda x, b, n: quantize.group_encode(x, b, 64), quantize.group_decode, -1),
+        ):
+            codes, scale, zero = encode(x, bits, n)
+            where = f"{bits} bits, {name}, axis {axis}"
+            own = rotated.unpack(rotated.pack(codes, bits), bits)
+            found.same("codec by definition", own, codes, where)
+            for part in (codes, scale, zero):
+                found.bits("codec by definition", part)
+            step = scale.repeat_interleave(x.shape[axis] // scale.shape[axis], axis)
+            room = zero.abs().repeat_interleave(x.shape[axis] // scale.shape[axis], axis) * 2.0**-10
+            far = (
+                decode(codes, scale, zero) - x.double()
+            ).abs() > step / 2 + room + step * 2**bits * 2.0**-10
+            fits = x.abs().max() < 3e4  # a range beyond fp16 is cut
+            found.holds("codec by definition", not (far.any() and fits), f"{where}: beyond half a step")
+
+
+def _symmetric(found: Found, seed: int):
+    """fade-kv's nibbles by their definition."""
+    refused_config(found, "quant_backend", "symmetric")
+    for (name, make), over in itertools.product(INPUTS.items(), (-1, -2)):
+        x = make(Draw(seed), 64).float()
+        codes, scale = quantize.symmetric_encode(x, over)
+        found.same("codec by definition", rotated.unpack(rotated.pack(codes, 4), 4), codes, name)
+        for part in (codes, scale):
+            found.bits("codec by definition", part)
+        signed = torch.round(x.double() / scale).clamp(-8, 7)
+        again = quantize.symmetric_decode(codes, scale)
+        found.same("codec by definition", again, signed * scale, f"{name}, over {over}")
+
+
+BY_DEFINITION = {"channel": _channel, "symmetric": _symmetric}

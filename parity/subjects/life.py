@@ -1,0 +1,205 @@
+"""The life of tokens: every step of a cache over fixed and random traces, and one layer's logits."""
+
+import contextlib
+
+import torch
+
+import fade_fast
+import fade_fast.attention as fast_attention
+from fade_fast import plan
+from fade_fast.kernels import packed, rotated
+from fade_ref.attention import Terms
+from fade_ref.config import PRESETS, FadeConfig
+from fade_ref.tiers import INTEGER_TIERS
+
+from .. import cases as measure
+from ..case import Case, Draw, Found
+from ..tolerances import ATTENTION
+from .logits import logits
+
+SMALL = dict(recent_window=8, block_size=4)
+CONFIGS = {
+    "int4": FadeConfig(**SMALL),
+    "evict": FadeConfig(**SMALL, int4_budget=10),
+    "evict, original positions": FadeConfig(**SMALL, int4_budget=10, positions="original"),
+    "int4, int2, evict": FadeConfig(**SMALL, int4_budget=10, int2_budget=6),
+    "int4, int2": FadeConfig(**SMALL, int4_budget=10, int2_budget=None),
+    "before RoPE": FadeConfig(**SMALL, positions="contiguous"),
+    "no sinks": FadeConfig(**SMALL, n_sink=0, int4_budget=7),
+    "no recent window": FadeConfig(n_sink=2, recent_window=0, block_size=3, int4_budget=9),
+    "budget 0": FadeConfig(**SMALL, int4_budget=0),
+    "off": FadeConfig(recent_window=None),
+}
+WIDTHS = {
+    f"k{k}v{v}": FadeConfig(**SMALL, middle_k_bits=k, middle_v_bits=v)
+    for k in INTEGER_TIERS
+    for v in INTEGER_TIERS
+}
+STEPS = [14] + [1] * 13 + [20, 5, ("crop", 3), 1, 1, ("reorder", [1, 0]), 6, 1, ("crop", 2), 1, 1]
+TERMS = {
+    "softcap": dict(softcap=3.0),
+    "window": dict(window=13),
+    "learned sinks": dict(s_aux=torch.linspace(-1, 2, 6, dtype=torch.float64)),
+    "all": dict(softcap=5.0, window=17, s_aux=torch.linspace(-1, 2, 6, dtype=torch.float64)),
+}
+RANDOM = 24  # random traces
+
+
+def collect() -> list[Case]:
+    found = []
+    tokens = (
+        "tier FP16",
+        "tier EVICTED",
+        "plan scope sequence",
+        "positions original",
+        "positions contiguous",
+    )
+    for name, config in CONFIGS.items():
+        for padding in ((), (0, 11), (3, 6)):
+            title = f"{name}, padding {padding}" if padding else name
+            found.append(Case("life", "of tokens", title, _trace(config, padding=padding), tokens))
+    for name, config in WIDTHS.items():
+        tiers = {INTEGER_TIERS[b] for b in (config.middle_k_bits, config.middle_v_bits)}
+        covers = tuple(f"tier {tier.name}" for tier in tiers)
+        found.append(Case("life", "widths", name, _trace(config, [30, 1, 1, 18, 3, 1, 1]), covers))
+    for name, terms in TERMS.items():
+        for config in ("int4", "evict", "int4, int2, evict", "off"):
+            run = _trace(CONFIGS[config], terms=terms)
+            known = ""
+            if (name, config) == ("all", "evict"):
+                known = "after evictions, windows go by logical positions, not by where keys are read"
+            found.append(Case("life", "what models ask", f"{name}, {config}", run, known=known))
+    for dtype in ATTENTION:
+        for dim, group in ((80, 4), (128, 7), (256, 1)):
+            shape = dict(head_dim=dim, group=group, heads=1, dtype=dtype)
+            run = _trace(CONFIGS["int4, int2, evict"], [30, 1, 1, 1, 1, 18, 3, 1], shape=shape)
+            title = f"D{dim} G{group} {dtype}".replace("torch.", "")
+            found.append(Case("life", "shapes and dtypes", title, run, dtype=dtype))
+    for name in PRESETS:
+        config = FadeConfig.preset(name)
+        run = _trace(config, [150, 1, 90, ("crop", 1), 1], shape=dict(heads=1, group=2))
+        found.append(Case("life", "presets", name, run, (f"preset {name}",)))
+    for policy in plan.SUPPORTED:
+        for budgets in (
+            dict(int4_budget=10),
+            dict(int4_budget=7, int2_budget=6),
+            dict(int2_budget=9, int4_budget=0),
+        ):
+            run = _trace(FadeConfig(**SMALL, **budgets, eviction_policy=policy))
+            title = f"{policy}, " + ", ".join(f"{k} {v}" for k, v in budgets.items())
+            found.append(Case("life", "policies", title, run, (f"policy {policy}",)))
+    for i in range(RANDOM):
+        found.append(Case("life", "random traces", f"{i}", _random))
+    for name in ("int4", "evict", "off"):
+        for dtype in ATTENTION:
+            title = f"{name}, {dtype}".replace("torch.", "")
+            found.append(Case("life", "logits", title, _logits(CONFIGS[name], dtype), dtype=dtype))
+    found.append(Case("life", "crop", "beyond the recent region", _crop_refused(FadeConfig(**SMALL))))
+    run, known = (
+        _crop_refused(CONFIGS["budget 0"]),
+        "with an empty middle, more than the recent can be cropped",
+    )
+    found.append(Case("life", "crop", "nothing is left of the middle", run, known=known))
+    run = _trace(FadeConfig(**SMALL, n_sink=0), [30, ("crop", 10), 20])
+    known = "IndexError: a long step where no token is uncompressed"
+    found.append(Case("life", "crop", "all that is uncompressed, then a long step", run, known=known))
+    return found
+
+
+def _trace(config, steps=STEPS, *, padding=(), terms=None, shape=None):
+    def run(found: Found, seed: int):
+        own = measure.Shape(**(shape or {}), device=found.device)
+        asked = Terms(own.head_dim**-0.5, **terms) if terms else None
+        holes = {2: 1, 14: 4} if padding else {}
+        walk(found, config, own, steps, padding=padding, holes=holes, terms=asked, seed=seed)
+
+    return run
+
+
+def walk(found: Found, config, shape, steps, **options) -> None:
+    """Follow a trace, and check what each of its steps found."""
+    for i, step in enumerate(measure.trace(config, shape, steps, **options)):
+        where = f"step {i}: {steps[i]}"
+        found.near("attention", step.output_error, where, dtype=shape.dtype)
+        found.holds("tokens", step.same_tokens, where)
+        found.bits("tokens", step.state)
+        found.holds("moved records", step.same_records, where)
+        found.holds("lengths", step.same_lengths, where)
+
+
+@contextlib.contextmanager
+def tiles(tile: int, rows: int, eager: int, encoded: int):
+    """Short tiles, so that small inputs have several."""
+    places = ((fast_attention, "TILE"), (fast_attention, "ROWS"), (packed, "EAGER_TILE"), (rotated, "TILE"))
+    before = [getattr(module, name) for module, name in places]
+    try:
+        for (module, name), value in zip(places, (tile, rows, eager, encoded)):
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name), value in zip(places, before):
+            setattr(module, name, value)
+
+
+def _random(found: Found, seed: int):
+    """Any configuration, any steps: lengths around borders, crops, rows in another order, padding."""
+    draw = Draw(seed)
+    moves = draw.chance(0.7, 1).item()
+    int4 = draw.pick([0, 1, 6, 15, 40]) if moves else None
+    config = FadeConfig(
+        n_sink=draw.one(0, 6),
+        recent_window=draw.pick([0, 1, 7, 16]),
+        block_size=draw.pick([1, 3, 8, 16]),
+        int4_budget=int4,
+        int2_budget=draw.pick([0, 0, 5, 20, None]) if moves else 0,
+        middle_k_bits=draw.pick(INTEGER_TIERS),
+        middle_v_bits=draw.pick(INTEGER_TIERS),
+        positions=draw.pick([None, "original", "contiguous"]),
+    )
+    shape = measure.Shape(
+        batch=draw.one(1, 4), heads=draw.one(1, 3), group=draw.pick([1, 2, 3, 5]), device=found.device
+    )
+    steps = [draw.one(1, 50)]
+    for _ in range(12):
+        kind = draw.pick(["decode", "decode", "draft", "long", "crop", "reorder"])
+        steps += {
+            "decode": [1] * draw.one(1, 4),
+            "draft": [draw.one(2, 17)],
+            "long": [draw.one(17, 45)],
+            # Without sinks, no token would be left beside the middle: a case of its own.
+            "crop": [("crop", draw.one(1, 9))] if config.n_sink or not config.compresses else [1],
+            "reorder": [("reorder", draw.integers(0, shape.batch, shape.batch).tolist())],
+        }[kind]
+    padded = draw.chance(0.6, 1).item()
+    padding = tuple(draw.integers(0, steps[0], shape.batch).tolist()) if padded else ()
+    holes = {}
+    for i, n in enumerate(steps):
+        if padded and i and isinstance(n, int) and draw.chance(0.2, 1).item():
+            holes[i] = draw.one(0, n + 1)
+    found.bits("lengths", (config, shape.batch, steps, padding, holes))
+    with tiles(draw.pick([7, 16, 2048]), draw.pick([5, 512]), draw.pick([12, 2048]), draw.pick([10, 2048])):
+        walk(found, config, shape, steps, padding=padding, holes=holes, seed=seed % 2**31)
+
+
+def _crop_refused(config):
+    """Columns that have left the recent region cannot be cropped, whatever became of them."""
+
+    def run(found: Found, seed: int):
+        shape = measure.Shape(heads=1, group=1, device=found.device)
+        model = measure._model(shape).to(found.device)
+        cache = fade_fast.create_cache(model, config)
+        ids = Draw(seed).integers(0, 16, 2, 40).to(found.device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        recent = cache.layers[0].recent
+        found.refused(lambda: cache.crop(-recent - 1), f"crop(-{recent + 1})", f"newest {recent}")
+        found.holds("lengths", cache.get_seq_length() == 40, "unchanged by what was refused")
+
+    return run
+
+
+def _logits(config, dtype):
+    def run(found: Found, seed: int):
+        for where, error in logits(config, dtype, found.device, seed):
+            found.near("logits", error, where, dtype=dtype)
+
+    return run

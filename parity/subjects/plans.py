@@ -1,0 +1,128 @@
+"""Plans from given scores, and what the specification's other policies and scopes ask for."""
+
+import itertools
+
+import torch
+
+from fade_fast import plan as fast
+from fade_ref import importance, policies
+from fade_ref.config import PLAN_SCOPES, POLICIES, FadeConfig
+from fade_ref.policies import Candidates
+from fade_ref.tiers import Tier
+
+from ..case import Case, Draw, Found
+from .refusals import refused_config
+
+BUDGETS = list(itertools.product((None, 0, 1, 7, 1000), (None, 0, 3, 1000)))
+SCORES = {
+    "normal": lambda draw, size: draw.normal(*size),
+    "ties everywhere": lambda draw, size: torch.zeros(size, dtype=torch.float64),
+    "many ties": lambda draw, size: draw.integers(0, 3, *size).double(),
+    "NaN and infinities": lambda draw, size: torch.tensor(
+        [0.5, torch.nan, torch.inf, -torch.inf, -1.0], dtype=torch.float64
+    )[draw.integers(0, 5, *size)],
+    "denormals": lambda draw, size: draw.integers(-3, 4, *size).double() * 5e-324,
+    "neighbouring numbers": lambda draw, size: 1 + draw.integers(0, 4, *size).double() * 2.0**-52,
+}
+#: Scopes that `fade_fast` serves; of each, the traces of "life" cover it.
+SERVED_SCOPES = ("sequence",)
+
+
+def collect() -> list[Case]:
+    found = []
+    covers = (f"tier {Tier.EVICTED.name}", f"tier {Tier.FP16.name}")
+    for name in SCORES:
+        for n in (0, 1, 2, 63, 64, 65):
+            found.append(Case("plans", f"from given scores, {name}", f"n{n}", _given(name, n), covers))
+    for policy in dict.fromkeys([*POLICIES, *policies.SCORES]):
+        if policy in fast.SUPPORTED:
+            continue  # a trace of its own covers it, see `life`
+        found.append(Case("plans", "spec only", policy, _spec_only(policy), (f"policy {policy}",)))
+    found.append(Case("plans", "from positions", "position", _position, ("policy position",)))
+    for scope in PLAN_SCOPES:
+        if scope not in SERVED_SCOPES:
+            run = _refused_scope(scope)
+            found.append(Case("plans", "spec only", f"plan_scope {scope}", run, (f"plan scope {scope}",)))
+    return found
+
+
+def _positions(draw: Draw, rows: int, n: int) -> torch.Tensor:
+    """Positions [rows, 1, n] in any order, some of them holes."""
+    order = torch.stack([torch.randperm(n, generator=draw.generator) for _ in range(rows)])
+    return order.masked_fill(draw.chance(0.2, rows, n), -1)[:, None]
+
+
+def _given(name, n):
+    def run(found: Found, seed: int):
+        for round_ in range(4):
+            draw = Draw(seed + round_)
+            position = _positions(draw, 3, n)
+            scores = SCORES[name](draw, (3, 1, n))
+            for dtype in (torch.int64, torch.int32):
+                there = scores.to(found.device), position.to(dtype).to(found.device)
+                for high, low in BUDGETS if n else [(1, 1)]:
+                    exact = policies.plan(scores, position, high, low, Tier.INT4)
+                    where = f"budgets {high}, {low}"
+                    found.same("plan", fast.plan(*there, high, low, Tier.INT4), exact, where)
+                tiers = policies.plan(scores, position, n // 2, n // 4, Tier.INT4)
+                for tier in (Tier.INT4, Tier.INT2):
+                    _kept(found, tiers, position, there[1], tier)
+
+    return run
+
+
+def _kept(found: Found, tiers, position, there, tier) -> None:
+    """Where a tier's tokens are, oldest first."""
+    index, real = fast.kept(tiers.to(found.device), there, tier)
+    index, real = index.cpu(), real.cpu()
+    for row in range(len(tiers)):
+        at = position[row, 0][tiers[row, 0] == tier].sort().values
+        ours = position[row, 0][index[row, 0][real[row, 0]]]
+        found.same("plan", ours, at, f"kept in {tier.name}")
+
+
+def _position(found: Found, seed: int):
+    """The policy as generate() runs it, against the specification's plan."""
+    for n, high, low in ((40, 10, 0), (40, 10, 6), (40, 0, 5), (40, 100, 0), (40, 10, None)):
+        draw = Draw(seed + n + high)
+        position = _positions(draw, 3, n)[:, 0]
+        config = FadeConfig(int4_budget=high, int2_budget=low)
+        exact = policies.make_plan(config, Candidates(position, now=n))
+        there = position[:, None].to(found.device)
+        ours = fast.plan(fast.scores("position", there), there, high, low, Tier.INT4)
+        found.same("plan", ours[:, 0], exact, f"budgets {high}, {low}")
+
+
+def _spec_only(policy):
+    """Refused by name; the specification's own plan is a digest, for two machines to compare."""
+
+    def run(found: Found, seed: int):
+        refused_config(found, "eviction_policy", policy, int4_budget=8)
+        exact = policies.make_plan(
+            FadeConfig(int4_budget=12, int2_budget=6, eviction_policy=policy), _candidates(Draw(seed))
+        )
+        found.bits("plan", exact)
+        counts = [(exact == tier).sum(-1).max() for tier in (Tier.INT4, Tier.INT2)]
+        found.holds("plan", counts[0] <= 12 and counts[1] <= 6 and counts[0] > 0, "budgets are kept")
+
+    return run
+
+
+def _refused_scope(scope):
+    def run(found: Found, seed: int):
+        refused_config(found, "plan_scope", scope, int4_budget=8)
+
+    return run
+
+
+def _candidates(draw: Draw, rows=2, heads=2, n=40, dim=8) -> Candidates:
+    """All that any policy may ask for."""
+    position = torch.arange(n).expand(rows, -1).masked_fill(draw.chance(0.1, rows, n), -1)
+    state = importance.empty(rows, heads)
+    p = draw.uniform(rows, heads, 5, n) / n
+    state = importance.observe(state, p, (position >= 0)[:, None].expand(-1, 5, -1))
+    keys, values = draw.normal(rows, heads, n, dim), draw.normal(rows, heads, n, dim)
+    mean = draw.normal(rows, heads, dim)
+    covariance = torch.eye(dim, dtype=torch.float64).expand(rows, heads, dim, dim)
+    weights = {name: draw.normal(*shape) for name, shape in policies.MLP.items()}
+    return Candidates(position, n, state, keys, values, (mean, covariance), weights=weights)
