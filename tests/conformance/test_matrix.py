@@ -9,7 +9,7 @@ from .families import FAMILIES
 from .modes import MODES
 
 SHORT = os.environ.get("FADE_CONFORMANCE") == "short"  # for a second version of transformers
-BRIEF = ("greedy, left-padded", "beam", "two turns on one cache")
+BRIEF = ("greedy, left-padded", "beam")
 
 
 def cells() -> list:
