@@ -232,7 +232,7 @@ class TieredLayer(CacheLayerMixin):
         """How many of the newest columns can be cropped."""
         if not self.is_initialized:
             return 0
-        return self.recent if self.has_middle else self.length
+        return self.length if self.exact.count == self.length else self.recent
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""

@@ -127,7 +127,7 @@ class Stepper:
         first, timeline = self.layers[0], self.timeline
         self.slot.fill_(first.exact.count)
         self.column.fill_(timeline.length)
-        self.newest.copy_(timeline.newest())
+        self.newest.copy_(timeline.positions.amax(-1))  # the newest column may be padding
         held = first.exact_positions() != HOLE
         self.seen.zero_()
         self.seen[:, :, : held.shape[-1]] = held

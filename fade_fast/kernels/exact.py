@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .compile import Compiled, fuses
-from .merge import Partial, merge, soften
+from .merge import Partial, empty, merge, soften
 
 TAIL = 1024  # columns beyond those settled, at most, less a few
 
@@ -18,6 +18,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap
         visible: bool, broadcastable to [B, H, R, n].
         softcap: see `merge.soften`.
     """
+    if not keys.shape[2]:
+        return empty(query)
     scores = query @ keys.to(query.dtype).mT
     weights, top, total = soften(scores, visible, softcap)
     return Partial(weights @ values.to(query.dtype), top, total)

@@ -24,8 +24,6 @@ SCORES = {
     "denormals": lambda draw, size: draw.integers(-3, 4, *size).double() * 5e-324,
     "neighbouring numbers": lambda draw, size: 1 + draw.integers(0, 4, *size).double() * 2.0**-52,
 }
-#: Scopes that `fade_fast` serves; of each, the traces of "life" cover it.
-SERVED_SCOPES = ("sequence",)
 
 
 def collect() -> list[Case]:
@@ -40,7 +38,7 @@ def collect() -> list[Case]:
         found.append(Case("plans", "spec only", policy, _spec_only(policy), (f"policy {policy}",)))
     found.append(Case("plans", "from positions", "position", _position, ("policy position",)))
     for scope in PLAN_SCOPES:
-        if scope not in SERVED_SCOPES:
+        if scope not in fast.SCOPES:  # the traces of "life" cover the others
             run = _refused_scope(scope)
             found.append(Case("plans", "spec only", f"plan_scope {scope}", run, (f"plan scope {scope}",)))
     return found
@@ -89,7 +87,9 @@ def _position(found: Found, seed: int):
         config = FadeConfig(int4_budget=high, int2_budget=low)
         exact = policies.make_plan(config, Candidates(position, now=n))
         there = position[:, None].to(found.device)
-        ours = fast.plan(fast.scores("position", there), there, high, low, Tier.INT4)
+        now = there.amax(-1, keepdim=True)
+        rivals = fast.Candidates(there, now, torch.zeros_like(there, dtype=torch.bool), lambda: None)
+        ours = fast.plan(fast.SCORES["position"](rivals), there, high, low, Tier.INT4)
         found.same("plan", ours[:, 0], exact, f"budgets {high}, {low}")
 
 
