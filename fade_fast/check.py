@@ -155,7 +155,7 @@ def _bytes(layer: TieredLayer, heads: int, dim: int, dtype: torch.dtype, length:
     zeros = torch.zeros(1, heads, config.block_size, dim, dtype=dtype)
     layer.lazy_initialization(zeros, zeros)
     layer.timeline.extend(0, None, 1, config.block_size, zeros.device)
-    layer.middle.demote(zeros, zeros, 0)
+    layer.middle.demote(zeros, zeros, 0, config.block_size, layer.arrive(config.block_size))
     records = [tier.records.record_bytes for tier in layer.middle.tiers]
     means = layer.middle.means
     mean = means["mean"].nbytes if means.count else 0

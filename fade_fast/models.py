@@ -67,8 +67,8 @@ FINGERPRINT = (
 
 def fingerprint(model: PreTrainedModel) -> dict:
     """What makes two models' caches interchangeable, as JSON has it; weights are not looked at."""
-    config = text_config(model)
-    found = {name: getattr(config, name, None) for name in FINGERPRINT}
+    config = text_config(model).to_dict()  # attributes that differ by layer (Gemma 4) cannot be asked for
+    found = {name: config.get(name) for name in FINGERPRINT}
     return json.loads(json.dumps(found | dict(dtype=str(model.dtype)), default=str))
 
 

@@ -50,7 +50,7 @@ def _attend(self) -> Tensor:
     return _plain(self, *held(self.layer))
 
 
-def _attend_beside(self, first: int, keys: Tensor, values: Tensor) -> Tensor:
+def _attend_beside(self, first: int, keys: Tensor, values: Tensor, received=None) -> Tensor:
     position = self.layer.timeline.positions[:, None, first:]
     beside = (keys, values, position)
     return _plain(self, *(torch.cat(parts, dim=2) for parts in zip(held(self.layer), beside)))
