@@ -118,6 +118,9 @@ def _of_a_model(scheme, style):
             **sizes, **heads, max_position_embeddings=CONTEXT, rope_parameters=_parameters(scheme)
         )
         model = model_class(config).to(found.device)
+        if scheme == "dynamic":  # its frequencies change while the text grows
+            found.refused(lambda: find_rope(model, 0), "cannot be renumbered", "layer 0")
+            return
         rope = find_rope(model, 0)
         found.holds("frequencies", rope.interleaved == (style == "pairs"), "style of pairs")
         found.same("frequencies", rope.inv_freq(), model.model.rotary_emb.inv_freq)
