@@ -73,10 +73,6 @@ class Buffers:
         """The slots in use of one field, a view."""
         return self.tensors[name].narrow(self.fields[name].axis, 0, self.count)
 
-    def first(self, name: str, slots: int) -> Tensor:
-        """The first `slots` slots of one field, in use or not, a view."""
-        return self.tensors[name].narrow(self.fields[name].axis, 0, slots)
-
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots in all; what is stored stays."""
         capacity = -(-capacity // self.step) * self.step
