@@ -146,8 +146,7 @@ class Stepper:
             self._advance(mask)
         keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
         if index >= 0:
-            keys.index_copy_(2, self.slot, key)
-            values.index_copy_(2, self.slot, value)
+            exact.store(keys, values, self.slot, key, value)
         tally = layer.tally()
         if tally and index >= 0:
             layer.observer.renew(layer.exact.tensors, self.slot)
