@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import Tier
 
-from . import checkpoint, importance, plan, stepper
+from . import checkpoint, importance, plan, stepper, telemetry
 from .attention import NAME
 from .kernels import rotated
 from .layer import TieredLayer
@@ -125,11 +125,13 @@ class TieredKVCache(Cache):
     def __deepcopy__(self, memo: dict) -> "TieredKVCache":
         """An independent copy for the same model: its configuration and rotary modules are shared."""
         for layer in self.tiered:
-            for shared in (layer.model_config, layer.rope):
+            for shared in (layer.model_config, layer.rope, layer.telemetry):
                 memo[id(shared)] = shared
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         twin.stepper.clear()  # captured steps of this cache must not become the twin's
+        for layer in twin.tiered:
+            layer.telemetry = None
         return twin
 
     def _rotation(self, dim: int, device) -> Tensor:
@@ -220,6 +222,15 @@ class TieredKVCache(Cache):
         Raises `ValueError`, and leaves the cache empty, if they do not fit.
         """
         checkpoint.load_state_dict(self, tensors, known)
+
+    def listen(self, sink) -> telemetry.Listener:
+        """Tell `sink` of demotions, plans, evictions, renumbering, growth and compilation from now on.
+
+        `telemetry.py` says what the events hold. A sink is a path, to which lines of JSON are appended; a
+        `logging.Logger`; or a function of an event. Close the result, or use it in a `with` block.
+        Raises `TypeError` for another sink, `OSError` as the system does.
+        """
+        return telemetry.listen(self.tiered, self.tiered[0].telemetry, sink)
 
     def describe(self) -> str:
         """A text saying what each layer keeps, and how."""

@@ -22,6 +22,7 @@ from .kernels.rope import rotate
 from .middle import HOLE, Middle, MiddleTier, PinnedMiddle, PlannedMiddle
 from .models import Rope
 from .stepper import ROOM, SETTLED, SHORT, Stepper
+from .telemetry import Telemetry
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,7 @@ class TieredLayer(CacheLayerMixin):
     is_croppable = True
     layer_idx: int | None = None  # of the model's layer, where the model is known
     shared = False  # whether other layers may read what this one stores (Gemma 4)
+    telemetry: Telemetry | None = None  # where anything listens
 
     def __init__(
         self,
@@ -331,6 +333,8 @@ class TieredLayer(CacheLayerMixin):
             self._demote(self._cut(columns, 0, surplus), first - recent)
             columns = self._cut(columns, surplus, recent + new - sinks)
         self.exact.append(**columns)
+        if self.telemetry:
+            self.telemetry.stored(self)
 
     def arrive(self, count: int) -> dict[str, Tensor]:
         """The observer's fields of `count` new columns."""
@@ -357,6 +361,8 @@ class TieredLayer(CacheLayerMixin):
             start = self.exact.count - self.recent
             self._demote(self._held(start, start + surplus), self.length - self.recent)
             self.exact.remove(start, surplus)
+            if self.telemetry:
+                self.telemetry.stored(self)
         return surplus > 0
 
     def _surplus(self, recent: int) -> int:
@@ -381,9 +387,12 @@ class TieredLayer(CacheLayerMixin):
         """Hand columns `first` onwards to the middle, given every field of them."""
         before = self.middle.evicted
         received = {name: x for name, x in columns.items() if name not in ("key", "value")}
+        done = self.telemetry and self.telemetry.demotion(self, columns["key"].shape[2], first)
         self.middle.demote(columns["key"], columns["value"], first, self.length, received)
         if self.config.contiguous and self.middle.evicted is not None:
             self._turn_sinks(before, self.middle.evicted)
+        if done:
+            done()
 
     def _turn_sinks(self, before: Tensor | None, evicted: Tensor) -> None:
         """Rewrite the sinks' keys as they are read now: rotated on by the tokens evicted.
@@ -432,6 +441,8 @@ class TieredLayer(CacheLayerMixin):
         most = c.n_sink + c.recent_window + c.block_size + SHORT if c.compresses else self._max_length
         doubled = max(2 * count, count + ROOM)
         self.exact.reserve(max(count + 1, doubled if most is None else min(most, doubled)))
+        if self.telemetry:
+            self.telemetry.stored(self)
 
     def held_tiers(self) -> list[MiddleTier]:
         """Tiers that hold a token."""

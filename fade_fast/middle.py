@@ -170,6 +170,7 @@ class Middle(ABC):
 
     step = 1  # capacities are multiples of this
     evicted: Tensor | None = None  # [B, 1] int32: real tokens dropped so far
+    planned: Callable | None = None  # is told of plans: see `plan.Candidates`
 
     def own_fields(self) -> dict[str, Field]:
         """Fields of a record besides its codes."""
@@ -345,6 +346,7 @@ class PlannedMiddle(Middle):
                 name: torch.cat([t.records[name] for t in held] + [received[name]], field.axis)
                 for name, field in self._observed.items()
             },
+            self.planned,
         )
         tiers, order = plan.choose(self.config, candidates, self.tiers[0].tier)
         keys = self.before_rope(keys, position)
