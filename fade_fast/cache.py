@@ -17,9 +17,8 @@ from transformers.cache_utils import (
 )
 
 from fade_ref.config import FadeConfig
-from fade_ref.tiers import Tier
 
-from . import checkpoint, importance, plan, stepper, telemetry
+from . import checkpoint, importance, plan, snapshot, stepper, telemetry
 from .attention import NAME
 from .kernels import rotated
 from .layer import TieredLayer
@@ -195,7 +194,7 @@ class TieredKVCache(Cache):
         held = [x for layer in self.layers for x in tensors(layer)] + self.timeline.tensors()
         rest = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
         other = sum(x.nbytes for layer in rest for x in tensors(layer))
-        sizes = [_sizes(layer) for layer in self.tiered]
+        sizes = [snapshot.sizes(layer) for layer in self.tiered]
         names = [tier for _, _, tokens in sizes for tier in tokens]
         tokens = {n: sum(t.get(n, 0) for _, _, t in sizes) / len(sizes) for n in dict.fromkeys(names)}
         return Memory(
@@ -205,12 +204,15 @@ class TieredKVCache(Cache):
             tokens={n: int(x) if x == int(x) else x for n, x in tokens.items()},
         )
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, tokens: Tensor | None = None) -> None:
         """Write the cache to a file, whole or not at all; `load_cache` reads it.
+
+        `tokens`, an integer tensor, travels along: the ids that were fed, which a cache does not know, for
+        `checkpoint.read_tokens`.
 
         Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
         """
-        checkpoint.save(self, path)
+        checkpoint.save(self, path, tokens)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors, cloned, and what else the cache knows, for people who store it themselves."""
@@ -234,15 +236,11 @@ class TieredKVCache(Cache):
 
     def describe(self) -> str:
         """A text saying what each layer keeps, and how."""
-        lines = [f"TieredKVCache, {self.timeline.length} tokens seen, {self.fade_config}"]
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, TieredLayer):
-                packed, dense, tokens = _sizes(layer)
-                kept = ", ".join(f"{n} {name}" for name, n in tokens.items()) or "empty"
-                lines.append(f"layer {i}: tiered: {kept}; {packed:,} of {dense:,} bytes")
-            else:
-                lines.append(f"layer {i}: {type(layer).__name__} of transformers, not compressed")
-        return "\n".join(lines)
+        return snapshot.text(snapshot.of(self, positions=False))
+
+    def snapshot(self) -> dict:
+        """The same and more as JSON has it: each layer's tiers, positions and bytes; see `snapshot.py`."""
+        return snapshot.of(self)
 
 
 def storage_bytes(held: list[Tensor]) -> int:
@@ -255,24 +253,6 @@ def tensors(layer) -> list[Tensor]:
     if isinstance(layer, TieredLayer):
         return layer.tensors()
     return [x for x in vars(layer).values() if isinstance(x, Tensor)]
-
-
-def _sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
-    """(packed bytes, dense bytes, tokens by tier) of a tiered layer."""
-    if not layer.is_initialized:
-        return 0, 0, {}
-    batch, heads = layer.exact["key"].shape[:2]
-    vector = layer.exact["key"].shape[3] * layer.exact["key"].element_size()
-    seen = int((layer.timeline.positions >= 0).sum())
-    tokens = {Tier.FP16.name: int((layer.exact_positions() >= 0).sum())}
-    packed = tokens["FP16"] * layer.exact.record_bytes
-    if layer.middle is not None:
-        for tier in layer.middle.tiers:
-            tokens[tier.name] = int((layer.middle.position(tier) >= 0).sum())
-            packed += tokens[tier.name] * tier.records.record_bytes
-        packed += layer.middle.means["mean"].nbytes if layer.middle.means.count else 0
-        tokens[Tier.EVICTED.name] = seen - sum(tokens.values())
-    return packed, batch * layer.length * heads * 2 * vector, tokens
 
 
 def create_cache(

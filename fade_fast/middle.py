@@ -48,8 +48,7 @@ class MiddleTier:
     @property
     def name(self) -> str:
         """What reports call the tier: `INT4`, or `K4V2` where the widths differ."""
-        key, value = self.bits
-        return INTEGER_TIERS[key].name if key == value else f"K{key}V{value}"
+        return tier_name(self.bits)
 
     @property
     def span(self) -> int:
@@ -94,6 +93,20 @@ class MiddleTier:
 
     def tensors(self) -> list[Tensor]:
         return [*self.records.tensors.values(), self.bound]
+
+
+def tier_name(bits: tuple[int, int]) -> str:
+    """What reports call a tier of these widths of keys and values."""
+    key, value = bits
+    return INTEGER_TIERS[key].name if key == value else f"K{key}V{value}"
+
+
+def tier_bits(config: FadeConfig) -> list[tuple[int, int]]:
+    """Widths of keys and values of each tier of a middle, finest first."""
+    widths = [(config.middle_k_bits, config.middle_v_bits)]
+    if config.int2_budget != 0 and max(widths[0]) > 2:  # else the first tier has both budgets
+        widths.append((2, 2))
+    return widths
 
 
 def unrecord(fields, side: str, start: int = 0, stop: int | None = None) -> Packed:
@@ -148,12 +161,9 @@ class Middle(ABC):
         self.config, self.timeline, self.rope, self.table = config, timeline, rope, table
         dim, device = table.shape[1], table.device
         self.matrix = table[:dim]
-        widths = [(config.middle_k_bits, config.middle_v_bits)]
-        if config.int2_budget != 0 and max(widths[0]) > 2:  # else the first tier has both budgets
-            widths.append((2, 2))
         self.tiers = []
         budgets = (config.int4_budget, config.int2_budget)
-        for bits, budget in zip(widths, budgets):
+        for bits, budget in zip(tier_bits(config), budgets):
             fields = dict(self.own_fields())
             for side, b in zip(("key", "value"), bits):
                 axis = -1 if f"{side}_codes" in TRANSPOSED else 2

@@ -171,7 +171,10 @@ class Telemetry:
     def emit(
         self, kind: str, counts: dict, later: dict[str, Tensor] | None = None, nonzero: str = ""
     ) -> None:
-        """Queue an event of known `counts` and of numbers that a device has; it is left out if its `nonzero` is 0."""
+        """Queue an event of known `counts` and of numbers that a device has.
+
+        It is left out if the number that `nonzero` names is 0.
+        """
         event = dict(event=kind, time=time.time()) | counts
         arrived = _fetch(event, later) if later else lambda wait: True
         self._waiting.append((event, arrived, nonzero))
