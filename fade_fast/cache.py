@@ -261,6 +261,7 @@ def create_cache(
     *,
     max_length: int | None = None,
     policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
+    codebooks: object | None = None,
 ) -> TieredKVCache:
     """A cache for `model.generate(..., past_key_values=cache)` that compresses as it fills.
 
@@ -279,12 +280,18 @@ def create_cache(
             the buffers grow with the text.
         policy_weights: for `eviction_policy="learned"`: a safetensors file, or its tensors, named and
             shaped as `importance.MLP` says. None are shipped yet.
+        codebooks: of product quantisation; refused, as no configuration has such a tier yet.
 
     Raises:
         ValueError: an unknown preset, or a model or a policy that cannot be served; a policy that
             ranks by attention needs a model whose attention can be replaced.
         TypeError: `model` or `config` is of another type.
     """
+    if codebooks is not None:
+        raise ValueError(
+            "codebooks: no configuration of the cache has a product-quantised tier yet; "
+            "fade_fast.codebooks codes and decodes with them"
+        )
     if isinstance(config, str):
         config = FadeConfig.preset(config)
     if not isinstance(config, FadeConfig):

@@ -9,15 +9,14 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
+from .files import whole
 from .layer import TieredLayer
 from .middle import PlannedMiddle
 from .timeline import Timeline
@@ -105,17 +104,8 @@ def save(cache: Cache, path: str | os.PathLike, token_ids: Tensor | None = None)
         tensors[TOKENS] = token_ids.to(torch.int32).contiguous()
     header = dict(version=VERSION, model=cache.fingerprint, **known)
     header["digest"] = _digest(tensors, header)
-    data = serialise(tensors, metadata={"fade": json.dumps(header)})
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    with whole(path) as written:
+        save_file(tensors, written, metadata={"fade": json.dumps(header)})
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:

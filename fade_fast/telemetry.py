@@ -8,7 +8,8 @@ all but `recompilation` have `layer`, the model's, and `seen`, the columns the l
 
 demotion       columns, from column `first` on, left the recent region: `columns` in each row, `tokens` real
                ones over all rows, `bytes_before` uncompressed and `bytes_after`, by which the middle grew
-               (slots of padding included), and `seconds` of the host
+               (slots of padding included), and `seconds` of the host; of `rows` of the batch. The
+               tier that new tokens enter is `into`; if there is a plan (`planned`), it decides
 plan           what the policy decided: `candidates` a row, `kept` tokens by tier and `evicted` (all of them
                over all rows; with plan_scope "layer", of one plan), and of their scores `score_min`,
                `score_mean`, `score_max` and `score_kept`, the least that was kept
@@ -212,6 +213,7 @@ class Telemetry:
             seconds, middle.planned = time.perf_counter() - start, None
             batch = layer.timeline.batch
             counts = dict(first=first, columns=columns, tokens=batch * columns)
+            counts |= dict(rows=batch, into=middle.tiers[0].name, planned=layer.config.moves)
             counts |= dict(bytes_before=counts["tokens"] * layer.exact.record_bytes)
             counts |= dict(bytes_after=_bytes(middle) - size, seconds=seconds)
             later = {}
