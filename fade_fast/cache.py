@@ -20,6 +20,7 @@ from fade_ref.config import FadeConfig
 
 from . import checkpoint, importance, plan, snapshot, stepper, telemetry
 from .attention import NAME
+from .guard import Guard, guarded
 from .kernels import rotated
 from .layer import TieredLayer
 from .models import find_rope, fingerprint, text_config
@@ -97,7 +98,7 @@ class TieredKVCache(Cache):
         # Captured steps keep their counters on one device, so all layers must be there.
         on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
         on_gpu &= len({p.device for p in model.parameters()}) == 1
-        self.stepper = Stepper(self.timeline, compileable=on_gpu)
+        self.stepper, self.guard = Stepper(self.timeline, compileable=on_gpu), Guard()
         self._matrices: dict[tuple, Tensor] = {}
 
         def dispatches() -> bool:
@@ -112,6 +113,7 @@ class TieredKVCache(Cache):
                     config, self.stepper, rope, self._rotation, dispatches, max_length, observer
                 )
                 layers[i].model_config, layers[i].layer_idx = model_config, i
+                layers[i].guard, layers[i].abandon = self.guard, self._abandon
                 layers[i].shared = bool(getattr(model_config, "num_kv_shared_layers", 0))
             elif type(layer) is DynamicSlidingWindowLayer and on_gpu:
                 layers[i] = StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
@@ -150,14 +152,42 @@ class TieredKVCache(Cache):
         layer = self.layers[layer_idx]
         return layer.get_seq_length() if isinstance(layer, TieredLayer) else super().get_seq_length(layer_idx)
 
+    def _abandon(self, start: int) -> None:
+        """Take back a step from column `start` on, which failed halfway: the layers before have its tokens.
+
+        Where that cannot be, the next step is refused: the step was long and came after others, so that
+        some layers have compressed what it brought; or layers of transformers cannot take it back.
+        """
+        if not start:
+            self.reset()
+            return
+        ahead = [layer for layer in self.layers if layer.get_seq_length() > start]
+        kinds = (TieredLayer, DynamicSlidingWindowLayer)
+        fits = all(
+            layer.croppable >= layer.length - start for layer in ahead if isinstance(layer, TieredLayer)
+        )
+        if not fits or not all(isinstance(layer, kinds) for layer in self.layers):
+            self.tiered[0].failed = True
+            return
+        try:
+            for layer in sorted(ahead, key=lambda layer: isinstance(layer, TieredLayer)):
+                layer.crop(start - layer.get_seq_length())
+        except RuntimeError:  # a sliding window that has moved on
+            self.tiered[0].failed = True
+            return
+        self.timeline.crop(self.timeline.length - start)
+
+    @guarded
     def reset(self) -> None:
         """Forget every token; the next ones may have another batch size, dtype or device."""
         super().reset()
         self.timeline.clear()
         self.stepper.clear()
 
+    @guarded
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses."""
+        self.tiered[0].check_whole()
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         most = min(layer.croppable for layer in self.tiered)
         if not -most <= tokens_to_remove <= 0:
@@ -168,13 +198,17 @@ class TieredKVCache(Cache):
         super().crop(tokens_to_remove)
         self.timeline.crop(-tokens_to_remove)
 
+    @guarded
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was: int64 [B]."""
+        self.tiered[0].check_whole()
         super().reorder_cache(beam_idx)
         self.timeline.select_rows(beam_idx)
 
+    @guarded
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep rows `indices` [B'], in that order."""
+        self.tiered[0].check_whole()
         for layer in self.layers:
             if isinstance(layer, TieredLayer):
                 layer.select_rows(indices)
@@ -187,6 +221,7 @@ class TieredKVCache(Cache):
         if self.timeline.length:
             self.batch_select_indices(torch.arange(self.timeline.batch).repeat_interleave(repeats))
 
+    @guarded
     def memory(self) -> Memory:
         """What the cache weighs now. Blocks whose demotion was due are demoted first."""
         for layer in self.tiered:
@@ -204,6 +239,7 @@ class TieredKVCache(Cache):
             tokens={n: int(x) if x == int(x) else x for n, x in tokens.items()},
         )
 
+    @guarded
     def save(self, path: str | os.PathLike, tokens: Tensor | None = None) -> None:
         """Write the cache to a file, whole or not at all; `load_cache` reads it.
 
@@ -212,12 +248,16 @@ class TieredKVCache(Cache):
 
         Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
         """
+        self.tiered[0].check_whole()
         checkpoint.save(self, path, tokens)
 
+    @guarded
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors, cloned, and what else the cache knows, for people who store it themselves."""
+        self.tiered[0].check_whole()
         return checkpoint.state_dict(self)
 
+    @guarded
     def load_state_dict(self, tensors: dict[str, Tensor], known: dict) -> None:
         """Fill this cache, which must be empty, with what `state_dict` gave.
 
@@ -238,6 +278,7 @@ class TieredKVCache(Cache):
         """A text saying what each layer keeps, and how."""
         return snapshot.text(snapshot.of(self, positions=False))
 
+    @guarded
     def snapshot(self) -> dict:
         """The same and more as JSON has it: each layer's tiers, positions and bytes; see `snapshot.py`."""
         return snapshot.of(self)
