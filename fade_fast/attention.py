@@ -65,7 +65,25 @@ def attention(
     return _attend(module, query, key, attention_mask, scaling, softcap, sliding_window, s_aux, **kwargs)
 
 
+def _whole(attend):
+    """Attention that lets one thread in, and takes its step back from all layers if it fails."""
+
+    @functools.wraps(attend)
+    def inside(module, query: Tensor, key: Arrival, *args, **kwargs):
+        layer = key.layer
+        start = layer.length - (key.keys.shape[2] if key.of_another(module) else 0)
+        with layer.guard:
+            try:
+                return attend(module, query, key, *args, **kwargs)
+            except BaseException:
+                layer.abandon(start)
+                raise
+
+    return inside
+
+
 @torch.compiler.disable
+@_whole
 def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, sliding_window, s_aux, **kwargs):
     """Attention outside captured steps, and the storing of what arrived."""
     terms = Terms(scaling, softcap, sliding_window, s_aux)

@@ -17,10 +17,10 @@ from transformers.cache_utils import (
 )
 
 from fade_ref.config import FadeConfig
-from fade_ref.tiers import Tier
 
-from . import checkpoint, importance, plan, stepper
+from . import checkpoint, importance, plan, snapshot, stepper, telemetry
 from .attention import NAME
+from .guard import Guard, guarded
 from .kernels import rotated
 from .layer import TieredLayer
 from .models import find_rope, fingerprint, text_config
@@ -98,7 +98,7 @@ class TieredKVCache(Cache):
         # Captured steps keep their counters on one device, so all layers must be there.
         on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
         on_gpu &= len({p.device for p in model.parameters()}) == 1
-        self.stepper = Stepper(self.timeline, compileable=on_gpu)
+        self.stepper, self.guard = Stepper(self.timeline, compileable=on_gpu), Guard()
         self._matrices: dict[tuple, Tensor] = {}
 
         def dispatches() -> bool:
@@ -113,6 +113,7 @@ class TieredKVCache(Cache):
                     config, self.stepper, rope, self._rotation, dispatches, max_length, observer
                 )
                 layers[i].model_config, layers[i].layer_idx = model_config, i
+                layers[i].guard, layers[i].abandon = self.guard, self._abandon
                 layers[i].shared = bool(getattr(model_config, "num_kv_shared_layers", 0))
             elif type(layer) is DynamicSlidingWindowLayer and on_gpu:
                 layers[i] = StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
@@ -125,11 +126,13 @@ class TieredKVCache(Cache):
     def __deepcopy__(self, memo: dict) -> "TieredKVCache":
         """An independent copy for the same model: its configuration and rotary modules are shared."""
         for layer in self.tiered:
-            for shared in (layer.model_config, layer.rope):
+            for shared in (layer.model_config, layer.rope, layer.telemetry):
                 memo[id(shared)] = shared
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         twin.stepper.clear()  # captured steps of this cache must not become the twin's
+        for layer in twin.tiered:
+            layer.telemetry = None
         return twin
 
     def _rotation(self, dim: int, device) -> Tensor:
@@ -149,14 +152,42 @@ class TieredKVCache(Cache):
         layer = self.layers[layer_idx]
         return layer.get_seq_length() if isinstance(layer, TieredLayer) else super().get_seq_length(layer_idx)
 
+    def _abandon(self, start: int) -> None:
+        """Take back a step from column `start` on, which failed halfway: the layers before have its tokens.
+
+        Where that cannot be, the next step is refused: the step was long and came after others, so that
+        some layers have compressed what it brought; or layers of transformers cannot take it back.
+        """
+        if not start:
+            self.reset()
+            return
+        ahead = [layer for layer in self.layers if layer.get_seq_length() > start]
+        kinds = (TieredLayer, DynamicSlidingWindowLayer)
+        fits = all(
+            layer.croppable >= layer.length - start for layer in ahead if isinstance(layer, TieredLayer)
+        )
+        if not fits or not all(isinstance(layer, kinds) for layer in self.layers):
+            self.tiered[0].failed = True
+            return
+        try:
+            for layer in sorted(ahead, key=lambda layer: isinstance(layer, TieredLayer)):
+                layer.crop(start - layer.get_seq_length())
+        except RuntimeError:  # a sliding window that has moved on
+            self.tiered[0].failed = True
+            return
+        self.timeline.crop(self.timeline.length - start)
+
+    @guarded
     def reset(self) -> None:
         """Forget every token; the next ones may have another batch size, dtype or device."""
         super().reset()
         self.timeline.clear()
         self.stepper.clear()
 
+    @guarded
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses."""
+        self.tiered[0].check_whole()
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         most = min(layer.croppable for layer in self.tiered)
         if not -most <= tokens_to_remove <= 0:
@@ -167,13 +198,17 @@ class TieredKVCache(Cache):
         super().crop(tokens_to_remove)
         self.timeline.crop(-tokens_to_remove)
 
+    @guarded
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was: int64 [B]."""
+        self.tiered[0].check_whole()
         super().reorder_cache(beam_idx)
         self.timeline.select_rows(beam_idx)
 
+    @guarded
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep rows `indices` [B'], in that order."""
+        self.tiered[0].check_whole()
         for layer in self.layers:
             if isinstance(layer, TieredLayer):
                 layer.select_rows(indices)
@@ -186,6 +221,7 @@ class TieredKVCache(Cache):
         if self.timeline.length:
             self.batch_select_indices(torch.arange(self.timeline.batch).repeat_interleave(repeats))
 
+    @guarded
     def memory(self) -> Memory:
         """What the cache weighs now. Blocks whose demotion was due are demoted first."""
         for layer in self.tiered:
@@ -193,7 +229,7 @@ class TieredKVCache(Cache):
         held = [x for layer in self.layers for x in tensors(layer)] + self.timeline.tensors()
         rest = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
         other = sum(x.nbytes for layer in rest for x in tensors(layer))
-        sizes = [_sizes(layer) for layer in self.tiered]
+        sizes = [snapshot.sizes(layer) for layer in self.tiered]
         names = [tier for _, _, tokens in sizes for tier in tokens]
         tokens = {n: sum(t.get(n, 0) for _, _, t in sizes) / len(sizes) for n in dict.fromkeys(names)}
         return Memory(
@@ -203,17 +239,25 @@ class TieredKVCache(Cache):
             tokens={n: int(x) if x == int(x) else x for n, x in tokens.items()},
         )
 
-    def save(self, path: str | os.PathLike) -> None:
+    @guarded
+    def save(self, path: str | os.PathLike, tokens: Tensor | None = None) -> None:
         """Write the cache to a file, whole or not at all; `load_cache` reads it.
+
+        `tokens`, an integer tensor, travels along: the ids that were fed, which a cache does not know, for
+        `checkpoint.read_tokens`.
 
         Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
         """
-        checkpoint.save(self, path)
+        self.tiered[0].check_whole()
+        checkpoint.save(self, path, tokens)
 
+    @guarded
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors, cloned, and what else the cache knows, for people who store it themselves."""
+        self.tiered[0].check_whole()
         return checkpoint.state_dict(self)
 
+    @guarded
     def load_state_dict(self, tensors: dict[str, Tensor], known: dict) -> None:
         """Fill this cache, which must be empty, with what `state_dict` gave.
 
@@ -221,17 +265,23 @@ class TieredKVCache(Cache):
         """
         checkpoint.load_state_dict(self, tensors, known)
 
+    def listen(self, sink) -> telemetry.Listener:
+        """Tell `sink` of demotions, plans, evictions, renumbering, growth and compilation from now on.
+
+        `telemetry.py` says what the events hold. A sink is a path, to which lines of JSON are appended; a
+        `logging.Logger`; or a function of an event. Close the result, or use it in a `with` block.
+        Raises `TypeError` for another sink, `OSError` as the system does.
+        """
+        return telemetry.listen(self.tiered, self.tiered[0].telemetry, sink)
+
     def describe(self) -> str:
         """A text saying what each layer keeps, and how."""
-        lines = [f"TieredKVCache, {self.timeline.length} tokens seen, {self.fade_config}"]
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, TieredLayer):
-                packed, dense, tokens = _sizes(layer)
-                kept = ", ".join(f"{n} {name}" for name, n in tokens.items()) or "empty"
-                lines.append(f"layer {i}: tiered: {kept}; {packed:,} of {dense:,} bytes")
-            else:
-                lines.append(f"layer {i}: {type(layer).__name__} of transformers, not compressed")
-        return "\n".join(lines)
+        return snapshot.text(snapshot.of(self, positions=False))
+
+    @guarded
+    def snapshot(self) -> dict:
+        """The same and more as JSON has it: each layer's tiers, positions and bytes; see `snapshot.py`."""
+        return snapshot.of(self)
 
 
 def storage_bytes(held: list[Tensor]) -> int:
@@ -246,30 +296,13 @@ def tensors(layer) -> list[Tensor]:
     return [x for x in vars(layer).values() if isinstance(x, Tensor)]
 
 
-def _sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
-    """(packed bytes, dense bytes, tokens by tier) of a tiered layer."""
-    if not layer.is_initialized:
-        return 0, 0, {}
-    batch, heads = layer.exact["key"].shape[:2]
-    vector = layer.exact["key"].shape[3] * layer.exact["key"].element_size()
-    seen = int((layer.timeline.positions >= 0).sum())
-    tokens = {Tier.FP16.name: int((layer.exact_positions() >= 0).sum())}
-    packed = tokens["FP16"] * layer.exact.record_bytes
-    if layer.middle is not None:
-        for tier in layer.middle.tiers:
-            tokens[tier.name] = int((layer.middle.position(tier) >= 0).sum())
-            packed += tokens[tier.name] * tier.records.record_bytes
-        packed += layer.middle.means["mean"].nbytes if layer.middle.means.count else 0
-        tokens[Tier.EVICTED.name] = seen - sum(tokens.values())
-    return packed, batch * layer.length * heads * 2 * vector, tokens
-
-
 def create_cache(
     model: PreTrainedModel,
     config: str | FadeConfig = "safe",
     *,
     max_length: int | None = None,
     policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
+    codebooks: object | None = None,
 ) -> TieredKVCache:
     """A cache for `model.generate(..., past_key_values=cache)` that compresses as it fills.
 
@@ -288,12 +321,18 @@ def create_cache(
             the buffers grow with the text.
         policy_weights: for `eviction_policy="learned"`: a safetensors file, or its tensors, named and
             shaped as `importance.MLP` says. None are shipped yet.
+        codebooks: of product quantisation; refused, as no configuration has such a tier yet.
 
     Raises:
         ValueError: an unknown preset, or a model or a policy that cannot be served; a policy that
             ranks by attention needs a model whose attention can be replaced.
         TypeError: `model` or `config` is of another type.
     """
+    if codebooks is not None:
+        raise ValueError(
+            "codebooks: no configuration of the cache has a product-quantised tier yet; "
+            "fade_fast.codebooks codes and decodes with them"
+        )
     if isinstance(config, str):
         config = FadeConfig.preset(config)
     if not isinstance(config, FadeConfig):

@@ -5,6 +5,7 @@ budgets. Both hold a token as one record that depends on no other token, so that
 gather of bytes.
 """
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -48,8 +49,7 @@ class MiddleTier:
     @property
     def name(self) -> str:
         """What reports call the tier: `INT4`, or `K4V2` where the widths differ."""
-        key, value = self.bits
-        return INTEGER_TIERS[key].name if key == value else f"K{key}V{value}"
+        return tier_name(self.bits)
 
     @property
     def span(self) -> int:
@@ -73,20 +73,25 @@ class MiddleTier:
             tokens = self._bucket(tokens) + SPARE
         self.records.reserve(tokens)
 
-    def append(self, **fields: Tensor) -> None:
-        needed = self.records.count + fields["key_scale"].shape[2]
+    def make_room(self, fields: dict[str, Tensor], held: int) -> None:
+        """See to it that writing `fields` after `held` slots needs no more memory."""
+        new = fields["key_scale"].shape[2]
+        needed = held + new
         if self.records.fused and self._bucket(needed) + SPARE > self.records.capacity:
             # Kernels are compiled for a capacity: some to spare at first, then twice as much.
             spare = needed if self.records.capacity else max(HEADROOM, needed // 8)
             self.reserve(needed + spare if self.most is None else max(needed, min(self.most, needed + spare)))
-        self.records.append(**fields)
-        if fields["value_scale"].shape[2]:
+        self.records.make_room(new, held)
+        if new:  # a bound that is too high does no harm
             torch.maximum(self.bound, fields["value_scale"].float().amax(-1), out=self.bound)
 
+    def append(self, **fields: Tensor) -> None:
+        self.make_room(fields, self.records.count)
+        self.records.append(**fields)
+
     def replace(self, **fields: Tensor) -> None:
-        """Hold exactly these records."""
-        self.records.count = 0
-        self.append(**fields)
+        """Hold exactly these records, for which `make_room` has been called."""
+        self.records.replace(**fields)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.records.map(function)
@@ -94,6 +99,20 @@ class MiddleTier:
 
     def tensors(self) -> list[Tensor]:
         return [*self.records.tensors.values(), self.bound]
+
+
+def tier_name(bits: tuple[int, int]) -> str:
+    """What reports call a tier of these widths of keys and values."""
+    key, value = bits
+    return INTEGER_TIERS[key].name if key == value else f"K{key}V{value}"
+
+
+def tier_bits(config: FadeConfig) -> list[tuple[int, int]]:
+    """Widths of keys and values of each tier of a middle, finest first."""
+    widths = [(config.middle_k_bits, config.middle_v_bits)]
+    if config.int2_budget != 0 and max(widths[0]) > 2:  # else the first tier has both budgets
+        widths.append((2, 2))
+    return widths
 
 
 def unrecord(fields, side: str, start: int = 0, stop: int | None = None) -> Packed:
@@ -148,12 +167,9 @@ class Middle(ABC):
         self.config, self.timeline, self.rope, self.table = config, timeline, rope, table
         dim, device = table.shape[1], table.device
         self.matrix = table[:dim]
-        widths = [(config.middle_k_bits, config.middle_v_bits)]
-        if config.int2_budget != 0 and max(widths[0]) > 2:  # else the first tier has both budgets
-            widths.append((2, 2))
         self.tiers = []
         budgets = (config.int4_budget, config.int2_budget)
-        for bits, budget in zip(widths, budgets):
+        for bits, budget in zip(tier_bits(config), budgets):
             fields = dict(self.own_fields())
             for side, b in zip(("key", "value"), bits):
                 axis = -1 if f"{side}_codes" in TRANSPOSED else 2
@@ -170,6 +186,7 @@ class Middle(ABC):
 
     step = 1  # capacities are multiples of this
     evicted: Tensor | None = None  # [B, 1] int32: real tokens dropped so far
+    planned: Callable | None = None  # is told of plans: see `plan.Candidates`
 
     def own_fields(self) -> dict[str, Field]:
         """Fields of a record besides its codes."""
@@ -181,13 +198,32 @@ class Middle(ABC):
 
     @abstractmethod
     def demote(
-        self, keys: Tensor, values: Tensor, first: int, seen: int, received: dict[str, Tensor]
+        self,
+        keys: Tensor,
+        values: Tensor,
+        first: int,
+        seen: int,
+        received: dict[str, Tensor],
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
         """Take in columns `first` onwards: keys after RoPE and values, [B, H, n, D].
 
         `seen` columns have arrived so far. `received` holds the observer's fields of those that are
-        taken in; it is empty without an observer.
+        taken in; it is empty without an observer. `ready` is called when no more memory will be asked
+        for, and before anything is written; if it raises, or memory runs out, nothing is.
         """
+
+    @contextlib.contextmanager
+    def _whole(self):
+        """What happens inside happens whole: counts are as before if anything is raised."""
+        held = [*(tier.records for tier in self.tiers), self.means]
+        counts = [records.count for records in held]
+        try:
+            yield
+        except BaseException:
+            for records, count in zip(held, counts):
+                records.count = count
+            raise
 
     @abstractmethod
     def position(self, tier: MiddleTier) -> Tensor:
@@ -275,17 +311,18 @@ class PinnedMiddle(Middle):
         self.tiers[0].reserve(tokens)
         self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
 
-    def demote(
-        self, keys: Tensor, values: Tensor, first: int, seen: int, received: dict[str, Tensor]
-    ) -> None:
+    def demote(self, keys, values, first, seen, received, ready=lambda: None):
         position = self.column_positions(first, keys.shape[2])
         keys = self.before_rope(keys, position)
         blocks = (keys.shape[2] // self.step, self.step)
         mean = key_mean(keys.unflatten(2, blocks), position.unflatten(2, blocks))
         each = mean.repeat_interleave(self.step, dim=2)
-        self.tiers[0].append(**self.encode(keys, values, each, self.tiers[0].bits))
-        self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
-        self.means.append(mean=mean)
+        fields = self.encode(keys, values, each, self.tiers[0].bits)
+        with self._whole():
+            self.tiers[0].append(**fields)
+            self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
+            self.means.append(mean=mean)
+            ready()
 
     def position(self, tier: MiddleTier) -> Tensor:
         return self.column_positions(self.config.n_sink, tier.records.count)
@@ -329,9 +366,16 @@ class PlannedMiddle(Middle):
             tier.reserve(tokens if budget is None else min(budget, tokens))
         self.means.reserve(1)
 
-    def demote(
-        self, keys: Tensor, values: Tensor, first: int, seen: int, received: dict[str, Tensor]
-    ) -> None:
+    def demote(self, keys, values, first, seen, received, ready=lambda: None):
+        before = self.evicted, self._demoted
+        try:
+            with self._whole():
+                self._demote(keys, values, first, seen, received, ready)
+        except BaseException:
+            self.evicted, self._demoted = before
+            raise
+
+    def _demote(self, keys, values, first, seen, received, ready):
         position = self.column_positions(first, keys.shape[2])
         held = [t for t in self.tiers if t.records.count]
         spent = [torch.full_like(t.records["position"], t is not self.tiers[0]) for t in held]
@@ -345,6 +389,7 @@ class PlannedMiddle(Middle):
                 name: torch.cat([t.records[name] for t in held] + [received[name]], field.axis)
                 for name, field in self._observed.items()
             },
+            self.planned,
         )
         tiers, order = plan.choose(self.config, candidates, self.tiers[0].tier)
         keys = self.before_rope(keys, position)
@@ -355,12 +400,18 @@ class PlannedMiddle(Middle):
         places = [candidates.position.gather(-1, index).masked_fill(~real, HOLE) for index, real in chosen]
         self._count(position, places)
         read_at = self._renumber(places)
-        for tier, fields, place, at, (index, _) in zip(self.tiers, survivors, places, read_at, chosen):
+        records = []
+        for fields, place, at, (index, _) in zip(survivors, places, read_at, chosen):
             own = {"read_at": at} if self.config.contiguous else {}
             own |= {
                 name: take(x, index, self._observed[name].axis) for name, x in candidates.received.items()
             }
-            tier.replace(**fields, position=place, **own)
+            records.append(dict(**fields, position=place, **own))
+        for tier, fields in zip(self.tiers, records):
+            tier.make_room(fields, 0)
+        ready()
+        for tier, fields in zip(self.tiers, records):
+            tier.replace(**fields)
 
     def _candidate_keys(self, held: list[MiddleTier], keys: Tensor) -> Tensor:
         """Keys of the tokens of some tiers and of new ones, as they are read: [B, H, n, D]."""

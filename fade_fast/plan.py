@@ -106,6 +106,7 @@ class Candidates:
         spent: bool [B, 1, n], tokens that are INT2 already.
         keys: gives the keys as they are read, [B, H, n, D] of float32 or float64.
         observer, received: what is known of the attention that they received, where the policy asks.
+        planned: is told scores, positions and tiers, where anything listens.
     """
 
     position: Tensor
@@ -114,6 +115,7 @@ class Candidates:
     keys: Callable[[], Tensor]
     observer: Observer | None = None
     received: dict[str, Tensor] = field(default_factory=dict)
+    planned: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
 
 def _key_norm(c: Candidates) -> Tensor:
@@ -166,4 +168,7 @@ def choose(config: FadeConfig, c: Candidates, first: Tier) -> tuple[Tensor, Tens
         position, spent = position.amax(0, keepdim=True), spent.any(0, keepdim=True)
     budgets = config.int4_budget, config.int2_budget
     adaptive = config.eviction_policy == "adaptive"
-    return plan(found, position, *budgets, first, spent, adaptive), position
+    tiers = plan(found, position, *budgets, first, spent, adaptive)
+    if c.planned:
+        c.planned(found, position, tiers)
+    return tiers, position

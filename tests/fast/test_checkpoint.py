@@ -112,6 +112,8 @@ DAMAGE = {
     "newer": lambda h, t: h.update(version=99),
     "flipped": lambda h, t: t["0.tier0.key_codes"].bitwise_xor_(1),
     "missing": lambda h, t: t.pop("1.means"),
+    "header changed": lambda h, t: h["layers"][0].update(length=3),
+    "header halved": lambda h, t: h.pop("layers"),
     "left over": lambda h, t: t.update({"1.more": torch.ones(1)}),
     "another model": lambda h, t: h["model"].update(num_hidden_layers=7),
 }
