@@ -38,7 +38,7 @@ def _steps(config, padded):
             mask[1, :9] = ids[1, :9] = 0
         inputs = dict(input_ids=ids.to(found.device), attention_mask=mask.to(found.device))
         options = dict(max_new_tokens=14, min_new_tokens=14, do_sample=False)
-        eager = fade_fast.create_cache(model, config)
+        eager = fade_fast.create_cache(model, config, verify=False)
         eager.stepper.compileable = False
         expected = model.generate(**inputs, past_key_values=eager, **options)
         torch._dynamo.reset()
@@ -47,7 +47,7 @@ def _steps(config, padded):
         backend = "aot_eager" if found.device == "cpu" else "inductor"
         compiling = CompileConfig(fullgraph=True, backend=backend, mode=None)
         compiling._compile_all_devices = True
-        cache = fade_fast.create_cache(model, config)
+        cache = fade_fast.create_cache(model, config, verify=False)
         cache.stepper.compileable = True
         ours = model.generate(**inputs, past_key_values=cache, compile_config=compiling, **options)
         found.same("tokens generated", ours, expected)
