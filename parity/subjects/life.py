@@ -43,6 +43,8 @@ TERMS = {
     "all": dict(softcap=5.0, window=17, s_aux=torch.linspace(-1, 2, 6, dtype=torch.float64)),
 }
 RANDOM = 24  # random traces
+#: Those that run compiled by default, where there is a GPU.
+COMPILED = ("int4", "evict, padding (0, 11)", "D128 G7 float16", "D80 G4 bfloat16", "logits int4, bfloat16")
 
 
 def collect() -> list[Case]:
@@ -57,7 +59,10 @@ def collect() -> list[Case]:
     for name, config in CONFIGS.items():
         for padding in ((), (0, 11), (3, 6)):
             title = f"{name}, padding {padding}" if padding else name
-            found.append(Case("life", "of tokens", title, _trace(config, padding=padding), tokens))
+            marked = title in COMPILED
+            found.append(
+                Case("life", "of tokens", title, _trace(config, padding=padding), tokens, compiled=marked)
+            )
     for name, config in WIDTHS.items():
         tiers = {INTEGER_TIERS[b] for b in (config.middle_k_bits, config.middle_v_bits)}
         covers = tuple(f"tier {tier.name}" for tier in tiers)
@@ -74,7 +79,9 @@ def collect() -> list[Case]:
             shape = dict(head_dim=dim, group=group, heads=1, dtype=dtype)
             run = _trace(CONFIGS["int4, int2, evict"], [30, 1, 1, 1, 1, 18, 3, 1], shape=shape)
             title = f"D{dim} G{group} {dtype}".replace("torch.", "")
-            found.append(Case("life", "shapes and dtypes", title, run, dtype=dtype))
+            found.append(
+                Case("life", "shapes and dtypes", title, run, dtype=dtype, compiled=title in COMPILED)
+            )
     for name in PRESETS:
         config = FadeConfig.preset(name)
         run = _trace(config, [150, 1, 90, ("crop", 1), 1], shape=dict(heads=1, group=2))
@@ -96,7 +103,10 @@ def collect() -> list[Case]:
     for name in ("int4", "evict", "off"):
         for dtype in ATTENTION:
             title = f"{name}, {dtype}".replace("torch.", "")
-            found.append(Case("life", "logits", title, _logits(CONFIGS[name], dtype), dtype=dtype))
+            run = _logits(CONFIGS[name], dtype)
+            found.append(
+                Case("life", "logits", title, run, dtype=dtype, compiled=f"logits {title}" in COMPILED)
+            )
     found.append(Case("life", "crop", "beyond the recent region", _crop_refused(FadeConfig(**SMALL))))
     found.append(Case("life", "crop", "nothing is left of the middle", _crop_refused(CONFIGS["budget 0"])))
     run = _trace(FadeConfig(**SMALL, n_sink=0), [30, ("crop", 10), 20])
