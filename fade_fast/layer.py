@@ -519,6 +519,15 @@ class TieredLayer(CacheLayerMixin):
         recent = recent.masked_fill(recent < self.config.n_sink, HOLE)
         return torch.cat((torch.where(here, slots, HOLE), recent), dim=-1)[:, None]
 
+    def exact_read_at(self) -> Tensor:
+        """Positions [B, 1, n] at which these columns are read: sinks move on by the tokens evicted."""
+        position = self.exact_positions()
+        if not self.config.contiguous or self.middle.evicted is None:
+            return position
+        sinks = position[..., : self.config.n_sink]
+        moved = torch.where(sinks == HOLE, HOLE, sinks + self.middle.evicted[..., None])
+        return torch.cat((moved, position[..., sinks.shape[-1] :]), dim=-1)
+
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values held, decoded, oldest first: what other attention functions read.
 
