@@ -146,7 +146,8 @@ CLAIMS = {
 
 
 def floor(dtype: torch.dtype, exact: torch.Tensor) -> float:
-    """What attention's tolerance gains where outputs are so small that `dtype` has them subnormal.
+    """What attention's tolerance gains where outputs are so small that `dtype` has them subnormal: that of
+    the output, or float16 where a compiled kernel's products run in it.
 
     Half of the smallest subnormal number, over the root mean square of the output.
     """

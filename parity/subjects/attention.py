@@ -224,7 +224,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     if p.stress == "denormals":
         keys, values = keys * 2.0**-140, values * 2.0**-20
     if p.stress == "fp16 extremes":
-        values = values.sign() * 65504.0
+        values = values.sign() * (65280.0 if p.dtype == torch.bfloat16 else 65504.0)  # both are within fp16
     if p.stress == "ties everywhere":
         keys = keys[:, :, :1].expand_as(keys).clone()
     query, keys, values = (x.to(p.dtype) for x in (query, keys, values))
@@ -294,7 +294,8 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     if p.rope:
         options |= dict(inv_freq=there(frequencies), interleaved=rope.interleaved)
     output = torch.stack(output).transpose(1, 2)
-    limit = strain(p.dtype, size, fused=p.fused) + floor(p.dtype, output)
+    limit = strain(p.dtype, size, fused=p.fused)
+    limit += floor(torch.float16 if p.fused else p.dtype, output)
     return Posed(args, options, output, mass, limit, parts)
 
 
