@@ -180,7 +180,8 @@ class TieredLayer(CacheLayerMixin):
         last = self.stepper.layers[-1]
         if self is self.stepper.layers[0] and (self.failed or self.length != last.length):
             raise RuntimeError(
-                f"a step has not ended: the first layer has seen {self.length} tokens, the last {last.length}; "
+                f"a step has not ended: the first layer has seen {self.length} tokens, the last "
+                f"{last.length}; "
                 "another thread is at it, or it failed halfway: reset() the cache, or load it again"
             )
 
@@ -566,6 +567,15 @@ class TieredLayer(CacheLayerMixin):
         recent = self.timeline.positions[:, self.length - self.recent : self.length]
         recent = recent.masked_fill(recent < self.config.n_sink, HOLE)
         return torch.cat((torch.where(here, slots, HOLE), recent), dim=-1)[:, None]
+
+    def exact_read_at(self) -> Tensor:
+        """Positions [B, 1, n] at which these columns are read: sinks move on by the tokens evicted."""
+        position = self.exact_positions()
+        if not self.config.contiguous or self.middle.evicted is None:
+            return position
+        sinks = position[..., : self.config.n_sink]
+        moved = torch.where(sinks == HOLE, HOLE, sinks + self.middle.evicted[..., None])
+        return torch.cat((moved, position[..., sinks.shape[-1] :]), dim=-1)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values held, decoded, oldest first: what other attention functions read.
