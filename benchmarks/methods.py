@@ -153,6 +153,8 @@ def at_equal_bytes(model, policy: str, length: int, changed: dict, weights=None)
 
 def streaming(model, length: int, changed: dict) -> FadeConfig:
     """StreamingLLM: sinks and recent tokens as they are, in as many bytes as "position" takes."""
+    if "recent_window" in changed:
+        return replace(FadeConfig(int4_budget=0), **changed)
     config = at_equal_bytes(model, "position", length, {})
     exact, middle = record_bytes(model, config)
     most = config.n_sink + config.recent_window + config.block_size
