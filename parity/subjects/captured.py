@@ -42,7 +42,7 @@ def _steps(config, padded):
             mask[1, :9] = ids[1, :9] = 0
         inputs = dict(input_ids=ids.to(found.device), attention_mask=mask.to(found.device))
         options = dict(max_new_tokens=14, min_new_tokens=14, do_sample=False)
-        torch._dynamo.reset()  # now, for the encoder\'s twins must not be counted below
+        torch._dynamo.reset()  # now, for the encoder's twins must not be counted below
         eager = fade_fast.create_cache(model, config, verify=False)
         eager.stepper.compileable = False
         expected = model.generate(**inputs, past_key_values=eager, **options)
