@@ -129,6 +129,7 @@ class TieredKVCache(Cache):
         for layer in self.tiered:
             for shared in (layer.model_config, layer.rope, layer.telemetry):
                 memo[id(shared)] = shared
+        memo[id(self.stepper.demotion)] = None  # a captured graph cannot be copied
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         twin.stepper.clear()  # captured steps of this cache must not become the twin's
