@@ -90,7 +90,7 @@ def step_tiles(heads: int, rows: int, exact: int, means: int, dim: int) -> Tiles
     # All at once if it fits: a kernel this small waits for its loads, and so for nothing else.
     last = dict(ZBLOCK=1, XBLOCK=16, YBLOCK=x, num_warps=4, num_stages=1)
     last.update(R0_BLOCK=min(2048 // x, _power_of_two(exact + dim)))
-    if x > 8:
+    if x > 8 or heads >= 32:
         last.update(XBLOCK=64, R0_BLOCK=64, num_stages=2)
     return {
         (heads * table * rows, dim // 2): first,
