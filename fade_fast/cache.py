@@ -77,12 +77,14 @@ class TieredKVCache(Cache):
                 f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: "
                 f"'rotated' and one of {', '.join(plan.SCOPES)} are supported inside generate()"
             )
-        if (config.eviction_policy == "learned") != (policy_weights is not None):
+        weights = None
+        if config.eviction_policy == "learned":
+            weights = importance.load(importance.SHIPPED if policy_weights is None else policy_weights)
+        elif policy_weights is not None:
             raise ValueError(
-                f"eviction_policy={config.eviction_policy!r}, policy_weights "
-                f"{'not ' if policy_weights is None else ''}given: 'learned' needs them, others take none"
+                f"eviction_policy={config.eviction_policy!r}, policy_weights given: 'learned' has weights, "
+                "others take none"
             )
-        weights = None if policy_weights is None else importance.load(policy_weights)
         replaceable = model_config._attn_implementation == NAME or model._can_set_attn_implementation()
         if importance.observer(config, weights) and not replaceable:
             raise ValueError(
@@ -289,7 +291,8 @@ def create_cache(
         max_length: the most tokens the cache will see; room for them is made at once. By default
             the buffers grow with the text.
         policy_weights: for `eviction_policy="learned"`: a safetensors file, or its tensors, named and
-            shaped as `importance.MLP` says. None are shipped yet.
+            shaped as `importance.MLP` says. By default those that `fade_fast` brings, trained on
+            SmolLM2-135M; what the network sees has no model's shape, so they fit any other.
         verify: see `attach`.
 
     Raises:
