@@ -360,9 +360,9 @@ def attach(model: PreTrainedModel, *, verify: bool = True) -> bool:
     if verify:
         _verify(model)
     if "_fade_guard" not in model.__dict__:
-        model._fade_guard = model.register_forward_pre_hook(_refuse_without_use_cache, with_kwargs=True)
-        if model.config.model_type in SWITCHING:
-            model.prepare_inputs_for_generation = types.MethodType(_prepare_inputs, model)
+        model._fade_guard = model.register_forward_pre_hook(_refuse, with_kwargs=True)
+    if model.config.model_type in SWITCHING:
+        model.prepare_inputs_for_generation = types.MethodType(_prepare_inputs, model)
     if model.config._attn_implementation == NAME:
         return True
     if not model._can_set_attn_implementation():
@@ -395,11 +395,11 @@ def _verify(model: PreTrainedModel) -> None:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`: the model's own attention function is back. Nothing happens without one."""
-    guard = model.__dict__.pop("_fade_guard", None)
-    if guard is not None:
-        guard.remove()
-        model.__dict__.pop("prepare_inputs_for_generation", None)
+    """Undo `attach`: the model's own attention function is back. Nothing happens without one.
+
+    A hook stays that refuses what would go wrong with a tiered cache; it does nothing with others.
+    """
+    model.__dict__.pop("prepare_inputs_for_generation", None)
     previous = model.__dict__.pop("_fade_previous", None)
     if previous is not None:
         model.set_attn_implementation(previous)
@@ -424,9 +424,20 @@ def _prepare_inputs(model, input_ids, past_key_values=None, **kwargs):
     )
 
 
-def _refuse_without_use_cache(model, args, kwargs) -> None:
-    """Refuse a step that is fed every token again on top of what the cache holds."""
-    if isinstance(kwargs.get("past_key_values"), TieredKVCache) and kwargs.get("use_cache") is False:
+def _refuse(model, args, kwargs) -> None:
+    """Refuse a step that is fed every token again on top of what the cache holds, and padding where
+    the model's own attention, whose masks count columns, would read what is left after eviction."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if not isinstance(cache, TieredKVCache):
+        return
+    if kwargs.get("use_cache") is False:
         raise ValueError(
             "use_cache=False with a cache would feed every token again: pass use_cache=True to generate()"
+        )
+    if not cache.fade_config.evicts or model.config._attn_implementation == NAME:
+        return
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all():
+        raise ValueError(
+            "padding, and a cache that evicts, under the model's own attention, which cannot tell which of "
+            "the tokens left are padding: fade_fast.attach(model) replaces it"
         )

@@ -151,6 +151,11 @@ class TieredLayer(CacheLayerMixin):
                 f"eviction_policy={self.config.eviction_policy!r} ranks by attention, which this model's "
                 "own attention function does not tell: fade_fast.attach(model) replaces it"
             )
+        if self.config.moves and self.timeline.has_holes:
+            raise ValueError(
+                "tokens of rows with padding have moved in this cache: only our attention knows which are "
+                "which, fade_fast.attach(model) brings it back"
+            )
         self.settle()
         both = (keys, values)
         if self.length:
