@@ -77,6 +77,16 @@ class TieredKVCache(Cache):
                 f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: "
                 f"'rotated' and one of {', '.join(plan.SCOPES)} are supported inside generate()"
             )
+        if config.plan_scope == "head" and config.eviction_policy == "adaptive":
+            raise ValueError(
+                "plan_scope='head' with eviction_policy='adaptive': heads would keep different numbers of "
+                "tokens, which the buffers of a layer cannot hold; every other policy is supported"
+            )
+        if config.plan_scope == "head" and config.contiguous and config.int2_budget != 0:
+            raise ValueError(
+                f"plan_scope='head' with int2_budget={config.int2_budget} and contiguous positions: heads "
+                'would read a slot at different positions; int2_budget=0 or positions="original" is supported'
+            )
         weights = None
         if config.eviction_policy == "learned":
             weights = importance.load(importance.SHIPPED if policy_weights is None else policy_weights)

@@ -41,11 +41,13 @@ class Observer(ABC):
         fresh: name -> the value for a token that no query has seen yet.
         horizon: how many of the newest queries of a step can make a difference; None: all.
         additive: whether shares may come summed over the queries of a step.
+        by_head: whether the heads of a row hold different tokens.
     """
 
     fresh: dict[str, float]
     horizon: int | None = None
     additive = False
+    by_head = False
 
     def __init__(self):
         self.fields: dict[str, Field] = {}
@@ -73,7 +75,7 @@ class Observer(ABC):
 
         Args:
             received: the fields of all candidates.
-            position: int32 [B, 1, n], negative where there is none. now: [B, 1, 1], of the newest token.
+            position: int32 [B, 1 or H, n], negative where there is none. now: [B, 1, 1], of the newest token.
         """
         return self.score(received)
 
@@ -110,7 +112,8 @@ class Summed(Observer):
 
     def start(self, heads, dtype, device):
         wide = torch.promote_types(dtype, torch.float32)
-        self.fields = dict(mass=Field((), wide, heads), queries=Field((), torch.int32, 1))
+        counts = Field((), torch.int32, heads if self.by_head else 1)
+        self.fields = dict(mass=Field((), wide, heads), queries=counts)
 
     def add(self, received, shares, seen):
         received["mass"].add_(shares.sum(2))
@@ -263,7 +266,9 @@ def observer(config: FadeConfig, weights: dict[str, Tensor] | None = None, layer
     make = OBSERVERS.get(config.eviction_policy)
     if make is None or not config.moves:
         return None
-    return make(weights, layer, layers) if make is Learned else make()
+    made = make(weights, layer, layers) if make is Learned else make()
+    made.by_head = config.plan_scope == "head"
+    return made
 
 
 def load(weights: str | os.PathLike | dict[str, Tensor]) -> dict[str, Tensor]:

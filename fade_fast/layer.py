@@ -534,7 +534,7 @@ class TieredLayer(CacheLayerMixin):
             return keys, values
         sinks = self.config.n_sink
         middle = [self.decode(tier) for tier in self.middle.tiers if tier.records.count]
-        order = torch.cat([self.middle.position(t) for t in self.middle.tiers], dim=-1).argsort(
+        order = torch.cat([self.middle.places(t) for t in self.middle.tiers], dim=-1).argsort(
             dim=-1, stable=True
         )
         k, v = (torch.cat(parts, dim=2) for parts in zip(*middle))
