@@ -139,3 +139,9 @@ def test_every_message_has_its_cure_in_the_guide():
     assert len(raised) > 80
     missing = [f"{path}: {' ... '.join(pieces)}" for path, pieces in raised if not explained(pieces, entries)]
     assert not missing, "docs/guide.md does not say how to cure:\n" + "\n".join(missing)
+
+
+def test_the_readme_fits_two_screens():
+    """Of 40 lines of 160 characters, as a browser shows them: tables and paragraphs wrap."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert sum(max(1, -(-len(line) // 160)) for line in lines) <= 80
