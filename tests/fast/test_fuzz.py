@@ -307,7 +307,7 @@ def damaged_files(draw, models, files, path) -> None:
     data = bytearray(data)
     size = int.from_bytes(data[:8], "little")
     for _ in range(draw.choice([1, 1, 2, 5])):
-        where = draw.randrange(8 + size) if draw.random() < 0.5 else draw.randrange(len(data))
+        where = draw.randrange(min(8 + size, len(data)) if draw.random() < 0.5 else len(data))
         kind = draw.choice(["flip", "set", "cut", "insert", "swap", "end"])
         if kind == "flip":
             data[where] ^= 1 << draw.randrange(8)
