@@ -93,13 +93,20 @@ class Buffers:
         if held + new > self.capacity:
             self.reserve(held + new + held // GROWTH // self.step * self.step)
 
-    def append(self, **records: Tensor) -> None:
-        """Write records, one tensor a field with n slots, after those in use."""
+    def append(self, at: Tensor | None = None, **records: Tensor) -> None:
+        """Write records, one tensor a field with n slots, after those in use.
+
+        `at`, int64 [n], names these slots to a graph being captured: at a replay they are others.
+        """
         name = next(iter(records))
         new = records[name].shape[self.fields[name].axis]
         self.make_room(new, self.count)
         for name, x in records.items():
-            self.tensors[name].narrow(self.fields[name].axis, self.count, new).copy_(x)
+            held, axis = self.tensors[name], self.fields[name].axis
+            if at is None:
+                held.narrow(axis, self.count, new).copy_(x)
+            else:
+                held.index_copy_(axis, at, x)
         self.count += new
 
     def replace(self, **records: Tensor) -> None:

@@ -26,6 +26,7 @@ from .layer import TieredLayer
 from .models import find_rope, fingerprint, text_config
 from .stepper import Stepper
 from .timeline import Timeline
+from .verify import compare
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class TieredKVCache(Cache):
         for layer in self.tiered:
             for shared in (layer.model_config, layer.rope, layer.telemetry):
                 memo[id(shared)] = shared
+        memo[id(self.stepper.demotion)] = None  # a captured graph cannot be copied
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         twin.stepper.clear()  # captured steps of this cache must not become the twin's
@@ -317,6 +319,7 @@ def create_cache(
     max_length: int | None = None,
     policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
     codebooks: object | None = None,
+    verify: bool = True,
 ) -> TieredKVCache:
     """A cache for `model.generate(..., past_key_values=cache)` that compresses as it fills.
 
@@ -336,10 +339,11 @@ def create_cache(
         policy_weights: for `eviction_policy="learned"`: a safetensors file, or its tensors, named and
             shaped as `importance.MLP` says. None are shipped yet.
         codebooks: of product quantisation; refused, as no configuration has such a tier yet.
+        verify: see `attach`.
 
     Raises:
         ValueError: an unknown preset, or a model or a policy that cannot be served; a policy that
-            ranks by attention needs a model whose attention can be replaced.
+            ranks by attention needs a model whose attention can be replaced; what `attach` raises.
         TypeError: `model` or `config` is of another type.
     """
     if codebooks is not None:
@@ -356,19 +360,24 @@ def create_cache(
     ):
         raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
     cache = TieredKVCache(model, config, max_length, policy_weights)
-    attach(model)
+    attach(model, verify=verify)
     return cache
 
 
 def load_cache(
-    path: str | os.PathLike, model: PreTrainedModel, *, max_length: int | None = None, policy_weights=None
+    path: str | os.PathLike,
+    model: PreTrainedModel,
+    *,
+    max_length: int | None = None,
+    policy_weights=None,
+    verify: bool = True,
 ) -> TieredKVCache:
     """A cache for `model` as `TieredKVCache.save` wrote it; decoding goes on to the bit.
 
     Args:
         path: what `save` wrote.
         model: the model it was filled by, on any device.
-        max_length, policy_weights: as `create_cache` takes them.
+        max_length, policy_weights, verify: as `create_cache` takes them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -380,17 +389,27 @@ def load_cache(
         different = ", ".join(name for name in ours if theirs.get(name) != ours[name])
         raise ValueError(f"{path} was filled by another model: {different} differ")
     config = FadeConfig(**header["config"])
-    cache = create_cache(model, config, max_length=max_length, policy_weights=policy_weights)
+    options = dict(max_length=max_length, policy_weights=policy_weights, verify=verify)
+    cache = create_cache(model, config, **options)
     cache.load_state_dict(tensors, header)
     return cache
 
 
-def attach(model: PreTrainedModel) -> bool:
+def attach(model: PreTrainedModel, *, verify: bool = True) -> bool:
     """Let the model's attention read tiered caches; plain caches go on working under it.
 
     Returns whether the model dispatches its attention, and so could be attached. The setting lives
     on the model's configuration: models built from one configuration object share it.
+
+    Args:
+        model: a decoder of transformers.
+        verify: first compare our attention, compressing nothing, with the model's own on 72 random
+            tokens, in chunks and single steps; once for a model, and not where it is read dense.
+
+    Raises `ValueError`, naming the layer and the error, if they differ; the model is as it was then.
     """
+    if verify:
+        _verify(model)
     if "_fade_guard" not in model.__dict__:
         model._fade_guard = model.register_forward_pre_hook(_refuse_without_use_cache, with_kwargs=True)
         if model.config.model_type in SWITCHING:
@@ -408,6 +427,22 @@ def attach(model: PreTrainedModel) -> bool:
     model.set_attn_implementation(NAME)
     stepper.attach(model)
     return True
+
+
+def _verify(model: PreTrainedModel) -> None:
+    """Compare our attention with the model's own, unless that was done before."""
+    own = model.__dict__.get("_fade_previous") or model.config._attn_implementation
+    if own == NAME:  # attached through another model, whose configuration this one shares
+        own = "sdpa" if model._supports_sdpa else "eager"
+    if model.__dict__.get("_fade_verified") == own or not model._can_set_attn_implementation():
+        return
+    plain = FadeConfig(recent_window=None)
+    try:
+        TieredKVCache(model, plain)
+    except ValueError:  # no cache to be had, and nothing to verify
+        return
+    compare(model, NAME, own, lambda: TieredKVCache(model, plain))
+    model._fade_verified = own
 
 
 def detach(model: PreTrainedModel) -> None:

@@ -399,6 +399,18 @@ class TieredLayer(CacheLayerMixin):
                 self.telemetry.stored(self)
         return surplus > 0
 
+    @property
+    def repeats(self) -> bool:
+        """Whether `settle` would do what it did last time, so that a graph of that can be replayed."""
+        c = self.config
+        steady = self.recent == c.recent_window + c.block_size and not self.timeline.has_holes
+        return steady and not (self.observer or self.telemetry) and self.middle.repeats(c.block_size)
+
+    def repeat(self) -> None:
+        """Count what such a replay has demoted."""
+        self.exact.count -= self.config.block_size
+        self.middle.repeat(self.config.block_size)
+
     def _surplus(self, recent: int) -> int:
         """How many of `recent` columns have to leave: whole blocks."""
         c = self.config
@@ -419,11 +431,10 @@ class TieredLayer(CacheLayerMixin):
 
     def _demote(self, columns: dict[str, Tensor], first: int) -> None:
         """Hand columns `first` onwards to the middle, given every field of them."""
-        before = self.middle.evicted
 
-        def turn() -> None:
-            if self.config.contiguous and self.middle.evicted is not None:
-                self._turn_sinks(before, self.middle.evicted)
+        def turn(evicted: Tensor | None) -> None:
+            if self.config.contiguous and evicted is not None:
+                self._turn_sinks(self.middle.evicted, evicted)
 
         received = {name: x for name, x in columns.items() if name not in ("key", "value")}
         done = self.telemetry and self.telemetry.demotion(self, columns["key"].shape[2], first)
@@ -440,7 +451,7 @@ class TieredLayer(CacheLayerMixin):
         if before is None:
             self.sink_keys = keys.clone()
         else:  # a row without evictions holds its sinks as they came, late ones included
-            self.sink_keys = torch.where((before == 0)[..., None, None], keys, self.sink_keys)
+            self.sink_keys.copy_(torch.where((before == 0)[..., None, None], keys, self.sink_keys))
         delta = evicted[..., None].expand(-1, -1, keys.shape[2])
         turned = rotate(self._wide(self.sink_keys), delta, self.rope.inv_freq(), self.rope.interleaved)
         keys.copy_(torch.where((delta == 0)[..., None], self.sink_keys, turned.to(keys.dtype)))
@@ -493,9 +504,9 @@ class TieredLayer(CacheLayerMixin):
         """Tensors that captured steps know by their addresses."""
         found = list(self.exact.tensors.values())
         found += self.observer.tensors() if self.observer else []
+        found += [] if self.sink_keys is None else [self.sink_keys]
         if self.has_middle:
-            found += [x for tier in self.held_tiers() for x in tier.tensors()]
-            found += self.middle.means.tensors.values()
+            found += self.middle.tensors()
         return found if self.frequencies is None else [*found, self.frequencies]
 
     @property
@@ -516,9 +527,7 @@ class TieredLayer(CacheLayerMixin):
     def thaw(self) -> None:
         """Bring those tensors up to date."""
         for tier, frozen in zip(self.held_tiers(), self.frozen):
-            for stale, fresh in zip(frozen[-3:], self.middle.slots(tier)[-3:]):
-                if isinstance(stale, Tensor):
-                    stale.copy_(fresh)
+            self.middle.thaw(tier, frozen)
 
     def settled_columns(self) -> int:
         """How many columns, the first ones, can be left to FlashAttention: whole, and not the newest."""
@@ -563,9 +572,18 @@ class TieredLayer(CacheLayerMixin):
         whole = self.length in (0, self.timeline.length)
         newest = self.timeline.newest() if whole else self.timeline.positions[:, : self.length].amax(-1)
         here = slots <= newest[:, None]
-        recent = self.timeline.positions[:, self.length - self.recent : self.length]
+        recent = self.timeline.at(self.length - self.recent, self.recent)
         recent = recent.masked_fill(recent < self.config.n_sink, HOLE)
         return torch.cat((torch.where(here, slots, HOLE), recent), dim=-1)[:, None]
+
+    def exact_read_at(self) -> Tensor:
+        """Positions [B, 1, n] at which these columns are read: sinks move on by the tokens evicted."""
+        position = self.exact_positions()
+        if not self.config.contiguous or self.middle.evicted is None:
+            return position
+        sinks = position[..., : self.config.n_sink]
+        moved = torch.where(sinks == HOLE, HOLE, sinks + self.middle.evicted[..., None])
+        return torch.cat((moved, position[..., sinks.shape[-1] :]), dim=-1)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values held, decoded, oldest first: what other attention functions read.

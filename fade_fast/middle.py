@@ -85,9 +85,9 @@ class MiddleTier:
         if new:  # a bound that is too high does no harm
             torch.maximum(self.bound, fields["value_scale"].float().amax(-1), out=self.bound)
 
-    def append(self, **fields: Tensor) -> None:
+    def append(self, at: Tensor | None = None, **fields: Tensor) -> None:
         self.make_room(fields, self.records.count)
-        self.records.append(**fields)
+        self.records.append(at, **fields)
 
     def replace(self, **fields: Tensor) -> None:
         """Hold exactly these records, for which `make_room` has been called."""
@@ -204,13 +204,14 @@ class Middle(ABC):
         first: int,
         seen: int,
         received: dict[str, Tensor],
-        ready: Callable[[], None] = lambda: None,
+        ready: Callable[[Tensor | None], None] = lambda evicted: None,
     ) -> None:
         """Take in columns `first` onwards: keys after RoPE and values, [B, H, n, D].
 
         `seen` columns have arrived so far. `received` holds the observer's fields of those that are
         taken in; it is empty without an observer. `ready` is called when no more memory will be asked
-        for, and before anything is written; if it raises, or memory runs out, nothing is.
+        for, and before anything is written, with `evicted` as it is going to be; if it raises, or memory
+        runs out, nothing is.
         """
 
     @contextlib.contextmanager
@@ -255,6 +256,21 @@ class Middle(ABC):
             pad(self.read_at(tier)) if self.config.contiguous else None,
         )
 
+    def thaw(self, tier: MiddleTier, frozen: Slots) -> None:
+        """Bring a tier's `slots`, as they were, up to date."""
+        for stale, fresh in zip(frozen[-3:], self.slots(tier)[-3:]):
+            if isinstance(stale, Tensor):
+                stale.copy_(fresh)
+
+    @abstractmethod
+    def repeats(self, new: int) -> bool:
+        """Whether to demote `new` more columns does what the last time did, slots apart: the same tensors
+        of the same shapes, and nothing that the host must know. For a batch without padding."""
+
+    @abstractmethod
+    def repeat(self, new: int) -> None:
+        """Count what a captured graph has demoted: `new` columns."""
+
     def decode_keys(self, tier: MiddleTier, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Keys of slots `start` to `stop`, [B, H, n, D] of `dtype`, as they are read."""
         packed, mean = tier.packed("key", start, stop), self.mean(start, stop)
@@ -282,7 +298,7 @@ class Middle(ABC):
 
     def column_positions(self, first: int, count: int) -> Tensor:
         """Positions [B, 1, count] of columns; sinks do not belong to the middle and are holes."""
-        position = self.timeline.positions[:, None, first : first + count]
+        position = self.timeline.at(first, count)[:, None]
         return position.masked_fill(position < self.config.n_sink, HOLE)
 
     def before_rope(self, keys: Tensor, position: Tensor) -> Tensor:
@@ -311,18 +327,40 @@ class PinnedMiddle(Middle):
         self.tiers[0].reserve(tokens)
         self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
 
-    def demote(self, keys, values, first, seen, received, ready=lambda: None):
+    def demote(self, keys, values, first, seen, received, ready=lambda evicted: None):
         position = self.column_positions(first, keys.shape[2])
         keys = self.before_rope(keys, position)
         blocks = (keys.shape[2] // self.step, self.step)
         mean = key_mean(keys.unflatten(2, blocks), position.unflatten(2, blocks))
         each = mean.repeat_interleave(self.step, dim=2)
-        fields = self.encode(keys, values, each, self.tiers[0].bits)
+        fields, at, block = self.encode(keys, values, each, self.tiers[0].bits), None, None
+        if self.timeline.cursor is not None:
+            at = self.timeline.index(first, keys.shape[2]) - self.config.n_sink
+            block = at[:: self.step] // self.step
         with self._whole():
-            self.tiers[0].append(**fields)
+            self.tiers[0].append(at, **fields)
             self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
-            self.means.append(mean=mean)
-            ready()
+            self.means.append(block, mean=mean)
+            ready(None)
+
+    def repeats(self, new: int) -> bool:
+        tier = self.tiers[0]
+        needed = tier.records.count + new
+        return 0 < tier.records.count and needed <= tier.span and self.means.capacity * self.step >= needed
+
+    def repeat(self, new: int) -> None:
+        self.tiers[0].records.count += new
+        self.means.count += new // self.step
+
+    def thaw(self, tier: MiddleTier, frozen: Slots) -> None:
+        if self.timeline.cursor is None:
+            super().thaw(tier, frozen)
+            return
+        first = self.config.n_sink + tier.records.count - self.step  # only the last block is new
+        position, at = self.column_positions(first, self.step), self.timeline.index(first, self.step)
+        frozen.valid.index_copy_(-1, at - self.config.n_sink, position != HOLE)
+        if frozen.read_at is not None:
+            frozen.read_at.index_copy_(-1, at - self.config.n_sink, position)
 
     def position(self, tier: MiddleTier) -> Tensor:
         return self.column_positions(self.config.n_sink, tier.records.count)
@@ -366,14 +404,16 @@ class PlannedMiddle(Middle):
             tier.reserve(tokens if budget is None else min(budget, tokens))
         self.means.reserve(1)
 
-    def demote(self, keys, values, first, seen, received, ready=lambda: None):
-        before = self.evicted, self._demoted
-        try:
-            with self._whole():
-                self._demote(keys, values, first, seen, received, ready)
-        except BaseException:
-            self.evicted, self._demoted = before
-            raise
+    def repeats(self, new: int) -> bool:
+        held = [tier.records.count for tier in self.tiers]
+        return min(held) > 0 and plan.sizes(self.config, held, new) == held
+
+    def repeat(self, new: int) -> None:
+        pass  # full tiers stay full
+
+    def demote(self, keys, values, first, seen, received, ready=lambda evicted: None):
+        with self._whole():
+            self._demote(keys, values, first, seen, received, ready)
 
     def _demote(self, keys, values, first, seen, received, ready):
         position = self.column_positions(first, keys.shape[2])
@@ -381,7 +421,7 @@ class PlannedMiddle(Middle):
         spent = [torch.full_like(t.records["position"], t is not self.tiers[0]) for t in held]
         candidates = plan.Candidates(
             torch.cat([t.records["position"] for t in held] + [position], -1),
-            self.timeline.positions[:, None, :seen].amax(-1, keepdim=True),
+            self._newest(seen)[:, None, None],
             torch.cat([*spent, torch.zeros_like(position)], -1).bool(),
             functools.partial(self._candidate_keys, held, keys),
             self.observer,
@@ -394,12 +434,14 @@ class PlannedMiddle(Middle):
         tiers, order = plan.choose(self.config, candidates, self.tiers[0].tier)
         keys = self.before_rope(keys, position)
         self._fix_mean(keys, position)
-        chosen = [plan.kept(tiers, order, t.tier) for t in self.tiers]
+        sizes = plan.sizes(self.config, [t.records.count for t in self.tiers], position.shape[-1])
+        sizes = [None] * len(self.tiers) if sizes is None or self.timeline.has_holes else sizes
+        chosen = [plan.kept(tiers, order, t.tier, n) for t, n in zip(self.tiers, sizes)]
         chosen = [tuple(x.expand(len(position), -1, -1) for x in pair) for pair in chosen]
         survivors = [self._collect(t, index, keys, values) for t, (index, _) in zip(self.tiers, chosen)]
         places = [candidates.position.gather(-1, index).masked_fill(~real, HOLE) for index, real in chosen]
-        self._count(position, places)
-        read_at = self._renumber(places)
+        demoted, evicted = self._counts(position, places)
+        read_at = self._renumber(places, evicted)
         records = []
         for fields, place, at, (index, _) in zip(survivors, places, read_at, chosen):
             own = {"read_at": at} if self.config.contiguous else {}
@@ -409,9 +451,20 @@ class PlannedMiddle(Middle):
             records.append(dict(**fields, position=place, **own))
         for tier, fields in zip(self.tiers, records):
             tier.make_room(fields, 0)
-        ready()
+        ready(evicted)
         for tier, fields in zip(self.tiers, records):
             tier.replace(**fields)
+        if self.evicted is None:
+            self.evicted, self._demoted = evicted, demoted
+        else:  # in place: captured graphs know the tensors by their addresses
+            self.evicted.copy_(evicted)
+            self._demoted.copy_(demoted)
+
+    def _newest(self, seen: int) -> Tensor:
+        """Position of each row's newest token of the first `seen` columns, [B] int32."""
+        if seen == self.timeline.length:
+            return self.timeline.newest()
+        return self.timeline.positions[:, :seen].amax(-1)
 
     def _candidate_keys(self, held: list[MiddleTier], keys: Tensor) -> Tensor:
         """Keys of the tokens of some tiers and of new ones, as they are read: [B, H, n, D]."""
@@ -460,13 +513,14 @@ class PlannedMiddle(Middle):
             )
         )
 
-    def _count(self, position: Tensor, places: list[Tensor]) -> None:
+    def _counts(self, position: Tensor, places: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Real tokens demoted and dropped so far, [B, 1] each."""
         demoted = (position.amax(-1) + 1 - self.config.n_sink).clamp_min(0)
-        self._demoted = demoted if self._demoted is None else torch.maximum(self._demoted, demoted)
+        demoted = demoted if self._demoted is None else torch.maximum(self._demoted, demoted)
         live = sum((place != HOLE).sum(-1, dtype=torch.int32) for place in places)
-        self.evicted = self._demoted - live
+        return demoted, demoted - live
 
-    def _renumber(self, places: list[Tensor]) -> list[Tensor]:
+    def _renumber(self, places: list[Tensor], evicted: Tensor) -> list[Tensor]:
         """Where survivors are read: their rank among the live tokens, plus the tokens evicted.
 
         Queries keep logical positions, so this gives every distance that contiguous numbering
@@ -475,7 +529,7 @@ class PlannedMiddle(Middle):
         live = torch.cat(places, dim=-1)
         last = torch.iinfo(live.dtype).max
         order = live.masked_fill(live == HOLE, last).argsort(dim=-1, stable=True)
-        rank = order.argsort(dim=-1).to(torch.int32) + self.config.n_sink + self.evicted[..., None]
+        rank = order.argsort(dim=-1).to(torch.int32) + self.config.n_sink + evicted[..., None]
         return list(rank.masked_fill(live == HOLE, HOLE).split([p.shape[-1] for p in places], dim=-1))
 
     def position(self, tier: MiddleTier) -> Tensor:

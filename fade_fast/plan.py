@@ -82,15 +82,29 @@ def _earned(scores: Tensor, position: Tensor, int4_budget: int, int2_budget: int
     return first, keep - first
 
 
-def kept(tiers: Tensor, position: Tensor, tier: Tier) -> tuple[Tensor, Tensor]:
+def sizes(config: FadeConfig, held: list[int], new: int) -> list[int] | None:
+    """Tokens of each tier once `new` ones have joined those `held`: what `plan` comes to, for a batch
+    without padding. None where that depends on scores."""
+    if config.eviction_policy == "adaptive":
+        return None
+    total = sum(held) + new
+    high, low = (total if n is None else n for n in (config.int4_budget, config.int2_budget))
+    first = min(high, held[0] + new)
+    second = min(low, total - first)
+    return [first, second] if len(held) == 2 else [first + second]
+
+
+def kept(tiers: Tensor, position: Tensor, tier: Tier, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Where a tier's tokens are, oldest first.
 
     Returns `(index, real)` of shape [..., m], m the most any row has: `index` int64 into the last
-    dimension of `tiers`, and `real` False where a row has fewer than m.
+    dimension of `tiers`, and `real` False where a row has fewer than m. Without `most`, which is m,
+    the host waits for it.
     """
     chosen = tiers == tier
     counts = chosen.sum(-1, keepdim=True)
-    most = int(counts.max()) if counts.numel() else 0
+    if most is None:
+        most = int(counts.max()) if counts.numel() else 0
     last = torch.iinfo(position.dtype).max
     index = position.masked_fill(~chosen, last).argsort(dim=-1, stable=True)[..., :most]
     return index, torch.arange(most, device=tiers.device) < counts

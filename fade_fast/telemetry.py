@@ -205,6 +205,7 @@ class Telemetry:
         """A layer is about to demote `columns` columns from `first` on; call the result when it has."""
         middle, start = layer.middle, time.perf_counter()
         size, evicted = _bytes(middle), middle.evicted
+        evicted = evicted if evicted is None else evicted.clone()  # it is counted on in place
         moves = layer.config.contiguous and layer.config.evicts
         places = _places(layer, seen=layer.timeline.length) if moves else None
         middle.planned = functools.partial(self._plan, layer)

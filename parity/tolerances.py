@@ -102,7 +102,7 @@ CLAIMS = {
         ATTENTION,
     ),
     "mass": Claim(
-        "probabilities summed over queries, in float32 or better: as attention in that dtype, and on a GPU "
+        "probabilities summed over queries, in float32 or better: as attention in that dtype, and compiled "
         "from float16 scores",
         ATTENTION,
     ),
@@ -137,11 +137,17 @@ CLAIMS = {
         {d: 4 * e for d, e in ATTENTION.items()},
     ),
     "captured": Claim("what caches hold after captured steps; compilers may reorder float64 sums", 1e-9),
+    "captured, compiled": Claim(
+        "the same after code generation, which reorders the model's own norms: these sum in float32, with "
+        "some eight roundings of 2^-24 in two layers",
+        1e-6,
+    ),
 }
 
 
 def floor(dtype: torch.dtype, exact: torch.Tensor) -> float:
-    """What attention's tolerance gains where outputs are so small that `dtype` has them subnormal.
+    """What attention's tolerance gains where outputs are so small that `dtype` has them subnormal: that of
+    the output, or float16 where a compiled kernel's products run in it.
 
     Half of the smallest subnormal number, over the root mean square of the output.
     """
@@ -149,14 +155,14 @@ def floor(dtype: torch.dtype, exact: torch.Tensor) -> float:
     return info.smallest_normal * info.eps / 2 / size if size else 0.0
 
 
-def strain(dtype: torch.dtype, score: float, *, cuda: bool = False) -> float:
+def strain(dtype: torch.dtype, score: float, *, fused: bool = False) -> float:
     """What an input adds to attention's tolerance by the size of its scores.
 
     A score is a sum of products, off by eps times the largest product of norms, `score`; a weight is
-    the exponential of it, and off by as much. Two roundings, of products and of sums. On a GPU the
+    the exponential of it, and off by as much. Two roundings, of products and of sums. Compiled, the
     products of two-byte dtypes run in float16.
     """
-    half = cuda and dtype.itemsize == 2
+    half = fused and dtype.itemsize == 2
     eps = EPS[torch.float16] if half else EPS[torch.promote_types(dtype, torch.float32)]
     if dtype == torch.float64:
         eps = EPS[torch.float32] / 8  # of the rotation, which is stored in float32

@@ -413,12 +413,14 @@ def chunk_of(heads: int, length: int, rows: int) -> int:
 
 
 def bucket(heads: int, length: int) -> int:
-    """The smallest of a few lengths that holds `length` slots: eight to a doubling, in whole chunks.
+    """The smallest of a few lengths that holds `length` slots, in whole chunks.
 
     What is read is rounded up to this, so that few different launches serve a growing text; slots
-    beyond those in use are masked.
+    beyond those in use are masked. Long steps read more than they need, short ones capture a graph
+    more often, which takes as long as some ten steps: the best one shrinks with the root of `heads`.
     """
-    step = max(chunk_of(heads, length, 1), (1 << max(0, length - 1).bit_length()) // 16)
+    step = 1 << (13 - (heads - 1).bit_length() // 2)
+    step = max(chunk_of(heads, length, 1), min(step, (1 << max(0, length - 1).bit_length()) // 4))
     found = -(-length // step) * step
     # Rounded up, it may belong to longer chunks.
     return bucket(heads, found) if found % chunk_of(heads, found, 1) else found
