@@ -215,14 +215,14 @@ class TieredKVCache(Cache):
     @guarded
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was: int64 [B]."""
-        self.tiered[0].check_whole()
+        self._check_rows(beam_idx, same=True)
         super().reorder_cache(beam_idx)
         self.timeline.select_rows(beam_idx)
 
     @guarded
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep rows `indices` [B'], in that order."""
-        self.tiered[0].check_whole()
+        self._check_rows(indices)
         for layer in self.layers:
             if isinstance(layer, TieredLayer):
                 layer.select_rows(indices)
@@ -232,8 +232,22 @@ class TieredKVCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, in place."""
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise ValueError(f"repeats={repeats!r}: an integer of at least 1 is allowed")
         if self.timeline.length:
             self.batch_select_indices(torch.arange(self.timeline.batch).repeat_interleave(repeats))
+
+    def _check_rows(self, index: Tensor, same: bool = False) -> None:
+        """Refuse an index of no rows, or (`same`) of another number of them; on a GPU it is not read."""
+        self.tiered[0].check_whole()
+        if not self.timeline.length:
+            return
+        batch = self.timeline.batch
+        fits = isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int64, torch.int32)
+        fits = fits and len(index) > 0 and (not same or len(index) == batch)
+        if not fits or not index.is_cuda and not 0 <= int(index.min()) <= int(index.max()) < batch:
+            number = f"{batch} numbers" if same else "numbers"
+            raise ValueError(f"rows {index}: a tensor of {number} from 0 to {batch - 1} is allowed")
 
     @guarded
     def memory(self) -> Memory:

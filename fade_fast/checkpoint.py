@@ -101,6 +101,8 @@ def save(cache: Cache, path: str | os.PathLike, token_ids: Tensor | None = None)
     """
     tensors, known = state_dict(cache)
     if token_ids is not None:
+        if not isinstance(token_ids, Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError("tokens are an integer tensor: the ids that were fed")
         tensors[TOKENS] = token_ids.to(torch.int32).contiguous()
     header = dict(version=VERSION, model=cache.fingerprint, **known)
     header["digest"] = _digest(tensors, header)
@@ -181,7 +183,7 @@ def _digest(tensors: dict[str, Tensor], header: dict) -> str:
 
 
 def _of_tiered(layer: TieredLayer) -> tuple[dict[str, Tensor], dict]:
-    if not layer.is_initialized:
+    if not layer.length:
         return {}, dict(length=0)
     parts = {f"exact.{name}": layer.exact[name] for name in layer.exact.fields}
     if layer.sink_keys is not None:
@@ -203,7 +205,7 @@ def _fill_tiered(layer: TieredLayer, parts: dict[str, Tensor], about: dict) -> N
     if not about["length"]:
         return
     keys, values = parts["exact.key"], parts["exact.value"]
-    layer.check(keys, values)
+    layer.check(keys, values, least=0)
     layer.lazy_initialization(keys, values)
     layer.exact.append(**{name: parts.pop(f"exact.{name}") for name in layer.exact.fields})
     for i, x in enumerate(layer.observer.tensors() if layer.observer else ()):

@@ -23,7 +23,7 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(written, path)
 
 
-def write_json(path: str | os.PathLike, value) -> None:
+def write_json(path: str | os.PathLike, value, indent: int = 2) -> None:
     """Write `value` as JSON, whole or not at all."""
     with whole(path) as written:
-        written.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        written.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")

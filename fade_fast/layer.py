@@ -185,17 +185,16 @@ class TieredLayer(CacheLayerMixin):
         last = self.stepper.layers[-1]
         if self is self.stepper.layers[0] and (self.failed or self.length != last.length):
             raise RuntimeError(
-                f"a step has not ended: the first layer has seen {self.length} tokens, the last "
-                f"{last.length}; "
-                "another thread is at it, or it failed halfway: reset() the cache, or load it again"
+                f"a step has not ended: the first layer has seen {self.length} tokens, the last {last.length}"
+                "; another thread is at it, or it failed halfway: reset() the cache, or load it again"
             )
 
-    def check(self, keys: Tensor, values: Tensor) -> None:
+    def check(self, keys: Tensor, values: Tensor, least: int = 1) -> None:
         """Refuse what cannot follow the tokens stored, before anything is written.
 
         Raises `ValueError` on a wrong shape, batch, head count, head_dim, dtype or device.
         """
-        if keys.dim() != 4 or keys.shape != values.shape or not keys.shape[2]:
+        if keys.dim() != 4 or keys.shape != values.shape or keys.shape[2] < least:
             raise ValueError(
                 "keys and values must have one shape [batch, KV heads, tokens > 0, head_dim]: got "
                 f"{tuple(keys.shape)} and {tuple(values.shape)}"

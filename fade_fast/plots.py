@@ -43,7 +43,8 @@ def over_time(events: list[dict]) -> Figure:
     figure = Figure(figsize=(8, 4))
     axes = figure.subplots()
     colours = [COLOURS.get(name, OTHER) for name in series]
-    axes.stackplot(columns, *series.values(), labels=series, colors=colours, step="post")
+    heights = [[0.0, *counts] for counts in series.values()]
+    axes.stackplot([0, *columns], *heights, labels=series, colors=colours)
     axes.set(xlabel="columns seen", ylabel="tokens of a layer", xlim=(0, columns[-1]), ylim=(0, None))
     axes.legend(loc="upper left", frameon=False)
     return figure

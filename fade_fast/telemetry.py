@@ -205,6 +205,7 @@ class Telemetry:
         """A layer is about to demote `columns` columns from `first` on; call the result when it has."""
         middle, start = layer.middle, time.perf_counter()
         size, evicted = _bytes(middle), middle.evicted
+        evicted = evicted if evicted is None else evicted.clone()  # it is counted on in place
         moves = layer.config.contiguous and layer.config.evicts
         places = _places(layer, seen=layer.timeline.length) if moves else None
         middle.planned = functools.partial(self._plan, layer)
@@ -226,14 +227,17 @@ class Telemetry:
         return done
 
     def _plan(self, layer, scores: Tensor, position: Tensor, tiers: Tensor) -> None:
-        """A plan: its candidates' scores and positions, and their tiers, [B or 1, 1, n]."""
-        real = position >= 0
+        """A plan: its candidates' scores and positions, and their tiers, [B or 1, P, n] of P plans a row.
+
+        All plans of a row keep as many, and a token counts once.
+        """
+        real, plans = (position >= 0).expand(tiers.shape), tiers.shape[1]
         kept = real & (tiers != Tier.EVICTED)
         names = {tier.tier: tier.name for tier in layer.middle.tiers}
-        later = {f"kept {name}": (tiers == tier).sum() for tier, name in names.items()}
+        later = {f"kept {name}": (tiers == tier).sum() // plans for tier, name in names.items()}
         known = real & scores.isfinite()
         later |= dict(
-            evicted=(real & ~kept).sum(),
+            evicted=(real & ~kept).sum() // plans,
             score_min=scores.masked_fill(~known, torch.inf).amin(),
             score_mean=scores.masked_fill(~known, 0).sum() / known.sum(),
             score_max=scores.masked_fill(~known, -torch.inf).amax(),

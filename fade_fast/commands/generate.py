@@ -7,7 +7,6 @@ fade generate --resume book.fade --prompt "Who died?"     ask, in another proces
 import argparse
 import contextlib
 import time
-from pathlib import Path
 
 from .. import options, session
 from ..cache import create_cache
@@ -81,8 +80,6 @@ def _check(args: argparse.Namespace, question: str | None) -> None:
         raise LoadError("--compare needs --resume")
     if not question and not args.save:
         raise LoadError("nothing to do: give a --prompt, or a --document to --save")
-    if args.save and args.resume and Path(args.save) == Path(args.resume):
-        raise LoadError("--save would overwrite the file of --resume")
 
 
 def _answer(args, model, tokenizer, cache, read, rest, read_s: float) -> dict:

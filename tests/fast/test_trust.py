@@ -231,3 +231,23 @@ def test_caches_of_two_threads_do_not_mind_each_other():
     for thread in threads:
         thread.join()
     assert all(torch.equal(found[i], expected[i]) for i in range(2))
+
+
+def test_rows_that_are_not_there():
+    model = tiny_llama()
+    cache = fade_fast.create_cache(model, CONFIGS["int4"])
+    cache.reorder_cache(torch.tensor([5]))  # an empty cache has no rows yet
+    generate(model, cache, prompt(20, batch=2), new=2)
+    before = [x.clone() for x in cache.tiered[0].dense()]
+    for index in ([0, 2], [-1, 0], [0], [0, 1, 1], []):
+        with pytest.raises(ValueError, match="rows .*: a tensor of 2 numbers from 0 to 1 is allowed"):
+            cache.reorder_cache(torch.tensor(index, dtype=torch.long))
+    for index in (torch.tensor([2]), torch.tensor([[0]]), torch.tensor([0.0]), [0]):
+        with pytest.raises(ValueError, match="rows .*: a tensor of numbers from 0 to 1 is allowed"):
+            cache.batch_select_indices(index)
+    for repeats in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="repeats=.*: an integer of at least 1"):
+            cache.batch_repeat_interleave(repeats)
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.tiered[0].dense()))
+    cache.batch_repeat_interleave(2)
+    assert cache.timeline.batch == 4
