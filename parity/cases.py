@@ -1,7 +1,7 @@
 """What is compared: one function a subject, each running both packages on the same input."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -283,9 +283,10 @@ def trace(
 
     `padding[b]` columns of row b are padding in the first step; `holes[i]` columns of step i are
     padding in row 0. Before step i the newest `crops[i]` columns are forgotten, then row j becomes what
-    row `order[i][j]` was. A step ("crop", n) forgets the newest n columns, or as many as it may, and
-    ("reorder", rows) puts rows in the places of those there are. `terms` are the model's: softcap, window
-    and s_aux, if it has any.
+    row `order[i][j]` was. A step ("crop", n) forgets the newest n columns, or as many as it may;
+    ("reorder", rows) puts rows in the places of those there are, ("select", rows) keeps rows in that
+    order, and ("repeat", n) has each n times. `terms` are the model's: softcap, window and s_aux, if it
+    has any.
     """
     by_network = config.eviction_policy == "learned"
     model = _model(shape).to(shape.device)
@@ -336,8 +337,9 @@ def trace(
             layer.settle()
         else:
             error, attended = 0.0, 0
-            before = {} if count[0] == "reorder" else before
+            before = before if count[0] == "crop" else {}
             _change(cache, spec, *count)
+            shape = replace(shape, batch=len(spec.rows))
         same = _same_tokens(layer, spec)
         yield Step(
             error,
@@ -357,15 +359,19 @@ def _options(terms: spec_attention.Terms, shape: Shape) -> dict:
 
 
 def _change(cache, spec: LayerCache, what: str, how) -> None:
-    """Crop or reorder both."""
+    """Crop both, or change their rows."""
     if what == "crop":
         free = spec.columns - spec.boundary if spec.boundary > spec.config.n_sink else spec.columns
         n = min(how, free, spec.columns - 1)
         spec.crop(n)
         cache.crop(-n)
+    elif what == "repeat":
+        spec.reorder([row for row in range(len(spec.rows)) for _ in range(how)])
+        cache.batch_repeat_interleave(how)
     else:
         spec.reorder(how)
-        cache.reorder_cache(torch.tensor(how, device=cache.timeline.buffer.device))
+        rows = torch.tensor(how, device=cache.timeline.buffer.device)
+        cache.reorder_cache(rows) if what == "reorder" else cache.batch_select_indices(rows)
 
 
 def _records(layer: TieredLayer) -> dict[tuple, tuple]:
