@@ -255,6 +255,7 @@ class Step:
     same_records: bool = True  # no byte of a token that kept its tier has changed
     same_lengths: bool = True  # columns, and tokens by tier
     state: tuple = ()  # all that `same_tokens` is about, for a digest
+    stored_error: float = 0.0  # of what is stored, decoded, against the independent run; after the last step
 
 
 def policy_weights(seed: int = 0) -> dict[str, Tensor]:
@@ -349,6 +350,7 @@ def trace(
             _kept_bytes(before, _records(layer)),
             _same_lengths(cache, spec),
             _state(layer),
+            _stored_error(mirror(layer, spec), spec) if same and i == len(steps) - 1 else 0.0,
         )
 
 
@@ -411,6 +413,16 @@ def _state(layer: TieredLayer) -> tuple:
         rows = zip(position.tolist(), at.tolist())
         held += [(b, int(tier.tier), p, r) for b, row in enumerate(rows) for p, r in zip(*row) if p >= 0]
     return tuple(sorted(held)), layer.exact_positions().tolist()
+
+
+def _stored_error(ours: LayerCache, spec: LayerCache) -> float:
+    """Largest error, over rows, keys and values, of the same tokens encoded by either package, less what one
+    code of a small sample does that lies on a boundary: a step of two standard deviations."""
+    worst = 0.0
+    for (mine,), (theirs,) in zip(ours.rows, spec.rows):
+        for a, b in zip(ours.read(mine), spec.read(theirs)) if theirs.tokens else ():
+            worst = max(worst, relative_error(a, b) - 2 / b.numel() ** 0.5)
+    return worst
 
 
 def _own_scores(policy: str, known: Importance) -> Tensor:

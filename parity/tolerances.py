@@ -112,6 +112,11 @@ CLAIMS = {
         "probabilities of its token",
         SCORES,
     ),
+    "stored": Claim(
+        "keys and values of two runs that encode for themselves, decoded: one code in 10^4 differs, by a "
+        "step of at most two standard deviations (2 bits), and scales by a rounding of fp16",
+        2 * CODES_DIFFERING**0.5,
+    ),
     "partials": Claim(
         "sums over one tier, in chunks or tiles, as attention",
         {torch.float64: 1e-6, torch.float32: 1e-5},

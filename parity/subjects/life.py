@@ -44,7 +44,24 @@ GAPS = {
     "attention": FadeConfig(**SMALL, int4_budget=7, int2_budget=6, eviction_policy="h2o"),
 }
 STEPS = [14] + [1] * 13 + [20, 5, ("crop", 3), 1, 1, ("reorder", [1, 0]), 6, 1, ("crop", 2), 1, 1]
-ROWS = [20, 1, 1, ("select", [1]), 1, 18, ("repeat", 3), 1, 4, 1, ("select", [2, 0]), 1, 1, 1]
+ROWS = [
+    20,
+    1,
+    ("repeat", 2),
+    1,
+    1,
+    ("select", [3, 0, 2]),
+    1,
+    18,
+    1,
+    4,
+    ("select", [1]),
+    1,
+    1,
+    ("repeat", 3),
+    1,
+    1,
+]
 TERMS = {
     "softcap": dict(softcap=3.0),
     "window": dict(window=13),
@@ -146,6 +163,7 @@ def walk(found: Found, config, shape, steps, **options) -> None:
         where = f"step {i}: {steps[i]}"
         found.near("attention", step.output_error, where, dtype=shape.dtype)
         found.near("received", step.score_error, where)
+        found.near("stored", step.stored_error, where)
         found.holds("tokens", step.same_tokens, where)
         found.bits("tokens", step.state)
         found.holds("moved records", step.same_records, where)
