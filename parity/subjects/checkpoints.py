@@ -109,6 +109,10 @@ def _weights(config: FadeConfig):
     return measure.policy_weights() if config.eviction_policy == "learned" else None
 
 
+def _cache(model, config: FadeConfig):
+    return fade_fast.create_cache(model, config, policy_weights=_weights(config))
+
+
 class Talk:
     """A model, and a cache that it fills step by step with the same tokens every time."""
 
@@ -149,7 +153,7 @@ def _goes_on(config, *, dtype=torch.float32, padding=0, before=BEFORE, after=AFT
         torch.manual_seed(seed % 2**31)
         first = model().to(dtype).to(found.device).eval()
         ids = Draw(seed).integers(1, SIZES["vocab_size"], 3, 300)
-        cache = fade_fast.create_cache(first, config, policy_weights=_weights(config))
+        cache = _cache(first, config)
         talk = Talk(first, cache, padding)
         talk.run(before, ids)
         with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +196,7 @@ def _bytes(config):
     def run(found: Found, seed: int):
         torch.manual_seed(seed % 2**31)
         model, draw = _llama().to(found.device).eval(), Draw(seed)
-        cache = fade_fast.create_cache(model, config)
+        cache = _cache(model, config)
         Talk(model, cache).run(BEFORE, draw.integers(1, SIZES["vocab_size"], 3, 300))
         tensors, known = cache.state_dict()
         for name in sorted(tensors):
@@ -201,7 +205,7 @@ def _bytes(config):
                 tensors[name] = draw.integers(0, 256, *x.shape).to(x.dtype)
             elif x.is_floating_point():
                 tensors[name] = draw.uniform(*x.shape).to(x.dtype)
-        twin = fade_fast.create_cache(model, config)
+        twin = _cache(model, config)
         twin.load_state_dict(tensors, known)
         with tempfile.TemporaryDirectory() as folder:
             twin.save(Path(folder) / "cache")
@@ -217,9 +221,9 @@ def _bytes(config):
 def _refused(found: Found, seed: int):
     """What was stored by another model, or under another configuration, changes nothing."""
     model = _llama().to(found.device).eval()
-    cache = fade_fast.create_cache(model, FadeConfig(**SMALL))
+    cache = _cache(model, FadeConfig(**SMALL))
     Talk(model, cache).run(BEFORE, Draw(seed).integers(1, SIZES["vocab_size"], 3, 300))
-    other = fade_fast.create_cache(model, FadeConfig(**SMALL, middle_k_bits=8))
+    other = _cache(model, FadeConfig(**SMALL, middle_k_bits=8))
     found.refused(lambda: other.load_state_dict(*cache.state_dict()), "configuration", "middle_k_bits")
     with tempfile.TemporaryDirectory() as folder:
         cache.save(Path(folder) / "cache")

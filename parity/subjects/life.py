@@ -14,7 +14,7 @@ from fade_ref.tiers import INTEGER_TIERS
 
 from .. import cases as measure
 from ..case import Case, Draw, Found
-from ..tolerances import ATTENTION
+from ..tolerances import ATTENTION, strain
 from .logits import logits
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -159,9 +159,12 @@ def _trace(config, steps=STEPS, *, padding=(), terms=None, shape=None):
 
 def walk(found: Found, config, shape, steps, **options) -> None:
     """Follow a trace, and check what each of its steps found."""
+    # Norms of queries, and of keys with an offset of up to 4 in each channel.
+    score = (shape.head_dim * (1 + 4**2 / 3)) ** 0.5
+    extra = strain(shape.dtype, score, fused=True) if found.fused else 0.0
     for i, step in enumerate(measure.trace(config, shape, steps, **options)):
         where = f"step {i}: {steps[i]}"
-        found.near("attention", step.output_error, where, dtype=shape.dtype)
+        found.near("attention", step.output_error, where, dtype=shape.dtype, strain=extra)
         found.near("received", step.score_error, where)
         found.near("stored", step.stored_error, where)
         found.holds("tokens", step.same_tokens, where)
