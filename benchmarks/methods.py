@@ -6,7 +6,8 @@ A name is one of `NAMES`, or one of ours followed by fields of `FadeConfig` to c
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache, QuantizedCache
 
 import fade_fast
 from fade_fast.cache import TieredKVCache, storage_bytes, tensors
+from fade_fast.kernels import compile as compiling
 from fade_fast.layer import TieredLayer
 from fade_fast.timeline import HOLE
 from fade_ref.config import PRESETS, FadeConfig
@@ -179,6 +181,24 @@ def key_shape(model, index: int) -> tuple[int, int]:
         m for m in model.modules() if getattr(m, "layer_idx", None) == index and hasattr(m, "k_proj")
     )
     return module.k_proj.weight.shape[0] // module.head_dim, module.head_dim
+
+
+# -- how kernels run
+
+
+@contextmanager
+def eager(wanted: bool = True) -> Iterator[None]:
+    """While this lasts, kernels run as they are written, on a GPU too, if `wanted`.
+
+    They compute the same (`python -m parity`), and a run of many shapes spends no minutes on compilation.
+    """
+    held = set(compiling.FUSED_ON)
+    if wanted:
+        compiling.FUSED_ON.clear()
+    try:
+        yield
+    finally:
+        compiling.FUSED_ON.update(held)
 
 
 # -- what a cache holds

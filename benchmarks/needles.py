@@ -26,7 +26,7 @@ import fade_fast
 from fade_fast import loading
 
 from . import texts
-from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, Unavailable, compressed_tokens, method
+from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, Unavailable, compressed_tokens, eager, method
 from .quality import SMOLLM2, NothingCompressed, chunks
 
 TASKS = ("passkey", "multikey", "recall")
@@ -172,7 +172,8 @@ def score(model, m: Method, task: str, length: int, cells, size: int, batch: int
     try:
         for i in range(0, len(cells), step):
             part = cells[i : i + step]
-            right, nll, read = ask(model, m, [e for _, e in part], size)
+            with eager():
+                right, nll, read = ask(model, m, [e for _, e in part], size)
             for (d, _), row, x in zip(part, right.tolist(), nll.tolist()):
                 sums[d].append((all(row), sum(row) / len(row), x, read))
     except Unavailable as error:

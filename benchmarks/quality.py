@@ -38,6 +38,7 @@ from .methods import (
     Method,
     Unavailable,
     compressed_tokens,
+    eager,
     evicted_tokens,
     method,
 )
@@ -189,9 +190,25 @@ def check(m: Method, read: float, evicted: float) -> None:
 
 
 def run(
-    model, methods: list[Method], ids: Tensor, size: int, batch: int, weigh: bool = True, say=print
+    model,
+    methods: list[Method],
+    ids: Tensor,
+    size: int,
+    batch: int,
+    weigh: bool = True,
+    say=print,
+    compiled: bool = False,
+    keep=lambda results: None,
 ) -> list[Result]:
-    """Every method over every window. Uncompressed logits are computed once a batch of windows."""
+    """Every method over every window. Uncompressed logits are computed once a batch of windows.
+
+    Args:
+        ids: windows [N, L]; `size` tokens of `batch` windows are fed at a time.
+        weigh: whether to weigh caches of `AT` tokens, too.
+        say: what is done with a line of progress.
+        compiled: whether kernels run compiled on a GPU, as under `generate()`.
+        keep: called with the results so far after every batch.
+    """
     results = {m.name: Result(m.name, m.does, seconds=0.0) for m in methods}
     dynamic = method("dynamic")
     for first in range(0, len(ids), batch):
@@ -203,7 +220,8 @@ def run(
                 continue
             started = time.perf_counter()
             try:
-                nll, kl, top1, read, evicted, r.config = measure(model, m, part, exact, size)
+                with eager(not compiled):
+                    nll, kl, top1, read, evicted, r.config = measure(model, m, part, exact, size)
             except Unavailable as error:
                 r.failed = str(error)
                 continue
@@ -222,6 +240,7 @@ def run(
             r.evicted = evicted * share + (r.evicted or 0.0) * (1 - share)
             r.nll, r.kl, r.top1 = r.nll + nll, r.kl + kl, r.top1 + top1
             say(f"  {m.name}: {len(r.nll)} windows, {r.seconds:.1f} s, {r.read:.0f} compressed tokens read")
+        keep(list(results.values()))
     if weigh:
         dense = memory.filled_bytes(model, dynamic, AT)
         for m in methods:
@@ -318,6 +337,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32")
+    parser.add_argument("--compiled", action="store_true", help="on a GPU, compile kernels for every shape")
     parser.add_argument("--no-bytes", dest="weigh", action="store_false", help="do not weigh caches")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
@@ -336,12 +356,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    if args.show:
-        report, results = stored(args.show)
-    else:
-        report, results = measured(args)
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report, results = stored(args.show) if args.show else measured(args)
     print("\n" + show(report, results))
     if args.markdown:
         args.markdown.write_text(show(report, results), encoding="utf-8")
@@ -353,22 +368,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
-    """Load, run, and say under which circumstances."""
+    """Load, run, and say under which circumstances; the file of `--json` is written after every batch."""
     loading.quiet()
     started = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = False
     model, tokenizer = loading.load(None if args.model == SMOLLM2 else args.model, args.device, args.dtype)
     ids = texts.windows(tokenizer, texts.read(args.text), args.windows, args.length)
     print(f"ready after {time.perf_counter() - started:.0f} s", flush=True)
-    results = run(
-        model, args.methods, ids, args.chunk, args.batch, args.weigh, lambda line: print(line, flush=True)
-    )
-    cuda = model.device.type == "cuda"
     report = dict(
         kind="quality",
         model=loading.HUB_ID if args.model == SMOLLM2 else Path(args.model).name,
         text=Path(args.text).name if Path(args.text).is_file() else args.text,
-        device=torch.cuda.get_device_name() if cuda else "CPU",
+        device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
         dtype=args.dtype,
         torch=torch.__version__.split("+")[0],
         transformers=transformers.__version__,
@@ -376,9 +387,18 @@ def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
         length=args.length,
         chunk=args.chunk,
         weighed_at=AT,
-        seconds=time.perf_counter() - started,
-        results=[asdict(r) for r in results],
     )
+
+    def keep(results: list[Result]) -> None:
+        report.update(seconds=time.perf_counter() - started, results=[asdict(r) for r in results])
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    results = run(
+        model, args.methods, ids, args.chunk, args.batch, args.weigh,
+        lambda line: print(line, flush=True), args.compiled, keep,
+    )  # fmt: skip
+    keep(results)
     return report, results
 
 
