@@ -180,8 +180,39 @@ def short_table(results: list[quality.Result]) -> str:
     return "\n".join(lines)
 
 
+def agreement(of: str) -> str:
+    """Table: what formats cost a model `of` by other people's simulation, by ours, and through the cache."""
+    kinds = [kind for kind in ("independent", "simulation", "quality") if has(kind, of)]
+    sources = {kind: load(f"{kind}-{of}") for kind in kinds}
+    theirs = sources["independent"]
+    columns = {f"independent, {theirs['windows']} windows": {r["format"]: r for r in theirs["results"]}}
+    if found := sources.get("simulation"):
+        for mask, label in (("last", "simulated, last 64 exact"), ("blocks", "simulated, as the cache")):
+            rows = {r["format"]: r for r in found["results"] if r["mask"] == mask}
+            columns[f"{label}, {found['windows']} windows"] = rows
+    if found := sources.get("quality"):
+        rows = quality.summaries([quality.Result(**r) for r in found["results"]])
+        rows = {name: dict(ratio=s.ratio, kl=s.kl) for name, s in rows.items()}
+        columns[f"cache, {found['windows']} windows"] = rows
+    lines = ["| format | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for r in theirs["results"]:
+        found = (rows.get(r["format"]) for rows in columns.values())
+        cells = ["-" if x is None else f"{x['ratio']:.4f}, KL {x['kl']:.4f}" for x in found]
+        lines.append(f"| {r['format']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def has(kind: str, of: str) -> bool:
+    return (RESULTS / f"{kind}-{of}.json").is_file()
+
+
 def block(name: str, page: Path, short: bool = False) -> str:
-    """What stands between the marks of `name` in a page."""
+    """What stands between the marks of `name` in a page: the name of a report, or agreement-MODEL."""
+    kind, _, of = name.partition("-")
+    if kind == "agreement":
+        return agreement(of)
+    if not has(kind, of):
+        return "Not measured yet."
     report = load(name)
     _, title, module = KINDS[report["kind"]]
     picture = os.path.relpath(FIGURES / f"{name}.png", page.parent).replace(os.sep, "/")
