@@ -45,20 +45,6 @@ def group(name: str) -> str:
 # -- pictures
 
 
-def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats in both numbers, both better smaller; by the first.
-
-    >>> front([(1, 3), (2, 2), (3, 2.5), (4, 1)])
-    [(1, 3), (2, 2), (4, 1)]
-    """
-    best, found = float("inf"), []
-    for x, y in sorted(points):
-        if y < best:
-            best = y
-            found.append((x, y))
-    return found
-
-
 def pareto(reports: list[dict], path: Path) -> None:
     """Perplexity ratio and mean KL against allocated bytes a token, of the first report with each name."""
     from matplotlib import pyplot as plt
@@ -74,8 +60,10 @@ def pareto(reports: list[dict], path: Path) -> None:
         (panels[1], lambda s: max(s.kl, floor), "mean KL to uncompressed, nats"),
     ):
         places = {name: (1 / s.smaller, value(s)) for name, s in rows.items()}
-        line = front([p for name, p in places.items() if name not in ("dynamic", "off")])
-        axes.plot(*zip(*line), color="#bbbbbb", lw=1.2, zorder=1, label="Pareto front")
+        line = quality.front({name: p for name, p in places.items() if name not in ("dynamic", "off")})
+        axes.plot(
+            *zip(*(places[name] for name in line)), color="#bbbbbb", lw=1.2, zorder=1, label="Pareto front"
+        )
         seen: list[tuple[float, float]] = []
         for name, (colour, marker) in GROUPS.items():
             mine = {n: p for n, p in places.items() if group(n) == name}
@@ -222,6 +210,8 @@ def block(name: str, page: Path, short: bool = False) -> str:
     else:
         told = "{model}, {dtype}, {device}, torch {torch}, transformers {transformers}".format(**report)
     table = short_table(results) if short else module.table(results)
+    if report["kind"] == "quality" and not short:
+        table += "\n\n" + quality.best_trades(results)
     return f"![{title}]({picture})\n\n{told}.\n\n{table}"
 
 

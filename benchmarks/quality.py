@@ -48,6 +48,15 @@ SUITE = (
     "dynamic", "off", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive",
     "streaming", *POLICIES,
 )  # fmt: skip
+_FIELDS = dict(block_size=(16, 32, 128, 256), n_sink=(0, 1, 2, 8, 16), recent_window=(0, 16, 32, 128, 256))
+_BUDGETS = ("int4_budget=200", "int4_budget=400", "int4_budget=800", "int4_budget=200:int2_budget=400")
+#: What presets are chosen from: widths of keys and values, then one field at a time, then budgets.
+SWEEP = (
+    *(f"k{k}v{v}" for k in (8, 4, 3, 2) for v in (8, 4, 3, 2)),
+    *(f"{base}:{name}={x}" for base in ("int4", "int2") for name, values in _FIELDS.items() for x in values),
+    *(f"{policy}:{budget}" for budget in _BUDGETS for policy in ("position", "h2o", "ema", "learned")),
+)
+SUITES = {"table": SUITE, "sweep": SWEEP}
 AT = 8192  # tokens at which caches are weighed
 
 
@@ -301,6 +310,29 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """Names of the points that no other one beats in both numbers, both better smaller; by the first.
+
+    >>> front({"a": (1, 3), "b": (2, 2), "c": (3, 2.5), "d": (4, 1)})
+    ['a', 'b', 'd']
+    """
+    best, found = math.inf, []
+    for name, (_, y) in sorted(points.items(), key=lambda item: item[1]):
+        if y < best:
+            best = y
+            found.append(name)
+    return found
+
+
+def best_trades(results: list[Result]) -> str:
+    """One line: which configurations no other beats in bytes and KL."""
+    rows = {name: s for name, s in summaries(results).items() if s.smaller}
+    names = front({name: (s.bytes_per_token, s.kl) for name, s in rows.items()})
+    return (
+        f"No other is both smaller and nearer to uncompressed (KL) than: {', '.join(names)}." if names else ""
+    )
+
+
 def headline(report: dict) -> str:
     """One line about a run."""
     exact = next(r for r in report["results"] if r["method"] == "dynamic")
@@ -319,7 +351,7 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 
 
 def show(report: dict, results: list[Result]) -> str:
-    return f"{headline(report)}\n\n{table(results)}\n"
+    return f"{headline(report)}\n\n{table(results)}\n\n{best_trades(results)}\n"
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -333,7 +365,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
     parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens fed at a time")
     parser.add_argument("--batch", type=int, default=8 if cuda else 1, metavar="N", help="windows at a time")
-    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help="see methods.py")
+    parser.add_argument("--suite", choices=tuple(SUITES), default="table", help="lists of configurations")
+    parser.add_argument("--configs", nargs="+", metavar="NAME", help="these instead; see methods.py")
     parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32")
@@ -346,7 +379,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.windows < 1 or args.length < 2 or args.chunk < 1 or args.batch < 1:
         parser.error("--windows, --chunk and --batch must be at least 1, --length at least 2")
-    names = [name for name in args.configs if name != "dynamic"]
+    names = [name for name in args.configs or SUITES[args.suite] if name != "dynamic"]
     try:  # the uncompressed run is what all others are compared with
         args.methods = [method(name, args.policy_weights) for name in ("dynamic", *dict.fromkeys(names))]
     except ValueError as error:

@@ -49,8 +49,9 @@ def test_numbers_of_a_table():
 
 
 def test_the_front():
-    points = [(1, 3), (2, 2), (3, 2.5), (4, 1)]
-    assert figures.front(points) == [(1, 3), (2, 2), (4, 1)]
+    points = {"a": (1, 3), "b": (2, 2), "c": (3, 2.5), "d": (4, 1), "e": (4, 1.5)}
+    assert quality.front(points) == ["a", "b", "d"]
+    assert quality.best_trades([DYNAMIC, INT4, GONE]).endswith("than: int4, dynamic.")
 
 
 def test_blocks(tmp_path, monkeypatch):
