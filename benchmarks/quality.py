@@ -43,7 +43,6 @@ from .methods import (
     method,
 )
 
-SMOLLM2 = "smollm2"
 SUITE = (
     "dynamic", "off", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive",
     "streaming", *POLICIES,
@@ -357,7 +356,7 @@ def show(report: dict, results: list[Result]) -> str:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default=SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
     parser.add_argument(
         "--text", default=texts.WIKITEXT, help="file, or NAME[:CONFIGURATION[:SPLIT[:COLUMN]]]"
     )
@@ -405,13 +404,13 @@ def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     loading.quiet()
     started = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = False
-    model, tokenizer = loading.load(None if args.model == SMOLLM2 else args.model, args.device, args.dtype)
+    model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
     ids = texts.windows(tokenizer, texts.read(args.text), args.windows, args.length)
     print(f"ready after {time.perf_counter() - started:.0f} s", flush=True)
     report = dict(
         kind="quality",
-        model=loading.HUB_ID if args.model == SMOLLM2 else Path(args.model).name,
-        text=Path(args.text).name if Path(args.text).is_file() else args.text,
+        model=name,
+        text=texts.called(args.text),
         device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
         dtype=args.dtype,
         torch=torch.__version__.split("+")[0],
