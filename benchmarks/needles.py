@@ -26,8 +26,8 @@ import fade_fast
 from fade_fast import loading
 
 from . import texts
-from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, Unavailable, compressed_tokens, method
-from .quality import SMOLLM2, NothingCompressed, chunks
+from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, Unavailable, compressed_tokens, eager, method
+from .quality import NothingCompressed, chunks
 
 TASKS = ("passkey", "multikey", "recall")
 SUITE = ("dynamic", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "streaming", *POLICIES)
@@ -172,7 +172,8 @@ def score(model, m: Method, task: str, length: int, cells, size: int, batch: int
     try:
         for i in range(0, len(cells), step):
             part = cells[i : i + step]
-            right, nll, read = ask(model, m, [e for _, e in part], size)
+            with eager():
+                right, nll, read = ask(model, m, [e for _, e in part], size)
             for (d, _), row, x in zip(part, right.tolist(), nll.tolist()):
                 sums[d].append((all(row), sum(row) / len(row), x, read))
     except Unavailable as error:
@@ -218,7 +219,7 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default=SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
     parser.add_argument("--text", default=texts.WIKITEXT, help="around the facts; see benchmarks/texts.py")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048], metavar="N")
@@ -269,15 +270,15 @@ def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     loading.quiet()
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
-    model, tokenizer = loading.load(None if args.model == SMOLLM2 else args.model, args.device, args.dtype)
+    model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
     results = run(
         model, tokenizer, args.methods, args.tasks, args.lengths, args.depths, args.trials, args.chunk,
         args.batch, texts.read(args.text), lambda line: print(line, flush=True),
     )  # fmt: skip
     report = dict(
         kind="needles",
-        model=loading.HUB_ID if args.model == SMOLLM2 else Path(args.model).name,
-        text=Path(args.text).name if Path(args.text).is_file() else args.text,
+        model=name,
+        text=texts.called(args.text),
         device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
         dtype=args.dtype,
         torch=torch.__version__.split("+")[0],
