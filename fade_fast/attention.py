@@ -65,7 +65,25 @@ def attention(
     return _attend(module, query, key, attention_mask, scaling, softcap, sliding_window, s_aux, **kwargs)
 
 
+def _whole(attend):
+    """Attention that lets one thread in, and takes its step back from all layers if it fails."""
+
+    @functools.wraps(attend)
+    def inside(module, query: Tensor, key: Arrival, *args, **kwargs):
+        layer = key.layer
+        start = layer.length - (key.keys.shape[2] if key.of_another(module) else 0)
+        with layer.guard:
+            try:
+                return attend(module, query, key, *args, **kwargs)
+            except BaseException:
+                layer.abandon(start)
+                raise
+
+    return inside
+
+
 @torch.compiler.disable
+@_whole
 def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, sliding_window, s_aux, **kwargs):
     """Attention outside captured steps, and the storing of what arrived."""
     terms = Terms(scaling, softcap, sliding_window, s_aux)
@@ -91,7 +109,9 @@ def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, slidi
     elif not layer.has_middle and terms.plain and not layer.observer:
         layer.store(keys, values, attended=False)
         rows = Rows(query, layer, start, terms)
-        mask = None if new == 1 and not layer.timeline.has_holes else rows.sees(layer.exact_positions())
+        mask = None
+        if new > 1 or layer.timeline.has_holes or terms.window is not None:
+            mask = rows.sees(rows.exact_at())
         keys, values = layer.exact["key"], layer.exact["value"]
         output = _sdpa(module, query, keys, values, mask, terms, is_causal=False, **kwargs)
     elif new <= SHORT:
@@ -180,8 +200,21 @@ class Rows:
         self.query = _rows(query.to(wide) * terms.scaling, layer.heads)
         self.positions = layer.timeline.positions[:, None, self.start : self.stop, None]
 
+    def exact_at(self) -> Tensor:
+        """Positions [B, 1, n] of uncompressed keys, where they are read if a window counts distances."""
+        return self.layer.exact_positions() if self.terms.window is None else self.layer.exact_read_at()
+
+    def tier_at(self, tier) -> Tensor:
+        """The same of a tier."""
+        middle, windowed = self.layer.middle, self.terms.window is not None
+        return middle.read_at(tier) if windowed and self.layer.config.contiguous else middle.position(tier)
+
     def sees(self, position: Tensor) -> Tensor:
-        """Which keys each query sees, bool [B, 1, q, n], for keys at `position` [B, 1, n]."""
+        """Which keys each query sees, bool [B, 1, q, n], for keys at `position` [B, 1, n].
+
+        A window counts distances as RoPE does. transformers counts slots of the keys it is given: those
+        of survivors that were renumbered lie side by side.
+        """
         position = position[:, :, None]
         seen = (position != HOLE) & (position <= self.positions)
         if self.terms.window is not None:
@@ -191,14 +224,14 @@ class Rows:
     def attend(self) -> Tensor:
         """Attention of a short step over all the layer holds, [B, q, Hq, D]."""
         layer, terms, tiers = self.layer, self.terms, self.layer.held_tiers()
-        keys, values, seen = layer.exact["key"], layer.exact["value"], self.sees(layer.exact_positions())
+        keys, values, seen = layer.exact["key"], layer.exact["value"], self.sees(self.exact_at())
         group, observer = self.shape[1] // layer.heads, layer.observer
         counts = observer is not None and (self.shape[2] == 1 or observer.additive)
         tally = layer.tally() if counts else []
         if fuses(keys) or tally:  # one shape for as long as the buffers last
             keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
             seen = torch.nn.functional.pad(seen, (0, keys.shape[2] - seen.shape[-1]))
-        sees = [self.sees(layer.middle.position(tier))[:, 0] for tier in tiers]
+        sees = [self.sees(self.tier_at(tier))[:, 0] for tier in tiers]
         output = step.attend(
             self.raw, keys, values, seen[:, 0], layer.table,
             [layer.middle.slots(tier, x) for tier, x in zip(tiers, sees)],
@@ -225,7 +258,7 @@ class Rows:
         the step's own tokens, which are added to.
         """
         layer = self.layer
-        partials = [self._exact(layer.exact["key"], layer.exact["value"], layer.exact_positions())]
+        partials = [self._exact(layer.exact["key"], layer.exact["value"], self.exact_at())]
         partials += [self._tier(tier, partials[0].top) for tier in self.layer.held_tiers()]
         for i in range(0, self.stop - first, TILE):
             tile = slice(i, min(i + TILE, self.stop - first))
@@ -274,14 +307,14 @@ class Rows:
     def _tiles(self, first: int, keys, received) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
         """Keys as they are read, positions [B, 1, n] and the observer's fields of all tokens in reach."""
         layer, dtype = self.layer, self.query.dtype
-        names, positions = layer.observer.fields, layer.exact_positions()
+        names, positions = layer.observer.fields, self.exact_at()
         for start, stop in _spans(layer.exact.count):
             fields = {name: layer.exact[name][..., start:stop] for name in names}
             yield layer.exact["key"][:, :, start:stop], positions[..., start:stop], fields
         for tier in layer.held_tiers():
             for start, stop in _spans(tier.records.count):
                 fields = {name: tier.records[name][..., start:stop] for name in names}
-                position = layer.middle.position(tier)[..., start:stop]
+                position = self.tier_at(tier)[..., start:stop]
                 yield layer.middle.decode_keys(tier, start, stop, dtype), position, fields
         for start, stop in _spans(self.stop - first if keys is not None else 0):
             position = layer.timeline.positions[:, None, first + start : first + stop]
@@ -298,7 +331,7 @@ class Rows:
         """Partial over one tier of the middle, which is never dense; `near` is a likely top score."""
         layer, shape = self.layer, self.query.shape[:2]
         middle, matrix = layer.middle, layer.middle.matrix.to(self.query.dtype)
-        position = middle.position(tier)
+        position = self.tier_at(tier)
         seen = self._fold(self.sees(position))[:, 0] if self.terms.window else (position != HOLE)
         slots = middle.slots(tier, seen).flat().narrow(0, tier.records.count)
         query, near = self.query.flatten(0, 1), near.flatten(0, 1)
@@ -372,5 +405,38 @@ def _attend_tensors(module, query, keys, values, mask, terms: Terms, **kwargs) -
     return torch.cat(parts, dim=1).to(query.dtype)
 
 
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **kwargs,
+) -> Tensor | None:
+    """The mask of a step as transformers asks for it: `sdpa_mask`, made at once where it is known.
+
+    The only token of a step sees itself; so in a captured step, whose mask may not be skipped, what is
+    left to say is whether each row's is real.
+    """
+    single = q_length == kv_length == 1 and not (args or allow_is_causal_skip or use_vmap)
+    if single and attention_mask is not None and attention_mask.shape[-1] == kv_offset + 1:
+        # Always new strides: those of a slice tell its length, for which a graph would be compiled anew.
+        return attention_mask[:, None, None, -1:].clone(memory_format=torch.contiguous_format)
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        *args,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        use_vmap=use_vmap,
+        **kwargs,
+    )
+
+
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, mask)

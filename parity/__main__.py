@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from . import mutants, report, subjects
+from . import mutants, report, subjects, twins
 from .case import perform
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
@@ -29,6 +29,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where fade_fast runs")
     top.add_argument("--dtype", choices=DTYPES, help="of the cases of one dtype, only those of this one")
     top.add_argument("--only", default="", metavar="PATTERN", help="cases whose subject/group/name has it")
+    top.add_argument(
+        "--compiled",
+        default="some",
+        choices=twins.CHOICES,
+        help="cases that run compiled where fade_fast compiles, on a GPU: by default some, which share "
+        "their shapes; the others run eagerly there",
+    )
     top.add_argument("--seed", default=0, type=int, help="of all inputs; 0 unless you say otherwise")
     top.add_argument("--json", metavar="FILE", help="write what was found, for `compare`")
     top.add_argument("--markdown", metavar="FILE", help="write the tables and the claims")
@@ -67,12 +74,16 @@ def run(args) -> int:
     cases = [c for c in subjects.collect(DTYPES.get(args.dtype)) if args.only in c.title]
     if not cases:
         raise ValueError(f"--only {args.only}: no case has it in its subject/group/name")
-    start, outcomes = time.perf_counter(), []
+    start, busy, outcomes, graphs = time.perf_counter(), time.process_time(), [], 0
     with tqdm(cases, unit="case", leave=False, disable=None) as bar:
         for case in bar:
             bar.set_description(case.subject)
-            outcomes.append(perform(case, args.device, args.seed))
-    found = report.record(outcomes, report.machine(args.device, args.seed), time.perf_counter() - start)
+            outcomes.append(perform(case, args.device, args.seed, args.compiled))
+            graphs += len(outcomes[-1].ran.graphs)
+            bar.set_postfix(compiled=graphs, refresh=False)
+    where = report.machine(args.device, args.seed) | dict(compiled=args.compiled)
+    seconds = time.perf_counter() - start, time.process_time() - busy
+    found = report.record(outcomes, where, *seconds)
     print(report.text(found))
     if args.json:
         report.write(found, args.json)

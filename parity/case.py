@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from . import twins
 from .tolerances import CLAIMS
 
 
@@ -43,9 +44,15 @@ class Check:
 
 @dataclass
 class Found:
-    """What a case writes down. A claim may be checked many times; the worst time is kept."""
+    """What a case writes down. A claim may be checked many times; the worst time is kept.
+
+    Attributes:
+        device: where fade_fast runs.
+        fused: whether it runs compiled there, as far as it compiles anything.
+    """
 
     device: str = "cpu"
+    fused: bool = False
     checks: dict[str, Check] = field(default_factory=dict)
     _bits: dict = field(default_factory=dict)
 
@@ -119,6 +126,7 @@ class Case:
         covers: names of what the registries list, such as "policy h2o"; see `subjects.REGISTRIES`.
         dtype: what `--dtype` selects by; None where a case has all, or none.
         known: what is wrong, of a bug that is known: such a case is shown, and does not fail a run.
+        compiled: whether it is one of the cases that run compiled by default, see `twins`.
     """
 
     subject: str
@@ -128,6 +136,7 @@ class Case:
     covers: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
     known: str = ""
+    compiled: bool = False
 
     @property
     def title(self) -> str:
@@ -136,27 +145,28 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What became of a case: its checks, or the exception that ended it."""
+    """What became of a case: its checks, or the exception that ended it, and what ran compiled."""
 
     case: Case
     checks: list[Check]
     raised: str = ""
-    seconds: float = 0.0
+    ran: twins.Twins = field(default_factory=twins.Twins)
 
     @property
     def passed(self) -> bool:
         return not self.raised and bool(self.checks) and all(c.passed for c in self.checks)
 
 
-def perform(case: Case, device: str = "cpu", seed: int = 0) -> Outcome:
-    """Run a case. An exception in it is its failure."""
-    found = Found(device)
-    try:
-        with torch.no_grad():
-            case.run(found, seed + zlib.crc32(case.title.encode()))
-    except Exception as error:  # noqa: BLE001
-        return Outcome(case, found.finish(), f"{type(error).__name__}: {error}".splitlines()[0][:300])
-    return Outcome(case, found.finish())
+def perform(case: Case, device: str = "cpu", seed: int = 0, compiled: str = "some") -> Outcome:
+    """Run a case. An exception in it is its failure. `compiled`: see `twins.CHOICES`."""
+    with twins.allowed(twins.wanted(compiled, case.compiled)) as ran:
+        found, raised = Found(device, twins.fused(device)), ""
+        try:
+            with torch.no_grad():
+                case.run(found, seed + zlib.crc32(case.title.encode()))
+        except Exception as error:  # noqa: BLE001
+            raised = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return Outcome(case, found.finish(), raised, ran)
 
 
 class Draw:

@@ -1,7 +1,7 @@
 """What is compared: one function a subject, each running both packages on the same input."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,18 @@ def codes(x: Tensor, bits: int, *, centred: bool = True, device: str = "cpu") ->
     ours = rotated.encode(there(x), None if mean is None else there(mean.half()), there(matrix.float()), bits)
     ours = rotated.Packed(*(None if t is None else t.cpu() for t in ours))
     return differing_codes(spec, ours, bits, x.shape[-1])
+
+
+def codes_of_both(keys: Tensor, values: Tensor, bits: int, *, device: str = "cpu") -> tuple[Codes, Codes]:
+    """The same of keys and values [B, H, n, D] encoded together, as blocks are."""
+    dim, mean = keys.shape[-1], key_mean(keys)
+    matrix = qr_rotation(dim)
+    codec = RotatedCodec(bits, dim, matrix)
+    there = [x.to(device) for x in (keys, values, mean.half(), matrix.float())]
+    ours = rotated.encode_both(*there, (bits, bits))
+    ours = [rotated.Packed(*(None if t is None else t.cpu() for t in side)) for side in ours]
+    spec = codec.encode(keys, mean), codec.encode(values, None)
+    return tuple(differing_codes(*pair, bits, dim) for pair in zip(spec, ours))
 
 
 def differing_codes(spec: Record, ours: rotated.Packed, bits: int, dim: int) -> Codes:
@@ -187,22 +199,23 @@ def mirror(layer: TieredLayer, spec: LayerCache) -> LayerCache:
     )
     twin.columns, twin.boundary = layer.length, layer.length - layer.recent
     positions = layer.timeline.positions.cpu()
+    exact = layer.exact_positions()[:, 0].tolist()
+    keys = layer.exact["key"] if layer.sink_keys is None else _original_keys(layer)
+    dense = [x.double().cpu() for x in (keys, layer.exact["value"])]
+    tiers = [_of_tier(layer.middle, t) for t in (layer.middle.tiers if layer.middle is not None else ())]
     for b in range(len(spec.rows)):
         row = Row(layer.heads)
         row.seen = int((positions[b] >= 0).sum())
         column = {int(p): c for c, p in enumerate(positions[b].tolist()) if p >= 0}
-        exact = layer.exact_positions()[b, 0].tolist()
-        keys = layer.exact["key"] if layer.sink_keys is None else _original_keys(layer)
-        for slot, p in enumerate(exact):
+        for slot, p in enumerate(exact[b]):
             if p >= 0:
-                key, value = (x[b, :, slot].double().cpu() for x in (keys, layer.exact["value"]))
-                row.tokens.append(Token(p, column[p], Tier.FP16, key, value))
-        for tier in layer.middle.tiers if layer.middle is not None else ():
-            for slot, p in enumerate(layer.middle.position(tier)[b, 0].tolist()):
+                row.tokens.append(Token(p, column[p], Tier.FP16, *(x[b, :, slot] for x in dense)))
+        for tier, position, mean, sides in tiers:
+            for slot, p in enumerate(position[b]):
                 if p >= 0:
-                    mean = layer.middle.mean(slot, slot + 1)[b].double().cpu()
-                    sides = (_record(tier, side, b, slot) for side in ("key", "value"))
-                    row.tokens.append(Token(p, column[p], tier.tier, *sides, mean))
+                    records = (_record(side, b, slot) for side in sides)
+                    own = mean[b, :, slot if mean.shape[2] > 1 else 0, None]
+                    row.tokens.append(Token(p, column[p], tier, *records, own))
         row.tokens.sort(key=lambda t: t.position)
         twin.rows[b] = [row]
     return twin
@@ -216,8 +229,18 @@ def _original_keys(layer: TieredLayer) -> Tensor:
     return keys
 
 
-def _record(tier, side: str, b: int, slot: int) -> Record:
-    codes, scale, zero = (None if x is None else x[b, :, 0].cpu() for x in tier.packed(side, slot, slot + 1))
+def _of_tier(middle, tier) -> tuple[Tier, list, Tensor, list[rotated.Packed]]:
+    """A tier's positions, means, and codes of keys and values, on the CPU: copied once for all tokens."""
+    count = tier.records.count
+    sides = [
+        [None if x is None else x.cpu() for x in tier.packed(side, 0, count)] for side in ("key", "value")
+    ]
+    mean = middle.mean(0, count).double().cpu() if count else torch.empty(0)
+    return tier.tier, middle.position(tier)[:, 0].tolist(), mean, [rotated.Packed(*x) for x in sides]
+
+
+def _record(side: rotated.Packed, b: int, slot: int) -> Record:
+    codes, scale, zero = (None if x is None else x[b, :, slot] for x in side)
     return Record(codes, scale.double(), None if zero is None else zero.double())
 
 
@@ -232,6 +255,7 @@ class Step:
     same_records: bool = True  # no byte of a token that kept its tier has changed
     same_lengths: bool = True  # columns, and tokens by tier
     state: tuple = ()  # all that `same_tokens` is about, for a digest
+    stored_error: float = 0.0  # of what is stored, decoded, against the independent run; after the last step
 
 
 def policy_weights(seed: int = 0) -> dict[str, Tensor]:
@@ -260,15 +284,16 @@ def trace(
 
     `padding[b]` columns of row b are padding in the first step; `holes[i]` columns of step i are
     padding in row 0. Before step i the newest `crops[i]` columns are forgotten, then row j becomes what
-    row `order[i][j]` was. A step ("crop", n) forgets the newest n columns, or as many as it may, and
-    ("reorder", rows) puts rows in the places of those there are. `terms` are the model's: softcap, window
-    and s_aux, if it has any.
+    row `order[i][j]` was. A step ("crop", n) forgets the newest n columns, or as many as it may;
+    ("reorder", rows) puts rows in the places of those there are, ("select", rows) keeps rows in that
+    order, and ("repeat", n) has each n times. `terms` are the model's: softcap, window and s_aux, if it
+    has any.
     """
     by_network = config.eviction_policy == "learned"
     model = _model(shape).to(shape.device)
     module = model.model.layers[0].self_attn
     learned = dict(layer=0, layers=1, weights=policy_weights(seed)) if by_network else {}
-    cache = fade_fast.create_cache(model, config, policy_weights=learned.get("weights"))
+    cache = fade_fast.create_cache(model, config, policy_weights=learned.get("weights"), verify=False)
     layer: TieredLayer = cache.layers[0]
     rope = Rope(model.model.rotary_emb.inv_freq.double().cpu())
     if isinstance(terms, dict):
@@ -313,8 +338,9 @@ def trace(
             layer.settle()
         else:
             error, attended = 0.0, 0
-            before = {} if count[0] == "reorder" else before
+            before = before if count[0] == "crop" else {}
             _change(cache, spec, *count)
+            shape = replace(shape, batch=len(spec.rows))
         same = _same_tokens(layer, spec)
         yield Step(
             error,
@@ -324,6 +350,7 @@ def trace(
             _kept_bytes(before, _records(layer)),
             _same_lengths(cache, spec),
             _state(layer),
+            _stored_error(mirror(layer, spec), spec) if same and i == len(steps) - 1 else 0.0,
         )
 
 
@@ -334,28 +361,31 @@ def _options(terms: spec_attention.Terms, shape: Shape) -> dict:
 
 
 def _change(cache, spec: LayerCache, what: str, how) -> None:
-    """Crop or reorder both."""
+    """Crop both, or change their rows."""
     if what == "crop":
         free = spec.columns - spec.boundary if spec.boundary > spec.config.n_sink else spec.columns
         n = min(how, free, spec.columns - 1)
         spec.crop(n)
         cache.crop(-n)
+    elif what == "repeat":
+        spec.reorder([row for row in range(len(spec.rows)) for _ in range(how)])
+        cache.batch_repeat_interleave(how)
     else:
         spec.reorder(how)
-        cache.reorder_cache(torch.tensor(how, device=cache.timeline.buffer.device))
+        rows = torch.tensor(how, device=cache.timeline.buffer.device)
+        cache.reorder_cache(rows) if what == "reorder" else cache.batch_select_indices(rows)
 
 
 def _records(layer: TieredLayer) -> dict[tuple, tuple]:
     """The bytes of every compressed token, by row, position and tier."""
     found = {}
     for tier in layer.middle.tiers if layer.is_initialized and layer.has_middle else ():
-        count = tier.records.count
-        parts = [x.cpu() for side in ("key", "value") for x in tier.packed(side, 0, count) if x is not None]
-        position = layer.middle.position(tier)[:, 0].tolist()
-        for b, slot in ((b, i) for b, row in enumerate(position) for i in range(count) if row[i] >= 0):
-            mean = layer.middle.mean(slot, slot + 1)[b].cpu()
-            held = (*(x[b, :, slot] for x in parts), mean)
-            found[b, position[b][slot], tier.tier] = tuple(x.numpy().tobytes() for x in held)
+        name, position, mean, sides = _of_tier(layer.middle, tier)
+        parts = [x for side in sides for x in side if x is not None]
+        for b, slot in ((b, i) for b, row in enumerate(position) for i, p in enumerate(row) if p >= 0):
+            own = mean[b, :, slot if mean.shape[2] > 1 else 0]
+            held = (*(x[b, :, slot] for x in parts), own)
+            found[b, position[b][slot], name] = tuple(x.numpy().tobytes() for x in held)
     return found
 
 
@@ -383,6 +413,16 @@ def _state(layer: TieredLayer) -> tuple:
         rows = zip(position.tolist(), at.tolist())
         held += [(b, int(tier.tier), p, r) for b, row in enumerate(rows) for p, r in zip(*row) if p >= 0]
     return tuple(sorted(held)), layer.exact_positions().tolist()
+
+
+def _stored_error(ours: LayerCache, spec: LayerCache) -> float:
+    """Largest error, over rows, keys and values, of the same tokens encoded by either package, less what one
+    code of a small sample does that lies on a boundary: a step of two standard deviations."""
+    worst = 0.0
+    for (mine,), (theirs,) in zip(ours.rows, spec.rows):
+        for a, b in zip(ours.read(mine), spec.read(theirs)) if theirs.tokens else ():
+            worst = max(worst, relative_error(a, b) - 2 / b.numel() ** 0.5)
+    return worst
 
 
 def _own_scores(policy: str, known: Importance) -> Tensor:

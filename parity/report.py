@@ -13,7 +13,7 @@ from .case import Outcome
 from .tolerances import CLAIMS
 
 SCHEMA = 1
-COLUMNS = ("group", "cases", "bit for bit", "worst tolerance", "error", "allowed", "result")
+COLUMNS = ("group", "cases", "compiled", "bit for bit", "worst tolerance", "error", "allowed", "result")
 
 
 def machine(device: str, seed: int) -> dict:
@@ -55,19 +55,27 @@ def _driver() -> str | None:
     return said and said.splitlines()[0]
 
 
-def record(outcomes: list[Outcome], where: dict, seconds: float) -> dict:
-    """A run, as JSON holds it."""
-    cases = []
+def record(outcomes: list[Outcome], where: dict, seconds: float, busy: float) -> dict:
+    """A run, as JSON holds it. `busy`: seconds of them that the processor worked for it."""
+    cases, graphs = [], set()
     for outcome in outcomes:
         case = outcome.case
+        graphs |= outcome.ran.graphs
         row = {"subject": case.subject, "group": case.group, "name": case.name, "passed": outcome.passed}
         if case.known:
             row["known"] = case.known
+        if outcome.ran.graphs:
+            row["compiled"] = len(outcome.ran.graphs)
         if outcome.raised:
             row["raised"] = outcome.raised
         row["checks"] = [_check(check) for check in outcome.checks]
         cases.append(row)
-    return {"schema": SCHEMA, "machine": where, "seconds": round(seconds, 1), "cases": cases}
+    found = {"schema": SCHEMA, "machine": where, "seconds": round(seconds, 1)}
+    found["seconds busy"] = round(busy, 1)
+    if graphs:
+        compiling = sum(outcome.ran.seconds for outcome in outcomes)
+        found |= {"twins": len(graphs), "seconds compiling": round(compiling, 1)}
+    return found | {"cases": cases}
 
 
 def _check(check) -> dict:
@@ -136,6 +144,7 @@ def rows(report: dict) -> dict[str, list[tuple]]:
             (
                 group,
                 str(len(cases)),
+                str(sum("compiled" in case for case in cases) or ""),
                 f"{equal} of {len(bits)}" if bits else "",
                 worst["claim"] if worst else "",
                 f"{worst['error']:.1e}" if worst else "",
@@ -185,9 +194,16 @@ def _remarks(report: dict) -> list[str]:
 def summary(report: dict) -> str:
     where, failed = report["machine"], len(failures(report))
     known = sum(status(case) == "known bug" for case in report["cases"])
-    said = f"{len(report['cases'])} cases in {report['seconds']:.0f} s: "
+    said = (
+        f"{len(report['cases'])} cases in {report['seconds']:.0f} s ({report['seconds busy']:.0f} s busy): "
+    )
     said += f"{failed} failed" if failed else "none failed"
     said += f", {known} known bugs" if known else ""
+    if "twins" in report:
+        ran = sum("compiled" in case for case in report["cases"])
+        said += (
+            f"; {ran} cases ran compiled, {report['twins']} kernels in {report['seconds compiling']:.0f} s"
+        )
     return f"{said}; torch {where['torch']}, transformers {where['transformers']}, {where['device']}"
 
 

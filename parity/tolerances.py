@@ -69,6 +69,7 @@ CLAIMS = {
     "empty rows": Claim("a query that sees nothing gives 0, whatever invalid slots hold"),
     "frequencies": Claim("RoPE's frequencies are the float32 numbers of the model's own buffer"),
     "identity": Claim("a rotation by 0 positions multiplies by 1 and adds 0"),
+    "checkpoint": Claim("a file holds the bytes that were in memory, and what goes on from them is the same"),
     "tokens generated": Claim("a captured step runs the arithmetic of the eager one"),
     "one graph": Claim("a captured step compiles once and never breaks"),
     "refusal": Claim(
@@ -102,9 +103,19 @@ CLAIMS = {
         ATTENTION,
     ),
     "mass": Claim(
-        "probabilities summed over queries, in float32 or better: as attention in that dtype, and on a GPU "
+        "probabilities summed over queries, in float32 or better: as attention in that dtype, and compiled "
         "from float16 scores",
         ATTENTION,
+    ),
+    "received": Claim(
+        "what a token received by itself, of runs that encode for themselves: a code that differs moves the "
+        "probabilities of its token",
+        SCORES,
+    ),
+    "stored": Claim(
+        "keys and values of two runs that encode for themselves, decoded: one code in 10^4 differs, by a "
+        "step of at most two standard deviations (2 bits), and scales by a rounding of fp16",
+        2 * CODES_DIFFERING**0.5,
     ),
     "partials": Claim(
         "sums over one tier, in chunks or tiles, as attention",
@@ -137,11 +148,17 @@ CLAIMS = {
         {d: 4 * e for d, e in ATTENTION.items()},
     ),
     "captured": Claim("what caches hold after captured steps; compilers may reorder float64 sums", 1e-9),
+    "captured, compiled": Claim(
+        "the same after code generation, which reorders the model's own norms: these sum in float32, with "
+        "some eight roundings of 2^-24 in two layers",
+        1e-6,
+    ),
 }
 
 
 def floor(dtype: torch.dtype, exact: torch.Tensor) -> float:
-    """What attention's tolerance gains where outputs are so small that `dtype` has them subnormal.
+    """What attention's tolerance gains where outputs are so small that `dtype` has them subnormal: that of
+    the output, or float16 where a compiled kernel's products run in it.
 
     Half of the smallest subnormal number, over the root mean square of the output.
     """
@@ -149,14 +166,14 @@ def floor(dtype: torch.dtype, exact: torch.Tensor) -> float:
     return info.smallest_normal * info.eps / 2 / size if size else 0.0
 
 
-def strain(dtype: torch.dtype, score: float, *, cuda: bool = False) -> float:
+def strain(dtype: torch.dtype, score: float, *, fused: bool = False) -> float:
     """What an input adds to attention's tolerance by the size of its scores.
 
     A score is a sum of products, off by eps times the largest product of norms, `score`; a weight is
-    the exponential of it, and off by as much. Two roundings, of products and of sums. On a GPU the
+    the exponential of it, and off by as much. Two roundings, of products and of sums. Compiled, the
     products of two-byte dtypes run in float16.
     """
-    half = cuda and dtype.itemsize == 2
+    half = fused and dtype.itemsize == 2
     eps = EPS[torch.float16] if half else EPS[torch.promote_types(dtype, torch.float32)]
     if dtype == torch.float64:
         eps = EPS[torch.float32] / 8  # of the rotation, which is stored in float32

@@ -25,6 +25,19 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap
     return Partial(weights @ values.to(query.dtype), top, total)
 
 
+def store(keys: Tensor, values: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
+    """Write a column, [B, H, 1, D], into slot `slot` (int64, [1]) of keys and values [B, H, capacity, D]."""
+    if fuses(keys):
+        _compiled_store([], dict, keys, values, slot, key, value)
+    else:
+        _store([], keys, values, slot, key, value)
+
+
+def _store(markers, keys, values, slot, key, value) -> None:
+    keys.index_copy_(2, slot, key)
+    values.index_copy_(2, slot, value)
+
+
 @torch.library.custom_op("fade::attend_long", mutates_args=())
 def attend_long(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, settled: int, scaling: float
@@ -44,7 +57,7 @@ def attend_long(
     first = [x.narrow(2, 0, settled) for x in (keys, values)]
     last = [x.narrow(2, settled, length) for x in (keys, values)]
     seen = seen.narrow(2, settled, length)
-    if query.is_cuda:
+    if query.is_cuda and query.dtype.itemsize == 2:  # FlashAttention takes no others
         flash = torch.ops.aten._scaled_dot_product_flash_attention(query, *first, scale=scaling)
         return _tail_operator(query, *flash[:2], *last, seen, scaling)
     rows = query.unflatten(1, (heads, -1)).flatten(2, 3).to(torch.promote_types(query.dtype, torch.float32))
@@ -86,4 +99,5 @@ def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor
 
 
 # With a library's products: here they are few and small, and choosing tiles would take longer.
+_compiled_store = Compiled(_store, options={})
 _compiled = Compiled(lambda markers, *args, scaling: _with_tail(*args, scaling), options={})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fade_fast.kernels import merge, packed, rotated, step
+from fade_fast.kernels import exact, merge, packed, rotated, step
 from fade_fast.kernels.packed import Slots
 from fade_ref import attention as spec
 from fade_ref.rope import Rope, rotate
@@ -21,6 +21,7 @@ from ..tolerances import ATTENTION, floor, strain
 
 DIMS, GROUPS, QUERIES = (64, 80, 96, 128, 256), (1, 3, 4, 8), (1, 5, 16)
 ONE = 1 << 30  # slots of a mean where there is one for all
+SPARE = 64  # slots beyond the last that a compiled twin reads, as the cache has them
 SPREAD = {8: 0.02, 4: 0.3, 3: 1.0, 2: 1.0}  # of scales, for decoded numbers of one size
 
 
@@ -50,6 +51,7 @@ class Problem:
     alone: bool = False  # no query sees an uncompressed token
     spare: int = 0
     beyond: int = 0
+    fused: bool = False  # for compiled twins, which read whole chunks of a larger buffer
     mass: bool = False
     stress: str | None = None
 
@@ -68,6 +70,19 @@ FEATURES = {
     "two tiers": dict(lengths=(37, 20), holes=0.2, mass=True),
     "everything": dict(lengths=(37, 20), holes=0.2, window=19, softcap=5.0, sinks=True, mass=True),
 }
+#: By dtype, features that run compiled at every width; those that share the kernel of "plain" cost little.
+COMPILED = {
+    "float16": ("plain", "holes", "window", "blind rows", "before RoPE", "everything"),
+    "bfloat16": ("everything",),
+}
+#: Head_dim, query heads a KV head and query length of two-byte dtypes, with what else the kernel does.
+COMPILED_SHAPES = {
+    (64, 1, 1): dict(holes=0.2, lengths=(300,)),
+    (80, 3, 5): dict(holes=0.2, softcap=5.0, mass=True),
+    (96, 8, 4): dict(window=11, sinks=True),
+    (128, 2, 16): dict(rope="pairs", per_mean=ONE, holes=0.1),
+    (256, 4, 16): dict(holes=0.2, mass=True),
+}
 STRESS = ("large offset", "hot channel", "denormals", "fp16 extremes", "ties everywhere", "one token")
 BORDERS = (1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049)
 
@@ -75,12 +90,12 @@ BORDERS = (1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049)
 def collect() -> list[Case]:
     found = []
 
-    def case(group, name, problems, covers=(), dtype=torch.float32, run=_attend):
+    def case(group, name, problems, covers=(), dtype=torch.float32, run=_attend, compiled=False):
         def all_of_them(f: Found, seed: int):
             for where, problem in problems:
                 run(f, replace(problem, dtype=dtype), seed, where)
 
-        found.append(Case("attention", group, name, all_of_them, covers, dtype))
+        found.append(Case("attention", group, name, all_of_them, covers, dtype, compiled=compiled))
 
     shapes = list(itertools.product(GROUPS, QUERIES))
     for bits, tier in INTEGER_TIERS.items():
@@ -98,13 +113,22 @@ def collect() -> list[Case]:
                     p = Problem(128, 4, **{"lengths": (37,), **options}, exact=12, dtype=dtype)
                     p = replace(p, bits=((bits, bits), (2, 2))[: len(p.lengths)])
                     short = str(dtype).removeprefix("torch.")
-                    case(f"step, {short}", f"{bits} bits {name}", [("", p)], covers, dtype)
+                    marked = (bits, short) == (4, "float16") or name in COMPILED.get(short, ())
+                    case(f"step, {short}", f"{bits} bits {name}", [("", p)], covers, dtype, compiled=marked)
+        for i, (shape, options) in enumerate(COMPILED_SHAPES.items()):
+            dim, group, new = shape
+            p = Problem(dim, group, new, **{"lengths": (37,), **options}, exact=new + 4)
+            p = replace(p, bits=((bits, bits), (2, 2))[: len(p.lengths)])
+            marked = (i + bits) % 2 == 0 or bits == 4
+            title = f"{bits} bits D{dim} G{group} q{new}"
+            case("step, shapes in float16", title, [("", p)], covers, torch.float16, compiled=marked)
         for name in STRESS:
             p = Problem(stress=name, bits=((bits, bits),), lengths=(70,), new=3, exact=7)
             each = [("", p), ("before RoPE", replace(p, rope="halves", per_mean=ONE))]
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 short = str(dtype).removeprefix("torch.")
-                case("step, hostile", f"{bits} bits {name} {short}", each, covers, dtype)
+                title, marked = f"{bits} bits {name} {short}", short == "float16"
+                case("step, hostile", title, each, covers, dtype, compiled=marked)
         each = [
             (f"n{n}", Problem(heads=1, group=2, bits=((bits, bits),), lengths=(n,), spare=n % 3, batch=1))
             for n in BORDERS
@@ -148,8 +172,16 @@ def collect() -> list[Case]:
         covers = (f"tier {INTEGER_TIERS[key].name}", f"tier {INTEGER_TIERS[value].name}")
         each = [(f"D{d}", Problem(d, bits=((key, value),), holes=0.1, mass=True)) for d in DIMS]
         case("step, keys and values of two widths", f"{key} and {value} bits", each, covers)
+        title, marked = f"{key} and {value} bits, float16", key == 2 * value
+        case("step, keys and values of two widths", title, each[:1], covers, torch.float16, compiled=marked)
     each = [(f"q{q}", Problem(bits=(), lengths=(), new=q, exact=q + 9, mass=True)) for q in range(1, 17)]
     case("step, no tier", "q1 to q16", each)
+    for (dim, group), dtype in itertools.product(((64, 3), (80, 1), (128, 4)), ATTENTION):
+        short = str(dtype).removeprefix("torch.")
+        marked = dim == 128 and dtype.itemsize == 2
+        run = _long(dim, group, dtype)
+        title = f"D{dim} G{group} {short}"
+        found.append(Case("attention", "many uncompressed", title, run, (), dtype, compiled=marked))
     for name in ("partials", "of no keys", "far apart", "any grouping"):
         found.append(Case("attention", "merge", name, _merge(name)))
     return found
@@ -172,6 +204,10 @@ class Posed:
 
 def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     """Random numbers for a problem, and the specification's answer."""
+    spans = [n + min(p.beyond, p.spare) for n in p.lengths]
+    if p.fused:
+        spans = [packed.bucket(p.batch * p.heads, n) for n in p.lengths]
+    spare = [(span - n + SPARE) if p.fused else p.spare for n, span in zip(p.lengths, spans)]
     draw, total = Draw(seed), sum(p.lengths) + p.exact
     first = 50_000 if p.rope else 0  # large angles
     order = torch.stack([torch.randperm(sum(p.lengths), generator=draw.generator) for _ in range(p.batch)])
@@ -194,7 +230,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     if p.stress == "denormals":
         keys, values = keys * 2.0**-140, values * 2.0**-20
     if p.stress == "fp16 extremes":
-        values = values.sign() * 65504.0
+        values = values.sign() * (65280.0 if p.dtype == torch.bfloat16 else 65504.0)  # both are within fp16
     if p.stress == "ties everywhere":
         keys = keys[:, :, :1].expand_as(keys).clone()
     query, keys, values = (x.to(p.dtype) for x in (query, keys, values))
@@ -207,11 +243,11 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
 
     decoded = [[], []]  # keys, values of each tier
     parts, tiers, start = [[] for _ in range(p.batch)], [], 0
-    for length, widths in zip(p.lengths, p.bits):
+    for length, widths, free in zip(p.lengths, p.bits, spare):
         own = slice(start, start + length)
         codec = tuple(RotatedCodec(b, p.dim, matrix) for b in widths)
         sides = [_side(draw, p, b, length) for b in widths]
-        count = 1 if p.per_mean == ONE else -(-(length + p.spare) // p.per_mean)
+        count = 1 if p.per_mean == ONE else -(-(length + free) // p.per_mean)
         means = (draw.normal(p.batch, p.heads, count, p.dim) * 0.5).half()
         if p.stress == "large offset":
             means = means + 40
@@ -233,7 +269,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
             parts[b].append(part)
         decoded[0].append(k)
         decoded[1].append(v)
-        tiers.append(_slots(p, sides, means, position[:, own], seen[:, :, own]))
+        tiers.append(_slots(p, sides, means, position[:, own], seen[:, :, own], free))
         start += length
     own = slice(start, total)
     output, mass, size = [], [], 0.0
@@ -259,12 +295,13 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     table = rotated.with_sum(rotated.rotation(p.dim)).float()
     tiers = [step._from_list([there(x) for x in step._to_list(slots)], slots.per_mean) for slots in tiers]
     args = (*map(there, (query, keys, values, seen_exact, table)), tiers)
-    options = dict(bits=list(p.bits), spans=[n + min(p.beyond, p.spare) for n in p.lengths])
+    options = dict(bits=list(p.bits), spans=spans)
     options |= dict(scaling=terms.scaling, softcap=p.softcap, s_aux=there(s_aux))
     if p.rope:
         options |= dict(inv_freq=there(frequencies), interleaved=rope.interleaved)
     output = torch.stack(output).transpose(1, 2)
-    limit = strain(p.dtype, size, cuda=device != "cpu") + floor(p.dtype, output)
+    limit = strain(p.dtype, size, fused=p.fused)
+    limit += floor(torch.float16 if p.fused else p.dtype, output)
     return Posed(args, options, output, mass, limit, parts)
 
 
@@ -284,9 +321,11 @@ def _side(draw: Draw, p: Problem, bits: int, length: int) -> Record:
     return Record(codes, scale.half().double(), zero)
 
 
-def _slots(p: Problem, sides: list[Record], means: Tensor, position: Tensor, seen: Tensor) -> Slots:
+def _slots(
+    p: Problem, sides: list[Record], means: Tensor, position: Tensor, seen: Tensor, free: int
+) -> Slots:
     """Records in buffers of the fast package, with poison where no query sees a token."""
-    pad = lambda x, value: torch.nn.functional.pad(x, (0, p.spare), value=value)  # noqa: E731
+    pad = lambda x, value: torch.nn.functional.pad(x, (0, free), value=value)  # noqa: E731
     valid = pad(seen, False)
     hole = ~valid.any(1, keepdim=True)
     out = []
@@ -304,8 +343,10 @@ def _slots(p: Problem, sides: list[Record], means: Tensor, position: Tensor, see
 
 
 def _attend(found: Found, p: Problem, seed: int, where: str) -> None:
+    # As `step.attend` decides.
+    p = replace(p, fused=found.fused and p.dtype.itemsize == 2 and p.group * p.new <= step.MOST_ROWS)
     posed = pose(p, seed, found.device)
-    lengths = [p.exact, *(n + p.spare for n in p.lengths)]
+    lengths = [p.exact, *(slots.valid.shape[-1] for slots in posed.args[5])]
     wide = torch.promote_types(p.dtype, torch.float32)
     mass = [torch.ones(p.batch, p.heads, n, dtype=wide, device=found.device) for n in lengths]
     mass = mass if p.mass else []
@@ -315,7 +356,7 @@ def _attend(found: Found, p: Problem, seed: int, where: str) -> None:
         found.same("empty rows", out[0, 0], torch.zeros_like(out[0, 0]), where)
     if mass:
         ours = torch.cat([x[..., :n] - 1 for x, n in zip(mass, [p.exact, *p.lengths])], -1).double().cpu()
-        dtype = p.dtype if found.device != "cpu" else wide
+        dtype = p.dtype if p.fused else wide
         error = relative_error(ours, torch.cat(posed.mass, -1))
         # The ones that were there already round each sum once more.
         found.near("mass", error, where, dtype=dtype, strain=posed.strain + 1e-6 * (wide == torch.float32))
@@ -392,6 +433,36 @@ def _twin(found: Found, p: Problem, seed: int, where: str) -> None:
     found.near("twin", relative_error(out, posed.output), where)
     error = relative_error(torch.cat(mass, -1), torch.cat(posed.mass, -1))
     found.near("twin", error, f"{where} mass".strip())
+
+
+def _long(dim: int, group: int, dtype: torch.dtype):
+    """One query over many uncompressed columns: some settled, all visible, and a tail with holes."""
+
+    def run(found: Found, seed: int) -> None:
+        batch, heads, settled, capacity = 2, 2, 256, 600
+        for live in (257, 300, 600):
+            draw = Draw(seed + live)
+            query = draw.normal(batch, heads * group, 1, dim).to(dtype)
+            keys, values = (draw.normal(batch, heads, capacity, dim).to(dtype) for _ in "kv")
+            seen = draw.chance(0.8, batch, 1, capacity)
+            seen[..., :settled], seen[..., live:] = True, False
+            seen[..., live - 1] = True
+            size = float(query.norm(dim=-1).max() * keys.norm(dim=-1).max() * dim**-0.5)
+            position = torch.arange(capacity).masked_fill(~seen[:, 0], -1)
+            at, terms = torch.tensor([capacity]), spec.Terms(dim**-0.5)
+            sides = [[x[b].double() for x in (query, keys, values)] for b in range(batch)]
+            parts = [spec.over_tensors(*side, at, position[b], terms) for b, side in enumerate(sides)]
+            output = torch.stack([spec.merge([part]) for part in parts]).transpose(1, 2)
+            hole = ~seen[:, :, :, None]
+            keys, values = keys.masked_fill(hole, torch.nan), values.masked_fill(hole, torch.inf)
+            there = [x.to(found.device) for x in (query, keys, values, seen)]
+            ours = exact.attend_long(*there, settled, dim**-0.5)
+            limit = strain(dtype, size)
+            found.near(
+                "attention", relative_error(ours, output), f"{live} columns", dtype=dtype, strain=limit
+            )
+
+    return run
 
 
 def _merge(name: str):

@@ -28,6 +28,11 @@ def collect() -> list[Case]:
         for dim, (name, make) in itertools.product(DIMS, INPUTS.items()):
             run = _encoding(bits, dim, make)
             found.append(Case("codecs", f"encode, {bits} bits", f"D{dim} {name}", run, covers))
+        for name, make in INPUTS.items():
+            run = _encoding_both(bits, make)
+            found.append(
+                Case("codecs", "encode keys and values", f"{bits} bits {name}", run, covers, compiled=True)
+            )
         for dim in DIMS:
             found.append(Case("codecs", f"decode, {bits} bits", f"D{dim}", _decoding(bits, dim), covers))
         for lower in (b for b in INTEGER_TIERS if b < bits):
@@ -36,7 +41,8 @@ def collect() -> list[Case]:
         if rotated.is_uniform(bits):
             for name in ("on codes", "ties everywhere", "constant"):
                 run = _exact(bits, name)
-                found.append(Case("codecs", "codes of exact inputs", f"{bits} bits, {name}", run, covers))
+                title = f"{bits} bits, {name}"
+                found.append(Case("codecs", "codes of exact inputs", title, run, covers, compiled=True))
     found.append(Case("codecs", "key mean", "with holes", _mean))
     for codec in CODECS:
         if codec == "rotated":
@@ -85,6 +91,30 @@ def _encoding(bits, dim, make):
             found.near("scales", result.scale_error, where)
 
     return run
+
+
+TOKENS = (2, 3, 60, 64)  # one shape of keys and values for all that runs compiled
+
+
+def _encoding_both(bits, make):
+    """The encoder of blocks, which on a GPU is compiled."""
+
+    def run(found: Found, seed: int):
+        keys, values = (_as_many(make(Draw(seed + i), TOKENS[-1]).float()) for i in (0, 1))
+        for side, result in zip(
+            ("key", "value"), measure.codes_of_both(keys, values, bits, device=found.device)
+        ):
+            share = max(0, result.differing - 1) / max(1, result.total)
+            found.near("codes differing", share, side)
+            found.near("code distance", result.furthest, side)
+            found.near("scales", result.scale_error, side)
+
+    return run
+
+
+def _as_many(x: torch.Tensor) -> torch.Tensor:
+    """Vectors [2, 3, n, D], repeated or left out to be `TOKENS`."""
+    return x[:, :, torch.arange(TOKENS[2]) % x.shape[2]].contiguous()
 
 
 def _packing(bits, dim):
@@ -180,9 +210,10 @@ def _exact(bits, name):
     """Vectors whose scale and zero are exact, under the identity: half to even decides, alike everywhere."""
 
     def run(found: Found, seed: int):
-        dim, top = 64, 2**bits - 1
-        draw, eye = Draw(seed), torch.eye(64, dtype=torch.float64)
-        codes = draw.integers(0, top + 1, 4, 2, 50, dim).double()
+        top = 2**bits - 1
+        dim = TOKENS[-1]
+        draw, eye = Draw(seed), torch.eye(dim, dtype=torch.float64)
+        codes = draw.integers(0, top + 1, *TOKENS).double()
         codes[..., 0], codes[..., 1] = 0, top
         if name == "ties everywhere":
             codes = (codes + 0.5).clamp(0, top)
@@ -192,9 +223,14 @@ def _exact(bits, name):
         for power in (-9, 0, 5):
             x = codes * 2.0**power - 2.0 ** (power + 2)
             spec = RotatedCodec(bits, dim, eye).encode(x)
-            ours = rotated.encode(x.float().to(found.device), None, eye.float().to(found.device), bits)
-            for part in ("codes", "scale", "zero"):
-                claim, where = "codes of exact inputs", f"{part}, 2^{power}"
+            there, matrix = x.float().to(found.device), eye.float().to(found.device)
+            mean = torch.zeros(*TOKENS[:2], 1, dim, dtype=torch.float16, device=found.device)
+            ways = {"": rotated.encode(there, None, matrix, bits)}
+            ways |= dict(
+                zip(("key ", "value "), rotated.encode_both(there, there, mean, matrix, (bits, bits)))
+            )
+            for (way, ours), part in itertools.product(ways.items(), ("codes", "scale", "zero")):
+                claim, where = "codes of exact inputs", f"{way}{part}, 2^{power}"
                 found.same(claim, getattr(ours, part), getattr(spec, part), where)
 
     return run

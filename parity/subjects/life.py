@@ -14,7 +14,7 @@ from fade_ref.tiers import INTEGER_TIERS
 
 from .. import cases as measure
 from ..case import Case, Draw, Found
-from ..tolerances import ATTENTION
+from ..tolerances import ATTENTION, strain
 from .logits import logits
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -35,7 +35,33 @@ WIDTHS = {
     for k in INTEGER_TIERS
     for v in INTEGER_TIERS
 }
+#: Configurations whose survivors do not lie side by side.
+GAPS = {
+    "key norm": FadeConfig(**SMALL, int4_budget=10, eviction_policy="knorm"),
+    "key norm, original positions": FadeConfig(
+        **SMALL, int4_budget=10, eviction_policy="knorm", positions="original"
+    ),
+    "attention": FadeConfig(**SMALL, int4_budget=7, int2_budget=6, eviction_policy="h2o"),
+}
 STEPS = [14] + [1] * 13 + [20, 5, ("crop", 3), 1, 1, ("reorder", [1, 0]), 6, 1, ("crop", 2), 1, 1]
+ROWS = [
+    20,
+    1,
+    ("repeat", 2),
+    1,
+    1,
+    ("select", [3, 0, 2]),
+    1,
+    18,
+    1,
+    4,
+    ("select", [1]),
+    1,
+    1,
+    ("repeat", 3),
+    1,
+    1,
+]
 TERMS = {
     "softcap": dict(softcap=3.0),
     "window": dict(window=13),
@@ -43,6 +69,8 @@ TERMS = {
     "all": dict(softcap=5.0, window=17, s_aux=torch.linspace(-1, 2, 6, dtype=torch.float64)),
 }
 RANDOM = 24  # random traces
+#: Those that run compiled by default, where there is a GPU.
+COMPILED = ("int4", "evict, padding (0, 11)", "D128 G7 float16", "D80 G4 bfloat16", "logits int4, bfloat16")
 
 
 def collect() -> list[Case]:
@@ -57,7 +85,10 @@ def collect() -> list[Case]:
     for name, config in CONFIGS.items():
         for padding in ((), (0, 11), (3, 6)):
             title = f"{name}, padding {padding}" if padding else name
-            found.append(Case("life", "of tokens", title, _trace(config, padding=padding), tokens))
+            marked = title in COMPILED
+            found.append(
+                Case("life", "of tokens", title, _trace(config, padding=padding), tokens, compiled=marked)
+            )
     for name, config in WIDTHS.items():
         tiers = {INTEGER_TIERS[b] for b in (config.middle_k_bits, config.middle_v_bits)}
         covers = tuple(f"tier {tier.name}" for tier in tiers)
@@ -65,16 +96,22 @@ def collect() -> list[Case]:
     for name, terms in TERMS.items():
         for config in ("int4", "evict", "int4, int2, evict", "off"):
             run = _trace(CONFIGS[config], terms=terms)
-            known = ""
-            if (name, config) == ("all", "evict"):
-                known = "after evictions, windows go by logical positions, not by where keys are read"
-            found.append(Case("life", "what models ask", f"{name}, {config}", run, known=known))
+            found.append(Case("life", "what models ask", f"{name}, {config}", run))
+    for name, config in GAPS.items():  # what a window holds depends on how distances count
+        for terms in ("window", "all"):
+            run = _trace(config, terms=TERMS[terms], padding=(0, 3))
+            found.append(Case("life", "what models ask", f"{terms}, survivors by {name}", run))
+    for config in ("int4", "off"):
+        run = _trace(CONFIGS[config], [9] + [1] * 8 + [5, 1, 20, 1], terms=TERMS["window"])
+        found.append(Case("life", "what models ask", f"window, {config}, a text that outgrows it", run))
     for dtype in ATTENTION:
         for dim, group in ((80, 4), (128, 7), (256, 1)):
             shape = dict(head_dim=dim, group=group, heads=1, dtype=dtype)
             run = _trace(CONFIGS["int4, int2, evict"], [30, 1, 1, 1, 1, 18, 3, 1], shape=shape)
             title = f"D{dim} G{group} {dtype}".replace("torch.", "")
-            found.append(Case("life", "shapes and dtypes", title, run, dtype=dtype))
+            found.append(
+                Case("life", "shapes and dtypes", title, run, dtype=dtype, compiled=title in COMPILED)
+            )
     for name in PRESETS:
         config = FadeConfig.preset(name)
         run = _trace(config, [150, 1, 90, ("crop", 1), 1], shape=dict(heads=1, group=2))
@@ -88,6 +125,9 @@ def collect() -> list[Case]:
             run = _trace(FadeConfig(**SMALL, **budgets, eviction_policy=policy))
             title = f"{policy}, " + ", ".join(f"{k} {v}" for k, v in budgets.items())
             found.append(Case("life", "policies", title, run, (f"policy {policy}",)))
+        config = FadeConfig(**SMALL, int4_budget=7, int2_budget=6, eviction_policy=policy)
+        run = _trace(config, ROWS, padding=(0, 7))
+        found.append(Case("life", "rows that come and go", policy, run, (f"policy {policy}",)))
     shared = FadeConfig(**SMALL, int4_budget=20, int2_budget=9, plan_scope="layer")
     run = _trace(shared, padding=(0, 11))
     found.append(Case("life", "policies", "one plan for a layer", run, ("plan scope layer",)))
@@ -96,7 +136,10 @@ def collect() -> list[Case]:
     for name in ("int4", "evict", "off"):
         for dtype in ATTENTION:
             title = f"{name}, {dtype}".replace("torch.", "")
-            found.append(Case("life", "logits", title, _logits(CONFIGS[name], dtype), dtype=dtype))
+            run = _logits(CONFIGS[name], dtype)
+            found.append(
+                Case("life", "logits", title, run, dtype=dtype, compiled=f"logits {title}" in COMPILED)
+            )
     found.append(Case("life", "crop", "beyond the recent region", _crop_refused(FadeConfig(**SMALL))))
     found.append(Case("life", "crop", "nothing is left of the middle", _crop_refused(CONFIGS["budget 0"])))
     run = _trace(FadeConfig(**SMALL, n_sink=0), [30, ("crop", 10), 20])
@@ -116,9 +159,14 @@ def _trace(config, steps=STEPS, *, padding=(), terms=None, shape=None):
 
 def walk(found: Found, config, shape, steps, **options) -> None:
     """Follow a trace, and check what each of its steps found."""
+    # Norms of queries, and of keys with an offset of up to 4 in each channel.
+    score = (shape.head_dim * (1 + 4**2 / 3)) ** 0.5
+    extra = strain(shape.dtype, score, fused=True) if found.fused else 0.0
     for i, step in enumerate(measure.trace(config, shape, steps, **options)):
         where = f"step {i}: {steps[i]}"
-        found.near("attention", step.output_error, where, dtype=shape.dtype)
+        found.near("attention", step.output_error, where, dtype=shape.dtype, strain=extra)
+        found.near("received", step.score_error, where)
+        found.near("stored", step.stored_error, where)
         found.holds("tokens", step.same_tokens, where)
         found.bits("tokens", step.state)
         found.holds("moved records", step.same_records, where)
@@ -157,17 +205,19 @@ def _random(found: Found, seed: int):
     shape = measure.Shape(
         batch=draw.one(1, 4), heads=draw.one(1, 3), group=draw.pick([1, 2, 3, 5]), device=found.device
     )
-    steps = [draw.one(1, 50)]
+    steps, rows = [draw.one(1, 50)], shape.batch
     for _ in range(12):
-        kind = draw.pick(["decode", "decode", "draft", "long", "crop", "reorder"])
+        kind = draw.pick(["decode", "decode", "draft", "long", "crop", "reorder", "select"])
         steps += {
             "decode": [1] * draw.one(1, 4),
             "draft": [draw.one(2, 17)],
             "long": [draw.one(17, 45)],
             # Without sinks, no token would be left beside the middle: a case of its own.
             "crop": [("crop", draw.one(1, 9))] if config.n_sink or not config.compresses else [1],
-            "reorder": [("reorder", draw.integers(0, shape.batch, shape.batch).tolist())],
+            "reorder": [("reorder", draw.integers(0, rows, rows).tolist())],
+            "select": [("select", draw.integers(0, rows, draw.one(1, rows + 2)).tolist())],
         }[kind]
+        rows = len(steps[-1][1]) if kind == "select" else rows
     padded = draw.chance(0.6, 1).item()
     padding = tuple(draw.integers(0, steps[0], shape.batch).tolist()) if padded else ()
     holes = {}
@@ -185,7 +235,7 @@ def _crop_refused(config):
     def run(found: Found, seed: int):
         shape = measure.Shape(heads=1, group=1, device=found.device)
         model = measure._model(shape).to(found.device)
-        cache = fade_fast.create_cache(model, config)
+        cache = fade_fast.create_cache(model, config, verify=False)
         ids = Draw(seed).integers(0, 16, 2, 40).to(found.device)
         model(input_ids=ids, past_key_values=cache, use_cache=True)
         recent = cache.layers[0].recent

@@ -7,8 +7,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import fade_fast
+from fade_fast import checkpoint
 from fade_ref.config import FadeConfig
 
 from .models import compressed_tokens, generate, prompt, tiny_llama
@@ -57,6 +60,39 @@ def test_padding_survives(tmp_path):
     loaded = fade_fast.load_cache(tmp_path / "c", model)
     assert torch.equal(loaded.timeline.positions, caches[1].timeline.positions)
     assert loaded.timeline.has_holes
+
+
+@pytest.mark.parametrize("length", [5, 7, 8, 9, 30])
+@pytest.mark.parametrize("kinds", ["on a GPU", "from a GPU", "to a GPU"])
+@torch.no_grad()
+def test_sliding_windows_of_both_kinds(length, kinds, tmp_path):
+    """transformers keeps a window in a fixed buffer where steps are captured, else as it comes."""
+    sizes = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes)).eval()
+
+    def cache(fixed):
+        made = fade_fast.create_cache(model, CONFIGS["evict"])
+        assert type(made.layers[0]) is DynamicSlidingWindowLayer
+        if fixed:
+            made.layers[0] = StaticSlidingWindowLayer(8, 8)
+        return made
+
+    def step(cache, first, stop):
+        ids = torch.arange(2 * stop).reshape(2, stop)[:, first:] % 61
+        return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+    saved, loaded = cache(kinds != "to a GPU"), cache(kinds != "from a GPU")
+    step(saved, 0, length)
+    saved.save(tmp_path / "c")
+    loaded.load_state_dict(*checkpoint.read(tmp_path / "c"))
+    for first, stop in ((length, length + 1), (length + 1, length + 4), (length + 4, length + 5)):
+        torch.testing.assert_close(step(loaded, first, stop), step(saved, first, stop))
+    assert loaded.layers[0].get_seq_length() == saved.layers[0].get_seq_length() == length + 5
 
 
 def test_size_on_disk(tmp_path):
@@ -112,6 +148,8 @@ DAMAGE = {
     "newer": lambda h, t: h.update(version=99),
     "flipped": lambda h, t: t["0.tier0.key_codes"].bitwise_xor_(1),
     "missing": lambda h, t: t.pop("1.means"),
+    "header changed": lambda h, t: h["layers"][0].update(length=3),
+    "header halved": lambda h, t: h.pop("layers"),
     "left over": lambda h, t: t.update({"1.more": torch.ones(1)}),
     "another model": lambda h, t: h["model"].update(num_hidden_layers=7),
 }
@@ -166,3 +204,27 @@ def test_a_crash_spares_the_old_file(saved, monkeypatch):
     with pytest.raises(OSError):
         cache.save(saved)
     assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("left", [0, 12])
+def test_a_cache_of_which_nothing_uncompressed_is_left(left, tmp_path):
+    """Cropped to what is compressed, or to nothing: saved, it goes on as it is."""
+    model = tiny_llama()
+    config = FadeConfig(n_sink=0, recent_window=5, block_size=1)
+    cache = fade_fast.create_cache(model, config)
+    ids = prompt(17)["input_ids"]
+    with torch.no_grad():
+        model(input_ids=ids[:, : left + 5], past_key_values=cache)
+        cache.crop(-5)
+        assert all(layer.exact.count == 0 and layer.length == left for layer in cache.tiered)
+        cache.save(tmp_path / "c")
+        loaded = fade_fast.load_cache(tmp_path / "c", model)
+        outs = [model(input_ids=ids[:, :3], past_key_values=c).logits for c in (cache, loaded)]
+    assert torch.equal(*outs) and loaded.get_seq_length() == left + 3
+
+
+def test_ids_must_be_integers(tmp_path):
+    cache = fade_fast.create_cache(tiny_llama())
+    with pytest.raises(ValueError, match="tokens are an integer tensor"):
+        cache.save(tmp_path / "c", torch.ones(3))
+    assert not list(tmp_path.iterdir())

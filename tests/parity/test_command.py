@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from fade_fast.kernels import compile as compiling
 from fade_ref import rope
-from parity import mutants, report, subjects
+from parity import mutants, report, subjects, twins
 from parity.__main__ import main
 from parity.case import Case, Check, Draw, Found, perform, relative_error
 from parity.mutants import Mutant
@@ -86,6 +87,44 @@ def test_what_cannot_run(capsys, tmp_path, monkeypatch):
     assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]) == 2
     assert main(["compare", str(tmp_path / "none.json"), str(tmp_path / "a.json")]) == 2
     assert capsys.readouterr().err.count("error: ") == 5
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A CPU whose kernels are compiled: to themselves, so that only their shapes count."""
+
+    def call(self, key, markers, pinned, args, constants):
+        self.graphs[key] = pinned()
+        return self.function(markers, *args, **constants)
+
+    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
+    monkeypatch.setattr(compiling.Compiled, "_call", call)
+
+
+def test_compiled_cases_share_their_shapes(gpu):
+    """Compiling a kernel takes seconds on a GPU: so many fit into minutes."""
+    marked = [c for c in subjects.collect() if c.compiled and c.subject in ("attention", "codecs")]
+    graphs = set()
+    for case in marked:
+        outcome = perform(case)
+        graphs |= outcome.ran.graphs
+        assert outcome.ran.graphs, case.title
+        if "3 bits" not in case.title:  # their sums need the float32 of a compiled kernel
+            assert outcome.passed, (case.title, outcome.raised, outcome.checks)
+    assert len(graphs) < len(marked) / 2 < 60
+
+
+def test_what_runs_compiled_is_chosen_and_told(gpu, monkeypatch, tmp_path, capsys):
+    every = [c for c in subjects.collect() if c.title.startswith("codecs/encode keys and values/4 bits z")]
+    every += [Case("codecs", "encode keys and values", "unmarked", every[0].run)]
+    monkeypatch.setattr(subjects, "collect", lambda dtype=None: every)
+    for choice, expected in (("none", [False, False]), ("some", [True, False]), ("all", [True, True])):
+        path = tmp_path / f"{choice}.json"
+        assert main(["--compiled", choice, "--json", str(path)]) == 0
+        assert ["compiled" in case for case in report.read(path)["cases"]] == expected
+        said = capsys.readouterr().out
+        assert (f"{sum(expected)} cases ran compiled, 1 kernels" in said) == any(expected)
+    assert not twins.fused("cuda") and twins.fused("cpu")
 
 
 def test_compare(tmp_path, capsys):
