@@ -183,6 +183,9 @@ class TieredKVCache(Cache):
     def reset(self) -> None:
         """Forget every token; the next ones may have another batch size, dtype or device."""
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # transformers before 5.18 only zeroes them
+                layer.keys, layer.values, layer.is_initialized = None, None, False
         self.timeline.clear()
         self.stepper.clear()
 
