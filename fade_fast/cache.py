@@ -280,7 +280,7 @@ class TieredKVCache(Cache):
     def load_state_dict(self, tensors: dict[str, Tensor], known: dict) -> None:
         """Fill this cache, which must be empty, with what `state_dict` gave.
 
-        Raises `ValueError`, and leaves the cache empty, if they do not fit.
+        Raises `ValueError`, and leaves the cache empty, if they do not fit; `TypeError` for other things.
         """
         checkpoint.load_state_dict(self, tensors, known)
 

@@ -53,14 +53,19 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
     """Fill an empty cache with what `state_dict` gave; tensors are copied to the model's device.
 
     Raises `ValueError`, before anything is changed, if the cache is not empty, has another
-    configuration or other layers, or a tensor is missing, left over, or of a wrong shape.
+    configuration or other layers, or a tensor is missing, left over, or of a wrong shape; `TypeError` for
+    other things than `state_dict` gives.
     """
+    layers = known.get("layers") if isinstance(known, dict) else None
+    whole = isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers)
+    if not isinstance(tensors, dict) or not whole or not {"config", "holes"} <= known.keys():
+        raise TypeError("load_state_dict takes what state_dict gives: a dict of tensors, and one of the rest")
     if cache.timeline.length:
         raise ValueError("the cache is not empty: reset() it first")
     if known["config"] != dataclasses.asdict(cache.fade_config):
         raise ValueError(f"the stored configuration is {known['config']}, the cache's {cache.fade_config}")
     kinds, ours = (
-        [layer["kind"] for layer in known["layers"]],
+        [layer.get("kind") for layer in layers],
         [type(layer).__name__ for layer in cache.layers],
     )
     if kinds != ours:
@@ -74,7 +79,7 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
             raise ValueError(f"tensor {name!r} belongs to no layer")
         own[int(index)][part] = rest.pop(name)
     try:
-        for layer, parts, about in zip(cache.layers, own, known["layers"]):
+        for layer, parts, about in zip(cache.layers, own, layers):
             device = cache.device
             parts = {name: x.to(device) for name, x in parts.items()}
             if isinstance(layer, TieredLayer):
@@ -87,7 +92,7 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
                 raise ValueError(f"tensors without a place: {', '.join(parts)}")
         if position is not None:
             _fill_timeline(cache.timeline, position.to(cache.device), known["holes"])
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         cache.reset()
         raise ValueError(f"what is stored does not fit the cache: {error}") from error
 
