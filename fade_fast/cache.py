@@ -191,7 +191,10 @@ class TieredKVCache(Cache):
 
     @guarded
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses."""
+        """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses.
+
+        To remove all is to `reset()`.
+        """
         self.tiered[0].check_whole()
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         most = min(layer.croppable for layer in self.tiered)
@@ -202,6 +205,8 @@ class TieredKVCache(Cache):
             )
         super().crop(tokens_to_remove)
         self.timeline.crop(-tokens_to_remove)
+        if tokens_to_remove and not self.timeline.length:
+            self.reset()
 
     @guarded
     def reorder_cache(self, beam_idx: Tensor) -> None:

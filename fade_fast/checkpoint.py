@@ -104,10 +104,11 @@ def save(cache: Cache, path: str | os.PathLike, token_ids: Tensor | None = None)
 
     Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
     """
-    tensors, known = state_dict(cache)
     if token_ids is not None:
         if not isinstance(token_ids, Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError("tokens are an integer tensor: the ids that were fed")
+    tensors, known = state_dict(cache)
+    if token_ids is not None:
         tensors[TOKENS] = token_ids.to(torch.int32).contiguous()
     header = dict(version=VERSION, model=cache.fingerprint, **known)
     header["digest"] = _digest(tensors, header)
