@@ -100,38 +100,34 @@ def test_running_out_of_memory_at_any_point_of_a_step(name, pads, monkeypatch):
     assert failures >= 5
 
 
-def test_running_out_of_memory_while_buffers_grow(monkeypatch):
+@pytest.mark.parametrize("failing", range(2))
+def test_running_out_of_memory_while_buffers_grow(failing, monkeypatch):
     """Where nothing is compressed yet: the uncompressed buffers of either layer cannot grow."""
-    model, ids = tiny_llama(), prompt(60)["input_ids"]
+    model, ids, failures = tiny_llama(), prompt(60)["input_ids"], []
+    caches = [fade_fast.create_cache(model, FadeConfig(recent_window=200, block_size=4)) for _ in range(2)]
+    for cache in caches:
+        teacher_forced(model, cache, prompt(20), [20])
+    reserve = buffers.Buffers.reserve
 
     def step(cache, column):
         with torch.no_grad():
             return model(input_ids=ids[:, column : column + 1], past_key_values=cache).logits
 
-    for failing in range(2):
-        caches = [
-            fade_fast.create_cache(model, FadeConfig(recent_window=200, block_size=4)) for _ in range(2)
-        ]
-        for cache in caches:
-            teacher_forced(model, cache, prompt(20), [20])
-        reserve, failures = buffers.Buffers.reserve, []
+    def limited(self, capacity):
+        if self is caches[0].tiered[failing].exact and capacity > self.capacity and not failures:
+            failures.append(capacity)
+            raise torch.OutOfMemoryError("out of memory, as a test has it")
+        reserve(self, capacity)
 
-        def limited(self, capacity):
-            if self is caches[0].tiered[failing].exact and capacity > self.capacity and not failures:
-                failures.append(capacity)
-                raise torch.OutOfMemoryError("out of memory, as a test has it")
-            reserve(self, capacity)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(buffers.Buffers, "reserve", limited)
-            for column in range(20, 60):
-                try:
-                    found = step(caches[0], column)
-                except torch.OutOfMemoryError:
-                    assert {x.length for x in caches[0].tiered} == {x.exact.count for x in caches[0].tiered}
-                    found = step(caches[0], column)
-                assert torch.equal(found, step(caches[1], column))
-        assert failures
+    monkeypatch.setattr(buffers.Buffers, "reserve", limited)
+    for column in range(20, 60):
+        try:
+            found = step(caches[0], column)
+        except torch.OutOfMemoryError:
+            assert {x.length for x in caches[0].tiered} == {x.exact.count for x in caches[0].tiered}
+            found = step(caches[0], column)
+        assert torch.equal(found, step(caches[1], column))
+    assert failures
 
 
 @pytest.mark.parametrize("name", CONFIGS)
