@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fade_fast.files import write_json
 from fade_fast.kernels import packed, rotated, step
 from fade_fast.kernels.compile import Compiled, tier_tiles
 from fade_fast.kernels.packed import Queries, Slots
@@ -530,7 +531,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def write(**found):
         if args.json:
-            args.json.write_text(json.dumps(head | found, indent=1) + "\n")
+            write_json(args.json, head | found, indent=1)
 
     with torch.no_grad():
         for name in chosen:

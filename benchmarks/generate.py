@@ -27,6 +27,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sta
 
 import fade_fast
 from fade_fast.cache import TieredKVCache, attach, storage_bytes
+from fade_fast.files import write_json
 from fade_fast.kernels.compile import Compiled
 from fade_ref.config import PRESETS, FadeConfig
 
@@ -538,7 +539,7 @@ def main(argv: list[str] | None = None) -> int:
         head, results = merged(args.show)
         print(f"{head['device']}, torch {head['torch']}\n\n{tables(results)}")
         if args.json:
-            args.json.write_text(json.dumps(report(head, results), indent=1) + "\n")
+            write_json(args.json, report(head, results), indent=1)
         return 0
     cases = selected(args)
     if args.list:
@@ -571,7 +572,7 @@ def main(argv: list[str] | None = None) -> int:
                     table(results[-1:]).splitlines()[-1], f"{time.perf_counter() - started:.0f} s", flush=True
                 )
                 if args.json:
-                    args.json.write_text(json.dumps(report(head, results), indent=1) + "\n")
+                    write_json(args.json, report(head, results), indent=1)
         del model
         gc.collect()
         torch.cuda.empty_cache()

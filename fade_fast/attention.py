@@ -65,7 +65,25 @@ def attention(
     return _attend(module, query, key, attention_mask, scaling, softcap, sliding_window, s_aux, **kwargs)
 
 
+def _whole(attend):
+    """Attention that lets one thread in, and takes its step back from all layers if it fails."""
+
+    @functools.wraps(attend)
+    def inside(module, query: Tensor, key: Arrival, *args, **kwargs):
+        layer = key.layer
+        start = layer.length - (key.keys.shape[2] if key.of_another(module) else 0)
+        with layer.guard:
+            try:
+                return attend(module, query, key, *args, **kwargs)
+            except BaseException:
+                layer.abandon(start)
+                raise
+
+    return inside
+
+
 @torch.compiler.disable
+@_whole
 def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, sliding_window, s_aux, **kwargs):
     """Attention outside captured steps, and the storing of what arrived."""
     terms = Terms(scaling, softcap, sliding_window, s_aux)
@@ -387,5 +405,38 @@ def _attend_tensors(module, query, keys, values, mask, terms: Terms, **kwargs) -
     return torch.cat(parts, dim=1).to(query.dtype)
 
 
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **kwargs,
+) -> Tensor | None:
+    """The mask of a step as transformers asks for it: `sdpa_mask`, made at once where it is known.
+
+    The only token of a step sees itself; so in a captured step, whose mask may not be skipped, what is
+    left to say is whether each row's is real.
+    """
+    single = q_length == kv_length == 1 and not (args or allow_is_causal_skip or use_vmap)
+    if single and attention_mask is not None and attention_mask.shape[-1] == kv_offset + 1:
+        # Always new strides: those of a slice tell its length, for which a graph would be compiled anew.
+        return attention_mask[:, None, None, -1:].clone(memory_format=torch.contiguous_format)
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        *args,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        use_vmap=use_vmap,
+        **kwargs,
+    )
+
+
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, mask)

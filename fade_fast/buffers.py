@@ -74,24 +74,39 @@ class Buffers:
         return self.tensors[name].narrow(self.fields[name].axis, 0, self.count)
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` slots in all; what is stored stays."""
-        capacity = -(-capacity // self.step) * self.step
-        if capacity <= self.capacity:
+        """Make room for `capacity` slots in all; what is stored stays, and all stays if memory runs out."""
+        capacity, before = -(-capacity // self.step) * self.step, self.capacity
+        if capacity <= before:
             return
-        for name, field in self.fields.items():
-            old = self.tensors[name]
-            new = field.empty(old.shape[0], capacity, old.device)
-            new.narrow(field.axis, 0, self.count).copy_(self[name])
-            self.tensors[name] = new
+        try:
+            for name, field in self.fields.items():
+                old = self.tensors[name]
+                new = field.empty(old.shape[0], capacity, old.device)
+                new.narrow(field.axis, 0, self.count).copy_(self[name])
+                self.tensors[name] = new
+        except BaseException:  # those that have grown already show no more than they did
+            self.tensors = {n: x.narrow(self.fields[n].axis, 0, before) for n, x in self.tensors.items()}
+            raise
 
-    def append(self, **records: Tensor) -> None:
-        """Write records, one tensor a field with n slots, after those in use."""
+    def make_room(self, new: int, held: int) -> None:
+        """See to it that `new` slots fit after `held`."""
+        if held + new > self.capacity:
+            self.reserve(held + new + held // GROWTH // self.step * self.step)
+
+    def append(self, at: Tensor | None = None, **records: Tensor) -> None:
+        """Write records, one tensor a field with n slots, after those in use.
+
+        `at`, int64 [n], names these slots to a graph being captured: at a replay they are others.
+        """
         name = next(iter(records))
         new = records[name].shape[self.fields[name].axis]
-        if self.count + new > self.capacity:
-            self.reserve(self.count + new + self.count // GROWTH // self.step * self.step)
+        self.make_room(new, self.count)
         for name, x in records.items():
-            self.tensors[name].narrow(self.fields[name].axis, self.count, new).copy_(x)
+            held, axis = self.tensors[name], self.fields[name].axis
+            if at is None:
+                held.narrow(axis, self.count, new).copy_(x)
+            else:
+                held.index_copy_(axis, at, x)
         self.count += new
 
     def replace(self, **records: Tensor) -> None:
@@ -99,12 +114,17 @@ class Buffers:
         self.count = 0
         self.append(**records)
 
-    def remove(self, start: int, n: int) -> None:
-        """Remove `n` slots from `start` on; later ones move up."""
-        for name, field in self.fields.items():
-            later = self[name].narrow(field.axis, start + n, self.count - start - n).clone()
-            self[name].narrow(field.axis, start, self.count - start - n).copy_(later)
-        self.count -= n
+    def removal(self, start: int, n: int) -> Callable[[], None]:
+        """What removes `n` slots from `start` on, later ones moving up, without asking for memory."""
+        rest = self.count - start - n
+        later = {k: self[k].narrow(field.axis, start + n, rest).clone() for k, field in self.fields.items()}
+
+        def remove() -> None:
+            for name, x in later.items():
+                self[name].narrow(self.fields[name].axis, start, rest).copy_(x)
+            self.count -= n
+
+        return remove
 
     def take(self, name: str, index: Tensor) -> Tensor:
         """Slots `index` [B, 1 or H, m] of a field, gathered into a new tensor."""

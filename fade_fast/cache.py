@@ -17,15 +17,16 @@ from transformers.cache_utils import (
 )
 
 from fade_ref.config import FadeConfig
-from fade_ref.tiers import Tier
 
-from . import checkpoint, importance, plan, stepper
+from . import checkpoint, importance, plan, snapshot, stepper, telemetry
 from .attention import NAME
+from .guard import Guard, guarded
 from .kernels import rotated
 from .layer import TieredLayer
 from .models import find_rope, fingerprint, text_config
 from .stepper import Stepper
 from .timeline import Timeline
+from .verify import compare
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,24 @@ class TieredKVCache(Cache):
                 f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: "
                 f"'rotated' and one of {', '.join(plan.SCOPES)} are supported inside generate()"
             )
-        if (config.eviction_policy == "learned") != (policy_weights is not None):
+        if config.plan_scope == "head" and config.eviction_policy == "adaptive":
             raise ValueError(
-                f"eviction_policy={config.eviction_policy!r}, policy_weights "
-                f"{'not ' if policy_weights is None else ''}given: 'learned' needs them, others take none"
+                "plan_scope='head' with eviction_policy='adaptive': heads would keep different numbers of "
+                "tokens, which the buffers of a layer cannot hold; every other policy is supported"
             )
-        weights = None if policy_weights is None else importance.load(policy_weights)
+        if config.plan_scope == "head" and config.contiguous and config.int2_budget != 0:
+            raise ValueError(
+                f"plan_scope='head' with int2_budget={config.int2_budget} and contiguous positions: heads "
+                'would read a slot at different positions; int2_budget=0 or positions="original" is supported'
+            )
+        weights = None
+        if config.eviction_policy == "learned":
+            weights = importance.load(importance.SHIPPED if policy_weights is None else policy_weights)
+        elif policy_weights is not None:
+            raise ValueError(
+                f"eviction_policy={config.eviction_policy!r}, policy_weights given: 'learned' has weights, "
+                "others take none"
+            )
         replaceable = model_config._attn_implementation == NAME or model._can_set_attn_implementation()
         if importance.observer(config, weights) and not replaceable:
             raise ValueError(
@@ -98,7 +111,7 @@ class TieredKVCache(Cache):
         # Captured steps keep their counters on one device, so all layers must be there.
         on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
         on_gpu &= len({p.device for p in model.parameters()}) == 1
-        self.stepper = Stepper(self.timeline, compileable=on_gpu)
+        self.stepper, self.guard = Stepper(self.timeline, compileable=on_gpu), Guard()
         self._matrices: dict[tuple, Tensor] = {}
 
         def dispatches() -> bool:
@@ -113,6 +126,7 @@ class TieredKVCache(Cache):
                     config, self.stepper, rope, self._rotation, dispatches, max_length, observer
                 )
                 layers[i].model_config, layers[i].layer_idx = model_config, i
+                layers[i].guard, layers[i].abandon = self.guard, self._abandon
                 layers[i].shared = bool(getattr(model_config, "num_kv_shared_layers", 0))
             elif type(layer) is DynamicSlidingWindowLayer and on_gpu:
                 layers[i] = StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
@@ -125,11 +139,14 @@ class TieredKVCache(Cache):
     def __deepcopy__(self, memo: dict) -> "TieredKVCache":
         """An independent copy for the same model: its configuration and rotary modules are shared."""
         for layer in self.tiered:
-            for shared in (layer.model_config, layer.rope):
+            for shared in (layer.model_config, layer.rope, layer.telemetry):
                 memo[id(shared)] = shared
+        memo[id(self.stepper.demotion)] = None  # a captured graph cannot be copied
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         twin.stepper.clear()  # captured steps of this cache must not become the twin's
+        for layer in twin.tiered:
+            layer.telemetry = None
         return twin
 
     def _rotation(self, dim: int, device) -> Tensor:
@@ -149,14 +166,42 @@ class TieredKVCache(Cache):
         layer = self.layers[layer_idx]
         return layer.get_seq_length() if isinstance(layer, TieredLayer) else super().get_seq_length(layer_idx)
 
+    def _abandon(self, start: int) -> None:
+        """Take back a step from column `start` on, which failed halfway: the layers before have its tokens.
+
+        Where that cannot be, the next step is refused: the step was long and came after others, so that
+        some layers have compressed what it brought; or layers of transformers cannot take it back.
+        """
+        if not start:
+            self.reset()
+            return
+        ahead = [layer for layer in self.layers if layer.get_seq_length() > start]
+        kinds = (TieredLayer, DynamicSlidingWindowLayer)
+        fits = all(
+            layer.croppable >= layer.length - start for layer in ahead if isinstance(layer, TieredLayer)
+        )
+        if not fits or not all(isinstance(layer, kinds) for layer in self.layers):
+            self.tiered[0].failed = True
+            return
+        try:
+            for layer in sorted(ahead, key=lambda layer: isinstance(layer, TieredLayer)):
+                layer.crop(start - layer.get_seq_length())
+        except RuntimeError:  # a sliding window that has moved on
+            self.tiered[0].failed = True
+            return
+        self.timeline.crop(self.timeline.length - start)
+
+    @guarded
     def reset(self) -> None:
         """Forget every token; the next ones may have another batch size, dtype or device."""
         super().reset()
         self.timeline.clear()
         self.stepper.clear()
 
+    @guarded
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses."""
+        self.tiered[0].check_whole()
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         most = min(layer.croppable for layer in self.tiered)
         if not -most <= tokens_to_remove <= 0:
@@ -167,13 +212,17 @@ class TieredKVCache(Cache):
         super().crop(tokens_to_remove)
         self.timeline.crop(-tokens_to_remove)
 
+    @guarded
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was: int64 [B]."""
+        self._check_rows(beam_idx, same=True)
         super().reorder_cache(beam_idx)
         self.timeline.select_rows(beam_idx)
 
+    @guarded
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep rows `indices` [B'], in that order."""
+        self._check_rows(indices)
         for layer in self.layers:
             if isinstance(layer, TieredLayer):
                 layer.select_rows(indices)
@@ -183,9 +232,24 @@ class TieredKVCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, in place."""
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise ValueError(f"repeats={repeats!r}: an integer of at least 1 is allowed")
         if self.timeline.length:
             self.batch_select_indices(torch.arange(self.timeline.batch).repeat_interleave(repeats))
 
+    def _check_rows(self, index: Tensor, same: bool = False) -> None:
+        """Refuse an index of no rows, or (`same`) of another number of them; on a GPU it is not read."""
+        self.tiered[0].check_whole()
+        if not self.timeline.length:
+            return
+        batch = self.timeline.batch
+        fits = isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int64, torch.int32)
+        fits = fits and len(index) > 0 and (not same or len(index) == batch)
+        if not fits or not index.is_cuda and not 0 <= int(index.min()) <= int(index.max()) < batch:
+            number = f"{batch} numbers" if same else "numbers"
+            raise ValueError(f"rows {index}: a tensor of {number} from 0 to {batch - 1} is allowed")
+
+    @guarded
     def memory(self) -> Memory:
         """What the cache weighs now. Blocks whose demotion was due are demoted first."""
         for layer in self.tiered:
@@ -193,7 +257,7 @@ class TieredKVCache(Cache):
         held = [x for layer in self.layers for x in tensors(layer)] + self.timeline.tensors()
         rest = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
         other = sum(x.nbytes for layer in rest for x in tensors(layer))
-        sizes = [_sizes(layer) for layer in self.tiered]
+        sizes = [snapshot.sizes(layer) for layer in self.tiered]
         names = [tier for _, _, tokens in sizes for tier in tokens]
         tokens = {n: sum(t.get(n, 0) for _, _, t in sizes) / len(sizes) for n in dict.fromkeys(names)}
         return Memory(
@@ -203,17 +267,25 @@ class TieredKVCache(Cache):
             tokens={n: int(x) if x == int(x) else x for n, x in tokens.items()},
         )
 
-    def save(self, path: str | os.PathLike) -> None:
+    @guarded
+    def save(self, path: str | os.PathLike, tokens: Tensor | None = None) -> None:
         """Write the cache to a file, whole or not at all; `load_cache` reads it.
+
+        `tokens`, an integer tensor, travels along: the ids that were fed, which a cache does not know, for
+        `checkpoint.read_tokens`.
 
         Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
         """
-        checkpoint.save(self, path)
+        self.tiered[0].check_whole()
+        checkpoint.save(self, path, tokens)
 
+    @guarded
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors, cloned, and what else the cache knows, for people who store it themselves."""
+        self.tiered[0].check_whole()
         return checkpoint.state_dict(self)
 
+    @guarded
     def load_state_dict(self, tensors: dict[str, Tensor], known: dict) -> None:
         """Fill this cache, which must be empty, with what `state_dict` gave.
 
@@ -221,17 +293,23 @@ class TieredKVCache(Cache):
         """
         checkpoint.load_state_dict(self, tensors, known)
 
+    def listen(self, sink) -> telemetry.Listener:
+        """Tell `sink` of demotions, plans, evictions, renumbering, growth and compilation from now on.
+
+        `telemetry.py` says what the events hold. A sink is a path, to which lines of JSON are appended; a
+        `logging.Logger`; or a function of an event. Close the result, or use it in a `with` block.
+        Raises `TypeError` for another sink, `OSError` as the system does.
+        """
+        return telemetry.listen(self.tiered, self.tiered[0].telemetry, sink)
+
     def describe(self) -> str:
         """A text saying what each layer keeps, and how."""
-        lines = [f"TieredKVCache, {self.timeline.length} tokens seen, {self.fade_config}"]
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, TieredLayer):
-                packed, dense, tokens = _sizes(layer)
-                kept = ", ".join(f"{n} {name}" for name, n in tokens.items()) or "empty"
-                lines.append(f"layer {i}: tiered: {kept}; {packed:,} of {dense:,} bytes")
-            else:
-                lines.append(f"layer {i}: {type(layer).__name__} of transformers, not compressed")
-        return "\n".join(lines)
+        return snapshot.text(snapshot.of(self, positions=False))
+
+    @guarded
+    def snapshot(self) -> dict:
+        """The same and more as JSON has it: each layer's tiers, positions and bytes; see `snapshot.py`."""
+        return snapshot.of(self)
 
 
 def storage_bytes(held: list[Tensor]) -> int:
@@ -246,30 +324,14 @@ def tensors(layer) -> list[Tensor]:
     return [x for x in vars(layer).values() if isinstance(x, Tensor)]
 
 
-def _sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
-    """(packed bytes, dense bytes, tokens by tier) of a tiered layer."""
-    if not layer.is_initialized:
-        return 0, 0, {}
-    batch, heads = layer.exact["key"].shape[:2]
-    vector = layer.exact["key"].shape[3] * layer.exact["key"].element_size()
-    seen = int((layer.timeline.positions >= 0).sum())
-    tokens = {Tier.FP16.name: int((layer.exact_positions() >= 0).sum())}
-    packed = tokens["FP16"] * layer.exact.record_bytes
-    if layer.middle is not None:
-        for tier in layer.middle.tiers:
-            tokens[tier.name] = int((layer.middle.position(tier) >= 0).sum())
-            packed += tokens[tier.name] * tier.records.record_bytes
-        packed += layer.middle.means["mean"].nbytes if layer.middle.means.count else 0
-        tokens[Tier.EVICTED.name] = seen - sum(tokens.values())
-    return packed, batch * layer.length * heads * 2 * vector, tokens
-
-
 def create_cache(
     model: PreTrainedModel,
     config: str | FadeConfig = "safe",
     *,
     max_length: int | None = None,
     policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
+    codebooks: object | None = None,
+    verify: bool = True,
 ) -> TieredKVCache:
     """A cache for `model.generate(..., past_key_values=cache)` that compresses as it fills.
 
@@ -287,13 +349,21 @@ def create_cache(
         max_length: the most tokens the cache will see; room for them is made at once. By default
             the buffers grow with the text.
         policy_weights: for `eviction_policy="learned"`: a safetensors file, or its tensors, named and
-            shaped as `importance.MLP` says. None are shipped yet.
+            shaped as `importance.MLP` says. By default those that `fade_fast` brings, trained on
+            SmolLM2-135M; what the network sees has no model's shape, so they fit any other.
+        codebooks: of product quantisation; refused, as no configuration has such a tier yet.
+        verify: see `attach`.
 
     Raises:
         ValueError: an unknown preset, or a model or a policy that cannot be served; a policy that
-            ranks by attention needs a model whose attention can be replaced.
+            ranks by attention needs a model whose attention can be replaced; what `attach` raises.
         TypeError: `model` or `config` is of another type.
     """
+    if codebooks is not None:
+        raise ValueError(
+            "codebooks: no configuration of the cache has a product-quantised tier yet; "
+            "fade_fast.codebooks codes and decodes with them"
+        )
     if isinstance(config, str):
         config = FadeConfig.preset(config)
     if not isinstance(config, FadeConfig):
@@ -303,19 +373,24 @@ def create_cache(
     ):
         raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
     cache = TieredKVCache(model, config, max_length, policy_weights)
-    attach(model)
+    attach(model, verify=verify)
     return cache
 
 
 def load_cache(
-    path: str | os.PathLike, model: PreTrainedModel, *, max_length: int | None = None, policy_weights=None
+    path: str | os.PathLike,
+    model: PreTrainedModel,
+    *,
+    max_length: int | None = None,
+    policy_weights=None,
+    verify: bool = True,
 ) -> TieredKVCache:
     """A cache for `model` as `TieredKVCache.save` wrote it; decoding goes on to the bit.
 
     Args:
         path: what `save` wrote.
         model: the model it was filled by, on any device.
-        max_length, policy_weights: as `create_cache` takes them.
+        max_length, policy_weights, verify: as `create_cache` takes them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -327,21 +402,31 @@ def load_cache(
         different = ", ".join(name for name in ours if theirs.get(name) != ours[name])
         raise ValueError(f"{path} was filled by another model: {different} differ")
     config = FadeConfig(**header["config"])
-    cache = create_cache(model, config, max_length=max_length, policy_weights=policy_weights)
+    options = dict(max_length=max_length, policy_weights=policy_weights, verify=verify)
+    cache = create_cache(model, config, **options)
     cache.load_state_dict(tensors, header)
     return cache
 
 
-def attach(model: PreTrainedModel) -> bool:
+def attach(model: PreTrainedModel, *, verify: bool = True) -> bool:
     """Let the model's attention read tiered caches; plain caches go on working under it.
 
     Returns whether the model dispatches its attention, and so could be attached. The setting lives
     on the model's configuration: models built from one configuration object share it.
+
+    Args:
+        model: a decoder of transformers.
+        verify: first compare our attention, compressing nothing, with the model's own on 72 random
+            tokens, in chunks and single steps; once for a model, and not where it is read dense.
+
+    Raises `ValueError`, naming the layer and the error, if they differ; the model is as it was then.
     """
+    if verify:
+        _verify(model)
     if "_fade_guard" not in model.__dict__:
-        model._fade_guard = model.register_forward_pre_hook(_refuse_without_use_cache, with_kwargs=True)
-        if model.config.model_type in SWITCHING:
-            model.prepare_inputs_for_generation = types.MethodType(_prepare_inputs, model)
+        model._fade_guard = model.register_forward_pre_hook(_refuse, with_kwargs=True)
+    if model.config.model_type in SWITCHING:
+        model.prepare_inputs_for_generation = types.MethodType(_prepare_inputs, model)
     if model.config._attn_implementation == NAME:
         return True
     if not model._can_set_attn_implementation():
@@ -357,12 +442,28 @@ def attach(model: PreTrainedModel) -> bool:
     return True
 
 
+def _verify(model: PreTrainedModel) -> None:
+    """Compare our attention with the model's own, unless that was done before."""
+    own = model.__dict__.get("_fade_previous") or model.config._attn_implementation
+    if own == NAME:  # attached through another model, whose configuration this one shares
+        own = "sdpa" if model._supports_sdpa else "eager"
+    if model.__dict__.get("_fade_verified") == own or not model._can_set_attn_implementation():
+        return
+    plain = FadeConfig(recent_window=None)
+    try:
+        TieredKVCache(model, plain)
+    except ValueError:  # no cache to be had, and nothing to verify
+        return
+    compare(model, NAME, own, lambda: TieredKVCache(model, plain))
+    model._fade_verified = own
+
+
 def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`: the model's own attention function is back. Nothing happens without one."""
-    guard = model.__dict__.pop("_fade_guard", None)
-    if guard is not None:
-        guard.remove()
-        model.__dict__.pop("prepare_inputs_for_generation", None)
+    """Undo `attach`: the model's own attention function is back. Nothing happens without one.
+
+    A hook stays that refuses what would go wrong with a tiered cache; it does nothing with others.
+    """
+    model.__dict__.pop("prepare_inputs_for_generation", None)
     previous = model.__dict__.pop("_fade_previous", None)
     if previous is not None:
         model.set_attn_implementation(previous)
@@ -387,9 +488,20 @@ def _prepare_inputs(model, input_ids, past_key_values=None, **kwargs):
     )
 
 
-def _refuse_without_use_cache(model, args, kwargs) -> None:
-    """Refuse a step that is fed every token again on top of what the cache holds."""
-    if isinstance(kwargs.get("past_key_values"), TieredKVCache) and kwargs.get("use_cache") is False:
+def _refuse(model, args, kwargs) -> None:
+    """Refuse a step that is fed every token again on top of what the cache holds, and padding where
+    the model's own attention, whose masks count columns, would read what is left after eviction."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if not isinstance(cache, TieredKVCache):
+        return
+    if kwargs.get("use_cache") is False:
         raise ValueError(
             "use_cache=False with a cache would feed every token again: pass use_cache=True to generate()"
+        )
+    if not cache.fade_config.evicts or model.config._attn_implementation == NAME:
+        return
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all():
+        raise ValueError(
+            "padding, and a cache that evicts, under the model's own attention, which cannot tell which of "
+            "the tokens left are padding: fade_fast.attach(model) replaces it"
         )

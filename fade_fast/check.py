@@ -82,11 +82,13 @@ def check_model(
 
     Raises:
         ValueError: an unknown preset, a configuration without a decoder class, or `length` < 1.
-        TypeError: `model` is neither.
+        TypeError: `model` or `config` is of another type.
     """
     if length < 1:
         raise ValueError(f"length={length}: an integer of at least 1 is allowed")
     config = FadeConfig.preset(config) if isinstance(config, str) else config
+    if not isinstance(config, FadeConfig):
+        raise TypeError(f"config must be the name of a preset or a FadeConfig, not {type(config).__name__}")
     if isinstance(model, PreTrainedConfig):
         model = AutoModelForCausalLM.from_config(model)
     name = type(model).__name__

@@ -4,24 +4,25 @@ What is stored are the slots in use, as they are in memory, so that decoding goe
 follows from the configuration (the codec's rotation, capacities, captured steps) is made anew.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import tempfile
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
+from .files import whole
 from .layer import TieredLayer
 from .middle import PlannedMiddle
 from .timeline import Timeline
 
-VERSION = 1
+VERSION = 2
+TOKENS = "tokens"  # name of a tensor of ids that goes with a cache, but is none of it
 
 
 def state_dict(cache: Cache) -> tuple[dict[str, Tensor], dict]:
@@ -88,24 +89,22 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
         raise ValueError(f"what is stored does not fit the cache: {error}") from error
 
 
-def save(cache: Cache, path: str | os.PathLike) -> None:
+def save(cache: Cache, path: str | os.PathLike, token_ids: Tensor | None = None) -> None:
     """Write a cache to a file, whole or not at all: a file that was there survives a crash.
+
+    `token_ids`, an integer tensor, is stored beside it as int32, for `read_tokens`.
 
     Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
     """
     tensors, known = state_dict(cache)
-    header = dict(version=VERSION, model=cache.fingerprint, digest=_digest(tensors), **known)
-    data = serialise(tensors, metadata={"fade": json.dumps(header)})
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    if token_ids is not None:
+        if not isinstance(token_ids, Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError("tokens are an integer tensor: the ids that were fed")
+        tensors[TOKENS] = token_ids.to(torch.int32).contiguous()
+    header = dict(version=VERSION, model=cache.fingerprint, **known)
+    header["digest"] = _digest(tensors, header)
+    with whole(path) as written:
+        save_file(tensors, written, metadata={"fade": json.dumps(header)})
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
@@ -113,24 +112,66 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
 
     Raises `FileNotFoundError`, and `ValueError` for what is no such file, damaged, or newer.
     """
+    with _opened(path) as (header, file):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    digest = header.pop("digest", None)
+    if digest != _digest(tensors, header):
+        raise ValueError(f"{path} is damaged: its content is not what was written")
+    tensors.pop(TOKENS, None)
+    return tensors, header
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict, dict[str, tuple[tuple[int, ...], int]]]:
+    """The header of such a file, and shape and bytes of each tensor; none is read, so none is verified.
+
+    Raises as `read` does.
+    """
+    with _opened(path) as (header, file):
+        found = {}
+        for name in file.keys():
+            part = file.get_slice(name)
+            shape = tuple(part.get_shape())
+            found[name] = (shape, torch.Size(shape).numel() * BYTES[part.get_dtype()])
+        return header, found
+
+
+def read_tensors(path: str | os.PathLike, names: list[str]) -> dict[str, Tensor]:
+    """Some tensors of such a file, not verified. Raises as `read` does."""
+    with _opened(path) as (_, file):
+        return {name: file.get_tensor(name) for name in names}
+
+
+def read_tokens(path: str | os.PathLike) -> Tensor | None:
+    """The token ids that were stored beside a cache, int64; None if there were none. Raises as `read`."""
+    with _opened(path) as (_, file):
+        return file.get_tensor(TOKENS).long() if TOKENS in file.keys() else None
+
+
+#: Bytes of a number, by the name that safetensors has for its type.
+BYTES = dict(F64=8, F32=4, F16=2, BF16=2, I64=8, I32=4, U8=1, BOOL=1)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike):
+    """Header and file, for reading; whatever is wrong with it becomes a `ValueError`."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["fade"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if not isinstance(header, dict):
+                raise ValueError("its header is no object")
+            if header.get("version") == VERSION:
+                yield header, file
+                return
     except FileNotFoundError:
         raise
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"{path} is not a stored cache, or is damaged: {error}") from error
-    if header.get("version") != VERSION:
-        raise ValueError(f"{path} has version {header.get('version')}; {VERSION} is understood here")
-    if header.get("digest") != _digest(tensors):
-        raise ValueError(f"{path} is damaged: its tensors are not those that were written")
-    return tensors, header
+    raise ValueError(f"{path} has version {header.get('version')}; {VERSION} is understood here")
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], header: dict) -> str:
+    """SHA-256 over the header, and names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name].contiguous().cpu()
         digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
@@ -139,7 +180,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _of_tiered(layer: TieredLayer) -> tuple[dict[str, Tensor], dict]:
-    if not layer.is_initialized:
+    if not layer.length:
         return {}, dict(length=0)
     parts = {f"exact.{name}": layer.exact[name] for name in layer.exact.fields}
     if layer.sink_keys is not None:
@@ -197,7 +238,7 @@ def _fill_tiered(layer: TieredLayer, parts: dict[str, Tensor], about: dict) -> N
     if not about["length"]:
         return
     keys, values = parts["exact.key"], parts["exact.value"]
-    layer.check(keys, values)
+    layer.check(keys, values, least=0)
     layer.lazy_initialization(keys, values)
     layer.exact.append(**{name: parts.pop(f"exact.{name}") for name in layer.exact.fields})
     for i, x in enumerate(layer.observer.tensors() if layer.observer else ()):

@@ -1,27 +1,24 @@
-"""Generate from a long prompt with DynamicCache and with each preset, and compare.
+"""Compare each preset with DynamicCache on a long prompt.
 
 Every run prefills the whole prompt into a fresh cache of its own and decodes greedily through the
 model's own generate(). The uncompressed run comes first; the others are held against it.
 """
 
 import argparse
-import json
-import os
-import tempfile
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
-from fade_ref.config import PRESETS, FadeConfig
+from fade_ref.config import PRESETS
 from fade_ref.tiers import Tier
 
+from . import options
 from .cache import create_cache, detach, storage_bytes, tensors
-from .loading import DTYPES, HUB_ID, LoadError, load, quiet
+from .files import write_json
+from .loading import HUB_ID, LoadError, load, quiet
+from .session import Stopwatch
 
 PROMPT_TOKENS = 3000
 # Chapters of Python's language reference in plain prose; `pydoc` ships them with every CPython.
@@ -69,39 +66,18 @@ class Run:
         return differ.index(True) if any(differ) else len(differ)
 
 
-class Stopwatch(BaseStreamer):
-    """Notes when each token comes out of generate(), and moves a progress bar."""
-
-    def __init__(self, bar: tqdm):
-        self.bar, self.times = bar, []
-        self.start = time.perf_counter()
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called by generate() with the prompt first, then with every new token."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        self.times.append(time.perf_counter())
-        self.bar.update()
-
-    def end(self) -> None:
-        """Called by generate() when it is done; a text may end before the bar does."""
-        self.bar.update(self.bar.total - self.bar.n)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade demo`."""
-    parser.add_argument("--model", help=f"hub id or folder (default: {HUB_ID}, found online or offline)")
+    options.add_model(parser)
     parser.add_argument(
-        "--config", nargs="+", type=_preset, default=list(PRESETS), metavar="PRESET",
+        "--config", nargs="+", type=options.preset, default=list(PRESETS), metavar="PRESET",
         help=f"presets to run, of {', '.join(PRESETS)} (default: all)",
     )  # fmt: skip
-    parser.add_argument("--prompt-file", type=_text_file, metavar="FILE", help="UTF-8 text for the prompt")
-    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
-    parser.add_argument("--device", type=_device, help="default: cuda if available, else cpu")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is bf16 (default)")
-    parser.add_argument("--json", type=_writable, metavar="FILE", help="write the figures there as well")
+    parser.add_argument(
+        "--prompt-file", type=options.text_file, metavar="FILE", help="UTF-8 text for the prompt"
+    )
+    options.add_new_tokens(parser)
+    options.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -248,14 +224,6 @@ def records(model: str, prompt_tokens: int, runs: dict[str, Run], texts: dict[st
     ]
 
 
-def write_json(path: Path, value) -> None:
-    """Write the whole file or, if anything stops that, nothing."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fade-") as scratch:
-        whole = Path(scratch) / path.name
-        whole.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(whole, path)
-
-
 def _generate(model, inputs, cache, max_new_tokens: int, streamer=None) -> list[int]:
     """Ids of the new tokens, greedily."""
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
@@ -281,44 +249,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
-
-
-def _preset(name: str) -> str:
-    try:
-        FadeConfig.preset(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return name
-
-
-def _text_file(path: str) -> str:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise argparse.ArgumentTypeError(f"cannot read {path}: {why}") from error
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"{path} is empty")
-    return text
-
-
-def _writable(path: str) -> Path:
-    """Checked before the work, not after it."""
-    where = Path(path)
-    if where.is_dir() or not os.access(where.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{path} cannot be written")
-    return where
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: an integer of at least 1 is allowed")
-    return int(text)
-
-
-def _device(name: str) -> str:
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{name!r} is not the name of a device") from error
-    return name

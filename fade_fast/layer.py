@@ -4,6 +4,7 @@ Columns are stored as sinks, middle and recent. A column joins the recent region
 and leaves it for the middle `block_size` columns at a time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from fade_ref.config import FadeConfig
 from fade_ref.tiers import packed_bytes
 
 from .buffers import Buffers, Field, take
+from .guard import Guard, guarded
 from .importance import Observer
 from .kernels import rotated
 from .kernels.compile import fuses
@@ -22,6 +24,7 @@ from .kernels.rope import rotate
 from .middle import HOLE, Middle, MiddleTier, PinnedMiddle, PlannedMiddle
 from .models import Rope
 from .stepper import ROOM, SETTLED, SHORT, Stepper
+from .telemetry import Telemetry
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +72,13 @@ class TieredLayer(CacheLayerMixin):
         observer: of the attention that tokens receive, if the policy asks.
     """
 
+    guard: Guard  # one for all layers of a cache
+    abandon: Callable[[int], None]  # takes back a step from column `start` on, which failed in this layer
     is_sliding = False
     is_croppable = True
     layer_idx: int | None = None  # of the model's layer, where the model is known
     shared = False  # whether other layers may read what this one stores (Gemma 4)
+    telemetry: Telemetry | None = None  # where anything listens
 
     def __init__(
         self,
@@ -91,6 +97,8 @@ class TieredLayer(CacheLayerMixin):
         self.config, self.timeline, self.rope = config, timeline, rope
         self._rotations, self._dispatches, self._max_length = rotations, dispatches, max_length
         self.observer = observer
+        self.guard = Guard()
+        self.abandon = lambda start: None
         self._clear()
 
     def _clear(self) -> None:
@@ -100,6 +108,7 @@ class TieredLayer(CacheLayerMixin):
         self._sinks_placed = False
         self.sink_keys: Tensor | None = None  # as they came; `exact` holds them as they are read
         self.frozen: list[Slots] = []  # what captured steps read of the tiers
+        self.failed = False  # whether a step stopped halfway, and could not be taken back
         self.is_initialized = False
 
     # -- transformers' protocol
@@ -141,8 +150,10 @@ class TieredLayer(CacheLayerMixin):
         return self._update(keys, values)
 
     @torch.compiler.disable
+    @guarded
     def _update(self, keys: Tensor, values: Tensor):
         self.check(keys, values)
+        self.check_whole()
         if self._dispatches():
             arrival = Arrival(self, keys, values)
             return arrival, arrival
@@ -151,20 +162,39 @@ class TieredLayer(CacheLayerMixin):
                 f"eviction_policy={self.config.eviction_policy!r} ranks by attention, which this model's "
                 "own attention function does not tell: fade_fast.attach(model) replaces it"
             )
-        self.settle()
-        both = (keys, values)
-        if self.length:
-            both = tuple(torch.cat(parts, dim=2) for parts in zip(self.dense(), both))
-        self.timeline.extend(self.length, None, keys.shape[0], keys.shape[2], keys.device)
-        self.store(keys, values, attended=keys.shape[2] > SHORT)  # drafts may be cropped again
+        if self.config.moves and self.timeline.has_holes:
+            raise ValueError(
+                "tokens of rows with padding have moved in this cache: only our attention knows which are "
+                "which, fade_fast.attach(model) brings it back"
+            )
+        start = self.length
+        try:
+            self.settle()
+            both = (keys, values)
+            if start:
+                both = tuple(torch.cat(parts, dim=2) for parts in zip(self.dense(), both))
+            self.timeline.extend(start, None, keys.shape[0], keys.shape[2], keys.device)
+            self.store(keys, values, attended=keys.shape[2] > SHORT)  # drafts may be cropped again
+        except BaseException:
+            self.abandon(start)
+            raise
         return both
 
-    def check(self, keys: Tensor, values: Tensor) -> None:
+    def check_whole(self) -> None:
+        """Refuse, with `RuntimeError`, what begins while a step has not ended; the first layer knows."""
+        last = self.stepper.layers[-1]
+        if self is self.stepper.layers[0] and (self.failed or self.length != last.length):
+            raise RuntimeError(
+                f"a step has not ended: the first layer has seen {self.length} tokens, the last {last.length}"
+                "; another thread is at it, or it failed halfway: reset() the cache, or load it again"
+            )
+
+    def check(self, keys: Tensor, values: Tensor, least: int = 1) -> None:
         """Refuse what cannot follow the tokens stored, before anything is written.
 
         Raises `ValueError` on a wrong shape, batch, head count, head_dim, dtype or device.
         """
-        if keys.dim() != 4 or keys.shape != values.shape or not keys.shape[2]:
+        if keys.dim() != 4 or keys.shape != values.shape or keys.shape[2] < least:
             raise ValueError(
                 "keys and values must have one shape [batch, KV heads, tokens > 0, head_dim]: got "
                 f"{tuple(keys.shape)} and {tuple(values.shape)}"
@@ -313,22 +343,33 @@ class TieredLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.stepper.touch()
+        before = self.length, self.exact.count, self._sinks_placed
+        try:
+            self._store(keys, values, attended, received)
+        except BaseException:
+            self.length, self.exact.count, self._sinks_placed = before
+            raise
+        if self.telemetry:
+            self.telemetry.stored(self)
+
+    def _store(self, keys: Tensor, values: Tensor, attended: bool, received) -> None:
         start, new = self.length, keys.shape[2]
         sinks = max(0, min(new, self.config.n_sink - start))
         recent = self.recent
         self.length += new
         columns = dict(key=keys, value=values) | (self.arrive(new) if received is None else received)
+        surplus = self._surplus(recent + new - sinks) if attended else 0
+        self.exact.make_room(new - surplus, self.exact.count)
         self.exact.append(**self._cut(columns, 0, sinks))
         if self.timeline.has_holes and not self._sinks_placed:
             self._place_sinks(keys, values, start)
         columns = self._cut(columns, sinks, new)
-        surplus = self._surplus(recent + new - sinks) if attended else 0
         if surplus:
             older, first = self._held(self.exact.count - recent, self.exact.count), self.length - new + sinks
             axes = {name: field.axis for name, field in self.exact.fields.items()}
             columns = {name: torch.cat((older[name], x), axes[name]) for name, x in columns.items()}
-            self.exact.count -= recent
             self._demote(self._cut(columns, 0, surplus), first - recent)
+            self.exact.count -= recent
             columns = self._cut(columns, surplus, recent + new - sinks)
         self.exact.append(**columns)
 
@@ -345,6 +386,7 @@ class TieredLayer(CacheLayerMixin):
         """Slots `start` to `stop` of the uncompressed region, every field."""
         return self._cut(self.exact.tensors, start, stop)
 
+    @guarded
     def settle(self) -> bool:
         """Demote the blocks that a step read from the recent buffers, and pushed out of them.
 
@@ -355,9 +397,24 @@ class TieredLayer(CacheLayerMixin):
         if surplus:
             self.stepper.touch()
             start = self.exact.count - self.recent
+            remove = self.exact.removal(start, surplus)
             self._demote(self._held(start, start + surplus), self.length - self.recent)
-            self.exact.remove(start, surplus)
+            remove()
+            if self.telemetry:
+                self.telemetry.stored(self)
         return surplus > 0
+
+    @property
+    def repeats(self) -> bool:
+        """Whether `settle` would do what it did last time, so that a graph of that can be replayed."""
+        c = self.config
+        steady = self.recent == c.recent_window + c.block_size and not self.timeline.has_holes
+        return steady and not (self.observer or self.telemetry) and self.middle.repeats(c.block_size)
+
+    def repeat(self) -> None:
+        """Count what such a replay has demoted."""
+        self.exact.count -= self.config.block_size
+        self.middle.repeat(self.config.block_size)
 
     def _surplus(self, recent: int) -> int:
         """How many of `recent` columns have to leave: whole blocks."""
@@ -379,11 +436,16 @@ class TieredLayer(CacheLayerMixin):
 
     def _demote(self, columns: dict[str, Tensor], first: int) -> None:
         """Hand columns `first` onwards to the middle, given every field of them."""
-        before = self.middle.evicted
+
+        def turn(evicted: Tensor | None) -> None:
+            if self.config.contiguous and evicted is not None:
+                self._turn_sinks(self.middle.evicted, evicted)
+
         received = {name: x for name, x in columns.items() if name not in ("key", "value")}
-        self.middle.demote(columns["key"], columns["value"], first, self.length, received)
-        if self.config.contiguous and self.middle.evicted is not None:
-            self._turn_sinks(before, self.middle.evicted)
+        done = self.telemetry and self.telemetry.demotion(self, columns["key"].shape[2], first)
+        self.middle.demote(columns["key"], columns["value"], first, self.length, received, turn)
+        if done:
+            done()
 
     def _turn_sinks(self, before: Tensor | None, evicted: Tensor) -> None:
         """Rewrite the sinks' keys as they are read now: rotated on by the tokens evicted.
@@ -394,7 +456,7 @@ class TieredLayer(CacheLayerMixin):
         if before is None:
             self.sink_keys = keys.clone()
         else:  # a row without evictions holds its sinks as they came, late ones included
-            self.sink_keys = torch.where((before == 0)[..., None, None], keys, self.sink_keys)
+            self.sink_keys.copy_(torch.where((before == 0)[..., None, None], keys, self.sink_keys))
         delta = evicted[..., None].expand(-1, -1, keys.shape[2])
         turned = rotate(self._wide(self.sink_keys), delta, self.rope.inv_freq(), self.rope.interleaved)
         keys.copy_(torch.where((delta == 0)[..., None], self.sink_keys, turned.to(keys.dtype)))
@@ -418,8 +480,8 @@ class TieredLayer(CacheLayerMixin):
 
     @property
     def due(self) -> bool:
-        """Whether a block has to leave the recent region."""
-        return self._surplus(self.recent) > 0
+        """Whether a block has to leave the recent region, of this layer or, if that failed, of the last."""
+        return self._surplus(max(self.recent, self.stepper.layers[-1].recent)) > 0
 
     @property
     def frequencies(self) -> Tensor | None:
@@ -432,6 +494,8 @@ class TieredLayer(CacheLayerMixin):
         most = c.n_sink + c.recent_window + c.block_size + SHORT if c.compresses else self._max_length
         doubled = max(2 * count, count + ROOM)
         self.exact.reserve(max(count + 1, doubled if most is None else min(most, doubled)))
+        if self.telemetry:
+            self.telemetry.stored(self)
 
     def held_tiers(self) -> list[MiddleTier]:
         """Tiers that hold a token."""
@@ -445,9 +509,9 @@ class TieredLayer(CacheLayerMixin):
         """Tensors that captured steps know by their addresses."""
         found = list(self.exact.tensors.values())
         found += self.observer.tensors() if self.observer else []
+        found += [] if self.sink_keys is None else [self.sink_keys]
         if self.has_middle:
-            found += [x for tier in self.held_tiers() for x in tier.tensors()]
-            found += self.middle.means.tensors.values()
+            found += self.middle.tensors()
         return found if self.frequencies is None else [*found, self.frequencies]
 
     @property
@@ -468,9 +532,7 @@ class TieredLayer(CacheLayerMixin):
     def thaw(self) -> None:
         """Bring those tensors up to date."""
         for tier, frozen in zip(self.held_tiers(), self.frozen):
-            for stale, fresh in zip(frozen[-3:], self.middle.slots(tier)[-3:]):
-                if isinstance(stale, Tensor):
-                    stale.copy_(fresh)
+            self.middle.thaw(tier, frozen)
 
     def settled_columns(self) -> int:
         """How many columns, the first ones, can be left to FlashAttention: whole, and not the newest."""
@@ -515,7 +577,7 @@ class TieredLayer(CacheLayerMixin):
         whole = self.length in (0, self.timeline.length)
         newest = self.timeline.newest() if whole else self.timeline.positions[:, : self.length].amax(-1)
         here = slots <= newest[:, None]
-        recent = self.timeline.positions[:, self.length - self.recent : self.length]
+        recent = self.timeline.at(self.length - self.recent, self.recent)
         recent = recent.masked_fill(recent < self.config.n_sink, HOLE)
         return torch.cat((torch.where(here, slots, HOLE), recent), dim=-1)[:, None]
 
@@ -538,7 +600,7 @@ class TieredLayer(CacheLayerMixin):
             return keys, values
         sinks = self.config.n_sink
         middle = [self.decode(tier) for tier in self.middle.tiers if tier.records.count]
-        order = torch.cat([self.middle.position(t) for t in self.middle.tiers], dim=-1).argsort(
+        order = torch.cat([self.middle.places(t) for t in self.middle.tiers], dim=-1).argsort(
             dim=-1, stable=True
         )
         k, v = (torch.cat(parts, dim=2) for parts in zip(*middle))

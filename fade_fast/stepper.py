@@ -53,6 +53,7 @@ class Stepper:
         self._spans: list[list[int]] = []
         self._frequencies: Tensor | None = None
         self._epoch, self._stale = 0, True
+        self._demotions, self.demotion = 0, None
 
     # -- around a step
 
@@ -62,8 +63,7 @@ class Stepper:
         if new != 1 or not first.can_step or self.timeline.batch != batch:
             return False
         if first.due:
-            for layer in self.layers:
-                layer.settle()
+            self._demote()
         if first.exact.count == first.exact.capacity or self.timeline.full:
             for layer in self.layers:
                 layer.make_room()
@@ -81,6 +81,38 @@ class Stepper:
             layer.length += 1
         self.timeline.length += 1
         self.active = False
+
+    def _demote(self) -> None:
+        """Demote what is due in every layer: a few hundred small kernels a layer, which wait for Python.
+
+        So from the second time in an epoch on they are replayed from a graph, where only slots differ.
+        """
+        if self._stale or not self._demotions or not all(layer.repeats for layer in self.layers):
+            for layer in self.layers:
+                layer.settle()
+            self._demotions += 1
+        elif not self.slot.is_cuda:
+            self._demote_by_cursor()
+        else:
+            if self.demotion:
+                for layer in self.layers:
+                    layer.repeat()
+            else:
+                self.demotion = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.demotion):
+                    self._demote_by_cursor()
+            self.demotion.replay()
+
+    def _demote_by_cursor(self) -> None:
+        """The same by tensors of fixed addresses, and all that graphs read brought up to date."""
+        self.timeline.cursor = self.column
+        try:
+            for layer in self.layers:
+                layer.settle()
+            self._refresh()
+        finally:
+            self.timeline.cursor = None
+        self._stale = False
 
     def _outgrown(self) -> bool:
         """Whether too many columns have come since FlashAttention's part was settled."""
@@ -116,6 +148,7 @@ class Stepper:
             layer.freeze()
         self.settled = first.settled_columns() if not self.timeline.has_holes else 0
         self._refresh()
+        self._demotions, self.demotion = 0, None
         _steppers.pop(self._epoch, None)
         self._epoch = next(_epochs)
         _steppers[self._epoch] = self
@@ -126,8 +159,9 @@ class Stepper:
         """Bring the tensors that graphs read up to date."""
         first, timeline = self.layers[0], self.timeline
         self.slot.fill_(first.exact.count)
-        self.column.fill_(timeline.length)
-        self.newest.copy_(timeline.positions.amax(-1))  # the newest column may be padding
+        if timeline.cursor is None:
+            self.column.fill_(timeline.length)
+            self.newest.copy_(timeline.positions.amax(-1))  # the newest column may be padding
         held = first.exact_positions() != HOLE
         self.seen.zero_()
         self.seen[:, :, : held.shape[-1]] = held
@@ -146,8 +180,7 @@ class Stepper:
             self._advance(mask)
         keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
         if index >= 0:
-            keys.index_copy_(2, self.slot, key)
-            values.index_copy_(2, self.slot, value)
+            exact.store(keys, values, self.slot, key, value)
         tally = layer.tally()
         if tally and index >= 0:
             layer.observer.renew(layer.exact.tensors, self.slot)

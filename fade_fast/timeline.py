@@ -16,9 +16,12 @@ class Timeline:
 
     `positions` [B, length] int32: the token's index among the real tokens of its row, or `HOLE`.
     `length`: columns seen, the cache's logical length. `buffer`: what `positions` is a view of.
+    `cursor`: the length as a tensor, int64 [1], while a graph is captured in which columns must be found
+    anew at every replay; None otherwise. Such a graph is for batches without padding.
     """
 
     def __init__(self):
+        self.cursor: Tensor | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -31,6 +34,17 @@ class Timeline:
     @property
     def positions(self) -> Tensor:
         return self.buffer[:, : self.length]
+
+    def index(self, first: int, count: int) -> Tensor:
+        """Columns `first` to `first + count`, by the cursor: int64 [count]."""
+        start = first - self.length
+        return self.cursor + torch.arange(start, start + count, device=self.cursor.device)
+
+    def at(self, first: int, count: int) -> Tensor:
+        """Positions of columns `first` to `first + count`, [B, count]."""
+        if self.cursor is None:
+            return self.positions[:, first : first + count]
+        return self.buffer.index_select(1, self.index(first, count))
 
     @property
     def batch(self) -> int:
@@ -87,7 +101,7 @@ class Timeline:
         """Position of each row's newest real token, [B] int32; -1 if it has none yet."""
         if not self.length:
             return torch.full((batch,), -1, dtype=torch.int32, device=device)
-        return self.positions.amax(-1) if self.has_holes else self.positions[:, -1]
+        return self.positions.amax(-1) if self.has_holes else self.at(self.length - 1, 1)[:, 0]
 
     def crop(self, n: int) -> None:
         """Forget the newest `n` columns."""

@@ -96,7 +96,8 @@ class FadeConfig:
 
     def _choice(self, field: str, allowed: tuple) -> None:
         value = getattr(self, field)
-        if isinstance(value, bool) or value not in allowed:
+        known = isinstance(value, (str, int, type(None))) and not isinstance(value, bool)
+        if not known or value not in allowed:
             raise ValueError(f"{field}={value!r}: one of {', '.join(map(repr, allowed))} is allowed")
 
     @property

@@ -150,9 +150,7 @@ def cubic(bits: int) -> tuple[float, float]:
     return one - b, b
 
 
-def lloyd_encode(
-    y: Tensor, bits: int, kind: str = "cubic", norm: str = "unbiased"
-) -> tuple[Tensor, Tensor]:
+def lloyd_encode(y: Tensor, bits: int, kind: str = "cubic", norm: str = "unbiased") -> tuple[Tensor, Tensor]:
     """Lloyd-Max codes of rotated vectors y [..., D] (TurboQuant, arXiv 2504.19874, Algorithm 1).
 
     code = number of midpoints strictly below y sqrt(D) / |y|: ties go down. With z the levels of

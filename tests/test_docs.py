@@ -1,5 +1,6 @@
 """README.md and docs: Python blocks run, names and links exist, quoted numbers are the stored ones."""
 
+import ast
 import doctest
 import importlib
 import importlib.util
@@ -92,3 +93,55 @@ def test_the_numbers_under_the_figures_are_the_stored_ones():
     text = SPEC.read_text(encoding="utf-8")
     for name in figures.FIGURES:
         assert figures.quoted(text, name) == text, f"python docs/figures.py --redraw --only {name}"
+
+
+GUIDE = ROOT / "docs/guide.md"
+#: Callables whose first argument is a message to the user.
+RAISED = re.compile(r".*(Error|Warning)$|warn$|refusal$")
+
+
+def messages(source: str) -> list[list[str]]:
+    """The literal pieces of every message that a module raises or warns with, in order."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not node.args:
+            continue
+        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        if RAISED.match(name) and isinstance(node.args[0], (ast.Constant, ast.JoinedStr)):
+            parts = getattr(node.args[0], "values", [node.args[0]])
+            texts = [p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)]
+            found.append([text.strip() for text in texts if text.strip(" :;,=()[]")])
+    return [pieces for pieces in found if pieces]
+
+
+def test_how_messages_are_found():
+    source = 'raise ValueError(f"a {x}: b")\nwarnings.warn("c")\nraise E(y)\nraise ValueError(str(e))\nf("d")'
+    assert messages(source) == [["a", ": b"], ["c"]]
+
+
+def explained(pieces: list[str], entries: list[str]) -> bool:
+    """Whether an entry holds all pieces in this order, and nothing but `...` between them."""
+    pattern = r"[^|`]*?\.\.\.[^|`]*?".join(map(re.escape, pieces))
+    return any(re.search(pattern, entry) for entry in entries)
+
+
+def test_every_message_has_its_cure_in_the_guide():
+    """Of what kernels say, who must be called by hand to say it, only the form is explained."""
+    rows = [line.split(" | ") for line in GUIDE.read_text(encoding="utf-8").splitlines() if " | " in line]
+    entries = [row[0] for row in rows if len(row) == 2 and len(row[1]) > 10]
+    files = [*(ROOT / "fade_fast").rglob("*.py"), ROOT / "fade_ref/config.py", ROOT / "fade_ref/tiers.py"]
+    raised = [
+        (path.relative_to(ROOT), pieces)
+        for path in files
+        if path.parent.name != "kernels"
+        for pieces in messages(path.read_text(encoding="utf-8"))
+    ]
+    assert len(raised) > 80
+    missing = [f"{path}: {' ... '.join(pieces)}" for path, pieces in raised if not explained(pieces, entries)]
+    assert not missing, "docs/guide.md does not say how to cure:\n" + "\n".join(missing)
+
+
+def test_the_readme_fits_two_screens():
+    """Of 40 lines of 160 characters, as a browser shows them: tables and paragraphs wrap."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert sum(max(1, -(-len(line) // 160)) for line in lines) <= 80

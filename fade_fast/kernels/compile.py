@@ -82,12 +82,16 @@ def tier_tiles(
 def step_tiles(heads: int, rows: int, exact: int, means: int, dim: int) -> Tiles:
     """Of what surrounds the tiers: `exact` uncompressed tokens, and as many means as all tiers have."""
     x, table = _power_of_two(rows), dim + 1 + exact + means
-    first = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=32, R0_BLOCK=32, num_warps=2, num_stages=2)
+    first = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=16, R0_BLOCK=64, num_warps=2, num_stages=1)
     if heads * table >= 1 << 14:
-        first.update(YBLOCK=128, R0_BLOCK=64 if dim % 128 == 0 else 32, num_warps=4)
-    last = dict(ZBLOCK=1, XBLOCK=64, YBLOCK=x, R0_BLOCK=64, num_warps=4, num_stages=2)
-    if heads < 32:
-        last.update(XBLOCK=32, R0_BLOCK=128)
+        first.update(YBLOCK=128, num_warps=8, num_stages=2)
+    if dim % 128:  # a half is summed, in whole tiles
+        first.update(R0_BLOCK=32)
+    # All at once if it fits: a kernel this small waits for its loads, and so for nothing else.
+    last = dict(ZBLOCK=1, XBLOCK=16, YBLOCK=x, num_warps=4, num_stages=1)
+    last.update(R0_BLOCK=min(2048 // x, _power_of_two(exact + dim)))
+    if x > 8 or heads >= 32:
+        last.update(XBLOCK=64, R0_BLOCK=64, num_stages=2)
     return {
         (heads * table * rows, dim // 2): first,
         (heads * rows, exact): dict(XBLOCK=1, R0_BLOCK=256, num_warps=1, num_stages=1),

@@ -25,6 +25,19 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap
     return Partial(weights @ values.to(query.dtype), top, total)
 
 
+def store(keys: Tensor, values: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
+    """Write a column, [B, H, 1, D], into slot `slot` (int64, [1]) of keys and values [B, H, capacity, D]."""
+    if fuses(keys):
+        _compiled_store([], dict, keys, values, slot, key, value)
+    else:
+        _store([], keys, values, slot, key, value)
+
+
+def _store(markers, keys, values, slot, key, value) -> None:
+    keys.index_copy_(2, slot, key)
+    values.index_copy_(2, slot, value)
+
+
 @torch.library.custom_op("fade::attend_long", mutates_args=())
 def attend_long(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, settled: int, scaling: float
@@ -86,4 +99,5 @@ def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor
 
 
 # With a library's products: here they are few and small, and choosing tiles would take longer.
+_compiled_store = Compiled(_store, options={})
 _compiled = Compiled(lambda markers, *args, scaling: _with_tail(*args, scaling), options={})

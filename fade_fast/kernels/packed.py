@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .merge import Partial, combine, empty
-from .rope import rotate
+from .rope import cos_sin, turn
 from .rotated import CUBIC, Packed, center, dequantize, planes
 
 LOG2E = math.log2(math.e)
@@ -216,8 +216,10 @@ def decoded_products(query: Queries, decoder: Decoder, slots: Slots, *, bits, ch
     turned = dequantize(codes, bits, wide(dtype)).to(dtype)
     keys = torch.bmm(turned, decoder.matrix.to(dtype).expand(turned.shape[0], -1, -1)).to(wide(dtype))
     keys = written(keys + _spread(slots.means.to(wide(dtype)), slots.per_mean, blocks, chunk))
-    read_at = slots.read_at.expand(-1, heads // batch, -1).flatten(0, 1)
-    keys = rotate(keys, _cut(read_at, 1, chunk), decoder.inv_freq, decoder.interleaved)
+    # Once for all heads, or each would take sines of its own.
+    angles = cos_sin(slots.read_at, decoder.inv_freq, keys.dtype)
+    angles = [written(x).expand(-1, heads // batch, -1, -1).flatten(0, 1) for x in angles]
+    keys = turn(keys, *(_cut(x, 1, chunk) for x in angles), decoder.interleaved)
     keys = written(keys.to(dtype))  # or the product would take sines of every tile it loads
     halves = zip(keys.chunk(2, -1), query.plain.to(dtype).chunk(2, -1))  # see `fields`
     return sum(torch.bmm(k, _chunks(q, blocks).mT).to(wide(dtype)) for k, q in halves)
@@ -413,12 +415,14 @@ def chunk_of(heads: int, length: int, rows: int) -> int:
 
 
 def bucket(heads: int, length: int) -> int:
-    """The smallest of a few lengths that holds `length` slots: eight to a doubling, in whole chunks.
+    """The smallest of a few lengths that holds `length` slots, in whole chunks.
 
     What is read is rounded up to this, so that few different launches serve a growing text; slots
-    beyond those in use are masked.
+    beyond those in use are masked. Long steps read more than they need, short ones capture a graph
+    more often, which takes as long as some ten steps: the best one shrinks with the root of `heads`.
     """
-    step = max(chunk_of(heads, length, 1), (1 << max(0, length - 1).bit_length()) // 16)
+    step = 1 << (13 - (heads - 1).bit_length() // 2)
+    step = max(chunk_of(heads, length, 1), min(step, (1 << max(0, length - 1).bit_length()) // 4))
     found = -(-length // step) * step
     # Rounded up, it may belong to longer chunks.
     return bucket(heads, found) if found % chunk_of(heads, found, 1) else found

@@ -43,7 +43,7 @@ def _steps(config, padded):
         inputs = dict(input_ids=ids.to(found.device), attention_mask=mask.to(found.device))
         options = dict(max_new_tokens=14, min_new_tokens=14, do_sample=False)
         torch._dynamo.reset()  # now, for the encoder's twins must not be counted below
-        eager = fade_fast.create_cache(model, config)
+        eager = fade_fast.create_cache(model, config, verify=False)
         eager.stepper.compileable = False
         expected = model.generate(**inputs, past_key_values=eager, **options)
         counters.clear()
@@ -51,7 +51,7 @@ def _steps(config, padded):
         backend = "inductor" if found.fused else "aot_eager"
         compiling = CompileConfig(fullgraph=True, backend=backend, mode=None)
         compiling._compile_all_devices = True
-        cache = fade_fast.create_cache(model, config)
+        cache = fade_fast.create_cache(model, config, verify=False)
         cache.stepper.compileable = True
         ours = model.generate(**inputs, past_key_values=cache, compile_config=compiling, **options)
         found.same("tokens generated", ours, expected)

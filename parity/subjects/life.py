@@ -235,7 +235,7 @@ def _crop_refused(config):
     def run(found: Found, seed: int):
         shape = measure.Shape(heads=1, group=1, device=found.device)
         model = measure._model(shape).to(found.device)
-        cache = fade_fast.create_cache(model, config)
+        cache = fade_fast.create_cache(model, config, verify=False)
         ids = Draw(seed).integers(0, 16, 2, 40).to(found.device)
         model(input_ids=ids, past_key_values=cache, use_cache=True)
         recent = cache.layers[0].recent

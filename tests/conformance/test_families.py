@@ -1,10 +1,12 @@
 """What every family owes beside its cells: renumbered keys, refusals, one cache for one feeding."""
 
 import inspect
+import warnings
 
 import pytest
 import torch
 
+import fade_fast
 from fade_fast.models import attention_modules
 from fade_ref.config import FadeConfig
 
@@ -96,3 +98,22 @@ def test_use_cache_false_is_refused(family):
 def test_layers_tiered_are_those_the_table_names(family):
     cache = create(family.model(), SAFE)
     assert tuple(i for i, layer in enumerate(cache.layers) if layer in cache.tiered) == family.tiered
+
+
+@named(SERVED)
+def test_every_family_verifies_itself(family):
+    """Attaching compares outputs where attention is ours, and leaves no trace but that it did."""
+    model, twin = family.model(), family.model()
+    state = torch.random.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if not family.dispatches else "error", UserWarning)
+        assert fade_fast.attach(model) == family.dispatches
+    assert ("_fade_verified" in vars(model)) == family.dispatches
+    assert torch.equal(torch.random.get_rng_state(), state)
+    fade_fast.detach(model)
+    assert model.config._attn_implementation == twin.config._attn_implementation
+    for (name, ours), (_, theirs) in zip(model.named_modules(), twin.named_modules()):
+        assert ours.training == theirs.training and ours._buffers.keys() == theirs._buffers.keys(), name
+        assert ours.__dict__.keys() - {"_fade_verified", "_fade_guard"} == theirs.__dict__.keys(), name
+        for buffer, x in ours._buffers.items():
+            assert x is theirs._buffers[buffer] or torch.equal(x, theirs._buffers[buffer]), (name, buffer)

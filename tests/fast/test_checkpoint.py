@@ -148,6 +148,8 @@ DAMAGE = {
     "newer": lambda h, t: h.update(version=99),
     "flipped": lambda h, t: t["0.tier0.key_codes"].bitwise_xor_(1),
     "missing": lambda h, t: t.pop("1.means"),
+    "header changed": lambda h, t: h["layers"][0].update(length=3),
+    "header halved": lambda h, t: h.pop("layers"),
     "left over": lambda h, t: t.update({"1.more": torch.ones(1)}),
     "another model": lambda h, t: h["model"].update(num_hidden_layers=7),
 }
@@ -202,3 +204,27 @@ def test_a_crash_spares_the_old_file(saved, monkeypatch):
     with pytest.raises(OSError):
         cache.save(saved)
     assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("left", [0, 12])
+def test_a_cache_of_which_nothing_uncompressed_is_left(left, tmp_path):
+    """Cropped to what is compressed, or to nothing: saved, it goes on as it is."""
+    model = tiny_llama()
+    config = FadeConfig(n_sink=0, recent_window=5, block_size=1)
+    cache = fade_fast.create_cache(model, config)
+    ids = prompt(17)["input_ids"]
+    with torch.no_grad():
+        model(input_ids=ids[:, : left + 5], past_key_values=cache)
+        cache.crop(-5)
+        assert all(layer.exact.count == 0 and layer.length == left for layer in cache.tiered)
+        cache.save(tmp_path / "c")
+        loaded = fade_fast.load_cache(tmp_path / "c", model)
+        outs = [model(input_ids=ids[:, :3], past_key_values=c).logits for c in (cache, loaded)]
+    assert torch.equal(*outs) and loaded.get_seq_length() == left + 3
+
+
+def test_ids_must_be_integers(tmp_path):
+    cache = fade_fast.create_cache(tiny_llama())
+    with pytest.raises(ValueError, match="tokens are an integer tensor"):
+        cache.save(tmp_path / "c", torch.ones(3))
+    assert not list(tmp_path.iterdir())

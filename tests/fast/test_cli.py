@@ -10,7 +10,7 @@ import tokenizers
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fade_fast import demo, loading
+from fade_fast import demo, files, loading
 from fade_fast.cli import main
 
 KEYS = ["model", "config", "prompt_tokens", "new_tokens", "baseline", "tiered", "agreement", "text"]
@@ -190,10 +190,10 @@ def test_interrupt_leaves_no_json(tiny, tmp_path, monkeypatch, capsys):
 
 def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     out = tmp_path / "out.json"
-    demo.write_json(out, ["before"])
-    monkeypatch.setattr(demo.os, "replace", interrupt)
+    files.write_json(out, ["before"])
+    monkeypatch.setattr(files.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        demo.write_json(out, ["after"])
+        files.write_json(out, ["after"])
     assert json.loads(out.read_text()) == ["before"] and list(tmp_path.iterdir()) == [out]
 
 

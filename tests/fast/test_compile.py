@@ -72,6 +72,7 @@ def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
     monkeypatch.setattr(step, "_compiled", compiling.Compiled(step._twin))
     monkeypatch.setattr(rotated, "_compiled", compiling.Compiled(rotated._encode_both))
+    monkeypatch.setattr(exact, "_compiled_store", compiling.Compiled(exact._store))
     config, counts = CONFIGS[name], []
     model = tiny_llama(dtype=torch.float16)
     with context():
@@ -82,8 +83,8 @@ def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
             counts.append(graphs())
     assert len(step._compiled.graphs) > 0 and len(rotated._compiled.graphs) > 0
     assert counts[1] == counts[2]
-    twins = len(step._compiled.graphs) + len(rotated._compiled.graphs)
-    assert counts[2] == 1 + twins
+    twins = step._compiled, rotated._compiled, exact._compiled_store
+    assert counts[2] == 1 + sum(len(twin.graphs) for twin in twins)
 
 
 def test_twin_of_long_uncompressed_texts(twin, monkeypatch):
@@ -93,10 +94,11 @@ def test_twin_of_long_uncompressed_texts(twin, monkeypatch):
     monkeypatch.setattr(exact, "TAIL", 256)
     tail = compiling.Compiled(lambda markers, *args, scaling: exact._with_tail(*args, scaling))
     monkeypatch.setattr(exact, "_compiled", tail)
+    monkeypatch.setattr(exact, "_compiled_store", compiling.Compiled(exact._store))
     model = tiny_llama(dtype=torch.float32)
     inputs = prompt(600, batch=2)
     cache = fade_fast.create_cache(model, CONFIGS["off"], max_length=1500)
     found = captured(model, cache, inputs, new=300)
     assert cache.stepper.settled >= 768
-    assert len(tail.graphs) == 1 and graphs() == 2
+    assert len(tail.graphs) == len(exact._compiled_store.graphs) == 1 and graphs() == 3
     assert torch.equal(found, eager(model, fade_fast.create_cache(model, CONFIGS["off"]), inputs, new=300))

@@ -9,6 +9,10 @@ from transformers import CompileConfig
 
 import fade_fast
 from fade_fast import plan
+from fade_fast.kernels import compile as compiling
+from fade_fast.kernels import exact, rotated, step
+from fade_fast.layer import TieredLayer
+from fade_fast.stepper import Stepper
 from fade_ref.config import FadeConfig
 
 from .models import compressed_tokens, prompt, tiny_llama
@@ -25,7 +29,7 @@ CONFIGS = {
 CONFIGS |= {
     policy: FadeConfig(**SMALL, int4_budget=10, int2_budget=6, eviction_policy=policy)
     for policy in plan.SUPPORTED
-    if policy not in ("position", "learned")
+    if policy != "position"
 }
 
 
@@ -34,9 +38,8 @@ def compiled(model, cache, inputs, backend="aot_eager", new=24, **kwargs):
     config = CompileConfig(fullgraph=True, backend=backend, mode=None)
     config._compile_all_devices = True
     cache.stepper.compileable = True
-    return model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=new, do_sample=False, compile_config=config, **kwargs
-    )
+    options = dict(max_new_tokens=new, do_sample=False, compile_config=config) | kwargs
+    return model.generate(**inputs, past_key_values=cache, **options)
 
 
 def eager(model, cache, inputs, new=24, **kwargs):
@@ -78,6 +81,52 @@ def _records(layer):
     return [exact] + [tier.records for tier in layer.held_tiers()]
 
 
+STEADY = {
+    "int4": FadeConfig(**SMALL),
+    "int4, contiguous": FadeConfig(**SMALL, positions="contiguous"),
+    "evict": FadeConfig(**SMALL, int4_budget=12),
+    "int4, int2, evict": FadeConfig(**SMALL, int4_budget=12, int2_budget=8),
+    "int2, evict": FadeConfig(**SMALL, int4_budget=8, int2_budget=8, middle_k_bits=2, middle_v_bits=2),
+    "knorm": FadeConfig(**SMALL, int4_budget=12, int2_budget=8, eviction_policy="knorm"),
+}
+
+
+@pytest.mark.parametrize("name", STEADY)
+def test_demotion_for_graphs_equals_ordinary_demotion(name, monkeypatch):
+    """Where a graph would be replayed, the same runs by tensors: to the bit, and counted alike."""
+    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
+    for module, twin in ((step, step._twin), (rotated, rotated._encode_both), (exact, exact._store)):
+        attribute = "_compiled_store" if module is exact else "_compiled"
+        monkeypatch.setattr(module, attribute, lambda markers, pinned, *a, f=twin, **k: f(markers, *a, **k))
+    times, by_cursor = [], Stepper._demote_by_cursor
+
+    def counts(layers):
+        tiers = [[tier.records.count for tier in layer.middle.tiers] for layer in layers]
+        return [(x.exact.count, held, x.middle.means.count) for x, held in zip(layers, tiers)]
+
+    def watched(stepper):
+        twin = copy.deepcopy(stepper.layers)
+        by_cursor(stepper)
+        for layer in twin:
+            layer.repeat()
+        assert counts(twin) == counts(stepper.layers)
+        times.append(1)
+
+    monkeypatch.setattr(Stepper, "_demote_by_cursor", watched)
+    model, inputs = tiny_llama(dtype=torch.float16), prompt(60, batch=2)
+    cache = fade_fast.create_cache(model, STEADY[name], verify=False)
+    found = compiled(model, cache, inputs, new=60)
+    assert len(times) > 3 and compressed_tokens(cache) > 0
+    monkeypatch.setattr(TieredLayer, "repeats", False)
+    plain = fade_fast.create_cache(model, STEADY[name], verify=False)
+    before = len(times)
+    assert torch.equal(found, compiled(model, plain, inputs, new=60))
+    assert len(times) == before
+    ours, theirs = cache.state_dict()[0], plain.state_dict()[0]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
 def test_caches_alternate_and_start_again_without_recompiling():
     model = tiny_llama(dtype=torch.float64)
     first, second = prompt(30, batch=2), prompt(41, batch=2, seed=1)
@@ -116,12 +165,12 @@ def test_beams_and_captured_steps_share_a_cache():
     model = tiny_llama(dtype=torch.float64)
     inputs = prompt(30, batch=2)
     outputs = []
-    for step in (compiled, eager):
+    for run in (compiled, eager):
         cache = fade_fast.create_cache(model, CONFIGS["int4"])
-        out = step(model, cache, inputs, new=9)
+        out = run(model, cache, inputs, new=9)
         cache.reorder_cache(torch.tensor([1, 1]))
         turn = dict(input_ids=out[[1, 1]], attention_mask=torch.ones_like(out))
-        outputs.append(step(model, cache, turn, new=9))
+        outputs.append(run(model, cache, turn, new=9))
     assert torch.equal(*outputs)
 
 

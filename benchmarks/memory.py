@@ -1,0 +1,249 @@
+"""What caches weigh: `python -m benchmarks.memory`.
+
+Bytes are those of every distinct storage that a cache holds, walked tensor by tensor and not what it says
+of itself: of one row of bfloat16 tokens of the model's shape. `--lengths` are reached in one prefill.
+"grown": the cache made room as tokens came; "reserved": it was made for that length (`max_length`).
+With `--peak` the model is run, too, and the most memory in use above its weights is measured during a
+prefill and during a step of 17 tokens after it, activations included: the caching allocator's count
+on CUDA, and on a CPU the storages that operators made.
+"""
+
+import argparse
+import gc
+import json
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fade_fast
+from fade_fast import loading
+from fade_fast.cache import TieredKVCache
+from fade_fast.layer import TieredLayer
+
+from . import texts
+from .methods import Method, Unavailable, allocated, key_shape, method
+
+SUITE = (
+    "dynamic",
+    "quanto4",
+    "hqq4",
+    "int8",
+    "int4",
+    "int3",
+    "k4v2",
+    "int2",
+    "balanced",
+    "aggressive",
+    "h2o",
+)
+LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
+STEP = 17  # tokens of the step after a prefill: more than are decoded by compiled kernels
+
+
+@dataclass
+class Result:
+    """Bytes at a length; None: not measured.
+
+    Attributes:
+        grown, reserved: held by a cache that grew, and by one made for `length`.
+        prefill, step: most in use above the weights during each.
+    """
+
+    method: str
+    length: int
+    grown: int | None = None
+    reserved: int | None = None
+    prefill: int | None = None
+    step: int | None = None
+    failed: str | None = None
+
+
+@torch.no_grad()
+def fill(model, cache, length: int, dtype=torch.bfloat16, step: int | None = None) -> None:
+    """Let a cache take in `length` random tokens of one row, as a model of `dtype` would hand them over.
+
+    No model is run: what a cache weighs depends on shapes alone. `step`: tokens at a time; None: all.
+    """
+    generator = torch.Generator(model.device).manual_seed(0)
+    for start in range(0, length, step or length):
+        new = min(start + (step or length), length) - start
+        for i, layer in enumerate(cache.layers):
+            heads, dim = key_shape(model, i)
+            keys = torch.randn(1, heads, new, dim, generator=generator, device=model.device, dtype=dtype)
+            if isinstance(layer, TieredLayer):  # as its attention function does
+                layer.settle()
+                layer.timeline.extend(start, None, 1, new, keys.device)
+                layer.store(keys, keys, attended=True)
+            else:
+                layer.update(keys, keys)
+
+
+def filled_bytes(model, m: Method, length: int, reserved: bool = False) -> int:
+    """Bytes of every storage of a cache that holds `length` bfloat16 tokens of one row.
+
+    `reserved`: whether the cache was made for that length; of caches other than ours it makes no difference.
+    """
+    cache = m(model, length)
+    if reserved and isinstance(cache, TieredKVCache):
+        weights = next((x.observer.weights for x in cache.tiered if hasattr(x.observer, "weights")), None)
+        cache = fade_fast.create_cache(model, cache.fade_config, max_length=length, policy_weights=weights)
+    try:
+        fill(model, cache, length)
+        return allocated(cache)
+    finally:
+        fade_fast.detach(model)
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the storages that operators made and that are still alive: `now`, and `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self.known:
+                    self.known[storage._cdata] = size = storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage._cdata)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+        return result
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.known.pop(key)
+
+
+@torch.no_grad()
+def peaks(model, m: Method, length: int) -> tuple[int, int]:
+    """Most bytes in use above the weights while `length` tokens are prefilled, and in a step after that."""
+    gc.collect()
+    cuda = model.device.type == "cuda"
+    ids = torch.arange(length + STEP, device=model.device)[None] % model.config.get_text_config().vocab_size
+    parts, found, meter = (ids[:, :length], ids[:, length:]), [], Meter()
+    before = torch.cuda.memory_allocated() if cuda else 0
+
+    def forward(part, cache):
+        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    try:
+        cache = m(model, length)
+        for part in parts:
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                forward(part, cache)
+                found.append(torch.cuda.max_memory_allocated() - before)
+            else:
+                meter.peak = meter.now
+                with meter:
+                    forward(part, cache)
+                found.append(meter.peak)
+    finally:
+        fade_fast.detach(model)
+    return tuple(found)
+
+
+def run(model, methods: list[Method], lengths: list[int], peak: bool, say=print) -> list[Result]:
+    results = []
+    for m in methods:
+        for length in lengths:
+            r = Result(m.name, length)
+            try:
+                r.grown, r.reserved = (filled_bytes(model, m, length, reserved=x) for x in (False, True))
+                if peak:
+                    r.prefill, r.step = peaks(model, m, length)
+            except Unavailable as error:
+                r.failed = str(error)
+            gc.collect()
+            results.append(r)
+            say(f"  {r.method} {r.length}: {r.failed or r.grown}")
+    return results
+
+
+# -- what is shown
+
+
+def table(results: list[Result]) -> str:
+    """Markdown: MiB, and how many times less than `DynamicCache`."""
+    head = ("config", "tokens", "grown MiB", "smaller", "reserved MiB", "smaller", "peak of prefill MiB",
+            "peak of a step MiB")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    dense = {r.length: r.grown for r in results if r.method == "dynamic"}
+    for r in results:
+        if r.failed:
+            lines.append(f"| {r.method} | {r.length} | {r.failed} |" + " |" * (len(head) - 3))
+            continue
+        cells = [r.method, f"{r.length}"]
+        for x in (r.grown, r.reserved):
+            cells += [f"{x / 2**20:.2f}", f"1/{dense[r.length] / x:.2f}" if r.length in dense else "-"]
+        cells += ["-" if x is None else f"{x / 2**20:.1f}" for x in (r.prefill, r.step)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def stored(path: Path) -> tuple[dict, list[Result]]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return report, [Result(**r) for r in report["results"]]
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N")
+    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help="see methods.py")
+    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
+    parser.add_argument("--peak", action="store_true", help="run the model, too")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="bytes against length")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="the table of a stored run, and stop")
+    args = parser.parse_args(argv)
+    try:
+        names = dict.fromkeys(("dynamic", *args.configs))
+        args.methods = [method(name, args.policy_weights) for name in names]
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    if args.show:
+        report, results = stored(args.show)
+    else:
+        loading.quiet()
+        model, _, name = texts.load_model(args.model, args.device, "bf16")
+        results = run(model, args.methods, args.lengths, args.peak, lambda line: print(line, flush=True))
+        report = dict(
+            kind="memory",
+            model=name,
+            device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
+            dtype="bf16",
+            torch=torch.__version__.split("+")[0],
+            transformers=transformers.__version__,
+            results=[asdict(r) for r in results],
+        )
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{report['model']}, {report['dtype']}, {report['device']}\n\n{table(results)}")
+    if args.plot:
+        from . import figures  # needs matplotlib
+
+        figures.memory_curves(report, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

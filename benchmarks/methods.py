@@ -1,0 +1,260 @@
+"""Named ways to keep a cache: our presets and formats, policies at equal bytes, and what to compare with.
+
+A name is one of `NAMES`, or one of ours followed by fields of `FadeConfig` to change, as in
+"int4:recent_window=0:block_size=32".
+"""
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, QuantizedCache
+
+import fade_fast
+from fade_fast.cache import TieredKVCache, storage_bytes, tensors
+from fade_fast.kernels import compile as compiling
+from fade_fast.layer import TieredLayer
+from fade_fast.models import text_config
+from fade_fast.timeline import HOLE
+from fade_ref.config import PRESETS, FadeConfig
+
+#: Policies compared at equal bytes; "position" alone is StreamingLLM with its older tokens at INT4.
+POLICIES = ("position", "h2o", "ema", "adaptive", "snapkv", "tova", "knorm", "keydiff", "learned")
+SHARE = 4  # policies keep one token in so many
+QUANTIZED = {"quanto4": ("quanto", 4), "quanto2": ("quanto", 2), "hqq4": ("hqq", 4), "hqq2": ("hqq", 2)}
+WIDTHS = re.compile(r"int([8432])|k([8432])v([8432])")
+NAMES = ("dynamic", *QUANTIZED, "streaming", "off", *PRESETS, "int8|4|3|2", "k4v2", *POLICIES)
+
+EXACT, COMPRESSES, EVICTS = "exact", "compresses", "evicts"
+
+
+class Unavailable(RuntimeError):
+    """A method that cannot run here, for a reason to be shown in its row."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to keep a cache.
+
+    Attributes:
+        name: what tables call it.
+        does: `EXACT` keeps every token as it is, `COMPRESSES` some (it may evict others), `EVICTS`
+            keeps some as they are and drops the rest.
+        make: `(model, length)` to an empty cache for texts of `length` tokens, attached if it is ours.
+        rowwise: whether rows of a batch have no influence on each other.
+    """
+
+    name: str
+    does: str
+    make: Callable[[PreTrainedModel, int], Cache]
+    rowwise: bool = True
+
+    def __call__(self, model: PreTrainedModel, length: int) -> Cache:
+        """An empty cache; `Unavailable` if what it needs is not there."""
+        fade_fast.detach(model)
+        return self.make(model, length)
+
+
+def method(name: str, weights=None) -> Method:
+    """The method called `name`.
+
+    Args:
+        name: see `NAMES`, and the module.
+        weights: of the policy "learned": a safetensors file; None for those that are shipped, if any.
+
+    Raises:
+        ValueError: there is no such method, or a field cannot have such a value.
+    """
+    base, *changes = name.split(":")
+    changed = {}
+    for change in changes:
+        field, _, value = change.partition("=")
+        if field not in FadeConfig.__dataclass_fields__ or not value:
+            raise ValueError(f"{name!r}: {change!r} is no field=value of FadeConfig")
+        try:
+            changed[field] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changed[field] = value  # a word
+    if base in POLICIES:
+        return _policy(name, base, changed, weights)
+    if base == "streaming":
+        return Method(name, EVICTS, lambda model, length: _ours(model, streaming(model, length, changed)))
+    if base in PRESETS or base == "off" or WIDTHS.fullmatch(base):
+        config = replace(_config(base), **changed)
+        does = COMPRESSES if config.compresses else EXACT
+        return Method(name, does, lambda model, length: _ours(model, config))
+    if base not in ("dynamic", *QUANTIZED) or changes:
+        raise ValueError(f"no method {name!r}: there are {', '.join(NAMES)}")
+    if base == "dynamic":
+        return Method(name, EXACT, lambda model, length: DynamicCache(config=model.config))
+    # Groups of HQQ run across rows, so each row is measured by itself.
+    return Method(name, COMPRESSES, lambda model, length: _quantized(model, *QUANTIZED[base]), rowwise=False)
+
+
+def _config(base: str) -> FadeConfig:
+    if base in PRESETS:
+        return FadeConfig.preset(base)
+    if base == "off":
+        return FadeConfig(recent_window=None)
+    both, key, value = WIDTHS.fullmatch(base).groups()
+    return FadeConfig(middle_k_bits=int(both or key), middle_v_bits=int(both or value))
+
+
+def _ours(model, config: FadeConfig, weights=None) -> TieredKVCache:
+    return fade_fast.create_cache(model, config, policy_weights=weights)
+
+
+def _quantized(model, backend: str, bits: int) -> Cache:
+    try:
+        return QuantizedCache(backend, model.config, nbits=bits)
+    except ImportError as error:
+        raise Unavailable(f"{backend} is not installed") from error
+    except ValueError as error:  # sliding or linear layers
+        raise Unavailable(f"refused by transformers: {error}") from error
+
+
+# -- equal bytes
+
+
+def _policy(name: str, policy: str, changed: dict, weights) -> Method:
+    def make(model, length: int) -> TieredKVCache:
+        try:
+            config = at_equal_bytes(model, policy, length, changed, weights)
+            return _ours(model, config, weights if policy == "learned" else None)
+        except ValueError as error:
+            if policy == "learned" and weights is None:
+                raise Unavailable("no weights are shipped, and none were given") from error
+            raise
+
+    return Method(name, COMPRESSES, make)
+
+
+def at_equal_bytes(model, policy: str, length: int, changed: dict, weights=None) -> FadeConfig:
+    """A quarter of `length` tokens, all but sinks and recent ones at INT4, if `policy` is "position".
+
+    Other policies store something with each token, and get fewer tokens for as many bytes.
+    Raises `Unavailable` if not even the uncompressed tokens fit.
+    """
+    base = replace(FadeConfig(int4_budget=1, eviction_policy=policy), **changed)
+    plain = replace(base, eviction_policy="position")
+    most = base.n_sink + base.recent_window + base.block_size  # uncompressed tokens
+    budget = length // SHARE - most
+    if "int4_budget" in changed:
+        return base
+    exact, middle = record_bytes(model, plain)
+    total = most * exact + budget * middle
+    exact, middle = record_bytes(model, base, weights if policy == "learned" else None)
+    budget = (total - most * exact) // middle
+    if budget < 1:
+        raise Unavailable(f"{policy}: a quarter of {length} tokens leaves no room beside {most} recent ones")
+    return replace(base, int4_budget=budget)
+
+
+def streaming(model, length: int, changed: dict) -> FadeConfig:
+    """StreamingLLM: sinks and recent tokens as they are, in as many bytes as "position" takes."""
+    if "recent_window" in changed:
+        return replace(FadeConfig(int4_budget=0), **changed)
+    config = at_equal_bytes(model, "position", length, {})
+    exact, middle = record_bytes(model, config)
+    most = config.n_sink + config.recent_window + config.block_size
+    tokens = (most * exact + config.int4_budget * middle) // exact
+    recent = tokens - config.n_sink - config.block_size
+    return replace(FadeConfig(recent_window=recent, int4_budget=0), **changed)
+
+
+def record_bytes(model, config: FadeConfig, weights=None) -> tuple[int, int]:
+    """Bytes of one token of a bfloat16 model in one layer: uncompressed, and in the first middle tier."""
+    cache = _ours(model, config, weights)
+    layer, (heads, dim) = cache.tiered[0], key_shape(model, cache.layers.index(cache.tiered[0]))
+    one = torch.zeros(1, heads, 1, dim, dtype=torch.bfloat16, device=model.device)
+    layer.lazy_initialization(one, one)
+    fade_fast.detach(model)
+    return layer.exact.record_bytes, layer.middle.tiers[0].records.record_bytes
+
+
+def key_shape(model, index: int) -> tuple[int, int]:
+    """KV heads and head_dim of a layer: read off its key projection, or as the configuration says."""
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) == index and hasattr(module, "k_proj"):
+            return module.k_proj.weight.shape[0] // module.head_dim, module.head_dim
+    config = text_config(model)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, dim
+
+
+# -- how kernels run
+
+
+@contextmanager
+def eager(wanted: bool = True) -> Iterator[None]:
+    """While this lasts, kernels run as they are written, on a GPU too, if `wanted`.
+
+    They compute the same (`python -m parity`), and a run of many shapes spends no minutes on compilation.
+    """
+    held = set(compiling.FUSED_ON)
+    if wanted:
+        compiling.FUSED_ON.clear()
+    try:
+        yield
+    finally:
+        compiling.FUSED_ON.update(held)
+
+
+# -- what a cache holds
+
+
+def compressed_tokens(cache: Cache) -> torch.Tensor | float:
+    """Tokens a row that the next step will read back compressed, mean over rows and layers.
+
+    Of our layers a tensor on their device, so that counting makes no step wait. Due blocks are demoted
+    first, as the next step would do.
+    """
+    if isinstance(cache, TieredKVCache):
+        found = [torch.zeros((), device=cache.device)]
+        for layer in cache.tiered:
+            layer.settle()
+            held = layer.held_tiers()
+            found += [(layer.middle.position(tier) != HOLE).sum(-1).float().mean() for tier in held]
+        return torch.stack(found).sum() / len(cache.tiered)
+    found = [0]
+    for layer in cache.layers:
+        if hasattr(layer, "_quantized_keys"):
+            found.append(layer.get_seq_length() - (layer.keys.shape[-2] if layer.keys.dim() == 4 else 0))
+    return sum(found) / max(1, len(found) - 1)
+
+
+def evicted_tokens(cache: Cache) -> float:
+    """Tokens a row that are gone, mean over rows and layers."""
+    if not isinstance(cache, TieredKVCache):
+        return 0.0
+    return cache.memory().tokens.get("EVICTED", 0) / cache.timeline.batch
+
+
+def held_tensors(cache: Cache) -> list[torch.Tensor]:
+    """Every tensor a cache of any class holds, those inside quantised ones included."""
+    found = cache.timeline.tensors() if isinstance(cache, TieredKVCache) else []
+    for layer in cache.layers:
+        found += tensors(layer) if isinstance(layer, TieredLayer) else list(_inside(vars(layer)))
+    return found
+
+
+def _inside(x):
+    if isinstance(x, torch.Tensor) and hasattr(x, "__tensor_flatten__"):
+        names, _ = x.__tensor_flatten__()
+        yield from _inside([getattr(x, name) for name in names])
+    elif isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, dict):
+        yield from _inside(list(x.values()))
+    elif isinstance(x, list | tuple):
+        for part in x:
+            yield from _inside(part)
+
+
+def allocated(cache: Cache) -> int:
+    """Bytes of every distinct storage that a cache holds, whatever it says of itself."""
+    return storage_bytes(held_tensors(cache))

@@ -1,0 +1,438 @@
+"""Perplexity through real caches: `python -m benchmarks.quality`.
+
+A text is fed to the model in chunks, through the cache: every chunk attends to itself, and to what the
+cache kept of all before it. So all but sinks, recent tokens and the chunk itself is read back compressed,
+as in generation, and every next-token distribution is scored against the text (perplexity) and against
+that of an uncompressed `DynamicCache` fed the same chunks (KL, top-1). How many compressed tokens the
+queries read is counted in the cache; a method that reads none, or drops none if that is all it does, is an
+error and not a result. Bytes are those of every storage that a cache of 8192 bfloat16 tokens holds.
+
+`--json FILE` writes all numbers, `--show FILE` prints the tables of such files, `--markdown FILE` and
+`--plot FILE` write table and picture. docs/quality.md explains the method.
+"""
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+import fade_fast
+from fade_fast import loading
+
+from . import memory, texts
+from .methods import (
+    COMPRESSES,
+    EVICTS,
+    POLICIES,
+    QUANTIZED,
+    Method,
+    Unavailable,
+    compressed_tokens,
+    eager,
+    evicted_tokens,
+    method,
+)
+
+SUITE = (
+    "dynamic", "off", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive",
+    "streaming", *POLICIES,
+)  # fmt: skip
+_FIELDS = dict(block_size=(16, 32, 128, 256), n_sink=(0, 1, 2, 8, 16), recent_window=(0, 16, 32, 128, 256))
+_BUDGETS = ("int4_budget=200", "int4_budget=400", "int4_budget=800", "int4_budget=200:int2_budget=400")
+#: What presets are chosen from: widths of keys and values, then one field at a time, then budgets.
+SWEEP = (
+    *(f"k{k}v{v}" for k in (8, 4, 3, 2) for v in (8, 4, 3, 2)),
+    *(f"{base}:{name}={x}" for base in ("int4", "int2") for name, values in _FIELDS.items() for x in values),
+    *(f"{policy}:{budget}" for budget in _BUDGETS for policy in ("position", "h2o", "ema", "learned")),
+)
+SUITES = {"table": SUITE, "sweep": SWEEP}
+AT = 8192  # tokens at which caches are weighed
+
+
+@dataclass
+class Result:
+    """What was measured of a method; None: not measured.
+
+    Attributes:
+        method: its name. config: what our cache was told.
+        failed: why there are no numbers.
+        nll, kl: of every window, mean over its scored tokens, in nats.
+        top1: share of scored tokens with the same best next token as uncompressed, of every window.
+        read: compressed tokens that a query read, mean over queries and layers.
+        evicted: tokens a window had lost at its end.
+        bytes: allocated by a cache of `AT` bfloat16 tokens; `dense`: by a `DynamicCache`.
+        seconds: for all windows.
+    """
+
+    method: str
+    does: str
+    config: str = ""
+    failed: str | None = None
+    nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+    read: float | None = None
+    evicted: float | None = None
+    bytes: int | None = None
+    dense: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class Summary:
+    """A row of the table. Ratios are to the uncompressed run; `se` is the standard error over windows."""
+
+    perplexity: float
+    ratio: float
+    ratio_se: float | None
+    kl: float
+    kl_se: float | None
+    top1: float
+    bytes_per_token: float | None
+    smaller: float | None
+
+
+class NothingCompressed(AssertionError):
+    """A method was measured that compressed, or evicted, nothing: its numbers would mean nothing."""
+
+
+# -- the measurement
+
+
+def chunks(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+@torch.no_grad()
+def stream(model, cache, ids: Tensor, size: int, heard=lambda cache, new: None) -> Iterator[Tensor]:
+    """Logits [B, n, vocabulary] of `ids` [B, L], fed in chunks of `size` through one cache.
+
+    `heard` is called before each chunk, with the cache and the length of the chunk.
+    """
+    for part in chunks(ids.shape[1], size):
+        heard(cache, part.stop - part.start)
+        yield model(input_ids=ids[:, part], past_key_values=cache, use_cache=True).logits
+
+
+class Reader:
+    """Counts what the queries of a stream read; nothing waits for the device before `mean`."""
+
+    def __init__(self):
+        self.read, self.queries = 0.0, 0
+
+    def __call__(self, cache, new: int) -> None:
+        if self.queries:  # the first chunk finds an empty cache
+            self.read = self.read + compressed_tokens(cache) * new
+        self.queries += new
+
+    def mean(self) -> float:
+        return float(self.read) / self.queries
+
+
+class Score:
+    """Sums of each row of a batch, float64 on the device."""
+
+    def __init__(self, rows: int, device):
+        self.nll, self.kl, self.top1 = torch.zeros(3, rows, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def add(self, logits: Tensor, exact: Tensor, targets: Tensor) -> None:
+        """Score `logits` [B, n, V] against `targets` [B, n or n - 1] and uncompressed `exact` [B, n, V]."""
+        n = targets.shape[1]  # the window's last token predicts nothing that is known
+        ours, theirs = (x[:, :n].float().log_softmax(-1) for x in (logits, exact))
+        self.nll -= ours.gather(-1, targets[..., None])[..., 0].sum(-1, dtype=torch.float64)
+        self.top1 += (ours.argmax(-1) == theirs.argmax(-1)).sum(-1)
+        self.kl += (theirs.exp() * (theirs - ours)).sum(-1).sum(-1, dtype=torch.float64)
+        self.count += n
+
+    def means(self) -> tuple[list[float], list[float], list[float]]:
+        return tuple((x / self.count).tolist() for x in (self.nll, self.kl, self.top1))
+
+
+def measure(model, m: Method, ids: Tensor, exact: list[Tensor], size: int) -> tuple:
+    """(nll, kl, top1) of each row of `ids` [B, L], compressed tokens read, tokens evicted, configuration.
+
+    `exact`: the uncompressed logits, chunk by chunk. Raises `NothingCompressed`, or `Unavailable`.
+    """
+    if m.name == "dynamic":  # these are its logits
+        sums = Score(len(ids), ids.device)
+        for where, logits in zip(chunks(ids.shape[1], size), exact):
+            sums.add(logits, logits, ids[:, 1:][:, where])
+        return *sums.means(), 0.0, 0.0, ""
+    groups = [slice(0, len(ids))] if m.rowwise else [slice(i, i + 1) for i in range(len(ids))]
+    score, read, gone, config = ([], [], []), [], [], ""
+    for rows in groups:
+        part = ids[rows]
+        cache, reader, sums = m(model, ids.shape[1]), Reader(), Score(len(part), ids.device)
+        targets = part[:, 1:]
+        for where, theirs, logits in zip(
+            chunks(ids.shape[1], size), exact, stream(model, cache, part, size, reader)
+        ):
+            sums.add(logits, theirs[rows], targets[:, where])
+        for all_rows, mine in zip(score, sums.means()):
+            all_rows.extend(mine)
+        read.append(reader.mean())
+        gone.append(evicted_tokens(cache))
+        config = str(getattr(cache, "fade_config", ""))
+    check(m, statistics.mean(read), statistics.mean(gone))
+    return *score, statistics.mean(read), statistics.mean(gone), config
+
+
+def check(m: Method, read: float, evicted: float) -> None:
+    """Refuse numbers of a cache that did nothing to its tokens."""
+    if m.does == COMPRESSES and not read > 0:
+        raise NothingCompressed(f"{m.name}: no query read a compressed token: use longer windows")
+    if m.does == EVICTS and not evicted > 0:
+        raise NothingCompressed(f"{m.name}: no token was evicted: use longer windows")
+
+
+def run(
+    model,
+    methods: list[Method],
+    ids: Tensor,
+    size: int,
+    batch: int,
+    weigh: bool = True,
+    say=print,
+    compiled: bool = False,
+    keep=lambda results: None,
+) -> list[Result]:
+    """Every method over every window. Uncompressed logits are computed once a batch of windows.
+
+    Args:
+        ids: windows [N, L]; `size` tokens of `batch` windows are fed at a time.
+        weigh: whether to weigh caches of `AT` tokens, too.
+        say: what is done with a line of progress.
+        compiled: whether kernels run compiled on a GPU, as under `generate()`.
+        keep: called with the results so far after every batch.
+    """
+    results = {m.name: Result(m.name, m.does, seconds=0.0) for m in methods}
+    dynamic = method("dynamic")
+    for first in range(0, len(ids), batch):
+        part = ids[first : first + batch].to(model.device)
+        exact = list(stream(model, dynamic(model, ids.shape[1]), part, size))
+        for m in methods:
+            r = results[m.name]
+            if r.failed:
+                continue
+            started = time.perf_counter()
+            try:
+                with eager(not compiled):
+                    nll, kl, top1, read, evicted, r.config = measure(model, m, part, exact, size)
+            except Unavailable as error:
+                r.failed = str(error)
+                continue
+            except NothingCompressed:
+                raise
+            except Exception as error:  # one method must not cost the others
+                traceback.print_exc()
+                r.failed = f"{type(error).__name__}: {error}"[:300]
+                continue
+            finally:
+                fade_fast.detach(model)
+                gc.collect()
+            r.seconds += time.perf_counter() - started
+            share = len(part) / (len(r.nll) + len(part))
+            r.read = read * share + (r.read or 0.0) * (1 - share)
+            r.evicted = evicted * share + (r.evicted or 0.0) * (1 - share)
+            r.nll, r.kl, r.top1 = r.nll + nll, r.kl + kl, r.top1 + top1
+            say(f"  {m.name}: {len(r.nll)} windows, {r.seconds:.1f} s, {r.read:.0f} compressed tokens read")
+        keep(list(results.values()))
+    if weigh:
+        dense = memory.filled_bytes(model, dynamic, AT)
+        for m in methods:
+            if not results[m.name].failed:
+                results[m.name].bytes, results[m.name].dense = memory.filled_bytes(model, m, AT), dense
+    return list(results.values())
+
+
+# -- what is shown
+
+
+def summary(r: Result, exact_nll: list[float]) -> Summary:
+    """The row of a result, given the uncompressed model's nll of each window."""
+    more = [mine - theirs for mine, theirs in zip(r.nll, exact_nll)]
+    ratio, n = math.exp(statistics.mean(more)), len(more)
+    error = lambda x: statistics.stdev(x) / math.sqrt(n) if n > 1 else None  # noqa: E731
+    se = error(more)
+    return Summary(
+        perplexity=math.exp(statistics.mean(r.nll)),
+        ratio=ratio,
+        ratio_se=None if se is None else ratio * se,
+        kl=statistics.mean(r.kl),
+        kl_se=error(r.kl),
+        top1=statistics.mean(r.top1),
+        bytes_per_token=r.bytes and r.bytes / AT,
+        smaller=r.bytes and r.dense / r.bytes,
+    )
+
+
+def summaries(results: list[Result]) -> dict[str, Summary]:
+    """Row of every method that ran, by name. Needs the result of "dynamic"."""
+    exact = next(r for r in results if r.method == "dynamic").nll
+    return {r.method: summary(r, exact) for r in results if not r.failed}
+
+
+HEAD = (
+    "config", "perplexity ratio", "mean KL", "top-1", "allocated at 8K", "compressed tokens a query reads",
+    "evicted of a window",
+)  # fmt: skip
+
+
+def table(results: list[Result]) -> str:
+    """Markdown, one row a method."""
+    rows, lines = summaries(results), ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    for r in results:
+        if r.failed:
+            lines.append(f"| {r.method} | {r.failed} |" + " |" * (len(HEAD) - 2))
+            continue
+        s = rows[r.method]
+        spread = "" if s.ratio_se is None else f" ± {s.ratio_se:.4f}"
+        weight = (
+            "-" if s.smaller is None else f"{s.bytes_per_token / 1024:.2f} KiB a token, 1/{s.smaller:.2f}"
+        )
+        lines.append(
+            f"| {r.method} | {s.ratio:.4f}{spread} | {s.kl:.5f} | {s.top1:.4f} | {weight} | {r.read:.0f} "
+            f"| {r.evicted:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """Names of the points that no other one beats in both numbers, both better smaller; by the first.
+
+    >>> front({"a": (1, 3), "b": (2, 2), "c": (3, 2.5), "d": (4, 1)})
+    ['a', 'b', 'd']
+    """
+    best, found = math.inf, []
+    for name, (_, y) in sorted(points.items(), key=lambda item: item[1]):
+        if y < best:
+            best = y
+            found.append(name)
+    return found
+
+
+def best_trades(results: list[Result]) -> str:
+    """One line: which configurations no other beats in bytes and KL."""
+    rows = {name: s for name, s in summaries(results).items() if s.smaller}
+    names = front({name: (s.bytes_per_token, s.kl) for name, s in rows.items()})
+    return (
+        f"No other is both smaller and nearer to uncompressed (KL) than: {', '.join(names)}." if names else ""
+    )
+
+
+def headline(report: dict) -> str:
+    """One line about a run."""
+    exact = next(r for r in report["results"] if r["method"] == "dynamic")
+    return (
+        f"{report['model']}, {report['dtype']}, {report['device']}, torch {report['torch']}, transformers "
+        f"{report['transformers']}; {report['text']}, {report['windows']} windows of {report['length']}, in "
+        f"chunks of {report['chunk']}; uncompressed perplexity {math.exp(statistics.mean(exact['nll'])):.4f}"
+    )
+
+
+def stored(path: Path) -> tuple[dict, list[Result]]:
+    """A report that `--json` wrote, and its results."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    names = {f.name for f in fields(Result)}
+    return report, [Result(**{k: x for k, x in r.items() if k in names}) for r in report["results"]]
+
+
+def show(report: dict, results: list[Result]) -> str:
+    return f"{headline(report)}\n\n{table(results)}\n\n{best_trades(results)}\n"
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    parser.add_argument(
+        "--text", default=texts.WIKITEXT, help="file, or NAME[:CONFIGURATION[:SPLIT[:COLUMN]]]"
+    )
+    parser.add_argument("--windows", type=int, default=8 if cuda else 2, metavar="N")
+    parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
+    parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens fed at a time")
+    parser.add_argument("--batch", type=int, default=8 if cuda else 1, metavar="N", help="windows at a time")
+    parser.add_argument("--suite", choices=tuple(SUITES), default="table", help="lists of configurations")
+    parser.add_argument("--configs", nargs="+", metavar="NAME", help="these instead; see methods.py")
+    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32")
+    parser.add_argument("--compiled", action="store_true", help="on a GPU, compile kernels for every shape")
+    parser.add_argument("--no-bytes", dest="weigh", action="store_false", help="do not weigh caches")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="perplexity ratio against bytes a token")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="of a stored run, and stop")
+    args = parser.parse_args(argv)
+    if args.windows < 1 or args.length < 2 or args.chunk < 1 or args.batch < 1:
+        parser.error("--windows, --chunk and --batch must be at least 1, --length at least 2")
+    names = [name for name in args.configs or SUITES[args.suite] if name != "dynamic"]
+    try:  # the uncompressed run is what all others are compared with
+        args.methods = [method(name, args.policy_weights) for name in ("dynamic", *dict.fromkeys(names))]
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    report, results = stored(args.show) if args.show else measured(args)
+    print("\n" + show(report, results))
+    if args.markdown:
+        args.markdown.write_text(show(report, results), encoding="utf-8")
+    if args.plot:
+        from . import figures  # needs matplotlib
+
+        figures.pareto([report], args.plot)
+    return 0
+
+
+def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
+    """Load, run, and say under which circumstances; the file of `--json` is written after every batch."""
+    loading.quiet()
+    started = time.perf_counter()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
+    ids = texts.windows(tokenizer, texts.read(args.text), args.windows, args.length)
+    print(f"ready after {time.perf_counter() - started:.0f} s", flush=True)
+    report = dict(
+        kind="quality",
+        model=name,
+        text=texts.called(args.text),
+        device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
+        dtype=args.dtype,
+        torch=torch.__version__.split("+")[0],
+        transformers=transformers.__version__,
+        windows=args.windows,
+        length=args.length,
+        chunk=args.chunk,
+        weighed_at=AT,
+    )
+
+    def keep(results: list[Result]) -> None:
+        report.update(seconds=time.perf_counter() - started, results=[asdict(r) for r in results])
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    results = run(
+        model, args.methods, ids, args.chunk, args.batch, args.weigh,
+        lambda line: print(line, flush=True), args.compiled, keep,
+    )  # fmt: skip
+    keep(results)
+    return report, results
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,74 @@
+"""Texts to measure on, as windows of tokens: a file, or a data set of `datasets`; and models to measure."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fade_fast import loading
+
+SMOLLM2 = "smollm2"  # what the default model is called on the command line
+WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
+TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # that `datasets` reads
+
+
+def read(source: str) -> str:
+    """The text that `source` names.
+
+    Args:
+        source: a file of plain text; a .json, .jsonl, .csv or .parquet file with a column "text"; or a
+            data set on the hub, NAME[:CONFIGURATION[:SPLIT[:COLUMN]]], of which the split "test" and the
+            column "text" are taken unless said. Rows are joined by an empty line, files are left as they are.
+
+    Raises:
+        ValueError: there is no such column.
+        Exception: what `datasets` raises if it cannot load the set.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix not in TABLES:
+        return path.read_text(encoding="utf-8")
+    from datasets import load_dataset  # a slow import
+
+    if path.is_file():
+        rows, column = load_dataset(TABLES[path.suffix], data_files=str(path), split="train"), "text"
+    else:
+        name, configuration, split, column = (source.split(":") + [""] * 3)[:4]
+        rows = load_dataset(name, configuration or None, split=split or "test")
+        column = column or "text"
+    if column not in rows.column_names:
+        raise ValueError(f"{source}: no column {column!r}: there are {', '.join(rows.column_names)}")
+    return "\n\n".join(rows[column])
+
+
+def load_model(name: str, device, dtype: str):
+    """Model, tokenizer, and what reports call the model: a hub id, or the name of a folder or a GGUF file.
+
+    `name`: a hub id, a folder, of GGUF, too, or `SMOLLM2`. Raises what `loading.load` does.
+    """
+    model, tokenizer = loading.load(None if name == SMOLLM2 else name, device, dtype)
+    if name == SMOLLM2:
+        return model, tokenizer, loading.HUB_ID.split("/")[-1]
+    if not Path(name).is_dir():
+        return model, tokenizer, name
+    file = next(Path(name).glob("*.gguf"), None)
+    whole = (Path(name) / "config.json").exists() or file is None
+    return model, tokenizer, Path(name).resolve().name if whole else file.stem
+
+
+def called(source: str) -> str:
+    """What reports call a text: no folders."""
+    return Path(source).name if Path(source).is_file() else source
+
+
+def windows(tokenizer, text: str, count: int, length: int) -> Tensor:
+    """The first `count` windows of `length` tokens, one after the other: int64 [count, length].
+
+    Raises `ValueError` if the text is too short.
+    """
+    needed = count * length
+    ids = tokenizer(text[: 12 * needed], return_tensors="pt", verbose=False).input_ids[0]
+    if len(ids) < needed:
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    if len(ids) < needed:
+        raise ValueError(f"the text has {len(ids)} tokens: {count} windows of {length} need {needed}")
+    return ids[:needed].reshape(count, length).to(torch.int64)
