@@ -901,7 +901,7 @@ def hunt(mutant: Mutant, cases) -> Fate:
                     if not outcome.passed:
                         fate.noticed = outcome
                         break
-    except (Stale, AttributeError, KeyError, SyntaxError) as error:
+    except (Stale, AttributeError, KeyError, SyntaxError, TypeError) as error:
         fate.stale = f"stale: {error}"
     if fate.noticed is not None and not perform(fate.noticed.case).passed:
         fate.stale = f"{fate.noticed.case.title} fails without it, too"

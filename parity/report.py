@@ -194,16 +194,14 @@ def _remarks(report: dict) -> list[str]:
 def summary(report: dict) -> str:
     where, failed = report["machine"], len(failures(report))
     known = sum(status(case) == "known bug" for case in report["cases"])
-    said = (
-        f"{len(report['cases'])} cases in {report['seconds']:.0f} s ({report['seconds busy']:.0f} s busy): "
-    )
+    busy = report.get("seconds busy", report["seconds"])
+    said = f"{len(report['cases'])} cases in {report['seconds']:.0f} s ({busy:.0f} s busy): "
     said += f"{failed} failed" if failed else "none failed"
     said += f", {known} known bugs" if known else ""
     if "twins" in report:
         ran = sum("compiled" in case for case in report["cases"])
-        said += (
-            f"; {ran} cases ran compiled, {report['twins']} kernels in {report['seconds compiling']:.0f} s"
-        )
+        said += f"; {ran} cases ran compiled, {report['twins']} kernels in "
+        said += f"{report['seconds compiling']:.0f} s"
     return f"{said}; torch {where['torch']}, transformers {where['transformers']}, {where['device']}"
 
 
