@@ -339,7 +339,7 @@ def headline(report: dict) -> str:
     exact = next(r for r in report["results"] if r["method"] == "dynamic")
     return (
         f"{report['model']}, {report['dtype']}, {report['device']}, torch {report['torch']}, transformers "
-        f"{report['transformers']}; {report['text']}, {report['windows']} windows of {report['length']}, in "
+        f"{report['transformers']}; {report['text']}, {report['windows']} window{'s' * (report['windows'] > 1)} of {report['length']}, in "
         f"chunks of {report['chunk']}; uncompressed perplexity {math.exp(statistics.mean(exact['nll'])):.4f}"
     )
 
