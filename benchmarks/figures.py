@@ -133,15 +133,19 @@ def memory_curves(report: dict, path: Path) -> None:
 
     results = [memory.Result(**r) for r in report["results"] if not r.get("failed")]
     figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    ends = {}
     for name in dict.fromkeys(r.method for r in results):
         mine = [(r.length, r.grown / 2**20) for r in results if r.method == name]
         colour, marker = GROUPS[group(name)]
         axes.plot(*zip(*mine), color=colour, marker=marker, ms=4, lw=1)
-        axes.annotate(name, mine[-1], xytext=(5, -2), textcoords="offset points", fontsize=7)
+        ends[name] = mine[-1]
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MiB allocated by the cache")
     lengths = sorted({r.length for r in results})
     axes.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths])
     axes.minorticks_off()
+    axes.set_xlim(right=max(lengths) * 1.9)  # room for names
+    figure.canvas.draw()
+    _name(axes, ends)
     _save(figure, path)
 
 
