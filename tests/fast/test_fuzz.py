@@ -1,7 +1,7 @@
 """Random configurations, shapes, orders of calls and damaged files: documented exceptions, no silent change.
 
 Every case has a number, which is its seed. A run ends after FADE_FUZZ_CASES cases (10,000) or after
-FADE_FUZZ_SECONDS seconds (25); FADE_FUZZ_FIRST is the number of the first. A case may take 30 seconds.
+FADE_FUZZ_SECONDS seconds (20); FADE_FUZZ_FIRST is the number of the first. A case may take 30 seconds.
 """
 
 import copy
@@ -24,7 +24,7 @@ from fade_ref.config import CODECS, PLAN_SCOPES, POLICIES, FadeConfig
 from .models import tiny_llama
 
 CASES = int(os.environ.get("FADE_FUZZ_CASES", 10_000))
-SECONDS = float(os.environ.get("FADE_FUZZ_SECONDS", 25))
+SECONDS = float(os.environ.get("FADE_FUZZ_SECONDS", 20))
 FIRST = int(os.environ.get("FADE_FUZZ_FIRST", 0))
 DOCUMENTED = (ValueError, TypeError)
 MOMENTS = ("in use by another thread", "a step has not ended")  # of `RuntimeError`
