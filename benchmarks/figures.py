@@ -21,6 +21,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs/quality.md")
 BLOCK = re.compile(r"<!-- results (?P<name>[\w.-]+)(?P<short> short)? -->.*?<!-- end -->", re.DOTALL)
 
 BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#666666"
+MANY = 30  # points that are not all named
 GROUPS = {  # label, colour and marker of the dots
     "uncompressed": (GREY, "D"),
     "all tokens kept": (BLUE, "o"),
@@ -45,58 +46,60 @@ def group(name: str) -> str:
 # -- pictures
 
 
-def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats in both numbers, both better smaller; by the first.
-
-    >>> front([(1, 3), (2, 2), (3, 2.5), (4, 1)])
-    [(1, 3), (2, 2), (4, 1)]
-    """
-    best, found = float("inf"), []
-    for x, y in sorted(points):
-        if y < best:
-            best = y
-            found.append((x, y))
-    return found
-
-
 def pareto(reports: list[dict], path: Path) -> None:
     """Perplexity ratio and mean KL against allocated bytes a token, of the first report with each name."""
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     rows = {}
     for report in reports:
         results = [quality.Result(**r) for r in report["results"]]
         rows = {name: s for name, s in quality.summaries(results).items() if s.smaller} | rows
-    floor = min((s.kl for s in rows.values() if s.kl > 0), default=1e-6) / 2
-    for axes, value, label in (
-        (panels[0], lambda s: s.ratio, "perplexity ratio to uncompressed"),
-        (panels[1], lambda s: max(s.kl, floor), "mean KL to uncompressed, nats"),
+    rows = {name: s for name, s in rows.items() if group(name) != "uncompressed"}
+    for axes, field, label in (
+        (panels[0], "ratio", "perplexity ratio to uncompressed"),
+        (panels[1], "kl", "mean KL to uncompressed, nats"),
     ):
-        places = {name: (1 / s.smaller, value(s)) for name, s in rows.items()}
-        line = front([p for name, p in places.items() if name not in ("dynamic", "off")])
+        places = {name: (1 / s.smaller, getattr(s, field)) for name, s in rows.items()}
+        line = [places[name] for name in quality.front(places)]
         axes.plot(*zip(*line), color="#bbbbbb", lw=1.2, zorder=1, label="Pareto front")
-        seen: list[tuple[float, float]] = []
         for name, (colour, marker) in GROUPS.items():
-            mine = {n: p for n, p in places.items() if group(n) == name}
+            mine = [p for n, p in places.items() if group(n) == name]
             if mine:
-                axes.scatter(*zip(*mine.values()), color=colour, marker=marker, s=34, zorder=3, label=name)
+                axes.scatter(*zip(*mine), color=colour, marker=marker, s=30, zorder=3, label=name)
         axes.set(xscale="log", yscale="log", xlabel="allocated bytes a token, share of bf16", ylabel=label)
+        shares = [1 / n for n in (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)]
+        low, high = axes.get_xlim()
+        axes.set_xticks([x for x in shares if low <= x <= high])
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(low, high * 1.15)  # room for a name
         axes.xaxis.set_major_formatter(lambda x, _: f"1/{1 / x:.3g}")
-        axes.xaxis.set_minor_formatter("")
-        if axes is panels[0]:
+        if field == "ratio":
             axes.yaxis.set_major_formatter("{x:.3g}")
             axes.yaxis.set_minor_formatter("{x:.3g}")
-        axes.set_xticks([1, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 12, 1 / 24, 1 / 48])
-        for name, p in sorted(places.items(), key=lambda item: item[1]):
-            at = axes.transData.transform(p)
-            above = sum(abs(at[0] - x) < 45 and abs(at[1] - y) < 9 for x, y in seen)
-            seen.append(tuple(at))
-            axes.annotate(
-                name, p, xytext=(6, -2.5 + 8 * above), textcoords="offset points", fontsize=7, zorder=4
-            )
     panels[0].legend(fontsize=7, frameon=False)
+    figure.canvas.draw()  # lays out; only now points have places
+    for axes, field in zip(panels, ("ratio", "kl")):
+        _name(axes, {name: (1 / s.smaller, getattr(s, field)) for name, s in rows.items()})
     _save(figure, path)
+
+
+def _name(axes, places: dict[str, tuple[float, float]]) -> None:
+    """Write names beside points, moved upwards where they would lie on each other; of many, the best only."""
+    if len(places) > MANY:
+        places = {name: places[name] for name in quality.front(places)}
+    pixel, taken = axes.figure.dpi / 72, []
+    for name, p in sorted(places.items(), key=lambda item: item[1][1]):
+        x, y = axes.transData.transform(p)
+        at = y
+        while any(abs(at - other) < 9 * pixel and abs(x - across) < 52 * pixel for across, other in taken):
+            at += pixel
+        taken.append((x, at))
+        line = dict(arrowstyle="-", lw=0.4, color="#999999", shrinkA=0, shrinkB=2) if at > y else None
+        offset = (9, (at - y) / pixel - 2.5)
+        axes.annotate(
+            name, p, xytext=offset, textcoords="offset points", fontsize=7, zorder=4, arrowprops=line
+        )
 
 
 def heat_map(report: dict, path: Path) -> None:
@@ -160,7 +163,20 @@ KINDS = {
 
 # -- text
 
-SHORT = ("int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive", "streaming", *POLICIES)
+#: Columns of the short table: what ran of these.
+SHORT = (
+    "int8",
+    "int4",
+    "int3",
+    "k4v2",
+    "int2",
+    "quanto4",
+    "balanced",
+    "streaming",
+    "position",
+    "h2o",
+    "learned",
+)
 
 
 def load(name: str) -> dict:
@@ -169,19 +185,53 @@ def load(name: str) -> dict:
 
 
 def short_table(results: list[quality.Result]) -> str:
-    """Of what ran: three numbers a config."""
+    """Of what ran: three numbers a config, which are the columns."""
     rows = quality.summaries(results)
-    lines = ["| config | allocated | perplexity ratio | mean KL |", "|---|---|---|---|"]
-    for name in SHORT:
-        if name in rows:
-            s = rows[name]
-            weight = "-" if s.smaller is None else f"1/{s.smaller:.1f}"
-            lines.append(f"| `{name}` | {weight} | {s.ratio:.3f} | {s.kl:.4f} |")
+    rows = {name: rows[name] for name in SHORT if name in rows}
+    numbers = {
+        "allocated": lambda s: "-" if s.smaller is None else f"1/{s.smaller:.1f}",
+        "perplexity ratio": lambda s: f"{s.ratio:.3f}",
+        "mean KL": lambda s: f"{s.kl:.4f}",
+    }
+    lines = ["| | " + " | ".join(f"`{name}`" for name in rows) + " |", "|---" * (1 + len(rows)) + "|"]
+    for label, number in numbers.items():
+        lines.append(f"| {label} | " + " | ".join(map(number, rows.values())) + " |")
     return "\n".join(lines)
 
 
+def agreement(of: str) -> str:
+    """Table: what formats cost a model `of` by other people's simulation, by ours, and through the cache."""
+    kinds = [kind for kind in ("independent", "simulation", "quality") if has(kind, of)]
+    sources = {kind: load(f"{kind}-{of}") for kind in kinds}
+    theirs = sources["independent"]
+    columns = {f"independent, {theirs['windows']} windows": {r["format"]: r for r in theirs["results"]}}
+    if found := sources.get("simulation"):
+        for mask, label in (("last", "simulated, last 64 exact"), ("blocks", "simulated, as the cache")):
+            rows = {r["format"]: r for r in found["results"] if r["mask"] == mask}
+            columns[f"{label}, {found['windows']} windows"] = rows
+    if found := sources.get("quality"):
+        rows = quality.summaries([quality.Result(**r) for r in found["results"]])
+        rows = {name: dict(ratio=s.ratio, kl=s.kl) for name, s in rows.items()}
+        columns[f"cache, {found['windows']} windows"] = rows
+    lines = ["| format | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for r in theirs["results"]:
+        found = (rows.get(r["format"]) for rows in columns.values())
+        cells = ["-" if x is None else f"{x['ratio']:.4f}, KL {x['kl']:.4f}" for x in found]
+        lines.append(f"| {r['format']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def has(kind: str, of: str) -> bool:
+    return (RESULTS / f"{kind}-{of}.json").is_file()
+
+
 def block(name: str, page: Path, short: bool = False) -> str:
-    """What stands between the marks of `name` in a page."""
+    """What stands between the marks of `name` in a page: the name of a report, or agreement-MODEL."""
+    kind, _, of = name.partition("-")
+    if kind == "agreement":
+        return agreement(of)
+    if not has(kind, of):
+        return "Not measured yet."
     report = load(name)
     _, title, module = KINDS[report["kind"]]
     picture = os.path.relpath(FIGURES / f"{name}.png", page.parent).replace(os.sep, "/")
@@ -191,6 +241,8 @@ def block(name: str, page: Path, short: bool = False) -> str:
     else:
         told = "{model}, {dtype}, {device}, torch {torch}, transformers {transformers}".format(**report)
     table = short_table(results) if short else module.table(results)
+    if report["kind"] == "quality" and not short:
+        table += "\n\n" + quality.best_trades(results)
     return f"![{title}]({picture})\n\n{told}.\n\n{table}"
 
 

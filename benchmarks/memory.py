@@ -25,6 +25,7 @@ from fade_fast import loading
 from fade_fast.cache import TieredKVCache
 from fade_fast.layer import TieredLayer
 
+from . import texts
 from .methods import Method, Unavailable, allocated, key_shape, method
 
 SUITE = (
@@ -164,6 +165,8 @@ def run(model, methods: list[Method], lengths: list[int], peak: bool, say=print)
                     r.prefill, r.step = peaks(model, m, length)
             except Unavailable as error:
                 r.failed = str(error)
+            except torch.OutOfMemoryError:
+                r.failed = "out of memory"
             gc.collect()
             results.append(r)
             say(f"  {r.method} {r.length}: {r.failed or r.grown}")
@@ -199,7 +202,7 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default="smollm2", help="hub id, folder (of GGUF, too), or smollm2")
+    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N")
     parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help="see methods.py")
     parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
@@ -223,12 +226,11 @@ def main(argv: list[str] | None = None) -> int:
         report, results = stored(args.show)
     else:
         loading.quiet()
-        name = None if args.model == "smollm2" else args.model
-        model, _ = loading.load(name, args.device, "bf16")
+        model, _, name = texts.load_model(args.model, args.device, "bf16")
         results = run(model, args.methods, args.lengths, args.peak, lambda line: print(line, flush=True))
         report = dict(
             kind="memory",
-            model=loading.HUB_ID if name is None else Path(name).name,
+            model=name,
             device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
             dtype="bf16",
             torch=torch.__version__.split("+")[0],

@@ -6,7 +6,8 @@ A name is one of `NAMES`, or one of ours followed by fields of `FadeConfig` to c
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,9 @@ from transformers.cache_utils import Cache, QuantizedCache
 
 import fade_fast
 from fade_fast.cache import TieredKVCache, storage_bytes, tensors
+from fade_fast.kernels import compile as compiling
 from fade_fast.layer import TieredLayer
+from fade_fast.models import text_config
 from fade_fast.timeline import HOLE
 from fade_ref.config import PRESETS, FadeConfig
 
@@ -174,11 +177,31 @@ def record_bytes(model, config: FadeConfig, weights=None) -> tuple[int, int]:
 
 
 def key_shape(model, index: int) -> tuple[int, int]:
-    """KV heads and head_dim of a layer, read off its key projection."""
-    module = next(
-        m for m in model.modules() if getattr(m, "layer_idx", None) == index and hasattr(m, "k_proj")
-    )
-    return module.k_proj.weight.shape[0] // module.head_dim, module.head_dim
+    """KV heads and head_dim of a layer: read off its key projection, or as the configuration says."""
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) == index and hasattr(module, "k_proj"):
+            return module.k_proj.weight.shape[0] // module.head_dim, module.head_dim
+    config = text_config(model)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, dim
+
+
+# -- how kernels run
+
+
+@contextmanager
+def eager(wanted: bool = True) -> Iterator[None]:
+    """While this lasts, kernels run as they are written, on a GPU too, if `wanted`.
+
+    They compute the same (`python -m parity`), and a run of many shapes spends no minutes on compilation.
+    """
+    held = set(compiling.FUSED_ON)
+    if wanted:
+        compiling.FUSED_ON.clear()
+    try:
+        yield
+    finally:
+        compiling.FUSED_ON.update(held)
 
 
 # -- what a cache holds

@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,8 +27,8 @@ import fade_fast
 from fade_fast import loading
 
 from . import texts
-from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, Unavailable, compressed_tokens, method
-from .quality import SMOLLM2, NothingCompressed, chunks
+from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, Unavailable, compressed_tokens, eager, method
+from .quality import NothingCompressed, chunks
 
 TASKS = ("passkey", "multikey", "recall")
 SUITE = ("dynamic", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "streaming", *POLICIES)
@@ -145,6 +146,7 @@ def run(
     batch: int,
     text: str,
     say=print,
+    keep=lambda results: None,
 ) -> list[Result]:
     """Scores of every method at every depth of every length of every task."""
     words, results = tokenizer(text[: 40 * max(lengths)], verbose=False).input_ids, []
@@ -161,6 +163,7 @@ def run(
                 best = [r.exact for r in found if r.exact is not None]
                 told = f"{sum(best) / len(best):.2f} exact" if best else found[0].failed
                 say(f"  {task} {length}, {m.name}: {told}, {time.perf_counter() - started:.1f} s")
+                keep(results)
     return results
 
 
@@ -172,11 +175,18 @@ def score(model, m: Method, task: str, length: int, cells, size: int, batch: int
     try:
         for i in range(0, len(cells), step):
             part = cells[i : i + step]
-            right, nll, read = ask(model, m, [e for _, e in part], size)
+            with eager():
+                right, nll, read = ask(model, m, [e for _, e in part], size)
             for (d, _), row, x in zip(part, right.tolist(), nll.tolist()):
                 sums[d].append((all(row), sum(row) / len(row), x, read))
     except Unavailable as error:
         return [Result(task, length, d, m.name, failed=str(error)) for d in results]
+    except NothingCompressed:
+        raise
+    except Exception as error:  # one method must not cost the others
+        traceback.print_exc()
+        failed = f"{type(error).__name__}: {error}"[:300]
+        return [Result(task, length, d, m.name, failed=failed) for d in results]
     finally:
         fade_fast.detach(model)
     for d, r in results.items():
@@ -218,7 +228,7 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default=SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
     parser.add_argument("--text", default=texts.WIKITEXT, help="around the facts; see benchmarks/texts.py")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048], metavar="N")
@@ -250,12 +260,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    if args.show:
-        report, results = stored(args.show)
-    else:
-        report, results = measured(args)
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report, results = stored(args.show) if args.show else measured(args)
     print(f"\n{report['model']}, {report['dtype']}, {report['device']}\n\n{table(results)}")
     if args.plot:
         from . import figures  # needs matplotlib
@@ -265,27 +270,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
-    """Load, run, and say under which circumstances."""
+    """Load, run, and say under which circumstances; the file of `--json` is written after every method."""
     loading.quiet()
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
-    model, tokenizer = loading.load(None if args.model == SMOLLM2 else args.model, args.device, args.dtype)
-    results = run(
-        model, tokenizer, args.methods, args.tasks, args.lengths, args.depths, args.trials, args.chunk,
-        args.batch, texts.read(args.text), lambda line: print(line, flush=True),
-    )  # fmt: skip
+    model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
     report = dict(
         kind="needles",
-        model=loading.HUB_ID if args.model == SMOLLM2 else Path(args.model).name,
-        text=Path(args.text).name if Path(args.text).is_file() else args.text,
+        model=name,
+        text=texts.called(args.text),
         device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
         dtype=args.dtype,
         torch=torch.__version__.split("+")[0],
         transformers=transformers.__version__,
         chunk=args.chunk,
-        seconds=time.perf_counter() - started,
-        results=[asdict(r) for r in results],
     )
+
+    def keep(results: list[Result]) -> None:
+        report.update(seconds=time.perf_counter() - started, results=[asdict(r) for r in results])
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    results = run(
+        model, tokenizer, args.methods, args.tasks, args.lengths, args.depths, args.trials, args.chunk,
+        args.batch, texts.read(args.text), lambda line: print(line, flush=True), keep,
+    )  # fmt: skip
     return report, results
 
 

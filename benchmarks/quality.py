@@ -5,7 +5,8 @@ cache kept of all before it. So all but sinks, recent tokens and the chunk itsel
 as in generation, and every next-token distribution is scored against the text (perplexity) and against
 that of an uncompressed `DynamicCache` fed the same chunks (KL, top-1). How many compressed tokens the
 queries read is counted in the cache; a method that reads none, or drops none if that is all it does, is an
-error and not a result. Bytes are those of every storage that a cache of 8192 bfloat16 tokens holds.
+error and not a result. Bytes are those of every storage that a cache made for 8192 bfloat16 tokens holds
+when they are there.
 
 `--json FILE` writes all numbers, `--show FILE` prints the tables of such files, `--markdown FILE` and
 `--plot FILE` write table and picture. docs/quality.md explains the method.
@@ -38,15 +39,24 @@ from .methods import (
     Method,
     Unavailable,
     compressed_tokens,
+    eager,
     evicted_tokens,
     method,
 )
 
-SMOLLM2 = "smollm2"
 SUITE = (
     "dynamic", "off", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive",
     "streaming", *POLICIES,
 )  # fmt: skip
+_FIELDS = dict(block_size=(16, 32, 128, 256), n_sink=(0, 1, 2, 8, 16), recent_window=(0, 16, 32, 128, 256))
+_BUDGETS = ("int4_budget=200", "int4_budget=400", "int4_budget=800", "int4_budget=200:int2_budget=400")
+#: What presets are chosen from: widths of keys and values, then one field at a time, then budgets.
+SWEEP = (
+    *(f"k{k}v{v}" for k in (8, 4, 3, 2) for v in (8, 4, 3, 2)),
+    *(f"{base}:{name}={x}" for base in ("int4", "int2") for name, values in _FIELDS.items() for x in values),
+    *(f"{policy}:{budget}" for budget in _BUDGETS for policy in ("position", "h2o", "ema", "learned")),
+)
+SUITES = {"table": SUITE, "sweep": SWEEP}
 AT = 8192  # tokens at which caches are weighed
 
 
@@ -61,7 +71,7 @@ class Result:
         top1: share of scored tokens with the same best next token as uncompressed, of every window.
         read: compressed tokens that a query read, mean over queries and layers.
         evicted: tokens a window had lost at its end.
-        bytes: allocated by a cache of `AT` bfloat16 tokens; `dense`: by a `DynamicCache`.
+        bytes: allocated by a cache made for `AT` bfloat16 tokens; `dense`: by a `DynamicCache`.
         seconds: for all windows.
     """
 
@@ -189,9 +199,25 @@ def check(m: Method, read: float, evicted: float) -> None:
 
 
 def run(
-    model, methods: list[Method], ids: Tensor, size: int, batch: int, weigh: bool = True, say=print
+    model,
+    methods: list[Method],
+    ids: Tensor,
+    size: int,
+    batch: int,
+    weigh: bool = True,
+    say=print,
+    compiled: bool = False,
+    keep=lambda results: None,
 ) -> list[Result]:
-    """Every method over every window. Uncompressed logits are computed once a batch of windows."""
+    """Every method over every window. Uncompressed logits are computed once a batch of windows.
+
+    Args:
+        ids: windows [N, L]; `size` tokens of `batch` windows are fed at a time.
+        weigh: whether to weigh caches of `AT` tokens, too.
+        say: what is done with a line of progress.
+        compiled: whether kernels run compiled on a GPU, as under `generate()`.
+        keep: called with the results so far after every batch.
+    """
     results = {m.name: Result(m.name, m.does, seconds=0.0) for m in methods}
     dynamic = method("dynamic")
     for first in range(0, len(ids), batch):
@@ -203,7 +229,8 @@ def run(
                 continue
             started = time.perf_counter()
             try:
-                nll, kl, top1, read, evicted, r.config = measure(model, m, part, exact, size)
+                with eager(not compiled):
+                    nll, kl, top1, read, evicted, r.config = measure(model, m, part, exact, size)
             except Unavailable as error:
                 r.failed = str(error)
                 continue
@@ -222,11 +249,13 @@ def run(
             r.evicted = evicted * share + (r.evicted or 0.0) * (1 - share)
             r.nll, r.kl, r.top1 = r.nll + nll, r.kl + kl, r.top1 + top1
             say(f"  {m.name}: {len(r.nll)} windows, {r.seconds:.1f} s, {r.read:.0f} compressed tokens read")
+        keep(list(results.values()))
     if weigh:
         dense = memory.filled_bytes(model, dynamic, AT)
         for m in methods:
             if not results[m.name].failed:
-                results[m.name].bytes, results[m.name].dense = memory.filled_bytes(model, m, AT), dense
+                held = memory.filled_bytes(model, m, AT, reserved=True)
+                results[m.name].bytes, results[m.name].dense = held, dense
     return list(results.values())
 
 
@@ -282,6 +311,29 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """Names of the points that no other one beats in both numbers, both better smaller; by the first.
+
+    >>> front({"a": (1, 3), "b": (2, 2), "c": (3, 2.5), "d": (4, 1)})
+    ['a', 'b', 'd']
+    """
+    best, found = math.inf, []
+    for name, (_, y) in sorted(points.items(), key=lambda item: item[1]):
+        if y < best:
+            best = y
+            found.append(name)
+    return found
+
+
+def best_trades(results: list[Result]) -> str:
+    """One line: which configurations no other beats in bytes and KL."""
+    rows = {name: s for name, s in summaries(results).items() if s.smaller}
+    names = front({name: (s.bytes_per_token, s.kl) for name, s in rows.items()})
+    return (
+        f"No other is both smaller and nearer to uncompressed (KL) than: {', '.join(names)}." if names else ""
+    )
+
+
 def headline(report: dict) -> str:
     """One line about a run."""
     exact = next(r for r in report["results"] if r["method"] == "dynamic")
@@ -300,13 +352,13 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 
 
 def show(report: dict, results: list[Result]) -> str:
-    return f"{headline(report)}\n\n{table(results)}\n"
+    return f"{headline(report)}\n\n{table(results)}\n\n{best_trades(results)}\n"
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default=SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
     parser.add_argument(
         "--text", default=texts.WIKITEXT, help="file, or NAME[:CONFIGURATION[:SPLIT[:COLUMN]]]"
     )
@@ -314,10 +366,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
     parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens fed at a time")
     parser.add_argument("--batch", type=int, default=8 if cuda else 1, metavar="N", help="windows at a time")
-    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help="see methods.py")
+    parser.add_argument("--suite", choices=tuple(SUITES), default="table", help="lists of configurations")
+    parser.add_argument("--configs", nargs="+", metavar="NAME", help="these instead; see methods.py")
     parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32")
+    parser.add_argument("--compiled", action="store_true", help="on a GPU, compile kernels for every shape")
     parser.add_argument("--no-bytes", dest="weigh", action="store_false", help="do not weigh caches")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
@@ -326,7 +380,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.windows < 1 or args.length < 2 or args.chunk < 1 or args.batch < 1:
         parser.error("--windows, --chunk and --batch must be at least 1, --length at least 2")
-    names = [name for name in args.configs if name != "dynamic"]
+    names = [name for name in args.configs or SUITES[args.suite] if name != "dynamic"]
     try:  # the uncompressed run is what all others are compared with
         args.methods = [method(name, args.policy_weights) for name in ("dynamic", *dict.fromkeys(names))]
     except ValueError as error:
@@ -336,12 +390,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    if args.show:
-        report, results = stored(args.show)
-    else:
-        report, results = measured(args)
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report, results = stored(args.show) if args.show else measured(args)
     print("\n" + show(report, results))
     if args.markdown:
         args.markdown.write_text(show(report, results), encoding="utf-8")
@@ -353,22 +402,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
-    """Load, run, and say under which circumstances."""
+    """Load, run, and say under which circumstances; the file of `--json` is written after every batch."""
     loading.quiet()
     started = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = False
-    model, tokenizer = loading.load(None if args.model == SMOLLM2 else args.model, args.device, args.dtype)
+    model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
     ids = texts.windows(tokenizer, texts.read(args.text), args.windows, args.length)
     print(f"ready after {time.perf_counter() - started:.0f} s", flush=True)
-    results = run(
-        model, args.methods, ids, args.chunk, args.batch, args.weigh, lambda line: print(line, flush=True)
-    )
-    cuda = model.device.type == "cuda"
     report = dict(
         kind="quality",
-        model=loading.HUB_ID if args.model == SMOLLM2 else Path(args.model).name,
-        text=Path(args.text).name if Path(args.text).is_file() else args.text,
-        device=torch.cuda.get_device_name() if cuda else "CPU",
+        model=name,
+        text=texts.called(args.text),
+        device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
         dtype=args.dtype,
         torch=torch.__version__.split("+")[0],
         transformers=transformers.__version__,
@@ -376,9 +421,18 @@ def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
         length=args.length,
         chunk=args.chunk,
         weighed_at=AT,
-        seconds=time.perf_counter() - started,
-        results=[asdict(r) for r in results],
     )
+
+    def keep(results: list[Result]) -> None:
+        report.update(seconds=time.perf_counter() - started, results=[asdict(r) for r in results])
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    results = run(
+        model, args.methods, ids, args.chunk, args.batch, args.weigh,
+        lambda line: print(line, flush=True), args.compiled, keep,
+    )  # fmt: skip
+    keep(results)
     return report, results
 
 

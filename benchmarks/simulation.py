@@ -27,7 +27,7 @@ from fade_ref.rotation import RotatedCodec, key_mean, qr_rotation
 
 from . import texts
 from .methods import WIDTHS
-from .quality import SMOLLM2, Score
+from .quality import Score
 
 NAME = "fade_simulated"
 MASKS = ("blocks", "last")
@@ -136,7 +136,7 @@ def table(results: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default=SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
     parser.add_argument("--text", default=texts.WIKITEXT, help="see benchmarks/texts.py")
     parser.add_argument("--windows", type=int, default=4 if cuda else 1, metavar="N")
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
@@ -151,15 +151,15 @@ def main(argv: list[str] | None = None) -> int:
     loading.quiet()
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
-    model, tokenizer = loading.load(None if args.model == SMOLLM2 else args.model, args.device, args.dtype)
+    model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
     ids = texts.windows(tokenizer, texts.read(args.text), args.windows, args.length)
     results = run(model, args.formats, ids, args.chunk, lambda line: print(line, flush=True))
     print(table(results))
     if args.json:
         report = dict(
             kind="simulation",
-            model=loading.HUB_ID if args.model == SMOLLM2 else Path(args.model).name,
-            text=Path(args.text).name if Path(args.text).is_file() else args.text,
+            model=name,
+            text=texts.called(args.text),
             device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
             dtype=args.dtype,
             torch=torch.__version__.split("+")[0],

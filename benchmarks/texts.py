@@ -1,10 +1,13 @@
-"""Texts to measure on, as windows of tokens: a file, or a data set of `datasets`."""
+"""Texts to measure on, as windows of tokens: a file, or a data set of `datasets`; and models to measure."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fade_fast import loading
+
+SMOLLM2 = "smollm2"  # what the default model is called on the command line
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # that `datasets` reads
 
@@ -35,6 +38,26 @@ def read(source: str) -> str:
     if column not in rows.column_names:
         raise ValueError(f"{source}: no column {column!r}: there are {', '.join(rows.column_names)}")
     return "\n\n".join(rows[column])
+
+
+def load_model(name: str, device, dtype: str):
+    """Model, tokenizer, and what reports call the model: a hub id, or the name of a folder or a GGUF file.
+
+    `name`: a hub id, a folder, of GGUF, too, or `SMOLLM2`. Raises what `loading.load` does.
+    """
+    model, tokenizer = loading.load(None if name == SMOLLM2 else name, device, dtype)
+    if name == SMOLLM2:
+        return model, tokenizer, loading.HUB_ID.split("/")[-1]
+    if not Path(name).is_dir():
+        return model, tokenizer, name
+    file = next(Path(name).glob("*.gguf"), None)
+    whole = (Path(name) / "config.json").exists() or file is None
+    return model, tokenizer, Path(name).resolve().name if whole else file.stem
+
+
+def called(source: str) -> str:
+    """What reports call a text: no folders."""
+    return Path(source).name if Path(source).is_file() else source
 
 
 def windows(tokenizer, text: str, count: int, length: int) -> Tensor:

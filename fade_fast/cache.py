@@ -77,12 +77,24 @@ class TieredKVCache(Cache):
                 f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: "
                 f"'rotated' and one of {', '.join(plan.SCOPES)} are supported inside generate()"
             )
-        if (config.eviction_policy == "learned") != (policy_weights is not None):
+        if config.plan_scope == "head" and config.eviction_policy == "adaptive":
             raise ValueError(
-                f"eviction_policy={config.eviction_policy!r}, policy_weights "
-                f"{'not ' if policy_weights is None else ''}given: 'learned' needs them, others take none"
+                "plan_scope='head' with eviction_policy='adaptive': heads would keep different numbers of "
+                "tokens, which the buffers of a layer cannot hold; every other policy is supported"
             )
-        weights = None if policy_weights is None else importance.load(policy_weights)
+        if config.plan_scope == "head" and config.contiguous and config.int2_budget != 0:
+            raise ValueError(
+                f"plan_scope='head' with int2_budget={config.int2_budget} and contiguous positions: heads "
+                'would read a slot at different positions; int2_budget=0 or positions="original" is supported'
+            )
+        weights = None
+        if config.eviction_policy == "learned":
+            weights = importance.load(importance.SHIPPED if policy_weights is None else policy_weights)
+        elif policy_weights is not None:
+            raise ValueError(
+                f"eviction_policy={config.eviction_policy!r}, policy_weights given: 'learned' has weights, "
+                "others take none"
+            )
         replaceable = model_config._attn_implementation == NAME or model._can_set_attn_implementation()
         if importance.observer(config, weights) and not replaceable:
             raise ValueError(
@@ -345,7 +357,8 @@ def create_cache(
         max_length: the most tokens the cache will see; room for them is made at once. By default
             the buffers grow with the text.
         policy_weights: for `eviction_policy="learned"`: a safetensors file, or its tensors, named and
-            shaped as `importance.MLP` says. None are shipped yet.
+            shaped as `importance.MLP` says. By default those that `fade_fast` brings, trained on
+            SmolLM2-135M; what the network sees has no model's shape, so they fit any other.
         codebooks: of product quantisation; refused, as no configuration has such a tier yet.
         verify: see `attach`.
 
@@ -419,9 +432,9 @@ def attach(model: PreTrainedModel, *, verify: bool = True) -> bool:
     if verify:
         _verify(model)
     if "_fade_guard" not in model.__dict__:
-        model._fade_guard = model.register_forward_pre_hook(_refuse_without_use_cache, with_kwargs=True)
-        if model.config.model_type in SWITCHING:
-            model.prepare_inputs_for_generation = types.MethodType(_prepare_inputs, model)
+        model._fade_guard = model.register_forward_pre_hook(_refuse, with_kwargs=True)
+    if model.config.model_type in SWITCHING:
+        model.prepare_inputs_for_generation = types.MethodType(_prepare_inputs, model)
     if model.config._attn_implementation == NAME:
         return True
     if not model._can_set_attn_implementation():
@@ -454,11 +467,11 @@ def _verify(model: PreTrainedModel) -> None:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`: the model's own attention function is back. Nothing happens without one."""
-    guard = model.__dict__.pop("_fade_guard", None)
-    if guard is not None:
-        guard.remove()
-        model.__dict__.pop("prepare_inputs_for_generation", None)
+    """Undo `attach`: the model's own attention function is back. Nothing happens without one.
+
+    A hook stays that refuses what would go wrong with a tiered cache; it does nothing with others.
+    """
+    model.__dict__.pop("prepare_inputs_for_generation", None)
     previous = model.__dict__.pop("_fade_previous", None)
     if previous is not None:
         model.set_attn_implementation(previous)
@@ -483,9 +496,20 @@ def _prepare_inputs(model, input_ids, past_key_values=None, **kwargs):
     )
 
 
-def _refuse_without_use_cache(model, args, kwargs) -> None:
-    """Refuse a step that is fed every token again on top of what the cache holds."""
-    if isinstance(kwargs.get("past_key_values"), TieredKVCache) and kwargs.get("use_cache") is False:
+def _refuse(model, args, kwargs) -> None:
+    """Refuse a step that is fed every token again on top of what the cache holds, and padding where
+    the model's own attention, whose masks count columns, would read what is left after eviction."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if not isinstance(cache, TieredKVCache):
+        return
+    if kwargs.get("use_cache") is False:
         raise ValueError(
             "use_cache=False with a cache would feed every token again: pass use_cache=True to generate()"
+        )
+    if not cache.fade_config.evicts or model.config._attn_implementation == NAME:
+        return
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all():
+        raise ValueError(
+            "padding, and a cache that evicts, under the model's own attention, which cannot tell which of "
+            "the tokens left are padding: fade_fast.attach(model) replaces it"
         )

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 from .files import whole
 from .layer import TieredLayer
@@ -38,13 +38,12 @@ def state_dict(cache: Cache) -> tuple[dict[str, Tensor], dict]:
         if isinstance(layer, TieredLayer):
             layer.settle()
             parts, known = _of_tiered(layer)
-        elif type(layer) is DynamicSlidingWindowLayer:
-            parts = dict(keys=layer.keys, values=layer.values) if layer.is_initialized else {}
-            known = dict(cumulative_length=layer.cumulative_length)
+        elif type(layer) in SLIDING:
+            parts, known = _of_sliding(layer)
         else:
             raise ValueError(f"layer {i} is a {type(layer).__name__}, which cannot be stored")
         tensors |= {f"{i}.{name}": x for name, x in parts.items()}
-        layers.append(dict(kind=type(layer).__name__) | known)
+        layers.append(dict(kind=_kind(layer)) | known)
     known = dict(config=dataclasses.asdict(cache.fade_config), holes=cache.timeline.has_holes, layers=layers)
     return {name: x.detach().clone().contiguous() for name, x in tensors.items()}, known
 
@@ -66,7 +65,7 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
         raise ValueError(f"the stored configuration is {known['config']}, the cache's {cache.fade_config}")
     kinds, ours = (
         [layer.get("kind") for layer in layers],
-        [type(layer).__name__ for layer in cache.layers],
+        [_kind(layer) for layer in cache.layers],
     )
     if kinds != ours:
         raise ValueError(f"the stored layers are {kinds}, the cache's {ours}")
@@ -85,9 +84,7 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
             if isinstance(layer, TieredLayer):
                 _fill_tiered(layer, parts, about)
             elif parts:
-                layer.lazy_initialization(parts["keys"], parts["values"])
-                layer.keys, layer.values = parts.pop("keys").clone(), parts.pop("values").clone()
-                layer.cumulative_length = about["cumulative_length"]
+                _fill_sliding(layer, parts, about)
             if parts:
                 raise ValueError(f"tensors without a place: {', '.join(parts)}")
         if position is not None:
@@ -205,6 +202,42 @@ def _of_tiered(layer: TieredLayer) -> tuple[dict[str, Tensor], dict]:
         if isinstance(middle, PlannedMiddle) and middle.evicted is not None:
             parts |= dict(evicted=middle.evicted, demoted=middle._demoted)
     return parts, dict(length=layer.length, sinks_placed=layer._sinks_placed)
+
+
+#: Layers of transformers with a sliding window, which keep it as it comes or, on a GPU, in a fixed buffer.
+SLIDING = (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
+
+
+def _kind(layer) -> str:
+    """What a stored layer is called: alike for both classes of a sliding window."""
+    return SLIDING[0].__name__ if type(layer) in SLIDING else type(layer).__name__
+
+
+def _of_sliding(layer) -> tuple[dict[str, Tensor], dict]:
+    length, parts = layer.get_seq_length(), {}
+    if layer.is_initialized:
+        parts = dict(keys=layer.keys, values=layer.values)
+    if parts and type(layer) is StaticSlidingWindowLayer:
+        # What lies in front of a full buffer falls out before it is read again.
+        window = layer.max_cache_len
+        held = slice(1, None) if length >= window else slice(0, length)
+        parts = {name: x[:, :, held] for name, x in parts.items()}
+    return parts, dict(cumulative_length=length)
+
+
+def _fill_sliding(layer, parts: dict[str, Tensor], about: dict) -> None:
+    length, keys, values = about["cumulative_length"], parts.pop("keys"), parts.pop("values")
+    layer.lazy_initialization(keys, values)
+    if type(layer) is DynamicSlidingWindowLayer:
+        layer.keys, layer.values, layer.cumulative_length = keys.clone(), values.clone(), length
+        return
+    window = layer.max_cache_len
+    kept = min(length, window - 1)
+    start = 1 if length >= window else 0
+    for buffer, x in ((layer.keys, keys), (layer.values, values)):
+        buffer[:, :, start : start + kept] = x[:, :, x.shape[2] - kept :]
+    layer.cumulative_length.fill_(length)
+    layer.cumulative_length_int = length
 
 
 def _fill_tiered(layer: TieredLayer, parts: dict[str, Tensor], about: dict) -> None:

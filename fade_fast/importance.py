@@ -10,6 +10,7 @@ gives to a token, mean over the query heads of the KV head.
 
 import os
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,10 @@ WINDOW = 64  # queries that SnapKV observes
 #: Names and shapes of the tensors of the `learned` policy's network, as fade-kv names them.
 MLP = {"net.0.weight": (32, 4), "net.2.weight": (32, 32), "net.4.weight": (1, 32)}
 MLP |= {name.replace("weight", "bias"): shape[:1] for name, shape in MLP.items()}
+#: What that network sees of a token, see `features`.
+FEATURES = ("position, scaled", "mean share, scaled", "depth of the layer", "age over that of the first")
+#: Its weights, unless others are given; `python -m fade_fast.train_policy` made them.
+SHIPPED = Path(__file__).parent / "weights" / "learned.safetensors"
 UNSEEN = -1.0  # stands where no query could see the token
 
 
@@ -36,11 +41,13 @@ class Observer(ABC):
         fresh: name -> the value for a token that no query has seen yet.
         horizon: how many of the newest queries of a step can make a difference; None: all.
         additive: whether shares may come summed over the queries of a step.
+        by_head: whether the heads of a row hold different tokens.
     """
 
     fresh: dict[str, float]
     horizon: int | None = None
     additive = False
+    by_head = False
 
     def __init__(self):
         self.fields: dict[str, Field] = {}
@@ -68,7 +75,7 @@ class Observer(ABC):
 
         Args:
             received: the fields of all candidates.
-            position: int32 [B, 1, n], negative where there is none. now: [B, 1, 1], of the newest token.
+            position: int32 [B, 1 or H, n], negative where there is none. now: [B, 1, 1], of the newest token.
         """
         return self.score(received)
 
@@ -105,7 +112,8 @@ class Summed(Observer):
 
     def start(self, heads, dtype, device):
         wide = torch.promote_types(dtype, torch.float32)
-        self.fields = dict(mass=Field((), wide, heads), queries=Field((), torch.int32, 1))
+        counts = Field((), torch.int32, heads if self.by_head else 1)
+        self.fields = dict(mass=Field((), wide, heads), queries=counts)
 
     def add(self, received, shares, seen):
         received["mass"].add_(shares.sum(2))
@@ -191,10 +199,7 @@ class Pooled(Windowed):
 
 
 class Learned(Summed):
-    """The probability of a small network that a token is worth keeping (fade-kv 1.1.0).
-
-    It sees, each in [0, 1]: the position and the mean share, both scaled by their extremes over the
-    candidates; the layer's depth; and the token's age over that of the first.
+    """The probability of a small network that a token is worth keeping (fade-kv 1.1.0), from its `features`.
 
     Args:
         weights: float64 tensors named and shaped as `MLP` says; `ValueError` if they are not.
@@ -213,23 +218,33 @@ class Learned(Summed):
         self.weights = {name: x.to(device) for name, x in self.weights.items()}
 
     def worth(self, received, position, now):
-        w, x = self.weights, self._features(self.score(received), position, now)
+        w, x = self.weights, features(self.score(received), position, now, self.depth)
         x = F.linear(x, w["net.0.weight"], w["net.0.bias"]).relu()
         x = F.linear(x, w["net.2.weight"], w["net.2.bias"]).relu()
         return F.linear(x, w["net.4.weight"], w["net.4.bias"]).sigmoid().squeeze(-1)
 
-    def _features(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
-        hole = (position < 0).unsqueeze(-1)
-        x = torch.stack(torch.broadcast_tensors(position.double(), score), dim=-1)
-        low = x.masked_fill(hole, torch.inf).amin(-2, keepdim=True)
-        high = x.masked_fill(hole, -torch.inf).amax(-2, keepdim=True)
-        age = ((now - position).double() / now.clamp_min(1)).expand(score.shape)
-        scaled = torch.where(low == high, 0.0, (x - low) / (high - low))
-        depth = torch.full_like(age, self.depth)
-        return torch.cat([scaled, torch.stack([depth, age], dim=-1)], dim=-1).clamp(0, 1)
-
     def tensors(self):
         return list(self.weights.values())
+
+
+def features(score: Tensor, position: Tensor, now: Tensor, depth: float) -> Tensor:
+    """What `Learned` sees of each candidate, float64 in [0, 1], [B, H, n, 4]: `FEATURES`.
+
+    Position and mean share are scaled by their extremes over the candidates, 0 if all are equal.
+
+    Args:
+        score: mean share, float64 [B, H, n].
+        position, now: as in `Observer.worth`.
+        depth: the layer's, 0 for the first and 1 for the last.
+    """
+    hole = (position < 0).unsqueeze(-1)
+    x = torch.stack(torch.broadcast_tensors(position.double(), score), dim=-1)
+    low = x.masked_fill(hole, torch.inf).amin(-2, keepdim=True)
+    high = x.masked_fill(hole, -torch.inf).amax(-2, keepdim=True)
+    age = ((now - position).double() / now.clamp_min(1)).expand(score.shape)
+    scaled = torch.where(low == high, 0.0, (x - low) / (high - low))
+    rest = torch.stack([torch.full_like(age, depth), age], dim=-1)
+    return torch.cat([scaled, rest], dim=-1).clamp(0, 1)
 
 
 #: The observer that a policy needs. TOVA: arXiv 2401.06104.
@@ -251,13 +266,15 @@ def observer(config: FadeConfig, weights: dict[str, Tensor] | None = None, layer
     make = OBSERVERS.get(config.eviction_policy)
     if make is None or not config.moves:
         return None
-    return make(weights, layer, layers) if make is Learned else make()
+    made = make(weights, layer, layers) if make is Learned else make()
+    made.by_head = config.plan_scope == "head"
+    return made
 
 
 def load(weights: str | os.PathLike | dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the `learned` policy in float64, from a safetensors file or as they are."""
+    """A float64 copy of weights of the `learned` policy, from a safetensors file or from tensors."""
     found = weights if isinstance(weights, dict) else load_file(weights)
-    return {name: x.detach().double() for name, x in found.items()}
+    return {name: x.detach().to(torch.float64, copy=True) for name, x in found.items()}
 
 
 def pool_neighbours(scores: Tensor, position: Tensor, size: int = 5) -> Tensor:

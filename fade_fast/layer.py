@@ -162,6 +162,11 @@ class TieredLayer(CacheLayerMixin):
                 f"eviction_policy={self.config.eviction_policy!r} ranks by attention, which this model's "
                 "own attention function does not tell: fade_fast.attach(model) replaces it"
             )
+        if self.config.moves and self.timeline.has_holes:
+            raise ValueError(
+                "tokens of rows with padding have moved in this cache: only our attention knows which are "
+                "which, fade_fast.attach(model) brings it back"
+            )
         start = self.length
         try:
             self.settle()
@@ -595,7 +600,7 @@ class TieredLayer(CacheLayerMixin):
             return keys, values
         sinks = self.config.n_sink
         middle = [self.decode(tier) for tier in self.middle.tiers if tier.records.count]
-        order = torch.cat([self.middle.position(t) for t in self.middle.tiers], dim=-1).argsort(
+        order = torch.cat([self.middle.places(t) for t in self.middle.tiers], dim=-1).argsort(
             dim=-1, stable=True
         )
         k, v = (torch.cat(parts, dim=2) for parts in zip(*middle))

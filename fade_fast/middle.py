@@ -164,6 +164,7 @@ class Middle(ABC):
         observer: Observer | None = None,
     ):
         self.observer = observer
+        self.plans = heads if config.plan_scope == "head" else 1  # that a row has
         self.config, self.timeline, self.rope, self.table = config, timeline, rope, table
         dim, device = table.shape[1], table.device
         self.matrix = table[:dim]
@@ -229,6 +230,11 @@ class Middle(ABC):
     @abstractmethod
     def position(self, tier: MiddleTier) -> Tensor:
         """Logical position of each slot in use, [B, 1, n] int32; `HOLE` where there is no token."""
+
+    def places(self, tier: MiddleTier) -> Tensor:
+        """The same, [B, H, n] where heads have plans of their own: then their tokens differ, but not which
+        slots hold one."""
+        return self.position(tier)
 
     @abstractmethod
     def read_at(self, tier: MiddleTier) -> Tensor:
@@ -393,7 +399,7 @@ class PlannedMiddle(Middle):
 
     def own_fields(self) -> dict[str, Field]:
         names = ("position", "read_at") if self.config.contiguous else ("position",)
-        return dict.fromkeys(names, Field((), torch.int32, 1)) | self._observed
+        return dict.fromkeys(names, Field((), torch.int32, self.plans)) | self._observed
 
     @property
     def _observed(self) -> dict[str, Field]:
@@ -419,10 +425,11 @@ class PlannedMiddle(Middle):
         position = self.column_positions(first, keys.shape[2])
         held = [t for t in self.tiers if t.records.count]
         spent = [torch.full_like(t.records["position"], t is not self.tiers[0]) for t in held]
+        new = position.expand(-1, self.plans, -1)
         candidates = plan.Candidates(
-            torch.cat([t.records["position"] for t in held] + [position], -1),
+            torch.cat([t.records["position"] for t in held] + [new], -1),
             self._newest(seen)[:, None, None],
-            torch.cat([*spent, torch.zeros_like(position)], -1).bool(),
+            torch.cat([*spent, torch.zeros_like(new)], -1).bool(),
             functools.partial(self._candidate_keys, held, keys),
             self.observer,
             {
@@ -518,7 +525,7 @@ class PlannedMiddle(Middle):
         demoted = (position.amax(-1) + 1 - self.config.n_sink).clamp_min(0)
         demoted = demoted if self._demoted is None else torch.maximum(self._demoted, demoted)
         live = sum((place != HOLE).sum(-1, dtype=torch.int32) for place in places)
-        return demoted, demoted - live
+        return demoted, demoted - live[:, :1]  # every head has as many
 
     def _renumber(self, places: list[Tensor], evicted: Tensor) -> list[Tensor]:
         """Where survivors are read: their rank among the live tokens, plus the tokens evicted.
@@ -533,10 +540,13 @@ class PlannedMiddle(Middle):
         return list(rank.masked_fill(live == HOLE, HOLE).split([p.shape[-1] for p in places], dim=-1))
 
     def position(self, tier: MiddleTier) -> Tensor:
+        return tier.records["position"][:, :1]
+
+    def places(self, tier: MiddleTier) -> Tensor:
         return tier.records["position"]
 
     def read_at(self, tier: MiddleTier) -> Tensor:
-        return tier.records["read_at"]
+        return tier.records["read_at"][:, :1]  # in one tier, all heads read slot i at the same position
 
     def mean(self, start: int, stop: int) -> Tensor:
         return self.means["mean"]

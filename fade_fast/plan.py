@@ -115,9 +115,10 @@ class Candidates:
     """The tokens that compete for the middle of a layer, in any order, and all that policies ask of them.
 
     Attributes:
-        position: int32 [B, 1, n], logical, negative where there is no token.
+        position: int32 [B, 1, n], logical, negative where there is no token; [B, H, n] with
+            plan_scope "head", where each head has its own survivors.
         now: int32 [B, 1, 1], position of each row's newest token.
-        spent: bool [B, 1, n], tokens that are INT2 already.
+        spent: bool of the shape of `position`, tokens that are INT2 already.
         keys: gives the keys as they are read, [B, H, n, D] of float32 or float64.
         observer, received: what is known of the attention that they received, where the policy asks.
         planned: is told scores, positions and tiers, where anything listens.
@@ -153,29 +154,32 @@ SCORES: dict[str, Callable[[Candidates], Tensor]] = {
 
 #: Policies this package can run inside generate(), and who can share a plan.
 SUPPORTED = (*SCORES, *OBSERVERS)
-SCOPES = ("sequence", "layer")
+SCOPES = ("sequence", "layer", "head")
 
 
-def scores(policy: str, c: Candidates) -> Tensor:
+def scores(policy: str, c: Candidates, scope: str = "sequence") -> Tensor:
     """Scores of candidates, larger is better, float64 [B, 1, n]: heads count alike, by their mean.
 
-    `ValueError` for a policy that is not `SUPPORTED`.
+    With scope "head" each has its own, [B, H, n]. `ValueError` for a policy that is not `SUPPORTED`.
     """
     if policy not in SUPPORTED:
         raise ValueError(f"eviction_policy={policy!r}: one of {', '.join(SUPPORTED)} is supported here")
     score = SCORES.get(policy)
     found = score(c) if score else c.observer.worth(c.received, c.position, c.now)
+    if scope == "head":
+        return found.expand(c.position.shape)
     # Sorted first: a sum in another order rounds differently, and that would break ties.
     return found.sort(dim=1).values.mean(1, keepdim=True)
 
 
 def choose(config: FadeConfig, c: Candidates, first: Tier) -> tuple[Tensor, Tensor]:
-    """`(tiers, position)`: the tier of every candidate, int8 [B, 1, n], and by what they are ordered.
+    """`(tiers, position)`: the tier of every candidate, int8 of the shape of `c.position`, and by what they
+    are ordered.
 
     With plan_scope "layer" all rows share a plan, and both are [1, 1, n]: slot i must then be the same
     column in every row, and counts where any row has a token in it.
     """
-    found, position, spent = scores(config.eviction_policy, c), c.position, c.spent
+    found, position, spent = scores(config.eviction_policy, c, config.plan_scope), c.position, c.spent
     if config.plan_scope == "layer":
         real = position >= 0
         found = torch.where(real, found, 0.0).sum(0, keepdim=True) / real.sum(0, keepdim=True).clamp_min(1)

@@ -85,9 +85,9 @@ class Stepper:
     def _demote(self) -> None:
         """Demote what is due in every layer: a few hundred small kernels a layer, which wait for Python.
 
-        So from the third time in an epoch on they are replayed from a graph, where only slots differ.
+        So from the second time in an epoch on they are replayed from a graph, where only slots differ.
         """
-        if self._stale or self._demotions < 2 or not all(layer.repeats for layer in self.layers):
+        if self._stale or not self._demotions or not all(layer.repeats for layer in self.layers):
             for layer in self.layers:
                 layer.settle()
             self._demotions += 1

@@ -1,7 +1,7 @@
 """What is compared: one function a subject, each running both packages on the same input."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -255,6 +255,7 @@ class Step:
     same_records: bool = True  # no byte of a token that kept its tier has changed
     same_lengths: bool = True  # columns, and tokens by tier
     state: tuple = ()  # all that `same_tokens` is about, for a digest
+    stored_error: float = 0.0  # of what is stored, decoded, against the independent run; after the last step
 
 
 def policy_weights(seed: int = 0) -> dict[str, Tensor]:
@@ -283,9 +284,10 @@ def trace(
 
     `padding[b]` columns of row b are padding in the first step; `holes[i]` columns of step i are
     padding in row 0. Before step i the newest `crops[i]` columns are forgotten, then row j becomes what
-    row `order[i][j]` was. A step ("crop", n) forgets the newest n columns, or as many as it may, and
-    ("reorder", rows) puts rows in the places of those there are. `terms` are the model's: softcap, window
-    and s_aux, if it has any.
+    row `order[i][j]` was. A step ("crop", n) forgets the newest n columns, or as many as it may;
+    ("reorder", rows) puts rows in the places of those there are, ("select", rows) keeps rows in that
+    order, and ("repeat", n) has each n times. `terms` are the model's: softcap, window and s_aux, if it
+    has any.
     """
     by_network = config.eviction_policy == "learned"
     model = _model(shape).to(shape.device)
@@ -336,8 +338,9 @@ def trace(
             layer.settle()
         else:
             error, attended = 0.0, 0
-            before = {} if count[0] == "reorder" else before
+            before = before if count[0] == "crop" else {}
             _change(cache, spec, *count)
+            shape = replace(shape, batch=len(spec.rows))
         same = _same_tokens(layer, spec)
         yield Step(
             error,
@@ -347,6 +350,7 @@ def trace(
             _kept_bytes(before, _records(layer)),
             _same_lengths(cache, spec),
             _state(layer),
+            _stored_error(mirror(layer, spec), spec) if same and i == len(steps) - 1 else 0.0,
         )
 
 
@@ -357,15 +361,19 @@ def _options(terms: spec_attention.Terms, shape: Shape) -> dict:
 
 
 def _change(cache, spec: LayerCache, what: str, how) -> None:
-    """Crop or reorder both."""
+    """Crop both, or change their rows."""
     if what == "crop":
         free = spec.columns - spec.boundary if spec.boundary > spec.config.n_sink else spec.columns
         n = min(how, free, spec.columns - 1)
         spec.crop(n)
         cache.crop(-n)
+    elif what == "repeat":
+        spec.reorder([row for row in range(len(spec.rows)) for _ in range(how)])
+        cache.batch_repeat_interleave(how)
     else:
         spec.reorder(how)
-        cache.reorder_cache(torch.tensor(how, device=cache.timeline.buffer.device))
+        rows = torch.tensor(how, device=cache.timeline.buffer.device)
+        cache.reorder_cache(rows) if what == "reorder" else cache.batch_select_indices(rows)
 
 
 def _records(layer: TieredLayer) -> dict[tuple, tuple]:
@@ -405,6 +413,16 @@ def _state(layer: TieredLayer) -> tuple:
         rows = zip(position.tolist(), at.tolist())
         held += [(b, int(tier.tier), p, r) for b, row in enumerate(rows) for p, r in zip(*row) if p >= 0]
     return tuple(sorted(held)), layer.exact_positions().tolist()
+
+
+def _stored_error(ours: LayerCache, spec: LayerCache) -> float:
+    """Largest error, over rows, keys and values, of the same tokens encoded by either package, less what one
+    code of a small sample does that lies on a boundary: a step of two standard deviations."""
+    worst = 0.0
+    for (mine,), (theirs,) in zip(ours.rows, spec.rows):
+        for a, b in zip(ours.read(mine), spec.read(theirs)) if theirs.tokens else ():
+            worst = max(worst, relative_error(a, b) - 2 / b.numel() ** 0.5)
+    return worst
 
 
 def _own_scores(policy: str, known: Importance) -> Tensor:

@@ -113,7 +113,7 @@ MUTANTS = [
         (
             "biased norm",
             "kernels.rotated.quantize",
-            "(norm[..., 0].square() / aligned)",
+            "(norm.squeeze(-1).square() / aligned)",
             "(aligned / table[codes].square().sum(-1))",
             "encode, 2 bits",
         ),
@@ -154,6 +154,62 @@ MUTANTS = [
             "decode, 8",
         ),
         ("mean counts padding", "middle.key_mean", "real.sum(-2).clamp_min(1)", "real.shape[-2]", "key mean"),
+        (
+            "planes swapped",
+            "kernels.rotated.pack",
+            "(pack(codes & 3, 2), pack(codes >> 2, 1))",
+            "(pack(codes >> 2, 1), pack(codes & 3, 2))",
+            "packing, 3",
+        ),
+        (
+            "high plane as wide as the low one",
+            "kernels.rotated.planes",
+            "packed.shape[axis] // 3 * 2",
+            "packed.shape[axis] // 3",
+            "packing, 3",
+        ),
+        (
+            "high bits of the other half",
+            "kernels.packed._three_bit_levels",
+            "torch.arange(10, 8, -1,",
+            "torch.arange(9, 11,",
+            "packing, 3",
+        ),
+        (
+            "high bits left out of products",
+            "kernels.packed._three_bit_levels",
+            "(7 * unit | exponent)",
+            "(3 * unit | exponent)",
+            "packing, 3",
+        ),
+        (
+            "centre of three bits",
+            "kernels.packed._three_bit_levels",
+            "2**23 + center(3) * unit",
+            "2**23 + center(3) * unit + 1",
+            "packing, 3",
+        ),
+        (
+            "means of the first tile",
+            "kernels.rotated.encode_both",
+            "else mean[:, :, tile]",
+            "else mean[:, :, : min(TILE, keys.shape[2] - start)]",
+            "random traces",
+        ),
+        (
+            "values centred like keys",
+            "kernels.rotated._encode_both",
+            "encode(values, None, matrix, bits[1])",
+            "encode(values, mean, matrix, bits[1])",
+            "encode keys and values",
+        ),
+        (
+            "widths of keys and values swapped",
+            "kernels.rotated._encode_both",
+            "encode(keys, mean, matrix, bits[0]), encode(values, None, matrix, bits[1])",
+            "encode(keys, mean, matrix, bits[1]), encode(values, None, matrix, bits[0])",
+            "life/widths/k8v4",
+        ),
         (
             "lower tier from codes, not numbers",
             "middle.PlannedMiddle._requantize",
@@ -340,6 +396,55 @@ MUTANTS = [
             "narrow(0, max(1, span - 1))",
             "step, 4 bits/D64 plain",
         ),
+        (
+            "means of the tier before",
+            "kernels.step._attend",
+            "start += slots.means.shape[1]",
+            "pass",
+            "step, 4 bits/D64 two tiers",
+        ),
+        (
+            "sums of a tier with another's weight",
+            "kernels.step._attend",
+            "* factors[i + 1]",
+            "* factors[i]",
+            "step, 4 bits/D64 two tiers",
+        ),
+        (
+            "values that nothing sees",
+            "kernels.step._attend",
+            "torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0).to(dtype)",
+            "values.to(dtype)",
+            "step, 4 bits/D64 window",
+        ),
+        (
+            "mass not normalised",
+            "kernels.step._attend",
+            "+ torch.log2(share.select(1, 0))",
+            "",
+            "step, 4 bits/D64 two tiers",
+        ),
+        (
+            "mass of the padded row",
+            "kernels.step._attend",
+            "weights.narrow(2, 0, real).sum(2)",
+            "weights.sum(2)",
+            "step, 4 bits/D64 two tiers",
+        ),
+        (
+            "last join without its shrink",
+            "kernels.step._attend",
+            "written(part * shrink[-1] * share)",
+            "written(part * share)",
+            "step, 4 bits/D64 plain",
+        ),
+        (
+            "interleaved rows in one place",
+            "kernels.step._for_rows",
+            "seen.unsqueeze(1).expand(-1, rows // new, -1, -1)",
+            "seen.unsqueeze(2).expand(-1, -1, rows // new, -1)",
+            "step, 4 bits/D64 window",
+        ),
         # -- merge, uncompressed tokens, product quantisation
         (
             "merge without the maxima",
@@ -377,6 +482,63 @@ MUTANTS = [
             "whole = Partial(histogram.flatten(-2), top, total)",
             "product/attention",
         ),
+        (
+            "settled columns forgotten",
+            "kernels.exact._with_tail",
+            "merge([known, tail])",
+            "merge([tail])",
+            "many uncompressed",
+        ),
+        (
+            "settled columns with another weight",
+            "kernels.exact._with_tail",
+            "rows(lse.unsqueeze(-1))[..., 0].to(wide), 1.0)",
+            "rows(lse.unsqueeze(-1))[..., 0].to(wide) + 0.01, 1.0)",
+            "many uncompressed",
+        ),
+        (
+            "values of the tail that nothing sees",
+            "kernels.exact._with_tail",
+            "torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0)",
+            "values",
+            "many uncompressed",
+        ),
+        # -- what tokens received
+        (
+            "queries not counted",
+            "importance.Summed.add",
+            "seen.sum(2, dtype=torch.int32)",
+            "1",
+            "life/policies/h2o",
+        ),
+        (
+            "average that starts from nothing",
+            "importance.Decayed.add",
+            "torch.where(ema < 0, p, later)",
+            "later",
+            "life/policies/ema",
+        ),
+        (
+            "ring that does not turn",
+            "importance.Windowed.advance",
+            "add_(queries)",
+            "add_(0)",
+            "policies/snapkv",
+        ),
+        (
+            "neighbours by slot",
+            "importance.pool_neighbours",
+            "position.argsort(dim=-1, stable=True).expand(scores.shape)",
+            "torch.arange(position.shape[-1], device=position.device).expand(scores.shape)",
+            "policies/snapkv",
+        ),
+        (
+            "old scores of new tokens",
+            "layer.TieredLayer.count",
+            "(sums[..., :n] / group)",
+            "(sums[..., :n] / group).roll(1, -1)",
+            "policies/tova",
+        ),
         # -- plans
         (
             "wrong tie order",
@@ -393,12 +555,18 @@ MUTANTS = [
             "scores + 0",
             "many ties",
         ),
-        ("budget of one more", "plan.plan", "place < high", "place <= high", "given scores, normal"),
+        (
+            "budget of one more",
+            "plan.plan",
+            "< high) & ~spent",
+            "<= high) & ~spent",
+            "given scores, normal",
+        ),
         (
             "second budget not after the first",
             "plan.plan",
-            "high + int2_budget",
-            "int2_budget",
+            "position.masked_fill(finer, -1)",
+            "position",
             "given scores, normal",
         ),
         (
@@ -411,9 +579,9 @@ MUTANTS = [
         (
             "oldest are best",
             "plan.scores",
-            "return position.double()",
-            "return -position.double()",
-            "from positions",
+            "found = score(c) if",
+            "found = -score(c) if",
+            "life/policies/position",
         ),
         # -- positions
         (
@@ -524,6 +692,112 @@ MUTANTS = [
             "what models ask/window",
         ),
         (
+            "windows go by logical positions",
+            "attention.Rows.tier_at",
+            "windowed and",
+            "False and",
+            "what models ask/window, survivors",
+        ),
+        (
+            "windows over sinks where they were",
+            "layer.TieredLayer.exact_read_at",
+            "sinks + self.middle.evicted[..., None]",
+            "sinks",
+            "what models ask/all, evict",
+        ),
+        (
+            "window forgotten before the first demotion",
+            "attention._attend",
+            "or terms.window is not None",
+            "",
+            "outgrows",
+        ),
+        (
+            "rows repeated as a whole",
+            "cache.TieredKVCache.batch_repeat_interleave",
+            "repeat_interleave(repeats)",
+            "repeat(repeats)",
+            "rows that come",
+        ),
+        (
+            "rows of the middle stay",
+            "middle.Middle.map",
+            "(*self.tiers, self.means)",
+            "(*self.tiers,)",
+            "random traces",
+        ),
+        # -- checkpoints
+        (
+            "bounds not stored",
+            "checkpoint._of_tiered",
+            '.bound"] = tier.bound',
+            '.bound"] = tier.bound * 2',
+            "checkpoints/tiers/k4v4",
+        ),
+        (
+            "means not stored",
+            "checkpoint._of_tiered",
+            'middle.means["mean"]',
+            'middle.means["mean"] * 0',
+            "checkpoints/tiers/k4v4",
+        ),
+        (
+            "sinks as they are read now",
+            "checkpoint._fill_tiered",
+            'parts.pop("sink_keys", None)',
+            '(parts.pop("sink_keys", None), keys[:, :, : layer.config.n_sink].clone())[1]',
+            "checkpoints/policies/position, contiguous",
+        ),
+        (
+            "sinks taken to be placed",
+            "checkpoint._of_tiered",
+            "sinks_placed=layer._sinks_placed",
+            "sinks_placed=True",
+            "sinks to come",
+        ),
+        (
+            "ring from its start",
+            "checkpoint._fill_tiered",
+            'x.copy_(parts.pop(f"observer.{i}"))',
+            'parts.pop(f"observer.{i}")',
+            "checkpoints/policies/snapkv",
+        ),
+        (
+            "tokens evicted and demoted mixed up",
+            "checkpoint._fill_tiered",
+            'parts.pop("evicted"), parts.pop("demoted")',
+            'parts.pop("demoted"), parts.pop("evicted")',
+            "checkpoints/policies/position, contiguous",
+        ),
+        (
+            "holes forgotten",
+            "checkpoint._fill_timeline",
+            "position.shape[1], holes",
+            "position.shape[1], False",
+            "checkpoints/what came before/padding",
+        ),
+        (
+            "newest column lost",
+            "checkpoint.state_dict",
+            "cache.timeline.positions}",
+            "cache.timeline.positions[:, :-1]}",
+            "checkpoints/tiers/off",
+        ),
+        (
+            "another file than was asked for",
+            "checkpoint.load_state_dict",
+            'known["config"] != dataclasses.asdict(cache.fade_config)',
+            "False",
+            "checkpoints/refused",
+        ),
+        (
+            "window one token late",
+            "checkpoint._fill_sliding",
+            "keys.clone(), values.clone(), length",
+            "keys.clone(), values.clone(), length - 1",
+            "checkpoints/sliding",
+        ),
+        (
             "captured step in the wrong slot",
             "stepper.Stepper._refresh",
             "self.slot.fill_(first.exact.count)",
@@ -627,7 +901,7 @@ def hunt(mutant: Mutant, cases) -> Fate:
                     if not outcome.passed:
                         fate.noticed = outcome
                         break
-    except (Stale, AttributeError, KeyError, SyntaxError) as error:
+    except (Stale, AttributeError, KeyError, SyntaxError, TypeError) as error:
         fate.stale = f"stale: {error}"
     if fate.noticed is not None and not perform(fate.noticed.case).passed:
         fate.stale = f"{fate.noticed.case.title} fails without it, too"

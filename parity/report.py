@@ -55,8 +55,8 @@ def _driver() -> str | None:
     return said and said.splitlines()[0]
 
 
-def record(outcomes: list[Outcome], where: dict, seconds: float) -> dict:
-    """A run, as JSON holds it."""
+def record(outcomes: list[Outcome], where: dict, seconds: float, busy: float) -> dict:
+    """A run, as JSON holds it. `busy`: seconds of them that the processor worked for it."""
     cases, graphs = [], set()
     for outcome in outcomes:
         case = outcome.case
@@ -71,6 +71,7 @@ def record(outcomes: list[Outcome], where: dict, seconds: float) -> dict:
         row["checks"] = [_check(check) for check in outcome.checks]
         cases.append(row)
     found = {"schema": SCHEMA, "machine": where, "seconds": round(seconds, 1)}
+    found["seconds busy"] = round(busy, 1)
     if graphs:
         compiling = sum(outcome.ran.seconds for outcome in outcomes)
         found |= {"twins": len(graphs), "seconds compiling": round(compiling, 1)}
@@ -193,14 +194,14 @@ def _remarks(report: dict) -> list[str]:
 def summary(report: dict) -> str:
     where, failed = report["machine"], len(failures(report))
     known = sum(status(case) == "known bug" for case in report["cases"])
-    said = f"{len(report['cases'])} cases in {report['seconds']:.0f} s: "
+    busy = report.get("seconds busy", report["seconds"])
+    said = f"{len(report['cases'])} cases in {report['seconds']:.0f} s ({busy:.0f} s busy): "
     said += f"{failed} failed" if failed else "none failed"
     said += f", {known} known bugs" if known else ""
     if "twins" in report:
         ran = sum("compiled" in case for case in report["cases"])
-        said += (
-            f"; {ran} cases ran compiled, {report['twins']} kernels in {report['seconds compiling']:.0f} s"
-        )
+        said += f"; {ran} cases ran compiled, {report['twins']} kernels in "
+        said += f"{report['seconds compiling']:.0f} s"
     return f"{said}; torch {where['torch']}, transformers {where['transformers']}, {where['device']}"
 
 

@@ -69,6 +69,7 @@ CLAIMS = {
     "empty rows": Claim("a query that sees nothing gives 0, whatever invalid slots hold"),
     "frequencies": Claim("RoPE's frequencies are the float32 numbers of the model's own buffer"),
     "identity": Claim("a rotation by 0 positions multiplies by 1 and adds 0"),
+    "checkpoint": Claim("a file holds the bytes that were in memory, and what goes on from them is the same"),
     "tokens generated": Claim("a captured step runs the arithmetic of the eager one"),
     "one graph": Claim("a captured step compiles once and never breaks"),
     "refusal": Claim(
@@ -105,6 +106,16 @@ CLAIMS = {
         "probabilities summed over queries, in float32 or better: as attention in that dtype, and compiled "
         "from float16 scores",
         ATTENTION,
+    ),
+    "received": Claim(
+        "what a token received by itself, of runs that encode for themselves: a code that differs moves the "
+        "probabilities of its token",
+        SCORES,
+    ),
+    "stored": Claim(
+        "keys and values of two runs that encode for themselves, decoded: one code in 10^4 differs, by a "
+        "step of at most two standard deviations (2 bits), and scales by a rounding of fp16",
+        2 * CODES_DIFFERING**0.5,
     ),
     "partials": Claim(
         "sums over one tier, in chunks or tiles, as attention",

@@ -57,7 +57,7 @@ def attend_long(
     first = [x.narrow(2, 0, settled) for x in (keys, values)]
     last = [x.narrow(2, settled, length) for x in (keys, values)]
     seen = seen.narrow(2, settled, length)
-    if query.is_cuda:
+    if query.is_cuda and query.dtype.itemsize == 2:  # FlashAttention takes no others
         flash = torch.ops.aten._scaled_dot_product_flash_attention(query, *first, scale=scaling)
         return _tail_operator(query, *flash[:2], *last, seen, scaling)
     rows = query.unflatten(1, (heads, -1)).flatten(2, 3).to(torch.promote_types(query.dtype, torch.float32))

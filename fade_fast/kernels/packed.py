@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .merge import Partial, combine, empty
-from .rope import rotate
+from .rope import cos_sin, turn
 from .rotated import CUBIC, Packed, center, dequantize, planes
 
 LOG2E = math.log2(math.e)
@@ -216,8 +216,10 @@ def decoded_products(query: Queries, decoder: Decoder, slots: Slots, *, bits, ch
     turned = dequantize(codes, bits, wide(dtype)).to(dtype)
     keys = torch.bmm(turned, decoder.matrix.to(dtype).expand(turned.shape[0], -1, -1)).to(wide(dtype))
     keys = written(keys + _spread(slots.means.to(wide(dtype)), slots.per_mean, blocks, chunk))
-    read_at = slots.read_at.expand(-1, heads // batch, -1).flatten(0, 1)
-    keys = rotate(keys, _cut(read_at, 1, chunk), decoder.inv_freq, decoder.interleaved)
+    # Once for all heads, or each would take sines of its own.
+    angles = cos_sin(slots.read_at, decoder.inv_freq, keys.dtype)
+    angles = [written(x).expand(-1, heads // batch, -1, -1).flatten(0, 1) for x in angles]
+    keys = turn(keys, *(_cut(x, 1, chunk) for x in angles), decoder.interleaved)
     keys = written(keys.to(dtype))  # or the product would take sines of every tile it loads
     halves = zip(keys.chunk(2, -1), query.plain.to(dtype).chunk(2, -1))  # see `fields`
     return sum(torch.bmm(k, _chunks(q, blocks).mT).to(wide(dtype)) for k, q in halves)

@@ -15,13 +15,24 @@ def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, interleaved: bool) -> 
         inv_freq: [d / 2], radians a position.
         interleaved: whether pairs are channels (2i, 2i + 1) (Cohere, GLM) or (i, i + d / 2).
 
+    """
+    return turn(x, *cos_sin(position, inv_freq, x.dtype), interleaved)
+
+
+def cos_sin(position: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `turn` takes for `rotate`: cosine and sine, [..., n, d / 2] of `dtype`.
+
     Turns are counted in float64: in float32, an angle of 1e5 radians is off by 4e-3. Whole turns are
-    dropped before the sine is taken, so that it can be taken in the dtype of `x`.
+    dropped before the sine is taken, so that it can be taken in `dtype`.
     """
     turns = position.unsqueeze(-1).double() * (inv_freq.double() / math.tau)
-    angle = ((turns - turns.round()) * math.tau).to(x.dtype)
-    cos, sin = angle.cos(), angle.sin()
-    width = 2 * inv_freq.shape[-1]
+    angle = ((turns - turns.round()) * math.tau).to(dtype)
+    return angle.cos(), angle.sin()
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`rotate`, given cosine and sine."""
+    width = 2 * cos.shape[-1]
     turned, rest = x.split((width, x.shape[-1] - width), dim=-1)
     if interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]

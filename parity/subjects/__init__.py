@@ -6,9 +6,9 @@ from fade_ref import config, policies, rope
 from fade_ref.tiers import Tier
 
 from ..case import Case, Found
-from . import attention, captured, codecs, life, plans, positions, product
+from . import attention, captured, checkpoints, codecs, life, plans, positions, product
 
-MODULES = (codecs, product, attention, plans, positions, life, captured)
+MODULES = (codecs, product, attention, plans, positions, life, checkpoints, captured)
 
 
 def registries() -> dict[str, list[str]]:
@@ -21,6 +21,7 @@ def registries() -> dict[str, list[str]]:
         "positions": [f"positions {name}" for name in config.POSITIONS],
         "plan scopes": [f"plan scope {name}" for name in config.PLAN_SCOPES],
         "presets": [f"preset {name}" for name in config.PRESETS],
+        "checkpoints": checkpoints.registry(),
     }
 
 

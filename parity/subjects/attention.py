@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fade_fast.kernels import merge, packed, rotated, step
+from fade_fast.kernels import exact, merge, packed, rotated, step
 from fade_fast.kernels.packed import Slots
 from fade_ref import attention as spec
 from fade_ref.rope import Rope, rotate
@@ -176,6 +176,12 @@ def collect() -> list[Case]:
         case("step, keys and values of two widths", title, each[:1], covers, torch.float16, compiled=marked)
     each = [(f"q{q}", Problem(bits=(), lengths=(), new=q, exact=q + 9, mass=True)) for q in range(1, 17)]
     case("step, no tier", "q1 to q16", each)
+    for (dim, group), dtype in itertools.product(((64, 3), (80, 1), (128, 4)), ATTENTION):
+        short = str(dtype).removeprefix("torch.")
+        marked = dim == 128 and dtype.itemsize == 2
+        run = _long(dim, group, dtype)
+        title = f"D{dim} G{group} {short}"
+        found.append(Case("attention", "many uncompressed", title, run, (), dtype, compiled=marked))
     for name in ("partials", "of no keys", "far apart", "any grouping"):
         found.append(Case("attention", "merge", name, _merge(name)))
     return found
@@ -427,6 +433,36 @@ def _twin(found: Found, p: Problem, seed: int, where: str) -> None:
     found.near("twin", relative_error(out, posed.output), where)
     error = relative_error(torch.cat(mass, -1), torch.cat(posed.mass, -1))
     found.near("twin", error, f"{where} mass".strip())
+
+
+def _long(dim: int, group: int, dtype: torch.dtype):
+    """One query over many uncompressed columns: some settled, all visible, and a tail with holes."""
+
+    def run(found: Found, seed: int) -> None:
+        batch, heads, settled, capacity = 2, 2, 256, 600
+        for live in (257, 300, 600):
+            draw = Draw(seed + live)
+            query = draw.normal(batch, heads * group, 1, dim).to(dtype)
+            keys, values = (draw.normal(batch, heads, capacity, dim).to(dtype) for _ in "kv")
+            seen = draw.chance(0.8, batch, 1, capacity)
+            seen[..., :settled], seen[..., live:] = True, False
+            seen[..., live - 1] = True
+            size = float(query.norm(dim=-1).max() * keys.norm(dim=-1).max() * dim**-0.5)
+            position = torch.arange(capacity).masked_fill(~seen[:, 0], -1)
+            at, terms = torch.tensor([capacity]), spec.Terms(dim**-0.5)
+            sides = [[x[b].double() for x in (query, keys, values)] for b in range(batch)]
+            parts = [spec.over_tensors(*side, at, position[b], terms) for b, side in enumerate(sides)]
+            output = torch.stack([spec.merge([part]) for part in parts]).transpose(1, 2)
+            hole = ~seen[:, :, :, None]
+            keys, values = keys.masked_fill(hole, torch.nan), values.masked_fill(hole, torch.inf)
+            there = [x.to(found.device) for x in (query, keys, values, seen)]
+            ours = exact.attend_long(*there, settled, dim**-0.5)
+            limit = strain(dtype, size)
+            found.near(
+                "attention", relative_error(ours, output), f"{live} columns", dtype=dtype, strain=limit
+            )
+
+    return run
 
 
 def _merge(name: str):

@@ -14,7 +14,7 @@ from fade_ref.tiers import INTEGER_TIERS
 
 from .. import cases as measure
 from ..case import Case, Draw, Found
-from ..tolerances import ATTENTION
+from ..tolerances import ATTENTION, strain
 from .logits import logits
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -44,6 +44,24 @@ GAPS = {
     "attention": FadeConfig(**SMALL, int4_budget=7, int2_budget=6, eviction_policy="h2o"),
 }
 STEPS = [14] + [1] * 13 + [20, 5, ("crop", 3), 1, 1, ("reorder", [1, 0]), 6, 1, ("crop", 2), 1, 1]
+ROWS = [
+    20,
+    1,
+    ("repeat", 2),
+    1,
+    1,
+    ("select", [3, 0, 2]),
+    1,
+    18,
+    1,
+    4,
+    ("select", [1]),
+    1,
+    1,
+    ("repeat", 3),
+    1,
+    1,
+]
 TERMS = {
     "softcap": dict(softcap=3.0),
     "window": dict(window=13),
@@ -107,6 +125,9 @@ def collect() -> list[Case]:
             run = _trace(FadeConfig(**SMALL, **budgets, eviction_policy=policy))
             title = f"{policy}, " + ", ".join(f"{k} {v}" for k, v in budgets.items())
             found.append(Case("life", "policies", title, run, (f"policy {policy}",)))
+        config = FadeConfig(**SMALL, int4_budget=7, int2_budget=6, eviction_policy=policy)
+        run = _trace(config, ROWS, padding=(0, 7))
+        found.append(Case("life", "rows that come and go", policy, run, (f"policy {policy}",)))
     shared = FadeConfig(**SMALL, int4_budget=20, int2_budget=9, plan_scope="layer")
     run = _trace(shared, padding=(0, 11))
     found.append(Case("life", "policies", "one plan for a layer", run, ("plan scope layer",)))
@@ -138,9 +159,14 @@ def _trace(config, steps=STEPS, *, padding=(), terms=None, shape=None):
 
 def walk(found: Found, config, shape, steps, **options) -> None:
     """Follow a trace, and check what each of its steps found."""
+    # Norms of queries, and of keys with an offset of up to 4 in each channel.
+    score = (shape.head_dim * (1 + 4**2 / 3)) ** 0.5
+    extra = strain(shape.dtype, score, fused=True) if found.fused else 0.0
     for i, step in enumerate(measure.trace(config, shape, steps, **options)):
         where = f"step {i}: {steps[i]}"
-        found.near("attention", step.output_error, where, dtype=shape.dtype)
+        found.near("attention", step.output_error, where, dtype=shape.dtype, strain=extra)
+        found.near("received", step.score_error, where)
+        found.near("stored", step.stored_error, where)
         found.holds("tokens", step.same_tokens, where)
         found.bits("tokens", step.state)
         found.holds("moved records", step.same_records, where)
@@ -179,17 +205,19 @@ def _random(found: Found, seed: int):
     shape = measure.Shape(
         batch=draw.one(1, 4), heads=draw.one(1, 3), group=draw.pick([1, 2, 3, 5]), device=found.device
     )
-    steps = [draw.one(1, 50)]
+    steps, rows = [draw.one(1, 50)], shape.batch
     for _ in range(12):
-        kind = draw.pick(["decode", "decode", "draft", "long", "crop", "reorder"])
+        kind = draw.pick(["decode", "decode", "draft", "long", "crop", "reorder", "select"])
         steps += {
             "decode": [1] * draw.one(1, 4),
             "draft": [draw.one(2, 17)],
             "long": [draw.one(17, 45)],
             # Without sinks, no token would be left beside the middle: a case of its own.
             "crop": [("crop", draw.one(1, 9))] if config.n_sink or not config.compresses else [1],
-            "reorder": [("reorder", draw.integers(0, shape.batch, shape.batch).tolist())],
+            "reorder": [("reorder", draw.integers(0, rows, rows).tolist())],
+            "select": [("select", draw.integers(0, rows, draw.one(1, rows + 2)).tolist())],
         }[kind]
+        rows = len(steps[-1][1]) if kind == "select" else rows
     padded = draw.chance(0.6, 1).item()
     padding = tuple(draw.integers(0, steps[0], shape.batch).tolist()) if padded else ()
     holes = {}

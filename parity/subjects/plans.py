@@ -1,4 +1,4 @@
-"""Plans from given scores, and what the specification's other policies and scopes ask for."""
+"""Plans from given scores, and what the specification's other policies ask for."""
 
 import itertools
 
@@ -6,11 +6,12 @@ import torch
 
 from fade_fast import plan as fast
 from fade_ref import importance, policies
-from fade_ref.config import PLAN_SCOPES, POLICIES, FadeConfig
+from fade_ref.config import POLICIES, FadeConfig
 from fade_ref.policies import Candidates
 from fade_ref.tiers import Tier
 
 from ..case import Case, Draw, Found
+from . import heads
 from .refusals import refused_config
 
 BUDGETS = list(itertools.product((None, 0, 1, 7, 1000), (None, 0, 3, 1000)))
@@ -37,11 +38,7 @@ def collect() -> list[Case]:
             continue  # a trace of its own covers it, see `life`
         found.append(Case("plans", "spec only", policy, _spec_only(policy), (f"policy {policy}",)))
     found.append(Case("plans", "from positions", "position", _position, ("policy position",)))
-    for scope in PLAN_SCOPES:
-        if scope not in fast.SCOPES:  # the traces of "life" cover the others
-            run = _refused_scope(scope)
-            found.append(Case("plans", "spec only", f"plan_scope {scope}", run, (f"plan scope {scope}",)))
-    return found
+    return found + heads.collect()
 
 
 def _positions(draw: Draw, rows: int, n: int) -> torch.Tensor:
@@ -104,13 +101,6 @@ def _spec_only(policy):
         found.bits("plan", exact)
         counts = [(exact == tier).sum(-1).max() for tier in (Tier.INT4, Tier.INT2)]
         found.holds("plan", counts[0] <= 12 and counts[1] <= 6 and counts[0] > 0, "budgets are kept")
-
-    return run
-
-
-def _refused_scope(scope):
-    def run(found: Found, seed: int):
-        refused_config(found, "plan_scope", scope, int4_budget=8)
 
     return run
 

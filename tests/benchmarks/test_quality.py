@@ -139,6 +139,8 @@ def test_what_names_mean(model):
         with pytest.raises(ValueError):
             method(wrong)
     assert compressed_tokens(method("dynamic")(model, 64)) == 0
+    for suite in quality.SUITES.values():
+        assert len({method(name).name for name in suite}) == len(suite)
 
 
 def test_a_method_that_is_not_installed_has_a_row(model, ids, monkeypatch):

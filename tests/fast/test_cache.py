@@ -261,8 +261,13 @@ class TestBadInput:
         for policy in set(POLICIES) - set(plan.SUPPORTED):
             with pytest.raises(ValueError, match="eviction_policy"):
                 fade_fast.create_cache(model, FadeConfig(int4_budget=64, eviction_policy=policy))
-        with pytest.raises(ValueError, match="plan_scope"):
-            fade_fast.create_cache(model, FadeConfig(int4_budget=64, plan_scope="head"))
+        heads = dict(int4_budget=64, plan_scope="head")
+        for more, what in (
+            (dict(eviction_policy="adaptive"), "different numbers"),
+            (dict(int2_budget=8), "different positions"),
+        ):
+            with pytest.raises(ValueError, match=what):
+                fade_fast.create_cache(model, FadeConfig(**heads, **more))
         assert model.config._attn_implementation != NAME, "a refusal attaches nothing"
 
     def test_encoder_decoder_models(self):

@@ -7,8 +7,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import fade_fast
+from fade_fast import checkpoint
 from fade_ref.config import FadeConfig
 
 from .models import compressed_tokens, generate, prompt, tiny_llama
@@ -57,6 +60,39 @@ def test_padding_survives(tmp_path):
     loaded = fade_fast.load_cache(tmp_path / "c", model)
     assert torch.equal(loaded.timeline.positions, caches[1].timeline.positions)
     assert loaded.timeline.has_holes
+
+
+@pytest.mark.parametrize("length", [5, 7, 8, 9, 30])
+@pytest.mark.parametrize("kinds", ["on a GPU", "from a GPU", "to a GPU"])
+@torch.no_grad()
+def test_sliding_windows_of_both_kinds(length, kinds, tmp_path):
+    """transformers keeps a window in a fixed buffer where steps are captured, else as it comes."""
+    sizes = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes)).eval()
+
+    def cache(fixed):
+        made = fade_fast.create_cache(model, CONFIGS["evict"])
+        assert type(made.layers[0]) is DynamicSlidingWindowLayer
+        if fixed:
+            made.layers[0] = StaticSlidingWindowLayer(8, 8)
+        return made
+
+    def step(cache, first, stop):
+        ids = torch.arange(2 * stop).reshape(2, stop)[:, first:] % 61
+        return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+    saved, loaded = cache(kinds != "to a GPU"), cache(kinds != "from a GPU")
+    step(saved, 0, length)
+    saved.save(tmp_path / "c")
+    loaded.load_state_dict(*checkpoint.read(tmp_path / "c"))
+    for first, stop in ((length, length + 1), (length + 1, length + 4), (length + 4, length + 5)):
+        torch.testing.assert_close(step(loaded, first, stop), step(saved, first, stop))
+    assert loaded.layers[0].get_seq_length() == saved.layers[0].get_seq_length() == length + 5
 
 
 def test_size_on_disk(tmp_path):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 
 import fade_fast
+from fade_fast import importance
 from fade_ref.config import FadeConfig
 from parity.cases import policy_weights
 
@@ -45,10 +47,41 @@ def test_captured_steps():
     assert all(torch.equal(a, b) for a, b in zip(*map(survivors, caches)))
 
 
+def test_weights_that_are_shipped():
+    """Without other weights they choose, by more than position; their file says where they come from."""
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(80)
+    found = []
+    for weights in (None, importance.SHIPPED):
+        cache = fade_fast.create_cache(model, LEARNED, policy_weights=weights)
+        generate(model, cache, inputs)
+        assert cache.memory().tokens["INT4"] == 12
+        found.append(survivors(cache))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    plain = fade_fast.create_cache(model, FadeConfig(**SMALL, int4_budget=12))
+    generate(model, plain, inputs)
+    assert not all(torch.equal(a, b) for a, b in zip(found[0], survivors(plain)))
+    with safe_open(importance.SHIPPED, "pt") as file:
+        made = file.metadata()
+    assert made["features"] == "; ".join(importance.FEATURES)
+    assert made["made by"].startswith("python -m fade_fast.train_policy --text ")
+    assert {"model", "text", "examples", "target", "versions"} < made.keys() and "/" not in made["text"]
+
+
+def test_a_loaded_cache_brings_its_weights(tmp_path):
+    """A saved cache goes on with the weights it was filled by, and leaves the tensors of others alone."""
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(80)
+    cache = fade_fast.create_cache(model, LEARNED, policy_weights=policy_weights())
+    generate(model, cache, inputs)
+    cache.save(tmp_path / "cache.safetensors")
+    theirs = policy_weights(1)
+    loaded = fade_fast.load_cache(tmp_path / "cache.safetensors", model, policy_weights=theirs)
+    for name, x in policy_weights().items():
+        assert torch.equal(loaded.tiered[0].observer.weights[name], x.double())
+    assert all(torch.equal(x, theirs[name]) for name, x in policy_weights(1).items())
+
+
 def test_refusals():
     model, weights = tiny_llama(), policy_weights()
-    with pytest.raises(ValueError, match="'learned' needs them"):
-        fade_fast.create_cache(model, LEARNED)
     with pytest.raises(ValueError, match="others take none"):
         fade_fast.create_cache(model, "balanced", policy_weights=weights)
     wrong = weights | {"net.0.bias": torch.zeros(31)}

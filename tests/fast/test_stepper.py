@@ -29,7 +29,7 @@ CONFIGS = {
 CONFIGS |= {
     policy: FadeConfig(**SMALL, int4_budget=10, int2_budget=6, eviction_policy=policy)
     for policy in plan.SUPPORTED
-    if policy not in ("position", "learned")
+    if policy != "position"
 }
 
 
@@ -38,9 +38,8 @@ def compiled(model, cache, inputs, backend="aot_eager", new=24, **kwargs):
     config = CompileConfig(fullgraph=True, backend=backend, mode=None)
     config._compile_all_devices = True
     cache.stepper.compileable = True
-    return model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=new, do_sample=False, compile_config=config, **kwargs
-    )
+    options = dict(max_new_tokens=new, do_sample=False, compile_config=config) | kwargs
+    return model.generate(**inputs, past_key_values=cache, **options)
 
 
 def eager(model, cache, inputs, new=24, **kwargs):

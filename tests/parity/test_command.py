@@ -11,7 +11,7 @@ from parity import mutants, report, subjects, twins
 from parity.__main__ import main
 from parity.case import Case, Check, Draw, Found, perform, relative_error
 from parity.mutants import Mutant
-from parity.subjects import codecs
+from parity.subjects import checkpoints, codecs
 from parity.tolerances import CLAIMS
 
 QUICK = ["--only", "codecs/packing, 4 bits"]
@@ -172,7 +172,25 @@ def test_a_scheme_or_codec_without_a_case_fails_the_run(monkeypatch, capsys):
     assert "scheme cubic has no case" in said and "KeyError: 'ternary'" in said
 
 
-@pytest.mark.parametrize("name", ["swapped nibbles", "stale position", "wrong tie order"])
+def test_what_a_cache_can_hold_without_a_checkpoint_fails_the_run(monkeypatch, capsys):
+    assert main(["--only", "registry"]) == 0
+    monkeypatch.setattr(checkpoints, "NOT_STORED", {})
+    assert main(["--only", "registry"]) == 1
+    assert "checkpoint of tier PQ has no case" in capsys.readouterr().out
+
+
+def test_mutants_are_of_this_source():
+    """Each is one line of it, as it is now, and has cases that may notice."""
+    titles = [case.title for case in subjects.collect()]
+    for mutant in mutants.MUTANTS:
+        with mutants.corrupted(mutant):
+            pass
+        assert any(mutant.cases in title for title in titles), mutant
+
+
+@pytest.mark.parametrize(
+    "name", ["swapped nibbles", "stale position", "wrong tie order", "bounds not stored"]
+)
 def test_mutants_are_caught(name, capsys):
     assert main(["mutate", "--only", name]) == 0
     assert "none survived" in capsys.readouterr().out

@@ -183,3 +183,20 @@ def test_plans(budgets, adaptive):
         spent = torch.rand(40, 25, generator=generator) < 0.3
         expected = chosen(scores, position, *budgets, Tier.INT4, spent)
         assert torch.equal(plan.plan(scores, position, *budgets, Tier.INT4, spent, adaptive), expected)
+
+
+WINDOWS = {
+    "survivors apart": FadeConfig(**SMALL, int4_budget=10, eviction_policy="knorm"),
+    "by attention": FadeConfig(**SMALL, int4_budget=7, int2_budget=6, eviction_policy="h2o"),
+    "nothing evicted": CONFIGS["int4"],
+    "nothing compressed": CONFIGS["off"],
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_count_distances_as_rope_does(name):
+    """Of renumbered survivors the contiguous ones; and from the first step that has a longer past."""
+    steps = [9] + [1] * 12 + [20, 5, 1, 1]
+    found = list(cases.trace(WINDOWS[name], Shape(), steps, terms=dict(window=17)))
+    assert max(s.output_error for s in found) <= ATTENTION[torch.float32]
+    assert all(s.same_tokens for s in found)

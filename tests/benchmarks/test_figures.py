@@ -1,0 +1,88 @@
+"""benchmarks.figures: pages quote the stored numbers, and pictures are drawn of what is stored."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from benchmarks import figures, memory, needles, quality
+
+REPORTS = figures.stored_reports()
+
+
+@pytest.mark.parametrize("page", figures.PAGES, ids=lambda p: p.name)
+def test_pages_say_what_is_stored(page):
+    text = page.read_text(encoding="utf-8")
+    assert figures.BLOCK.search(text)
+    assert figures.filled(text, page) == text, "python -m benchmarks.figures"
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_stored_reports_are_honest(name):
+    """Each says what it ran on, has a picture, and its compressed rows read compressed tokens."""
+    report = REPORTS[name]
+    assert {"model", "device", "dtype", "torch", "transformers"} <= set(report)
+    assert (figures.FIGURES / f"{name}.png").is_file()
+    if report["kind"] == "quality":
+        results = [quality.Result(**r) for r in report["results"]]
+        ran = [r for r in results if not r.failed]
+        assert all(len(r.nll) == len(r.kl) == len(r.top1) == report["windows"] for r in ran)
+        assert all(r.read > 0 for r in ran if r.does == "compresses")
+        assert all(r.evicted > 0 for r in ran if r.does == "evicts")
+
+
+DYNAMIC = quality.Result(
+    "dynamic", "exact", nll=[3.0, 3.2], kl=[0.0, 0.0], top1=[1.0, 1.0], read=0, bytes=8000, dense=8000
+)
+INT4 = replace(DYNAMIC, method="int4", does="compresses", nll=[3.1, 3.2], kl=[0.01, 0.03], read=9, bytes=2000)
+GONE = quality.Result("quanto4", "compresses", failed="quanto is not installed")
+ABOUT = dict(model="m", device="CPU", dtype="fp32", torch="2", transformers="5")
+
+
+def test_numbers_of_a_table():
+    rows = quality.summaries([DYNAMIC, INT4, GONE])
+    assert set(rows) == {"dynamic", "int4"}
+    s = rows["int4"]
+    assert s.ratio == pytest.approx(2.718281828**0.05) and s.kl == pytest.approx(0.02) and s.smaller == 4
+    assert s.ratio_se == pytest.approx(s.ratio * 0.05) and s.kl_se == pytest.approx(0.01)
+    lines = [
+        "| | `int4` |",
+        "|---|---|",
+        "| allocated | 1/4.0 |",
+        "| perplexity ratio | 1.051 |",
+        "| mean KL | 0.0200 |",
+    ]
+    assert figures.short_table([DYNAMIC, INT4, GONE]).splitlines() == lines
+
+
+def test_the_front():
+    points = {"a": (1, 3), "b": (2, 2), "c": (3, 2.5), "d": (4, 1), "e": (4, 1.5)}
+    assert quality.front(points) == ["a", "b", "d"]
+    assert quality.best_trades([DYNAMIC, INT4, GONE]).endswith("than: int4, dynamic.")
+
+
+def test_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    monkeypatch.setattr(figures, "FIGURES", tmp_path / "docs/figures")
+    report = dict(ABOUT, kind="quality", text="t", windows=2, length=64, chunk=8)
+    report["results"] = [asdict(r) for r in (DYNAMIC, INT4, GONE)]
+    (tmp_path / "quality-x.json").write_text(json.dumps(report))
+    page, stale = tmp_path / "docs/page.md", "a\n<!-- results quality-x short -->\nold\n<!-- end -->\nb\n"
+    text = figures.filled(stale, page)
+    assert text.startswith(
+        "a\n<!-- results quality-x short -->\n![Quality against bytes](figures/quality-x.png)\n"
+    )
+    assert "old" not in text and text.endswith("<!-- end -->\nb\n") and "1.051" in text
+    assert figures.filled(text, page) == text
+    missing = "<!-- results needles-x -->\n<!-- end -->"
+    assert "Not measured yet." in figures.filled(missing, page)
+
+
+def test_pictures(tmp_path):
+    pytest.importorskip("matplotlib").use("Agg")
+    cells = [needles.Result("passkey", 512, d, m, 2, d / 100) for d in (5, 95) for m in ("dynamic", "int4")]
+    sizes = [memory.Result(m, n, n * k) for n in (1024, 2048) for m, k in (("dynamic", 4), ("int4", 1))]
+    for kind, results in (("quality", [DYNAMIC, INT4, GONE]), ("needles", cells), ("memory", sizes)):
+        draw, file = figures.KINDS[kind][0], tmp_path / f"{kind}.png"
+        draw(dict(ABOUT, kind=kind, results=[asdict(r) for r in results]), file)
+        assert file.read_bytes().startswith(b"\x89PNG")
