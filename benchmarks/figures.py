@@ -163,7 +163,20 @@ KINDS = {
 
 # -- text
 
-SHORT = ("int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive", "streaming", *POLICIES)
+#: Columns of the short table: what ran of these.
+SHORT = (
+    "int8",
+    "int4",
+    "int3",
+    "k4v2",
+    "int2",
+    "quanto4",
+    "balanced",
+    "streaming",
+    "position",
+    "h2o",
+    "learned",
+)
 
 
 def load(name: str) -> dict:
@@ -172,14 +185,17 @@ def load(name: str) -> dict:
 
 
 def short_table(results: list[quality.Result]) -> str:
-    """Of what ran: three numbers a config."""
+    """Of what ran: three numbers a config, which are the columns."""
     rows = quality.summaries(results)
-    lines = ["| config | allocated | perplexity ratio | mean KL |", "|---|---|---|---|"]
-    for name in SHORT:
-        if name in rows:
-            s = rows[name]
-            weight = "-" if s.smaller is None else f"1/{s.smaller:.1f}"
-            lines.append(f"| `{name}` | {weight} | {s.ratio:.3f} | {s.kl:.4f} |")
+    rows = {name: rows[name] for name in SHORT if name in rows}
+    numbers = {
+        "allocated": lambda s: "-" if s.smaller is None else f"1/{s.smaller:.1f}",
+        "perplexity ratio": lambda s: f"{s.ratio:.3f}",
+        "mean KL": lambda s: f"{s.kl:.4f}",
+    }
+    lines = ["| | " + " | ".join(f"`{name}`" for name in rows) + " |", "|---" * (1 + len(rows)) + "|"]
+    for label, number in numbers.items():
+        lines.append(f"| {label} | " + " | ".join(map(number, rows.values())) + " |")
     return "\n".join(lines)
 
 

@@ -165,6 +165,8 @@ def run(model, methods: list[Method], lengths: list[int], peak: bool, say=print)
                     r.prefill, r.step = peaks(model, m, length)
             except Unavailable as error:
                 r.failed = str(error)
+            except torch.OutOfMemoryError:
+                r.failed = "out of memory"
             gc.collect()
             results.append(r)
             say(f"  {r.method} {r.length}: {r.failed or r.grown}")

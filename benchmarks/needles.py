@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -145,6 +146,7 @@ def run(
     batch: int,
     text: str,
     say=print,
+    keep=lambda results: None,
 ) -> list[Result]:
     """Scores of every method at every depth of every length of every task."""
     words, results = tokenizer(text[: 40 * max(lengths)], verbose=False).input_ids, []
@@ -161,6 +163,7 @@ def run(
                 best = [r.exact for r in found if r.exact is not None]
                 told = f"{sum(best) / len(best):.2f} exact" if best else found[0].failed
                 say(f"  {task} {length}, {m.name}: {told}, {time.perf_counter() - started:.1f} s")
+                keep(results)
     return results
 
 
@@ -178,6 +181,12 @@ def score(model, m: Method, task: str, length: int, cells, size: int, batch: int
                 sums[d].append((all(row), sum(row) / len(row), x, read))
     except Unavailable as error:
         return [Result(task, length, d, m.name, failed=str(error)) for d in results]
+    except NothingCompressed:
+        raise
+    except Exception as error:  # one method must not cost the others
+        traceback.print_exc()
+        failed = f"{type(error).__name__}: {error}"[:300]
+        return [Result(task, length, d, m.name, failed=failed) for d in results]
     finally:
         fade_fast.detach(model)
     for d, r in results.items():
@@ -251,12 +260,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    if args.show:
-        report, results = stored(args.show)
-    else:
-        report, results = measured(args)
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report, results = stored(args.show) if args.show else measured(args)
     print(f"\n{report['model']}, {report['dtype']}, {report['device']}\n\n{table(results)}")
     if args.plot:
         from . import figures  # needs matplotlib
@@ -266,15 +270,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
-    """Load, run, and say under which circumstances."""
+    """Load, run, and say under which circumstances; the file of `--json` is written after every method."""
     loading.quiet()
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
-    results = run(
-        model, tokenizer, args.methods, args.tasks, args.lengths, args.depths, args.trials, args.chunk,
-        args.batch, texts.read(args.text), lambda line: print(line, flush=True),
-    )  # fmt: skip
     report = dict(
         kind="needles",
         model=name,
@@ -284,9 +284,17 @@ def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
         torch=torch.__version__.split("+")[0],
         transformers=transformers.__version__,
         chunk=args.chunk,
-        seconds=time.perf_counter() - started,
-        results=[asdict(r) for r in results],
     )
+
+    def keep(results: list[Result]) -> None:
+        report.update(seconds=time.perf_counter() - started, results=[asdict(r) for r in results])
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    results = run(
+        model, tokenizer, args.methods, args.tasks, args.lengths, args.depths, args.trials, args.chunk,
+        args.batch, texts.read(args.text), lambda line: print(line, flush=True), keep,
+    )  # fmt: skip
     return report, results
 
 

@@ -5,7 +5,8 @@ cache kept of all before it. So all but sinks, recent tokens and the chunk itsel
 as in generation, and every next-token distribution is scored against the text (perplexity) and against
 that of an uncompressed `DynamicCache` fed the same chunks (KL, top-1). How many compressed tokens the
 queries read is counted in the cache; a method that reads none, or drops none if that is all it does, is an
-error and not a result. Bytes are those of every storage that a cache of 8192 bfloat16 tokens holds.
+error and not a result. Bytes are those of every storage that a cache made for 8192 bfloat16 tokens holds
+when they are there.
 
 `--json FILE` writes all numbers, `--show FILE` prints the tables of such files, `--markdown FILE` and
 `--plot FILE` write table and picture. docs/quality.md explains the method.
@@ -70,7 +71,7 @@ class Result:
         top1: share of scored tokens with the same best next token as uncompressed, of every window.
         read: compressed tokens that a query read, mean over queries and layers.
         evicted: tokens a window had lost at its end.
-        bytes: allocated by a cache of `AT` bfloat16 tokens; `dense`: by a `DynamicCache`.
+        bytes: allocated by a cache made for `AT` bfloat16 tokens; `dense`: by a `DynamicCache`.
         seconds: for all windows.
     """
 
@@ -253,7 +254,8 @@ def run(
         dense = memory.filled_bytes(model, dynamic, AT)
         for m in methods:
             if not results[m.name].failed:
-                results[m.name].bytes, results[m.name].dense = memory.filled_bytes(model, m, AT), dense
+                held = memory.filled_bytes(model, m, AT, reserved=True)
+                results[m.name].bytes, results[m.name].dense = held, dense
     return list(results.values())
 
 

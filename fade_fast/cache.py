@@ -195,12 +195,18 @@ class TieredKVCache(Cache):
     def reset(self) -> None:
         """Forget every token; the next ones may have another batch size, dtype or device."""
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # transformers before 5.18 only zeroes them
+                layer.keys, layer.values, layer.is_initialized = None, None, False
         self.timeline.clear()
         self.stepper.clear()
 
     @guarded
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses."""
+        """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses.
+
+        To remove all is to `reset()`.
+        """
         self.tiered[0].check_whole()
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         most = min(layer.croppable for layer in self.tiered)
@@ -211,6 +217,8 @@ class TieredKVCache(Cache):
             )
         super().crop(tokens_to_remove)
         self.timeline.crop(-tokens_to_remove)
+        if tokens_to_remove and not self.timeline.length:
+            self.reset()
 
     @guarded
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -289,7 +297,7 @@ class TieredKVCache(Cache):
     def load_state_dict(self, tensors: dict[str, Tensor], known: dict) -> None:
         """Fill this cache, which must be empty, with what `state_dict` gave.
 
-        Raises `ValueError`, and leaves the cache empty, if they do not fit.
+        Raises `ValueError`, and leaves the cache empty, if they do not fit; `TypeError` for other things.
         """
         checkpoint.load_state_dict(self, tensors, known)
 

@@ -84,7 +84,7 @@ def check_model(
         ValueError: an unknown preset, a configuration without a decoder class, or `length` < 1.
         TypeError: `model` or `config` is of another type.
     """
-    if length < 1:
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"length={length}: an integer of at least 1 is allowed")
     config = FadeConfig.preset(config) if isinstance(config, str) else config
     if not isinstance(config, FadeConfig):

@@ -52,14 +52,19 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
     """Fill an empty cache with what `state_dict` gave; tensors are copied to the model's device.
 
     Raises `ValueError`, before anything is changed, if the cache is not empty, has another
-    configuration or other layers, or a tensor is missing, left over, or of a wrong shape.
+    configuration or other layers, or a tensor is missing, left over, or of a wrong shape; `TypeError` for
+    other things than `state_dict` gives.
     """
+    layers = known.get("layers") if isinstance(known, dict) else None
+    whole = isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers)
+    if not isinstance(tensors, dict) or not whole or not {"config", "holes"} <= known.keys():
+        raise TypeError("load_state_dict takes what state_dict gives: a dict of tensors, and one of the rest")
     if cache.timeline.length:
         raise ValueError("the cache is not empty: reset() it first")
     if known["config"] != dataclasses.asdict(cache.fade_config):
         raise ValueError(f"the stored configuration is {known['config']}, the cache's {cache.fade_config}")
     kinds, ours = (
-        [layer["kind"] for layer in known["layers"]],
+        [layer.get("kind") for layer in layers],
         [_kind(layer) for layer in cache.layers],
     )
     if kinds != ours:
@@ -73,7 +78,7 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
             raise ValueError(f"tensor {name!r} belongs to no layer")
         own[int(index)][part] = rest.pop(name)
     try:
-        for layer, parts, about in zip(cache.layers, own, known["layers"]):
+        for layer, parts, about in zip(cache.layers, own, layers):
             device = cache.device
             parts = {name: x.to(device) for name, x in parts.items()}
             if isinstance(layer, TieredLayer):
@@ -84,7 +89,7 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
                 raise ValueError(f"tensors without a place: {', '.join(parts)}")
         if position is not None:
             _fill_timeline(cache.timeline, position.to(cache.device), known["holes"])
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         cache.reset()
         raise ValueError(f"what is stored does not fit the cache: {error}") from error
 
@@ -96,10 +101,11 @@ def save(cache: Cache, path: str | os.PathLike, token_ids: Tensor | None = None)
 
     Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
     """
-    tensors, known = state_dict(cache)
     if token_ids is not None:
         if not isinstance(token_ids, Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError("tokens are an integer tensor: the ids that were fed")
+    tensors, known = state_dict(cache)
+    if token_ids is not None:
         tensors[TOKENS] = token_ids.to(torch.int32).contiguous()
     header = dict(version=VERSION, model=cache.fingerprint, **known)
     header["digest"] = _digest(tensors, header)

@@ -67,7 +67,8 @@ def tier_tiles(
         values.update(num_stages=2, num_warps=2)
     stats = dict(XBLOCK=2, num_warps=min(8, max(1, chunk // 256)), num_stages=1)
     join = dict(XBLOCK=32, R0_BLOCK=16) if heads >= 32 else dict(XBLOCK=16, R0_BLOCK=64)
-    decode = dict(ZBLOCK=1, XBLOCK=64, YBLOCK=64, R0_BLOCK=32, num_warps=4, num_stages=2)
+    decode = dict(ZBLOCK=1, XBLOCK=64, YBLOCK=32, num_warps=2, num_stages=3)
+    decode.update(R0_BLOCK=64 if dim % 64 == 0 else 32)
     length = blocks * chunk
     return {
         (heads * length * dim, dim): decode,

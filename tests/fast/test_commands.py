@@ -20,7 +20,9 @@ from .test_cli import loud_again, one_line, tiny  # noqa: F401
 CONFIG = "recent_window=16,block_size=8"
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in (*cli.COMMANDS, "parity", "bench"))], ids=str)
+@pytest.mark.parametrize(
+    "command", [(), *((name,) for name in (*cli.COMMANDS, "parity", "bench", "quality", "memory"))], ids=str
+)
 def test_help_fits_a_screen(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:

@@ -18,6 +18,7 @@ import torch
 import fade_fast
 from fade_fast import checkpoint, cli, snapshot
 from fade_fast.cache import TieredKVCache
+from fade_fast.stepper import SHORT
 from fade_ref.config import CODECS, PLAN_SCOPES, POLICIES, FadeConfig
 
 from .models import tiny_llama
@@ -146,9 +147,13 @@ class Life:
             assert torch.equal(found[real], expected[real])
         else:
             assert (found - expected).norm() <= 1e-6 * expected.norm()
+            if n > SHORT:  # which of them demotes at once depends on how it is read
+                self.cache.memory(), self.twin.memory()
 
     def crop(self) -> None:
         n = self.draw.choice([0, -1, -2, -5, -30, 1, -1000])
+        if -n > min(layer.croppable for layer in self.twin.tiered):
+            n = -1000
         _, refused = attempt(lambda: self.cache.crop(n))
         if not refused and n:
             self.twin.crop(n)

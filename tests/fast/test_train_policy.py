@@ -101,16 +101,18 @@ def test_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_learned_beats_position(smollm2, wikitext):
-    """Perplexity with a quarter of the tokens kept, at INT4: better than by position, on each window."""
+    """Perplexity over the first window of the test split, a quarter of its tokens kept, at INT4."""
     model, tokenizer = smollm2
-    ids = tokenizer(wikitext[:12_000], return_tensors="pt").input_ids[0]
-    windows = ids[: 2 * 512].reshape(2, 512)
-    for window in windows:
-        found = {}
+    window = tokenizer(wikitext[:12_000], return_tensors="pt").input_ids[0, :1024]
+    assert len(window) == 1024
+    found = {}
+    try:
         for policy in ("position", "learned"):
-            cache = fade_fast.create_cache(model, train_policy.quarter(policy, 512))
+            cache = fade_fast.create_cache(model.float(), train_policy.quarter(policy, 1024))
             found[policy] = train_policy.perplexity(model, cache, window)
             tokens = cache.memory().tokens
-            assert tokens["INT4"] == 512 // 4 - 68 and sum(tokens.values()) == 512
-        print(found)
-        assert found["learned"] < 0.97 * found["position"]
+            assert tokens["INT4"] == 1024 // 4 - 68 and sum(tokens.values()) == 1024
+    finally:
+        model.bfloat16()
+    print(found)
+    assert found["learned"] < 0.95 * found["position"]

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fade_fast
 from fade_fast import buffers, layer, middle
@@ -97,6 +98,36 @@ def test_running_out_of_memory_at_any_point_of_a_step(name, pads, monkeypatch):
             for a, b in zip(ours.dense(), theirs.dense()):
                 assert torch.equal(a, b), (n, a.shape, b.shape, (a - b).abs().amax((0, 1, 3)))
     assert failures >= 5
+
+
+@pytest.mark.parametrize("failing", range(2))
+def test_running_out_of_memory_while_buffers_grow(failing, monkeypatch):
+    """Where nothing is compressed yet: the uncompressed buffers of either layer cannot grow."""
+    model, ids, failures = tiny_llama(), prompt(60)["input_ids"], []
+    caches = [fade_fast.create_cache(model, FadeConfig(recent_window=200, block_size=4)) for _ in range(2)]
+    for cache in caches:
+        teacher_forced(model, cache, prompt(20), [20])
+    reserve = buffers.Buffers.reserve
+
+    def step(cache, column):
+        with torch.no_grad():
+            return model(input_ids=ids[:, column : column + 1], past_key_values=cache).logits
+
+    def limited(self, capacity):
+        if self is caches[0].tiered[failing].exact and capacity > self.capacity and not failures:
+            failures.append(capacity)
+            raise torch.OutOfMemoryError("out of memory, as a test has it")
+        reserve(self, capacity)
+
+    monkeypatch.setattr(buffers.Buffers, "reserve", limited)
+    for column in range(20, 60):
+        try:
+            found = step(caches[0], column)
+        except torch.OutOfMemoryError:
+            assert {x.length for x in caches[0].tiered} == {x.exact.count for x in caches[0].tiered}
+            found = step(caches[0], column)
+        assert torch.equal(found, step(caches[1], column))
+    assert failures
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -251,3 +282,42 @@ def test_rows_that_are_not_there():
     assert all(torch.equal(a, b) for a, b in zip(before, cache.tiered[0].dense()))
     cache.batch_repeat_interleave(2)
     assert cache.timeline.batch == 4
+
+
+def hybrid():
+    """A sliding layer, which transformers keeps, before a full one, which is tiered."""
+    config = Qwen2Config(
+        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, layer_types=["sliding_attention", "full_attention"], use_sliding_window=True,
+        sliding_window=24, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("length", [16, 40])
+def test_layers_of_transformers_take_the_step_back_too_or_it_is_refused(length, monkeypatch):
+    """Within its window the sliding layer forgets the step that failed; beyond it, it cannot."""
+    model, ids = hybrid(), prompt(60)["input_ids"]
+    caches = [fade_fast.create_cache(model, CONFIGS["int4"]) for _ in range(2)]
+    for cache in caches:
+        generate(model, cache, dict(input_ids=ids[:, :length]), new=1)
+
+    def step(cache):
+        with torch.no_grad():
+            return model(input_ids=ids[:, length : length + 1], past_key_values=cache).logits
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory, as a test has it")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(layer.TieredLayer, "store", fail)
+        step(caches[0])
+    if length < 24:
+        assert torch.equal(step(caches[0]), step(caches[1]))
+        assert caches[0].get_seq_length(0) == caches[0].get_seq_length(1) == length + 1
+    else:
+        with pytest.raises(RuntimeError, match="a step has not ended"):
+            step(caches[0])
+        caches[0].reset()
+        generate(model, caches[0], dict(input_ids=ids), new=2)
