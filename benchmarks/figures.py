@@ -1,7 +1,7 @@
 """Pictures and tables of stored results: `python -m benchmarks.figures`.
 
 Every JSON file in benchmarks/results that a quality, needles or memory run wrote becomes a picture of the
-same name in docs/figures, and every block of README.md and docs/quality.md between
+same name in docs/figures, and every block of README.md, docs/quality.md and docs/speed.md between
 `<!-- results NAME -->` (or `<!-- results NAME short -->`) and `<!-- end -->` is written anew: picture,
 circumstances and table. No number there is typed. Needs the extra `docs` (matplotlib).
 """
@@ -12,12 +12,12 @@ import os
 import re
 from pathlib import Path
 
-from . import memory, needles, quality
+from . import decode_attention, generate, memory, needles, quality
 from .methods import POLICIES, QUANTIZED
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, FIGURES = ROOT / "benchmarks/results", ROOT / "docs/figures"
-PAGES = (ROOT / "README.md", ROOT / "docs/quality.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/quality.md", ROOT / "docs/speed.md")
 BLOCK = re.compile(r"<!-- results (?P<name>[\w.-]+)(?P<short> short)? -->.*?<!-- end -->", re.DOTALL)
 
 BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#666666"
@@ -133,15 +133,19 @@ def memory_curves(report: dict, path: Path) -> None:
 
     results = [memory.Result(**r) for r in report["results"] if not r.get("failed")]
     figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    ends = {}
     for name in dict.fromkeys(r.method for r in results):
         mine = [(r.length, r.grown / 2**20) for r in results if r.method == name]
         colour, marker = GROUPS[group(name)]
         axes.plot(*zip(*mine), color=colour, marker=marker, ms=4, lw=1)
-        axes.annotate(name, mine[-1], xytext=(5, -2), textcoords="offset points", fontsize=7)
+        ends[name] = mine[-1]
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MiB allocated by the cache")
     lengths = sorted({r.length for r in results})
     axes.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths])
     axes.minorticks_off()
+    axes.set_xlim(right=max(lengths) * 1.9)  # room for names
+    figure.canvas.draw()
+    _name(axes, ends)
     _save(figure, path)
 
 
@@ -221,6 +225,32 @@ def agreement(of: str) -> str:
     return "\n".join(lines)
 
 
+def generation(of: str, short: bool) -> str:
+    """Table of `benchmarks.generate` on a device `of`; short: milliseconds a step alone."""
+    report = load(f"generate-{of}")
+    results = [generate.Result(**r) for r in report["results"] if not r["failed"]]
+    told = f"{report['device']}, torch {report['torch']}, transformers {report['transformers']}."
+    if not short:
+        return f"{told}\n\n{generate.tables(results)}"
+    methods = list(dict.fromkeys(r.method for r in results))
+    cases = [case for case in dict.fromkeys(r.case for r in results) if " S 32768" in case]
+    lines = [
+        "| ms a step | " + " | ".join(f"`{m}`" for m in methods) + " |",
+        "|---" * (1 + len(methods)) + "|",
+    ]
+    for case in cases:
+        found = {r.method: f"{r.ms:.1f}" for r in results if r.case == case}
+        lines.append(f"| {case} | " + " | ".join(found.get(m, "-") for m in methods) + " |")
+    return "\n".join(lines) + f"\n\n{told}"
+
+
+def attention(of: str) -> str:
+    """Table of `benchmarks.decode_attention` on a device `of`."""
+    report = load(f"decode_attention-{of}")
+    results = [decode_attention.Result(**r) for r in report["results"]]
+    return f"{report['device']}, torch {report['torch']}.\n\n{decode_attention.table(results)}"
+
+
 def has(kind: str, of: str) -> bool:
     return (RESULTS / f"{kind}-{of}.json").is_file()
 
@@ -232,6 +262,8 @@ def block(name: str, page: Path, short: bool = False) -> str:
         return agreement(of)
     if not has(kind, of):
         return "Not measured yet."
+    if kind in ("generate", "decode_attention"):
+        return generation(of, short) if kind == "generate" else attention(of)
     report = load(name)
     _, title, module = KINDS[report["kind"]]
     picture = os.path.relpath(FIGURES / f"{name}.png", page.parent).replace(os.sep, "/")

@@ -176,22 +176,34 @@ def run(model, methods: list[Method], lengths: list[int], peak: bool, say=print)
 # -- what is shown
 
 
+#: What is tabled of a result: field and heading.
+FIELDS = {
+    "grown": "Held by a cache that grew: MiB, and how many times less than `DynamicCache`",
+    "reserved": "Held by a cache made for its length (`max_length`)",
+    "prefill": "Most in use above the weights during a prefill, activations included",
+    "step": "Most in use above the weights during a step after it",
+}
+
+
 def table(results: list[Result]) -> str:
-    """Markdown: MiB, and how many times less than `DynamicCache`."""
-    head = ("config", "tokens", "grown MiB", "smaller", "reserved MiB", "smaller", "peak of prefill MiB",
-            "peak of a step MiB")  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    dense = {r.length: r.grown for r in results if r.method == "dynamic"}
-    for r in results:
-        if r.failed:
-            lines.append(f"| {r.method} | {r.length} | {r.failed} |" + " |" * (len(head) - 3))
+    """Markdown: a table for each of `FIELDS` that was measured, configurations by lengths."""
+    lengths, names = (list(dict.fromkeys(getattr(r, f) for r in results)) for f in ("length", "method"))
+    found, blocks = {(r.method, r.length): r for r in results}, []
+    for field, heading in FIELDS.items():
+        size = {key: getattr(r, field) for key, r in found.items() if getattr(r, field) is not None}
+        if not size or (field == "reserved" and all(size[key] == found[key].grown for key in size)):
             continue
-        cells = [r.method, f"{r.length}"]
-        for x in (r.grown, r.reserved):
-            cells += [f"{x / 2**20:.2f}", f"1/{dense[r.length] / x:.2f}" if r.length in dense else "-"]
-        cells += ["-" if x is None else f"{x / 2**20:.1f}" for x in (r.prefill, r.step)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines = [f"{heading}:", "", "| config | " + " | ".join(f"{n} tokens" for n in lengths) + " |"]
+        lines.append("|---" * (1 + len(lengths)) + "|")
+        for name in names:
+            cells = []
+            for n in lengths:
+                mine, dense = size.get((name, n)), size.get(("dynamic", n))
+                ratio = f", 1/{dense / mine:.2f}" if mine and dense else ""
+                cells.append(f"{mine / 2**20:.1f}{ratio}" if mine else found[name, n].failed or "-")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
 def stored(path: Path) -> tuple[dict, list[Result]]:

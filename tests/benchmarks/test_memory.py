@@ -66,6 +66,8 @@ def test_the_command(tmp_path, capsys):
     assert rows["dynamic"].grown / rows["int4"].grown > 2.4 and rows["dynamic"].grown / rows["h2o"].grown > 5
     assert all(r.prefill > 0 and r.step > 0 and r.length == 1024 for r in results)
     assert report["kind"] == "memory"
+    assert memory.table(results).count("| dynamic |") == 3  # held; in use during prefill, and in a step
+    assert f"| int4 | {rows['int4'].grown / 2**20:.1f}, 1/" in memory.table(results)
     shown = capsys.readouterr().out
     assert memory.main(["--show", str(file)]) == 0
     assert capsys.readouterr().out.strip() in shown
