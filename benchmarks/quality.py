@@ -340,8 +340,8 @@ def headline(report: dict) -> str:
     many = "s" if report["windows"] > 1 else ""
     return (
         f"{report['model']}, {report['dtype']}, {report['device']}, torch {report['torch']}, transformers "
-        f"{report['transformers']}; {report['text']}, {report['windows']} window{many} of {report['length']}, in "
-        f"chunks of {report['chunk']}; uncompressed perplexity {math.exp(statistics.mean(exact['nll'])):.4f}"
+        f"{report['transformers']}; {report['text']}, {report['windows']} window{many} of {report['length']}, "
+        f"in chunks of {report['chunk']}; uncompressed perplexity {math.exp(statistics.mean(exact['nll'])):.4f}"
     )
 
 
