@@ -338,11 +338,9 @@ def headline(report: dict) -> str:
     """One line about a run."""
     exact = next(r for r in report["results"] if r["method"] == "dynamic")
     many = "s" if report["windows"] > 1 else ""
-    return (
-        f"{report['model']}, {report['dtype']}, {report['device']}, torch {report['torch']}, transformers "
-        f"{report['transformers']}; {report['text']}, {report['windows']} window{many} of {report['length']}, "
-        f"in chunks of {report['chunk']}; uncompressed perplexity {math.exp(statistics.mean(exact['nll'])):.4f}"
-    )
+    where = "{model}, {dtype}, {device}, torch {torch}, transformers {transformers}".format(**report)
+    what = "{text}, {windows} window{many} of {length}, in chunks of {chunk}".format(many=many, **report)
+    return f"{where}; {what}; uncompressed perplexity {math.exp(statistics.mean(exact['nll'])):.4f}"
 
 
 def stored(path: Path) -> tuple[dict, list[Result]]:
