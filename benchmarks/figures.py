@@ -1,7 +1,7 @@
 """Pictures and tables of stored results: `python -m benchmarks.figures`.
 
 Every JSON file in benchmarks/results that a quality, needles or memory run wrote becomes a picture of the
-same name in docs/figures, and every block of README.md and docs/quality.md between
+same name in docs/figures, and every block of README.md, docs/quality.md and docs/speed.md between
 `<!-- results NAME -->` (or `<!-- results NAME short -->`) and `<!-- end -->` is written anew: picture,
 circumstances and table. No number there is typed. Needs the extra `docs` (matplotlib).
 """
@@ -13,12 +13,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from . import memory, needles, quality
+from . import decode_attention, generate, memory, needles, quality
 from .methods import POLICIES, QUANTIZED
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, FIGURES = ROOT / "benchmarks/results", ROOT / "docs/figures"
-PAGES = (ROOT / "README.md", ROOT / "docs/quality.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/quality.md", ROOT / "docs/speed.md")
 BLOCK = re.compile(r"<!-- results (?P<name>[\w.-]+)(?P<short> short)? -->.*?<!-- end -->", re.DOTALL)
 
 BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#666666"
@@ -228,6 +228,32 @@ def agreement(of: str) -> str:
     return "\n".join(lines)
 
 
+def generation(of: str, short: bool) -> str:
+    """Table of `benchmarks.generate` on a device `of`; short: milliseconds a step alone."""
+    report = load(f"generate-{of}")
+    results = [generate.Result(**r) for r in report["results"] if not r["failed"]]
+    told = f"{report['device']}, torch {report['torch']}, transformers {report['transformers']}."
+    if not short:
+        return f"{told}\n\n{generate.tables(results)}"
+    methods = list(dict.fromkeys(r.method for r in results))
+    cases = [case for case in dict.fromkeys(r.case for r in results) if " S 32768" in case]
+    lines = [
+        "| ms a step | " + " | ".join(f"`{m}`" for m in methods) + " |",
+        "|---" * (1 + len(methods)) + "|",
+    ]
+    for case in cases:
+        found = {r.method: f"{r.ms:.1f}" for r in results if r.case == case}
+        lines.append(f"| {case} | " + " | ".join(found.get(m, "-") for m in methods) + " |")
+    return "\n".join(lines) + f"\n\n{told}"
+
+
+def attention(of: str) -> str:
+    """Table of `benchmarks.decode_attention` on a device `of`."""
+    report = load(f"decode_attention-{of}")
+    results = [decode_attention.Result(**r) for r in report["results"]]
+    return f"{report['device']}, torch {report['torch']}.\n\n{decode_attention.table(results)}"
+
+
 def has(kind: str, of: str) -> bool:
     return (RESULTS / f"{kind}-{of}.json").is_file()
 
@@ -239,6 +265,8 @@ def block(name: str, page: Path, short: bool = False) -> str:
         return agreement(of)
     if not has(kind, of):
         return "Not measured yet."
+    if kind in ("generate", "decode_attention"):
+        return generation(of, short) if kind == "generate" else attention(of)
     report = load(name)
     _, title, module = KINDS[report["kind"]]
     picture = os.path.relpath(FIGURES / f"{name}.png", page.parent).replace(os.sep, "/")

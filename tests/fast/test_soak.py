@@ -19,7 +19,7 @@ from ..conformance.twins import held
 from .models import prompt, tiny_llama
 from .test_stepper import compiled
 
-NEW, PART = int(os.environ.get("FADE_SOAK", 1500)), 500
+NEW, PART = int(os.environ.get("FADE_SOAK", 1200)), 300
 SMALL = dict(recent_window=16, block_size=16, middle_k_bits=8, middle_v_bits=8, int4_budget=40)
 
 

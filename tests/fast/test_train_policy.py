@@ -103,15 +103,15 @@ def test_command(tmp_path, monkeypatch, capsys):
 def test_learned_beats_position(smollm2, wikitext):
     """Perplexity over the first window of the test split, a quarter of its tokens kept, at INT4."""
     model, tokenizer = smollm2
-    window = tokenizer(wikitext[:12_000], return_tensors="pt").input_ids[0, :1024]
-    assert len(window) == 1024
+    window = tokenizer(wikitext[:12_000], return_tensors="pt").input_ids[0, :768]
+    assert len(window) == 768
     found = {}
     try:
         for policy in ("position", "learned"):
-            cache = fade_fast.create_cache(model.float(), train_policy.quarter(policy, 1024))
+            cache = fade_fast.create_cache(model.float(), train_policy.quarter(policy, 768))
             found[policy] = train_policy.perplexity(model, cache, window)
             tokens = cache.memory().tokens
-            assert tokens["INT4"] == 1024 // 4 - 68 and sum(tokens.values()) == 1024
+            assert tokens["INT4"] == 768 // 4 - 68 and sum(tokens.values()) == 768
     finally:
         model.bfloat16()
     print(found)
