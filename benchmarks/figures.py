@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from . import decode_attention, generate, memory, needles, quality
@@ -204,7 +205,7 @@ def short_table(results: list[quality.Result]) -> str:
 
 
 def agreement(of: str) -> str:
-    """Table: what formats cost a model `of` by other people's simulation, by ours, and through the cache."""
+    """Table: what formats cost a model `of` by an independent simulation, by ours, and through the cache."""
     kinds = [kind for kind in ("independent", "simulation", "quality") if has(kind, of)]
     sources = {kind: load(f"{kind}-{of}") for kind in kinds}
     theirs = sources["independent"]
@@ -214,9 +215,11 @@ def agreement(of: str) -> str:
             rows = {r["format"]: r for r in found["results"] if r["mask"] == mask}
             columns[f"{label}, {found['windows']} windows"] = rows
     if found := sources.get("quality"):
-        rows = quality.summaries([quality.Result(**r) for r in found["results"]])
-        rows = {name: dict(ratio=s.ratio, kl=s.kl) for name, s in rows.items()}
-        columns[f"cache, {found['windows']} windows"] = rows
+        n = min(found["windows"], theirs["windows"])  # the same windows, as far as there are
+        results = [quality.Result(**r) for r in found["results"]]
+        results = [replace(r, nll=r.nll[:n], kl=r.kl[:n], top1=r.top1[:n]) for r in results]
+        rows = {name: dict(ratio=s.ratio, kl=s.kl) for name, s in quality.summaries(results).items()}
+        columns[f"cache, {n} window{'s' * (n > 1)}"] = rows
     lines = ["| format | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for r in theirs["results"]:
         found = (rows.get(r["format"]) for rows in columns.values())

@@ -337,10 +337,12 @@ def best_trades(results: list[Result]) -> str:
 def headline(report: dict) -> str:
     """One line about a run."""
     exact = next(r for r in report["results"] if r["method"] == "dynamic")
-    many = "s" if report["windows"] > 1 else ""
-    where = "{model}, {dtype}, {device}, torch {torch}, transformers {transformers}".format(**report)
-    what = "{text}, {windows} window{many} of {length}, in chunks of {chunk}".format(many=many, **report)
-    return f"{where}; {what}; uncompressed perplexity {math.exp(statistics.mean(exact['nll'])):.4f}"
+    windows = "1 window" if report["windows"] == 1 else f"{report['windows']} windows"
+    return (
+        f"{report['model']}, {report['dtype']}, {report['device']}, torch {report['torch']}, transformers "
+        f"{report['transformers']}; {report['text']}, {windows} of {report['length']}, in chunks of "
+        f"{report['chunk']}; uncompressed perplexity {math.exp(statistics.mean(exact['nll'])):.4f}"
+    )
 
 
 def stored(path: Path) -> tuple[dict, list[Result]]:

@@ -78,6 +78,21 @@ def test_blocks(tmp_path, monkeypatch):
     assert "Not measured yet." in figures.filled(missing, page)
 
 
+def test_agreement_compares_the_same_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    independent = dict(windows=1, results=[dict(format="int4", ratio=1.1, kl=0.012)])
+    (tmp_path / "independent-x.json").write_text(json.dumps(independent))
+    report = dict(windows=2, results=[asdict(r) for r in (DYNAMIC, INT4)])
+    (tmp_path / "quality-x.json").write_text(json.dumps(report))
+    simulated = [
+        dict(format="int4", mask=mask, ratio=r, kl=0.01) for mask, r in (("last", 1.1), ("blocks", 1.09))
+    ]
+    (tmp_path / "simulation-x.json").write_text(json.dumps(dict(windows=1, results=simulated)))
+    head, _, row = figures.agreement("x").splitlines()
+    assert head.endswith("| cache, 1 window |") and head.count("|") == 6
+    assert row == "| int4 | 1.1000, KL 0.0120 | 1.1000, KL 0.0100 | 1.0900, KL 0.0100 | 1.1052, KL 0.0100 |"
+
+
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     cells = [needles.Result("passkey", 512, d, m, 2, d / 100) for d in (5, 95) for m in ("dynamic", "int4")]
