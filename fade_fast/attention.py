@@ -270,6 +270,7 @@ class Rows:
             self.observe(first, keys, received, [part.top + part.total.log() for part in partials])
         return _heads(merge(partials), self.shape).to(self.dtype)
 
+    @torch.no_grad()
     def observe(
         self,
         first: int = 0,

@@ -329,6 +329,7 @@ class TieredLayer(CacheLayerMixin):
         """Columns no longer held, in a batch without padding."""
         return self.length - self.exact.count - (self.middle.count if self.has_middle else 0)
 
+    @torch.no_grad()  # what is stored is data: gradients end here
     def store(
         self, keys: Tensor, values: Tensor, attended: bool, received: dict[str, Tensor] | None = None
     ) -> None:
@@ -387,6 +388,7 @@ class TieredLayer(CacheLayerMixin):
         return self._cut(self.exact.tensors, start, stop)
 
     @guarded
+    @torch.no_grad()
     def settle(self) -> bool:
         """Demote the blocks that a step read from the recent buffers, and pushed out of them.
 
@@ -552,6 +554,7 @@ class TieredLayer(CacheLayerMixin):
         wide = torch.promote_types(keys.dtype, torch.float32)
         return [torch.zeros(*keys.shape[:2], n, dtype=wide, device=keys.device) for n in sizes]
 
+    @torch.no_grad()
     def count(self, tally: list[Tensor], group: int, seen: list[Tensor]) -> None:
         """Add what a step counted, given for the same slots what its queries saw.
 

@@ -248,15 +248,16 @@ def compiled_call(model: PreTrainedModel, compile_config):
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         ours = stepper.layers[0].model_config is text_config(model)  # else attention refuses the cache
-        if args or tokens is None or not ours or not stepper.begin(tokens.shape[1], tokens.shape[0]):
-            return model(*args, **kwargs)
-        try:
-            output = compiled(**kwargs)
-        except BaseException:
-            stepper.active = False
-            raise
-        stepper.end()
-        return output
+        with stepper.layers[0].guard:
+            if args or tokens is None or not ours or not stepper.begin(tokens.shape[1], tokens.shape[0]):
+                return model(*args, **kwargs)
+            try:
+                output = compiled(**kwargs)
+            except BaseException:
+                stepper.active = False
+                raise
+            stepper.end()
+            return output
 
     return call
 

@@ -339,3 +339,20 @@ class TestBadInput:
         cache = fade_fast.create_cache(model, kept)
         generate(model, cache, prompt(60))
         assert compressed_tokens(cache) > 0
+
+
+@pytest.mark.parametrize("policy", ["position", "h2o"])
+def test_calls_that_record_gradients_store_the_same(policy):
+    """Somebody calls the model without `no_grad`: what is stored is data, and holds no graph."""
+    model, ids = tiny_llama().requires_grad_(True), prompt(60)["input_ids"]
+    config = FadeConfig(recent_window=8, block_size=4, int4_budget=16, eviction_policy=policy)
+    outs = []
+    for context in (torch.enable_grad, torch.no_grad):
+        cache = fade_fast.create_cache(model, config)
+        with context():
+            for part in (ids[:, :30], ids[:, 30:50], *ids[:, 50:].split(1, dim=1)):
+                outs.append(model(input_ids=part, past_key_values=cache).logits)
+        assert compressed_tokens(cache) > 0
+        assert not any(x.requires_grad for layer in cache.tiered for x in layer.tensors())
+    half = len(outs) // 2
+    assert all(torch.equal(x, y) for x, y in zip(outs[:half], outs[half:]))
