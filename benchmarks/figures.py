@@ -237,14 +237,12 @@ def generation(of: str, short: bool) -> str:
         return f"{told}\n\n{generate.tables(results)}"
     methods = list(dict.fromkeys(r.method for r in results))
     cases = [case for case in dict.fromkeys(r.case for r in results) if " S 32768" in case]
-    lines = [
-        "| ms a step | " + " | ".join(f"`{m}`" for m in methods) + " |",
-        "|---" * (1 + len(methods)) + "|",
-    ]
+    head = [f"ms a step, {report['device']}", *(f"`{m}`" for m in methods)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for case in cases:
         found = {r.method: f"{r.ms:.1f}" for r in results if r.case == case}
         lines.append(f"| {case} | " + " | ".join(found.get(m, "-") for m in methods) + " |")
-    return "\n".join(lines) + f"\n\n{told}"
+    return "\n".join(lines)
 
 
 def attention(of: str) -> str:

@@ -584,7 +584,7 @@ class TieredLayer(CacheLayerMixin):
     def exact_read_at(self) -> Tensor:
         """Positions [B, 1, n] at which these columns are read: sinks move on by the tokens evicted."""
         position = self.exact_positions()
-        if not self.config.contiguous or self.middle.evicted is None:
+        if not self.config.contiguous or self.middle is None or self.middle.evicted is None:
             return position
         sinks = position[..., : self.config.n_sink]
         moved = torch.where(sinks == HOLE, HOLE, sinks + self.middle.evicted[..., None])

@@ -87,6 +87,13 @@ def of_file(path: str | os.PathLike, positions: bool = False) -> dict:
 
     What is in the file is not verified, as `load_cache` does. Raises as `checkpoint.read_header`.
     """
+    try:
+        return _of_file(path, positions)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is not a stored cache, or is damaged: {error!r}") from error
+
+
+def _of_file(path: str | os.PathLike, positions: bool) -> dict:
     header, shapes = checkpoint.read_header(path)
     config = FadeConfig(**header["config"])
     names = {f"tier{i}": tier_name(bits) for i, bits in enumerate(tier_bits(config))}

@@ -30,6 +30,7 @@ from fade_ref.config import FadeConfig
 
 from . import importance
 from .cache import create_cache, detach
+from .files import whole
 from .loading import DTYPES, LoadError, load, quiet
 from .models import attention_modules
 
@@ -263,7 +264,8 @@ def train(args: argparse.Namespace, command: str) -> None:
         f"scikit-learn {sklearn.__version__}",
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, args.out, metadata=metadata)
+    with whole(args.out) as written:
+        save_file(weights, written, metadata=metadata)
     print(f"{args.out}: {len(x):,} examples, mean target {y.mean():.4f}")
     if tests is not None:
         print(table(model, weights, tests, args.policies.split(",")))

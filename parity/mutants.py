@@ -320,8 +320,8 @@ MUTANTS = [
         (
             "stale position",
             "kernels.packed.decoded_products",
-            "_cut(read_at, 1, chunk)",
-            "_cut(read_at, 1, chunk) - 1",
+            "cos_sin(slots.read_at,",
+            "cos_sin(slots.read_at - 1,",
             "step, 4 bits/D64 before RoPE",
         ),
         (
@@ -586,14 +586,14 @@ MUTANTS = [
         # -- positions
         (
             "rotated backwards",
-            "kernels.rope.rotate",
+            "kernels.rope.cos_sin",
             "angle.cos(), angle.sin()",
             "angle.cos(), -angle.sin()",
             "positions/rotate",
         ),
         (
             "angles in float32",
-            "kernels.rope.rotate",
+            "kernels.rope.cos_sin",
             "position.unsqueeze(-1).double() * (inv_freq.double() / math.tau)",
             "(position.unsqueeze(-1).float() * (inv_freq.float() / math.tau)).double()",
             "positions/rotate",
@@ -601,7 +601,7 @@ MUTANTS = [
         (
             "survivors keep their rank",
             "middle.PlannedMiddle._renumber",
-            "+ self.evicted[..., None]",
+            "+ evicted[..., None]",
             "",
             "renumber",
         ),

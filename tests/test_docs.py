@@ -142,6 +142,7 @@ def test_every_message_has_its_cure_in_the_guide():
 
 
 def test_the_readme_fits_two_screens():
-    """Of 40 lines of 160 characters, as a browser shows them: tables and paragraphs wrap."""
+    """Of 40 lines of 160 characters, as a browser shows them: paragraphs wrap, marks are not to be seen."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if not line.startswith(("<!--", "```", "|---"))]
     assert sum(max(1, -(-len(line) // 160)) for line in lines) <= 80

@@ -55,7 +55,8 @@ def collect() -> list[Case]:
             )
             case("policies", f"{policy}, {positions}", config, f"policy {policy}", f"positions {positions}")
     for scope in plan.SCOPES:
-        config = FadeConfig(**SMALL, int4_budget=9, int2_budget=6, plan_scope=scope)
+        lower = 0 if scope == "head" else 6  # of renumbered heads, tiers would read slots at unlike positions
+        config = FadeConfig(**SMALL, int4_budget=9, int2_budget=lower, plan_scope=scope)
         case("policies", f"plan_scope {scope}", config, f"plan scope {scope}", padding=9)
     for name in PRESETS:
         before = [150, 1, 40, 1]
@@ -70,7 +71,7 @@ def collect() -> list[Case]:
     case("what came before", "nothing", evicting, before=[], after=[30, *AFTER])
     case("what came before", "a due block", FadeConfig(**SMALL), before=[4, 16])
     case("what came before", "nothing is compressed yet", FadeConfig(**SMALL), before=[7, 1])
-    changed = [*BEFORE, ("crop", 2), 1, ("select", [1, 1, 0]), 1, 1]
+    changed = [*BEFORE, ("crop", 2), 1, ("select", [1, 1, 0]), 1, ("select", [2, 0]), 1]
     learned = FadeConfig(**SMALL, int4_budget=9, eviction_policy="snapkv")
     case("what came before", "rows and columns changed", learned, before=changed)
     for before in ([5], [7], [8], [9], BEFORE):
@@ -110,7 +111,7 @@ def _weights(config: FadeConfig):
 
 
 def _cache(model, config: FadeConfig):
-    return fade_fast.create_cache(model, config, policy_weights=_weights(config))
+    return fade_fast.create_cache(model, config, policy_weights=_weights(config), verify=False)
 
 
 class Talk:
@@ -160,7 +161,7 @@ def _goes_on(config, *, dtype=torch.float32, padding=0, before=BEFORE, after=AFT
             path = Path(folder) / "cache"
             cache.save(path)
             second = copy.deepcopy(first)
-            loaded = fade_fast.load_cache(path, second, policy_weights=_weights(config))
+            loaded = fade_fast.load_cache(path, second, policy_weights=_weights(config), verify=False)
         _same_state(found, loaded, cache, "as loaded")
         found.holds("checkpoint", loaded.memory().tokens == cache.memory().tokens, "tokens by tier")
         for name, x in sorted(loaded.state_dict()[0].items()):  # the format, and whole numbers
@@ -228,5 +229,7 @@ def _refused(found: Found, seed: int):
     with tempfile.TemporaryDirectory() as folder:
         cache.save(Path(folder) / "cache")
         deeper = LlamaForCausalLM(LlamaConfig(**SIZES | dict(num_hidden_layers=3)))
-        found.refused(lambda: fade_fast.load_cache(Path(folder) / "cache", deeper), "num_hidden_layers")
+        found.refused(
+            lambda: fade_fast.load_cache(Path(folder) / "cache", deeper, verify=False), "num_hidden_layers"
+        )
     found.holds("checkpoint", other.get_seq_length() == 0, "nothing was written")

@@ -152,9 +152,10 @@ def _renumber(found: Found, seed: int):
             places.append(live[torch.randperm(width, generator=draw.generator)])
         places = torch.stack(places)[:, None].to(torch.int32)
         config = FadeConfig(n_sink=n_sink, int4_budget=8)
-        layer = types.SimpleNamespace(config=config, evicted=evicted[:, None].int().to(found.device))
+        layer = types.SimpleNamespace(config=config)
+        lost = evicted[:, None].int().to(found.device)
         tiers = [x.to(found.device) for x in (places[..., :9], places[..., 9:])]
-        ours = torch.cat(PlannedMiddle._renumber(layer, tiers), dim=-1).cpu()
+        ours = torch.cat(PlannedMiddle._renumber(layer, tiers, lost), dim=-1).cpu()
         at = (rank + evicted[:, None]).gather(-1, places[:, 0].long().clamp_min(0))
         exact = at.masked_fill(places[:, 0] < 0, -1)
         found.same("tokens", ours[:, 0], exact, f"{total} tokens")

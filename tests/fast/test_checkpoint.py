@@ -216,8 +216,8 @@ def test_a_cache_of_which_nothing_uncompressed_is_left(left, tmp_path):
     with torch.no_grad():
         model(input_ids=ids[:, : left + 5], past_key_values=cache)
         cache.crop(-5)
-        for layer in cache.tiered:  # one of which nothing at all is left begins anew
-            assert layer.length == left and (layer.exact is None if not left else layer.exact.count == 0)
+        assert all(layer.length == left for layer in cache.tiered)
+        assert not left or all(layer.exact.count == 0 for layer in cache.tiered)
         cache.save(tmp_path / "c")
         loaded = fade_fast.load_cache(tmp_path / "c", model)
         outs = [model(input_ids=ids[:, :3], past_key_values=c).logits for c in (cache, loaded)]
