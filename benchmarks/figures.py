@@ -213,7 +213,7 @@ def agreement(of: str) -> str:
     if found := sources.get("simulation"):
         for mask, label in (("last", "simulated, last 64 exact"), ("blocks", "simulated, as the cache")):
             rows = {r["format"]: r for r in found["results"] if r["mask"] == mask}
-            columns[f"{label}, {found['windows']} windows"] = rows
+            columns[f"{label}, {found['windows']} window{'s' * (found['windows'] > 1)}"] = rows
     if found := sources.get("quality"):
         n = min(found["windows"], theirs["windows"])  # the same windows, as far as there are
         results = [quality.Result(**r) for r in found["results"]]
