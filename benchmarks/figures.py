@@ -213,7 +213,7 @@ def agreement(of: str) -> str:
     if found := sources.get("simulation"):
         for mask, label in (("last", "simulated, last 64 exact"), ("blocks", "simulated, as the cache")):
             rows = {r["format"]: r for r in found["results"] if r["mask"] == mask}
-            columns[f"{label}, {found['windows']} windows"] = rows
+            columns[f"{label}, {found['windows']} window{'s' * (found['windows'] > 1)}"] = rows
     if found := sources.get("quality"):
         n = min(found["windows"], theirs["windows"])  # the same windows, as far as there are
         results = [quality.Result(**r) for r in found["results"]]
@@ -270,13 +270,14 @@ def block(name: str, page: Path, short: bool = False) -> str:
     picture = os.path.relpath(FIGURES / f"{name}.png", page.parent).replace(os.sep, "/")
     results = [module.Result(**r) for r in report["results"]]
     if report["kind"] == "quality":
-        told = quality.headline(report)
+        told = quality.headline(report).split(", in chunks")[0] if short else quality.headline(report)
     else:
         told = "{model}, {dtype}, {device}, torch {torch}, transformers {transformers}".format(**report)
     table = short_table(results) if short else module.table(results)
+    gap = "" if short else "\n"  # the README has few lines
     if report["kind"] == "quality" and not short:
         table += "\n\n" + quality.best_trades(results)
-    return f"![{title}]({picture})\n\n{told}.\n\n{table}"
+    return f"![{title}]({picture})\n{gap}{told}.\n\n{table}"
 
 
 def filled(text: str, page: Path) -> str:

@@ -187,9 +187,9 @@ def test_texts(tmp_path):
 
 @pytest.mark.real_model
 def test_a_real_model_and_text(smollm2, wikitext):
-    """One window of 192 tokens: INT4 is hardly felt, INT2 is, and both were really read."""
+    """One window of 256 tokens: INT4 is hardly felt, INT2 is, and both were really read."""
     model, tokenizer = smollm2
-    window, names = texts.windows(tokenizer, wikitext, 1, 192), [f"int{n}:recent_window=16" for n in (4, 2)]
+    window, names = texts.windows(tokenizer, wikitext, 1, 256), [f"int{n}:recent_window=16" for n in (4, 2)]
     results, rows = run(model, window, *names)
     assert all(results[name].read > 40 for name in names)
     int4, int2 = (rows[name] for name in names)
