@@ -313,8 +313,8 @@ class Middle(ABC):
             return keys
         return rotate(keys.float(), -position, self.rope.inv_freq(), self.rope.interleaved)
 
-    def encode(self, keys: Tensor, values: Tensor, mean: Tensor, bits) -> dict[str, Tensor]:
-        return record(*rotated.encode_both(keys, values, mean, self.matrix, bits))
+    def encode(self, keys: Tensor, values: Tensor, mean: Tensor, bits, recurs=True) -> dict[str, Tensor]:
+        return record(*rotated.encode_both(keys, values, mean, self.matrix, bits, recurs))
 
 
 class PinnedMiddle(Middle):
@@ -494,7 +494,8 @@ class PlannedMiddle(Middle):
         """Records of the candidates `index`: moved if `tier` holds them already, else encoded."""
         offset = sum(t.records.count for t in self.tiers)
         new = (index - offset).clamp_min(0)
-        fields = self.encode(take(keys, new), take(values, new), self.means["mean"], tier.bits)
+        recurs = self.config.eviction_policy != "adaptive"  # which keeps other numbers every time
+        fields = self.encode(take(keys, new), take(values, new), self.means["mean"], tier.bits, recurs)
         offset = 0
         for source in self.tiers:
             count = source.records.count

@@ -422,7 +422,7 @@ def bucket(heads: int, length: int) -> int:
     more often, which takes as long as some ten steps: the best one shrinks with the root of `heads`.
     """
     step = 1 << (13 - (heads - 1).bit_length() // 2)
-    step = max(chunk_of(heads, length, 1), min(step, (1 << max(0, length - 1).bit_length()) // 4))
+    step = max(chunk_of(heads, length, 1), min(step, (1 << max(0, length - 1).bit_length()) // 8))
     found = -(-length // step) * step
     # Rounded up, it may belong to longer chunks.
     return bucket(heads, found) if found % chunk_of(heads, found, 1) else found

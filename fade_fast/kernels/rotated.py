@@ -138,13 +138,14 @@ def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, bits: int) -> Packed:
 
 
 def encode_both(
-    keys: Tensor, values: Tensor, mean: Tensor, matrix: Tensor, bits: tuple[int, int]
+    keys: Tensor, values: Tensor, mean: Tensor, matrix: Tensor, bits: tuple[int, int], recurs: bool = True
 ) -> tuple[Packed, Packed]:
     """`encode` of the keys and values of some tokens, in tiles, so that little is in float32 at a time.
 
     Args:
         keys, values: [B, H, n, D]. mean: [B, H, n or 1, D], of the keys.
         matrix: P [D, D] float32. bits: widths of keys and values.
+        recurs: whether so many tokens will come again, so that compiling for them pays.
 
     On CUDA, steps of one block and whole tiles run compiled.
     """
@@ -152,7 +153,7 @@ def encode_both(
     for start in range(0, max(1, keys.shape[2]), TILE):
         tile = slice(start, start + TILE)
         part = keys[:, :, tile], values[:, :, tile], mean if mean.shape[2] == 1 else mean[:, :, tile]
-        if fuses(keys) and (part[0].shape[2] == TILE or 0 < keys.shape[2] <= SMALL):
+        if fuses(keys) and (part[0].shape[2] == TILE or recurs and 0 < keys.shape[2] <= SMALL):
             parts.append(_compiled([], dict, *part, matrix, bits=bits))
         else:
             parts.append(_encode_both([], *part, matrix, bits=bits))

@@ -221,7 +221,14 @@ BORDERS = [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049, 409
 def test_lengths_around_borders(length, per_mean):
     """Of means, chunks and tiles; read to the bucket's end, which is poisoned, or to that of the tier."""
     args, options = problem(
-        length, 2, 1, 2, lengths=(length,), capacities=(length + 600,), per_mean=per_mean, dtype=torch.float32
+        length,
+        2,
+        1,
+        2,
+        lengths=(length,),
+        capacities=(packed.bucket(2, length) + 600,),
+        per_mean=per_mean,
+        dtype=torch.float32,
     )
     found, _ = check(args, options)
     wider, _ = check(args, options | dict(spans=[packed.bucket(2, length)]))
