@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 
 import fade_fast
@@ -275,14 +274,7 @@ def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
-    report = dict(
-        kind="needles",
-        model=name,
-        text=texts.called(args.text),
-        device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
-        dtype=args.dtype,
-        torch=torch.__version__.split("+")[0],
-        transformers=transformers.__version__,
+    report = texts.circumstances("needles", model, name, args.text, args.dtype) | dict(
         chunk=args.chunk,
     )
 

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 
 import fade_fast
@@ -410,14 +409,7 @@ def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
     ids = texts.windows(tokenizer, texts.read(args.text), args.windows, args.length)
     print(f"ready after {time.perf_counter() - started:.0f} s", flush=True)
-    report = dict(
-        kind="quality",
-        model=name,
-        text=texts.called(args.text),
-        device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
-        dtype=args.dtype,
-        torch=torch.__version__.split("+")[0],
-        transformers=transformers.__version__,
+    report = texts.circumstances("quality", model, name, args.text, args.dtype) | dict(
         windows=args.windows,
         length=args.length,
         chunk=args.chunk,

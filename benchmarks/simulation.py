@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -156,14 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     results = run(model, args.formats, ids, args.chunk, lambda line: print(line, flush=True))
     print(table(results))
     if args.json:
-        report = dict(
-            kind="simulation",
-            model=name,
-            text=texts.called(args.text),
-            device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
-            dtype=args.dtype,
-            torch=torch.__version__.split("+")[0],
-            transformers=transformers.__version__,
+        report = texts.circumstances("simulation", model, name, args.text, args.dtype) | dict(
             windows=args.windows,
             length=args.length,
             chunk=args.chunk,

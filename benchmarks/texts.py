@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 
 from fade_fast import loading
@@ -72,3 +73,16 @@ def windows(tokenizer, text: str, count: int, length: int) -> Tensor:
     if len(ids) < needed:
         raise ValueError(f"the text has {len(ids)} tokens: {count} windows of {length} need {needed}")
     return ids[:needed].reshape(count, length).to(torch.int64)
+
+
+def circumstances(kind: str, model, name: str, text: str, dtype: str) -> dict:
+    """What a report says of its run: what was measured, where, and with which versions."""
+    return dict(
+        kind=kind,
+        model=name,
+        text=called(text),
+        device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
+        dtype=dtype,
+        torch=torch.__version__.split("+")[0],
+        transformers=transformers.__version__,
+    )
