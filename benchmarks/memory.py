@@ -79,8 +79,9 @@ def fill(model, cache, length: int, dtype=torch.bfloat16, step: int | None = Non
                 layer.settle()
                 layer.timeline.extend(start, None, 1, new, keys.device)
                 layer.store(keys, keys, attended=True)
-            else:
-                layer.update(keys, keys)
+            else:  # a sliding layer's view of a long step holds all of it, until the next step comes
+                for part in keys.split([new - 1, 1] if new > 1 else [1], dim=2):
+                    layer.update(part, part)
 
 
 def filled_bytes(model, m: Method, length: int, reserved: bool = False) -> int:
