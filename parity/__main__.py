@@ -6,6 +6,7 @@ python -m parity mutate               corrupts the kernels in turn; 1 if a corru
 """
 
 import argparse
+import os
 import sys
 import time
 import warnings
@@ -16,8 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from . import mutants, report, subjects, twins
-from .case import perform
+from . import mutants, pool, report, subjects, twins
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
         help="cases that run compiled where fade_fast compiles, on a GPU: by default some, which share "
         "their shapes; the others run eagerly there",
     )
+    top.add_argument("--jobs", default=1, type=int, metavar="N", help="processes that share the cases")
     top.add_argument("--seed", default=0, type=int, help="of all inputs; 0 unless you say otherwise")
     top.add_argument("--json", metavar="FILE", help="write what was found, for `compare`")
     top.add_argument("--markdown", metavar="FILE", help="write the tables and the claims")
@@ -74,22 +75,31 @@ def run(args) -> int:
     cases = [c for c in subjects.collect(DTYPES.get(args.dtype)) if args.only in c.title]
     if not cases:
         raise ValueError(f"--only {args.only}: no case has it in its subject/group/name")
-    start, busy, outcomes, graphs = time.perf_counter(), time.process_time(), [], 0
-    with tqdm(cases, unit="case", leave=False, disable=None) as bar:
-        for case in bar:
-            bar.set_description(case.subject)
-            outcomes.append(perform(case, args.device, args.seed, args.compiled))
-            graphs += len(outcomes[-1].ran.graphs)
+    if args.jobs < 1:
+        raise ValueError(f"--jobs {args.jobs}: at least 1")
+    start, busy, graphs = time.perf_counter(), _busy(), 0
+    outcomes: list = [None] * len(cases)
+    with tqdm(total=len(cases), unit="case", leave=False, disable=None) as bar:
+        for place, outcome in pool.performed(cases, args.device, args.seed, args.compiled, args.jobs):
+            outcomes[place] = outcome
+            graphs += len(outcome.ran.graphs)
+            bar.set_description(cases[place].subject)
             bar.set_postfix(compiled=graphs, refresh=False)
+            bar.update()
     where = report.machine(args.device, args.seed) | dict(compiled=args.compiled)
-    seconds = time.perf_counter() - start, time.process_time() - busy
-    found = report.record(outcomes, where, *seconds)
+    found = report.record(outcomes, where, time.perf_counter() - start, _busy() - busy)
     print(report.text(found))
     if args.json:
         report.write(found, args.json)
     if args.markdown:
         Path(args.markdown).write_text(report.markdown(found), encoding="utf-8")
     return int(bool(report.failures(found)))
+
+
+def _busy() -> float:
+    """Seconds that the processor has worked for this process and for those that it started and saw end."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ CHOICES = {"all": (True, True), "some": (True, False), "none": (False, False)}
 class Twins:
     """The compiled graphs that were called, and what calling them for the first time took."""
 
-    graphs: set = field(default_factory=set)
+    graphs: set[str] = field(default_factory=set)
     seconds: float = 0.0
 
 
@@ -39,7 +39,7 @@ def allowed(yes: bool) -> Iterator[Twins]:
     def watched(self, key, *args):
         start, new = time.perf_counter(), key not in self.graphs
         result = call(self, key, *args)
-        found.graphs.add((id(self), key))
+        found.graphs.add(f"{self.function.__module__}.{self.function.__qualname__} {key}")
         found.seconds += time.perf_counter() - start if new else 0.0
         return result
 
