@@ -49,10 +49,12 @@ class Found:
     Attributes:
         device: where fade_fast runs.
         fused: whether it runs compiled there, as far as it compiles anything.
+        ran: what ran compiled so far.
     """
 
     device: str = "cpu"
     fused: bool = False
+    ran: twins.Twins = field(default_factory=twins.Twins)
     checks: dict[str, Check] = field(default_factory=dict)
     _bits: dict = field(default_factory=dict)
 
@@ -160,7 +162,7 @@ class Outcome:
 def perform(case: Case, device: str = "cpu", seed: int = 0, compiled: str = "some") -> Outcome:
     """Run a case. An exception in it is its failure. `compiled`: see `twins.CHOICES`."""
     with twins.allowed(twins.wanted(compiled, case.compiled)) as ran:
-        found, raised = Found(device, twins.fused(device)), ""
+        found, raised = Found(device, twins.fused(device), ran), ""
         try:
             with torch.no_grad():
                 case.run(found, seed + zlib.crc32(case.title.encode()))

@@ -20,9 +20,10 @@ CHOICES = {"all": (True, True), "some": (True, False), "none": (False, False)}
 
 @dataclass
 class Twins:
-    """The compiled graphs that were called, and what calling them for the first time took."""
+    """The compiled graphs that were called, how many were new, and how long their first calls took."""
 
     graphs: set[str] = field(default_factory=set)
+    new: int = 0
     seconds: float = 0.0
 
 
@@ -40,6 +41,7 @@ def allowed(yes: bool) -> Iterator[Twins]:
         start, new = time.perf_counter(), key not in self.graphs
         result = call(self, key, *args)
         found.graphs.add(f"{self.function.__module__}.{self.function.__qualname__} {key}")
+        found.new += new
         found.seconds += time.perf_counter() - start if new else 0.0
         return result
 

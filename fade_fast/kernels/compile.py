@@ -54,7 +54,8 @@ def tier_tiles(
     if x > 4:
         scores.update(YBLOCK=64, num_warps=2 if x <= 8 else 4, num_stages=2)
     if bits[0] == 8:
-        scores.update(R0_BLOCK=min(64, key_width), num_warps=4, num_stages=2)
+        whole = next((n for n in (64, 32) if key_width % n == 0), 16)  # without a mask if that can be
+        scores.update(R0_BLOCK=whole, num_warps=4, num_stages=2)
     if key_width == 32:
         scores.update(R0_BLOCK=32, YBLOCK=64, num_warps=2 if bits[0] == 3 else 1, num_stages=1)
     values = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=min(128, max(16, _power_of_two(value_width))))

@@ -280,7 +280,7 @@ def _attend(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = torch.where(seen, scores, LOWEST)
-    top = scores.amax(1)
+    top = written(scores.amax(1))  # of few tokens the compiler would unroll it into the last product
     if s_aux is not None:
         learned = _rows_of(s_aux.to(wide(dtype)), batch, heads, rows)
         top = torch.maximum(top, learned)

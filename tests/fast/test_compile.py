@@ -1,6 +1,7 @@
 """What compiled twins are compiled for, and when not again."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import fade_fast
 from fade_fast.kernels import compile as compiling
-from fade_fast.kernels import exact, rotated, step
+from fade_fast.kernels import exact, packed, rotated, step
 
 from .models import compressed_tokens, prompt, tiny_llama
 from .test_stepper import CONFIGS, eager
@@ -102,3 +103,18 @@ def test_twin_of_long_uncompressed_texts(twin, monkeypatch):
     assert cache.stepper.settled >= 768
     assert len(tail.graphs) == len(exact._compiled_store.graphs) == 1 and graphs() == 3
     assert torch.equal(found, eager(model, fade_fast.create_cache(model, CONFIGS["off"]), inputs, new=300))
+
+
+def test_tiles_are_powers_of_two():
+    """Triton has no others; and what is multiplied has 16 numbers at least."""
+    for dim, rows, bits in itertools.product(
+        (64, 80, 96, 128, 160, 192, 256), (2, 3, 7, 16, 64), (8, 4, 3, 2)
+    ):
+        width = packed.field_width(bits, dim)
+        for chunk, heads, length in ((128, 2, 5), (256, 8, 80), (2048, 64, 200)):
+            tiles = compiling.tier_tiles(heads, rows, 4, chunk, (bits, bits), (width, width), dim)
+            tiles |= compiling.step_tiles(heads, rows, length, 4, dim)
+            for (_, summed), tile in tiles.items():
+                sizes = [n for name, n in tile.items() if name.endswith("BLOCK")]
+                assert all(n & (n - 1) == 0 for n in sizes), (dim, rows, bits, tile)
+                assert summed < 16 or tile.get("R0_BLOCK", 16) >= 16
