@@ -509,7 +509,7 @@ class TieredLayer(CacheLayerMixin):
 
     def baked(self) -> list[Tensor]:
         """Tensors that captured steps know by their addresses."""
-        found = list(self.exact.tensors.values())
+        found = [self.table, *self.exact.tensors.values()]  # made here, not in a graph's memory
         found += self.observer.tensors() if self.observer else []
         found += [] if self.sink_keys is None else [self.sink_keys]
         if self.has_middle:

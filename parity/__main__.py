@@ -11,11 +11,12 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers.utils import logging
+
+from fade_fast.files import whole
 
 from . import mutants, pool, report, subjects, twins
 
@@ -36,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
         help="cases that run compiled where fade_fast compiles, on a GPU: by default some, which share "
         "their shapes; the others run eagerly there",
     )
-    top.add_argument("--jobs", default=1, type=int, metavar="N", help="processes that share the cases")
+    jobs = "processes that share the cases: 1, on a GPU up to 8, unless you say otherwise"
+    top.add_argument("--jobs", type=int, metavar="N", help=jobs)
     top.add_argument("--seed", default=0, type=int, help="of all inputs; 0 unless you say otherwise")
     top.add_argument("--json", metavar="FILE", help="write what was found, for `compare`")
     top.add_argument("--markdown", metavar="FILE", help="write the tables and the claims")
@@ -75,12 +77,13 @@ def run(args) -> int:
     cases = [c for c in subjects.collect(DTYPES.get(args.dtype)) if args.only in c.title]
     if not cases:
         raise ValueError(f"--only {args.only}: no case has it in its subject/group/name")
-    if args.jobs < 1:
-        raise ValueError(f"--jobs {args.jobs}: at least 1")
+    jobs = (min(8, os.cpu_count()) if args.device == "cuda" else 1) if args.jobs is None else args.jobs
+    if jobs < 1:
+        raise ValueError(f"--jobs {jobs}: at least 1")
     start, busy, graphs = time.perf_counter(), _busy(), 0
     outcomes: list = [None] * len(cases)
     with tqdm(total=len(cases), unit="case", leave=False, disable=None) as bar:
-        for place, outcome in pool.performed(cases, args.device, args.seed, args.compiled, args.jobs):
+        for place, outcome in pool.performed(cases, args.device, args.seed, args.compiled, jobs):
             outcomes[place] = outcome
             graphs += len(outcome.ran.graphs)
             bar.set_description(cases[place].subject)
@@ -92,7 +95,8 @@ def run(args) -> int:
     if args.json:
         report.write(found, args.json)
     if args.markdown:
-        Path(args.markdown).write_text(report.markdown(found), encoding="utf-8")
+        with whole(args.markdown) as path:
+            path.write_text(report.markdown(found), encoding="utf-8")
     return int(bool(report.failures(found)))
 
 

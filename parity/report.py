@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from fade_fast.files import whole
+
 from .case import Outcome
 from .tolerances import CLAIMS
 
@@ -96,7 +98,8 @@ def write(report: dict, path: str) -> None:
     head = {name: value for name, value in report.items() if name != "cases"}
     lines = [json.dumps(head)[:-1] + ', "cases": [']
     lines += [",\n".join(json.dumps(case) for case in report["cases"]), "]}", ""]
-    Path(path).write_text("\n".join(lines), encoding="utf-8")
+    with whole(path) as written:
+        written.write_text("\n".join(lines), encoding="utf-8")
 
 
 def read(path: str) -> dict:

@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import fade_fast
+from benchmarks.memory import Meter
 from fade_fast import plan
 from fade_fast.kernels import compile as compiling
 from fade_fast.kernels import exact, rotated, step
@@ -212,7 +213,26 @@ def test_attach_is_undone():
     assert "get_compiled_call" not in vars(model)
 
 
-NEW, STEADY = 120, 20  # steps of a run, and those after its last demotion that are looked at
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_leaves_no_tensor_behind(name):
+    """What a captured step makes lies in its graph's memory, so nothing else may keep it."""
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
+    cache, meter, left = fade_fast.create_cache(model, CONFIGS[name]), Meter(), []
+    run = cache.stepper.run
+
+    def watched(*args):
+        before = meter.now
+        with meter:
+            output = run(*args)
+        left.append(meter.now - before - output.untyped_storage().nbytes())
+        return output
+
+    cache.stepper.run = watched
+    compiled(model, cache, inputs)
+    assert len(left) > 40 and not any(left)
+
+
+NEW, LAST = 120, 20  # steps of a run, and those after its last demotion that are looked at
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -232,7 +252,7 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name):
         seen.append(
             (torch.cuda.memory_stats()["allocation.all.allocated"], counters["stats"]["unique_graphs"])
         )
-        if len(seen) > NEW - STEADY:  # what was compiled before had to wait
+        if len(seen) > NEW - LAST:  # what was compiled before had to wait
             torch.cuda.set_sync_debug_mode("error")
         return ready
 
@@ -248,7 +268,7 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name):
         )
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    steady = seen[1 - STEADY : -1]
+    steady = seen[1 - LAST : -1]
     assert len({graphs for _, graphs, _ in steady}) == 1
     assert all(after == before for before, _, after in steady)
 

@@ -48,6 +48,15 @@ def test_a_run_that_passes(tmp_path, capsys):
     assert "## Claims" in (tmp_path / "a.md").read_text()
 
 
+def test_processes_that_share_the_cases_find_the_same(tmp_path):
+    found = []
+    for jobs in ("1", "2"):
+        path = tmp_path / f"{jobs}.json"
+        assert main([*QUICK, "--jobs", jobs, "--json", str(path)]) == 0
+        found.append(json.loads(path.read_text())["cases"])
+    assert found[0] == found[1] and len(found[0]) == 7
+
+
 def test_every_subject_has_a_case_that_passes():
     """The whole takes minutes; one case of each group, but for the slow ones."""
     seen = set()
@@ -83,10 +92,11 @@ def test_what_cannot_run(capsys, tmp_path, monkeypatch):
     assert main(["mutate", "--only", "nonesuch"]) == 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["--device", "cuda"]) == 2
+    assert main([*QUICK, "--jobs", "0"]) == 2
     (tmp_path / "a.json").write_text("{}")
     assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]) == 2
     assert main(["compare", str(tmp_path / "none.json"), str(tmp_path / "a.json")]) == 2
-    assert capsys.readouterr().err.count("error: ") == 5
+    assert capsys.readouterr().err.count("error: ") == 6
 
 
 @pytest.fixture
