@@ -6,9 +6,13 @@ import pytest
 import torch
 
 import fade_fast
-from benchmarks.methods import compressed_tokens
+from fade_ref.config import FadeConfig
+
+from .models import compressed_tokens, prompt, tiny_llama
 
 NEW, SAME = 96, 64
+KINDS = "demotion", "plan", "eviction", "renumbering"
+ALIKE = "event", "layer", "seen", "tokens", "columns", "kept", "evicted", "total"  # of them, on any device
 #: Logits this near are a tie, in the model's dtype: bfloat16's last bit of a logit near 20 is 0.125.
 TIE = {torch.float32: 0.01, torch.bfloat16: 0.25}
 
@@ -71,3 +75,63 @@ def test_tokens_equal_those_of_the_cpu(smollm2, wikitext, dtype):
             print(f"there the CPU's logits are {margin:.4f} apart")
             assert margin <= TIE[dtype]
         assert error < 2 * plain + 1e-3
+
+
+@pytest.mark.parametrize("name", ["int4", "evict"])
+def test_a_demotion_that_runs_out_of_memory_can_be_repeated(name):
+    """With ever more memory than before; afterwards the bits are those of a cache without limits."""
+    model = tiny_llama(heads=8, head_dim=128, layers=3, dtype=torch.bfloat16).cuda()
+    config = FadeConfig(recent_window=64, block_size=64, int4_budget=None if name == "int4" else 64)
+    ids, most = prompt(140, batch=16)["input_ids"].cuda(), torch.cuda.mem_get_info()[1]
+    start = fade_fast.create_cache(model, config)
+
+    def step(cache, column, new=1):
+        with torch.no_grad():
+            return model(input_ids=ids[:, column : column + new], past_key_values=cache).logits
+
+    first = 4 + 64 + 64 - 2  # two tokens less than make a block due
+    step(start, 0, first)
+    columns = range(first, first + 5)
+    smooth = copy.deepcopy(start)
+    expected = [step(smooth, column) for column in columns]
+    assert compressed_tokens(smooth) > 0
+    failures = 0
+    for extra in range(0, 48, 2):
+        cache, failed = copy.deepcopy(start), False
+        for column, logits in zip(columns, expected):
+            torch.cuda.empty_cache()
+            limit = torch.cuda.memory_reserved() + (extra << 20)
+            try:
+                torch.cuda.set_per_process_memory_fraction(limit / most)
+                found = step(cache, column)
+            except torch.OutOfMemoryError:
+                failed = True
+                torch.cuda.set_per_process_memory_fraction(1.0)
+                assert {layer.length for layer in cache.tiered} == {column}
+                found = step(cache, column)
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+            assert torch.equal(found, logits), (extra, column)
+        assert cache.memory() == smooth.memory()
+        failures += failed
+        if not failed:
+            break
+    print(f"{name}: {failures} limits were too low")
+    assert failures >= 2
+
+
+@pytest.mark.parametrize("policy", ["position", "h2o"])
+def test_events_are_those_of_the_cpu(policy):
+    """Numbers that travel from the GPU while steps go on: the same events, in the same order."""
+    told = []
+    for device in ("cpu", "cuda"):
+        model = tiny_llama(dtype=torch.float64).to(device)
+        inputs = {k: v.to(device) for k, v in prompt(90, batch=2, pads=(0, 11)).items()}
+        config = FadeConfig(recent_window=8, block_size=4, int4_budget=20, eviction_policy=policy)
+        cache, events = fade_fast.create_cache(model, config), []
+        with cache.listen(events.append):
+            model.generate(
+                **inputs, past_key_values=cache, max_new_tokens=40, min_new_tokens=40, do_sample=False
+            )
+        told.append([{k: e.get(k) for k in ALIKE} for e in events if e["event"] in KINDS])
+    assert len(told[0]) > 20 and told[0] == told[1]
