@@ -337,10 +337,12 @@ def headline(report: dict) -> str:
     """One line about a run."""
     exact = next(r for r in report["results"] if r["method"] == "dynamic")
     windows = "1 window" if report["windows"] == 1 else f"{report['windows']} windows"
+    weighed = report.get("weighed_on", report["device"])
     return (
         f"{report['model']}, {report['dtype']}, {report['device']}, torch {report['torch']}, transformers "
         f"{report['transformers']}; {report['text']}, {windows} of {report['length']}, in chunks of "
         f"{report['chunk']}; uncompressed perplexity {math.exp(statistics.mean(exact['nll'])):.4f}"
+        + ("" if weighed == report["device"] else f"; caches weighed on {weighed}")
     )
 
 
