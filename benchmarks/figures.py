@@ -7,6 +7,7 @@ circumstances and table. No number there is typed. Needs the extra `docs` (matpl
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -74,6 +75,8 @@ def pareto(reports: list[dict], path: Path) -> None:
         axes.set_xticks([x for x in shares if low <= x <= high])
         axes.set_xticks([], minor=True)
         axes.set_xlim(low, high * 1.15)  # room for a name
+        if field == "kl":
+            axes.set_ylim(top=axes.get_ylim()[1] * 2)
         axes.xaxis.set_major_formatter(lambda x, _: f"1/{1 / x:.3g}")
         if field == "ratio":
             axes.yaxis.set_major_formatter("{x:.3g}")
@@ -86,18 +89,23 @@ def pareto(reports: list[dict], path: Path) -> None:
 
 
 def _name(axes, places: dict[str, tuple[float, float]]) -> None:
-    """Write names beside points, moved upwards where they would lie on each other; of many, the best only."""
+    """Write names beside points, moved where they would lie on each other; of many, only the best."""
     if len(places) > MANY:
         places = {name: places[name] for name in quality.front(places)}
-    pixel, taken = axes.figure.dpi / 72, []
-    for name, p in sorted(places.items(), key=lambda item: item[1][1]):
-        x, y = axes.transData.transform(p)
-        at = y
-        while any(abs(at - other) < 9 * pixel and abs(x - across) < 52 * pixel for across, other in taken):
-            at += pixel
-        taken.append((x, at))
-        line = dict(arrowstyle="-", lw=0.4, color="#999999", shrinkA=0, shrinkB=2) if at > y else None
-        offset = (9, (at - y) / pixel - 2.5)
+    pixel = axes.figure.dpi / 72
+    places = sorted(places.items(), key=lambda item: item[1][1])
+    points = [axes.transData.transform(p) for _, p in places]
+    at = [y for _, y in points]
+    for _ in range(200):  # neighbours that lie on each other push each other away
+        for i, j in itertools.combinations(range(len(at)), 2):
+            overlap = 9 * pixel - (at[j] - at[i])
+            if overlap > 0 and abs(points[i][0] - points[j][0]) < 52 * pixel:
+                at[i] -= overlap / 2
+                at[j] += overlap / 2
+    for (name, p), (_, y), height in zip(places, points, at):
+        moved = abs(height - y) > 2 * pixel
+        line = dict(arrowstyle="-", lw=0.4, color="#999999", shrinkA=0, shrinkB=2) if moved else None
+        offset = (9, (height - y) / pixel - 2.5)
         axes.annotate(
             name, p, xytext=offset, textcoords="offset points", fontsize=7, zorder=4, arrowprops=line
         )
