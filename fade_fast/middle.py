@@ -316,8 +316,9 @@ class Middle(ABC):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `function` of it."""
-        for held in (*self.tiers, *([] if self.means is None else [self.means])):
-            held.map(function)
+        for held in (*self.tiers, self.means):
+            if held is not None:
+                held.map(function)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held, the shared rotation included."""
