@@ -97,7 +97,7 @@ def test_softcap_and_sliding_layers():
             fade_fast.detach(model)
         found.append(teacher_forced(model, cache, inputs, [30, 1, 1, 18, 5, 5]))
         assert compressed_tokens(cache) > 0
-    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)  # the model's own softmax is in float32
 
 
 def test_generate_beams_and_drafts():

@@ -241,7 +241,7 @@ def test_codes_hold_the_nearest_centroids():
             keys, values = cache.read(row) if row.tokens else ((), ())
             for i, t in enumerate(row.tokens):
                 exact = arrived.setdefault((id(row), t.position), (t.key, t.value))
-                middle = t in cache.middle(row)
+                middle = any(t is other for other in cache.middle(row))
                 assert t.tier == (Tier.PQ if middle else Tier.FP16) and t.mean is None
                 if middle:
                     for codes, x, book, read in zip((t.key, t.value), exact, books, (keys, values)):
@@ -249,7 +249,7 @@ def test_codes_hold_the_nearest_centroids():
                         assert torch.equal(read[:, i], product.decode(codes, book))
 
     config = FadeConfig(**SMALL, quant_backend="product")
-    cache, _ = run(config, [5] + STEPS[1:], pads=(0, 3), after=check, codebooks=books)
+    cache, _ = run(config, [5] + [1] * 30, pads=(0, 3), after=check, codebooks=books)
     assert sum(t.tier == Tier.PQ for row in rows(cache) for t in row.tokens) > 20
     for wrong in (dict(config=config), dict(config=FadeConfig(**SMALL), codebooks=books)):
         with pytest.raises(ValueError, match="codebooks"):
