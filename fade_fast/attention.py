@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .kernels import exact, packed
 from .kernels.compile import fuses
-from .kernels.merge import Partial, merge, of_heads, of_rows, sinks
+from .kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
 from .layer import Arrival, TieredLayer
 from .stepper import SHORT
 from .timeline import HOLE
@@ -254,7 +254,7 @@ class Rows:
         layer = self.layer
         partials = [self._exact(layer.exact["key"], layer.exact["value"], self.exact_at())]
         for tier in layer.held_tiers():
-            partials += self._coded(tier) if layer.books else [self._tier(tier, partials[0].top)]
+            partials.append(self._coded(tier) if layer.books else self._tier(tier, partials[0].top))
         for i in range(0, self.stop - first, TILE):
             tile = slice(i, min(i + TILE, self.stop - first))
             position = layer.timeline.positions[:, None, first + tile.start : first + tile.stop]
@@ -323,16 +323,15 @@ class Rows:
     def _exact(self, keys: Tensor, values: Tensor, position: Tensor) -> Partial:
         return exact.attend(self.query, keys, values, self._fold(self.sees(position)), self.terms.softcap)
 
-    def _coded(self, tier) -> Iterator[Partial]:
-        """Partials over product-quantised tokens, decoded tile by tile: many queries share that, and each
+    def _coded(self, tier) -> Partial:
+        """Partial over product-quantised tokens, decoded tile by tile: many queries share that, and each
         would need tables of its own."""
-        position, dtype = self.tier_at(tier), self.query.dtype
+        middle, position, dtype = self.layer.middle, self.tier_at(tier), self.query.dtype
+        whole = empty(self.query)
         for span in _spans(tier.records.count):
-            keys, values = (
-                decode(tier, *span, dtype)
-                for decode in (self.layer.middle.decode_keys, self.layer.middle.decode_values)
-            )
-            yield self._exact(keys, values, position[..., slice(*span)])
+            keys, values = middle.decode_keys(tier, *span, dtype), middle.decode_values(tier, *span, dtype)
+            whole = combine(whole, self._exact(keys, values, position[..., slice(*span)]))
+        return whole
 
     def _tier(self, tier, near: Tensor) -> Partial:
         """Partial over one tier of the middle, which is never dense; `near` is a likely top score."""
