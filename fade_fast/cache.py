@@ -24,6 +24,7 @@ from .codebooks import Codebooks, given
 from .guard import Guard, guarded
 from .kernels import rotated
 from .layer import TieredLayer
+from .middle import CODECS
 from .models import find_rope, fingerprint, text_config
 from .stepper import Stepper
 from .timeline import Timeline
@@ -74,7 +75,7 @@ class TieredKVCache(Cache):
                 f"eviction_policy={config.eviction_policy!r}: one of {', '.join(plan.SUPPORTED)} is "
                 "supported inside generate()"
             )
-        if config.quant_backend not in ("rotated", "product") or config.plan_scope not in plan.SCOPES:
+        if config.quant_backend not in CODECS or config.plan_scope not in plan.SCOPES:
             raise ValueError(
                 f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: 'rotated' or "
                 f"'product', and one of {', '.join(plan.SCOPES)}, are supported inside generate()"

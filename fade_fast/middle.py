@@ -27,6 +27,7 @@ from .kernels.rotated import Packed
 from .models import Rope
 from .timeline import HOLE, Timeline
 
+CODECS = ("rotated", "product")  # that a middle can have
 #: Codes that are stored tokens last, [B, H, bytes, n]: attention sums values over tokens, and so reads
 #: them in the order of the sum.
 TRANSPOSED = ("value_codes",)
