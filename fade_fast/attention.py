@@ -13,9 +13,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .kernels import exact, packed, step
+from .kernels import exact, packed
 from .kernels.compile import fuses
-from .kernels.merge import Partial, merge
+from .kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
 from .layer import Arrival, TieredLayer
 from .stepper import SHORT
 from .timeline import HOLE
@@ -197,7 +197,7 @@ class Rows:
         )
         self.start, self.stop = start, start + query.shape[2]
         wide = torch.promote_types(query.dtype, torch.float32)
-        self.query = _rows(query.to(wide) * terms.scaling, layer.heads)
+        self.query = of_rows(query.to(wide) * terms.scaling, layer.heads)
         self.positions = layer.timeline.positions[:, None, self.start : self.stop, None]
 
     def exact_at(self) -> Tensor:
@@ -232,16 +232,10 @@ class Rows:
             keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
             seen = torch.nn.functional.pad(seen, (0, keys.shape[2] - seen.shape[-1]))
         sees = [self.sees(self.tier_at(tier))[:, 0] for tier in tiers]
-        output = step.attend(
-            self.raw, keys, values, seen[:, 0], layer.table,
+        output = layer.attend(
+            self.raw, keys, values, seen[:, 0],
             [layer.middle.slots(tier, x) for tier, x in zip(tiers, sees)],
-            bits=[tier.bits for tier in tiers],
-            spans=[tier.span for tier in tiers],
-            scaling=terms.scaling,
-            softcap=terms.softcap,
-            s_aux=terms.s_aux,
-            mass=tally,
-            **layer.rope_options(),
+            scaling=terms.scaling, softcap=terms.softcap, s_aux=terms.s_aux, mass=tally,
         )  # fmt: skip
         if counts:
             layer.count(tally, group, [seen[:, 0], *sees])
@@ -259,16 +253,17 @@ class Rows:
         """
         layer = self.layer
         partials = [self._exact(layer.exact["key"], layer.exact["value"], self.exact_at())]
-        partials += [self._tier(tier, partials[0].top) for tier in self.layer.held_tiers()]
+        for tier in layer.held_tiers():
+            partials.append(self._coded(tier) if layer.books else self._tier(tier, partials[0].top))
         for i in range(0, self.stop - first, TILE):
             tile = slice(i, min(i + TILE, self.stop - first))
             position = layer.timeline.positions[:, None, first + tile.start : first + tile.stop]
             partials.append(self._exact(keys[:, :, tile], values[:, :, tile], position))
         if self.terms.s_aux is not None:
-            partials.append(_sinks(self.query, self.terms.s_aux))
+            partials.append(sinks(self.query, self.terms.s_aux))
         if layer.observer and self.stop > layer.timeline.length - (layer.observer.horizon or self.stop):
             self.observe(first, keys, received, [part.top + part.total.log() for part in partials])
-        return _heads(merge(partials), self.shape).to(self.dtype)
+        return of_heads(merge(partials), self.shape).to(self.dtype)
 
     @torch.no_grad()
     def observe(
@@ -290,7 +285,7 @@ class Rows:
             tiles = self._tiles(first, keys, received)
             normalisers = [self._scores(key, position).logsumexp(-1) for key, position, _ in tiles]
             if self.terms.s_aux is not None:
-                normalisers.append(_sinks(self.query, self.terms.s_aux).top)
+                normalisers.append(sinks(self.query, self.terms.s_aux).top)
         total = functools.reduce(torch.logaddexp, normalisers)
         total = torch.where(total.isfinite(), total, 0.0).unsqueeze(-1)  # a query that sees nothing
         for key, position, fields in self._tiles(first, keys, received):
@@ -328,6 +323,16 @@ class Rows:
     def _exact(self, keys: Tensor, values: Tensor, position: Tensor) -> Partial:
         return exact.attend(self.query, keys, values, self._fold(self.sees(position)), self.terms.softcap)
 
+    def _coded(self, tier) -> Partial:
+        """Partial over product-quantised tokens, decoded tile by tile: many queries share that, and each
+        would need tables of its own."""
+        middle, position, dtype = self.layer.middle, self.tier_at(tier), self.query.dtype
+        whole = empty(self.query)
+        for span in _spans(tier.records.count):
+            keys, values = middle.decode_keys(tier, *span, dtype), middle.decode_values(tier, *span, dtype)
+            whole = combine(whole, self._exact(keys, values, position[..., slice(*span)]))
+        return whole
+
     def _tier(self, tier, near: Tensor) -> Partial:
         """Partial over one tier of the middle, which is never dense; `near` is a likely top score."""
         layer, shape = self.layer, self.query.shape[:2]
@@ -351,23 +356,6 @@ class Rows:
 def _spans(count: int) -> list[tuple[int, int]]:
     """`(start, stop)` of the tiles of `count` keys."""
     return [(i, min(i + TILE, count)) for i in range(0, count, TILE)]
-
-
-def _rows(query: Tensor, heads: int) -> Tensor:
-    """[B, Hq, q, D] to one matrix of rows a KV head, [B, H, Hq / H * q, D]."""
-    return query.reshape(query.shape[0], heads, -1, query.shape[-1])
-
-
-def _heads(rows: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `_rows`, transposed as transformers wants it: [B, q, Hq, D]."""
-    return rows.reshape(*shape[:-1], rows.shape[-1]).transpose(1, 2).contiguous()
-
-
-def _sinks(query: Tensor, s_aux: Tensor) -> Partial:
-    """Learned attention sinks (gpt-oss): one key a head of score `s_aux` [Hq] and value 0."""
-    top = s_aux.to(query.dtype).reshape(1, query.shape[1], -1, 1)
-    top = top.expand(*query.shape[:2], -1, query.shape[2] // top.shape[2]).reshape(query.shape[:3])
-    return Partial(torch.zeros_like(query), top, torch.ones_like(top))
 
 
 def _validity(mask: Tensor, new: int) -> Tensor:
@@ -396,13 +384,13 @@ def _attend_tensors(module, query, keys, values, mask, terms: Terms, **kwargs) -
         mask = (column <= column[held - new :, None])[None, None]
     parts = []
     for part, sees in zip(query.split(ROWS, dim=2), mask[..., :held].split(ROWS, dim=-2)):
-        rows = _rows(part.to(wide) * terms.scaling, keys.shape[1])
+        rows = of_rows(part.to(wide) * terms.scaling, keys.shape[1])
         sees = sees if sees.dtype == torch.bool else sees == 0
         seen = sees.repeat(1, 1, rows.shape[2] // part.shape[2], 1)
         partials = [exact.attend(rows, keys, values, seen, terms.softcap)]
         if terms.s_aux is not None:
-            partials.append(_sinks(rows, terms.s_aux))
-        parts.append(_heads(merge(partials), part.shape))
+            partials.append(sinks(rows, terms.s_aux))
+        parts.append(of_heads(merge(partials), part.shape))
     return torch.cat(parts, dim=1).to(query.dtype)
 
 

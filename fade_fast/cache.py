@@ -20,9 +20,11 @@ from fade_ref.config import FadeConfig
 
 from . import checkpoint, importance, plan, snapshot, stepper, telemetry
 from .attention import NAME
+from .codebooks import Codebooks, given
 from .guard import Guard, guarded
 from .kernels import rotated
 from .layer import TieredLayer
+from .middle import CODECS
 from .models import find_rope, fingerprint, text_config
 from .stepper import Stepper
 from .timeline import Timeline
@@ -35,7 +37,7 @@ class Memory:
 
     Attributes:
         allocated: every distinct storage the cache holds, spare capacity included.
-        packed: what the live tokens need.
+        packed: what the live tokens need, means of keys and codebooks included.
         dense: what `DynamicCache` would hold for the same logical tokens.
         tokens: tokens by tier, "EVICTED" included, summed over the batch, of one tiered layer (the
             mean over layers where they differ).
@@ -65,6 +67,7 @@ class TieredKVCache(Cache):
         config: FadeConfig,
         max_length: int | None = None,
         policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
+        codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
     ):
         model_config = text_config(model)
         if config.eviction_policy not in plan.SUPPORTED:
@@ -72,10 +75,16 @@ class TieredKVCache(Cache):
                 f"eviction_policy={config.eviction_policy!r}: one of {', '.join(plan.SUPPORTED)} is "
                 "supported inside generate()"
             )
-        if config.quant_backend != "rotated" or config.plan_scope not in plan.SCOPES:
+        if config.quant_backend not in CODECS or config.plan_scope not in plan.SCOPES:
             raise ValueError(
-                f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: "
-                f"'rotated' and one of {', '.join(plan.SCOPES)} are supported inside generate()"
+                f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: 'rotated' or "
+                f"'product', and one of {', '.join(plan.SCOPES)}, are supported inside generate()"
+            )
+        if (config.quant_backend == "product") != (codebooks is not None):
+            what = "missing" if codebooks is None else "given"
+            raise ValueError(
+                f"quant_backend={config.quant_backend!r}, codebooks {what}: 'product' needs them, "
+                "others take none"
             )
         if config.plan_scope == "head" and config.eviction_policy == "adaptive":
             raise ValueError(
@@ -113,17 +122,22 @@ class TieredKVCache(Cache):
         on_gpu &= len({p.device for p in model.parameters()}) == 1
         self.stepper, self.guard = Stepper(self.timeline, compileable=on_gpu), Guard()
         self._matrices: dict[tuple, Tensor] = {}
+        self.codebooks: str | None = None  # their digest
 
         def dispatches() -> bool:
             return model_config._attn_implementation == NAME
 
-        layers = list(DynamicCache(config=model_config).layers)
+        layers, books = list(DynamicCache(config=model_config).layers), {}
+        if codebooks is not None:
+            codebooks = given(codebooks, model)
+            books = codebooks.by_layer([i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
+            self.codebooks = codebooks.digest
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 rope = find_rope(model, i) if config.contiguous else None
                 observer = importance.observer(config, weights, i, len(layers))
                 layers[i] = TieredLayer(
-                    config, self.stepper, rope, self._rotation, dispatches, max_length, observer
+                    config, self.stepper, rope, self._rotation, dispatches, max_length, observer, books.get(i)
                 )
                 layers[i].model_config, layers[i].layer_idx = model_config, i
                 layers[i].guard, layers[i].abandon = self.guard, self._abandon
@@ -137,9 +151,9 @@ class TieredKVCache(Cache):
         super().__init__(layers=layers)
 
     def __deepcopy__(self, memo: dict) -> "TieredKVCache":
-        """An independent copy for the same model: its configuration and rotary modules are shared."""
+        """An independent copy for the same model: its configuration, rotary modules, codebooks are shared."""
         for layer in self.tiered:
-            for shared in (layer.model_config, layer.rope, layer.telemetry):
+            for shared in (layer.model_config, layer.rope, layer.telemetry, *(layer.books or ())):
                 memo[id(shared)] = shared
         memo[id(self.stepper.demotion)] = None  # a captured graph cannot be copied
         memo[id(self)] = twin = type(self).__new__(type(self))
@@ -338,7 +352,7 @@ def create_cache(
     *,
     max_length: int | None = None,
     policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
-    codebooks: object | None = None,
+    codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
     verify: bool = True,
 ) -> TieredKVCache:
     """A cache for `model.generate(..., past_key_values=cache)` that compresses as it fills.
@@ -359,19 +373,16 @@ def create_cache(
         policy_weights: for `eviction_policy="learned"`: a safetensors file, or its tensors, named and
             shaped as `importance.MLP` says. By default those that `fade_fast` brings, trained on
             SmolLM2-135M; what the network sees has no model's shape, so they fit any other.
-        codebooks: of product quantisation; refused, as no configuration has such a tier yet.
+        codebooks: for `quant_backend="product"`: a file that `fade train-codebook` wrote, what
+            `codebooks.train` gave, or tensors named and shaped as there. They are of one model.
         verify: see `attach`.
 
     Raises:
         ValueError: an unknown preset, or a model or a policy that cannot be served; a policy that
             ranks by attention needs a model whose attention can be replaced; what `attach` raises.
-        TypeError: `model` or `config` is of another type.
+            Codebooks that are missing, given in vain, of another model, or incomplete.
+        TypeError: `model`, `config` or `codebooks` is of another type.
     """
-    if codebooks is not None:
-        raise ValueError(
-            "codebooks: no configuration of the cache has a product-quantised tier yet; "
-            "fade_fast.codebooks codes and decodes with them"
-        )
     if isinstance(config, str):
         config = FadeConfig.preset(config)
     if not isinstance(config, FadeConfig):
@@ -380,7 +391,7 @@ def create_cache(
         isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
     ):
         raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
-    cache = TieredKVCache(model, config, max_length, policy_weights)
+    cache = TieredKVCache(model, config, max_length, policy_weights, codebooks)
     attach(model, verify=verify)
     return cache
 
@@ -391,6 +402,7 @@ def load_cache(
     *,
     max_length: int | None = None,
     policy_weights=None,
+    codebooks=None,
     verify: bool = True,
 ) -> TieredKVCache:
     """A cache for `model` as `TieredKVCache.save` wrote it; decoding goes on to the bit.
@@ -398,11 +410,12 @@ def load_cache(
     Args:
         path: what `save` wrote.
         model: the model it was filled by, on any device.
-        max_length, policy_weights, verify: as `create_cache` takes them.
+        max_length, policy_weights, codebooks, verify: as `create_cache` takes them; codebooks are not in the
+            file, but it knows which they were.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not such a file, damaged, of another version, or of another model.
+        ValueError: not such a file, damaged, of another version, of another model or other codebooks.
     """
     tensors, header = checkpoint.read(path)
     theirs, ours = header["model"], fingerprint(model)
@@ -411,7 +424,7 @@ def load_cache(
         raise ValueError(f"{path} was filled by another model: {different} differ")
     config = FadeConfig(**header["config"])
     options = dict(max_length=max_length, policy_weights=policy_weights, verify=verify)
-    cache = create_cache(model, config, **options)
+    cache = create_cache(model, config, codebooks=codebooks, **options)
     cache.load_state_dict(tensors, header)
     return cache
 

@@ -70,7 +70,11 @@ class ModelCheck:
 
 
 def check_model(
-    model: PreTrainedModel | PreTrainedConfig, config: str | FadeConfig = "safe", *, length: int = 8192
+    model: PreTrainedModel | PreTrainedConfig,
+    config: str | FadeConfig = "safe",
+    *,
+    length: int = 8192,
+    codebooks=None,
 ) -> ModelCheck:
     """What `create_cache(model, config)` would do, without doing it: the model is left as it is.
 
@@ -79,6 +83,7 @@ def check_model(
             is made on the CPU, so that only small ones are practical.
         config: a preset or a `FadeConfig`.
         length: tokens for which to predict memory.
+        codebooks: as `create_cache` takes them.
 
     Raises:
         ValueError: an unknown preset, a configuration without a decoder class, or `length` < 1.
@@ -93,7 +98,7 @@ def check_model(
         model = AutoModelForCausalLM.from_config(model)
     name = type(model).__name__
     try:
-        cache = TieredKVCache(model, config)
+        cache = TieredKVCache(model, config, codebooks=codebooks)
         modules = attention_modules(model)
         sizes = {}
         for i, layer in enumerate(cache.layers):
@@ -118,6 +123,8 @@ def check_model(
 def _codec(config: FadeConfig) -> str:
     if not config.compresses:
         return "tiered, but every token stays in the model's dtype (recent_window=None)"
+    if config.quant_backend == "product":
+        return "tiered: product-quantised"
     text = f"tiered: keys at {config.middle_k_bits} bits, values at {config.middle_v_bits}"
     if not config.evicts:
         return f"{text}, {config.quant_backend}"
@@ -159,8 +166,8 @@ def _bytes(layer: TieredLayer, heads: int, dim: int, dtype: torch.dtype, length:
     layer.timeline.extend(0, None, 1, config.block_size, zeros.device)
     layer.middle.demote(zeros, zeros, 0, config.block_size, layer.arrive(config.block_size))
     records = [tier.records.record_bytes for tier in layer.middle.tiers]
-    means = layer.middle.means
-    mean = means["mean"].nbytes if means.count else 0
+    means, books = layer.middle.means, sum(book.nbytes for book in layer.books or ())
+    mean = means["mean"].nbytes if means is not None and means.count else 0
     layer.reset()
     layer.timeline.clear()
     kept = [due]
@@ -171,4 +178,4 @@ def _bytes(layer: TieredLayer, heads: int, dim: int, dtype: torch.dtype, length:
     packed = (length - due) * token + sum(n * size for n, size in zip(kept, records))
     if not config.moves:
         mean *= due // config.block_size
-    return dense, packed + (mean if due else 0)
+    return dense, packed + (mean if due else 0) + books

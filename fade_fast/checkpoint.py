@@ -1,7 +1,8 @@
 """A cache as a file: safetensors with a JSON header, nothing that could run code.
 
 What is stored are the slots in use, as they are in memory, so that decoding goes on to the bit. What
-follows from the configuration (the codec's rotation, capacities, captured steps) is made anew.
+follows from the configuration (the codec's rotation, capacities, captured steps) is made anew. Of codebooks
+only the digest is stored: whoever loads codes must have them.
 """
 
 import contextlib
@@ -45,6 +46,8 @@ def state_dict(cache: Cache) -> tuple[dict[str, Tensor], dict]:
         tensors |= {f"{i}.{name}": x for name, x in parts.items()}
         layers.append(dict(kind=_kind(layer)) | known)
     known = dict(config=dataclasses.asdict(cache.fade_config), holes=cache.timeline.has_holes, layers=layers)
+    if cache.codebooks is not None:
+        known["codebooks"] = cache.codebooks
     return {name: x.detach().clone().contiguous() for name, x in tensors.items()}, known
 
 
@@ -63,6 +66,8 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
         raise ValueError("the cache is not empty: reset() it first")
     if known["config"] != dataclasses.asdict(cache.fade_config):
         raise ValueError(f"the stored configuration is {known['config']}, the cache's {cache.fade_config}")
+    if known.get("codebooks") != cache.codebooks:
+        raise ValueError("what is stored are codes of other codebooks than the cache's")
     kinds, ours = (
         [layer.get("kind") for layer in layers],
         [_kind(layer) for layer in cache.layers],
@@ -197,8 +202,10 @@ def _of_tiered(layer: TieredLayer) -> tuple[dict[str, Tensor], dict]:
     if middle is not None:
         for i, tier in enumerate(middle.tiers):
             parts |= {f"tier{i}.{name}": tier.records[name] for name in tier.records.fields}
-            parts[f"tier{i}.bound"] = tier.bound
-        parts["means"] = middle.means["mean"]
+            if tier.bound is not None:
+                parts[f"tier{i}.bound"] = tier.bound
+        if middle.means is not None:
+            parts["means"] = middle.means["mean"]
         if isinstance(middle, PlannedMiddle) and middle.evicted is not None:
             parts |= dict(evicted=middle.evicted, demoted=middle._demoted)
     return parts, dict(length=layer.length, sinks_placed=layer._sinks_placed)
@@ -257,9 +264,11 @@ def _fill_tiered(layer: TieredLayer, parts: dict[str, Tensor], about: dict) -> N
     for i, tier in enumerate(middle.tiers):
         fields = {name: parts.pop(f"tier{i}.{name}") for name in tier.records.fields}
         tier.append(**fields)
-        tier.bound.copy_(parts.pop(f"tier{i}.bound"))
-    middle.means.reserve(-(-middle.tiers[0].records.capacity // middle.per_mean))
-    middle.means.append(mean=parts.pop("means"))
+        if tier.bound is not None:
+            tier.bound.copy_(parts.pop(f"tier{i}.bound"))
+    if middle.means is not None:
+        middle.means.reserve(-(-middle.tiers[0].records.capacity // middle.per_mean))
+        middle.means.append(mean=parts.pop("means"))
     if "evicted" in parts:
         middle.evicted, middle._demoted = parts.pop("evicted"), parts.pop("demoted")
 

@@ -1,7 +1,7 @@
 """Codebooks of product quantisation, learned from the keys and values of a model reading a text.
 
-No configuration of the cache has a product-quantised tier yet, so `create_cache` refuses codebooks; what
-is here trains, stores and loads them, and codes and decodes with `kernels/product.py`.
+`create_cache(model, FadeConfig(quant_backend="product"), codebooks=...)` keeps a middle of their codes.
+What is here trains, stores and loads them, and codes and decodes with `kernels/product.py`.
 
 A file is safetensors: "{layer}.key" and "{layer}.value", float16 [m, k, w] for all KV heads of a layer, m
 subspaces of w elements with k centroids each; its metadata say where they come from.
@@ -51,6 +51,37 @@ class Codebooks:
         """Vectors [B, H, n, D] of codes; see `product.decode`."""
         return product.decode(codes, self.tensors[f"{layer}.{side}"].to(codes.device), dtype)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes of the tensors, as hexadecimal digits."""
+        digest = hashlib.sha256()
+        for name, x in sorted(self.tensors.items()):
+            x = x.detach().cpu().contiguous()
+            digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+            digest.update(x.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def by_layer(self, layers: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """The codebooks of keys and of values of each of `layers`: these must be there, and no other.
+
+        Raises `ValueError` for names that are missing or left over, and for tensors that are no codebooks.
+        """
+        names = {f"{i}.{side}" for i in layers for side in SIDES}
+        if names != self.tensors.keys():
+            odd = ", ".join(sorted(map(str, names ^ self.tensors.keys())))
+            raise ValueError(
+                f"codebooks {odd} are missing or left over: one of keys and one of values are needed for "
+                f"each of the layers {', '.join(map(str, layers))}"
+            )
+        for name, x in self.tensors.items():
+            fits = isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3
+            if not fits or 0 in x.shape or x.shape[1] > 256 or not x.isfinite().all():
+                what = f"{list(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(
+                    f"codebook {name} is {what}: finite floating numbers [m, k, w], k at most 256, are needed"
+                )
+        return {i: tuple(self.tensors[f"{i}.{side}"] for side in SIDES) for i in layers}
+
     def save(self, path: str | os.PathLike) -> None:
         """Write them to a file, whole or not at all. Raises `OSError` as the system does."""
         with whole(path) as written:
@@ -66,16 +97,37 @@ def load(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Codeb
         with safe_open(path, framework="pt") as file:
             provenance = json.loads((file.metadata() or {})["fade-codebooks"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            version, theirs = provenance["version"], provenance["fingerprint"]
+            version, _ = provenance["version"], provenance["fingerprint"]
     except FileNotFoundError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path} holds no codebooks, or is damaged: {error}") from error
     if version != VERSION:
         raise ValueError(f"{path} has version {version}; {VERSION} is understood here")
-    if model is not None and theirs != fingerprint(model):
-        raise ValueError(f"{path} was learned from another model than {type(model).__name__} at hand")
+    if model is not None:
+        _check_model(path, provenance, model)
     return Codebooks(tensors, provenance)
+
+
+def given(source: "str | os.PathLike | Codebooks | dict[str, Tensor]", model: PreTrainedModel) -> Codebooks:
+    """Codebooks as `create_cache` takes them: a file, `Codebooks`, or tensors named as in a file.
+
+    Raises as `load`, also if `Codebooks` were learned from another model; `TypeError` for other things.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return load(source, model)
+    if isinstance(source, dict):
+        return Codebooks({name: x.detach() if isinstance(x, Tensor) else x for name, x in source.items()}, {})
+    if not isinstance(source, Codebooks):
+        raise TypeError(f"codebooks are a file, Codebooks, or a dict of tensors, not {type(source).__name__}")
+    _check_model("these codebooks", source.provenance, model)
+    return source
+
+
+def _check_model(name, provenance: dict, model: PreTrainedModel) -> None:
+    ours = fingerprint(model)
+    if provenance.get("fingerprint", ours) != ours:
+        raise ValueError(f"{name}: learned from another model than {type(model).__name__} at hand")
 
 
 def train(

@@ -4,6 +4,7 @@ Columns are stored as sinks, middle and recent. A column joins the recent region
 and leaves it for the middle `block_size` columns at a time.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,9 +16,10 @@ from fade_ref.config import FadeConfig
 from fade_ref.tiers import packed_bytes
 
 from .buffers import Buffers, Field, take
+from .coded import CodedMiddle
 from .guard import Guard, guarded
 from .importance import Observer
-from .kernels import rotated
+from .kernels import coded, step
 from .kernels.compile import fuses
 from .kernels.packed import Slots
 from .kernels.rope import rotate
@@ -70,6 +72,7 @@ class TieredLayer(CacheLayerMixin):
             `update` returns dense keys and values.
         max_length: columns to make room for at once; None grows on demand.
         observer: of the attention that tokens receive, if the policy asks.
+        books: codebooks of keys and values, [m, k, w] each, if `config` is product-quantised.
     """
 
     guard: Guard  # one for all layers of a cache
@@ -89,6 +92,7 @@ class TieredLayer(CacheLayerMixin):
         dispatches,
         max_length: int | None,
         observer: Observer | None = None,
+        books: tuple[Tensor, Tensor] | None = None,
     ):
         super().__init__()
         self.stepper, self.index = stepper, len(stepper.layers)
@@ -96,7 +100,7 @@ class TieredLayer(CacheLayerMixin):
         timeline = stepper.timeline
         self.config, self.timeline, self.rope = config, timeline, rope
         self._rotations, self._dispatches, self._max_length = rotations, dispatches, max_length
-        self.observer = observer
+        self.observer, self.books = observer, books
         self.guard = Guard()
         self.abandon = lambda start: None
         self._clear()
@@ -125,6 +129,9 @@ class TieredLayer(CacheLayerMixin):
         self.exact = Buffers(fields, 1, batch, keys.device)
         if c.compresses:
             kind = PlannedMiddle if c.moves else PinnedMiddle
+            if self.books is not None:
+                self.books = tuple(book.to(keys.device) for book in self.books)
+                kind = functools.partial(CodedMiddle, self.books)
             table = self._rotations(dim, keys.device)
             self.middle = kind(c, self.timeline, self.rope, table, batch, heads, self.observer)
             # All that the region ever holds, unless the window is longer than this text.
@@ -215,6 +222,13 @@ class TieredLayer(CacheLayerMixin):
                 )
         elif self.timeline.length and self.timeline.batch != keys.shape[0]:
             raise ValueError(f"{keys.shape[0]} rows do not fit a cache of {self.timeline.batch}")
+        elif self.books is not None:
+            for side, book in zip(("keys", "values"), self.books):
+                if book.shape[0] * book.shape[2] != keys.shape[3]:
+                    raise ValueError(
+                        f"layer {self.layer_idx} has {side} of {keys.shape[3]} channels, its codebook is for "
+                        f"{book.shape[0] * book.shape[2]}"
+                    )
         elif self.config.compresses:
             for bits in (self.config.middle_k_bits, self.config.middle_v_bits):
                 packed_bytes(bits, keys.shape[3])
@@ -300,7 +314,7 @@ class TieredLayer(CacheLayerMixin):
     def tensors(self) -> list[Tensor]:
         """Every tensor the layer holds."""
         if not self.is_initialized:
-            return []
+            return [*(self.books or ())]
         found = list(self.exact.tensors.values())
         if self.sink_keys is not None:
             found.append(self.sink_keys)
@@ -527,6 +541,17 @@ class TieredLayer(CacheLayerMixin):
             return {}
         return dict(inv_freq=self.frequencies, interleaved=self.rope.interleaved)
 
+    def attend(self, query, keys, values, seen: Tensor, slots: list[Slots], mass, **terms) -> Tensor:
+        """Attention of a short step, [B, q, Hq, D], given `slots` of the tiers that hold a token; the rest is
+        as `step.attend` takes it."""
+        if slots and self.books is not None:  # `mass` is of policies, which go with budgets
+            return coded.attend(query, keys, values, seen, *slots, *self.spans(), self.books, **terms)
+        bits = [tier.bits for tier in self.held_tiers()]
+        return step.attend(
+            query, keys, values, seen, self.table, slots,
+            bits=bits, spans=self.spans(), mass=mass, **terms, **self.rope_options(),
+        )  # fmt: skip
+
     def freeze(self) -> None:
         """Make the tensors that captured steps read beside the buffers."""
         self.frozen = [self.middle.slots(tier) for tier in self.held_tiers()]
@@ -616,9 +641,9 @@ class TieredLayer(CacheLayerMixin):
     def decode(self, tier, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys, as they are read, and values of a tier's slots, in the model's dtype."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        stop = tier.records.count if stop is None else stop
-        keys = self.middle.decode_keys(tier, start, stop, wide)
-        values = rotated.decode(
-            tier.packed("value", start, stop), None, self.middle.matrix, tier.bits[1], wide
+        span = start, tier.records.count if stop is None else stop
+        keys, values = (
+            self.middle.decode_keys(tier, *span, wide),
+            self.middle.decode_values(tier, *span, wide),
         )
         return keys.to(self.dtype), values.to(self.dtype)

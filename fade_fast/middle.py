@@ -1,8 +1,8 @@
-"""The middle of a layer: tokens in integer tiers, between the sinks and the recent ones.
+"""The middle of a layer: tokens in tiers, between the sinks and the recent ones.
 
 `PinnedMiddle` keeps every token in the slot it got, `PlannedMiddle` lets tokens compete for
 budgets. Both hold a token as one record that depends on no other token, so that moving it is a
-gather of bytes.
+gather of bytes. `coded.CodedMiddle` is pinned too, and product-quantised.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from .kernels.rotated import Packed
 from .models import Rope
 from .timeline import HOLE, Timeline
 
+CODECS = ("rotated", "product")  # that a middle can have
 #: Codes that are stored tokens last, [B, H, bytes, n]: attention sums values over tokens, and so reads
 #: them in the order of the sum.
 TRANSPOSED = ("value_codes",)
@@ -38,18 +39,18 @@ NEVER = 1 << 30  # slots until the next mean, where there is one for all
 
 @dataclass
 class MiddleTier:
-    """One integer tier: the widths of its keys and values, and its records."""
+    """One tier: the widths of its keys and values, and its records; tier PQ has neither widths nor scales."""
 
     tier: Tier
-    bits: tuple[int, int]
+    bits: tuple[int, int] | None
     records: Buffers
-    bound: Tensor  # [B, H] float32: at least every value scale ever stored, and never 0
+    bound: Tensor | None  # [B, H] float32: at least every value scale ever stored, and never 0
     most: int | None = None  # tokens it will ever hold; None: as many as the text has
 
     @property
     def name(self) -> str:
         """What reports call the tier: `INT4`, or `K4V2` where the widths differ."""
-        return tier_name(self.bits)
+        return tier_name(self.bits) if self.bits else self.tier.name
 
     @property
     def span(self) -> int:
@@ -57,7 +58,8 @@ class MiddleTier:
         return self._bucket(self.records.count) if self.records.fused else self.records.count
 
     def _bucket(self, count: int) -> int:
-        return bucket(self.bound.numel(), count)
+        rows, heads = self.records.tensors["key_codes"].shape[:2]
+        return bucket(rows * heads, count)
 
     def packed(self, side: str, start: int, stop: int) -> Packed:
         """Codes of slots `start` to `stop`, tokens before bytes; `side` is "key" or "value"."""
@@ -75,14 +77,14 @@ class MiddleTier:
 
     def make_room(self, fields: dict[str, Tensor], held: int) -> None:
         """See to it that writing `fields` after `held` slots needs no more memory."""
-        new = fields["key_scale"].shape[2]
+        new = fields["key_codes"].shape[2]
         needed = held + new
         if self.records.fused and self._bucket(needed) + SPARE > self.records.capacity:
             # Kernels are compiled for a capacity: some to spare at first, then twice as much.
             spare = needed if self.records.capacity else max(HEADROOM, needed // 8)
             self.reserve(needed + spare if self.most is None else max(needed, min(self.most, needed + spare)))
         self.records.make_room(new, held)
-        if new:  # a bound that is too high does no harm
+        if new and self.bound is not None:  # a bound that is too high does no harm
             torch.maximum(self.bound, fields["value_scale"].float().amax(-1), out=self.bound)
 
     def append(self, at: Tensor | None = None, **fields: Tensor) -> None:
@@ -95,16 +97,23 @@ class MiddleTier:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.records.map(function)
-        self.bound = function(self.bound)
+        self.bound = None if self.bound is None else function(self.bound)
 
     def tensors(self) -> list[Tensor]:
-        return [*self.records.tensors.values(), self.bound]
+        return [*self.records.tensors.values()] + ([] if self.bound is None else [self.bound])
 
 
 def tier_name(bits: tuple[int, int]) -> str:
     """What reports call a tier of these widths of keys and values."""
     key, value = bits
     return INTEGER_TIERS[key].name if key == value else f"K{key}V{value}"
+
+
+def tier_names(config: FadeConfig) -> list[str]:
+    """What reports call the tiers of a middle, finest first."""
+    if config.quant_backend == "product":
+        return [Tier.PQ.name]
+    return [tier_name(bits) for bits in tier_bits(config)]
 
 
 def tier_bits(config: FadeConfig) -> list[tuple[int, int]]:
@@ -142,7 +151,7 @@ def key_mean(keys: Tensor, position: Tensor) -> Tensor:
 
 
 class Middle(ABC):
-    """What both kinds of middle share.
+    """What all kinds of middle share.
 
     Args:
         config: what is kept how.
@@ -166,9 +175,14 @@ class Middle(ABC):
         self.observer = observer
         self.plans = heads if config.plan_scope == "head" else 1  # that a row has
         self.config, self.timeline, self.rope, self.table = config, timeline, rope, table
-        dim, device = table.shape[1], table.device
-        self.matrix = table[:dim]
-        self.tiers = []
+        self.matrix = table[: table.shape[1]]
+        self.tiers: list[MiddleTier] = []
+        self.means: Buffers | None = None  # of keys, where the codec takes them off
+        self._open(batch, heads)
+
+    def _open(self, batch: int, heads: int) -> None:
+        """Make the tiers, and the means: empty."""
+        config, dim, device = self.config, self.table.shape[1], self.table.device
         budgets = (config.int4_budget, config.int2_budget)
         for bits, budget in zip(tier_bits(config), budgets):
             fields = dict(self.own_fields())
@@ -218,7 +232,7 @@ class Middle(ABC):
     @contextlib.contextmanager
     def _whole(self):
         """What happens inside happens whole: counts are as before if anything is raised."""
-        held = [*(tier.records for tier in self.tiers), self.means]
+        held = self.buffers().values()
         counts = [records.count for records in held]
         try:
             yield
@@ -244,6 +258,11 @@ class Middle(ABC):
     def mean(self, start: int, stop: int) -> Tensor:
         """Means of the keys in slots `start` to `stop`, [B, H, n or 1, D]."""
 
+    def buffers(self) -> dict[str, Buffers]:
+        """All that grows with the text, by the name that reports have for it."""
+        means = {} if self.means is None else {"means": self.means}
+        return {tier.name: tier.records for tier in self.tiers} | means
+
     def slots(self, tier: MiddleTier, seen: Tensor | None = None) -> Slots:
         """What kernels read of a tier: its buffers at full capacity.
 
@@ -256,7 +275,7 @@ class Middle(ABC):
             tier.buffers("key"),
             tier.buffers("value"),
             tier.bound,
-            self.means.tensors["mean"],
+            None if self.means is None else self.means.tensors["mean"],
             pad(seen),
             self.per_mean,
             pad(self.read_at(tier)) if self.config.contiguous else None,
@@ -286,6 +305,10 @@ class Middle(ABC):
         at = self.read_at(tier)[..., start:stop]
         return rotate(keys, at, self.rope.inv_freq(), self.rope.interleaved)
 
+    def decode_values(self, tier: MiddleTier, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Values of slots `start` to `stop`, [B, H, n, D] of `dtype`."""
+        return rotated.decode(tier.packed("value", start, stop), None, self.matrix, tier.bits[1], dtype)
+
     per_mean = NEVER  # slots that share a mean
 
     @property
@@ -295,12 +318,13 @@ class Middle(ABC):
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `function` of it."""
         for held in (*self.tiers, self.means):
-            held.map(function)
+            if held is not None:
+                held.map(function)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held, the shared rotation included."""
         records = [x for tier in self.tiers for x in tier.tensors()]
-        return [self.table, *records, *self.means.tensors.values()]
+        return [self.table, *records, *(self.means.tensors.values() if self.means is not None else ())]
 
     def column_positions(self, first: int, count: int) -> Tensor:
         """Positions [B, 1, count] of columns; sinks do not belong to the middle and are holes."""

@@ -90,15 +90,15 @@ def prefill(model: PreTrainedModel, cache: TieredKVCache, ids: Tensor) -> None:
     cache.memory()  # what is due is compressed now, not when the first question comes
 
 
-def resume(path: str | os.PathLike, model: PreTrainedModel) -> tuple[TieredKVCache, Tensor]:
+def resume(path: str | os.PathLike, model: PreTrainedModel, codebooks=None) -> tuple[TieredKVCache, Tensor]:
     """The cache of a file that `TieredKVCache.save` wrote with ids, and those ids [1, n].
 
-    Raises as `load_cache`, and `ValueError` for a file without ids.
+    `codebooks` as `load_cache` takes them. Raises as `load_cache`, and `ValueError` for a file without ids.
     """
     ids = checkpoint.read_tokens(path)
     if ids is None:
         raise ValueError(f"{path} has no token ids: save(path, tokens) stores them")
-    return load_cache(path, model), ids
+    return load_cache(path, model, codebooks=codebooks), ids
 
 
 def answer(model: PreTrainedModel, cache: TieredKVCache, ids: Tensor, max_new_tokens: int) -> Answer:

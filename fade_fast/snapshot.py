@@ -18,7 +18,7 @@ from fade_ref.tiers import Tier
 
 from . import checkpoint
 from .layer import TieredLayer
-from .middle import tier_bits, tier_name
+from .middle import tier_names
 
 VERSION = 1
 TIERED = "tiered"
@@ -37,7 +37,9 @@ def sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
         for tier in layer.middle.tiers:
             tokens[tier.name] = int((layer.middle.position(tier) >= 0).sum())
             packed += tokens[tier.name] * tier.records.record_bytes
-        packed += layer.middle.means["mean"].nbytes if layer.middle.means.count else 0
+        means = layer.middle.means
+        packed += means["mean"].nbytes if means is not None and means.count else 0
+        packed += sum(book.nbytes for book in layer.books or ())
         tokens[Tier.EVICTED.name] = seen - sum(tokens.values())
     return packed, batch * layer.length * heads * 2 * vector, tokens
 
@@ -96,7 +98,7 @@ def of_file(path: str | os.PathLike, positions: bool = False) -> dict:
 def _of_file(path: str | os.PathLike, positions: bool) -> dict:
     header, shapes = checkpoint.read_header(path)
     config = FadeConfig(**header["config"])
-    names = {f"tier{i}": tier_name(bits) for i, bits in enumerate(tier_bits(config))}
+    names = {f"tier{i}": name for i, name in enumerate(tier_names(config))}
     layers, batch = [], 0
     for i, about in enumerate(header["layers"]):
         own = {n.partition(".")[2]: x for n, x in shapes.items() if n.startswith(f"{i}.")}
@@ -105,10 +107,10 @@ def _of_file(path: str | os.PathLike, positions: bool) -> dict:
             layer |= dict(kind=TIERED, tiers={})
             for part, name in dict(exact=Tier.FP16.name, **names).items():
                 fields = {n: x for n, x in own.items() if n.startswith(f"{part}.")}
-                scale = own.get("exact.key" if part == "exact" else f"{part}.key_scale")
-                if scale is not None:
-                    batch = scale[0][0]
-                    slots = batch * scale[0][2]
+                keys = own.get("exact.key" if part == "exact" else f"{part}.key_codes")
+                if keys is not None:
+                    batch = keys[0][0]
+                    slots = batch * keys[0][2]
                     layer["tiers"][name] = dict(slots=slots, bytes=sum(size for _, size in fields.values()))
         layers.append(layer)
     found = dict(
@@ -131,7 +133,7 @@ def _add_positions(path, found: dict, config: FadeConfig, shapes: dict) -> None:
     tensors = checkpoint.read_tensors(path, kept)
     columns = tensors["timeline"]
     found["tokens"] = int((columns >= 0).sum())
-    names = [tier_name(bits) for bits in tier_bits(config)]
+    names = tier_names(config)
     for layer in found["layers"]:
         if layer["kind"] != TIERED or not layer["tiers"]:
             continue

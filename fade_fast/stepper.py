@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .kernels import exact, step
+from .kernels import exact
 from .models import text_config
 from .timeline import HOLE
 
@@ -187,10 +187,9 @@ class Stepper:
         if self.settled and softcap is None and s_aux is None:
             output = exact.attend_long(query, keys, values, self.seen, self.settled, scaling)
         else:
-            output = step.attend(
-                query, keys, values, self.seen, layer.table, layer.frozen,
-                bits=[tier.bits for tier in layer.held_tiers()], spans=layer.spans(),
-                scaling=scaling, softcap=softcap, s_aux=s_aux, mass=tally, **layer.rope_options(),
+            output = layer.attend(
+                query, keys, values, self.seen, layer.frozen,
+                scaling=scaling, softcap=softcap, s_aux=s_aux, mass=tally,
             )  # fmt: skip
         if tally:  # a query that is padding counts nowhere
             real = self.real[:, None, None]

@@ -286,8 +286,8 @@ def _of(layer) -> dict:
 
 def _bytes(middle) -> int:
     """Bytes of the slots in use."""
-    held = [*(tier.records for tier in middle.tiers), middle.means]
-    return sum(x.count * x.record_bytes for x in held) * middle.tiers[0].bound.shape[0]
+    rows = middle.tiers[0].records.tensors["key_codes"].shape[0]
+    return sum(x.count * x.record_bytes for x in middle.buffers().values()) * rows
 
 
 def _buffers(layer) -> list[tuple[str, object, int, int]]:
@@ -300,7 +300,7 @@ def _buffers(layer) -> list[tuple[str, object, int, int]]:
         return found
     held = {"exact": layer.exact}
     if layer.middle is not None:
-        held |= {tier.name: tier.records for tier in layer.middle.tiers} | {"means": layer.middle.means}
+        held |= layer.middle.buffers()
     rows = layer.exact["key"].shape[0]
     return found + [(name, x, x.capacity, rows * x.record_bytes) for name, x in held.items()]
 

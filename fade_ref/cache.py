@@ -16,6 +16,7 @@ from torch import Tensor
 from . import attention, importance, policies
 from .attention import Terms
 from .config import FadeConfig
+from .product import ProductCodec
 from .rope import NOPE, Rope, rotate
 from .rotation import Record, RotatedCodec, key_mean, qr_rotation
 from .tiers import INTEGER_TIERS, Tier
@@ -25,8 +26,9 @@ from .tiers import INTEGER_TIERS, Tier
 class Token:
     """One stored token of one row, for H KV heads: a record that depends on no other token.
 
-    In tier FP16 `key` and `value` are [H, D], the key after RoPE. In every other they are `Record`s
-    of the rotated codec, the key less `mean` [H, 1, D], and before RoPE if positions are contiguous.
+    In tier FP16 `key` and `value` are [H, D], the key after RoPE. In tier PQ they are codes, uint8
+    [H, m], the key's after RoPE. In every other they are `Record`s of the rotated codec, the key less
+    `mean` [H, 1, D], and before RoPE if positions are contiguous.
     """
 
     position: int  # index among the real tokens of its row
@@ -55,22 +57,26 @@ class LayerCache:
     """Keys and values of one attention layer.
 
     Args:
-        config: what is kept how; `quant_backend` must be "rotated".
+        config: what is kept how; `quant_backend` must be "rotated" or "product".
         batch, heads, head_dim: rows, KV heads, and channels of a head.
         rope: how keys are rotated; needed where positions are contiguous.
         terms: what the model asks of its scores; by default, scaling by 1 / sqrt(head_dim).
         observe: whether to gather attention scores; by default, if the policy uses them.
+        codebooks: float64 [m, k, w] of keys (after RoPE) and of values, for the codec "product" alone.
         layer, layers, weights: what the `learned` policy needs, see `policies.Candidates`.
 
-    Raises `ValueError` for another codec.
+    Raises `ValueError` for another codec, and for codebooks that are missing or given in vain.
     """
 
     def __init__(
         self, config: FadeConfig, batch: int, heads: int, head_dim: int, rope: Rope = NOPE,
-        terms: Terms | None = None, observe: bool | None = None, **learned,
+        terms: Terms | None = None, observe: bool | None = None,
+        codebooks: tuple[Tensor, Tensor] | None = None, **learned,
     ):  # fmt: skip
-        if config.quant_backend != "rotated":
+        if config.quant_backend not in ("rotated", "product"):
             raise ValueError(f"quant_backend={config.quant_backend!r}: its tokens cannot be moved")
+        if (config.quant_backend == "product") != (codebooks is not None):
+            raise ValueError(f"quant_backend={config.quant_backend!r}: 'product' alone has codebooks")
         self.config, self.rope, self.learned, self.head_dim = config, rope, learned, head_dim
         self.terms = terms or Terms(head_dim**-0.5)
         by_attention = config.eviction_policy not in ("position", "knorm", "keydiff", "expected_attention")
@@ -80,6 +86,11 @@ class LayerCache:
         self.rows = [[Row(len(group)) for group in self.groups] for _ in range(batch)]
         self.columns = 0  # seen: the logical length
         self.boundary = config.n_sink  # columns before it have left the recent region
+        self.codebooks = codebooks
+        if codebooks:
+            self.first_tier = Tier.PQ
+            self.codecs = {Tier.PQ: tuple(map(ProductCodec, codebooks))}
+            return
         codec = {bits: RotatedCodec(bits, head_dim, qr_rotation(head_dim)) for bits in INTEGER_TIERS}
         widths = config.middle_k_bits, config.middle_v_bits
         self.first_tier = INTEGER_TIERS[max(widths)]
@@ -137,7 +148,7 @@ class LayerCache:
         if token.tier == Tier.FP16:
             return rotate(token.key, at - token.position, self.rope), token.value
         key_codec, value_codec = self.codecs[token.tier]
-        key = key_codec.decode(token.key, token.mean[:, 0])
+        key = key_codec.decode(token.key, _of_heads(token.mean))
         if self.config.contiguous:
             key = rotate(key, at, self.rope)
         return key, value_codec.decode(token.value)
@@ -206,7 +217,7 @@ class LayerCache:
         return rotate(token.key, -token.position, self.rope) if self.config.contiguous else token.key
 
     def _mean(self, tokens: list[Token]) -> Tensor | None:
-        if not tokens:
+        if not tokens or self.codebooks:  # centroids are where the keys are: no mean is taken off
             return None
         return key_mean(torch.stack([self._as_encoded(t) for t in tokens], dim=1))
 
@@ -221,7 +232,7 @@ class LayerCache:
         codecs = self.codecs[tier]
         if token.tier == Tier.FP16:
             token.mean = mean
-            token.key = codecs[0].encode(self._as_encoded(token), mean[:, 0])
+            token.key = codecs[0].encode(self._as_encoded(token), _of_heads(mean))
             token.value = codecs[1].encode(token.value)
         else:
             old = self.codecs[token.tier]
@@ -303,3 +314,8 @@ class LayerCache:
     def reorder(self, index: list[int]) -> None:
         """Row i becomes what row `index[i]` was (beam search)."""
         self.rows = [deepcopy(self.rows[i]) for i in index]
+
+
+def _of_heads(mean: Tensor | None) -> Tensor | None:
+    """A mean [H, 1, D] as it goes with one token, [H, D]."""
+    return None if mean is None else mean[:, 0]

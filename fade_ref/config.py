@@ -11,7 +11,7 @@ POLICIES = (
     "position", "h2o", "ema", "adaptive", "learned", "snapkv", "tova",
     "knorm", "keydiff", "expected_attention", "hybrid",
 )  # fmt: skip
-CODECS = ("rotated", "channel", "symmetric")
+CODECS = ("rotated", "channel", "symmetric", "product")
 POSITIONS = ("original", "contiguous")
 PLAN_SCOPES = ("layer", "sequence", "head")
 
@@ -34,7 +34,8 @@ class FadeConfig:
             `int4_budget`. What exceeds both budgets is evicted.
         eviction_policy: what scores the middle, one of `POLICIES`.
         middle_k_bits, middle_v_bits: width of keys and values in the first middle tier: 8, 4, 3, 2.
-        quant_backend: the codec, one of `CODECS`.
+        quant_backend: the codec, one of `CODECS`. "product" needs codebooks, which the cache is given;
+            they set the width, and the middle is one tier, PQ, that keeps every token.
         positions: RoPE positions of survivors. "contiguous" renumbers them without gaps
             (StreamingLLM, arXiv 2309.17453 section 3.2), "original" leaves their own. `None`, the
             default, is "contiguous" if tokens can be evicted and "original" otherwise.
@@ -84,6 +85,27 @@ class FadeConfig:
             raise ValueError(
                 "quant_backend='channel' quantises keys in blocks of tokens that cannot be moved: "
                 "it needs int4_budget=None"
+            )
+        if self.quant_backend == "product":
+            self._product()
+
+    def _product(self) -> None:
+        """What goes with codebooks: tokens that stay where they are, as they are."""
+        if self.moves:
+            raise ValueError(
+                "quant_backend='product' has one tier, which keeps every token: "
+                f"int4_budget={self.int4_budget} contradicts it, None is allowed"
+            )
+        if self.contiguous:
+            raise ValueError(
+                "quant_backend='product' encodes keys after RoPE, which cannot be renumbered: "
+                "positions='contiguous' contradicts it"
+            )
+        if (self.middle_k_bits, self.middle_v_bits) != (4, 4):
+            raise ValueError(
+                "quant_backend='product' takes its width from the codebooks: "
+                f"middle_k_bits={self.middle_k_bits}, middle_v_bits={self.middle_v_bits} mean nothing to it, "
+                "leave them out"
             )
 
     def _integer(self, field: str, least: int, optional: bool = False) -> None:

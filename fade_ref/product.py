@@ -12,6 +12,8 @@ Residual PQ is the same twice: train a second codebook on x - decode(encode(x)),
 decoded vectors, scores and sums.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from sklearn.cluster import MiniBatchKMeans
@@ -73,6 +75,19 @@ def decode(codes: Tensor, codebook: Tensor) -> Tensor:
     [1.0, 2.0, 3.0, 4.0]
     """
     return codebook[torch.arange(len(codebook)), codes.long()].flatten(-2)
+
+
+@dataclass(frozen=True)
+class ProductCodec:
+    """`encode` and `decode` of one codebook, called as `rotation.RotatedCodec` is; there is no mean."""
+
+    codebook: Tensor
+
+    def encode(self, x: Tensor, mean: None = None) -> Tensor:
+        return encode(x, self.codebook)
+
+    def decode(self, codes: Tensor, mean: None = None) -> Tensor:
+        return decode(codes, self.codebook)
 
 
 def score_table(q: Tensor, codebook: Tensor) -> Tensor:

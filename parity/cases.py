@@ -194,9 +194,9 @@ def product_attention(
 
 def mirror(layer: TieredLayer, spec: LayerCache) -> LayerCache:
     """A specification cache that holds exactly the codes of a fast layer, for `spec`'s model."""
-    twin = LayerCache(
-        layer.config, len(spec.rows), layer.heads, spec.head_dim, spec.rope, spec.terms, **spec.learned
-    )
+    options = dict(codebooks=spec.codebooks) | spec.learned
+    shape = len(spec.rows), layer.heads, spec.head_dim
+    twin = LayerCache(layer.config, *shape, spec.rope, spec.terms, **options)
     twin.columns, twin.boundary = layer.length, layer.length - layer.recent
     positions = layer.timeline.positions.cpu()
     exact = layer.exact_positions()[:, 0].tolist()
@@ -232,6 +232,14 @@ def _original_keys(layer: TieredLayer) -> Tensor:
 def _of_tier(middle, tier) -> tuple[Tier, list, Tensor, list[rotated.Packed]]:
     """A tier's positions, means, and codes of keys and values, on the CPU: copied once for all tokens."""
     count = tier.records.count
+    if tier.tier == Tier.PQ:
+        sides = [rotated.Packed(tier.records[f"{side}_codes"].cpu(), None, None) for side in ("key", "value")]
+        return (
+            tier.tier,
+            middle.position(tier)[:, 0].tolist(),
+            torch.empty(*sides[0][0].shape[:2], 1, 0),
+            sides,
+        )
     sides = [
         [None if x is None else x.cpu() for x in tier.packed(side, 0, count)] for side in ("key", "value")
     ]
@@ -239,8 +247,10 @@ def _of_tier(middle, tier) -> tuple[Tier, list, Tensor, list[rotated.Packed]]:
     return tier.tier, middle.position(tier)[:, 0].tolist(), mean, [rotated.Packed(*x) for x in sides]
 
 
-def _record(side: rotated.Packed, b: int, slot: int) -> Record:
+def _record(side: rotated.Packed, b: int, slot: int) -> Record | Tensor:
     codes, scale, zero = (None if x is None else x[b, :, slot] for x in side)
+    if scale is None:
+        return codes
     return Record(codes, scale.double(), None if zero is None else zero.double())
 
 
@@ -256,12 +266,24 @@ class Step:
     same_lengths: bool = True  # columns, and tokens by tier
     state: tuple = ()  # all that `same_tokens` is about, for a digest
     stored_error: float = 0.0  # of what is stored, decoded, against the independent run; after the last step
+    codes: tuple[Tensor, Tensor] | None = None  # of tier PQ, both packages'; after the last step
 
 
 def policy_weights(seed: int = 0) -> dict[str, Tensor]:
     """Random weights of the `learned` policy's network."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) / 2 for name, shape in policies.MLP.items()}
+
+
+def codebooks(head_dim: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random codebooks of a model of one layer, float16, spread as `Shape.random` spreads keys and values."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for side, width, centroids in (("key", 4, 64), ("value", 2, 16)):
+        x = torch.randn(centroids, head_dim, generator=generator, dtype=torch.float64)
+        x += torch.linspace(-4, 4, head_dim, dtype=torch.float64) if side == "key" else 0
+        found[f"0.{side}"] = x.unflatten(-1, (-1, width)).transpose(0, 1).half().contiguous()
+    return found
 
 
 #: What a step of a trace may be: columns that come, or a change of those there are.
@@ -293,12 +315,16 @@ def trace(
     model = _model(shape).to(shape.device)
     module = model.model.layers[0].self_attn
     learned = dict(layer=0, layers=1, weights=policy_weights(seed)) if by_network else {}
-    cache = fade_fast.create_cache(model, config, policy_weights=learned.get("weights"), verify=False)
+    books = codebooks(shape.head_dim, seed) if config.quant_backend == "product" else None
+    given = dict(policy_weights=learned.get("weights"), codebooks=books)
+    cache = fade_fast.create_cache(model, config, **given, verify=False)
     layer: TieredLayer = cache.layers[0]
     rope = Rope(model.model.rotary_emb.inv_freq.double().cpu())
     if isinstance(terms, dict):
         terms = spec_attention.Terms(shape.head_dim**-0.5, **terms)
-    spec = LayerCache(config, shape.batch, shape.heads, shape.head_dim, rope, terms, **learned)
+    exact_books = tuple(x.double() for x in books.values()) if books else None
+    sizes = shape.batch, shape.heads, shape.head_dim
+    spec = LayerCache(config, *sizes, rope, terms, codebooks=exact_books, **learned)
     asked = {} if terms is None else _options(spec.terms, shape)
     generator = torch.Generator().manual_seed(seed)
     for i, count in enumerate(steps):
@@ -351,6 +377,7 @@ def trace(
             _same_lengths(cache, spec),
             _state(layer),
             _stored_error(mirror(layer, spec), spec) if same and i == len(steps) - 1 else 0.0,
+            _codes(mirror(layer, spec), spec) if same and books and i == len(steps) - 1 else None,
         )
 
 
@@ -423,6 +450,16 @@ def _stored_error(ours: LayerCache, spec: LayerCache) -> float:
         for a, b in zip(ours.read(mine), spec.read(theirs)) if theirs.tokens else ():
             worst = max(worst, relative_error(a, b) - 2 / b.numel() ** 0.5)
     return worst
+
+
+def _codes(ours: LayerCache, spec: LayerCache) -> tuple[Tensor, Tensor]:
+    """All codes of tier PQ that each holds, of the same tokens in one order."""
+
+    def of(cache: LayerCache) -> Tensor:
+        coded = [t for (row,) in cache.rows for t in row.tokens if t.tier == Tier.PQ]
+        return torch.cat([x.flatten() for t in coded for x in (t.key, t.value)] or [torch.empty(0).byte()])
+
+    return of(ours), of(spec)
 
 
 def _own_scores(policy: str, known: Importance) -> Tensor:

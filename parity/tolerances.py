@@ -61,6 +61,7 @@ CLAIMS = {
         "the channel and symmetric codecs round the stored scale first, then half to even, in IEEE arithmetic"
     ),
     "centroids": Claim("decoding looks numbers up"),
+    "product codes in place": Claim("in float64, a tie to within a rounding does not occur by chance"),
     "plan": Claim("given scores, ranking compares and never adds; ties go to the newer token"),
     "key mean": Claim("summed in float64, where the order of a sum of fp16 numbers leaves no trace in fp16"),
     "tokens": Claim("which tokens live, in which tier, at which positions: integers only"),

@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", action="store_true", help="with --resume: also read everything afresh, and compare"
     )
     parser.add_argument(
+        "--codebooks",
+        type=options.readable,
+        metavar="FILE",
+        help="that train-codebook wrote, for --config quant_backend=product",
+    )
+    parser.add_argument(
         "--telemetry", type=options.writable, metavar="FILE", help="append events as JSON lines"
     )
     options.add_json(parser)
@@ -42,9 +48,9 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     try:
         if args.resume:
-            cache, read = session.resume(args.resume, model)
+            cache, read = session.resume(args.resume, model, args.codebooks)
         else:
-            cache = create_cache(model, args.config)
+            cache = create_cache(model, args.config, codebooks=args.codebooks)
             read, _ = session.encode(tokenizer, args.document or "", question or "")
     except ValueError as error:
         raise LoadError(str(error)) from error
@@ -95,7 +101,7 @@ def _answer(args, model, tokenizer, cache, read, rest, read_s: float) -> dict:
     )
     if args.compare:
         started = time.perf_counter()
-        fresh = create_cache(model, cache.fade_config)
+        fresh = create_cache(model, cache.fade_config, codebooks=args.codebooks)
         session.prefill(model, fresh, read)
         again = session.answer(model, fresh, ids, args.max_new_tokens)
         fresh_s = time.perf_counter() - started - again.decode_s

@@ -1,6 +1,6 @@
 """Learn product-quantisation codebooks from a model and a text.
 
-They are for `fade_fast.codebooks`; no configuration of the cache has such a tier yet.
+They are for caches of `FadeConfig(quant_backend="product")`.
 """
 
 import argparse

@@ -40,6 +40,23 @@ def empty(query: Tensor) -> Partial:
     return Partial(torch.zeros_like(query), query.new_full(rows, lowest), query.new_zeros(rows))
 
 
+def of_rows(query: Tensor, heads: int) -> Tensor:
+    """[B, Hq, q, D] to one matrix of rows a KV head, [B, H, Hq / H * q, D]."""
+    return query.reshape(query.shape[0], heads, -1, query.shape[-1])
+
+
+def of_heads(rows: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `of_rows`, transposed as transformers wants it: [B, q, Hq, D]."""
+    return rows.reshape(*shape[:-1], rows.shape[-1]).transpose(1, 2).contiguous()
+
+
+def sinks(query: Tensor, s_aux: Tensor) -> Partial:
+    """Learned attention sinks (gpt-oss): one key a head of score `s_aux` [Hq] and value 0."""
+    top = s_aux.to(query.dtype).reshape(1, query.shape[1], -1, 1)
+    top = top.expand(*query.shape[:2], -1, query.shape[2] // top.shape[2]).reshape(query.shape[:3])
+    return Partial(torch.zeros_like(query), top, torch.ones_like(top))
+
+
 def combine(one: Partial, other: Partial) -> Partial:
     """One partial over the keys of both, for loops over tiles."""
     top = torch.maximum(one.top, other.top)

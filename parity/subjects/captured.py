@@ -7,6 +7,7 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 import fade_fast
 from fade_ref.config import FadeConfig
 
+from .. import cases as measure
 from ..case import Case, Draw, Found, relative_error
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -17,6 +18,8 @@ CONFIGS = {
     "int4, int2, evict, padded": (FadeConfig(**SMALL, int4_budget=10, int2_budget=6), True),
     "evict, original positions": (FadeConfig(**SMALL, int4_budget=10, positions="original"), False),
     "off": (FadeConfig(recent_window=None), False),
+    "codes": (FadeConfig(**SMALL, quant_backend="product"), False),
+    "codes, padded": (FadeConfig(**SMALL, quant_backend="product"), True),
 }
 
 
@@ -43,7 +46,9 @@ def _steps(config, padded):
         inputs = dict(input_ids=ids.to(found.device), attention_mask=mask.to(found.device))
         options = dict(max_new_tokens=14, min_new_tokens=14, do_sample=False)
         torch._dynamo.reset()  # now, for the encoder's twins must not be counted below
-        eager = fade_fast.create_cache(model, config, verify=False)
+        books = measure.codebooks(64) if config.quant_backend == "product" else None
+        books = books and books | {name.replace("0.", "1."): x for name, x in books.items()}
+        eager = fade_fast.create_cache(model, config, codebooks=books, verify=False)
         eager.stepper.compileable = False
         expected = model.generate(**inputs, past_key_values=eager, **options)
         counters.clear()
@@ -52,7 +57,7 @@ def _steps(config, padded):
         backend = "inductor" if found.fused else "aot_eager"
         compiling = CompileConfig(fullgraph=True, backend=backend, mode=None)
         compiling._compile_all_devices = True
-        cache = fade_fast.create_cache(model, config, verify=False)
+        cache = fade_fast.create_cache(model, config, codebooks=books, verify=False)
         cache.stepper.compileable = True
         ours = model.generate(**inputs, past_key_values=cache, compile_config=compiling, **options)
         found.same("tokens generated", ours, expected)

@@ -8,7 +8,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 import fade_fast
-from fade_fast import checkpoint, plan
+from fade_fast import checkpoint, middle, plan
 from fade_ref.config import POSITIONS, PRESETS, FadeConfig
 from fade_ref.tiers import INTEGER_TIERS, Tier
 
@@ -17,16 +17,15 @@ from ..case import Case, Draw, Found
 from ..tolerances import ATTENTION
 
 SMALL = dict(recent_window=8, block_size=4)
-#: Tiers that no cache holds, and why there is no checkpoint of them.
-NOT_STORED = {Tier.PQ: "a kernel without a cache around it"}
-ALWAYS = ("checkpoint of tier FP16", "checkpoint of codec rotated")
+ALWAYS = ("checkpoint of tier FP16",)
+CODED = FadeConfig(**SMALL, quant_backend="product")
 BEFORE = [30, 1, 1, 1, 1, 1]
 AFTER = [1] * 7 + [18, 3, ("crop", 2), 1, ("reorder", [1, 0]), 1, ("select", [1]), 1, ("repeat", 3), 1, 6, 1]
 
 
 def registry() -> list[str]:
     """What must have a checkpoint that is compared: all that a cache can hold."""
-    names = [f"tier {tier.name}" for tier in Tier if tier not in NOT_STORED] + ["codec rotated"]
+    names = [f"tier {tier.name}" for tier in Tier] + [f"codec {name}" for name in middle.CODECS]
     names += [f"policy {name}" for name in plan.SUPPORTED] + [f"plan scope {name}" for name in plan.SCOPES]
     names += [f"positions {name}" for name in POSITIONS] + [f"preset {name}" for name in PRESETS]
     return [f"checkpoint of {name}" for name in names]
@@ -36,6 +35,7 @@ def collect() -> list[Case]:
     found = []
 
     def case(group, name, config, *covers, dtype=None, **options):
+        covers = (f"codec {config.quant_backend}", *covers)
         names = (*ALWAYS, *(f"checkpoint of {cover}" for cover in covers))
         run = _goes_on(config, dtype=dtype or torch.float32, **options)
         found.append(Case("checkpoints", group, name, run, names, dtype))
@@ -48,6 +48,8 @@ def collect() -> list[Case]:
             config = FadeConfig(**SMALL, middle_k_bits=k, middle_v_bits=v, int4_budget=9, int2_budget=6)
             case("tiers", f"{k} bits, 2 bits, evict", config, *covers, "tier INT2", "tier EVICTED")
     case("tiers", "off", FadeConfig(recent_window=None))
+    for padding in (0, 13):
+        case("tiers", f"codes, {padding} columns of padding", CODED, "tier PQ", padding=padding)
     for policy in plan.SUPPORTED:
         for positions in POSITIONS:
             config = FadeConfig(
@@ -78,7 +80,8 @@ def collect() -> list[Case]:
         # transformers' own layers cannot be cropped once their window is full
         run = _goes_on(evicting, model=_gemma, before=before, after=[1, 1, 1, 18, 1, ("reorder", [1, 0]), 1])
         found.append(Case("checkpoints", "sliding windows of 8", f"{sum(before)} tokens", run))
-    for name, config in (("int4", FadeConfig(**SMALL)), ("int8, int2", _both(8)), ("int3", _both(3))):
+    kinds = dict(int4=FadeConfig(**SMALL), int3=_both(3), codes=CODED) | {"int8, int2": _both(8)}
+    for name, config in kinds.items():
         found.append(Case("checkpoints", "bytes", name, _bytes(config), ALWAYS))
     found.append(Case("checkpoints", "refused", "another configuration or model", _refused))
     return found
@@ -110,8 +113,16 @@ def _weights(config: FadeConfig):
     return measure.policy_weights() if config.eviction_policy == "learned" else None
 
 
+def _given(config: FadeConfig, seed: int = 0) -> dict:
+    """What a cache needs beside its configuration."""
+    if config.quant_backend != "product":
+        return dict(policy_weights=_weights(config))
+    books = measure.codebooks(SIZES["head_dim"], seed)
+    return dict(codebooks=books | {name.replace("0.", "1."): x for name, x in books.items()})
+
+
 def _cache(model, config: FadeConfig):
-    return fade_fast.create_cache(model, config, policy_weights=_weights(config), verify=False)
+    return fade_fast.create_cache(model, config, **_given(config), verify=False)
 
 
 class Talk:
@@ -161,7 +172,7 @@ def _goes_on(config, *, dtype=torch.float32, padding=0, before=BEFORE, after=AFT
             path = Path(folder) / "cache"
             cache.save(path)
             second = copy.deepcopy(first)
-            loaded = fade_fast.load_cache(path, second, policy_weights=_weights(config), verify=False)
+            loaded = fade_fast.load_cache(path, second, **_given(config), verify=False)
         _same_state(found, loaded, cache, "as loaded")
         found.holds("checkpoint", loaded.memory().tokens == cache.memory().tokens, "tokens by tier")
         for name, x in sorted(loaded.state_dict()[0].items()):  # the format, and whole numbers
@@ -233,3 +244,8 @@ def _refused(found: Found, seed: int):
             lambda: fade_fast.load_cache(Path(folder) / "cache", deeper, verify=False), "num_hidden_layers"
         )
     found.holds("checkpoint", other.get_seq_length() == 0, "nothing was written")
+    coded = _cache(model, CODED)
+    Talk(model, coded).run(BEFORE, Draw(seed).integers(1, SIZES["vocab_size"], 3, 300))
+    twin = fade_fast.create_cache(model, CODED, **_given(CODED, seed=1), verify=False)
+    found.refused(lambda: twin.load_state_dict(*coded.state_dict()), "codebooks")
+    found.holds("checkpoint", twin.get_seq_length() == 0, "nothing was written")

@@ -1,6 +1,7 @@
 """The life of tokens: every step of a cache over fixed and random traces, and one layer's logits."""
 
 import contextlib
+from dataclasses import replace
 
 import torch
 
@@ -35,6 +36,12 @@ WIDTHS = {
     for k in INTEGER_TIERS
     for v in INTEGER_TIERS
 }
+#: A middle of product-quantised tokens; the codebooks are `cases.codebooks`.
+CODED = {
+    "codes": FadeConfig(**SMALL, quant_backend="product"),
+    "codes, no sinks": FadeConfig(n_sink=0, recent_window=0, block_size=3, quant_backend="product"),
+}
+CODED_COVERS = ("tier PQ", "codec product")
 #: Configurations whose survivors do not lie side by side.
 GAPS = {
     "key norm": FadeConfig(**SMALL, int4_budget=10, eviction_policy="knorm"),
@@ -68,7 +75,7 @@ TERMS = {
     "learned sinks": dict(s_aux=torch.linspace(-1, 2, 6, dtype=torch.float64)),
     "all": dict(softcap=5.0, window=17, s_aux=torch.linspace(-1, 2, 6, dtype=torch.float64)),
 }
-RANDOM = 24  # random traces
+RANDOM, CODED_RANDOM = 24, 8  # random traces
 #: Those that run compiled by default, where there is a GPU.
 COMPILED = ("int4", "evict, padding (0, 11)", "D128 G7 float16", "D80 G4 bfloat16", "logits int4, bfloat16")
 
@@ -93,9 +100,22 @@ def collect() -> list[Case]:
         tiers = {INTEGER_TIERS[b] for b in (config.middle_k_bits, config.middle_v_bits)}
         covers = tuple(f"tier {tier.name}" for tier in tiers)
         found.append(Case("life", "widths", name, _trace(config, [30, 1, 1, 18, 3, 1, 1]), covers))
+    for name, config in CODED.items():
+        for padding in ((), (0, 11), (3, 6)):
+            for dtype in (torch.float64, torch.float32, torch.bfloat16):
+                title = f"{name}, padding {padding}, {dtype}".replace("torch.", "")
+                run = _trace(config, padding=padding, shape=dict(dtype=dtype))
+                found.append(Case("life", "of codes", title, run, CODED_COVERS, dtype))
+    run = _trace(CODED["codes"], ROWS, padding=(0, 7))
+    found.append(Case("life", "of codes", "rows that come and go", run, CODED_COVERS))
+    for dim, group in ((80, 4), (128, 7), (256, 1)):
+        run = _trace(CODED["codes"], [30, 1, 1, 18, 3, 1], shape=dict(head_dim=dim, group=group, heads=1))
+        found.append(Case("life", "of codes", f"D{dim} G{group}", run, CODED_COVERS))
+    for i in range(CODED_RANDOM):
+        found.append(Case("life", "of codes", f"random trace {i}", _random_codes, CODED_COVERS))
     for name, terms in TERMS.items():
-        for config in ("int4", "evict", "int4, int2, evict", "off"):
-            run = _trace(CONFIGS[config], terms=terms)
+        for config in ("int4", "evict", "int4, int2, evict", "off", "codes"):
+            run = _trace((CONFIGS | CODED)[config], terms=terms)
             found.append(Case("life", "what models ask", f"{name}, {config}", run))
     for name, config in GAPS.items():  # what a window holds depends on how distances count
         for terms in ("window", "all"):
@@ -164,13 +184,25 @@ def walk(found: Found, config, shape, steps, **options) -> None:
     extra = strain(shape.dtype, score, fused=True) if found.fused else 0.0
     for i, step in enumerate(measure.trace(config, shape, steps, **options)):
         where = f"step {i}: {steps[i]}"
-        found.near("attention", step.output_error, where, dtype=shape.dtype, strain=extra)
+        if config.quant_backend == "product" and shape.dtype == torch.float64:  # no rotation in float32
+            found.near("product attention", step.output_error, where, dtype=shape.dtype)
+        else:
+            found.near("attention", step.output_error, where, dtype=shape.dtype, strain=extra)
         found.near("received", step.score_error, where)
         found.near("stored", step.stored_error, where)
         found.holds("tokens", step.same_tokens, where)
         found.bits("tokens", step.state)
         found.holds("moved records", step.same_records, where)
         found.holds("lengths", step.same_lengths, where)
+        if step.codes is not None:
+            ours, exact = step.codes
+            found.holds("product codes in place", len(exact) > 0, "nothing was coded")
+            if shape.dtype == torch.float64:
+                found.same("product codes in place", ours, exact, where)
+            else:
+                found.near(
+                    "product codes differing", max(0, int((ours != exact).sum()) - 1) / len(exact), where
+                )
 
 
 @contextlib.contextmanager
@@ -187,7 +219,12 @@ def tiles(tile: int, rows: int, eager: int, encoded: int):
             setattr(module, name, value)
 
 
-def _random(found: Found, seed: int):
+def _random_codes(found: Found, seed: int):
+    """The same of product-quantised tokens, in float64: there codes agree to the bit."""
+    _random(found, seed, coded=True)
+
+
+def _random(found: Found, seed: int, coded: bool = False):
     """Any configuration, any steps: lengths around borders, crops, rows in another order, padding."""
     draw = Draw(seed)
     moves = draw.chance(0.7, 1).item()
@@ -205,6 +242,9 @@ def _random(found: Found, seed: int):
     shape = measure.Shape(
         batch=draw.one(1, 4), heads=draw.one(1, 3), group=draw.pick([1, 2, 3, 5]), device=found.device
     )
+    if coded:
+        kept = dict(n_sink=config.n_sink, recent_window=config.recent_window, block_size=config.block_size)
+        config, shape = FadeConfig(**kept, quant_backend="product"), replace(shape, dtype=torch.float64)
     steps, rows = [draw.one(1, 50)], shape.batch
     for _ in range(12):
         kind = draw.pick(["decode", "decode", "draft", "long", "crop", "reorder", "select"])

@@ -9,6 +9,7 @@ from fade_ref.config import FadeConfig
 SMALL = dict(recent_window=16, block_size=8)  # compresses after a few tokens
 OFF = FadeConfig(recent_window=None)
 SAFE = FadeConfig(**SMALL)
+CODED = FadeConfig(**SMALL, quant_backend="product")
 EVICTING = FadeConfig(**SMALL, int4_budget=24)
 
 
@@ -78,6 +79,23 @@ def twin_logits(model, config, inputs, chunks):
     return teacher_forced(model, cache, inputs, chunks)
 
 
+def codebooks(model, *, width=4, centroids=16, seed=0):
+    """Random codebooks of every layer, spread as far as a tiny model's keys and values are."""
+    generator, config = torch.Generator().manual_seed(seed), model.config
+    shape = (config.head_dim // width, centroids, width)
+    return {
+        f"{i}.{side}": (2 * torch.randn(*shape, generator=generator)).half()
+        for i in range(config.num_hidden_layers)
+        for side in ("key", "value")
+    }
+
+
+def new_cache(model, config, **options):
+    """`create_cache`, with codebooks where the configuration asks for them."""
+    books = codebooks(model) if config.quant_backend == "product" else None
+    return fade_fast.create_cache(model, config, **dict(codebooks=books) | options)
+
+
 def compressed_tokens(cache) -> int:
-    """Tokens in any integer tier."""
+    """Tokens in any tier of a middle."""
     return sum(n for name, n in cache.memory().tokens.items() if name not in ("FP16", "EVICTED"))

@@ -237,6 +237,8 @@ class TestBadInput:
             dict(recent_window=None, int4_budget=4), dict(eviction_policy="lru"),
             dict(middle_k_bits=5), dict(middle_v_bits="4"), dict(middle_k_bits=True),
             dict(quant_backend="zip"), dict(quant_backend="channel", int4_budget=64),
+            dict(quant_backend="product", int4_budget=64), dict(quant_backend="product", middle_v_bits=8),
+            dict(quant_backend="product", positions="contiguous"),
             dict(positions="rotated"), dict(plan_scope="rows"), dict(n_sink=True),
         ],
         ids=str,

@@ -14,7 +14,7 @@ from fade_fast import checkpoint, cli, codebooks, demo, loading, plots, session,
 from fade_fast.cli import main
 from fade_fast.kernels import merge, product
 
-from .models import SAFE, compressed_tokens, generate, prompt, tiny_llama
+from .models import compressed_tokens, generate, prompt, tiny_llama
 from .test_cli import loud_again, one_line, tiny  # noqa: F401
 
 CONFIG = "recent_window=16,block_size=8"
@@ -228,8 +228,18 @@ def test_codebooks(tiny, document, tmp_path, capsys):  # noqa: F811
     torch.testing.assert_close(merge.merge([part]), weights @ books.decode(0, "value", value_codes))
     with pytest.raises(ValueError, match="learned from another model"):
         codebooks.load(out, tiny_llama())
-    with pytest.raises(ValueError, match="no configuration of the cache has a product-quantised tier"):
-        fade_fast.create_cache(model, SAFE, codebooks=books)
+    common = ["generate", "--model", tiny, "--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "4"]
+    coded = ["--config", "quant_backend=product,recent_window=8,block_size=4"]
+    saved = ["--document", document, "--save", str(tmp_path / "cache")]
+    assert main([*common, *coded, *saved]) == 2
+    assert "codebooks missing" in one_line(capsys)
+    assert main([*common, *coded, *saved, "--codebooks", str(out)]) == 0
+    questions = [*common, "--resume", str(tmp_path / "cache"), "--prompt", "What is it about?"]
+    assert main(questions) == 2
+    assert "codebooks missing" in one_line(capsys)
+    assert main([*questions, "--codebooks", str(out), "--compare"]) == 0
+    assert "the same tokens" in capsys.readouterr().out
+    assert "PQ" in fade_fast.load_cache(tmp_path / "cache", model, codebooks=out).describe()
     out.write_bytes(out.read_bytes()[:-5])
     with pytest.raises(ValueError, match="holds no codebooks, or is damaged"):
         codebooks.load(out)

@@ -9,7 +9,7 @@ import fade_fast
 from fade_fast import checkpoint, snapshot
 from fade_ref.config import FadeConfig
 
-from .models import compressed_tokens, generate, prompt, tiny_llama
+from .models import compressed_tokens, generate, new_cache, prompt, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
 CONFIGS = {
@@ -17,13 +17,14 @@ CONFIGS = {
     "k4v2": FadeConfig(**SMALL, middle_v_bits=2),
     "evict": FadeConfig(**SMALL, int4_budget=10, eviction_policy="knorm"),
     "two tiers": FadeConfig(**SMALL, int4_budget=10, int2_budget=6, positions="original"),
+    "codes": FadeConfig(**SMALL, quant_backend="product"),
     "off": FadeConfig(recent_window=None),
 }
 
 
 def filled(name, pads=(0, 7)):
     model = tiny_llama()
-    cache = fade_fast.create_cache(model, CONFIGS[name])
+    cache = new_cache(model, CONFIGS[name])
     generate(model, cache, prompt(40, batch=len(pads), pads=pads), new=20)
     assert name == "off" or compressed_tokens(cache) > 0
     return model, cache

@@ -16,7 +16,7 @@ from fade_fast.layer import TieredLayer
 from fade_fast.stepper import Stepper
 from fade_ref.config import FadeConfig
 
-from .models import compressed_tokens, prompt, tiny_llama
+from .models import compressed_tokens, new_cache, prompt, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
 CONFIGS = {
@@ -25,6 +25,7 @@ CONFIGS = {
     "evict": FadeConfig(**SMALL, int4_budget=10),
     "evict, original positions": FadeConfig(**SMALL, int4_budget=10, positions="original"),
     "int4, int2, evict": FadeConfig(**SMALL, int4_budget=10, int2_budget=6),
+    "codes": FadeConfig(**SMALL, quant_backend="product"),
     "off": FadeConfig(recent_window=None),
 }
 CONFIGS |= {
@@ -58,9 +59,9 @@ def fresh_counters():
 def test_steps_equal_eager_steps(name, padded):
     model = tiny_llama(dtype=torch.float64)
     inputs = prompt(30, batch=2, pads=(0, 9) if padded else ())
-    theirs = fade_fast.create_cache(model, CONFIGS[name])
+    theirs = new_cache(model, CONFIGS[name])
     expected = eager(model, theirs, inputs)
-    cache = fade_fast.create_cache(model, CONFIGS[name])
+    cache = new_cache(model, CONFIGS[name])
     found = compiled(model, cache, inputs)
     assert torch.equal(found, expected)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
@@ -89,6 +90,7 @@ STEADY = {
     "int4, int2, evict": FadeConfig(**SMALL, int4_budget=12, int2_budget=8),
     "int2, evict": FadeConfig(**SMALL, int4_budget=8, int2_budget=8, middle_k_bits=2, middle_v_bits=2),
     "knorm": FadeConfig(**SMALL, int4_budget=12, int2_budget=8, eviction_policy="knorm"),
+    "codes": FadeConfig(**SMALL, quant_backend="product"),
 }
 
 
@@ -103,7 +105,9 @@ def test_demotion_for_graphs_equals_ordinary_demotion(name, monkeypatch):
 
     def counts(layers):
         tiers = [[tier.records.count for tier in layer.middle.tiers] for layer in layers]
-        return [(x.exact.count, held, x.middle.means.count) for x, held in zip(layers, tiers)]
+        return [
+            (x.exact.count, held, x.middle.means and x.middle.means.count) for x, held in zip(layers, tiers)
+        ]
 
     def watched(stepper):
         twin = copy.deepcopy(stepper.layers)
@@ -115,11 +119,11 @@ def test_demotion_for_graphs_equals_ordinary_demotion(name, monkeypatch):
 
     monkeypatch.setattr(Stepper, "_demote_by_cursor", watched)
     model, inputs = tiny_llama(dtype=torch.float16), prompt(60, batch=2)
-    cache = fade_fast.create_cache(model, STEADY[name], verify=False)
+    cache = new_cache(model, STEADY[name], verify=False)
     found = compiled(model, cache, inputs, new=60)
     assert len(times) > 3 and compressed_tokens(cache) > 0
     monkeypatch.setattr(TieredLayer, "repeats", False)
-    plain = fade_fast.create_cache(model, STEADY[name], verify=False)
+    plain = new_cache(model, STEADY[name], verify=False)
     before = len(times)
     assert torch.equal(found, compiled(model, plain, inputs, new=60))
     assert len(times) == before
@@ -217,7 +221,7 @@ def test_attach_is_undone():
 def test_a_step_leaves_no_tensor_behind(name):
     """What a captured step makes lies in its graph's memory, so nothing else may keep it."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
-    cache, meter, left = fade_fast.create_cache(model, CONFIGS[name]), Meter(), []
+    cache, meter, left = new_cache(model, CONFIGS[name]), Meter(), []
     run = cache.stepper.run
 
     def watched(*args):
@@ -236,14 +240,15 @@ NEW, LAST = 120, 20  # steps of a run, and those after its last demotion that ar
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("name", ["int4", "evict", "off"])
+@pytest.mark.parametrize("name", ["int4", "evict", "codes", "off"])
 def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name):
     """From one demotion to the next: no host synchronisation, no allocation, no compilation."""
     model = tiny_llama(dtype=torch.bfloat16).cuda()
     inputs = {k: v.cuda() for k, v in prompt(300, batch=2).items()}
     long = dict(recent_window=8, block_size=64)
     configs = dict(int4=FadeConfig(**long), evict=FadeConfig(**long, int4_budget=64), off=CONFIGS["off"])
-    cache = fade_fast.create_cache(model, configs[name])
+    configs["codes"] = FadeConfig(**long, quant_backend="product")
+    cache = new_cache(model, configs[name])
     stepper, seen = cache.stepper, []
     begin, end = stepper.begin, stepper.end
 

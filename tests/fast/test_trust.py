@@ -9,10 +9,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fade_fast
 from fade_fast import buffers, layer, middle
-from fade_fast.kernels import rotated
+from fade_fast.kernels import product, rotated
 from fade_ref.config import FadeConfig
 
-from .models import compressed_tokens, generate, prompt, teacher_forced, tiny_llama
+from .models import compressed_tokens, generate, new_cache, prompt, teacher_forced, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
 CONFIGS = {
@@ -20,6 +20,7 @@ CONFIGS = {
     "evict": FadeConfig(**SMALL, int4_budget=10),
     "two tiers": FadeConfig(**SMALL, int4_budget=10, int2_budget=6, positions="original"),
     "knorm": FadeConfig(**SMALL, int4_budget=10, int2_budget=None, eviction_policy="knorm"),
+    "codes": FadeConfig(**SMALL, quant_backend="product"),
 }
 
 
@@ -46,6 +47,7 @@ class Memory:
 PLACES = [
     (buffers.Field, "empty"),
     (rotated, "encode_both"),
+    (product, "encode"),
     (middle.Buffers, "reserve"),
     (middle.Buffers, "removal"),
     (middle, "key_mean"),
@@ -72,7 +74,7 @@ def test_running_out_of_memory_at_any_point_of_a_step(name, pads, monkeypatch):
                 past_key_values=cache,
             ).logits
 
-    start = fade_fast.create_cache(model, CONFIGS[name])
+    start = new_cache(model, CONFIGS[name])
     teacher_forced(model, start, {k: x[:, :24] for k, x in inputs.items()}, [24])
     smooth = copy.deepcopy(start)
     expected = [step(smooth, c) for c in range(24, 36)]
@@ -133,10 +135,10 @@ def test_running_out_of_memory_while_buffers_grow(failing, monkeypatch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_running_out_of_memory_in_a_prompt_leaves_the_cache_empty(name, monkeypatch):
     model, inputs = tiny_llama(), prompt(50)
-    expected = generate(model, fade_fast.create_cache(model, CONFIGS[name]), inputs, new=20)
+    expected = generate(model, new_cache(model, CONFIGS[name]), inputs, new=20)
     failures = 0
     for n in range(1, 60, 4):
-        cache = fade_fast.create_cache(model, CONFIGS[name])
+        cache = new_cache(model, CONFIGS[name])
         with monkeypatch.context() as patch:
             memory = Memory(patch, PLACES, n)
             try:
