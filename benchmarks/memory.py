@@ -188,9 +188,10 @@ FIELDS = {
 
 def table(results: list[Result]) -> str:
     """Markdown: a table for each of `FIELDS` that was measured, configurations by lengths."""
-    lengths, names = (list(dict.fromkeys(getattr(r, f) for r in results)) for f in ("length", "method"))
     found, blocks = {(r.method, r.length): r for r in results}, []
     for field, heading in FIELDS.items():
+        told = [r for r in results if r.failed or getattr(r, field) is not None]
+        lengths, names = (list(dict.fromkeys(getattr(r, f) for r in told)) for f in ("length", "method"))
         size = {key: getattr(r, field) for key, r in found.items() if getattr(r, field) is not None}
         if not size or (field == "reserved" and all(size[key] == found[key].grown for key in size)):
             continue
@@ -201,7 +202,8 @@ def table(results: list[Result]) -> str:
             for n in lengths:
                 mine, dense = size.get((name, n)), size.get(("dynamic", n))
                 ratio = f", 1/{dense / mine:.2f}" if mine and dense else ""
-                cells.append(f"{mine / 2**20:.1f}{ratio}" if mine else found[name, n].failed or "-")
+                failed = found[name, n].failed if (name, n) in found else None
+                cells.append(f"{mine / 2**20:.1f}{ratio}" if mine else failed or "-")
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
