@@ -35,7 +35,7 @@ from fade_fast.kernels.compile import Compiled, tier_tiles
 from fade_fast.kernels.packed import Queries, Slots
 from fade_fast.kernels.rope import rotate
 from fade_fast.kernels.rotated import Packed
-from fade_fast.middle import NEVER, SPARE, PinnedMiddle
+from fade_fast.middle import NEVER, PinnedMiddle
 from fade_fast.timeline import Timeline
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import token_bytes
@@ -192,15 +192,19 @@ class Problem:
     def _tier(self, bits: int, length: int) -> Slots:
         """A tier with room as `MiddleTier` has it on CUDA; slots beyond `length` hold tokens nobody sees."""
         b, h, d = self.case.batch, self.case.heads, self.case.head_dim
-        size = packed.bucket(b * h, length) + SPARE
+        size = packed.bucket(b * h, length)
+        size += packed.spare(size)
         per = BLOCK if self.case.budget is None else NEVER
-        rows = []
+        group, rows = min(per, size), []
         for _ in range(b):  # a row at a time: float32 keys of all rows need not fit
-            k = self.draw(1, h, size, d) + self.offset
-            mean = k.unflatten(2, (-1, min(per, size))).mean(3).half()
-            keys = rotated.encode(k, mean.repeat_interleave(min(per, size), dim=2), self.matrix, bits)
-            values = rotated.encode(self.draw(1, h, size, d), None, self.matrix, bits)
-            rows.append([*keys, *values, mean])
+            k, v = (self.draw(1, h, -(-size // group) * group, d) for _ in range(2))
+            k = (k + self.offset).unflatten(2, (-1, group))
+            mean = k.mean(3, keepdim=True).half()
+            keys = rotated.encode(k, mean, self.matrix, bits)
+            values = rotated.encode(v, None, self.matrix, bits)
+            keys = [x if x is None else x.flatten(2, 3) for x in keys]
+            held = [x if x is None else x[:, :, :size] for x in (*keys, *values)]
+            rows.append([*held, mean.squeeze(3)])
         joined = [None if x[0] is None else torch.cat(x) for x in zip(*rows)]
         keys, values, means = Packed(*joined[:3]), Packed(*joined[3:6]), joined[6]
         valid = torch.arange(size, device=self.device).expand(b, 1, -1) < length - HOLES
@@ -262,7 +266,7 @@ class Problem:
         values = rotated.dequantize(Packed(codes.mT, *rest), bits, torch.float64) @ matrix
         keys = rotated.dequantize(Packed(*pick(slots.keys)), bits, torch.float64) @ matrix
         size = keys.shape[1]
-        keys += slots.means[row].double().repeat_interleave(min(slots.per_mean, size), dim=1)
+        keys += slots.means[row].double().repeat_interleave(min(slots.per_mean, size), dim=1)[:, :size]
         if slots.read_at is not None:
             keys = rotate(keys[None], slots.read_at[row][None], self.options["inv_freq"], False)[0]
         return keys, values

@@ -40,7 +40,7 @@ class Buffers:
 
     Args:
         fields: name -> what a slot holds.
-        step: capacities are multiples of this many slots.
+        step: what is appended are multiples of this many slots, and so is what it grows by.
         batch, device: of the tensors.
 
     `count` slots, the first ones, are in use. What the others hold means nothing.
@@ -75,7 +75,7 @@ class Buffers:
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots in all; what is stored stays, and all stays if memory runs out."""
-        capacity, before = -(-capacity // self.step) * self.step, self.capacity
+        before = self.capacity
         if capacity <= before:
             return
         try:

@@ -139,9 +139,8 @@ class TieredLayer(CacheLayerMixin):
             leaving = max(0, (most or 0) - c.n_sink - c.recent_window)
             self.middle.reserve(leaving // c.block_size * c.block_size)
             most = room if most is None else min(room, most)
-            if fuses(keys):  # one shape for all steps, with room for a draft
-                most = c.n_sink + c.recent_window + c.block_size + SHORT
-                most = min(most, max(SETTLED, room))
+            if fuses(keys):  # one shape for all steps
+                most = min(c.n_sink + c.recent_window + c.block_size, max(SETTLED, room))
         self.exact.reserve(most or 0)
         self.is_initialized = True
 
@@ -374,6 +373,9 @@ class TieredLayer(CacheLayerMixin):
         self.length += new
         columns = dict(key=keys, value=values) | (self.arrive(new) if received is None else received)
         surplus = self._surplus(recent + new - sinks) if attended else 0
+        needed = self.exact.count + new - surplus
+        if fuses(keys) and self.exact.capacity < needed <= self._most_exact():  # a draft, and others to come
+            self.exact.reserve(self._most_exact())
         self.exact.make_room(new - surplus, self.exact.count)
         self.exact.append(**self._cut(columns, 0, sinks))
         if self.timeline.has_holes and not self._sinks_placed:
@@ -506,12 +508,16 @@ class TieredLayer(CacheLayerMixin):
 
     def make_room(self) -> None:
         """See to it that a column fits into the uncompressed buffers."""
-        c, count = self.config, self.exact.count
-        most = c.n_sink + c.recent_window + c.block_size + SHORT if c.compresses else self._max_length
+        count, most = self.exact.count, self._most_exact() if self.config.compresses else self._max_length
         doubled = max(2 * count, count + ROOM)
         self.exact.reserve(max(count + 1, doubled if most is None else min(most, doubled)))
         if self.telemetry:
             self.telemetry.stored(self)
+
+    def _most_exact(self) -> int:
+        """Uncompressed tokens there may be within a step, drafts included; without compression, none."""
+        c = self.config
+        return c.n_sink + c.recent_window + c.block_size + SHORT if c.compresses else 0
 
     def held_tiers(self) -> list[MiddleTier]:
         """Tiers that hold a token."""
@@ -634,9 +640,13 @@ class TieredLayer(CacheLayerMixin):
         k, v = (torch.cat(parts, dim=2) for parts in zip(*middle))
         if len(middle) > 1:
             k, v = take(k, order), take(v, order)
-        return tuple(
-            torch.cat((x[:, :, :sinks], m, x[:, :, sinks:]), dim=2) for x, m in ((keys, k), (values, v))
-        )
+        found = [torch.cat((x[:, :, :sinks], m, x[:, :, sinks:]), dim=2) for x, m in ((keys, k), (values, v))]
+        if self.timeline.has_holes and not self.config.moves:  # sinks, back in the columns they came in
+            for slot in range(sinks):
+                here = (self.timeline.positions[:, None, : self.length] == slot)[..., None]
+                exact = (x[:, :, slot : slot + 1] for x in (keys, values))
+                found = [torch.where(here, e, x) for e, x in zip(exact, found)]
+        return tuple(found)
 
     def decode(self, tier, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys, as they are read, and values of a tier's slots, in the model's dtype."""

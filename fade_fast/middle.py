@@ -21,7 +21,7 @@ from . import plan
 from .buffers import Buffers, Field, along, take
 from .importance import Observer
 from .kernels import rotated
-from .kernels.packed import Slots, bucket
+from .kernels.packed import Slots, bucket, longest, spare, whole
 from .kernels.rope import rotate
 from .kernels.rotated import Packed
 from .models import Rope
@@ -33,7 +33,6 @@ CODECS = ("rotated", "product")  # that a middle can have
 TRANSPOSED = ("value_codes",)
 
 HEADROOM = 1024  # slots on CUDA for tokens to come, at least, when a tier is first filled
-SPARE = 64  # slots of a buffer on CUDA that are never used
 NEVER = 1 << 30  # slots until the next mean, where there is one for all
 
 
@@ -55,11 +54,20 @@ class MiddleTier:
     @property
     def span(self) -> int:
         """Slots a kernel runs over: those in use, and on CUDA some more, for few different lengths."""
-        return self._bucket(self.records.count) if self.records.fused else self.records.count
+        if not self.records.fused:
+            return self.records.count
+        return min(bucket(self._heads, self.records.count), self._longest)
 
-    def _bucket(self, count: int) -> int:
+    @property
+    def _longest(self) -> int:
+        """The longest span there is room for on CUDA."""
+        return longest(self._heads, self.records.capacity)
+
+    @property
+    def _heads(self) -> int:
+        """Batch times KV heads."""
         rows, heads = self.records.tensors["key_codes"].shape[:2]
-        return bucket(rows * heads, count)
+        return rows * heads
 
     def packed(self, side: str, start: int, stop: int) -> Packed:
         """Codes of slots `start` to `stop`, tokens before bytes; `side` is "key" or "value"."""
@@ -70,19 +78,21 @@ class MiddleTier:
         return Packed(*(self.records.tensors.get(f"{side}_{name}") for name in Packed._fields))
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` in all; on CUDA for more than any span, which a graph would take for it."""
+        """Make room for `tokens` in all; on CUDA for a span that holds them."""
         if self.records.fused and tokens:
-            tokens = self._bucket(tokens) + SPARE
+            span = whole(self._heads, tokens)
+            tokens = span + spare(span)
         self.records.reserve(tokens)
 
     def make_room(self, fields: dict[str, Tensor], held: int) -> None:
         """See to it that writing `fields` after `held` slots needs no more memory."""
         new = fields["key_codes"].shape[2]
         needed = held + new
-        if self.records.fused and self._bucket(needed) + SPARE > self.records.capacity:
-            # Kernels are compiled for a capacity: some to spare at first, then twice as much.
-            spare = needed if self.records.capacity else max(HEADROOM, needed // 8)
-            self.reserve(needed + spare if self.most is None else max(needed, min(self.most, needed + spare)))
+        if self.records.fused and needed > self._longest:
+            # Kernels are compiled for a capacity: a round one, first with some to spare, then doubled.
+            more = needed if self.records.capacity else max(HEADROOM, needed // 8)
+            room = bucket(self._heads, needed + more)
+            self.reserve(room if self.most is None else max(needed, min(self.most, room)))
         self.records.make_room(new, held)
         if new and self.bound is not None:  # a bound that is too high does no harm
             torch.maximum(self.bound, fields["value_scale"].float().amax(-1), out=self.bound)
@@ -98,6 +108,8 @@ class MiddleTier:
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.records.map(function)
         self.bound = None if self.bound is None else function(self.bound)
+        if self.records.fused and self._longest < self.records.count:
+            self.reserve(self.records.count)  # of more rows, chunks are longer
 
     def tensors(self) -> list[Tensor]:
         return [*self.records.tensors.values()] + ([] if self.bound is None else [self.bound])
@@ -138,15 +150,18 @@ def record(keys: Packed, values: Packed) -> dict[str, Tensor]:
     return {name: x.mT if name in TRANSPOSED else x for name, x in named.items() if x is not None}
 
 
-def key_mean(keys: Tensor, position: Tensor) -> Tensor:
+def key_mean(keys: Tensor, position: Tensor | None) -> Tensor:
     """Mean of the real tokens of each group: keys [B, H, G, n, D] to fp16 [B, H, G, D].
 
-    `position` [B, 1, G, n]: `HOLE` marks what does not count. A group without a real token has
-    mean 0. Summed in float64, so that the order of the sum leaves no trace in the fp16 result.
+    `position` [B, 1, G, n]: `HOLE` marks what does not count; None: all count. A group without a real
+    token has mean 0. Summed in float64, so that the order of the sum leaves no trace in the fp16 result.
     """
-    real = (position != HOLE)[..., None]
-    total = keys.masked_fill(~real, 0).sum(-2, dtype=torch.float64)
-    mean = total / real.sum(-2).clamp_min(1)
+    if position is None:
+        mean = keys.sum(-2, dtype=torch.float64) / keys.shape[-2]
+    else:
+        real = (position != HOLE)[..., None]
+        total = keys.masked_fill(~real, 0).sum(-2, dtype=torch.float64)
+        mean = total / real.sum(-2).clamp_min(1)
     return mean.clamp(-rotated.LARGEST, rotated.LARGEST).half()
 
 
@@ -361,9 +376,9 @@ class PinnedMiddle(Middle):
         position = self.column_positions(first, keys.shape[2])
         keys = self.before_rope(keys, position)
         blocks = (keys.shape[2] // self.step, self.step)
-        mean = key_mean(keys.unflatten(2, blocks), position.unflatten(2, blocks))
-        each = mean.repeat_interleave(self.step, dim=2)
-        fields, at, block = self.encode(keys, values, each, self.tiers[0].bits), None, None
+        real = position.unflatten(2, blocks) if self.timeline.has_holes else None
+        mean = key_mean(keys.unflatten(2, blocks), real)
+        fields, at, block = self.encode(keys, values, mean, self.tiers[0].bits), None, None
         if self.timeline.cursor is not None:
             at = self.timeline.index(first, keys.shape[2]) - self.config.n_sink
             block = at[:: self.step] // self.step

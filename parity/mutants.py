@@ -192,22 +192,22 @@ MUTANTS = [
         (
             "means of the first tile",
             "kernels.rotated.encode_both",
-            "else mean[:, :, tile]",
-            "else mean[:, :, : min(TILE, keys.shape[2] - start)]",
+            "mean[:, :, start // each : stop // each]",
+            "mean[:, :, : (stop - start) // each]",
             "random traces",
         ),
         (
             "values centred like keys",
             "kernels.rotated._encode_both",
             "encode(values, None, matrix, bits[1])",
-            "encode(values, mean, matrix, bits[1])",
+            "encode(values, mean[:, :, :1], matrix, bits[1])",
             "encode keys and values",
         ),
         (
             "widths of keys and values swapped",
             "kernels.rotated._encode_both",
-            "encode(keys, mean, matrix, bits[0]), encode(values, None, matrix, bits[1])",
-            "encode(keys, mean, matrix, bits[1]), encode(values, None, matrix, bits[0])",
+            "mean.unsqueeze(3), matrix, bits[0]), encode(values, None, matrix, bits[1])",
+            "mean.unsqueeze(3), matrix, bits[1]), encode(values, None, matrix, bits[0])",
             "life/widths/k8v4",
         ),
         (

@@ -66,8 +66,10 @@ def tier_tiles(
         values.update(R0_BLOCK=64, num_stages=4, num_warps=1 if value_width <= 64 else 2)
     if chunk <= 128:
         values.update(num_stages=2, num_warps=2)
-    stats = dict(XBLOCK=2, num_warps=min(8, max(1, chunk // 256)), num_stages=1)
-    join = dict(XBLOCK=32, R0_BLOCK=16) if heads >= 32 else dict(XBLOCK=16, R0_BLOCK=64)
+    stats = dict(XBLOCK=2, num_warps=max(1, chunk // 256), num_stages=1)
+    if chunk > 1024:  # or a thread has too many numbers
+        stats.update(XBLOCK=1, num_warps=4)
+    join = dict(XBLOCK=16, R0_BLOCK=16 if heads >= 32 else 64)
     decode = dict(ZBLOCK=1, XBLOCK=64, YBLOCK=32, num_warps=2, num_stages=3)
     decode.update(R0_BLOCK=64 if dim % 64 == 0 else 32)
     length = blocks * chunk

@@ -29,6 +29,7 @@ from .rotated import CUBIC, Packed, center, dequantize, planes
 LOG2E = math.log2(math.e)
 TOP = 2.0**14  # float16 weights are scaled by this, so that small ones stay normal numbers
 LIMIT = 60_000.0  # where float16 scores are cut, in powers of two from the reference
+LONG = 1 << 14  # slots of a buffer in which a few more for alignment are not many
 EAGER_TILE = 2048  # slots whose codes become numbers at a time where nothing is fused
 
 
@@ -426,3 +427,24 @@ def bucket(heads: int, length: int) -> int:
     found = -(-length // step) * step
     # Rounded up, it may belong to longer chunks.
     return bucket(heads, found) if found % chunk_of(heads, found, 1) else found
+
+
+def whole(heads: int, length: int) -> int:
+    """The smallest number of whole chunks that holds `length` slots, in slots."""
+    chunk = chunk_of(heads, length, 1)
+    found = -(-length // chunk) * chunk
+    return whole(heads, found) if found % chunk_of(heads, found, 1) else found
+
+
+def spare(slots: int) -> int:
+    """Slots of a buffer on CUDA beyond the longest span: a graph would take a span of all for the capacity.
+
+    In long buffers, so many that rows of value codes begin at multiples of a cache line: 3 % of a step.
+    """
+    return 128 if slots >= LONG else 32
+
+
+def longest(heads: int, capacity: int) -> int:
+    """The longest span of such a buffer."""
+    room = max(0, capacity - spare(capacity))
+    return room - room % chunk_of(heads, room, 1)

@@ -128,7 +128,7 @@ def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, bits: int) -> Packed:
     """Centre, rotate and quantise.
 
     Args:
-        x: [B, H, n, D], any floating dtype; computed in float32.
+        x: [..., D], any floating dtype; computed in float32.
         mean: broadcastable to `x`, or None for values.
         matrix: P [D, D] float32.
         bits: 8, 4, 3 or 2.
@@ -143,25 +143,54 @@ def encode_both(
     """`encode` of the keys and values of some tokens, in tiles, so that little is in float32 at a time.
 
     Args:
-        keys, values: [B, H, n, D]. mean: [B, H, n or 1, D], of the keys.
+        keys, values: [B, H, n, D].
+        mean: [B, H, m, D], of the keys: each is that of n / m tokens.
         matrix: P [D, D] float32. bits: widths of keys and values.
         recurs: whether so many tokens will come again, so that compiling for them pays.
 
-    On CUDA, steps of one block and whole tiles run compiled.
+    On CUDA all but a few tokens that do not recur run compiled: blocks as they are, more in tiles of two
+    sizes, the last one padded, so that a graph serves prompts of all lengths.
     """
+    (batch, heads, length, dim), means = keys.shape, mean.shape[2]
+    if recurs and fuses(keys) and 0 < length <= SMALL:
+        return _compiled([], dict, keys, values, mean, matrix, bits=bits)
+    each = length // means if means > 1 else 1  # a tile has whole groups
+    pads = fuses(keys) and length > SMALL
     parts = []
-    for start in range(0, max(1, keys.shape[2]), TILE):
-        tile = slice(start, start + TILE)
-        part = keys[:, :, tile], values[:, :, tile], mean if mean.shape[2] == 1 else mean[:, :, tile]
-        if fuses(keys) and (part[0].shape[2] == TILE or recurs and 0 < keys.shape[2] <= SMALL):
-            parts.append(_compiled([], dict, *part, matrix, bits=bits))
+    for start, stop, size in _tiles(length, MOST // (batch * heads * dim) if pads else None, each):
+        groups = mean if means == 1 else mean[:, :, start // each : stop // each]
+        part = keys[:, :, start:stop], values[:, :, start:stop], groups
+        if pads:
+            sizes = size, size, 1 if means == 1 else size // each
+            part = [_padded(x, n) for x, n in zip(part, sizes)]
+            sides = _compiled([], dict, *part, matrix, bits=bits)
+            parts.append([[x if x is None else x[:, :, : stop - start] for x in side] for side in sides])
         else:
             parts.append(_encode_both([], *part, matrix, bits=bits))
     return tuple(Packed(*(_join(x) for x in zip(*side))) for side in zip(*parts))
 
 
-TILE = 2048  # tokens encoded at a time
+TILE = 2048  # tokens encoded at a time where nothing is compiled
+MOST = 1 << 24  # elements of keys in the larger tile where it is; the smaller one is an eighth
 SMALL = 256  # most tokens of a block that is encoded by a twin of its own
+
+
+def _tiles(length: int, most: int | None, step: int) -> list[tuple[int, int, int]]:
+    """`(start, stop, size)` of the tiles of `length` tokens, sizes being multiples of `step`; tiles are of
+    `most` tokens or an eighth of that, or of `TILE` if that is None."""
+    whole = lambda n: max(1, n // step) * step  # noqa: E731
+    large, small = (whole(TILE if most is None else max(SMALL, n)) for n in (most, most and most // 8))
+    found, start = [], 0
+    while start < length or not found:
+        size = large if length - start > large // 2 else small
+        found.append((start, min(start + size, length), size))
+        start += size
+    return found
+
+
+def _padded(x: Tensor, size: int) -> Tensor:
+    """`x` [B, H, n, D] with zeros up to n = `size`, contiguous: its strides tell no length of a prompt."""
+    return torch.nn.functional.pad(x, (0, 0, 0, size - x.shape[2])).contiguous()
 
 
 def _join(parts: tuple) -> Tensor | None:
@@ -169,7 +198,9 @@ def _join(parts: tuple) -> Tensor | None:
 
 
 def _encode_both(markers, keys, values, mean, matrix, *, bits) -> tuple[Packed, Packed]:
-    return encode(keys, mean, matrix, bits[0]), encode(values, None, matrix, bits[1])
+    groups = keys.unflatten(2, (mean.shape[2], keys.shape[2] // mean.shape[2]))
+    sides = encode(groups, mean.unsqueeze(3), matrix, bits[0]), encode(values, None, matrix, bits[1])
+    return Packed(*(x if x is None else x.flatten(2, 3) for x in sides[0])), sides[1]
 
 
 def decode(packed: Packed, mean: Tensor | None, matrix: Tensor, bits: int, dtype) -> Tensor:

@@ -10,6 +10,8 @@ from transformers import FalconConfig, FalconForCausalLM, T5Config, T5ForConditi
 import fade_fast
 from fade_fast import plan
 from fade_fast.attention import NAME
+from fade_fast.kernels import compile as compiling
+from fade_fast.kernels import packed, rotated, step
 from fade_ref.config import POLICIES, FadeConfig
 
 from .models import (
@@ -191,6 +193,41 @@ def test_detach_restores_and_plain_caches_work_attached():
     fade_fast.detach(model)
     assert model.config._attn_implementation == previous
     assert torch.equal(generate(model, dense(model), inputs), expected)
+
+
+def test_more_rows_have_room_for_longer_chunks(monkeypatch):
+    """On CUDA chunks grow with the batch; no span may then end before the tokens do."""
+    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
+    monkeypatch.setattr(packed, "chunk_of", lambda heads, n, rows: 16 if heads * n < 500 else 128)
+    for module, twin in ((rotated, rotated._encode_both), (step, step._twin)):
+        eager = lambda markers, pinned, *args, f=twin, **k: f(markers, *args, **k)  # noqa: E731
+        monkeypatch.setattr(module, "_compiled", eager)
+    model = tiny_llama(dtype=torch.float16)
+    cache = fade_fast.create_cache(model, SAFE, max_length=100)
+    teacher_forced_step(model, cache, 96)
+    tiers = [layer.middle.tiers[0] for layer in cache.tiered]
+    assert all(64 < tier.records.count <= tier.span < tier.records.capacity < 128 for tier in tiers)
+    cache.batch_repeat_interleave(5)
+    assert all(tier.records.count <= tier.span == 128 < tier.records.capacity for tier in tiers)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_padded_rows_are_the_same_after_detach(bits):
+    """The model's own attention then reads every token where it came, and the sinks uncompressed."""
+    model = tiny_llama(dtype=torch.float64)
+    config = FadeConfig(n_sink=6, recent_window=8, block_size=4, middle_k_bits=bits, middle_v_bits=bits)
+    inputs = prompt(60, batch=4, pads=(0, 3, 11, 40))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    position = (mask.cumsum(-1) - 1).clamp_min(0)
+    cache, outputs = fade_fast.create_cache(model, config), []
+    with torch.no_grad():
+        model(input_ids=ids[:, :58], attention_mask=mask[:, :58], past_key_values=cache)
+        assert compressed_tokens(cache) > 0
+        for held in (copy.deepcopy(cache), cache):
+            inputs = dict(input_ids=ids[:, 58:], attention_mask=mask, position_ids=position[:, 58:])
+            outputs.append(model(**inputs, past_key_values=held).logits)
+            fade_fast.detach(model)
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
 
 
 def test_random_state_is_left_alone():

@@ -243,6 +243,9 @@ def test_buckets_are_whole_chunks_and_few():
             span = packed.bucket(heads, length)
             assert length <= span == packed.bucket(heads, span)
             assert all(span % packed.chunk_of(heads, span, rows) == 0 for rows in (1, 4, 5, 64))
+            longest = packed.whole(heads, length)
+            assert length <= longest <= span and longest % packed.chunk_of(heads, longest, 1) == 0
+            assert packed.longest(heads, longest + packed.spare(longest)) == longest
         assert len({packed.bucket(heads, length) for length in lengths}) < 120
     with pytest.raises(ValueError, match="spans are .*1900.*bucket"):
         step._chunks_of(72, [1900], 4)
