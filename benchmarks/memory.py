@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import fade_fast
 from fade_fast import loading
 from fade_fast.cache import TieredKVCache
+from fade_fast.codebooks import SIDES
 from fade_fast.layer import TieredLayer
 
 from . import texts
@@ -92,7 +93,10 @@ def filled_bytes(model, m: Method, length: int, reserved: bool = False) -> int:
     cache = m(model, length)
     if reserved and isinstance(cache, TieredKVCache):
         weights = next((x.observer.weights for x in cache.tiered if hasattr(x.observer, "weights")), None)
-        cache = fade_fast.create_cache(model, cache.fade_config, max_length=length, policy_weights=weights)
+        pairs = ((i, zip(SIDES, getattr(layer, "books", None) or ())) for i, layer in enumerate(cache.layers))
+        books = {f"{i}.{side}": x for i, pair in pairs for side, x in pair}
+        options = dict(policy_weights=weights, codebooks=books or None)
+        cache = fade_fast.create_cache(model, cache.fade_config, max_length=length, **options)
     try:
         fill(model, cache, length)
         return allocated(cache)
@@ -221,6 +225,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N")
     parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help="see methods.py")
     parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
+    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
     parser.add_argument("--peak", action="store_true", help="run the model, too")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -229,7 +234,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         names = dict.fromkeys(("dynamic", *args.configs))
-        args.methods = [method(name, args.policy_weights) for name in names]
+        args.methods = [method(name, args.policy_weights, args.codebooks) for name in names]
     except ValueError as error:
         parser.error(str(error))
     return args

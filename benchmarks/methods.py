@@ -27,7 +27,7 @@ POLICIES = ("position", "h2o", "ema", "adaptive", "snapkv", "tova", "knorm", "ke
 SHARE = 4  # policies keep one token in so many
 QUANTIZED = {"quanto4": ("quanto", 4), "quanto2": ("quanto", 2), "hqq4": ("hqq", 4), "hqq2": ("hqq", 2)}
 WIDTHS = re.compile(r"int([8432])|k([8432])v([8432])")
-NAMES = ("dynamic", *QUANTIZED, "streaming", "off", *PRESETS, "int8|4|3|2", "k4v2", *POLICIES)
+NAMES = ("dynamic", *QUANTIZED, "streaming", "off", *PRESETS, "int8|4|3|2", "k4v2", "codes", *POLICIES)
 
 EXACT, COMPRESSES, EVICTS = "exact", "compresses", "evicts"
 
@@ -59,12 +59,13 @@ class Method:
         return self.make(model, length)
 
 
-def method(name: str, weights=None) -> Method:
+def method(name: str, weights=None, codebooks=None) -> Method:
     """The method called `name`.
 
     Args:
         name: see `NAMES`, and the module.
         weights: of the policy "learned": a safetensors file; None for those that are shipped, if any.
+        codebooks: of "codes", product quantisation: a file that `fade train-codebook` wrote.
 
     Raises:
         ValueError: there is no such method, or a field cannot have such a value.
@@ -83,6 +84,9 @@ def method(name: str, weights=None) -> Method:
         return _policy(name, base, changed, weights)
     if base == "streaming":
         return Method(name, EVICTS, lambda model, length: _ours(model, streaming(model, length, changed)))
+    if base == "codes":
+        config = replace(FadeConfig(quant_backend="product"), **changed)
+        return Method(name, COMPRESSES, lambda model, length: _coded(model, config, codebooks))
     if base in PRESETS or base == "off" or WIDTHS.fullmatch(base):
         config = replace(_config(base), **changed)
         does = COMPRESSES if config.compresses else EXACT
@@ -106,6 +110,12 @@ def _config(base: str) -> FadeConfig:
 
 def _ours(model, config: FadeConfig, weights=None) -> TieredKVCache:
     return fade_fast.create_cache(model, config, policy_weights=weights)
+
+
+def _coded(model, config: FadeConfig, codebooks) -> TieredKVCache:
+    if codebooks is None:
+        raise Unavailable("no codebooks were given")
+    return fade_fast.create_cache(model, config, codebooks=codebooks)
 
 
 def _quantized(model, backend: str, bits: int) -> Cache:

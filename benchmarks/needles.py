@@ -239,6 +239,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help="see methods.py")
     parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
+    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -251,7 +252,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--depths: from 0 to 100 percent")
     try:
         names = dict.fromkeys(("dynamic", *args.configs))
-        args.methods = [method(name, args.policy_weights) for name in names]
+        args.methods = [method(name, args.policy_weights, args.codebooks) for name in names]
     except ValueError as error:
         parser.error(str(error))
     return args

@@ -371,6 +371,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", choices=tuple(SUITES), default="table", help="lists of configurations")
     parser.add_argument("--configs", nargs="+", metavar="NAME", help="these instead; see methods.py")
     parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
+    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32")
     parser.add_argument("--compiled", action="store_true", help="on a GPU, compile kernels for every shape")
@@ -384,7 +385,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--windows, --chunk and --batch must be at least 1, --length at least 2")
     names = [name for name in args.configs or SUITES[args.suite] if name != "dynamic"]
     try:  # the uncompressed run is what all others are compared with
-        args.methods = [method(name, args.policy_weights) for name in ("dynamic", *dict.fromkeys(names))]
+        args.methods = [
+            method(name, args.policy_weights, args.codebooks) for name in ("dynamic", *dict.fromkeys(names))
+        ]
     except ValueError as error:
         parser.error(str(error))
     return args

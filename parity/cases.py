@@ -68,12 +68,16 @@ def codes(x: Tensor, bits: int, *, centred: bool = True, device: str = "cpu") ->
     return differing_codes(spec, ours, bits, x.shape[-1])
 
 
-def codes_of_both(keys: Tensor, values: Tensor, bits: int, *, device: str = "cpu") -> tuple[Codes, Codes]:
-    """The same of keys and values [B, H, n, D] encoded together, as blocks are."""
-    dim, mean = keys.shape[-1], key_mean(keys)
-    matrix = qr_rotation(dim)
+def codes_of_both(
+    keys: Tensor, values: Tensor, bits: int, *, block: int | None = None, device: str = "cpu"
+) -> tuple[Codes, Codes]:
+    """The same of keys and values [B, H, n, D] encoded together, as blocks are, or prompts, of which each
+    `block` has a mean."""
+    dim, size = keys.shape[-1], block or keys.shape[2]
+    means = key_mean(keys.unflatten(2, (-1, size))).squeeze(3)
+    mean, matrix = means.repeat_interleave(size, dim=2), qr_rotation(dim)
     codec = RotatedCodec(bits, dim, matrix)
-    there = [x.to(device) for x in (keys, values, mean.half(), matrix.float())]
+    there = [x.to(device) for x in (keys, values, means.half(), matrix.float())]
     ours = rotated.encode_both(*there, (bits, bits))
     ours = [rotated.Packed(*(None if t is None else t.cpu() for t in side)) for side in ours]
     spec = codec.encode(keys, mean), codec.encode(values, None)

@@ -6,6 +6,7 @@ seconds. How much of the buffers is read is data.
 """
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable
 
@@ -114,6 +115,17 @@ FUSED_ON = {"cuda"}
 def fuses(x: Tensor) -> bool:
     """Whether functions of tensors like `x` run as their compiled twins."""
     return x.device.type in FUSED_ON
+
+
+@functools.cache
+def marker(n: int) -> Tensor:
+    """A tensor that says `n` by its length, so that a compiled graph need not know it.
+
+    One more than n, for the compiler makes constants of 0 and 1.
+    """
+    marker = torch.empty(1, dtype=torch.uint8).expand(n + 1)
+    torch._dynamo.mark_dynamic(marker, 0)
+    return marker
 
 
 class Compiled:

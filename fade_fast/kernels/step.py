@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import packed
-from .compile import Compiled, Tiles, fuses, step_tiles, tier_tiles
+from .compile import Compiled, Tiles, fuses, marker, step_tiles, tier_tiles
 from .packed import LOG2E, Decoder, Queries, Slots, wide, written
 from .rotated import Packed, is_uniform
 
@@ -194,7 +194,7 @@ def _operator(
     # The compiler ties a length for good to 1, and to the size of a buffer that is read to its end.
     ends = (n == 1 or span == s.valid.shape[2] for n, span, s in zip(blocks, spans, slots))
     whole = tuple(spans) if any(ends) else None
-    markers = [] if whole else [_marker(n) for n in blocks]
+    markers = [] if whole else [marker(n) for n in blocks]
     return _compiled(markers, pinned, *args, chunks=chunks, spans=whole, **options)
 
 
@@ -239,17 +239,6 @@ def _twin(markers, *args, chunks, spans, **options) -> Tensor:
     """What is compiled: without `spans`, the number of chunks of a tier is data, the length of a marker."""
     spans = spans or [(marker.shape[0] - 1) * chunk for marker, chunk in zip(markers, chunks)]
     return _attend(*_of_span(args, spans), chunks=chunks, **options)
-
-
-@functools.cache
-def _marker(n: int) -> Tensor:
-    """A tensor that says `n` by its length, so that a compiled graph need not know it.
-
-    One more than n, for the compiler makes constants of 0 and 1.
-    """
-    marker = torch.empty(1, dtype=torch.uint8).expand(n + 1)
-    torch._dynamo.mark_dynamic(marker, 0)
-    return marker
 
 
 def _attend(

@@ -1,6 +1,7 @@
 """Bits of the integer tiers: packing, codes, scales, decoding, moving to a lower tier, means."""
 
 import itertools
+from unittest import mock
 
 import torch
 
@@ -33,6 +34,8 @@ def collect() -> list[Case]:
             found.append(
                 Case("codecs", "encode keys and values", f"{bits} bits {name}", run, covers, compiled=True)
             )
+        run = _encoding_prompts(bits)
+        found.append(Case("codecs", "encode prompts", f"{bits} bits", run, covers, compiled=True))
         for dim in DIMS:
             found.append(Case("codecs", f"decode, {bits} bits", f"D{dim}", _decoding(bits, dim), covers))
         for lower in (b for b in INTEGER_TIERS if b < bits):
@@ -108,6 +111,25 @@ def _encoding_both(bits, make):
             found.near("codes differing", share, side)
             found.near("code distance", result.furthest, side)
             found.near("scales", result.scale_error, side)
+
+    return run
+
+
+def _encoding_prompts(bits):
+    """The same in tiles, of which the last is filled up."""
+
+    def run(found: Found, seed: int):
+        with mock.patch.object(rotated, "MOST", 6 * 64 * 512), mock.patch.object(rotated, "TILE", 512):
+            for blocks in (9, 12, 17):  # of 64 tokens: tiles of 512, and of 256
+                keys, values = (_base(Draw(seed + i), 64, 64 * blocks) for i in (0, 1))
+                keys += torch.linspace(-4, 4, 64)
+                found_codes = measure.codes_of_both(keys, values, bits, block=64, device=found.device)
+                for side, result in zip(("key", "value"), found_codes):
+                    where = f"{side}, {blocks} blocks"
+                    share = max(0, result.differing - 1) / max(1, result.total)
+                    found.near("codes differing", share, where)
+                    found.near("code distance", result.furthest, where)
+                    found.near("scales", result.scale_error, where)
 
     return run
 

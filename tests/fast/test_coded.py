@@ -290,6 +290,7 @@ class TestRefusals:
         books = train(model, prompt(40)["input_ids"], centroids=4)
         books.save(tmp_path / "books")
         for given in (books, tmp_path / "books", str(tmp_path / "books")):
+            fade_fast.create_cache(tiny_llama(dtype=torch.float16), CODED, codebooks=given)  # is the same
             with pytest.raises(ValueError, match="learned from another model"):
                 fade_fast.create_cache(other, CODED, codebooks=given)
             cache = fade_fast.create_cache(model, CODED, codebooks=given)

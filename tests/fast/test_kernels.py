@@ -360,7 +360,7 @@ def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
         assert chunks == (128,) * len(spans)
         mass = [torch.zeros(2, 2, n) for n in (20, *capacities)]
         inputs = (*args, sinks, frequencies)
-        markers = [step._marker(span // chunk) for span, chunk in zip(spans, chunks)]
+        markers = [compiling.marker(span // chunk) for span, chunk in zip(spans, chunks)]
         with torch.no_grad():
             found = twin(markers, dict, *inputs, mass, chunks=chunks, spans=None, **constants)
             eager = step._attend(*step._of_span((*inputs, []), spans), chunks=chunks, **constants)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fade_fast.kernels import product
+from fade_fast.kernels import coded, product
 from fade_fast.kernels.merge import combine, merge
 
 K = 16  # centroids, and so the shortest tile
@@ -189,3 +189,33 @@ def test_refusals():
             attend(values=wrong)
     with pytest.raises(ValueError, match="codes of shape"):
         product.decode(codes.int(), book, torch.float32)
+
+
+@pytest.mark.parametrize("compiler", ["as written", "inductor"])
+@pytest.mark.parametrize("heads, rows, softcap", [(1, 2, None), (3, 5, 2.0)])
+def test_the_compiled_twin_reads_its_span_and_no_more(heads, rows, softcap, compiler):
+    """One graph for all spans, bytes beyond the centroids in slots that nobody sees, keys unlike values."""
+    books = sample(4, K, 8, seed=1), sample(16, 5, 2, seed=2)
+    capacity, query = 5 * coded.UNIT + 32, sample(2, heads, rows, 32, seed=3)
+    twin = coded.Compiled(coded._look_up, options={}) if compiler == "inductor" else None
+    for blocks in (1, 2, 4):
+        span = blocks * coded.UNIT
+        keys, values = (some_codes(2, heads, capacity, n, seed=n, k=k) for n, k in ((4, K), (16, 5)))
+        visible = torch.rand(2, 1, rows, capacity, generator=torch.Generator().manual_seed(blocks)) < 0.7
+        visible[0, 0, 0] = False  # a row that sees nothing
+        visible[:, :, :, [3, span - 2]] = False
+        for x in (keys, values):
+            x[:, :, [3, span - 2]] = 255
+        args = query, keys, books[0], values, books[1], visible
+        marker = torch.empty(1).expand(blocks + 1)
+        if twin:
+            found = twin([coded.marker(blocks)], dict, *args, softcap=softcap)
+        else:
+            found = coded._look_up([marker], *args, softcap=softcap)
+        narrow = [x.narrow(2, 0, span) for x in (keys, values)]
+        expected = product.attend(
+            query, narrow[0], books[0], narrow[1], books[1], visible[..., :span], softcap
+        )
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    assert not twin or len(twin.graphs) == 1
