@@ -478,8 +478,8 @@ MUTANTS = [
         (
             "histogram forgets a tile",
             "kernels.product.attend",
-            "whole = combine(whole, Partial(histogram.flatten(-2), top, total))",
-            "whole = Partial(histogram.flatten(-2), top, total)",
+            "whole = combine(whole, Partial(sums, top, total))",
+            "whole = Partial(sums, top, total)",
             "product/attention",
         ),
         (

@@ -1,4 +1,4 @@
-"""The PQ tier: product-quantised keys and values, attended to without decoding them.
+"""The PQ tier: product-quantised keys and values, attended to by look-ups and histograms of their codes.
 
 A vector of D elements is m stretches of w; each has a codebook of k centroids, and a byte names one of
 them (Jegou, Douze, Schmid: Product quantization for nearest neighbor search, TPAMI 2011). A key's score
@@ -65,6 +65,7 @@ def attend(
         softcap: see `merge.soften`.
 
     Beside its result it holds tables of R m k numbers for each of the B H heads, and tiles of tokens.
+    Where histograms would depend on the order of atomic additions, values are decoded, a tile at a time.
     Raises ValueError if query, codes and codebooks do not fit each other.
     """
     batch, heads, rows, _ = query.shape
@@ -74,20 +75,34 @@ def attend(
         _check(codes, book, (batch, heads, length))
     table = torch.einsum("bhrmw,hmkw->bhrmk", _cut(query, key_book), key_book)
     counts = query.new_empty(batch, heads, rows, *value_book.shape[1:3])  # only its shape is used
-    whole = empty(counts.flatten(-2))
+    counting, values_dim = counts_repeatably(query), value_book.shape[1] * value_book.shape[3]
+    whole = empty(counts.flatten(-2) if counting else query.new_empty(*query.shape[:3], values_dim))
     visible = visible.expand(batch, heads, rows, length)
-    # Tables are read and histograms written once a tile: shorter ones than k would not pay.
     parts = max(key_book.shape[1], value_book.shape[1])
-    tile = max(counts.shape[-1], _tile(batch * heads * rows * parts))
+    if counting:  # tables are read and histograms written once a tile: shorter ones than k would not pay
+        tile = max(counts.shape[-1], _tile(batch * heads * rows * parts))
+    else:
+        tile = _tile(batch * heads * max(rows * parts, values_dim))
     for start in range(0, length, tile):
         s = slice(start, min(start + tile, length))
         scores = table.gather(-1, _by_part(key_codes[:, :, s], key_book, rows)).sum(-2)
         weights, top, total = soften(scores, visible[..., s], softcap)
-        index = _by_part(value_codes[:, :, s], value_book, rows)
-        histogram = torch.zeros_like(counts).scatter_add(-1, index, weights.unsqueeze(-2).expand(index.shape))
-        whole = combine(whole, Partial(histogram.flatten(-2), top, total))
+        if counting:
+            index = _by_part(value_codes[:, :, s], value_book, rows)
+            weights = weights.unsqueeze(-2).expand(index.shape)
+            sums = torch.zeros_like(counts).scatter_add(-1, index, weights).flatten(-2)
+        else:
+            sums = weights @ decode(value_codes[:, :, s], value_codebook, query.dtype)
+        whole = combine(whole, Partial(sums, top, total))
+    if not counting:
+        return whole
     histogram = whole.acc.view_as(counts)
     return whole._replace(acc=torch.einsum("bhrmk,hmkw->bhrmw", histogram, value_book).flatten(-2))
+
+
+def counts_repeatably(x: Tensor) -> bool:
+    """Whether histograms on the device of `x` have the same bits every time: not where they are atomic."""
+    return x.device.type == "cpu"
 
 
 def _tile(elements: int) -> int:

@@ -172,6 +172,7 @@ def encode_both(
 
 TILE = 2048  # tokens encoded at a time where nothing is compiled
 MOST = 1 << 24  # elements of keys in the larger tile where it is; the smaller one is an eighth
+MOST_TOKENS = 1 << 14  # tokens of that tile
 SMALL = 256  # most tokens of a block that is encoded by a twin of its own
 
 
@@ -179,7 +180,9 @@ def _tiles(length: int, most: int | None, step: int) -> list[tuple[int, int, int
     """`(start, stop, size)` of the tiles of `length` tokens, sizes being multiples of `step`; tiles are of
     `most` tokens or an eighth of that, or of `TILE` if that is None."""
     whole = lambda n: max(1, n // step) * step  # noqa: E731
-    large, small = (whole(TILE if most is None else max(SMALL, n)) for n in (most, most and most // 8))
+    large = TILE if most is None else min(MOST_TOKENS, max(SMALL, most))
+    small = TILE if most is None else max(SMALL, large // 8)
+    large, small = whole(large), whole(small)
     found, start = [], 0
     while start < length or not found:
         size = large if length - start > large // 2 else small

@@ -35,7 +35,7 @@ def collect() -> list[Case]:
                 Case("codecs", "encode keys and values", f"{bits} bits {name}", run, covers, compiled=True)
             )
         run = _encoding_prompts(bits)
-        found.append(Case("codecs", "encode prompts", f"{bits} bits", run, covers, compiled=True))
+        found.append(Case("codecs", "encode prompts", f"{bits} bits", run, covers, compiled=bits == 4))
         for dim in DIMS:
             found.append(Case("codecs", f"decode, {bits} bits", f"D{dim}", _decoding(bits, dim), covers))
         for lower in (b for b in INTEGER_TIERS if b < bits):

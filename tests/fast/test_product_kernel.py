@@ -31,10 +31,11 @@ def decoded_first(query, keys, key_book, values, value_book, visible, softcap=No
     return scores.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0.0) @ values
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Uninitialised memory holds NaN, and tiles are as short as they get."""
+@pytest.fixture(autouse=True, params=["counted", "decoded"])
+def poisoned(request, monkeypatch):
+    """Uninitialised memory holds NaN, and tiles are as short as they get; values as on a CPU and a GPU."""
     monkeypatch.setattr(product, "ELEMENTS", 1)
+    monkeypatch.setattr(product, "counts_repeatably", lambda x: request.param == "counted")
     torch.use_deterministic_algorithms(True)  # which fills new memory
     assert torch.empty(3).isnan().all()
     yield
