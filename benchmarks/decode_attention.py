@@ -247,7 +247,7 @@ class Problem:
         slots, bits, span = self.tiers[0], self.options["bits"][0], self.options["spans"][0]
         heads, rows, d = queries.plain.shape
         chunk = packed.chunk_of(heads, span, rows)
-        markers = [step._marker(span // chunk)]
+        markers = [step.marker(span // chunk)]
         args = markers, queries, bias, slots
         if self.device != "cuda":
             return tier_kernels(*args, chunk=chunk, bits=bits, dtype=torch.float32)

@@ -254,10 +254,12 @@ def generation(of: str, short: bool) -> str:
 
 
 def attention(of: str) -> str:
-    """Table of `benchmarks.decode_attention` on a device `of`."""
+    """Table of `benchmarks.decode_attention` on a device `of`, and what else it measured."""
     report = load(f"decode_attention-{of}")
     results = [decode_attention.Result(**r) for r in report["results"]]
-    return f"{report['device']}, torch {report['torch']}.\n\n{decode_attention.table(results)}"
+    told = [f"{report['device']}, torch {report['torch']}.", decode_attention.table(results)]
+    others = [name for name in ("lengths", "encode", "processes") if name in report]
+    return "\n\n".join(told + [decode_attention.describe(name, report[name]) for name in others])
 
 
 def has(kind: str, of: str) -> bool:

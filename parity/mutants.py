@@ -729,8 +729,8 @@ MUTANTS = [
         (
             "codes of padding are seen",
             "kernels.coded.attend",
-            "fold(slots.valid.narrow(-1, 0, span))",
-            "fold(slots.valid.narrow(-1, 0, span) | True)",
+            "valid = fold(slots.valid)",
+            "valid = fold(slots.valid | True)",
             "of codes/codes, padding (0, 11)",
         ),
         (

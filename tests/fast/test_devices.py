@@ -99,7 +99,7 @@ def test_codes_are_those_of_the_cpu():
 
 @pytest.mark.parametrize("name", ["int4", "evict"])
 def test_a_demotion_that_runs_out_of_memory_can_be_repeated(name):
-    """With ever more memory than before; afterwards the bits are those of a cache without limits.
+    """With more memory than before, up to 46 MiB; afterwards the bits are those of a cache without limits.
 
     By FlashAttention where nothing is compressed yet: cuDNN's, which PyTorch prefers on some GPUs, does not
     give the same bits every time, to a `DynamicCache` neither.
@@ -138,9 +138,7 @@ def test_a_demotion_that_runs_out_of_memory_can_be_repeated(name):
             error = float((found - logits).norm() / logits.norm())
             assert torch.equal(found, logits), (extra, column, failed, error)
         assert cache.memory() == smooth.memory()
-        failures += failed
-        if not failed:
-            break
+        failures += failed  # a higher limit may fail again: memory is in pieces
     print(f"{name}: {failures} limits were too low")
     assert failures >= 2
 
