@@ -3,7 +3,7 @@
 One attention layer, random data of a model's shape: of S tokens, the sinks and the recent ones are in
 bfloat16, the rest in tiers. Of every case are timed the whole step (`step.attend`, from the query to the
 output in bfloat16), the kernels of its tier alone (the figure that targets are about), and SDPA over all S
-tokens (`enable_gqa=True`, which picks FlashAttention). Times are medians of CUDA-graph replays in one
+tokens (`enable_gqa=True`, by the kernel that PyTorch picks). Times are medians of CUDA-graph replays in one
 process; each case is first checked against float64 with the same codes. The floor is the time in which a
 copy would move the bytes that the step must read.
 

@@ -48,7 +48,8 @@ def attention(
 
     Returns the output [B, q, Hq, D], and None: attention weights are never formed.
 
-    Raises `ValueError` if the cache belongs to another model, or `use_cache=False`.
+    Raises `ValueError` if the cache belongs to another model, `use_cache=False`, or there is a window in
+    a captured step.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(key, Arrival):
@@ -56,6 +57,11 @@ def attention(
         return _attend_tensors(module, query, key, value, attention_mask, terms, **kwargs), None
     stepper = key.layer.stepper
     if stepper.active:
+        if sliding_window is not None:  # what a captured step sees is fixed, but for the newest column
+            raise ValueError(
+                f"sliding_window={sliding_window} for a layer with full attention, in a captured step: "
+                "generate(..., disable_compile=True) takes ordinary ones"
+            )
         output = torch.ops.fade.step(
             query, key.keys, key.values, attention_mask, stepper.marker.shape[0],
             -1 - key.layer.index if key.of_another(module) else key.layer.index,

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fade_fast
 from benchmarks.memory import Meter
 from fade_fast import plan
+from fade_fast.attention import NAME
 from fade_fast.kernels import compile as compiling
 from fade_fast.kernels import exact, rotated, step
 from fade_fast.layer import TieredLayer
@@ -187,6 +189,21 @@ def test_inference_mode(context):
         found = compiled(model, fade_fast.create_cache(model, CONFIGS["int4"]), inputs)
         expected = eager(model, fade_fast.create_cache(model, CONFIGS["int4"]), inputs)
     assert torch.equal(found, expected)
+
+
+def test_a_window_in_a_captured_step_is_refused(monkeypatch):
+    """Of a layer with a full cache; ordinary steps heed it."""
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(30)
+    real = ALL_ATTENTION_FUNCTIONS[NAME]
+    windowed = lambda *args, **kwargs: real(*args, **kwargs | dict(sliding_window=9))  # noqa: E731
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, NAME, windowed)
+    caches = [fade_fast.create_cache(model, CONFIGS["int4"], verify=False) for _ in range(2)]
+    with pytest.raises(Exception, match="sliding_window=9 for a layer with full attention"):
+        compiled(model, caches[0], inputs)
+    found = eager(model, caches[1], inputs)
+    monkeypatch.undo()
+    whole = eager(model, fade_fast.create_cache(model, CONFIGS["int4"], verify=False), inputs)
+    assert compressed_tokens(caches[1]) > 0 and not torch.equal(found, whole)
 
 
 def test_a_model_that_the_user_compiled():
