@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fade_fast.files import write_json
 from fade_fast.kernels import packed, rotated, step
-from fade_fast.kernels.compile import Compiled, tier_tiles
+from fade_fast.kernels.compile import Compiled, marker, tier_tiles
 from fade_fast.kernels.packed import Queries, Slots
 from fade_fast.kernels.rope import rotate
 from fade_fast.kernels.rotated import Packed
@@ -247,7 +247,7 @@ class Problem:
         slots, bits, span = self.tiers[0], self.options["bits"][0], self.options["spans"][0]
         heads, rows, d = queries.plain.shape
         chunk = packed.chunk_of(heads, span, rows)
-        markers = [step.marker(span // chunk)]
+        markers = [marker(span // chunk)]
         args = markers, queries, bias, slots
         if self.device != "cuda":
             return tier_kernels(*args, chunk=chunk, bits=bits, dtype=torch.float32)

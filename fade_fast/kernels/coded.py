@@ -11,9 +11,9 @@ from . import exact, product
 from .compile import Compiled, fuses, marker
 from .merge import Partial, merge, of_heads, of_rows, sinks, soften
 from .packed import Slots, written
+from .step import MOST_ROWS
 
 UNIT = 128  # spans are multiples of this: see `packed.chunk_of`
-MOST_ROWS = 64  # query rows of a KV head, at most, that the compiled twin is made for
 
 
 def attend(
