@@ -97,7 +97,8 @@ def attend(
     if not counting:
         return whole
     histogram = whole.acc.view_as(counts)
-    return whole._replace(acc=torch.einsum("bhrmk,hmkw->bhrmw", histogram, value_book).flatten(-2))
+    acc = torch.einsum("bhrmk,hmkw->bhrmw", histogram, value_book).flatten(-2)
+    return Partial(acc, whole.top, whole.total)
 
 
 def counts_repeatably(x: Tensor) -> bool:
