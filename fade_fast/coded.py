@@ -30,9 +30,6 @@ class CodedMiddle(PinnedMiddle):
         records = Buffers(fields, self.step, batch, self.table.device)
         self.tiers = [MiddleTier(Tier.PQ, None, records, None)]
 
-    def reserve(self, tokens: int) -> None:
-        self.tiers[0].reserve(tokens)
-
     def demote(self, keys, values, first, seen, received, ready=lambda evicted: None):
         pairs = zip(SIDES, (keys, values), self.books)
         fields, at = {f"{side}_codes": product.encode(x, book) for side, x, book in pairs}, None

@@ -373,9 +373,9 @@ class TieredLayer(CacheLayerMixin):
         self.length += new
         columns = dict(key=keys, value=values) | (self.arrive(new) if received is None else received)
         surplus = self._surplus(recent + new - sinks) if attended else 0
-        needed = self.exact.count + new - surplus
-        if fuses(keys) and self.exact.capacity < needed <= self._most_exact():  # a draft, and others to come
-            self.exact.reserve(self._most_exact())
+        needed, most = self.exact.count + new - surplus, self._most_exact() or 0
+        if fuses(keys) and most - SHORT < needed <= most:  # a draft, and others to come
+            self.exact.reserve(most)
         self.exact.make_room(new - surplus, self.exact.count)
         self.exact.append(**self._cut(columns, 0, sinks))
         if self.timeline.has_holes and not self._sinks_placed:
@@ -508,16 +508,16 @@ class TieredLayer(CacheLayerMixin):
 
     def make_room(self) -> None:
         """See to it that a column fits into the uncompressed buffers."""
-        count, most = self.exact.count, self._most_exact() if self.config.compresses else self._max_length
+        count, most = self.exact.count, self._most_exact() or self._max_length
         doubled = max(2 * count, count + ROOM)
         self.exact.reserve(max(count + 1, doubled if most is None else min(most, doubled)))
         if self.telemetry:
             self.telemetry.stored(self)
 
-    def _most_exact(self) -> int:
-        """Uncompressed tokens there may be within a step, drafts included; without compression, none."""
+    def _most_exact(self) -> int | None:
+        """Uncompressed tokens there may be within a step, drafts included; None without compression."""
         c = self.config
-        return c.n_sink + c.recent_window + c.block_size + SHORT if c.compresses else 0
+        return c.n_sink + c.recent_window + c.block_size + SHORT if c.compresses else None
 
     def held_tiers(self) -> list[MiddleTier]:
         """Tiers that hold a token."""

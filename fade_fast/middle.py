@@ -370,7 +370,16 @@ class PinnedMiddle(Middle):
 
     def reserve(self, tokens: int) -> None:
         self.tiers[0].reserve(tokens)
-        self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
+        self._fit_means()
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().map(function)
+        self._fit_means()
+
+    def _fit_means(self) -> None:
+        """Make room for the means of all slots there are."""
+        if self.means is not None:
+            self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
 
     def demote(self, keys, values, first, seen, received, ready=lambda evicted: None):
         position = self.column_positions(first, keys.shape[2])
@@ -384,7 +393,7 @@ class PinnedMiddle(Middle):
             block = at[:: self.step] // self.step
         with self._whole():
             self.tiers[0].append(at, **fields)
-            self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
+            self._fit_means()
             self.means.append(block, mean=mean)
             ready(None)
 

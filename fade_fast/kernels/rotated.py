@@ -148,8 +148,8 @@ def encode_both(
         matrix: P [D, D] float32. bits: widths of keys and values.
         recurs: whether so many tokens will come again, so that compiling for them pays.
 
-    On CUDA all but a few tokens that do not recur run compiled: blocks as they are, more in tiles of two
-    sizes, the last one padded, so that a graph serves prompts of all lengths.
+    On CUDA all but a few tokens that do not recur run compiled: blocks as they are, more in tiles of three
+    sizes, the last one padded, so that a few graphs serve prompts of all lengths.
     """
     (batch, heads, length, dim), means = keys.shape, mean.shape[2]
     if recurs and fuses(keys) and 0 < length <= SMALL:
@@ -171,21 +171,21 @@ def encode_both(
 
 
 TILE = 2048  # tokens encoded at a time where nothing is compiled
-MOST = 1 << 24  # elements of keys in the larger tile where it is; the smaller one is an eighth
+MOST = 1 << 24  # elements of keys in the largest tile where it is
 MOST_TOKENS = 1 << 14  # tokens of that tile
-SMALL = 256  # most tokens of a block that is encoded by a twin of its own
+SMALL = 256  # tokens of the smallest one, and most of a block that is encoded by a twin of its own
 
 
 def _tiles(length: int, most: int | None, step: int) -> list[tuple[int, int, int]]:
     """`(start, stop, size)` of the tiles of `length` tokens, sizes being multiples of `step`; tiles are of
-    `most` tokens or an eighth of that, or of `TILE` if that is None."""
-    whole = lambda n: max(1, n // step) * step  # noqa: E731
+    `most` tokens, an eighth of that or `SMALL`, or of `TILE` if `most` is None. No more than half of a tile
+    is padding, but of the smallest."""
     large = TILE if most is None else min(MOST_TOKENS, max(SMALL, most))
-    small = TILE if most is None else max(SMALL, large // 8)
-    large, small = whole(large), whole(small)
+    sizes = [TILE] if most is None else [large, max(SMALL, large // 8), SMALL]
+    sizes = [max(1, n // step) * step for n in sizes]
     found, start = [], 0
     while start < length or not found:
-        size = large if length - start > large // 2 else small
+        size = next((n for n in sizes if length - start > n // 2), sizes[-1])
         found.append((start, min(start + size, length), size))
         start += size
     return found

@@ -209,6 +209,23 @@ def test_more_rows_have_room_for_longer_chunks(monkeypatch):
     assert all(64 < tier.records.count <= tier.span < tier.records.capacity < 128 for tier in tiers)
     cache.batch_repeat_interleave(5)
     assert all(tier.records.count <= tier.span == 128 < tier.records.capacity for tier in tiers)
+    with torch.no_grad():
+        logits = model(torch.ones(5, 1, dtype=torch.long), past_key_values=cache).logits
+    assert logits.isfinite().all() and torch.equal(logits, logits[:1].expand_as(logits))
+
+
+@pytest.mark.parametrize("window, held, new, most", [(64, 131, 9, 148), (1 << 15, 5000, 9, 5100)])
+def test_room_for_a_draft_is_made_with_the_first(window, held, new, most, monkeypatch):
+    """On CUDA, where addresses should last; a window longer than the text is not made room for at once."""
+    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
+    model = tiny_llama(dtype=torch.float16)
+    layer = fade_fast.create_cache(model, FadeConfig(recent_window=window), verify=False).tiered[0]
+    x, capacities = torch.zeros(1, 2, held, 64, dtype=torch.float16), []
+    for part in (x[:, :, :100], x[:, :, 100:], x[:, :, :new]):
+        layer.timeline.extend(layer.length, None, 1, part.shape[2], x.device)
+        layer.store(part, part, attended=False)
+        capacities.append(layer.exact.capacity)
+    assert held <= capacities[1] < held + new <= capacities[2] <= most
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
