@@ -277,6 +277,7 @@ class Problem:
         output = self.attend(mass)  # [B, q, Hq, D]
         if tier:
             parts, _, total = self.tier(*self.prepared())
+            parts = packed.channels(parts, self.options["bits"][0][1])
             alone = (torch.cat(parts, dim=1) / total[:, :1]).mT.double() @ self.matrix.double()
             alone = alone.narrow(1, 0, case.group * case.new).unflatten(0, (case.batch, case.heads))
         sums = {name: [0.0, 0.0] for name in ("step", "tier", "mass")}

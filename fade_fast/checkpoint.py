@@ -22,7 +22,7 @@ from .layer import TieredLayer
 from .middle import PlannedMiddle
 from .timeline import Timeline
 
-VERSION = 2
+VERSION = 3
 TOKENS = "tokens"  # name of a tensor of ids that goes with a cache, but is none of it
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import product, quantize
 from .rope import alibi_bias
-from .rotation import KIND, Record, RotatedCodec
+from .rotation import LEVELS, Record, RotatedCodec
 
 
 class Partial(NamedTuple):
@@ -163,7 +163,7 @@ def _each(per_token: Tensor, query: Tensor) -> Tensor:
 def _levels(record: Record, codec: RotatedCodec) -> Tensor:
     """What the codes stand for before scale and zero, [H, n, D]."""
     codes = quantize.unpack(record.codes, codec.bits, codec.head_dim)
-    return codes.double() if codec.bits >= 4 else quantize.steps(codec.bits, KIND[codec.bits])[codes.long()]
+    return codes.double() if codec.bits >= 4 else quantize.steps(codec.bits, LEVELS)[codes.long()]
 
 
 def over_tables(

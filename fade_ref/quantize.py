@@ -13,11 +13,10 @@ import torch
 from scipy.special import betainc, gammaln
 from torch import Tensor
 
-from .tiers import packed_bytes
+from .tiers import INTEGER_TIERS, packed_bytes
 
 FP16_MAX = 65504.0
 FP16_TINY = 2.0**-14  # smallest normal fp16, 6.1035e-05: a smaller scale would lose its precision
-_PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}  # widths of the planes that codes are stored in
 
 
 def stored(x: Tensor) -> Tensor:
@@ -185,50 +184,46 @@ def lloyd_decode(codes: Tensor, scale: Tensor, bits: int, kind: str = "cubic") -
     return scale.unsqueeze(-1) * steps(bits, kind, codes.shape[-1])[codes.long()]
 
 
-def _recut(values: Tensor, width: int, new_width: int) -> Tensor:
-    """The values' bits as one stream, least significant first, cut into values of a new width."""
-    stream = (values.long().unsqueeze(-1) >> torch.arange(width)) & 1
-    pieces = stream.flatten(-2).unflatten(-1, (-1, new_width))
-    return (pieces << torch.arange(new_width)).sum(-1).to(torch.uint8)
-
-
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes [..., D] as bytes uint8 [..., D * bits / 8]. Most significant bit on the left:
 
         8 bits  byte j = c[j]
         4 bits  byte j = c[j+D/2] c[j]                      half of the channels to a nibble
         2 bits  byte j = c[j+3D/4] c[j+D/2] c[j+D/4] c[j]   a quarter of them to each two bits
-        3 bits  D/4 bytes as at 2 bits, of the low two bits of each code, then D/8 bytes of the
-                high bits: byte j = h[j+7D/8] h[j+6D/8] .. h[j+D/8] h[j]
+        3 bits  byte j = h[j] g[j] c[j+3D/8] c[j]           two codes whole, and one bit of two more:
+                of c[6D/8], c[6D/8+1], .. first all lowest bits, then all middle and all highest
+                ones make up g, 3D/8 bits, and those of c[7D/8], c[7D/8+1], .. make up h
 
-    Neighbouring bytes of a plane hold neighbouring channels, as a kernel wants them.
+    Neighbouring bytes hold neighbouring channels, as a kernel wants them.
     Raises ValueError for codes out of range, other widths, and D that does not fill whole bytes.
 
     >>> [hex(b) for b in pack(torch.tensor([1, 2, 3, 4]), 4).tolist()]
     ['0x31', '0x42']
     """
     packed_bytes(bits, codes.shape[-1])  # raises for sizes that do not fit
-    if bits not in _PLANES or ((codes < 0) | (codes > 2**bits - 1)).any():
+    if bits not in INTEGER_TIERS or ((codes < 0) | (codes > 2**bits - 1)).any():
         raise ValueError(f"codes of {bits!r} bits must lie in 0 .. {2**bits - 1}")
-    planes, rest = [], codes.long()
-    for width in _PLANES[bits]:
-        strands = (rest % 2**width).unflatten(-1, (8 // width, -1))  # those that share a byte
-        planes.append(_recut(strands.mT.flatten(-2), width, 8))
-        rest = rest >> width
-    return torch.cat(planes, dim=-1)
+    codes = codes.long()
+    if bits == 3:
+        first, second, *cut = codes.split([3 * codes.shape[-1] // 8] * 2 + [codes.shape[-1] // 8] * 2, dim=-1)
+        g, h = ((c.unsqueeze(-2) >> torch.arange(3).unsqueeze(-1) & 1).flatten(-2) for c in cut)
+        return (first | second << 3 | g << 6 | h << 7).to(torch.uint8)
+    strands = codes.unflatten(-1, (8 // bits, -1))  # those that share a byte
+    return (strands << bits * torch.arange(8 // bits).unsqueeze(-1)).sum(-2).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     """Undo `pack`: bytes [..., dim * bits / 8], else ValueError, to codes uint8 [..., dim]."""
-    if bits not in _PLANES or packed.shape[-1] != packed_bytes(bits, dim):
+    if bits not in INTEGER_TIERS or packed.shape[-1] != packed_bytes(bits, dim):
         raise ValueError(f"{packed.shape[-1]} bytes do not hold {dim} codes of {bits!r} bits")
-    codes, start, shift = 0, 0, 0
-    for width in _PLANES[bits]:
-        plane = packed.narrow(-1, start, dim * width // 8)
-        strands = _recut(plane, 8, width).unflatten(-1, (-1, 8 // width))
-        codes = codes | strands.mT.flatten(-2) << shift
-        start, shift = start + plane.shape[-1], shift + width
-    return codes
+    packed = packed.unsqueeze(-2).long()
+    if bits == 3:
+        whole = packed >> torch.tensor([[0], [3]]) & 7
+        cut = (packed >> torch.tensor([[6], [7]]) & 1).unflatten(-1, (3, -1))  # g and h, bit by bit
+        cut = (cut << torch.arange(3).unsqueeze(-1)).sum(-2)
+        return torch.cat((whole.flatten(-2), cut.flatten(-2)), dim=-1).to(torch.uint8)
+    strands = packed >> bits * torch.arange(8 // bits).unsqueeze(-1) & 2**bits - 1
+    return strands.flatten(-2).to(torch.uint8)
 
 
 def group_encode(x: Tensor, bits: int, n: int = 64) -> tuple[Tensor, Tensor, Tensor]:

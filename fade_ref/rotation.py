@@ -16,7 +16,7 @@ from torch import Tensor
 from . import quantize
 from .tiers import INTEGER_TIERS, packed_bytes, token_bytes
 
-KIND = {3: "cubic", 2: "linear"}  # of the Lloyd-Max levels, by width
+LEVELS = "linear"  # the kind of the Lloyd-Max levels: evenly spaced, so that a code is a number
 
 
 def qr_rotation(dim: int, seed: int = 0) -> Tensor:
@@ -88,8 +88,8 @@ class Record(NamedTuple):
 class RotatedCodec:
     """Vectors of `head_dim` as records of `bits` bits an element, by `rotation` [D, D].
 
-    Uniform codes (scale, zero) at 8 and 4 bits; Lloyd-Max codes (unbiased norm) at 3, of "cubic"
-    levels, and at 2, of "linear" ones.
+    Uniform codes (scale, zero) at 8 and 4 bits; Lloyd-Max codes (unbiased norm) of `LEVELS`
+    at 3 and 2.
     Raises ValueError for other widths, odd head_dim and a matrix that is not orthogonal.
 
     >>> codec, x = RotatedCodec(4, 64, qr_rotation(64)), torch.ones(10, 64)
@@ -135,11 +135,11 @@ class RotatedCodec:
         if self.bits >= 4:
             codes, scale, *zero = quantize.uniform_encode(y, self.bits)
         else:
-            codes, scale, *zero = quantize.lloyd_encode(y, self.bits, KIND[self.bits])
+            codes, scale, *zero = quantize.lloyd_encode(y, self.bits, LEVELS)
         return Record(quantize.pack(codes, self.bits), scale, zero[0] if zero else None)
 
     def _decode_rotated(self, record: Record) -> Tensor:
         codes = quantize.unpack(record.codes, self.bits, self.head_dim)
         if self.bits >= 4:
             return quantize.uniform_decode(codes, record.scale, record.zero)
-        return quantize.lloyd_decode(codes, record.scale, self.bits, KIND[self.bits])
+        return quantize.lloyd_decode(codes, record.scale, self.bits, LEVELS)

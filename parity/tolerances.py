@@ -53,6 +53,7 @@ CLAIMS = {
     # -- bit for bit
     "packing": Claim("integers are shifted and masked"),
     "numbers of codes": Claim("a code times a power of two, or less its centre, is exact in every dtype"),
+    "products of codes": Claim("the sum of the fields' products is that of the codes, over small integers"),
     "codes of exact inputs": Claim(
         "scale, zero and every quotient are exact in float32, so there is nothing to round; what lies "
         "midway goes to the even code"
@@ -88,10 +89,6 @@ CLAIMS = {
         "one rounding of fp16: the number before it is off by some 2^-22; of Lloyd-Max codes, which choose "
         "their scale, where the codes agree",
         SCALE_ULP,
-    ),
-    "levels": Claim(
-        "three-bit levels are cubics of the code: four roundings, and constants of fifteen digits",
-        {d: 4 * e + 5e-15 for d, e in EPS.items()},
     ),
     "decoding": Claim(
         "a product of D terms with a rotation stored in float32: 2^-24 of a vector's norm each, and as much "

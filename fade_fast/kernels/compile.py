@@ -58,10 +58,10 @@ def tier_tiles(
         whole = next((n for n in (64, 32) if key_width % n == 0), 16)  # without a mask if that can be
         scores.update(R0_BLOCK=whole, num_warps=4, num_stages=2)
     if key_width == 32:
-        scores.update(R0_BLOCK=32, YBLOCK=64, num_warps=2 if bits[0] == 3 else 1, num_stages=1)
+        scores.update(R0_BLOCK=32, YBLOCK=64, num_warps=1, num_stages=1)
     values = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=min(128, max(16, _power_of_two(value_width))))
     values.update(R0_BLOCK=128, num_warps=2 if value_width <= 64 else 4, num_stages=3 if x <= 4 else 2)
-    if bits[1] in (3, 8):  # more arithmetic a byte, and wider sums
+    if bits[1] == 8:  # wider sums
         values.update(num_warps=4)
     if chunk <= 256:
         values.update(R0_BLOCK=64, num_stages=4, num_warps=1 if value_width <= 64 else 2)

@@ -4,7 +4,8 @@ Four steps: scores of chunks of tokens, their statistics, weighted sums of value
 of the chunks. Compiled (`step.py`), each is one kernel, and every stored byte is read once:
 
 - a field of a byte, masked in place and read as the bits of a float16, is code * 2^(shift - 24)
-  exactly: no shift and no conversion. The powers of two go into the query, and into the sums;
+  exactly: no shift and no conversion. The powers of two go into the query, and into the sums. So do
+  those of the bits of a code that are spread over three bytes;
 - codes are the long side of both products and the few queries the short one, so that the tensor cores
   hardly multiply padding;
 - scales, zeros, means, softcap and validity are applied to scores as they leave the first product;
@@ -24,12 +25,13 @@ from torch import Tensor
 
 from .merge import Partial, combine, empty
 from .rope import cos_sin, turn
-from .rotated import CUBIC, Packed, center, dequantize, planes
+from .rotated import Packed, center, dequantize, thirds
 
 LOG2E = math.log2(math.e)
 TOP = 2.0**14  # float16 weights are scaled by this, so that small ones stay normal numbers
 LIMIT = 60_000.0  # where float16 scores are cut, in powers of two from the reference
 LONG = 1 << 14  # slots of a buffer in which a few more for alignment are not many
+FREE = 1 << 13  # slots, a megabyte of codes
 EAGER_TILE = 2048  # slots whose codes become numbers at a time where nothing is fused
 
 
@@ -103,71 +105,70 @@ class Decoder(NamedTuple):
     interleaved: bool
 
 
-def fields(codes: Tensor, bits: int, dtype: torch.dtype, axis: int) -> list[tuple[Tensor, float]]:
-    """Codes as matrices of `dtype`, one a field of their bytes: `(numbers, unit)` of each.
+class Field(NamedTuple):
+    """Codes as a matrix, one field of their bytes: `numbers` are unit * (code - centre), but in float16
+    unit * code, of which `lacks`, the centre, is still to be taken off."""
 
-    A number is unit * (code - c), where c is 0 for products in float16, which have `offset` times the
-    sum of the other operand taken off afterwards, and the code's centre otherwise. Three-bit codes,
-    which lie in two planes, become their levels, one matrix a quarter of the channels. `axis`, counted
-    from the end, is that of the bytes.
+    numbers: Tensor
+    unit: float
+    lacks: float
+
+
+#: The fields of a byte, by bits a code: shift and width. Of the one-bit fields, see `rotated.thirds`.
+FIELDS = {
+    8: [(0, 8)],
+    4: [(0, 4), (4, 4)],
+    3: [(0, 3), (3, 3), (6, 1), (7, 1)],
+    2: [(0, 2), (2, 2), (4, 2), (6, 2)],
+}
+
+
+def fields(codes: Tensor, bits: int, dtype: torch.dtype, axis: int) -> list[Field]:
+    """Codes as matrices of `dtype`, whose bytes lie along `axis`.
 
     There are at least two matrices, halves where a byte has one field: the compiler keeps a single
     product in float16 and ends its kernel there; a sum of products stays in float32, and what
     follows stays in the kernel.
     """
-    if bits == 3:
-        return [(x, 1.0) for x in _three_bit_levels(codes, dtype, axis)]
-    if bits == 8:
-        if dtype == torch.float16:
-            return [(x.to(torch.int16).view(dtype), 2.0**-24) for x in codes.chunk(2, axis)]
-        return [(x.to(dtype) - center(bits), 1.0) for x in codes.chunk(2, axis)]
     out = []
-    for shift in range(0, 8, bits):
+    for shift, width in FIELDS[bits]:
+        unit, lacks = 1.0, center(width)
         if dtype == torch.float16:
-            masked = codes & ((2**bits - 1) << shift)
-            out.append((masked.to(torch.int16).view(dtype), 2.0 ** (shift - 24)))
+            masked = codes if width == 8 else codes & ((2**width - 1) << shift)
+            numbers, unit = masked.to(torch.int16).view(dtype), 2.0 ** (shift - 24)
         else:
-            out.append((((codes >> shift) & (2**bits - 1)).to(dtype) - center(bits), 1.0))
-    return out
-
-
-def _three_bit_levels(codes: Tensor, dtype: torch.dtype, axis: int) -> list[Tensor]:
-    """The levels of the four quarters of the channels, equal to those of `rotated.levels`.
-
-    Each code is put together where its low bits lie, and read as part of a float32's mantissa: with
-    the exponent of 2^23, an integer's bits are 2^23 plus the integer. So no code is shifted or
-    converted; its place is a power of two in the coefficients.
-    """
-    exponent = 0x4B000000
-    low, high = (x.to(torch.int32) for x in planes(codes, axis))
-    # A quarter has two bits of each high byte: the lower for its first half, the upper for its second.
-    up = torch.arange(10, 8, -1, device=codes.device, dtype=torch.int32).reshape(2, *[1] * -axis)
-    high = torch.bitwise_left_shift(high.unsqueeze(axis - 1), up).flatten(axis - 1, axis) | exponent
-    low = low << 8  # room for the halves of 3.5, the centre
-    # High bits lie two above the low ones, where the next quarter has its own: hence two words.
-    words = [(low & (0x33 << shift)) | (high & (0x44 << shift | exponent)) for shift in (8, 10)]
-    out = []
-    for i in range(4):
-        unit, (a, b) = 256 * 4**i, CUBIC
-        number = (words[i % 2] & (7 * unit | exponent)).view(torch.float32)  # 2^23 + unit * code
-        u = number.to(wide(dtype)) - (2**23 + center(3) * unit)
-        out.append((u * (2 / unit * a + (2 / unit) ** 3 * b * u * u)).to(dtype))
+            numbers, lacks = ((codes >> shift) & (2**width - 1)).to(dtype) - lacks, 0.0
+        out += [Field(x, unit, lacks) for x in (numbers.chunk(2, axis) if width == 8 else [numbers])]
     return out
 
 
 def field_width(bits: int, dim: int) -> int:
-    """Codes in a field of a token's bytes: rows of the matrices that `fields` makes."""
-    return dim // (2 if bits >= 4 else 4)
+    """Rows of the matrices that `fields` makes of a token's bytes."""
+    return dim * min(bits, 4) // 8
 
 
-def middle(bits: int) -> float:
-    """What a code less its centre still lacks: 0 for levels, which are odd already."""
-    return 0.0 if bits == 3 else center(bits)
+def operands(x: Tensor, bits: int) -> list[Tensor]:
+    """Channels [..., D] as what the fields are multiplied with: where a byte has one bit of a code, the
+    channel three times, by what its bits are worth."""
+    if bits != 3:
+        return list(x.split(field_width(bits, x.shape[-1]), dim=-1))
+    first, second, *cut = x.split(thirds(x.shape[-1]), dim=-1)
+    worth = (1 << torch.arange(3, device=x.device)).to(x.dtype).unsqueeze(-1)
+    return [first, second, *((c.unsqueeze(-2) * worth).flatten(-2) for c in cut)]
+
+
+def channels(parts: list[Tensor], bits: int) -> list[Tensor]:
+    """Sums of the fields, [N, W, R] each, as those of the channels: D rows in all, in order."""
+    if bits != 3:
+        return parts
+    first, second, *cut = parts
+    low, middle, high = zip(*(x.chunk(3, 1) for x in cut))
+    return [first, second, *(a + 2 * b + 4 * c for a, b, c in zip(low, middle, high))]
 
 
 def offset(bits: int, dtype: torch.dtype) -> float:
-    """What `fields` leaves in the numbers."""
-    return middle(bits) if dtype == torch.float16 else 0.0
+    """What every code still lacks: see `Field`."""
+    return center(bits) if dtype == torch.float16 else 0.0
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -194,16 +195,14 @@ def products(query: Queries, bias: Tensor, slots: Slots, *, bits, chunk, dtype) 
     codes, scale, zero = slots.keys
     blocks, sum_dtype = codes.shape[1] // chunk, wide(dtype)
     parts = fields(_cut(codes, 1, chunk), bits, dtype, -1)
-    smallest = parts[-1][1]
+    largest = parts[-1].unit
     total = _chunks(query.total, blocks).unsqueeze(1)
-    out, start = 0.0, 0
-    for numbers, unit in parts:
-        width = numbers.shape[-1]
-        part = query.turned.narrow(-1, start, width).to(dtype) * (smallest / unit)
-        out = out + torch.bmm(numbers, _chunks(part, blocks).mT).to(sum_dtype)
-        start += width
+    out = 0.0
+    for field, part in zip(parts, operands(query.turned, bits)):
+        part = part.to(dtype) * (largest / field.unit)
+        out = out + torch.bmm(field.numbers, _chunks(part, blocks).mT).to(sum_dtype)
     each = lambda x: _cut(x, 1, chunk).unsqueeze(-1).to(sum_dtype)  # noqa: E731
-    out = (out / smallest - offset(bits, dtype) * total) * each(scale)
+    out = (out / largest - offset(bits, dtype) * total) * each(scale)
     if zero is not None:
         out = out + (each(zero) + center(bits) * each(scale)) * total
     return out + _spread(bias.mT, slots.per_mean, blocks, chunk)
@@ -265,7 +264,7 @@ def statistics(scores: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int)
 
 
 def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> list[Tensor]:
-    """Weighted sums of value codes less their centre, over bound: [Z, W, R] for each field of a byte.
+    """Weighted sums of value codes less their centre, over bound: [Z, W, R] for each of the `fields`.
 
     `codes` [N, W, S] are stored tokens last; `bound` [N] is at least every valid scale.
     """
@@ -276,10 +275,10 @@ def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> lis
     weights = torch.exp2(scores.to(wide(dtype)) - top.unsqueeze(-1))
     weights = (weights * (finite(_cut(scale, 1, chunk), wide(dtype)).unsqueeze(1) * factor)).to(dtype).mT
     out = []
-    for numbers, unit in fields(codes, bits, dtype, -2):
-        product = torch.bmm(numbers, weights).to(wide(dtype))
+    for field in fields(codes, bits, dtype, -2):
+        product = torch.bmm(field.numbers, weights).to(wide(dtype))
         if dtype == torch.float16:
-            product = product * (1 / (unit * TOP)) - offset(bits, dtype) * lean
+            product = product * (1 / (field.unit * TOP)) - field.lacks * lean
             product = product * (1 / _shrink(bits, chunk))
         out.append(written(product.to(dtype)))
     return out
@@ -376,7 +375,8 @@ def attend(
             query, _near(bias, start, tile), tile, decoder,
             bits=bits, chunk=length, softcap=softcap, dtype=query.plain.dtype,
         )  # fmt: skip
-        whole = combine(whole, Partial(torch.cat(parts, dim=1).mT, top[:, 0], total[:, 0]))
+        acc = torch.cat(channels(parts, bits[1]), dim=1).mT
+        whole = combine(whole, Partial(acc, top[:, 0], total[:, 0]))
     return whole
 
 
@@ -421,9 +421,11 @@ def bucket(heads: int, length: int) -> int:
     What is read is rounded up to this, so that few different launches serve a growing text; slots
     beyond those in use are masked. Long steps read more than they need, short ones capture a graph
     more often, which takes as long as some ten steps: the best one shrinks with the root of `heads`.
+    It is an eighth of the length at most, but for what takes no time to read: `FREE` slots of all heads.
     """
-    step = 1 << (13 - (heads - 1).bit_length() // 2)
-    step = max(chunk_of(heads, length, 1), min(step, (1 << max(0, length - 1).bit_length()) // 8))
+    doublings = (heads - 1).bit_length()
+    part = max((1 << max(0, length - 1).bit_length()) // 8, FREE >> doublings)
+    step = max(chunk_of(heads, length, 1), min(1 << (13 - doublings // 2), part))
     found = -(-length // step) * step
     # Rounded up, it may belong to longer chunks.
     return bucket(heads, found) if found % chunk_of(heads, found, 1) else found

@@ -1,8 +1,8 @@
 """The integer tiers: codes of 8, 4, 3 or 2 bits of the `rotated` codec.
 
 A vector is centred (keys only), rotated by an orthogonal matrix P and quantised on its own. 8 and 4
-bits are uniform codes with a scale and a zero; 3 and 2 bits are Lloyd-Max codes whose levels are an
-odd cubic of the code, or evenly spaced, with a scale that makes the decoded vector unbiased.
+bits are uniform codes with a scale and a zero; 3 and 2 bits are Lloyd-Max codes of evenly spaced
+levels, with a scale that makes the decoded vector unbiased.
 """
 
 from typing import NamedTuple
@@ -12,10 +12,8 @@ from torch import Tensor
 
 from .compile import Compiled, fuses
 
-#: Levels of N(0, 1) at 3 bits, u * (a + b * u * u) with u = 2 * code - 7, and their step at 2 bits, where
-#: they are evenly spaced. `fade_ref.quantize.cubic` and `levels(2, "linear")` derive the numbers.
-CUBIC = (0.235727614584881, 0.00144810550671591)
-STEP = 0.995686685943507
+#: Distances of the levels of N(0, 1), by bits; `fade_ref.quantize.levels(bits, "linear")` derives them.
+STEPS = {3: 0.5860194414434866, 2: 0.995686685943507}
 SMALLEST_SCALE = 2.0**-14  # the smallest normal fp16 number: scales never become subnormal
 LARGEST = 65504.0  # the largest finite fp16 number
 
@@ -49,7 +47,7 @@ def with_sum(matrix: Tensor) -> Tensor:
 
 
 def is_uniform(bits: int) -> bool:
-    """Whether codes of this width are uniform, with a zero, rather than Lloyd-Max."""
+    """Whether codes of this width have a zero: those of 3 and 2 bits lie about it."""
     return bits >= 4
 
 
@@ -58,18 +56,15 @@ def center(bits: int) -> float:
     return (2**bits - 1) / 2
 
 
-def planes(packed: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Of three-bit codes, the bytes of the low two bits, as at 2 bits, and those of the high one."""
-    low = packed.shape[axis] // 3 * 2
-    return packed.narrow(axis, 0, low), packed.narrow(axis, low, low // 2)
-
-
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [..., D] to bytes [..., D * bits / 8]; `fade_ref.quantize.pack` draws the layout."""
     if bits == 8:
         return codes
     if bits == 3:
-        return torch.cat((pack(codes & 3, 2), pack(codes >> 2, 1)), dim=-1)
+        first, second, *cut = codes.split(thirds(codes.shape[-1]), dim=-1)
+        bit = torch.arange(3, device=codes.device, dtype=torch.uint8).unsqueeze(-1)
+        low, high = ((torch.bitwise_right_shift(c.unsqueeze(-2), bit) & 1).flatten(-2) for c in cut)
+        return first | (second << 3) | (low << 6) | (high << 7)
     parts = codes.unflatten(-1, (8 // bits, -1)).to(torch.int32)
     shift = torch.arange(0, 8, bits, device=codes.device, dtype=torch.int32).unsqueeze(-1)
     return (parts << shift).sum(-2).to(torch.uint8)
@@ -81,21 +76,22 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
     if bits == 3:
-        low, high = planes(packed, -1)
-        return unpack(low, 2) + 4 * unpack(high, 1)
+        bit = torch.arange(3, device=packed.device, dtype=torch.int32).unsqueeze(-1)
+        cut = ((packed >> shift & 1).unflatten(-1, (3, -1)) for shift in (6, 7))
+        cut = ((x << bit).sum(-2, dtype=torch.int32) for x in cut)
+        return torch.cat((packed & 7, packed >> 3 & 7, *cut), dim=-1)
     shift = torch.arange(0, 8, bits, device=packed.device, dtype=torch.int32).unsqueeze(-1)
     return (torch.bitwise_right_shift(packed.unsqueeze(-2), shift) & (2**bits - 1)).flatten(-2)
 
 
+def thirds(dim: int) -> list[int]:
+    """Channels of the four fields of a byte at 3 bits: of the last two, a byte has a third of a code."""
+    return [3 * dim // 8, 3 * dim // 8, dim // 8, dim // 8]
+
+
 def levels(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """What the scale multiplies: the code; less its centre at 2 bits; its level at 3 bits."""
-    if is_uniform(bits):
-        return codes.to(dtype)
-    if bits == 2:
-        return codes.to(dtype) - center(bits)
-    a, b = CUBIC
-    u = (2 * codes - 7).to(dtype)
-    return u * (a + b * u * u)
+    """What the scale multiplies: the code; less its centre at 3 and 2 bits."""
+    return codes.to(dtype) if is_uniform(bits) else codes.to(dtype) - center(bits)
 
 
 def quantize(rotated: Tensor, bits: int) -> Packed:
@@ -110,7 +106,7 @@ def quantize(rotated: Tensor, bits: int) -> Packed:
     norm = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True)
     unit = rotated / norm.clamp_min(torch.finfo(norm.dtype).tiny) * rotated.shape[-1] ** 0.5
     table = levels(torch.arange(steps + 1, device=rotated.device), bits, rotated.dtype)
-    ends = (table[1:] + table[:-1]) / 2 * (STEP if bits == 2 else 1.0)
+    ends = (table[1:] + table[:-1]) / 2 * STEPS[bits]
     codes = torch.bucketize(unit, ends)
     # Unbiased: the decoded vector's inner product with the original is the original's square.
     aligned = (rotated * table[codes]).sum(-1).clamp_min(torch.finfo(norm.dtype).tiny)

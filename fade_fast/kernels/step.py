@@ -319,11 +319,11 @@ def _attend(
     right = F.pad(above, (0, 0, 0, dim)) + F.pad(below, (0, 0, length, 0))
     for i, (parts, _, _) in enumerate(partials):
         before = length
-        for part in parts:
-            if i + 1 < len(partials):
-                part = written(part) * factors[i + 1]
-            else:
-                part = written(part * shrink[-1] * share)
+        if i + 1 < len(partials):
+            parts = [written(part) * factors[i + 1] for part in parts]
+        else:
+            parts = [written(part * shrink[-1] * share) for part in parts]
+        for part in packed.channels(parts, bits[i][1]) if chunks else parts:
             left = left + F.pad(part, (0, 0, before, length + dim - before - part.shape[1]))
             before += part.shape[1]
     output = written(torch.bmm(left.to(dtype).mT, right).to(query.dtype))

@@ -401,7 +401,8 @@ def _chunks(chunk: int):
             queries, bias, slots, decoder,
             bits=p.bits[0], chunk=chunk, softcap=p.softcap, dtype=queries.plain.dtype,
         )  # fmt: skip
-        ours = merge.Partial(torch.cat(parts, dim=1).mT, top[:, 0], total[:, 0])
+        acc = torch.cat(packed.channels(parts, p.bits[0][1]), dim=1).mT
+        ours = merge.Partial(acc, top[:, 0], total[:, 0])
         _compare(found, posed, p, ours, where)
 
     return run

@@ -159,17 +159,18 @@ def _packing(bits, dim):
 
 
 def _numbers(found: Found, data, codes, bits, dtype, axis) -> None:
-    """What the products make of the fields of a byte."""
+    """What the products make of the fields of a byte, and what becomes of their sums."""
     parts = packed.fields(data.movedim(-1, axis).contiguous(), bits, dtype, axis)
-    ours = torch.cat([x.double() / unit for x, unit in parts], dim=axis).movedim(axis, -1).cpu()
-    where = f"{dtype} axis {axis}"
-    found.holds("packing", all(x.shape[axis] == packed.field_width(bits, codes.shape[-1]) for x, _ in parts))
-    if bits == 3:
-        error = relative_error(ours, quantize.levels(3)[codes.long()])
-        found.near("levels", error, where, dtype=dtype)
-    else:
-        kept = 0.0 if dtype == torch.float16 else (2**bits - 1) / 2
-        found.same("numbers of codes", ours, codes.double() - kept, where)
+    width = packed.field_width(bits, codes.shape[-1])
+    found.holds("packing", all(x.numbers.shape[axis] == width for x in parts))
+    numbers = [(x.numbers.double() / x.unit).movedim(axis, -1).reshape(-1, width, 1) for x in parts]
+    ours = torch.cat(packed.channels(numbers, bits), dim=1).view(codes.shape).cpu()
+    where, dim = f"{dtype} axis {axis}", codes.shape[-1]
+    kept = 0.0 if dtype == torch.float16 else (2**bits - 1) / 2
+    found.same("numbers of codes", ours, codes.double() - kept, where)
+    by = torch.arange(1.0, dim + 1, dtype=torch.float64)  # a product with these is exact
+    ours = sum((x.squeeze(-1).cpu() * y).sum(-1) for x, y in zip(numbers, packed.operands(by, bits)))
+    found.same("products of codes", ours, ((codes.double() - kept) * by).sum(-1).flatten(), where)
 
 
 def _record(draw: Draw, bits, *size) -> tuple[rotated.Packed, Record]:

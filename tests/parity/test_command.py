@@ -45,7 +45,7 @@ def test_a_run_that_passes(tmp_path, capsys):
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["machine"]["torch"] == torch.__version__ and found["machine"]["commit"] is not None
     digests = [check["digest"] for case in found["cases"] for check in case["checks"] if "digest" in check]
-    assert len(set(digests)) == len(digests) == 14
+    assert len(set(digests)) == len(digests) == 21
     assert "## Claims" in (tmp_path / "a.md").read_text()
 
 

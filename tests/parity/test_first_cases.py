@@ -53,22 +53,28 @@ def test_codes(bits, head_dim):
     assert found.total > 0.98 * x.numel()
 
 
-@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 80, 128])
-def test_three_bit_levels_of_products(head_dim, axis):
-    """The matrices of a product hold the levels of a quarter of the channels each, exactly."""
+def test_fields_of_products(head_dim, bits):
+    """Products with the fields of a byte, and sums over them, are those with the codes; in float16, too."""
     generator = torch.Generator().manual_seed(head_dim)
-    codes = torch.randint(8, (3, 50, head_dim), generator=generator, dtype=torch.uint8)
-    data = quantize.pack(codes, 3)
-    assert torch.equal(rotated.pack(codes, 3), data)
+    codes = torch.randint(2**bits, (3, 50, head_dim), generator=generator, dtype=torch.uint8)
+    data = quantize.pack(codes, bits)
+    assert torch.equal(rotated.pack(codes, bits), data)
+    query = torch.randint(-9, 9, (head_dim,), generator=generator).double()
+    weights = torch.arange(50.0).double()
     for dtype in (torch.float64, torch.float32, torch.float16):
-        parts = packed.fields(data.movedim(-1, axis), 3, dtype, axis)
-        assert all(unit == 1 and x.shape[axis] == packed.field_width(3, head_dim) for x, unit in parts)
-        found = torch.cat([x for x, _ in parts], dim=axis).movedim(axis, -1)
-        assert torch.equal(found, rotated.levels(codes.int(), 3, packed.wide(dtype)).to(dtype))
-        expected = quantize.levels(3)[codes.long()]
-        tolerance = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3}[dtype]
-        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=0)
+        centred = codes.double() - (2**bits - 1) / 2
+        for axis in (-1, -2):
+            parts = packed.fields(data if axis == -1 else data.mT, bits, dtype, axis)
+            numbers = [x.numbers.double() / x.unit - x.lacks for x in parts]
+            assert {x.shape[axis] for x in numbers} == {packed.field_width(bits, head_dim)}
+            if axis == -1:
+                found = sum(x @ q for x, q in zip(numbers, packed.operands(query, bits)))
+                assert torch.equal(found, centred @ query)
+            else:
+                sums = packed.channels([x @ weights[:, None] for x in numbers], bits)
+                assert torch.equal(torch.cat(sums, dim=1), centred.mT @ weights[:, None])
 
 
 @pytest.mark.parametrize("x", [0.0, 1e-7, 1e4, 6e4], ids=str)

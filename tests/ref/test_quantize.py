@@ -344,9 +344,12 @@ def test_stored_is_fp16_without_infinity():
 def slow_bytes(codes, bits):
     """The bytes of one vector, with Python integers alone."""
     dim = len(codes)
-    if bits == 3:
-        return slow_bytes([c % 4 for c in codes], 2) + slow_bytes([c // 4 for c in codes], 1)
     count = dim * bits // 8
+    if bits == 3:
+        n = dim // 8
+        bit = lambda j, part: codes[part * n + j % n] >> j // n & 1  # noqa: E731
+        whole = [codes[j] + (codes[j + count] << 3) for j in range(count)]
+        return [x + (bit(j, 6) << 6) + (bit(j, 7) << 7) for j, x in enumerate(whole)]
     return [sum(codes[j + part * count] << (bits * part) for part in range(8 // bits)) for j in range(count)]
 
 
