@@ -246,7 +246,7 @@ class Problem:
         """The kernels of the first tier alone: compiled on CUDA, in float32 elsewhere."""
         slots, bits, span = self.tiers[0], self.options["bits"][0], self.options["spans"][0]
         heads, rows, d = queries.plain.shape
-        chunk = packed.chunk_of(heads, span, rows)
+        chunk = packed.chunk_of(heads, span, rows, bits[1])
         markers = [marker(span // chunk)]
         args = markers, queries, bias, slots
         if self.device != "cuda":

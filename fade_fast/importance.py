@@ -20,6 +20,7 @@ from torch import Tensor
 from fade_ref.config import FadeConfig
 
 from .buffers import Field
+from .kernels.compile import Compiled, fuses
 
 ALPHA = 0.95  # decay of `Decayed` a query: fade-kv 1.1.0, tracker.py
 WINDOW = 64  # queries that SnapKV observes
@@ -42,9 +43,13 @@ class Observer(ABC):
         horizon: how many of the newest queries of a step can make a difference; None: all.
         additive: whether shares may come summed over the queries of a step.
         by_head: whether the heads of a row hold different tokens.
+        fuses: whether `rule` may be compiled: it would copy what it writes only a part of.
+        cursor: int64 [1], what `rule` counts by beside the fields; None if nothing.
     """
 
     fresh: dict[str, float]
+    fuses = True
+    cursor: Tensor | None = None
     horizon: int | None = None
     additive = False
     by_head = False
@@ -56,15 +61,43 @@ class Observer(ABC):
     def start(self, heads: int, dtype: torch.dtype, device) -> None:
         """Learn the KV heads, and the dtype and device of the keys."""
 
+    @staticmethod
     @abstractmethod
-    def add(self, received: dict[str, Tensor], shares: Tensor, seen: Tensor) -> None:
+    def rule(received: dict[str, Tensor], shares: Tensor, seen: Tensor, cursor: Tensor | None) -> None:
         """Count q queries, the oldest first, in place; every tile of tokens has its own call.
 
         Args:
             received: the fields of n tokens, views.
             shares: [B, H, q, n], 0 where not seen; [B, H, 1, n], their sum over queries, if `additive`.
             seen: bool [B, 1, q, n], which tokens each query could see.
+            cursor: see there.
         """
+
+    def add(self, received: dict[str, Tensor], shares: Tensor, seen: Tensor) -> None:
+        """Count queries by the `rule`."""
+        self.rule(received, shares, seen, self.cursor)
+
+    def add_step(
+        self,
+        buffers: list[dict[str, Tensor]],
+        sums: list[Tensor],
+        seen: list[Tensor],
+        real: Tensor,
+        group: int,
+    ) -> None:
+        """Count a step of one column by its sums over `group` query heads, on CUDA compiled.
+
+        Args:
+            buffers: of the uncompressed slots and of each tier, the fields.
+            sums: [B, H, n] for each of them. seen: bool [B, 1, n], likewise.
+            real: bool [B]; a query that is padding counts nowhere.
+        """
+        args = buffers, sums, seen, real, self.cursor
+        if self.fuses and fuses(real):
+            _compiled([], dict, *args, rule=self.rule, group=group)
+        else:
+            _add_step([], *args, rule=self.rule, group=group)
+        self.advance(1)
 
     @abstractmethod
     def score(self, received: dict[str, Tensor]) -> Tensor:
@@ -115,7 +148,8 @@ class Summed(Observer):
         counts = Field((), torch.int32, heads if self.by_head else 1)
         self.fields = dict(mass=Field((), wide, heads), queries=counts)
 
-    def add(self, received, shares, seen):
+    @staticmethod
+    def rule(received, shares, seen, cursor):
         received["mass"].add_(shares.sum(2))
         received["queries"].add_(seen.sum(2, dtype=torch.int32))
 
@@ -133,7 +167,8 @@ class Decayed(Observer):
     def start(self, heads, dtype, device):
         self.fields = dict(ema=Field((), torch.promote_types(dtype, torch.float32), heads))
 
-    def add(self, received, shares, seen):
+    @staticmethod
+    def rule(received, shares, seen, cursor):
         ema = received["ema"]
         if shares.shape[2] == 1:
             p, seen = shares[:, :, 0], seen[:, :, 0]
@@ -160,22 +195,23 @@ class Windowed(Observer):
     """
 
     fresh = dict(window=UNSEEN)
+    fuses = False
 
     def __init__(self, window: int):
         super().__init__()
-        self.window = self.horizon = window
-        self.cursor: Tensor | None = None  # int64 [1]: the ring's oldest place
+        self.window = self.horizon = window  # `cursor` is the ring's oldest place
 
     def start(self, heads, dtype, device):
         dtype = torch.bfloat16 if dtype.itemsize == 2 else dtype
         self.fields = dict(window=Field((self.window,), dtype, heads, axis=-1))
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def add(self, received, shares, seen):
+    @staticmethod
+    def rule(received, shares, seen, cursor):
         window, queries = received["window"], shares.shape[2]
-        skip = max(0, queries - self.window)
-        place = torch.arange(skip, queries, device=self.cursor.device)
-        place = (self.cursor + place).remainder(self.window)
+        skip = max(0, queries - window.shape[2])
+        place = torch.arange(skip, queries, device=cursor.device)
+        place = (cursor + place).remainder(window.shape[2])
         rows = torch.where(seen, shares, UNSEEN)[:, :, skip:]
         window.index_copy_(2, place, rows.to(window.dtype))
 
@@ -287,3 +323,12 @@ def pool_neighbours(scores: Tensor, position: Tensor, size: int = 5) -> Tensor:
     real = torch.where((position >= 0) & ~scores.isnan(), scores, 0.0).gather(-1, order)
     pooled = F.pad(real, (size // 2, size // 2)).unfold(-1, size, 1).mean(-1)
     return torch.empty_like(pooled).scatter_(-1, order, pooled)
+
+
+def _add_step(markers, buffers, sums, seen, real, cursor, *, rule, group) -> None:
+    real = real[:, None, None]
+    for received, each, sees in zip(buffers, sums, seen):
+        rule(received, (each * real / group).unsqueeze(2), (sees & real).unsqueeze(1), cursor)
+
+
+_compiled = Compiled(_add_step)

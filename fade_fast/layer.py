@@ -383,8 +383,9 @@ class TieredLayer(CacheLayerMixin):
         columns = self._cut(columns, sinks, new)
         if surplus:
             older, first = self._held(self.exact.count - recent, self.exact.count), self.length - new + sinks
-            axes = {name: field.axis for name, field in self.exact.fields.items()}
-            columns = {name: torch.cat((older[name], x), axes[name]) for name, x in columns.items()}
+            if recent:
+                axes = {name: field.axis for name, field in self.exact.fields.items()}
+                columns = {name: torch.cat((older[name], x), axes[name]) for name, x in columns.items()}
             self._demote(self._cut(columns, 0, surplus), first - recent)
             self.exact.count -= recent
             columns = self._cut(columns, surplus, recent + new - sinks)
@@ -581,9 +582,15 @@ class TieredLayer(CacheLayerMixin):
         if not self.observer:
             return []
         keys = self.exact.tensors["key"]
+        rows, wide = keys.shape[:2], torch.promote_types(keys.dtype, torch.float32)
         sizes = [keys.shape[2], *(tier.records.capacity for tier in self.held_tiers())]
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        return [torch.zeros(*keys.shape[:2], n, dtype=wide, device=keys.device) for n in sizes]
+        zeros = torch.zeros(rows.numel() * sum(sizes), dtype=wide, device=keys.device)
+        return [x.view(*rows, -1) for x in zeros.split([rows.numel() * n for n in sizes])]
+
+    def observed(self) -> list[dict[str, Tensor]]:
+        """The observer's fields of the uncompressed slots, and of each tier."""
+        held = [self.exact, *(tier.records for tier in self.held_tiers())]
+        return [{name: x.tensors[name] for name in self.observer.fields} for x in held]
 
     @torch.no_grad()
     def count(self, tally: list[Tensor], group: int, seen: list[Tensor]) -> None:
@@ -593,12 +600,10 @@ class TieredLayer(CacheLayerMixin):
             tally: see there; sums over the query rows of a KV head, `group` heads.
             seen: bool [B, 1 or q, n]; n may be less than the capacity.
         """
-        buffers = [self.exact, *(tier.records for tier in self.held_tiers())]
-        for records, sums, sees in zip(buffers, tally, seen):
+        for fields, sums, sees in zip(self.observed(), tally, seen):
             n = sees.shape[-1]
-            tensors = {name: records.tensors[name] for name in self.observer.fields}
             shares = (sums[..., :n] / group).unsqueeze(2)
-            self.observer.add({k: x[..., :n] for k, x in tensors.items()}, shares, sees.unsqueeze(1))
+            self.observer.add({k: x[..., :n] for k, x in fields.items()}, shares, sees.unsqueeze(1))
         self.observer.advance(seen[0].shape[1])
 
     # -- what attention reads

@@ -191,11 +191,9 @@ class Stepper:
                 query, keys, values, self.seen, layer.frozen,
                 scaling=scaling, softcap=softcap, s_aux=s_aux, mass=tally,
             )  # fmt: skip
-        if tally:  # a query that is padding counts nowhere
-            real = self.real[:, None, None]
-            sees = [x & real for x in (self.seen, *(slots.valid for slots in layer.frozen))]
-            tally = [x * real for x in tally]
-            layer.count(tally, query.shape[1] // key.shape[1], sees)
+        if tally:
+            sees = [self.seen, *(slots.valid for slots in layer.frozen)]
+            layer.observer.add_step(layer.observed(), tally, sees, self.real, query.shape[1] // key.shape[1])
         if index == len(self.layers) - 1:
             self.slot.add_(1)
             self.column.add_(1)

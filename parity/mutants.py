@@ -327,8 +327,8 @@ MUTANTS = [
         (
             "pairs rotated as halves",
             "kernels.packed.decoded_products",
-            "decoder.interleaved",
-            "False",
+            "turned.shape[-1], decoder.interleaved",
+            "turned.shape[-1], False",
             "before RoPE, pairs",
         ),
         ("probabilities of one row", "kernels.packed.probabilities", ".sum(1)", "[:, 0]", "two widths"),
@@ -506,14 +506,14 @@ MUTANTS = [
         # -- what tokens received
         (
             "queries not counted",
-            "importance.Summed.add",
+            "importance.Summed.rule",
             "seen.sum(2, dtype=torch.int32)",
             "1",
             "life/policies/h2o",
         ),
         (
             "average that starts from nothing",
-            "importance.Decayed.add",
+            "importance.Decayed.rule",
             "torch.where(ema < 0, p, later)",
             "later",
             "life/policies/ema",

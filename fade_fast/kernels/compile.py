@@ -71,7 +71,8 @@ def tier_tiles(
     if chunk > 1024:  # or a thread has too many numbers
         stats.update(XBLOCK=1, num_warps=4)
     join = dict(XBLOCK=16, R0_BLOCK=16 if heads >= 32 else 64)
-    decode = dict(ZBLOCK=1, XBLOCK=64, YBLOCK=32, num_warps=2, num_stages=3)
+    # No stages: a pipeline of operands that are decoded takes eight times as long.
+    decode = dict(ZBLOCK=1, XBLOCK=128, YBLOCK=64, num_warps=4, num_stages=1)
     decode.update(R0_BLOCK=64 if dim % 64 == 0 else 32)
     length = blocks * chunk
     return {

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .merge import Partial, combine, empty
-from .rope import cos_sin, turn
+from .rope import as_sum, cos_sin, swap
 from .rotated import Packed, center, dequantize, thirds
 
 LOG2E = math.log2(math.e)
@@ -214,12 +214,17 @@ def decoded_products(query: Queries, decoder: Decoder, slots: Slots, *, bits, ch
     blocks, batch = length // chunk, slots.read_at.shape[0]
     codes = Packed(*(None if x is None else _cut(x, 1, chunk) for x in slots.keys))
     turned = dequantize(codes, bits, wide(dtype)).to(dtype)
-    keys = torch.bmm(turned, decoder.matrix.to(dtype).expand(turned.shape[0], -1, -1)).to(wide(dtype))
-    keys = written(keys + _spread(slots.means.to(wide(dtype)), slots.per_mean, blocks, chunk))
     # Once for all heads, or each would take sines of its own.
-    angles = cos_sin(slots.read_at, decoder.inv_freq, keys.dtype)
-    angles = [written(x).expand(-1, heads // batch, -1, -1).flatten(0, 1) for x in angles]
-    keys = turn(keys, *(_cut(x, 1, chunk) for x in angles), decoder.interleaved)
+    angles = [written(x) for x in cos_sin(slots.read_at, decoder.inv_freq, wide(dtype))]
+    factors = as_sum(*angles, turned.shape[-1], decoder.interleaved)
+    width, keys = 2 * angles[0].shape[-1], 0.0
+    # RoPE's two terms as two products: then it ends the kernel that decodes.
+    for factor, swapped in zip(factors, (False, True)):
+        to = (lambda x: swap(x, width, decoder.interleaved)) if swapped else lambda x: x
+        part = torch.bmm(turned, to(decoder.matrix).to(dtype).expand(turned.shape[0], -1, -1))
+        mean = _spread(to(slots.means).to(wide(dtype)), slots.per_mean, blocks, chunk)
+        factor = _cut(factor.expand(-1, heads // batch, -1, -1).flatten(0, 1), 1, chunk)
+        keys = keys + (part.to(wide(dtype)) + mean) * factor
     keys = written(keys.to(dtype))  # or the product would take sines of every tile it loads
     halves = zip(keys.chunk(2, -1), query.plain.to(dtype).chunk(2, -1))  # see `fields`
     return sum(torch.bmm(k, _chunks(q, blocks).mT).to(wide(dtype)) for k, q in halves)
@@ -408,11 +413,14 @@ def _near(bias: Tensor | None, start: int, tile: Slots) -> Tensor | None:
     return bias.narrow(-1, start // tile.per_mean, tile.means.shape[1])
 
 
-def chunk_of(heads: int, length: int, rows: int) -> int:
-    """Tokens a program of the second product sums: measured on an H100 (docs/lab-notebook.md)."""
+def chunk_of(heads: int, length: int, rows: int, bits: int = 4) -> int:
+    """Tokens a program of the second product sums: measured on an H100 (docs/lab-notebook.md).
+
+    Fewer where values have 8 bits: tensor cores round sums down, and codes of that width are mostly centre.
+    """
     total = heads * length
     chunk = 2048 if total >= 1 << 20 else 512 if total >= 1 << 19 else 256 if total >= 1 << 17 else 128
-    return min(chunk, 512) if rows > 4 else chunk
+    return min(chunk, 512) if rows > 4 or bits == 8 else chunk
 
 
 def bucket(heads: int, length: int) -> int:

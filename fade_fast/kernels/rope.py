@@ -30,6 +30,23 @@ def cos_sin(position: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Ten
     return angle.cos(), angle.sin()
 
 
+def as_sum(cos: Tensor, sin: Tensor, dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Factors c and s [..., n, D], such that `turn(x, cos, sin)` is c * x + s * swap(x)."""
+    axis, rest = (-1 if interleaved else -2), dim - 2 * cos.shape[-1]
+    cos, sin = torch.stack((cos, cos), axis).flatten(-2), torch.stack((-sin, sin), axis).flatten(-2)
+    if rest:  # by `cat`: to pad would tie a compiled graph to one number of tokens
+        shape = (*cos.shape[:-1], rest)
+        cos, sin = (torch.cat((x, x.new_full(shape, n)), dim=-1) for x, n in ((cos, 1.0), (sin, 0.0)))
+    return cos, sin
+
+
+def swap(x: Tensor, width: int, interleaved: bool) -> Tensor:
+    """The first `width` channels of x [..., D] with both of each pair in the other's place."""
+    turned, rest = x.split((width, x.shape[-1] - width), dim=-1)
+    turned = turned.unflatten(-1, (-1, 2) if interleaved else (2, -1)).flip(-1 if interleaved else -2)
+    return torch.cat((turned.flatten(-2), rest), dim=-1) if rest.shape[-1] else turned.flatten(-2)
+
+
 def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """`rotate`, given cosine and sine."""
     width = 2 * cos.shape[-1]

@@ -181,7 +181,7 @@ def _operator(
     args = (query, keys, values, seen, matrix, slots, s_aux, inv_freq, mass)
     if not (fuses(query) and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
         return _attend(*_of_span(args, spans), chunks=None, **options)
-    chunks = _chunks_of(heads, spans, rows)
+    chunks = _chunks_of(heads, spans, rows, pairs)
     blocks = [span // chunk for span, chunk in zip(spans, chunks)]
 
     def pinned() -> Tiles:
@@ -204,9 +204,9 @@ def _(query, *args):
     return query.new_empty(batch, new, q_heads, dim)
 
 
-def _chunks_of(heads: int, spans: list[int], rows: int) -> tuple[int, ...]:
+def _chunks_of(heads: int, spans: list[int], rows: int, bits) -> tuple[int, ...]:
     """Chunks of each tier of the compiled twin; slots beyond the last whole one would be left out."""
-    chunks = tuple(packed.chunk_of(heads, n, rows) for n in spans)
+    chunks = tuple(packed.chunk_of(heads, n, rows, b[1]) for n, b in zip(spans, bits))
     if any(n % chunk for n, chunk in zip(spans, chunks)):
         raise ValueError(f"spans are {spans}; allowed: as `packed.bucket` rounds, multiples of {chunks}")
     return chunks

@@ -198,7 +198,7 @@ def test_detach_restores_and_plain_caches_work_attached():
 def test_more_rows_have_room_for_longer_chunks(monkeypatch):
     """On CUDA chunks grow with the batch; no span may then end before the tokens do."""
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
-    monkeypatch.setattr(packed, "chunk_of", lambda heads, n, rows: 16 if heads * n < 500 else 128)
+    monkeypatch.setattr(packed, "chunk_of", lambda heads, n, rows, bits=4: 16 if heads * n < 500 else 128)
     for module, twin in ((rotated, rotated._encode_both), (step, step._twin)):
         eager = lambda markers, pinned, *args, f=twin, **k: f(markers, *args, **k)  # noqa: E731
         monkeypatch.setattr(module, "_compiled", eager)

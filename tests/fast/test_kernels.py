@@ -248,7 +248,7 @@ def test_buckets_are_whole_chunks_and_few():
             assert packed.longest(heads, longest + packed.spare(longest)) == longest
         assert len({packed.bucket(heads, length) for length in lengths}) < 120
     with pytest.raises(ValueError, match="spans are .*1900.*bucket"):
-        step._chunks_of(72, [1900], 4)
+        step._chunks_of(72, [1900], 4, [(4, 4)])
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -339,7 +339,7 @@ def test_opcheck(gathers):
 def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
     """The twin for CUDA, traced by the same code, without code generation; spans are below the capacity."""
     bits = shape.get("widths", [(4, 4)])
-    capacities = [2048] * len(bits)
+    capacities = [4096] * len(bits)
     args, options = problem(
         9, exact=20, dtype=torch.float16, **dict(shape, widths=bits, capacities=capacities)
     )
@@ -356,7 +356,7 @@ def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
     constants |= dict(bits=tuple(bits), interleaved=False)
     for shorter in (0, 1, 3):
         spans = [packed.bucket(heads, n) - 128 * shorter for n in options["spans"]]
-        chunks = step._chunks_of(heads, spans, rows)
+        chunks = step._chunks_of(heads, spans, rows, bits)
         assert chunks == (128,) * len(spans)
         mass = [torch.zeros(2, 2, n) for n in (20, *capacities)]
         inputs = (*args, sinks, frequencies)
