@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import fade_fast
+from fade_fast import importance
 from fade_fast.kernels import compile as compiling
 from fade_fast.kernels import exact, packed, rotated, step
 
@@ -67,13 +68,14 @@ def test_no_second_graph_inside_another_compiled_one(twin):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__)
-@pytest.mark.parametrize("name", ["int4", "int4, int2, evict"])
+@pytest.mark.parametrize("name", ["int4", "int4, int2, evict", "h2o", "ema", "snapkv"])
 def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
     """A GPU's whole decode path traced on the CPU: every twin of every kernel is compiled once."""
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
     monkeypatch.setattr(step, "_compiled", compiling.Compiled(step._twin))
     monkeypatch.setattr(rotated, "_compiled", compiling.Compiled(rotated._encode_both))
     monkeypatch.setattr(exact, "_compiled_store", compiling.Compiled(exact._store))
+    monkeypatch.setattr(importance, "_compiled", compiling.Compiled(importance._add_step))
     config, counts = CONFIGS[name], []
     model = tiny_llama(dtype=torch.float16)
     with context():
@@ -84,7 +86,8 @@ def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
             counts.append(graphs())
     assert len(step._compiled.graphs) > 0 and len(rotated._compiled.graphs) > 0
     assert counts[1] == counts[2]
-    twins = step._compiled, rotated._compiled, exact._compiled_store
+    twins = step._compiled, rotated._compiled, exact._compiled_store, importance._compiled
+    assert bool(importance._compiled.graphs) == (name in ("h2o", "ema"))
     assert counts[2] == 1 + sum(len(twin.graphs) for twin in twins)
 
 
@@ -103,6 +106,27 @@ def test_twin_of_long_uncompressed_texts(twin, monkeypatch):
     assert cache.stepper.settled >= 768
     assert len(tail.graphs) == len(exact._compiled_store.graphs) == 1 and graphs() == 3
     assert torch.equal(found, eager(model, fade_fast.create_cache(model, CONFIGS["off"]), inputs, new=300))
+
+
+@pytest.mark.parametrize("name", ["h2o", "ema"])
+def test_counting_compiled_counts_the_same(name, twin, monkeypatch):
+    """A row of padding, real queries of the other: fields of the uncompressed slots and of a tier."""
+    monkeypatch.setattr(importance, "_compiled", compiling.Compiled(importance._add_step))
+    draw, found = torch.Generator().manual_seed(0), []
+    sums = [torch.rand(2, 3, n, generator=draw) for n in (20, 48)]
+    seen = [torch.rand(2, 1, n, generator=draw) < 0.7 for n in (20, 48)]
+    for fused in (set(), {"cpu"}):
+        monkeypatch.setattr(compiling, "FUSED_ON", fused)
+        observer = importance.observer(CONFIGS[name])
+        observer.start(3, torch.float16, "cpu")
+        buffers = [observer.arrive(2, n, "cpu") for n in (20, 48)]
+        for _ in range(3):
+            observer.add_step(buffers, sums, seen, torch.tensor([True, False]), group=4)
+        found.append([x for fields in buffers for x in fields.values()])
+    assert len(importance._compiled.graphs) == graphs() == 1
+    for plain, compiled, fresh in zip(*found, 2 * list(observer.fresh.values())):
+        assert torch.equal(plain, compiled) and not torch.equal(plain[0], plain[1])
+        assert (plain[1] == fresh).all()
 
 
 @pytest.mark.parametrize("step", [1, 48, 64, None])
