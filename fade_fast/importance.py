@@ -43,12 +43,12 @@ class Observer(ABC):
         horizon: how many of the newest queries of a step can make a difference; None: all.
         additive: whether shares may come summed over the queries of a step.
         by_head: whether the heads of a row hold different tokens.
-        fuses: whether `rule` may be compiled: it would copy what it writes only a part of.
+        compiles: whether `rule` may be compiled, which would copy what it writes only a part of.
         cursor: int64 [1], what `rule` counts by beside the fields; None if nothing.
     """
 
     fresh: dict[str, float]
-    fuses = True
+    compiles = True
     cursor: Tensor | None = None
     horizon: int | None = None
     additive = False
@@ -93,7 +93,7 @@ class Observer(ABC):
             real: bool [B]; a query that is padding counts nowhere.
         """
         args = buffers, sums, seen, real, self.cursor
-        if self.fuses and fuses(real):
+        if self.compiles and fuses(real):
             _compiled([], dict, *args, rule=self.rule, group=group)
         else:
             _add_step([], *args, rule=self.rule, group=group)
@@ -195,7 +195,7 @@ class Windowed(Observer):
     """
 
     fresh = dict(window=UNSEEN)
-    fuses = False
+    compiles = False
 
     def __init__(self, window: int):
         super().__init__()

@@ -7,6 +7,7 @@ gather of bytes. `coded.CodedMiddle` is pinned too, and product-quantised.
 
 import contextlib
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ CODECS = ("rotated", "product")  # that a middle can have
 TRANSPOSED = ("value_codes",)
 
 HEADROOM = 1024  # slots on CUDA for tokens to come, at least, when a tier is first filled
+SUMMED = 1 << 24  # numbers that are copied to be summed at a time
 NEVER = 1 << 30  # slots until the next mean, where there is one for all
 
 
@@ -154,8 +156,16 @@ def key_mean(keys: Tensor, position: Tensor | None) -> Tensor:
     """Mean of the real tokens of each group: keys [B, H, G, n, D] to fp16 [B, H, G, D].
 
     `position` [B, 1, G, n]: `HOLE` marks what does not count; None: all count. A group without a real
-    token has mean 0. Summed in float64, so that the order of the sum leaves no trace in the fp16 result.
+    token has mean 0. Summed in float64, so that the order of the sum leaves no trace in the fp16 result,
+    and a few groups at a time, for PyTorch makes a float64 copy of what it sums.
     """
+    step = max(1, SUMMED // max(1, keys[:, :, :1].numel()))
+    positions = itertools.repeat(None) if position is None else position.split(step, dim=2)
+    means = [_key_mean(*part) for part in zip(keys.split(step, dim=2), positions)]
+    return means[0] if len(means) == 1 else torch.cat(means, dim=2)
+
+
+def _key_mean(keys: Tensor, position: Tensor | None) -> Tensor:
     if position is None:
         mean = keys.sum(-2, dtype=torch.float64) / keys.shape[-2]
     else:

@@ -153,7 +153,13 @@ MUTANTS = [
             "decoded + 0 * packed.zero",
             "decode, 8",
         ),
-        ("mean counts padding", "middle.key_mean", "real.sum(-2).clamp_min(1)", "real.shape[-2]", "key mean"),
+        (
+            "mean counts padding",
+            "middle._key_mean",
+            "real.sum(-2).clamp_min(1)",
+            "real.shape[-2]",
+            "key mean",
+        ),
         (
             "whole codes swapped",
             "kernels.rotated.pack",
