@@ -8,10 +8,11 @@ import torch
 from transformers import FalconConfig, FalconForCausalLM, T5Config, T5ForConditionalGeneration
 
 import fade_fast
-from fade_fast import plan
+from fade_fast import middle, plan
 from fade_fast.attention import NAME
 from fade_fast.kernels import compile as compiling
 from fade_fast.kernels import packed, rotated, step
+from fade_fast.timeline import HOLE
 from fade_ref.config import POLICIES, FadeConfig
 
 from .models import (
@@ -193,6 +194,20 @@ def test_detach_restores_and_plain_caches_work_attached():
     fade_fast.detach(model)
     assert model.config._attn_implementation == previous
     assert torch.equal(generate(model, dense(model), inputs), expected)
+
+
+@pytest.mark.parametrize("at_once", [1, 5000, 10**9])
+def test_means_do_not_depend_on_how_many_are_taken_at_once(at_once, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 3, 41, 16, 8, generator=draw).bfloat16()
+    position = torch.where(torch.rand(2, 1, 41, 16, generator=draw) < 0.3, HOLE, 5)
+    position[0, 0, 3] = HOLE
+    monkeypatch.setattr(middle, "SUMMED", at_once)
+    real = (position != HOLE)[..., None]
+    exact = keys.double().masked_fill(~real, 0).sum(-2) / real.sum(-2).clamp_min(1)
+    assert torch.equal(middle.key_mean(keys, position), exact.half())
+    assert torch.equal(middle.key_mean(keys, None), keys.double().mean(-2).half())
+    assert middle.key_mean(keys[:, :, :0], None).shape == (2, 3, 0, 8)
 
 
 def test_more_rows_have_room_for_longer_chunks(monkeypatch):
