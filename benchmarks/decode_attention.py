@@ -183,7 +183,7 @@ class Problem:
         self.tiers = [self._tier(bits, n) for bits, n in case.tiers]
         self.options = dict(
             bits=[(bits, bits) for bits, _ in case.tiers],
-            spans=[packed.bucket(b * h, n) for _, n in case.tiers],
+            spans=[self._span(n, x) for (_, n), x in zip(case.tiers, self.tiers)],
             scaling=d**-0.5,
         )
         if case.evicts:
@@ -192,7 +192,7 @@ class Problem:
     def _tier(self, bits: int, length: int) -> Slots:
         """A tier with room as `MiddleTier` has it on CUDA; slots beyond `length` hold tokens nobody sees."""
         b, h, d = self.case.batch, self.case.heads, self.case.head_dim
-        size = packed.bucket(b * h, length)
+        size = packed.whole(b * h, length)
         size += packed.spare(size)
         per = BLOCK if self.case.budget is None else NEVER
         group, rows = min(per, size), []
@@ -214,6 +214,12 @@ class Problem:
         values = values._replace(codes=values.codes.mT.contiguous())
         return Slots(keys, values, values.scale.float().amax(-1), means, valid, per, at)
 
+    @staticmethod
+    def _span(length: int, slots: Slots) -> int:
+        """Slots that are read, as `MiddleTier` has it on CUDA."""
+        heads = slots.bound.numel()
+        return min(packed.bucket(heads, length), packed.longest(heads, slots.valid.shape[-1]))
+
     def attend(self, mass: list[Tensor] | None = None) -> Tensor:
         args = self.query, self.keys, self.values, self.seen, self.table, self.tiers
         return step.attend(*args, **self.options, mass=mass)
@@ -223,7 +229,7 @@ class Problem:
         (slots,) = self.tiers
         valid = torch.arange(slots.valid.shape[-1], device=self.device) < length
         self.tiers = [slots._replace(valid=valid.expand_as(slots.valid).contiguous())]
-        self.options["spans"] = [packed.bucket(slots.bound.numel(), length)]
+        self.options["spans"] = [self._span(length, slots)]
 
     def mass(self) -> list[Tensor]:
         """Where `attend` can add probabilities."""

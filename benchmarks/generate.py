@@ -69,7 +69,7 @@ class Case:
 CASES = [
     Case(LLAMA, 1, 2 * K),
     Case(LLAMA, 1, 32 * K),
-    Case(LLAMA, 8, 2 * K, ("static", "safe", "balanced", "h2o")),
+    Case(LLAMA, 8, 2 * K, (*BASELINES, "safe", "balanced", "h2o")),
     Case(LLAMA, 8, 32 * K, (*BASELINES, "fp16", *PRESETS, "int2")),
     Case(LLAMA, 8, 8 * K),
     Case(LLAMA, 1, 128 * K, ("dynamic", "fp16", "safe")),

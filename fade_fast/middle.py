@@ -22,7 +22,7 @@ from . import plan
 from .buffers import Buffers, Field, along, take
 from .importance import Observer
 from .kernels import rotated
-from .kernels.packed import Slots, bucket, longest, spare, whole
+from .kernels.packed import Slots, bucket, longest, roomy, spare, whole
 from .kernels.rope import rotate
 from .kernels.rotated import Packed
 from .models import Rope
@@ -93,7 +93,7 @@ class MiddleTier:
         if self.records.fused and needed > self._longest:
             # Kernels are compiled for a capacity: a round one, first with some to spare, then doubled.
             more = needed if self.records.capacity else max(HEADROOM, needed // 8)
-            room = bucket(self._heads, needed + more)
+            room = roomy(self._heads, needed + more)
             self.reserve(room if self.most is None else max(needed, min(self.most, room)))
         self.records.make_room(new, held)
         if new and self.bound is not None:  # a bound that is too high does no harm

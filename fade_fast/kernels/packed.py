@@ -31,7 +31,6 @@ LOG2E = math.log2(math.e)
 TOP = 2.0**14  # float16 weights are scaled by this, so that small ones stay normal numbers
 LIMIT = 60_000.0  # where float16 scores are cut, in powers of two from the reference
 LONG = 1 << 14  # slots of a buffer in which a few more for alignment are not many
-FREE = 1 << 13  # slots, a megabyte of codes
 EAGER_TILE = 2048  # slots whose codes become numbers at a time where nothing is fused
 
 
@@ -424,26 +423,34 @@ def chunk_of(heads: int, length: int, rows: int, bits: int = 4) -> int:
 
 
 def bucket(heads: int, length: int) -> int:
-    """The smallest of a few lengths that holds `length` slots, in whole chunks.
+    """Slots that are read of `length` in use, if there are as many: one of few numbers, in whole chunks.
 
-    What is read is rounded up to this, so that few different launches serve a growing text; slots
-    beyond those in use are masked. Long steps read more than they need, short ones capture a graph
-    more often, which takes as long as some ten steps: the best one shrinks with the root of `heads`.
-    It is an eighth of the length at most, but for what takes no time to read: `FREE` slots of all heads.
+    What is read is rounded up, so that few different launches serve a growing text; slots beyond those
+    in use are masked. Long steps read more than they need, short ones capture a graph more often, which
+    takes as long as some ten steps: the best one shrinks with the root of `heads`.
     """
-    doublings = (heads - 1).bit_length()
-    part = max((1 << max(0, length - 1).bit_length()) // 8, FREE >> doublings)
-    step = max(chunk_of(heads, length, 1), min(1 << (13 - doublings // 2), part))
-    found = -(-length // step) * step
-    # Rounded up, it may belong to longer chunks.
-    return bucket(heads, found) if found % chunk_of(heads, found, 1) else found
+    return _rounded(heads, length, _best_step(heads))
+
+
+def roomy(heads: int, length: int) -> int:
+    """Slots to make for `length` in a text that grows: the same, but an eighth more at most, for memory."""
+    return _rounded(heads, length, min(_best_step(heads), (1 << max(0, length - 1).bit_length()) // 8))
 
 
 def whole(heads: int, length: int) -> int:
     """The smallest number of whole chunks that holds `length` slots, in slots."""
-    chunk = chunk_of(heads, length, 1)
-    found = -(-length // chunk) * chunk
-    return whole(heads, found) if found % chunk_of(heads, found, 1) else found
+    return _rounded(heads, length, 1)
+
+
+def _best_step(heads: int) -> int:
+    return 1 << (13 - (heads - 1).bit_length() // 2)
+
+
+def _rounded(heads: int, length: int, step: int) -> int:
+    step = max(chunk_of(heads, length, 1), step)
+    found = -(-length // step) * step
+    # Rounded up, it may belong to longer chunks.
+    return _rounded(heads, found, step) if found % chunk_of(heads, found, 1) else found
 
 
 def spare(slots: int) -> int:

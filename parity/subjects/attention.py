@@ -206,7 +206,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     """Random numbers for a problem, and the specification's answer."""
     spans = [n + min(p.beyond, p.spare) for n in p.lengths]
     if p.fused:
-        spans = [packed.bucket(p.batch * p.heads, n) for n in p.lengths]
+        spans = [packed.whole(p.batch * p.heads, n) for n in p.lengths]
     spare = [(span - n + SPARE) if p.fused else p.spare for n, span in zip(p.lengths, spans)]
     draw, total = Draw(seed), sum(p.lengths) + p.exact
     first = 50_000 if p.rope else 0  # large angles

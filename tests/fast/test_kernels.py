@@ -226,12 +226,12 @@ def test_lengths_around_borders(length, per_mean):
         1,
         2,
         lengths=(length,),
-        capacities=(packed.bucket(2, length) + 600,),
+        capacities=(packed.whole(2, length) + 600,),
         per_mean=per_mean,
         dtype=torch.float32,
     )
     found, _ = check(args, options)
-    wider, _ = check(args, options | dict(spans=[packed.bucket(2, length)]))
+    wider, _ = check(args, options | dict(spans=[packed.whole(2, length)]))
     torch.testing.assert_close(found, wider, rtol=1e-5, atol=1e-6)
 
 
@@ -243,8 +243,9 @@ def test_buckets_are_whole_chunks_and_few():
             span = packed.bucket(heads, length)
             assert length <= span == packed.bucket(heads, span)
             assert all(span % packed.chunk_of(heads, span, rows) == 0 for rows in (1, 4, 5, 64))
-            longest = packed.whole(heads, length)
-            assert length <= longest <= span and longest % packed.chunk_of(heads, longest, 1) == 0
+            longest, room = packed.whole(heads, length), packed.roomy(heads, length)
+            assert length <= longest <= room <= span and room <= max(longest, length * 9 // 8 + 2048)
+            assert room % packed.chunk_of(heads, room, 1) == longest % packed.chunk_of(heads, longest, 1) == 0
             assert packed.longest(heads, longest + packed.spare(longest)) == longest
         assert len({packed.bucket(heads, length) for length in lengths}) < 120
     with pytest.raises(ValueError, match="spans are .*1900.*bucket"):
@@ -339,7 +340,7 @@ def test_opcheck(gathers):
 def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
     """The twin for CUDA, traced by the same code, without code generation; spans are below the capacity."""
     bits = shape.get("widths", [(4, 4)])
-    capacities = [4096] * len(bits)
+    capacities = [2048] * len(bits)
     args, options = problem(
         9, exact=20, dtype=torch.float16, **dict(shape, widths=bits, capacities=capacities)
     )
@@ -355,7 +356,7 @@ def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
     constants = {name: options.get(name) for name in ("scaling", "softcap")}
     constants |= dict(bits=tuple(bits), interleaved=False)
     for shorter in (0, 1, 3):
-        spans = [packed.bucket(heads, n) - 128 * shorter for n in options["spans"]]
+        spans = [packed.roomy(heads, n) - 128 * shorter for n in options["spans"]]
         chunks = step._chunks_of(heads, spans, rows, bits)
         assert chunks == (128,) * len(spans)
         mass = [torch.zeros(2, 2, n) for n in (20, *capacities)]
