@@ -243,8 +243,8 @@ def generation(of: str, short: bool) -> str:
     told = f"{report['device']}, torch {report['torch']}, transformers {report['transformers']}."
     if not short:
         return f"{told}\n\n{generate.tables(results)}"
-    methods = list(dict.fromkeys(r.method for r in results))
-    cases = [case for case in dict.fromkeys(r.case for r in results) if " S 32768" in case]
+    cases = generate.LONG, generate.WIDE
+    methods = [m for m in generate.METHODS if any(r.method == m and r.case in cases for r in results)]
     head = [f"ms a step, {report['device']}", *(f"`{m}`" for m in methods)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for case in cases:
