@@ -232,9 +232,9 @@ class Problem:
         self.options["spans"] = [self._span(length, slots)]
 
     def mass(self) -> list[Tensor]:
-        """Where `attend` can add probabilities."""
+        """Where `attend` can write probabilities."""
         lengths = [EXACT, *(slots.valid.shape[-1] for slots in self.tiers)]
-        return [torch.zeros(*self.keys.shape[:2], n, device=self.device) for n in lengths]
+        return [torch.empty(*self.keys.shape[:2], n, device=self.device) for n in lengths]
 
     def prepared(self) -> tuple[Queries, Tensor]:
         """The query for the first tier, as the step's first kernel leaves it, and its part for the means."""

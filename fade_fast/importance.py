@@ -20,7 +20,7 @@ from torch import Tensor
 from fade_ref.config import FadeConfig
 
 from .buffers import Field
-from .kernels.compile import Compiled, fuses
+from .kernels.compile import TOGETHER, Compiled, fuses
 
 ALPHA = 0.95  # decay of `Decayed` a query: fade-kv 1.1.0, tracker.py
 WINDOW = 64  # queries that SnapKV observes
@@ -84,19 +84,25 @@ class Observer(ABC):
         seen: list[Tensor],
         real: Tensor,
         group: int,
+        slot: Tensor | None,
     ) -> None:
-        """Count a step of one column by its sums over `group` query heads, on CUDA compiled.
+        """Count a step of one column by its sums over `group` query heads, on CUDA in one kernel.
 
         Args:
             buffers: of the uncompressed slots and of each tier, the fields.
             sums: [B, H, n] for each of them. seen: bool [B, 1, n], likewise.
             real: bool [B]; a query that is padding counts nowhere.
+            slot: int64 [1], which of the uncompressed ones the step's own token took: its fields start
+                afresh. None if that was counted already.
         """
-        args = buffers, sums, seen, real, self.cursor
+        args, options = (buffers, sums, seen, real, self.cursor), dict(rule=self.rule, group=group)
         if self.compiles and fuses(real):
-            _compiled([], dict, *args, rule=self.rule, group=group)
+            _compiled([], dict, *args, slot, **options, fresh=tuple(self.fresh.items()))
         else:
-            _add_step([], *args, rule=self.rule, group=group)
+            if slot is not None:
+                for name, field in self.fields.items():
+                    buffers[0][name].index_fill_(field.axis, slot, self.fresh[name])
+            _add_step([], *args, **options)
         self.advance(1)
 
     @abstractmethod
@@ -126,11 +132,6 @@ class Observer(ABC):
             name: field.empty(batch, count, device).fill_(self.fresh[name])
             for name, field in self.fields.items()
         }
-
-    def renew(self, tensors: dict[str, Tensor], slot: Tensor) -> None:
-        """A new token takes `slot`, int64 [1]: its fields start afresh."""
-        for name, field in self.fields.items():
-            tensors[name].index_fill_(field.axis, slot, self.fresh[name])
 
 
 class Summed(Observer):
@@ -325,10 +326,14 @@ def pool_neighbours(scores: Tensor, position: Tensor, size: int = 5) -> Tensor:
     return torch.empty_like(pooled).scatter_(-1, order, pooled)
 
 
-def _add_step(markers, buffers, sums, seen, real, cursor, *, rule, group) -> None:
+def _add_step(markers, buffers, sums, seen, real, cursor, slot=None, *, rule, group, fresh=()) -> None:
     real = real[:, None, None]
+    if slot is not None:
+        for name, value in fresh:
+            own = buffers[0][name]
+            own.copy_(torch.where(torch.arange(own.shape[-1], device=own.device) == slot, value, own))
     for received, each, sees in zip(buffers, sums, seen):
         rule(received, (each * real / group).unsqueeze(2), (sees & real).unsqueeze(1), cursor)
 
 
-_compiled = Compiled(_add_step)
+_compiled = Compiled(_add_step, options=TOGETHER)

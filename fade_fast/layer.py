@@ -577,15 +577,14 @@ class TieredLayer(CacheLayerMixin):
     # -- the attention that tokens receive
 
     def tally(self) -> list[Tensor]:
-        """Zeros in which `step.attend` counts a step: one tensor for the uncompressed slots and one a
-        tier, [B, H, capacity], or none where nothing asks."""
+        """What `step.attend` counts a step in: one tensor for the uncompressed slots and one a tier,
+        [B, H, capacity], or none where nothing asks."""
         if not self.observer:
             return []
         keys = self.exact.tensors["key"]
         rows, wide = keys.shape[:2], torch.promote_types(keys.dtype, torch.float32)
         sizes = [keys.shape[2], *(tier.records.capacity for tier in self.held_tiers())]
-        zeros = torch.zeros(rows.numel() * sum(sizes), dtype=wide, device=keys.device)
-        return [x.view(*rows, -1) for x in zeros.split([rows.numel() * n for n in sizes])]
+        return [torch.empty(*rows, n, dtype=wide, device=keys.device) for n in sizes]
 
     def observed(self) -> list[dict[str, Tensor]]:
         """The observer's fields of the uncompressed slots, and of each tier."""

@@ -182,8 +182,6 @@ class Stepper:
         if index >= 0:
             exact.store(keys, values, self.slot, key, value)
         tally = layer.tally()
-        if tally and index >= 0:
-            layer.observer.renew(layer.exact.tensors, self.slot)
         if self.settled and softcap is None and s_aux is None:
             output = exact.attend_long(query, keys, values, self.seen, self.settled, scaling)
         else:
@@ -193,7 +191,9 @@ class Stepper:
             )  # fmt: skip
         if tally:
             sees = [self.seen, *(slots.valid for slots in layer.frozen)]
-            layer.observer.add_step(layer.observed(), tally, sees, self.real, query.shape[1] // key.shape[1])
+            slot = self.slot if index >= 0 else None
+            group = query.shape[1] // key.shape[1]
+            layer.observer.add_step(layer.observed(), tally, sees, self.real, group, slot)
         if index == len(self.layers) - 1:
             self.slot.add_(1)
             self.column.add_(1)

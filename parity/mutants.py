@@ -262,7 +262,7 @@ MUTANTS = [
         (
             "mask ignored",
             "kernels.packed.scores",
-            "torch.where(seen.permute(0, 1, 3, 4, 2).reshape(-1, chunk, rows), scores, -torch.inf)",
+            "torch.where(seen.permute(3, 0, 1, 4, 2).reshape(-1, chunk, rows), scores, -torch.inf)",
             "scores",
             "step, 4 bits/D64 window",
         ),
@@ -290,8 +290,8 @@ MUTANTS = [
         (
             "value scale of the next token",
             "kernels.packed.sums",
-            "finite(_cut(scale, 1, chunk), wide(dtype))",
-            "finite(_cut(scale, 1, chunk), wide(dtype)).roll(1, 1)",
+            "finite(_cut(scale, chunk), wide(dtype))",
+            "finite(_cut(scale, chunk), wide(dtype)).roll(1, 1)",
             "tiles/3",
         ),
         ("value zero dropped", "kernels.packed.statistics", "if zero is not None:", "if False:", "tiles/8"),
@@ -305,7 +305,7 @@ MUTANTS = [
         (
             "chunks not rescaled",
             "kernels.packed.join",
-            "torch.exp2(wider(top) - best.unsqueeze(1))",
+            "torch.exp2(wider(top) - best)",
             "torch.ones_like(wider(top))",
             "chunks/4 bits",
         ),
@@ -326,8 +326,8 @@ MUTANTS = [
         (
             "stale position",
             "kernels.packed.decoded_products",
-            "cos_sin(slots.read_at,",
-            "cos_sin(slots.read_at - 1,",
+            "cos_sin(position,",
+            "cos_sin(position - 1,",
             "step, 4 bits/D64 before RoPE",
         ),
         (
@@ -426,10 +426,11 @@ MUTANTS = [
         (
             "mass not normalised",
             "kernels.step._attend",
-            "+ torch.log2(share.select(1, 0))",
+            "+ torch.log2(share)",
             "",
             "step, 4 bits/D64 two tiers",
         ),
+        ("mass past the span", "kernels.step._attend", "new_zeros", "new_ones", "step, 4 bits/D64 two tiers"),
         (
             "mass of the padded row",
             "kernels.step._attend",

@@ -28,7 +28,8 @@ OPTIONS = {
     "realize_acc_reads_threshold": 1000,
     "realize_reads_threshold": 1000,
 }
-
+#: For small updates of several buffers that need nothing of each other: in one kernel.
+TOGETHER = {"combo_kernels": True}
 
 #: What calls are dispatched by where nothing unusual is going on; `Compiled` restores it.
 PLAIN = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
@@ -57,22 +58,28 @@ def tier_tiles(
     if bits[0] == 8:
         whole = next((n for n in (64, 32) if key_width % n == 0), 16)  # without a mask if that can be
         scores.update(R0_BLOCK=whole, num_warps=4, num_stages=2)
+    elif key_width == 64 and x <= 8:  # the sum is one tile: nothing to pipeline
+        scores.update(R0_BLOCK=64, YBLOCK=128, num_warps=2, num_stages=1)
+        if chunk > 1024 and x <= 4:
+            scores.update(YBLOCK=256, num_warps=4)
     if key_width == 32:
         scores.update(R0_BLOCK=32, YBLOCK=64, num_warps=1, num_stages=1)
     values = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=min(128, max(16, _power_of_two(value_width))))
-    values.update(R0_BLOCK=128, num_warps=2 if value_width <= 64 else 4, num_stages=3 if x <= 4 else 2)
+    values.update(R0_BLOCK=128, num_warps=2 if value_width <= 64 else 4, num_stages={2: 4, 4: 3}.get(x, 2))
     if bits[1] == 8:  # wider sums
         values.update(num_warps=4)
-    if chunk <= 256:
+        if chunk >= 512 and x <= 4:
+            values.update(R0_BLOCK=256, num_stages=2)
+    if chunk <= 256 or chunk == 512 and x <= 4 and heads < 32:
         values.update(R0_BLOCK=64, num_stages=4, num_warps=1 if value_width <= 64 else 2)
     if chunk <= 128:
         values.update(num_stages=2, num_warps=2)
-    stats = dict(XBLOCK=2, num_warps=max(1, chunk // 256), num_stages=1)
-    if chunk > 1024:  # or a thread has too many numbers
-        stats.update(XBLOCK=1, num_warps=4)
-    join = dict(XBLOCK=16, R0_BLOCK=16 if heads >= 32 else 64)
+    stats = dict(XBLOCK=4, num_warps=min(8, max(1, chunk // 128)), num_stages=1)
+    join = dict(XBLOCK=16, R0_BLOCK=16 if heads >= 32 else 64, num_warps=4)
+    if heads >= 32 and blocks <= 16:
+        join.update(XBLOCK=32, R0_BLOCK=max(4, _power_of_two(blocks)), num_warps=2 if blocks > 8 else 1)
     # No stages: a pipeline of operands that are decoded takes eight times as long.
-    decode = dict(ZBLOCK=1, XBLOCK=128, YBLOCK=64, num_warps=4, num_stages=1)
+    decode = dict(ZBLOCK=1, XBLOCK=128, YBLOCK=128, num_warps=8, num_stages=1)
     decode.update(R0_BLOCK=64 if dim % 64 == 0 else 32)
     length = blocks * chunk
     return {
@@ -81,7 +88,7 @@ def tier_tiles(
         (heads * length * rows, key_width): scores,
         (heads * blocks * value_width * rows, chunk): values,
         (heads * blocks * rows, chunk): stats,
-        (heads * value_width * rows, blocks): dict(join, num_warps=4, num_stages=1),
+        (heads * value_width * rows, blocks): dict(join, num_stages=1),
     }
 
 
@@ -90,14 +97,14 @@ def step_tiles(heads: int, rows: int, exact: int, means: int, dim: int) -> Tiles
     x, table = _power_of_two(rows), dim + 1 + exact + means
     first = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=16, R0_BLOCK=64, num_warps=2, num_stages=1)
     if heads * table >= 1 << 14:
-        first.update(YBLOCK=128, num_warps=8, num_stages=2)
+        first.update(YBLOCK=32, num_warps=4)
     if dim % 128:  # a half is summed, in whole tiles
         first.update(R0_BLOCK=32)
     # All at once if it fits: a kernel this small waits for its loads, and so for nothing else.
-    last = dict(ZBLOCK=1, XBLOCK=16, YBLOCK=x, num_warps=4, num_stages=1)
-    last.update(R0_BLOCK=min(2048 // x, _power_of_two(exact + dim)))
-    if x > 8 or heads >= 32:
-        last.update(XBLOCK=64, R0_BLOCK=64, num_stages=2)
+    last = dict(ZBLOCK=1, XBLOCK=32 if heads >= 32 else 16, YBLOCK=x, num_stages=1)
+    last.update(R0_BLOCK=min(512, _power_of_two(exact + dim)), num_warps=4 if x <= 4 else 8)
+    if x > 8:
+        last.update(XBLOCK=64, R0_BLOCK=64, num_warps=4, num_stages=2)
     return {
         (heads * table * rows, dim // 2): first,
         (heads * rows, exact): dict(XBLOCK=1, R0_BLOCK=256, num_warps=1, num_stages=1),

@@ -193,14 +193,14 @@ def products(query: Queries, bias: Tensor, slots: Slots, *, bits, chunk, dtype) 
     """Scores from codes, [Z, chunk, R]; `bias` [N, R, M] is what the keys' means add."""
     codes, scale, zero = slots.keys
     blocks, sum_dtype = codes.shape[1] // chunk, wide(dtype)
-    parts = fields(_cut(codes, 1, chunk), bits, dtype, -1)
+    parts = fields(_cut(codes, chunk), bits, dtype, -1)
     largest = parts[-1].unit
     total = _chunks(query.total, blocks).unsqueeze(1)
     out = 0.0
     for field, part in zip(parts, operands(query.turned, bits)):
         part = part.to(dtype) * (largest / field.unit)
         out = out + torch.bmm(field.numbers, _chunks(part, blocks).mT).to(sum_dtype)
-    each = lambda x: _cut(x, 1, chunk).unsqueeze(-1).to(sum_dtype)  # noqa: E731
+    each = lambda x: _cut(x, chunk).unsqueeze(-1).to(sum_dtype)  # noqa: E731
     out = (out / largest - offset(bits, dtype) * total) * each(scale)
     if zero is not None:
         out = out + (each(zero) + center(bits) * each(scale)) * total
@@ -211,10 +211,11 @@ def decoded_products(query: Queries, decoder: Decoder, slots: Slots, *, bits, ch
     """Scores [Z, chunk, R] of keys that are decoded, and rotated to where they are read."""
     heads, length, _ = slots.keys.codes.shape
     blocks, batch = length // chunk, slots.read_at.shape[0]
-    codes = Packed(*(None if x is None else _cut(x, 1, chunk) for x in slots.keys))
+    position = _cut(slots.read_at.squeeze(1), chunk)
+    codes = Packed(*(None if x is None else _cut(x, chunk) for x in slots.keys))
     turned = dequantize(codes, bits, wide(dtype)).to(dtype)
     # Once for all heads, or each would take sines of its own.
-    angles = [written(x) for x in cos_sin(slots.read_at, decoder.inv_freq, wide(dtype))]
+    angles = [written(x) for x in cos_sin(position, decoder.inv_freq, wide(dtype))]
     factors = as_sum(*angles, turned.shape[-1], decoder.interleaved)
     width, keys = 2 * angles[0].shape[-1], 0.0
     # RoPE's two terms as two products: then it ends the kernel that decodes.
@@ -222,7 +223,7 @@ def decoded_products(query: Queries, decoder: Decoder, slots: Slots, *, bits, ch
         to = (lambda x: swap(x, width, decoder.interleaved)) if swapped else lambda x: x
         part = torch.bmm(turned, to(decoder.matrix).to(dtype).expand(turned.shape[0], -1, -1))
         mean = _spread(to(slots.means).to(wide(dtype)), slots.per_mean, blocks, chunk)
-        factor = _cut(factor.expand(-1, heads // batch, -1, -1).flatten(0, 1), 1, chunk)
+        factor = factor.unsqueeze(1).expand(-1, heads // batch, -1, -1).flatten(0, 1)
         keys = keys + (part.to(wide(dtype)) + mean) * factor
     keys = written(keys.to(dtype))  # or the product would take sines of every tile it loads
     halves = zip(keys.chunk(2, -1), query.plain.to(dtype).chunk(2, -1))  # see `fields`
@@ -248,7 +249,7 @@ def scores(
         scores = scores.clamp(-LIMIT, LIMIT)
     batch, rows, _ = valid.shape
     seen = valid.reshape(batch, 1, rows, blocks, chunk).expand(-1, heads // batch, -1, -1, -1)
-    scores = torch.where(seen.permute(0, 1, 3, 4, 2).reshape(-1, chunk, rows), scores, -torch.inf)
+    scores = torch.where(seen.permute(3, 0, 1, 4, 2).reshape(-1, chunk, rows), scores, -torch.inf)
     return written(scores.to(dtype).mT.clone(memory_format=torch.contiguous_format))
 
 
@@ -256,7 +257,7 @@ def statistics(scores: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int)
     """Of each chunk, [Z, R] each: the maximum, and the sums of weights, of weights times scales, and of
     weights times what a value code at its centre stands for (None where that is 0)."""
     dtype, chunk = wide(scores.dtype), scores.shape[-1]
-    each = lambda x: finite(_cut(x, 1, chunk), dtype).unsqueeze(1)  # noqa: E731
+    each = lambda x: finite(_cut(x, chunk), dtype).unsqueeze(1)  # noqa: E731
     scores = scores.to(dtype)
     top = scores.amax(-1, keepdim=True).clamp_min(-65504.0)
     weights = torch.exp2(scores - top)
@@ -273,11 +274,11 @@ def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> lis
     `codes` [N, W, S] are stored tokens last; `bound` [N] is at least every valid scale.
     """
     blocks = codes.shape[2] // chunk
-    codes = codes.unflatten(2, (blocks, chunk)).transpose(1, 2).flatten(0, 1)
+    codes = codes.unflatten(2, (blocks, chunk)).permute(2, 0, 1, 3).flatten(0, 1)
     factor = _chunks((TOP if dtype == torch.float16 else 1.0) / bound, blocks).reshape(-1, 1, 1)
     lean = scaled.unsqueeze(1) / _chunks(bound, blocks).reshape(-1, 1, 1)
     weights = torch.exp2(scores.to(wide(dtype)) - top.unsqueeze(-1))
-    weights = (weights * (finite(_cut(scale, 1, chunk), wide(dtype)).unsqueeze(1) * factor)).to(dtype).mT
+    weights = (weights * (finite(_cut(scale, chunk), wide(dtype)).unsqueeze(1) * factor)).to(dtype).mT
     out = []
     for field in fields(codes, bits, dtype, -2):
         product = torch.bmm(field.numbers, weights).to(wide(dtype))
@@ -299,14 +300,14 @@ def join(parts, top, total, shift, reference, bound, *, bits, chunk, dtype):
     Statistics are broadcast over the bytes of a token, so that all reductions have one shape.
     """
     heads, width = bound.shape[0], parts[0].shape[1]
-    wider = lambda x: x.unflatten(0, (heads, -1)).unsqueeze(2).expand(-1, -1, width, -1)  # noqa: E731
-    best = wider(top).amax(1)
-    weight = torch.exp2(wider(top) - best.unsqueeze(1))
-    offset = 0.0 if shift is None else (weight * wider(shift)).sum(1)
-    sum_all = (weight * wider(total)).sum(1)
+    wider = lambda x: x.unflatten(0, (-1, heads)).unsqueeze(2).expand(-1, -1, width, -1)  # noqa: E731
+    best = wider(top).amax(0)
+    weight = torch.exp2(wider(top) - best)
+    offset = 0.0 if shift is None else (weight * wider(shift)).sum(0)
+    sum_all = (weight * wider(total)).sum(0)
     factor = bound.reshape(-1, 1, 1) * (_shrink(bits, chunk) if dtype == torch.float16 else 1.0)
     out = [
-        (part.unflatten(0, (heads, -1)).to(wide(dtype)) * weight).sum(1) * factor + offset for part in parts
+        (part.unflatten(0, (-1, heads)).to(wide(dtype)) * weight).sum(0) * factor + offset for part in parts
     ]
     return out, best / LOG2E + reference.unsqueeze(1), sum_all
 
@@ -324,14 +325,18 @@ def attend_chunks(
     return *join(parts, top, total, shift, query.reference, bound, bits=bits[1], **options), found
 
 
-def _cut(x: Tensor, axis: int, chunk: int) -> Tensor:
-    """[N, S, ...] as chunks: [Z, chunk, ...]. In two steps, for the compiler to see whole chunks."""
-    return x.unflatten(axis, (x.shape[axis] // chunk, chunk)).flatten(0, 1)
+def _cut(x: Tensor, chunk: int) -> Tensor:
+    """[N, S, ...] as chunks: [Z, chunk, ...]. In two steps, for the compiler to see whole chunks.
+
+    Heads are the inner ones of Z, for their number is a constant: a program finds its own by dividing by
+    it, and not by a number of chunks that is data, in 64 bits.
+    """
+    return x.unflatten(1, (x.shape[1] // chunk, chunk)).transpose(0, 1).flatten(0, 1)
 
 
 def _chunks(x: Tensor, blocks: int) -> Tensor:
-    """One [N, ...] for each chunk: [N * blocks, ...]."""
-    return x.unsqueeze(1).expand(-1, blocks, *x.shape[1:]).reshape(-1, *x.shape[1:])
+    """One [N, ...] for each chunk: [blocks * N, ...]."""
+    return x.expand(blocks, *x.shape).flatten(0, 1)
 
 
 def _spread(x: Tensor, per_mean: int, blocks: int, chunk: int) -> Tensor:
@@ -340,9 +345,9 @@ def _spread(x: Tensor, per_mean: int, blocks: int, chunk: int) -> Tensor:
         return _chunks(x, blocks).expand(-1, chunk, -1)
     if chunk % per_mean == 0:
         x = x.unflatten(1, (blocks, chunk // per_mean)).unsqueeze(3).expand(-1, -1, -1, per_mean, -1)
-        return x.flatten(2, 3).flatten(0, 1)
+        return x.flatten(2, 3).transpose(0, 1).flatten(0, 1)
     x = x.unsqueeze(2).expand(-1, -1, per_mean, -1).flatten(1, 2).narrow(1, 0, blocks * chunk)
-    return _cut(x, 1, chunk)
+    return _cut(x, chunk)
 
 
 def tiles(slots: Slots) -> list[tuple[int, int]]:
@@ -392,7 +397,7 @@ def probabilities(found: Tensor, level: Tensor) -> Tensor:
     heads, rows = level.shape
     blocks = found.shape[0] // heads
     scores = found.narrow(1, 0, rows).to(level.dtype) + _chunks(level, blocks).unsqueeze(-1)
-    return torch.exp2(scores).sum(1).reshape(heads, -1)
+    return torch.exp2(scores).sum(1).unflatten(0, (blocks, heads)).transpose(0, 1).flatten(1)
 
 
 def probabilities_by_tile(query: Queries, bias, slots: Slots, decoder, level, *, bits, softcap) -> Tensor:
@@ -418,8 +423,8 @@ def chunk_of(heads: int, length: int, rows: int, bits: int = 4) -> int:
     Fewer where values have 8 bits: tensor cores round sums down, and codes of that width are mostly centre.
     """
     total = heads * length
-    chunk = 2048 if total >= 1 << 20 else 512 if total >= 1 << 19 else 256 if total >= 1 << 17 else 128
-    return min(chunk, 512) if rows > 4 or bits == 8 else chunk
+    chunk = 2048 if total >= 1 << 20 else 512 if total >= 1 << 18 else 256 if total >= 1 << 17 else 128
+    return min(chunk, 512) if rows > 4 else min(chunk, 1024) if bits == 8 else chunk
 
 
 def bucket(heads: int, length: int) -> int:

@@ -57,8 +57,8 @@ def attend(
         scaling, softcap: of scores.
         s_aux: [Hq], scores of learned attention sinks, or None.
         inv_freq: [d / 2], where tiers have `read_at`; `interleaved` is the style of its pairs.
-        mass: where to add what the policies count, or None: float32 [B, H, E] and, a tier,
-            [B, H, capacity], the attention probabilities summed over query rows.
+        mass: where to write what the policies count, or None: float32 [B, H, E] and, a tier,
+            [B, H, capacity], the attention probabilities summed over query rows, 0 past the span.
 
     On CUDA, for two-byte dtypes and up to `MOST_ROWS` rows, products run in float16 (relative error
     below 2e-3, bfloat16 output apart) in one compiled graph; elsewhere tile by tile in float32, or in
@@ -111,8 +111,6 @@ def _check(query, keys, values, seen, matrix, tiers, bits, spans, s_aux, inv_fre
     lengths = [length, *(slots.keys.codes.shape[2] for slots in tiers)]
     for i, (x, n) in enumerate(zip(mass, lengths)):
         _expect(f"mass[{i}]", x, (batch, heads, n), (torch.float32, torch.float64), on)
-        if not x.is_contiguous():  # else it would be a copy that is added to
-            raise ValueError(f"mass[{i}] has strides {x.stride()}; allowed: contiguous")
 
 
 def _check_tier(name: str, slots: Slots, bits: tuple[int, int], span: int, sizes, rows, device) -> None:
@@ -329,8 +327,9 @@ def _attend(
     output = written(torch.bmm(left.to(dtype).mT, right).to(query.dtype))
     output = output.narrow(1, 0, real).reshape(batch, q_heads, new, dim)
     if mass:
-        level = ((top - best.select(1, 0)) * LOG2E + torch.log2(share.select(1, 0))).narrow(1, 0, real)
-        mass[0].flatten(0, 1).add_(weights.narrow(2, 0, real).sum(2))
+        # Written by the last join; or each token would take logarithms anew.
+        level = written((top.unsqueeze(1) - best) * LOG2E + torch.log2(share)).select(1, 0).narrow(1, 0, real)
+        mass[0].copy_(weights.narrow(2, 0, real).sum(2).unflatten(0, (batch, heads)))
         for i, (slots, counts) in enumerate(zip(tiers, mass[1:])):
             if chunks:
                 counted = packed.probabilities(kept[i], level)
@@ -338,7 +337,8 @@ def _attend(
                 counted = packed.probabilities_by_tile(
                     queries, kept[i][0], slots, kept[i][1], level, bits=bits[i][0], softcap=softcap
                 )
-            counts.flatten(0, 1).narrow(1, 0, counted.shape[1]).add_(counted)
+            rest = counted.new_zeros(batch * heads, counts.shape[2] - counted.shape[1])
+            counts.copy_(torch.cat((counted, rest), dim=1).unflatten(0, (batch, heads)))
     return output.transpose(1, 2).contiguous()
 
 

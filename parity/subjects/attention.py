@@ -348,18 +348,18 @@ def _attend(found: Found, p: Problem, seed: int, where: str) -> None:
     posed = pose(p, seed, found.device)
     lengths = [p.exact, *(slots.valid.shape[-1] for slots in posed.args[5])]
     wide = torch.promote_types(p.dtype, torch.float32)
-    mass = [torch.ones(p.batch, p.heads, n, dtype=wide, device=found.device) for n in lengths]
+    mass = [torch.full((p.batch, p.heads, n), torch.nan, dtype=wide, device=found.device) for n in lengths]
     mass = mass if p.mass else []
     out = step.attend(*posed.args, **posed.options, mass=mass)
     found.near("attention", relative_error(out, posed.output), where, dtype=p.dtype, strain=posed.strain)
     if p.blind and not p.sinks:
         found.same("empty rows", out[0, 0], torch.zeros_like(out[0, 0]), where)
     if mass:
-        ours = torch.cat([x[..., :n] - 1 for x, n in zip(mass, [p.exact, *p.lengths])], -1).double().cpu()
+        ours = torch.cat(mass, -1).double().cpu()
         dtype = p.dtype if p.fused else wide
-        error = relative_error(ours, torch.cat(posed.mass, -1))
-        # The ones that were there already round each sum once more.
-        found.near("mass", error, where, dtype=dtype, strain=posed.strain + 1e-6 * (wide == torch.float32))
+        known = [torch.nn.functional.pad(x, (0, n - x.shape[-1])) for x, n in zip(posed.mass, lengths)]
+        error = relative_error(ours, torch.cat(known, -1))
+        found.near("mass", error, where, dtype=dtype, strain=posed.strain)
 
 
 def _queries(posed: Posed, p: Problem) -> packed.Queries:
@@ -426,7 +426,7 @@ def _twin(found: Found, p: Problem, seed: int, where: str) -> None:
     """What the GPU's compiled twin computes, without a compiler."""
     posed = pose(p, seed, found.device)
     o, lengths = posed.options, [p.exact, *p.lengths]
-    mass = [torch.zeros(p.batch, p.heads, n, device=found.device) for n in lengths]
+    mass = [torch.full((p.batch, p.heads, n), torch.nan, device=found.device) for n in lengths]
     args = step._of_span((*posed.args, o["s_aux"], o.get("inv_freq"), mass), o["spans"])
     options = dict(bits=tuple(p.bits), scaling=o["scaling"], softcap=p.softcap)
     options["interleaved"] = o.get("interleaved", False)

@@ -75,7 +75,7 @@ def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
     monkeypatch.setattr(step, "_compiled", compiling.Compiled(step._twin))
     monkeypatch.setattr(rotated, "_compiled", compiling.Compiled(rotated._encode_both))
     monkeypatch.setattr(exact, "_compiled_store", compiling.Compiled(exact._store))
-    monkeypatch.setattr(importance, "_compiled", compiling.Compiled(importance._add_step))
+    monkeypatch.setattr(importance, "_compiled", compiling.Compiled(importance._add_step, compiling.TOGETHER))
     config, counts = CONFIGS[name], []
     model = tiny_llama(dtype=torch.float16)
     with context():
@@ -111,7 +111,7 @@ def test_twin_of_long_uncompressed_texts(twin, monkeypatch):
 @pytest.mark.parametrize("name", ["h2o", "ema"])
 def test_counting_compiled_counts_the_same(name, twin, monkeypatch):
     """A row of padding, real queries of the other: fields of the uncompressed slots and of a tier."""
-    monkeypatch.setattr(importance, "_compiled", compiling.Compiled(importance._add_step))
+    monkeypatch.setattr(importance, "_compiled", compiling.Compiled(importance._add_step, compiling.TOGETHER))
     draw, found = torch.Generator().manual_seed(0), []
     sums = [torch.rand(2, 3, n, generator=draw) for n in (20, 48)]
     seen = [torch.rand(2, 1, n, generator=draw) < 0.7 for n in (20, 48)]
@@ -120,8 +120,8 @@ def test_counting_compiled_counts_the_same(name, twin, monkeypatch):
         observer = importance.observer(CONFIGS[name])
         observer.start(3, torch.float16, "cpu")
         buffers = [observer.arrive(2, n, "cpu") for n in (20, 48)]
-        for _ in range(3):
-            observer.add_step(buffers, sums, seen, torch.tensor([True, False]), group=4)
+        for taken in (5, 6, 5):
+            observer.add_step(buffers, sums, seen, torch.tensor([True, False]), 4, torch.tensor([taken]))
         found.append([x for fields in buffers for x in fields.values()])
     assert len(importance._compiled.graphs) == graphs() == 1
     for plain, compiled, fresh in zip(*found, 2 * list(observer.fresh.values())):
