@@ -430,7 +430,7 @@ MUTANTS = [
             "",
             "step, 4 bits/D64 two tiers",
         ),
-        ("mass past the span", "kernels.step._attend", "new_zeros", "new_ones", "step, 4 bits/D64 two tiers"),
+        ("mass past the span", "kernels.step._attend", "new_zeros", "new_ones", "step, 4 bits/D64 holes"),
         (
             "mass of the padded row",
             "kernels.step._attend",
@@ -511,6 +511,13 @@ MUTANTS = [
             "many uncompressed",
         ),
         # -- what tokens received
+        (
+            "new token keeps what its slot received",
+            "importance.Observer.add_step",
+            "if slot is not None:",
+            "if slot is None:",
+            "captured/steps/h2o, evict",
+        ),
         (
             "queries not counted",
             "importance.Summed.rule",

@@ -59,7 +59,7 @@ class Problem:
 #: What a mask, or a model, may ask for.
 FEATURES = {
     "plain": {},
-    "holes": dict(holes=0.3, spare=9, beyond=4),
+    "holes": dict(holes=0.3, spare=9, beyond=4, mass=True),
     "window": dict(window=11, holes=0.1),
     "softcap": dict(softcap=2.0),
     "learned sinks": dict(sinks=True),

@@ -17,6 +17,7 @@ CONFIGS = {
     "k3v2": (FadeConfig(**SMALL, middle_k_bits=3, middle_v_bits=2), False),
     "int4, int2, evict, padded": (FadeConfig(**SMALL, int4_budget=10, int2_budget=6), True),
     "evict, original positions": (FadeConfig(**SMALL, int4_budget=10, positions="original"), False),
+    "h2o, evict": (FadeConfig(**SMALL, int4_budget=10, eviction_policy="h2o"), False),
     "off": (FadeConfig(recent_window=None), False),
     "codes": (FadeConfig(**SMALL, quant_backend="product"), False),
     "codes, padded": (FadeConfig(**SMALL, quant_backend="product"), True),
@@ -65,9 +66,12 @@ def _steps(config, padded):
         found.holds("one graph", own == 1, f"{own}")
         found.holds("one graph", not counters["graph_break"], "a graph break")
         found.same("lengths", cache.timeline.positions, eager.timeline.positions)
+        claim = "captured, compiled" if found.fused else "captured"
         for i, (a, b) in enumerate(zip(cache.tiered, eager.tiered)):
             for side, x, y in zip(("keys", "values"), a.dense(), b.dense()):
-                claim = "captured, compiled" if found.fused else "captured"
                 found.near(claim, relative_error(x, y.double().cpu()), f"{side} of layer {i}")
+            for name in a.observer.fields if a.observer else ():
+                error = relative_error(a.exact[name].double(), b.exact[name].double().cpu())
+                found.near(claim, error, f"{name} of layer {i}")
 
     return run
