@@ -46,6 +46,14 @@ WARM_UP = 40  # most steps that compilation and capture may take
 CHUNK = 2048  # columns of a prefill in chunks
 ONCE = 64 * K  # most tokens prefilled the ordinary way; and prefilled twice, so that the second is warm
 FILLS = ("once", "rows", "chunk", "random")
+#: How tokens are asked for: what `generate()` is told. "padded": and rows are padded on the left, up to a
+#: quarter of their columns.
+MODES = {
+    "greedy": {},
+    "padded": {},
+    "sampled": dict(do_sample=True, temperature=0.8, top_p=0.9),
+    "beams": dict(num_beams=4),
+}
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,12 @@ class Case:
     batch: int
     length: int
     methods: tuple[str, ...] = (*BASELINES, "fp16", "safe")
+    mode: str = "greedy"
 
     @property
     def name(self) -> str:
-        return f"{self.model} B {self.batch} x S {self.length}"
+        mode = "" if self.mode == "greedy" else f" {self.mode}"
+        return f"{self.model} B {self.batch} x S {self.length}{mode}"
 
     @property
     def tokens(self) -> int:
@@ -75,8 +85,12 @@ CASES = [
     Case(LLAMA, 1, 128 * K, ("dynamic", "fp16", "safe")),
     Case(QWEN, 8, 16 * K, ("dynamic", "fp16", "safe")),
     Case(GEMMA, 1, 32 * K, ("dynamic", "fp16", "safe")),
+    Case(LLAMA, 8, 2 * K, ("static", "safe"), "padded"),
+    Case(LLAMA, 8, 2 * K, ("static", "safe"), "sampled"),
+    Case(LLAMA, 2, 2 * K, ("dynamic", "safe"), "beams"),
 ]
 TINY_CASES = [Case(TINY, 2, 192, (*BASELINES, "fp16", "safe", "balanced"))]
+TINY_CASES += [Case(TINY, 1, 192, ("dynamic", "safe"), mode) for mode in list(MODES)[1:]]
 
 
 @dataclass
@@ -156,6 +170,8 @@ TARGETS = [
     Target(WIDE, "balanced", "ms", ("safe",), 1.0, at=SHORT),
     Target(WIDE, "aggressive", "ms", ("safe",), 1.0, at=SHORT),
     Target(SHORT, "h2o", "ms", ("balanced",), 1 / 1.05),
+    Target(f"{SHORT} padded", "safe", "ms", ("safe",), 1 / 1.05, at=SHORT),
+    Target(f"{SHORT} sampled", "safe", "ms", ("safe",), 1 / 1.05, at=SHORT),
     Target(LONG, "safe", "over_floor", (), 1.4),
     Target(LONG, "safe", "first_token_s", ("dynamic",), 1.1),
     Target(LONG, "safe", "prefill_gb", ("dynamic",), 1.1),
@@ -336,19 +352,16 @@ def random_fill(model, cache, batch: int, length: int) -> None:
 
 
 @torch.no_grad()
-def run(model, cache, ids, new: int, fill: str) -> Clock:
+def run(model, cache, ids, new: int, fill: str, mode: str = "greedy") -> Clock:
     """Prefill and `new` tokens, as a user would ask for them."""
-    clock = Clock(model.device.type)
+    clock, mask = Clock(model.device.type), torch.ones_like(ids)
+    if mode == "padded":
+        padding = torch.linspace(0, ids.shape[1] // 4, len(ids), device=ids.device).ceil()
+        mask = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).to(ids.dtype)
     clock.start()
     prefill(model, cache, ids, fill)
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=new,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([clock]),
-    )
+    asked = dict(do_sample=False, max_new_tokens=new, logits_processor=LogitsProcessorList([clock]))
+    model.generate(ids, attention_mask=mask, past_key_values=cache, **asked | MODES[mode])
     return clock
 
 
@@ -363,6 +376,8 @@ def measure(
 ) -> Result:
     """One method in one case. Raises what the model raises, memory exhausted included."""
     result = Result(case.name, method, case.batch, case.length, new, fill)
+    if case.mode != "greedy" and fill != "once":
+        raise ValueError(f"{case.mode} is prefilled by generate() itself, not by {fill!r}")
     room = -(-(case.length + new) // 128) * 128
     generator = torch.Generator(model.device).manual_seed(1)
     size = (case.batch, case.length)
@@ -370,10 +385,10 @@ def measure(
     make = lambda: make_cache(model, method, None if grow else room, room)  # noqa: E731
     again = case.tokens <= ONCE and fill != "random"
     if again:
-        result.cold_s = run(model, make(), ids, 1, fill).seconds()[0]
+        result.cold_s = run(model, make(), ids, 1, fill, case.mode).seconds()[0]
         gc.collect()
     cache = make()
-    clock = run(model, cache, ids, new, fill)
+    clock = run(model, cache, ids, new, fill, case.mode)
     first, *steps = clock.seconds()
     if again:
         result.first_token_s = first

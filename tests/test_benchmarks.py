@@ -25,7 +25,7 @@ def result(case="c", method="safe", **values) -> Result:
 def test_the_script_runs_without_a_gpu(tmp_path, capsys):
     file, methods = tmp_path / "out.json", ("dynamic", "static", "fp16", "safe")
     options = ["--device", "cpu", "--methods", ",".join(methods), "--new", "6", "--json", str(file)]
-    assert generate.main(options) == 0
+    assert generate.main([*options, "--only", "B 2"]) == 0
     stored = json.loads(file.read_text())
     assert set(stored) == {"device", "torch", "transformers", "bandwidth", "results", "targets"}
     assert stored["device"] == "cpu" and stored["bandwidth"] is None and stored["targets"] == []
@@ -46,6 +46,18 @@ def test_the_script_runs_without_a_gpu(tmp_path, capsys):
     assert all(f"| {case.name} | {method} |" in shown for method in methods)
     assert generate.main(["--show", str(file), str(file)]) == 0
     assert capsys.readouterr().out.count("| safe |") == 1
+
+
+@pytest.mark.parametrize("mode, held", [("padded", 2 * 203 - 48), ("sampled", 2 * 203), ("beams", 8 * 203)])
+def test_other_ways_to_decode(model, mode, held):
+    """Of two rows the second has 48 columns of padding; beams are rows of the cache."""
+    case = generate.Case(models.TINY, 2, 192, mode=mode)
+    for method in ("dynamic", "safe"):
+        found = generate.attempt(model, case, method, 12)
+        assert not found.failed and found.case == f"tiny B 2 x S 192 {mode}"
+        if method == "safe":
+            assert found.live == held and found.tokens["INT4"] > 0
+    assert "'random'" in generate.attempt(model, case, "safe", 12, "random").failed
 
 
 def test_every_way_to_fill_leaves_the_same_cache(model, monkeypatch):
