@@ -330,7 +330,7 @@ def _add_step(markers, buffers, sums, seen, real, cursor, slot=None, *, rule, gr
     real = real[:, None, None]
     if slot is not None:
         for name, value in fresh:
-            own = buffers[0][name]
+            own = buffers[0][name]  # not by `index_fill_`: that would be a kernel of its own
             own.copy_(torch.where(torch.arange(own.shape[-1], device=own.device) == slot, value, own))
     for received, each, sees in zip(buffers, sums, seen):
         rule(received, (each * real / group).unsqueeze(2), (sees & real).unsqueeze(1), cursor)

@@ -65,7 +65,8 @@ def tier_tiles(
     if key_width == 32:
         scores.update(R0_BLOCK=32, YBLOCK=64, num_warps=1, num_stages=1)
     values = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=min(128, max(16, _power_of_two(value_width))))
-    values.update(R0_BLOCK=128, num_warps=2 if value_width <= 64 else 4, num_stages={2: 4, 4: 3}.get(x, 2))
+    values.update(R0_BLOCK=128, num_warps=2 if value_width <= 64 else 4)
+    values.update(num_stages={2: 4, 4: 3}.get(x, 2))  # more rows leave less room for stages
     if bits[1] == 8:  # wider sums
         values.update(num_warps=4)
         if chunk >= 512 and x <= 4:
