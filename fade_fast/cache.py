@@ -148,6 +148,7 @@ class TieredKVCache(Cache):
             raise ValueError(
                 f"{type(model).__name__} has no full-attention layer whose cache could be tiered"
             )
+        self.stepper.captures = all(isinstance(layer, TieredLayer) for layer in layers)
         super().__init__(layers=layers)
 
     def __deepcopy__(self, memo: dict) -> "TieredKVCache":

@@ -10,15 +10,18 @@ Around each call, `begin` does what is due outside the graph (demotion, room, a 
 keeps the counts that Python has.
 """
 
+import functools
 import itertools
 import types
 import weakref
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 
+from .capture import Captured, record
 from .kernels import exact
+from .kernels.compile import uncaptured
 from .models import text_config
 from .timeline import HOLE
 
@@ -36,13 +39,15 @@ class Stepper:
     Attributes:
         layers: the cache's tiered layers, in order.
         compileable: whether generate() may compile steps.
+        captures: whether compiled steps may be captured here instead of by Inductor: if all layers are
+            tiered, for others count in Python.
         active: whether a step is under way, so that attention goes through `fade::step`.
-        marker: a tensor whose length is the epoch.
+        epoch: see above. marker: a tensor of that length.
     """
 
     def __init__(self, timeline, compileable: bool):
         self.timeline, self.layers, self.active = timeline, [], False
-        self.compileable = compileable
+        self.compileable, self.captures = compileable, False
         self.clear()
 
     def clear(self) -> None:
@@ -52,7 +57,7 @@ class Stepper:
         self._held: list[Tensor] = []
         self._spans: list[list[int]] = []
         self._frequencies: Tensor | None = None
-        self._epoch, self._stale = 0, True
+        self.epoch, self._stale = 0, True
         self._demotions, self.demotion = 0, None
 
     # -- around a step
@@ -98,9 +103,7 @@ class Stepper:
                 for layer in self.layers:
                     layer.repeat()
             else:
-                self.demotion = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.demotion):
-                    self._demote_by_cursor()
+                self.demotion, _ = record(self._demote_by_cursor)
             self.demotion.replay()
 
     def _demote_by_cursor(self) -> None:
@@ -149,10 +152,10 @@ class Stepper:
         self.settled = first.settled_columns() if not self.timeline.has_holes else 0
         self._refresh()
         self._demotions, self.demotion = 0, None
-        _steppers.pop(self._epoch, None)
-        self._epoch = next(_epochs)
-        _steppers[self._epoch] = self
-        self.marker = torch.empty(1, dtype=torch.uint8, device=device).expand(self._epoch)
+        _steppers.pop(self.epoch, None)
+        self.epoch = next(_epochs)
+        _steppers[self.epoch] = self
+        self.marker = torch.empty(1, dtype=torch.uint8, device=device).expand(self.epoch)
         torch._dynamo.mark_dynamic(self.marker, 0)
 
     def _refresh(self) -> None:
@@ -234,14 +237,23 @@ def _(query, *args):
     return query.new_empty(batch, new, heads, dim)
 
 
-def compiled_call(model: PreTrainedModel, compile_config):
+def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None):
     """What generate() gets for `model.get_compiled_call`: the compiled step, with its surroundings."""
-    compiled = type(model).get_compiled_call(model, compile_config)
+    made = functools.partial(type(model).get_compiled_call, model)
+
+    @functools.cache
+    def step_of(stepper: Stepper):
+        """The compiled step, a function of the epoch and the arguments."""
+        config = uncaptured(compile_config or CompileConfig(), model.device) if stepper.captures else None
+        if config:
+            return Captured(made(config), otherwise=lambda: made(compile_config))
+        compiled = made(compile_config)
+        return lambda epoch, arguments: compiled(**arguments)
 
     def call(*args, **kwargs):
         stepper = getattr(kwargs.get("past_key_values"), "stepper", None)
         if stepper is None:
-            return compiled(*args, **kwargs)
+            return made(compile_config)(*args, **kwargs)
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         ours = stepper.layers[0].model_config is text_config(model)  # else attention refuses the cache
@@ -249,7 +261,7 @@ def compiled_call(model: PreTrainedModel, compile_config):
             if args or tokens is None or not ours or not stepper.begin(tokens.shape[1], tokens.shape[0]):
                 return model(*args, **kwargs)
             try:
-                output = compiled(**kwargs)
+                output = step_of(stepper)(stepper.epoch, kwargs)
             except BaseException:
                 stepper.active = False
                 raise

@@ -227,15 +227,15 @@ MUTANTS = [
         (
             "scale of the next token",
             "kernels.packed.products",
-            "dtype) * total) * each(scale)",
-            "dtype) * total) * each(scale).roll(1, 1)",
+            "out * (scale / largest)",
+            "out * (scale.roll(1, 1) / largest)",
             "tiles/4",
         ),
         (
             "zero dropped from scores",
             "kernels.packed.products",
-            "(each(zero) + center(bits) * each(scale))",
-            "(center(bits) * each(scale))",
+            "+ zero * total",
+            "+ 0 * total",
             "tiles/4",
         ),
         (

@@ -6,6 +6,7 @@ seconds. How much of the buffers is read is data.
 """
 
 import contextlib
+import copy
 import functools
 import types
 from collections.abc import Callable
@@ -30,6 +31,10 @@ OPTIONS = {
 }
 #: For small updates of several buffers that need nothing of each other: in one kernel.
 TOGETHER = {"combo_kernels": True}
+
+#: Modes of torch.compile in which Inductor captures CUDA graphs, and the same without; and its option.
+UNCAPTURED = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+CAPTURES = "triton.cudagraphs"
 
 #: What calls are dispatched by where nothing unusual is going on; `Compiled` restores it.
 PLAIN = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
@@ -135,6 +140,21 @@ def marker(n: int) -> Tensor:
     marker = torch.empty(1, dtype=torch.uint8).expand(n + 1)
     torch._dynamo.mark_dynamic(marker, 0)
     return marker
+
+
+def uncaptured(config, device: torch.device):
+    """A `transformers.CompileConfig` by which Inductor compiles as by `config`, but captures no CUDA graphs.
+
+    None if by `config` it captures none either, on this device.
+    """
+    options = config.options or {}
+    captures = config.mode in UNCAPTURED or options.get(CAPTURES)
+    if device.type != "cuda" or config.backend != "inductor" or not captures:
+        return None
+    config = copy.copy(config)
+    config.mode = UNCAPTURED.get(config.mode, config.mode)
+    config.options = {name: x for name, x in options.items() if name != CAPTURES} or None
+    return config
 
 
 class Compiled:

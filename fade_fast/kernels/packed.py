@@ -191,19 +191,22 @@ def written(x: Tensor) -> Tensor:
 
 def products(query: Queries, bias: Tensor, slots: Slots, *, bits, chunk, dtype) -> Tensor:
     """Scores from codes, [Z, chunk, R]; `bias` [N, R, M] is what the keys' means add."""
-    codes, scale, zero = slots.keys
+    codes, *rest = slots.keys
     blocks, sum_dtype = codes.shape[1] // chunk, wide(dtype)
     parts = fields(_cut(codes, chunk), bits, dtype, -1)
-    largest = parts[-1].unit
+    largest, lacks = parts[-1].unit, offset(bits, dtype)
     total = _chunks(query.total, blocks).unsqueeze(1)
     out = 0.0
     for field, part in zip(parts, operands(query.turned, bits)):
         part = part.to(dtype) * (largest / field.unit)
         out = out + torch.bmm(field.numbers, _chunks(part, blocks).mT).to(sum_dtype)
-    each = lambda x: _cut(x, chunk).unsqueeze(-1).to(sum_dtype)  # noqa: E731
-    out = (out / largest - offset(bits, dtype) * total) * each(scale)
-    if zero is not None:
-        out = out + (each(zero) + center(bits) * each(scale)) * total
+    scale, zero = (None if x is None else _cut(x, chunk).unsqueeze(-1).to(sum_dtype) for x in rest)
+    if zero is None:
+        out = (out / largest - lacks * total) * scale
+    else:
+        if not lacks:  # codes as stored are counted from their zero, others from their centre
+            zero = zero + center(bits) * scale
+        out = out * (scale / largest) + zero * total
     return out + _spread(bias.mT, slots.per_mean, blocks, chunk)
 
 
@@ -244,9 +247,9 @@ def scores(
     blocks = scores.shape[0] // heads
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = (scores - _chunks(reference, blocks).unsqueeze(1)) * LOG2E
-    if dtype == torch.float16:
-        scores = scores.clamp(-LIMIT, LIMIT)
+    scores = scores * LOG2E - _chunks(reference * LOG2E, blocks).unsqueeze(1)
+    if dtype == torch.float16:  # below, it may become -inf: a weight of 0
+        scores = torch.where(scores > LIMIT, LIMIT, scores)
     batch, rows, _ = valid.shape
     seen = valid.reshape(batch, 1, rows, blocks, chunk).expand(-1, heads // batch, -1, -1, -1)
     scores = torch.where(seen.permute(3, 0, 1, 4, 2).reshape(-1, chunk, rows), scores, -torch.inf)

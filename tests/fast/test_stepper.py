@@ -47,7 +47,8 @@ def compiled(model, cache, inputs, backend="aot_eager", new=24, **kwargs):
 
 
 def eager(model, cache, inputs, new=24, **kwargs):
-    return model.generate(**inputs, past_key_values=cache, max_new_tokens=new, do_sample=False, **kwargs)
+    options = dict(max_new_tokens=new, do_sample=False) | kwargs
+    return model.generate(**inputs, past_key_values=cache, **options)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,204 @@
+"""Captured steps: what is replayed, and what is not. Where there is no GPU, a graph is played by Python."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import CompileConfig, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import fade_fast
+from fade_fast import capture, stepper
+from fade_fast.capture import Captured
+from fade_fast.kernels.compile import uncaptured
+from fade_ref.config import FadeConfig
+
+from .models import compressed_tokens, new_cache, prompt, tiny_llama
+from .test_stepper import CONFIGS, compiled, eager
+
+CUDA = torch.device("cuda")
+
+
+class Tape:
+    """What `capture.record` makes, without a GPU: a replay runs the call again, on the same inputs.
+
+    As with a graph, recording computes nothing, and a replay leaves its output where the last one was.
+    """
+
+    made: list["Tape"] = []
+
+    def __init__(self, call, arguments):
+        self.call, self.arguments, self.replays = call, arguments, 0
+        self.output, self.tensors = CausalLMOutputWithPast(), {}
+        Tape.made.append(self)
+
+    def replay(self) -> None:
+        self.replays += 1
+        for name, x in self.call(**self.arguments).items():
+            if isinstance(x, torch.Tensor):
+                x = self.tensors.setdefault(name, torch.empty_like(x)).copy_(x)
+            self.output[name] = x
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Captures on the CPU; the tapes that were made."""
+
+    def record(call, **arguments):
+        tape = Tape(call, arguments)
+        return tape, tape.output
+
+    Tape.made = []
+    monkeypatch.setattr(capture, "record", record)
+    plain = CompileConfig(backend="aot_eager", mode=None)
+    monkeypatch.setattr(stepper, "uncaptured", lambda config, device: plain)
+    torch._dynamo.reset()
+    return Tape.made
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+def test_replayed_steps_equal_eager_steps(tapes, name, padded):
+    model = tiny_llama(dtype=torch.float64)
+    inputs = prompt(30, batch=2, pads=(0, 9) if padded else ())
+    theirs, cache = new_cache(model, CONFIGS[name]), new_cache(model, CONFIGS[name])
+    expected = eager(model, theirs, inputs, new=40)
+    assert torch.equal(compiled(model, cache, inputs, new=40), expected)
+    replays = sum(tape.replays for tape in tapes)
+    # Of 39 steps, one an epoch is run for what it compiles.
+    assert replays > 20 and replays + len(tapes) <= 39
+    assert name == "off" or compressed_tokens(cache) > 0
+    assert torch.equal(cache.timeline.positions, theirs.timeline.positions)
+    for ours, other in zip(cache.tiered, theirs.tiered):
+        for a, b in zip(ours.dense(), other.dense()):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_outputs_that_generate_keeps_are_those_of_their_own_step(tapes):
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
+    asked = dict(return_dict_in_generate=True, output_hidden_states=True, output_logits=True)
+    expected = eager(model, new_cache(model, CONFIGS["int4"]), inputs, **asked)
+    found = compiled(model, new_cache(model, CONFIGS["int4"]), inputs, **asked)
+    assert sum(tape.replays for tape in tapes) > 10
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_samples_are_replayed(tapes):
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
+    found = []
+    for run in (eager, compiled):
+        torch.manual_seed(0)
+        found.append(run(model, new_cache(model, CONFIGS["int4"]), inputs, do_sample=True, top_k=20))
+    assert torch.equal(*found) and sum(tape.replays for tape in tapes) > 10
+
+
+def test_a_conversation_is_captured_anew_in_each_turn(tapes):
+    """Between two generate() the user may change the model, say its adapters, so guards must be asked."""
+    model = tiny_llama(dtype=torch.float64)
+    made = []
+    for run in (eager, compiled):
+        cache, out = new_cache(model, CONFIGS["evict"]), prompt(30, batch=2)["input_ids"]
+        for turn in range(3):
+            inputs = dict(input_ids=out, attention_mask=torch.ones_like(out))
+            out = run(model, cache, inputs, new=6)
+            out = torch.cat((out, prompt(5, batch=2, seed=turn)["input_ids"]), dim=1)
+            made.append(len(tapes))
+        if run is eager:
+            expected = out
+    assert torch.equal(out, expected)
+    assert made[:3] == [0, 0, 0] and 0 < made[3] < made[4] < made[5]
+
+
+class Sum(nn.Module):
+    """A call that can be compiled, and counts how often it is run in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs = 0
+
+    def forward(self, x, y=None, scale=1):
+        self.runs += 1
+        return CausalLMOutputWithPast(logits=x * scale + (0 if y is None else y))
+
+
+def test_what_makes_a_call_of_another_kind(tapes):
+    """Each kind is run once, then captured; only numbers in tensors may differ in a replay."""
+    model = Sum()
+    call = Captured(model, otherwise=None)
+    x = torch.arange(4.0)
+    kinds = [
+        (1, dict(x=x)),
+        (2, dict(x=x)),  # another epoch
+        (2, dict(x=x[:3])),
+        (2, dict(x=x.double())),
+        (2, dict(x=x, scale=3)),
+        (2, dict(x=x, scale=4)),
+        (2, dict(x=x, y=x)),
+        (2, dict(x=x, y=1)),
+    ]
+    for epoch, arguments in kinds:
+        before = len(tapes)
+        for i in range(4):
+            moved = arguments | dict(x=arguments["x"] + i)
+            assert torch.equal(call(epoch, moved).logits, Sum()(**moved).logits)
+            assert len(tapes) == before + (i > 0)
+        assert tapes[-1].replays == 3
+
+
+def test_a_step_that_cannot_be_captured_is_compiled_otherwise(monkeypatch):
+    def record(call, **arguments):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(capture, "record", record)
+    x, other = torch.arange(4.0), Sum()
+    call = Captured(Sum(), otherwise=lambda: other)
+    call(1, dict(x=x))
+    with pytest.warns(UserWarning, match="not permitted when stream is capturing"):
+        assert torch.equal(call(1, dict(x=x)).logits, x)
+    assert torch.equal(call(1, dict(x=x + 1)).logits, x + 1) and torch.equal(call(2, dict(x=x)).logits, x)
+    assert other.runs == 3
+
+
+def test_memory_that_ran_out_is_no_reason_to_compile_otherwise(monkeypatch):
+    def record(call, **arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(capture, "record", record)
+    call = Captured(Sum(), otherwise=lambda: pytest.fail("compiled otherwise"))
+    call(1, dict(x=torch.ones(2)))
+    with pytest.raises(torch.OutOfMemoryError):
+        call(1, dict(x=torch.ones(2)))
+
+
+def test_which_configurations_are_captured_here():
+    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    made = uncaptured(CompileConfig(), CUDA)
+    assert (made.mode, made.options) == ("default", None)
+    assert uncaptured(CompileConfig(mode="max-autotune"), CUDA).mode == "max-autotune-no-cudagraphs"
+    config = CompileConfig(mode=None, options=options, fullgraph=True)
+    made = uncaptured(config, CUDA)
+    assert (made.mode, made.options, made.fullgraph) == (None, {"coordinate_descent_tuning": True}, True)
+    assert config.options is options and len(options) == 2  # not changed
+    for plain in (
+        CompileConfig(mode="default"),
+        CompileConfig(mode=None, options={"coordinate_descent_tuning": True}),
+        CompileConfig(backend="aot_eager", mode="reduce-overhead"),
+    ):
+        assert uncaptured(plain, CUDA) is None
+    assert uncaptured(CompileConfig(), torch.device("cpu")) is None
+
+
+def test_layers_that_count_in_python_are_left_to_inductor(tapes):
+    """Transformers' sliding windows do, and a replay runs no Python."""
+    assert fade_fast.create_cache(tiny_llama()).stepper.captures
+    sizes = dict(
+        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=4, head_dim=32,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=8, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes)).eval()
+    cache = fade_fast.create_cache(model, FadeConfig(recent_window=8, block_size=4))
+    assert not cache.stepper.captures
+    compiled(model, cache, prompt(30, batch=2))
+    assert not tapes and compressed_tokens(cache) > 0
