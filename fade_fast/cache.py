@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 
 from fade_ref.config import FadeConfig
 
-from . import checkpoint, importance, plan, snapshot, stepper, telemetry
+from . import calls, checkpoint, importance, plan, snapshot, telemetry
 from .attention import NAME
 from .codebooks import Codebooks, given
 from .guard import Guard, guarded
@@ -156,7 +156,8 @@ class TieredKVCache(Cache):
         for layer in self.tiered:
             for shared in (layer.model_config, layer.rope, layer.telemetry, *(layer.books or ())):
                 memo[id(shared)] = shared
-        memo[id(self.stepper.demotion)] = None  # a captured graph cannot be copied
+        for graph in (self.stepper.demotion, self.stepper.order):
+            memo[id(graph)] = None  # a captured graph cannot be copied
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         twin.stepper.clear()  # captured steps of this cache must not become the twin's
@@ -239,6 +240,9 @@ class TieredKVCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was: int64 [B]."""
         self._check_rows(beam_idx, same=True)
+        self.stepper.reorder(beam_idx, self._reorder)
+
+    def _reorder(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self.timeline.select_rows(beam_idx)
 
@@ -460,7 +464,7 @@ def attach(model: PreTrainedModel, *, verify: bool = True) -> bool:
         return False
     model._fade_previous = model.config._attn_implementation
     model.set_attn_implementation(NAME)
-    stepper.attach(model)
+    calls.attach(model)
     return True
 
 
@@ -489,7 +493,7 @@ def detach(model: PreTrainedModel) -> None:
     previous = model.__dict__.pop("_fade_previous", None)
     if previous is not None:
         model.set_attn_implementation(previous)
-        stepper.detach(model)
+        calls.detach(model)
 
 
 #: Models that drop their cache, for good, when the text reaches the length where long RoPE switches.

@@ -356,7 +356,7 @@ class TieredLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self.stepper.touch()
+        self.stepper.touch(stored=True)
         before = self.length, self.exact.count, self._sinks_placed
         try:
             self._store(keys, values, attended, received)

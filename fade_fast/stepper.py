@@ -7,22 +7,18 @@ fixed for an epoch; counters live in tensors that the graph itself advances. The
 of a tensor marked dynamic: a new one captures again, but compiles nothing.
 
 Around each call, `begin` does what is due outside the graph (demotion, room, a new epoch), and `end`
-keeps the counts that Python has.
+keeps the counts that Python has. Between calls, a beam search reorders rows.
 """
 
-import functools
 import itertools
-import types
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, PreTrainedModel
 
-from .capture import Captured, record
+from .capture import record
 from .kernels import exact
-from .kernels.compile import uncaptured
-from .models import text_config
 from .timeline import HOLE
 
 SHORT = 16  # most columns of a step that are stored before they are attended
@@ -43,6 +39,8 @@ class Stepper:
             tiered, for others count in Python.
         active: whether a step is under way, so that attention goes through `fade::step`.
         epoch: see above. marker: a tensor of that length.
+        searching: whether rows were reordered after the last step, as in a beam search.
+        search: what runs the steps of that search, or None.
     """
 
     def __init__(self, timeline, compileable: bool):
@@ -58,7 +56,8 @@ class Stepper:
         self._spans: list[list[int]] = []
         self._frequencies: Tensor | None = None
         self.epoch, self._stale = 0, True
-        self._demotions, self.demotion = 0, None
+        self._demotions, self.demotion, self.order = 0, None, None
+        self.searching, self.search = False, None
 
     # -- around a step
 
@@ -123,9 +122,42 @@ class Stepper:
         now = 0 if self.timeline.has_holes else first.settled_columns()
         return bool(now) != bool(self.settled) or now >= self.settled + exact.TAIL
 
-    def touch(self) -> None:
-        """Say that columns changed other than by a step."""
+    def touch(self, stored: bool = False) -> None:
+        """Say that columns changed other than by a step, or (`stored`) came so, which ends a beam search."""
         self._stale = True
+        if stored:
+            self.searching, self.search = False, None
+
+    # -- between steps
+
+    def reorder(self, index: Tensor, select: Callable[[Tensor], None]) -> None:
+        """Reorder rows by `select(index)`, in place: a few small kernels for each of many tensors.
+
+        So from the second time in an epoch on they are replayed from a graph.
+        """
+        self.searching = True
+        if self._stale or not self.captures:
+            select(index)
+            return
+        if not self.slot.is_cuda:
+            self._reorder(index, select)
+        elif self.order:
+            self._index.copy_(index)
+            self.order.replay()
+        else:
+            self._index = index.to(self.slot.device, copy=True)
+            self.order, _ = record(self._reorder, index=self._index, select=select)
+            self.order.replay()
+        self._stale = False
+
+    def _reorder(self, index: Tensor, select: Callable[[Tensor], None]) -> None:
+        """The same, and all that graphs read brought up to date."""
+        select(index)
+        own = [self.newest, self.real, self.seen]
+        own += [x for layer in self.layers for slots in layer.frozen for x in (slots.valid, slots.read_at)]
+        for x in own:
+            if x is not None:
+                x.copy_(x.index_select(0, index))
 
     def _renew(self) -> None:
         """Bring what graphs read up to date, in a new epoch if anything that they have baked in changed."""
@@ -151,7 +183,7 @@ class Stepper:
             layer.freeze()
         self.settled = first.settled_columns() if not self.timeline.has_holes else 0
         self._refresh()
-        self._demotions, self.demotion = 0, None
+        self._demotions, self.demotion, self.order = 0, None, None
         _steppers.pop(self.epoch, None)
         self.epoch = next(_epochs)
         _steppers[self.epoch] = self
@@ -235,47 +267,3 @@ def step_operator(
 def _(query, *args):
     batch, heads, new, dim = query.shape
     return query.new_empty(batch, new, heads, dim)
-
-
-def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None):
-    """What generate() gets for `model.get_compiled_call`: the compiled step, with its surroundings."""
-    made = functools.partial(type(model).get_compiled_call, model)
-
-    @functools.cache
-    def step_of(stepper: Stepper):
-        """The compiled step, a function of the epoch and the arguments."""
-        config = uncaptured(compile_config or CompileConfig(), model.device) if stepper.captures else None
-        if config:
-            return Captured(made(config), otherwise=lambda: made(compile_config))
-        compiled = made(compile_config)
-        return lambda epoch, arguments: compiled(**arguments)
-
-    def call(*args, **kwargs):
-        stepper = getattr(kwargs.get("past_key_values"), "stepper", None)
-        if stepper is None:
-            return made(compile_config)(*args, **kwargs)
-        tokens = kwargs.get("input_ids")
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        ours = stepper.layers[0].model_config is text_config(model)  # else attention refuses the cache
-        with stepper.layers[0].guard:
-            if args or tokens is None or not ours or not stepper.begin(tokens.shape[1], tokens.shape[0]):
-                return model(*args, **kwargs)
-            try:
-                output = step_of(stepper)(stepper.epoch, kwargs)
-            except BaseException:
-                stepper.active = False
-                raise
-            stepper.end()
-            return output
-
-    return call
-
-
-def attach(model: PreTrainedModel) -> None:
-    """Let generate() compile `model` with the surroundings that a tiered cache needs."""
-    model.get_compiled_call = types.MethodType(compiled_call, model)
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`."""
-    model.__dict__.pop("get_compiled_call", None)

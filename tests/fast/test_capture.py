@@ -7,7 +7,7 @@ from transformers import CompileConfig, Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fade_fast
-from fade_fast import capture, stepper
+from fade_fast import calls, capture
 from fade_fast.capture import Captured
 from fade_fast.kernels.compile import uncaptured
 from fade_ref.config import FadeConfig
@@ -50,7 +50,7 @@ def tapes(monkeypatch):
     Tape.made = []
     monkeypatch.setattr(capture, "record", record)
     plain = CompileConfig(backend="aot_eager", mode=None)
-    monkeypatch.setattr(stepper, "uncaptured", lambda config, device: plain)
+    monkeypatch.setattr(calls, "uncaptured", lambda config, device: plain)
     torch._dynamo.reset()
     return Tape.made
 
@@ -91,6 +91,39 @@ def test_samples_are_replayed(tapes):
         torch.manual_seed(0)
         found.append(run(model, new_cache(model, CONFIGS["int4"]), inputs, do_sample=True, top_k=20))
     assert torch.equal(*found) and sum(tape.replays for tape in tapes) > 10
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+def test_beam_search_is_captured(tapes, name, padded):
+    """Transformers would run it uncompiled. Rows are reordered before each step, also by whole demotions."""
+    model = tiny_llama(dtype=torch.float64)
+    inputs = prompt(30, batch=2, pads=(0, 9) if padded else ())
+    options = dict(num_beams=3, length_penalty=0.0, new=40)
+    theirs, cache = new_cache(model, CONFIGS[name]), new_cache(model, CONFIGS[name])
+    expected = eager(model, theirs, inputs, **options)
+    assert not tapes
+    cache.stepper.compileable = True
+    orders = []
+    real = cache.stepper._reorder
+    cache.stepper._reorder = lambda index, select: (orders.append(index.tolist()), real(index, select))
+    assert torch.equal(eager(model, cache, inputs, **options), expected)
+    assert sum(tape.replays for tape in tapes) > 20
+    assert any(order != sorted(order) or len(set(order)) < 6 for order in orders)  # rows did move
+    assert name == "off" or compressed_tokens(cache) > 0
+    assert torch.equal(cache.timeline.positions, theirs.timeline.positions)
+    for ours, other in zip(cache.tiered, theirs.tiered):
+        for a, b in zip(ours.dense(), other.dense()):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_beam_search_is_not_compiled_where_that_is_switched_off(tapes):
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
+    cache = new_cache(model, CONFIGS["int4"])
+    cache.stepper.compileable = True
+    model.generation_config.disable_compile = True
+    eager(model, cache, inputs, num_beams=3)
+    assert not tapes and cache.stepper.search is None
 
 
 def test_a_conversation_is_captured_anew_in_each_turn(tapes):

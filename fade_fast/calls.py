@@ -1,0 +1,79 @@
+"""How generate() calls a model that has a tiered cache: prompts as they are, steps compiled and captured."""
+
+import functools
+import types
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from transformers import CompileConfig, PreTrainedModel
+
+from .capture import Captured
+from .kernels.compile import uncaptured
+from .models import text_config
+from .stepper import Stepper
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Let generate() compile `model` with the surroundings that a tiered cache needs, in beam search, too."""
+    model.get_compiled_call = types.MethodType(compiled_call, model)
+    if model._compiled_call_impl is None:  # what `model.compile()` sets
+        model._compiled_call_impl = types.MethodType(_call, model)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`."""
+    model.__dict__.pop("get_compiled_call", None)
+    if getattr(model._compiled_call_impl, "__func__", None) is _call:
+        del model._compiled_call_impl
+
+
+def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None):
+    """What generate() gets for `model.get_compiled_call`: the compiled step, with its surroundings."""
+    made = functools.partial(type(model).get_compiled_call, model)
+
+    @functools.cache
+    def step_of(stepper: Stepper):
+        """The compiled step, a function of the epoch and the arguments."""
+        config = uncaptured(compile_config or CompileConfig(), model.device) if stepper.captures else None
+        if config:
+            return Captured(made(config), otherwise=lambda: made(compile_config))
+        compiled = made(compile_config)
+        return lambda epoch, arguments: compiled(**arguments)
+
+    def call(*args, **kwargs):
+        stepper = _stepper(kwargs)
+        if stepper is None:
+            return made(compile_config)(*args, **kwargs)
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        ours = stepper.layers[0].model_config is text_config(model)  # else attention refuses the cache
+        with stepper.layers[0].guard:
+            if args or tokens is None or not ours or not stepper.begin(tokens.shape[1], tokens.shape[0]):
+                return model(*args, **kwargs)
+            try:
+                output = step_of(stepper)(stepper.epoch, kwargs)
+            except BaseException:
+                stepper.active = False
+                raise
+            stepper.end()
+            return output
+
+    return call
+
+
+def _call(model: PreTrainedModel, *args, **kwargs):
+    """`model(...)`. Beam search compiles nothing: its steps are known by rows that were reordered before."""
+    if not torch.compiler.is_compiling():
+        stepper = _stepper(kwargs)
+        if stepper is not None and stepper.searching and not torch.is_grad_enabled():
+            asked = model.generation_config
+            if stepper.compileable and stepper.captures and not asked.disable_compile:
+                stepper.searching = False
+                stepper.search = stepper.search or compiled_call(model, asked.compile_config)
+                return tree_map_only(Tensor, torch.clone, stepper.search(*args, **kwargs))
+    return model._call_impl(*args, **kwargs)
+
+
+def _stepper(arguments: dict) -> Stepper | None:
+    return getattr(arguments.get("past_key_values"), "stepper", None)
