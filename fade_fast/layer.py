@@ -427,7 +427,7 @@ class TieredLayer(CacheLayerMixin):
     def repeats(self) -> bool:
         """Whether `settle` would do what it did last time, so that a graph of that can be replayed."""
         c = self.config
-        steady = self.recent == c.recent_window + c.block_size and not self.timeline.has_holes
+        steady = self.recent == c.recent_window + c.block_size
         return steady and not (self.observer or self.telemetry) and self.middle.repeats(c.block_size)
 
     def repeat(self) -> None:

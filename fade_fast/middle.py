@@ -315,7 +315,7 @@ class Middle(ABC):
     @abstractmethod
     def repeats(self, new: int) -> bool:
         """Whether to demote `new` more columns does what the last time did, slots apart: the same tensors
-        of the same shapes, and nothing that the host must know. For a batch without padding."""
+        of the same shapes, and nothing that the host must know."""
 
     @abstractmethod
     def repeat(self, new: int) -> None:
@@ -470,7 +470,8 @@ class PlannedMiddle(Middle):
 
     def repeats(self, new: int) -> bool:
         held = [tier.records.count for tier in self.tiers]
-        return min(held) > 0 and plan.sizes(self.config, held, new) == held
+        full = min(held) > 0 and plan.sizes(self.config, held, new) == held
+        return full and not self.timeline.has_holes  # or as many are kept as the fullest row has
 
     def repeat(self, new: int) -> None:
         pass  # full tiers stay full

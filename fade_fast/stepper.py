@@ -89,7 +89,8 @@ class Stepper:
     def _demote(self) -> None:
         """Demote what is due in every layer: a few hundred small kernels a layer, which wait for Python.
 
-        So from the second time in an epoch on they are replayed from a graph, where only slots differ.
+        So they are replayed from a graph of the epoch, where only slots differ; but the first with these
+        buffers is an ordinary one, for what has yet to be compiled.
         """
         if self._stale or not self._demotions or not all(layer.repeats for layer in self.layers):
             for layer in self.layers:
@@ -107,13 +108,13 @@ class Stepper:
 
     def _demote_by_cursor(self) -> None:
         """The same by tensors of fixed addresses, and all that graphs read brought up to date."""
-        self.timeline.cursor = self.column
+        self.timeline.cursor, self.timeline.latest = self.column, self.newest
         try:
             for layer in self.layers:
                 layer.settle()
             self._refresh()
         finally:
-            self.timeline.cursor = None
+            self.timeline.cursor = self.timeline.latest = None
         self._stale = False
 
     def _outgrown(self) -> bool:
@@ -163,10 +164,11 @@ class Stepper:
         """Bring what graphs read up to date, in a new epoch if anything that they have baked in changed."""
         held = [x for layer in self.layers for x in layer.baked()] + self.timeline.tensors()
         spans = [layer.spans() for layer in self.layers]
-        same = spans == self._spans and len(held) == len(self._held) and not self._outgrown()
-        if same and all(a is b for a, b in zip(held, self._held)):
+        stayed = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held))
+        if stayed and spans == self._spans and not self._outgrown():
             self._refresh()
         else:
+            self._demotions = self._demotions if stayed else 0
             self._held, self._spans, self._frequencies = held, spans, self.layers[0].frequencies
             self._open()
 
@@ -183,7 +185,7 @@ class Stepper:
             layer.freeze()
         self.settled = first.settled_columns() if not self.timeline.has_holes else 0
         self._refresh()
-        self._demotions, self.demotion, self.order = 0, None, None
+        self.demotion, self.order = None, None
         _steppers.pop(self.epoch, None)
         self.epoch = next(_epochs)
         _steppers[self.epoch] = self

@@ -17,11 +17,12 @@ class Timeline:
     `positions` [B, length] int32: the token's index among the real tokens of its row, or `HOLE`.
     `length`: columns seen, the cache's logical length. `buffer`: what `positions` is a view of.
     `cursor`: the length as a tensor, int64 [1], while a graph is captured in which columns must be found
-    anew at every replay; None otherwise. Such a graph is for batches without padding.
+    anew at every replay; `latest` then is what `newest()` gives. None otherwise.
     """
 
     def __init__(self):
         self.cursor: Tensor | None = None
+        self.latest: Tensor | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -101,7 +102,9 @@ class Timeline:
         """Position of each row's newest real token, [B] int32; -1 if it has none yet."""
         if not self.length:
             return torch.full((batch,), -1, dtype=torch.int32, device=device)
-        return self.positions.amax(-1) if self.has_holes else self.at(self.length - 1, 1)[:, 0]
+        if self.cursor is not None:
+            return self.latest
+        return self.positions.amax(-1) if self.has_holes else self.positions[:, -1]
 
     def crop(self, n: int) -> None:
         """Forget the newest `n` columns."""
