@@ -33,6 +33,11 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None):
     made = functools.partial(type(model).get_compiled_call, model)
 
     @functools.cache
+    def ours(stepper: Stepper) -> bool:
+        """Whether the cache is of this model; attention refuses others."""
+        return stepper.layers[0].model_config is text_config(model)
+
+    @functools.cache
     def step_of(stepper: Stepper):
         """The compiled step, a function of the epoch and the arguments."""
         config = uncaptured(compile_config or CompileConfig(), model.device) if stepper.captures else None
@@ -47,9 +52,9 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None):
             return made(compile_config)(*args, **kwargs)
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        ours = stepper.layers[0].model_config is text_config(model)  # else attention refuses the cache
+        usual = not args and tokens is not None and ours(stepper)
         with stepper.layers[0].guard:
-            if args or tokens is None or not ours or not stepper.begin(tokens.shape[1], tokens.shape[0]):
+            if not usual or not stepper.begin(tokens.shape[1], tokens.shape[0]):
                 return model(*args, **kwargs)
             try:
                 output = step_of(stepper)(stepper.epoch, kwargs)
