@@ -454,6 +454,7 @@ def attach(model: PreTrainedModel, *, verify: bool = True) -> bool:
     if model.config.model_type in SWITCHING:
         model.prepare_inputs_for_generation = types.MethodType(_prepare_inputs, model)
     if model.config._attn_implementation == NAME:
+        calls.attach(model)  # a copy of an attached model has lost some of it
         return True
     if not model._can_set_attn_implementation():
         warnings.warn(
@@ -493,7 +494,7 @@ def detach(model: PreTrainedModel) -> None:
     previous = model.__dict__.pop("_fade_previous", None)
     if previous is not None:
         model.set_attn_implementation(previous)
-        calls.detach(model)
+    calls.detach(model)
 
 
 #: Models that drop their cache, for good, when the text reaches the length where long RoPE switches.

@@ -4,8 +4,6 @@ import functools
 import types
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from transformers import CompileConfig, PreTrainedModel
 
 from .capture import Captured
@@ -13,17 +11,23 @@ from .kernels.compile import uncaptured
 from .models import text_config
 from .stepper import Stepper
 
+#: What generate() asks in beam search, and nowhere else: after each step, whether there will be another.
+QUESTION = "_beam_search_has_unfinished_sequences"
+
 
 def attach(model: PreTrainedModel) -> None:
     """Let generate() compile `model` with the surroundings that a tiered cache needs, in beam search, too."""
     model.get_compiled_call = types.MethodType(compiled_call, model)
+    if hasattr(type(model), QUESTION):
+        setattr(model, QUESTION, types.MethodType(_unfinished, model))
     if model._compiled_call_impl is None:  # what `model.compile()` sets
         model._compiled_call_impl = types.MethodType(_call, model)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`."""
-    model.__dict__.pop("get_compiled_call", None)
+    for name in ("get_compiled_call", QUESTION, "_fade_searching"):
+        model.__dict__.pop(name, None)
     if getattr(model._compiled_call_impl, "__func__", None) is _call:
         del model._compiled_call_impl
 
@@ -67,16 +71,22 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None):
     return call
 
 
+# -- beam search, which generate() does not compile
+
+
+def _unfinished(model: PreTrainedModel, *args, **kwargs) -> bool:
+    """The answer of transformers; the next step, if there is one, is a search's."""
+    model._fade_searching = bool(getattr(type(model), QUESTION)(*args, **kwargs))
+    return model._fade_searching
+
+
 def _call(model: PreTrainedModel, *args, **kwargs):
-    """`model(...)`. Beam search compiles nothing: its steps are known by rows that were reordered before."""
-    if not torch.compiler.is_compiling():
-        stepper = _stepper(kwargs)
-        if stepper is not None and stepper.searching and not torch.is_grad_enabled():
-            asked = model.generation_config
-            if stepper.compileable and stepper.captures and not asked.disable_compile:
-                stepper.searching = False
-                stepper.search = stepper.search or compiled_call(model, asked.compile_config)
-                return tree_map_only(Tensor, torch.clone, stepper.search(*args, **kwargs))
+    """`model(...)`, compiled in beam search."""
+    if not torch.compiler.is_compiling() and model.__dict__.pop("_fade_searching", False):
+        stepper, asked = _stepper(kwargs), model.generation_config
+        if stepper and stepper.compileable and stepper.captures and not asked.disable_compile:
+            stepper.search = stepper.search or compiled_call(model, asked.compile_config)
+            return stepper.search(*args, **kwargs)
     return model._call_impl(*args, **kwargs)
 
 

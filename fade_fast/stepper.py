@@ -39,8 +39,7 @@ class Stepper:
             tiered, for others count in Python.
         active: whether a step is under way, so that attention goes through `fade::step`.
         epoch: see above. marker: a tensor of that length.
-        searching: whether rows were reordered after the last step, as in a beam search.
-        search: what runs the steps of that search, or None.
+        search: what runs the steps of a beam search; None before the first.
     """
 
     def __init__(self, timeline, compileable: bool):
@@ -57,7 +56,7 @@ class Stepper:
         self._frequencies: Tensor | None = None
         self.epoch, self._stale = 0, True
         self._demotions, self.demotion, self.order = 0, None, None
-        self.searching, self.search = False, None
+        self.search: Callable | None = None
 
     # -- around a step
 
@@ -127,7 +126,7 @@ class Stepper:
         """Say that columns changed other than by a step, or (`stored`) came so, which ends a beam search."""
         self._stale = True
         if stored:
-            self.searching, self.search = False, None
+            self.search = None
 
     # -- between steps
 
@@ -136,7 +135,6 @@ class Stepper:
 
         So from the second time in an epoch on they are replayed from a graph.
         """
-        self.searching = True
         if self._stale or not self.captures:
             select(index)
             return

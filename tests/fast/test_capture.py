@@ -1,5 +1,7 @@
 """Captured steps: what is replayed, and what is not. Where there is no GPU, a graph is played by Python."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -115,6 +117,24 @@ def test_beam_search_is_captured(tapes, name, padded):
     for ours, other in zip(cache.tiered, theirs.tiered):
         for a, b in zip(ours.dense(), other.dense()):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_loop_of_ones_own_is_not_compiled(tapes):
+    """Nor by rows that are reordered in it; also after a beam search, of a model or of its copy."""
+    first = tiny_llama(dtype=torch.float64)
+    fade_fast.create_cache(first, CONFIGS["int4"])
+    for model in (first, copy.deepcopy(first)):
+        cache, ids = fade_fast.create_cache(model, CONFIGS["int4"]), prompt(30, batch=2)
+        cache.stepper.compileable = True
+        before = len(tapes)
+        out = eager(model, cache, ids, num_beams=2, new=12)
+        assert len(tapes) > before
+        made = len(tapes), sum(tape.replays for tape in tapes)
+        with torch.no_grad():
+            for _ in range(3):
+                cache.reorder_cache(torch.tensor([1, 0, 2, 3]))
+                model(out[:, -1:].repeat(2, 1), past_key_values=cache)
+        assert (len(tapes), sum(tape.replays for tape in tapes)) == made
 
 
 def test_beam_search_is_not_compiled_where_that_is_switched_off(tapes):
