@@ -44,9 +44,14 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None):
     @functools.cache
     def step_of(stepper: Stepper):
         """The compiled step, a function of the epoch and the arguments."""
+
+        def otherwise():
+            stepper.captures = False  # later calls of generate() need not try
+            return made(compile_config)
+
         config = uncaptured(compile_config or CompileConfig(), model.device) if stepper.captures else None
         if config:
-            return Captured(made(config), otherwise=lambda: made(compile_config))
+            return Captured(made(config), otherwise)
         compiled = made(compile_config)
         return lambda epoch, arguments: compiled(**arguments)
 

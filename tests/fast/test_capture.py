@@ -213,6 +213,27 @@ def test_a_step_that_cannot_be_captured_is_compiled_otherwise(monkeypatch):
     assert other.runs == 3
 
 
+def test_a_model_that_cannot_be_captured_is_tried_once_a_cache(tapes, monkeypatch):
+    tried = []
+
+    def record(call, **arguments):
+        tried.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, ids = tiny_llama(dtype=torch.float64), prompt(30, batch=2)["input_ids"]
+    monkeypatch.setattr(capture, "record", record)
+    cache, twin, found, expected = *(new_cache(model, CONFIGS["int4"]) for _ in range(2)), ids, ids
+    with pytest.warns(UserWarning, match="cannot be captured as a whole"):
+        for _ in range(2):
+            found = compiled(
+                model, cache, dict(input_ids=found, attention_mask=torch.ones_like(found)), new=9
+            )
+            expected = eager(
+                model, twin, dict(input_ids=expected, attention_mask=torch.ones_like(expected)), new=9
+            )
+    assert torch.equal(found, expected) and len(tried) == 1 and compressed_tokens(cache) > 0
+
+
 def test_memory_that_ran_out_is_no_reason_to_compile_otherwise(monkeypatch):
     def record(call, **arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
