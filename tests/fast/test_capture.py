@@ -57,6 +57,13 @@ def tapes(monkeypatch):
     return Tape.made
 
 
+def hold_the_same(cache, other):
+    assert torch.equal(cache.timeline.positions, other.timeline.positions)
+    for ours, theirs in zip(cache.tiered, other.tiered):
+        for a, b in zip(ours.dense(), theirs.dense()):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
 def test_replayed_steps_equal_eager_steps(tapes, name, padded):
@@ -69,10 +76,7 @@ def test_replayed_steps_equal_eager_steps(tapes, name, padded):
     # Of 39 steps, one an epoch is run for what it compiles.
     assert replays > 20 and replays + len(tapes) <= 39
     assert name == "off" or compressed_tokens(cache) > 0
-    assert torch.equal(cache.timeline.positions, theirs.timeline.positions)
-    for ours, other in zip(cache.tiered, theirs.tiered):
-        for a, b in zip(ours.dense(), other.dense()):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    hold_the_same(cache, theirs)
 
 
 def test_outputs_that_generate_keeps_are_those_of_their_own_step(tapes):
@@ -113,10 +117,7 @@ def test_beam_search_is_captured(tapes, name, padded):
     assert sum(tape.replays for tape in tapes) > 20
     assert any(order != sorted(order) or len(set(order)) < 6 for order in orders)  # rows did move
     assert name == "off" or compressed_tokens(cache) > 0
-    assert torch.equal(cache.timeline.positions, theirs.timeline.positions)
-    for ours, other in zip(cache.tiered, theirs.tiered):
-        for a, b in zip(ours.dense(), other.dense()):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    hold_the_same(cache, theirs)
 
 
 def test_a_loop_of_ones_own_is_not_compiled(tapes):
