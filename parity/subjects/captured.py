@@ -21,6 +21,8 @@ CONFIGS = {
     "off": (FadeConfig(recent_window=None), False),
     "codes": (FadeConfig(**SMALL, quant_backend="product"), False),
     "codes, padded": (FadeConfig(**SMALL, quant_backend="product"), True),
+    "int4, beams": (FadeConfig(**SMALL), False, 3),
+    "int4, int2, evict, padded, beams": (FadeConfig(**SMALL, int4_budget=10, int2_budget=6), True, 3),
 }
 
 
@@ -31,7 +33,7 @@ def collect() -> list[Case]:
     ]
 
 
-def _steps(config, padded):
+def _steps(config, padded, beams=1):
     def run(found: Found, seed: int):
         torch.manual_seed(seed % 2**31)
         model = LlamaForCausalLM(
@@ -45,7 +47,7 @@ def _steps(config, padded):
         if padded:
             mask[1, :9] = ids[1, :9] = 0
         inputs = dict(input_ids=ids.to(found.device), attention_mask=mask.to(found.device))
-        options = dict(max_new_tokens=14, min_new_tokens=14, do_sample=False)
+        options = dict(max_new_tokens=14, min_new_tokens=14, do_sample=False, num_beams=beams)
         torch._dynamo.reset()  # now, for the encoder's twins must not be counted below
         books = measure.codebooks(64) if config.quant_backend == "product" else None
         books = books and books | {name.replace("0.", "1."): x for name, x in books.items()}
@@ -58,9 +60,10 @@ def _steps(config, padded):
         backend = "inductor" if found.fused else "aot_eager"
         compiling = CompileConfig(fullgraph=True, backend=backend, mode=None)
         compiling._compile_all_devices = True
+        model.generation_config.compile_config = compiling  # what a beam search looks at
         cache = fade_fast.create_cache(model, config, codebooks=books, verify=False)
         cache.stepper.compileable = True
-        ours = model.generate(**inputs, past_key_values=cache, compile_config=compiling, **options)
+        ours = model.generate(**inputs, past_key_values=cache, **options)
         found.same("tokens generated", ours, expected)
         own = counters["stats"]["unique_graphs"] - (found.ran.new - twins)
         found.holds("one graph", own == 1, f"{own}")
