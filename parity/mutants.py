@@ -860,6 +860,13 @@ MUTANTS = [
             "self.newest.add_(0)",
             "captured/steps/int4",
         ),
+        (
+            "rows of a beam search stay where they were",
+            "stepper.Stepper._reorder",
+            "select(index)",
+            "None",
+            "captured/steps/int4, beams",
+        ),
     )
 ]
 

@@ -138,6 +138,25 @@ def test_a_loop_of_ones_own_is_not_compiled(tapes):
         assert (len(tapes), sum(tape.replays for tape in tapes)) == made
 
 
+@pytest.mark.parametrize("name", ["int4", "evict", "int4, int2, evict", "h2o", "codes", "off"])
+def test_what_steps_read_follows_its_rows(name):
+    """Beams of one text have the same padding; rows of two texts do not."""
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=3, pads=(0, 9, 4))
+    cache = new_cache(model, CONFIGS[name])
+    compiled(model, cache, inputs)
+    own = cache.stepper
+    assert not own._stale and len(set(own.newest.tolist())) == 3
+    cache.reorder_cache(torch.tensor([2, 2, 1]))
+    assert not own._stale
+    frozen = [
+        x for layer in own.layers for slots in layer.frozen for x in slots if isinstance(x, torch.Tensor)
+    ]
+    held = [own.newest, own.seen, *frozen]
+    found = [x.clone() for x in held]
+    own._refresh()
+    assert all(map(torch.equal, found, held)) and (name == "off" or frozen)
+
+
 def test_beam_search_is_not_compiled_where_that_is_switched_off(tapes):
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
     cache = new_cache(model, CONFIGS["int4"])
