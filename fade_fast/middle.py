@@ -471,7 +471,8 @@ class PlannedMiddle(Middle):
     def repeats(self, new: int) -> bool:
         held = [tier.records.count for tier in self.tiers]
         full = min(held) > 0 and plan.sizes(self.config, held, new) == held
-        return full and not self.timeline.has_holes  # or as many are kept as the fullest row has
+        # With padding as many stay as the fullest row has, which the host must look at.
+        return full and not self.timeline.has_holes
 
     def repeat(self, new: int) -> None:
         pass  # full tiers stay full

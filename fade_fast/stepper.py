@@ -39,6 +39,7 @@ class Stepper:
             tiered, for others count in Python.
         active: whether a step is under way, so that attention goes through `fade::step`.
         epoch: see above. marker: a tensor of that length.
+        demotion, order: the epoch's graphs of a demotion and of a reordering, or None.
         search: what runs the steps of a beam search; None before the first.
     """
 
