@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
 import fade_fast
 from fade_fast.cache import TieredKVCache, attach, storage_bytes
@@ -47,17 +47,12 @@ CHUNK = 2048  # columns of a prefill in chunks
 ONCE = 64 * K  # most tokens prefilled the ordinary way; and prefilled twice, so that the second is warm
 FILLS = ("once", "rows", "chunk", "random")
 #: How tokens are asked for: what `generate()` is told. "padded": and rows are padded on the left, up to a
-#: quarter of their columns. "tuned": Inductor may tune the weights' products, as it does for one row.
+#: quarter of their columns.
 MODES = {
     "greedy": {},
     "padded": {},
     "sampled": dict(do_sample=True, temperature=0.8, top_p=0.9),
     "beams": dict(num_beams=4),
-    "tuned": dict(
-        compile_config=CompileConfig(
-            mode=None, options={"triton.cudagraphs": True, "coordinate_descent_tuning": True}
-        )
-    ),
 }
 
 
@@ -93,8 +88,6 @@ CASES = [
     Case(LLAMA, 8, 2 * K, ("static", "safe"), "padded"),
     Case(LLAMA, 8, 2 * K, ("static", "safe"), "sampled"),
     Case(LLAMA, 2, 2 * K, ("dynamic", "safe"), "beams"),
-    Case(LLAMA, 1, 2 * K, ("fp16", "safe"), "tuned"),
-    Case(LLAMA, 1, 32 * K, ("safe",), "tuned"),
 ]
 TINY_CASES = [Case(TINY, 2, 192, (*BASELINES, "fp16", "safe", "balanced"))]
 TINY_CASES += [Case(TINY, 1, 192, ("dynamic", "safe"), mode) for mode in list(MODES)[1:]]

@@ -221,7 +221,8 @@ class TieredKVCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses.
 
-        To remove all is to `reset()`.
+        To remove all is to `reset()`. What policies counted of the attention of these tokens stays counted,
+        but for a step that generate() takes back (`TieredLayer.record_past`).
         """
         self.tiered[0].check_whole()
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
@@ -231,6 +232,8 @@ class TieredKVCache(Cache):
                 f"crop({tokens_to_remove}): from {-most} to 0 is possible, the newest {most} tokens being "
                 "uncompressed"
             )
+        if tokens_to_remove == -1 and self.tiered[0].record_past:
+            self.stepper.uncount()
         super().crop(tokens_to_remove)
         self.timeline.crop(-tokens_to_remove)
         if tokens_to_remove and not self.timeline.length:

@@ -5,9 +5,10 @@ import types
 
 import torch
 from transformers import CompileConfig, PreTrainedModel
+from transformers.generation import utils as generation
 
 from .capture import Captured
-from .kernels.compile import uncaptured
+from .kernels.compile import row_products, uncaptured
 from .models import text_config
 from .stepper import Stepper
 
@@ -17,6 +18,7 @@ QUESTION = "_beam_search_has_unfinished_sequences"
 
 def attach(model: PreTrainedModel) -> None:
     """Let generate() compile `model` with the surroundings that a tiered cache needs, in beam search, too."""
+    _defer_checks()
     model.get_compiled_call = types.MethodType(compiled_call, model)
     if hasattr(type(model), QUESTION):
         setattr(model, QUESTION, types.MethodType(_unfinished, model))
@@ -50,10 +52,8 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None):
             return made(compile_config)
 
         config = uncaptured(compile_config or CompileConfig(), model.device) if stepper.captures else None
-        if config:
-            return Captured(made(config), otherwise)
-        compiled = made(compile_config)
-        return lambda epoch, arguments: compiled(**arguments)
+        compiled = row_products()(made(config or compile_config))
+        return Captured(compiled, otherwise) if config else lambda epoch, arguments: compiled(**arguments)
 
     def call(*args, **kwargs):
         stepper = _stepper(kwargs)
@@ -74,6 +74,31 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None):
             return output
 
     return call
+
+
+# -- whether there is another step
+
+
+def _defer_checks() -> None:
+    """Let generate() ask one step late whether a text is over, if its cache is tiered and captures steps.
+
+    Otherwise it waits for each step before it prepares the next, and the GPU then waits for Python: a
+    millisecond of nine on an H100. Transformers can run a step ahead, and undo it by `crop`, but does so on
+    one kind of device only; other caches are left to it.
+    """
+    late = getattr(generation, "DeferredStopCheck", None)
+    if late is None or hasattr(late.is_supported, "theirs"):
+        return
+    theirs = late.is_supported
+
+    def is_supported(device, cache, *args, is_assistant=False, **kwargs):
+        stepper = getattr(cache, "stepper", None)
+        if isinstance(stepper, Stepper) and stepper.runs_ahead:
+            return not is_assistant
+        return theirs(device, cache, *args, is_assistant=is_assistant, **kwargs)
+
+    is_supported.theirs = theirs
+    late.is_supported = staticmethod(is_supported)
 
 
 # -- beam search, which generate() does not compile

@@ -43,7 +43,8 @@ class Observer(ABC):
         horizon: how many of the newest queries of a step can make a difference; None: all.
         additive: whether shares may come summed over the queries of a step.
         by_head: whether the heads of a row hold different tokens.
-        compiles: whether `rule` may be compiled, which would copy what it writes only a part of.
+        compiles: whether `rule` may be compiled, and the fields be kept twice: not where they are large, and
+            it writes only a part of them.
         cursor: int64 [1], what `rule` counts by beside the fields; None if nothing.
     """
 

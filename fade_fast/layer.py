@@ -79,6 +79,7 @@ class TieredLayer(CacheLayerMixin):
     abandon: Callable[[int], None]  # takes back a step from column `start` on, which failed in this layer
     is_sliding = False
     is_croppable = True
+    record_past = False  # whether generate() may take back a step, with all that it counted
     layer_idx: int | None = None  # of the model's layer, where the model is known
     shared = False  # whether other layers may read what this one stores (Gemma 4)
     telemetry: Telemetry | None = None  # where anything listens
@@ -253,6 +254,10 @@ class TieredLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything, shape and dtype included."""
         self._clear()
+
+    def activate_past_recording(self) -> None:
+        """What generate() says before it runs ahead, and may have to crop a step (transformers)."""
+        self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` columns, which must still be uncompressed.

@@ -23,6 +23,7 @@ from .timeline import HOLE
 
 SHORT = 16  # most columns of a step that are stored before they are attended
 ROOM = 1024  # columns a buffer that grows with the text has free when it is made
+AHEAD_ON = {"cuda"}  # types of devices for which generate() need not wait before it prepares the next step
 SETTLED = 4096  # from this many uncompressed columns on, all but the newest are left to FlashAttention
 
 _epochs = itertools.count(2)  # the compiler makes constants of 0 and 1
@@ -58,6 +59,16 @@ class Stepper:
         self.epoch, self._stale = 0, True
         self._demotions, self.demotion, self.order = 0, None, None
         self.search: Callable | None = None
+        self._counts: list[Tensor] = []  # what policies count in
+        self._kept: list[Tensor] = []  # the same before the newest step, if it may be taken back
+        self._counted = 0  # columns there were when `_kept` was right; 0 if it is not
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether generate() may run a step before it knows that there is one, and crop it."""
+        first = self.layers[0]
+        undoes = first.observer is None or first.observer.compiles
+        return self.captures and self.compileable and first.device.type in AHEAD_ON and undoes
 
     # -- around a step
 
@@ -84,6 +95,7 @@ class Stepper:
             layer.exact.count += 1
             layer.length += 1
         self.timeline.length += 1
+        self._counted = self.timeline.length
         self.active = False
 
     def _demote(self) -> None:
@@ -125,17 +137,23 @@ class Stepper:
 
     def touch(self, stored: bool = False) -> None:
         """Say that columns changed other than by a step, or (`stored`) came so, which ends a beam search."""
-        self._stale = True
+        self._stale, self._counted = True, 0
         if stored:
             self.search = None
 
     # -- between steps
+
+    def uncount(self) -> None:
+        """Take back what the newest step counted, if that is known."""
+        if self._kept and self._counted == self.timeline.length:
+            torch._foreach_copy_(self._counts, self._kept)
 
     def reorder(self, index: Tensor, select: Callable[[Tensor], None]) -> None:
         """Reorder rows by `select(index)`, in place: a few small kernels for each of many tensors.
 
         So from the second time in an epoch on they are replayed from a graph.
         """
+        self._counted = 0
         if self._stale or not self.captures:
             select(index)
             return
@@ -183,6 +201,9 @@ class Stepper:
         for layer in self.layers:
             layer.freeze()
         self.settled = first.settled_columns() if not self.timeline.has_holes else 0
+        ahead = self.layers if first.observer and self.runs_ahead else []
+        self._counts = [x for layer in ahead for fields in layer.observed() for x in fields.values()]
+        self._kept = [torch.empty_like(x) for x in self._counts]
         self._refresh()
         self.demotion, self.order = None, None
         _steppers.pop(self.epoch, None)
@@ -214,6 +235,8 @@ class Stepper:
         layer = self.layers[index if index >= 0 else -1 - index]
         if index == 0:
             self._advance(mask)
+            if self._kept:
+                torch._foreach_copy_(self._kept, self._counts)
         keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
         if index >= 0:
             exact.store(keys, values, self.slot, key, value)

@@ -48,9 +48,7 @@ def test_the_script_runs_without_a_gpu(tmp_path, capsys):
     assert capsys.readouterr().out.count("| safe |") == 1
 
 
-@pytest.mark.parametrize(
-    "mode, held", [("padded", 2 * 203 - 48), ("sampled", 2 * 203), ("beams", 8 * 203), ("tuned", 2 * 203)]
-)
+@pytest.mark.parametrize("mode, held", [("padded", 2 * 203 - 48), ("sampled", 2 * 203), ("beams", 8 * 203)])
 def test_other_ways_to_decode(model, mode, held):
     """Of two rows the second has 48 columns of padding; beams are rows of the cache."""
     case = generate.Case(models.TINY, 2, 192, mode=mode)

@@ -13,6 +13,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.utils._pytree import tree_leaves
 
@@ -206,6 +209,69 @@ def _own(function: Callable, constants: dict) -> Callable:
     return types.FunctionType(code, bound.__globals__, function.__name__, None, bound.__closure__)
 
 
+class RowProducts(CustomGraphPass):
+    """Products of one row with a matrix, as the sums they are: what is around them then fuses into them."""
+
+    LEAST = 256  # summands and results
+
+    def __call__(self, graph: Graph) -> None:
+        aten, rows = torch.ops.aten, {}
+
+        def call(op, *args) -> Node:
+            node = graph.call_function(op, args)
+            node.meta["val"] = op(*(x.meta["val"] if isinstance(x, Node) else x for x in args))
+            return node
+
+        for node in list(graph.nodes):
+            if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+                continue
+            *bias, row, matrix = node.args
+            like = row.meta["val"]
+            if like.shape[0] != 1 or min(matrix.meta["val"].shape) < self.LEAST:
+                continue
+            source = row
+            while source.target in (aten.view.default, aten.reshape.default):  # each product has its own
+                source = source.args[0]
+            with graph.inserting_before(node):
+                if (
+                    source not in rows
+                ):  # written first (see `packed.written`): or each result would compute it
+                    rows[source] = call(aten.as_strided.default, row, list(like.shape), list(like.stride()))
+                terms = call(aten.mul.Tensor, call(aten.unsqueeze.default, rows[source], 2), matrix)
+                out = call(aten.sum.dim_IntList, terms, [1])
+                for x in bias:
+                    out = call(aten.add.Tensor, out, x)
+            node.replace_all_uses_with(out)
+            graph.erase_node(node)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
+
+
+@contextlib.contextmanager
+def row_products():
+    """While compiling a model's step: products of one row with its weights are read at a copy's speed.
+
+    They are sums to Inductor then, which can tune them for a minute (`coordinate_descent_tuning`); one set of
+    tiles is as good for all of them (docs/lab-notebook.md). Products of several rows stay what they are.
+    """
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.virtualized import V
+
+    class Rows(InductorChoices):
+        def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
+            hint = V.graph.sizevars.optimization_hint
+            results, summands = int(hint(features.numel)), int(hint(features.reduction_numel))
+            if not features.is_reduction() or min(results, summands) < RowProducts.LEAST:
+                return kernel_kwargs
+            block = min(2048, _power_of_two(summands))
+            tile = dict(XBLOCK=1, R0_BLOCK=block, num_warps=max(1, block // 512), num_stages=1)
+            return {**kernel_kwargs, **_fixed(tile)}
+
+    with V.set_choices_handler(Rows()), inductor.patch(post_grad_custom_pre_pass=RowProducts()):
+        yield
+
+
 @contextlib.contextmanager
 def _pinned(tiles: Tiles):
     """While compiling: use `tiles`, and let an operand of a product read several buffers.
@@ -214,7 +280,6 @@ def _pinned(tiles: Tiles):
     """
     from torch._inductor import lowering
     from torch._inductor.choices import InductorChoices
-    from torch._inductor.codegen.triton import FixedTritonConfig
     from torch._inductor.virtualized import V
 
     class Pinned(InductorChoices):
@@ -225,11 +290,7 @@ def _pinned(tiles: Tiles):
                 return kernel_kwargs
             if "ZBLOCK" in chosen and "z" not in groups[0]:  # a batch that became rows
                 chosen = {name: n for name, n in chosen.items() if name != "ZBLOCK"}
-            pinned = {
-                "fixed_config": FixedTritonConfig(dict(chosen)),
-                "override_persistent_reduction": "R0_BLOCK" not in chosen,
-            }
-            return {**kernel_kwargs, **pinned}
+            return {**kernel_kwargs, **_fixed(chosen)}
 
     realized = lowering.needs_realized_inputs
     held = [op for op in (torch.ops.aten.bmm, torch.ops.aten.bmm.default) if op in realized]
@@ -239,3 +300,13 @@ def _pinned(tiles: Tiles):
             yield
     finally:
         realized.update(held)
+
+
+def _fixed(tile: dict) -> dict:
+    """What a kernel is made with, to have these block sizes, warps and stages."""
+    from torch._inductor.codegen.triton import FixedTritonConfig
+
+    return {
+        "fixed_config": FixedTritonConfig(dict(tile)),
+        "override_persistent_reduction": "R0_BLOCK" not in tile,
+    }

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .compile import Compiled, fuses
+from .compile import TOGETHER, Compiled, fuses
 from .merge import Partial, empty, merge, soften
 
 TAIL = 1024  # columns beyond those settled, at most, less a few
@@ -98,6 +98,6 @@ def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor
     return merge([known, tail]).reshape(shape).to(query.dtype).transpose(1, 2).contiguous()
 
 
+_compiled_store = Compiled(_store, options=TOGETHER)
 # With a library's products: here they are few and small, and choosing tiles would take longer.
-_compiled_store = Compiled(_store, options={})
 _compiled = Compiled(lambda markers, *args, scaling: _with_tail(*args, scaling), options={})

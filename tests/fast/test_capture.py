@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import CompileConfig, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import CompileConfig, DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.generation import utils as generation
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fade_fast
-from fade_fast import calls, capture
+from fade_fast import calls, capture, stepper
 from fade_fast.capture import Captured
 from fade_fast.kernels.compile import uncaptured
 from fade_ref.config import FadeConfig
@@ -118,6 +120,124 @@ def test_beam_search_is_captured(tapes, name, padded):
     assert any(order != sorted(order) or len(set(order)) < 6 for order in orders)  # rows did move
     assert name == "off" or compressed_tokens(cache) > 0
     hold_the_same(cache, theirs)
+
+
+class Stamp:
+    """A CUDA event, where there is no GPU."""
+
+    def __init__(self, **kwargs):
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def undone(monkeypatch):
+    """generate() runs ahead on the CPU, too; how many steps each call took back."""
+    found, real = [], generation.DeferredStopCheck.finish
+    monkeypatch.setattr(stepper, "AHEAD_ON", {"cpu"})
+    monkeypatch.setattr(torch, "Event", Stamp)
+    monkeypatch.setattr(
+        generation.DeferredStopCheck, "finish", lambda self: found.append(real(self)) or found[-1]
+    )
+    return found
+
+
+def ending(model, config, inputs, at):
+    """Tokens that end each row of a greedy text, the last of them `at` new ones after its prompt."""
+    out = eager(model, new_cache(model, config), inputs, new=40)[:, inputs["input_ids"].shape[1] :]
+    ends = sorted({row[i] for row, i in zip(out.tolist(), (at - 5, at - 1))})
+    return dict(eos_token_id=ends)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+def test_a_step_too_many_leaves_no_trace(tapes, undone, name, padded, at=18):
+    """Run ahead, a text that has ended has had one more step: also where that demoted, evicted, counted."""
+    model = tiny_llama(dtype=torch.float64)
+    inputs = prompt(30, batch=2, pads=(0, 9) if padded else ())
+    options = ending(model, CONFIGS[name], inputs, at)
+    theirs, cache = new_cache(model, CONFIGS[name]), new_cache(model, CONFIGS[name])
+    expected = eager(model, theirs, inputs, new=40, **options)
+    assert not undone and expected.shape[1] < 70
+    assert torch.equal(compiled(model, cache, inputs, new=40, **options), expected)
+    waits = name in ("snapkv", "tova")  # what they count is large, and not kept twice
+    assert undone == ([] if waits else [1])
+    assert cache.get_seq_length() == theirs.get_seq_length() == expected.shape[1] - 1
+    for layer in (*cache.tiered, *theirs.tiered):  # the step may have demoted what was due
+        layer.settle()
+    hold_the_same(cache, theirs)
+    for ours, other in zip(cache.tiered, theirs.tiered):
+        for a, b in zip(ours.observed(), other.observed()) if ours.observer else ():
+            for field in a:
+                n = min(a[field].shape[-1], b[field].shape[-1], ours.exact.count)
+                torch.testing.assert_close(a[field][..., :n], b[field][..., :n], rtol=1e-9, atol=1e-9)
+    again = dict(input_ids=torch.cat((expected, inputs["input_ids"][:, :7].clamp_min(1)), dim=1))
+    again["attention_mask"] = torch.cat(
+        (inputs["attention_mask"], torch.ones(2, again["input_ids"].shape[1] - 30).long()), dim=1
+    )
+    expected = eager(model, theirs, again)
+    assert torch.equal(compiled(model, cache, again), expected)
+    hold_the_same(cache, theirs)
+
+
+def test_a_text_that_ends_by_its_length_has_no_step_too_many(tapes, undone):
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
+    cache, theirs = new_cache(model, CONFIGS["h2o"]), new_cache(model, CONFIGS["h2o"])
+    assert torch.equal(compiled(model, cache, inputs), eager(model, theirs, inputs))
+    assert undone == [0] and not any(layer.record_past for layer in cache.tiered)
+
+
+def test_a_step_too_many_finds_room(tapes, undone):
+    """Also where the text fills the room that was asked for."""
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
+    options = ending(model, CONFIGS["int4"], inputs, 20)
+    expected = eager(model, new_cache(model, CONFIGS["int4"]), inputs, new=40, **options)
+    cache = fade_fast.create_cache(model, CONFIGS["int4"], max_length=expected.shape[1] - 1)
+    assert torch.equal(compiled(model, cache, inputs, new=40, **options), expected)
+    assert undone == [1] and cache.get_seq_length() == expected.shape[1] - 1
+
+
+def test_streamed_tokens_are_those_of_the_text(tapes, undone):
+    class Heard(BaseStreamer):
+        def put(self, value):
+            heard.extend(value.flatten().tolist())
+
+        def end(self):
+            heard.append("end")
+
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(30)
+    options = ending(model, CONFIGS["int4"], inputs, 20)
+    for new in (40, 10):
+        heard = []
+        out = compiled(model, new_cache(model, CONFIGS["int4"]), inputs, new=new, streamer=Heard(), **options)
+        assert heard == [*out[0].tolist(), "end"]
+    assert undone == [1, 0]
+
+
+def test_other_caches_are_asked_as_before(undone):
+    model = tiny_llama()
+    fade_fast.create_cache(model)
+    asked = dict(cache_is_returned=True, is_assistant=False)
+    supported = generation.DeferredStopCheck.is_supported
+    assert not supported(torch.device("cuda"), DynamicCache(), **asked)
+    assert supported(torch.device("mps"), DynamicCache(), **asked)
+    eager(model, DynamicCache(), prompt(30), new=4)
+    assert not undone
+
+
+def test_cropping_by_hand_leaves_what_was_counted(tapes, undone):
+    """As the specification has it; only a step that generate() takes back is uncounted."""
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
+    cache = new_cache(model, CONFIGS["h2o"])
+    compiled(model, cache, inputs)
+    before = [x.clone() for x in cache.stepper._counts]
+    cache.crop(-1)
+    assert before and all(map(torch.equal, before, cache.stepper._counts))
 
 
 def test_a_loop_of_ones_own_is_not_compiled(tapes):
