@@ -73,6 +73,7 @@ CLAIMS = {
     "identity": Claim("a rotation by 0 positions multiplies by 1 and adds 0"),
     "checkpoint": Claim("a file holds the bytes that were in memory, and what goes on from them is the same"),
     "tokens generated": Claim("a captured step runs the arithmetic of the eager one"),
+    "captured as a whole": Claim("a step that is compiled can be captured by the cache itself"),
     "one graph": Claim("a captured step compiles once and never breaks"),
     "refusal": Claim(
         "what is not served is refused by a ValueError that names it, before anything is written"
@@ -147,8 +148,8 @@ CLAIMS = {
     ),
     "captured": Claim("what caches hold after captured steps; compilers may reorder float64 sums", 1e-9),
     "captured, compiled": Claim(
-        "the same after code generation, which reorders the model's own norms: these sum in float32, with "
-        "some eight roundings of 2^-24 in two layers",
+        "the same of uncompressed tokens after code generation, which reorders the model's own norms: these "
+        "sum in float32, with some eight roundings of 2^-24 in two layers",
         1e-6,
     ),
 }

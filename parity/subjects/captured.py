@@ -11,7 +11,7 @@ from .. import cases as measure
 from ..case import Case, Draw, Found, relative_error
 
 SMALL = dict(recent_window=8, block_size=4)
-COMPILED = ("int4, int2, evict, padded",)  # by default, where there is a GPU
+COMPILED = ("int4, int2, evict, padded", "int4, beams")  # by default, where there is a GPU
 CONFIGS = {
     "int4": (FadeConfig(**SMALL), False),
     "k3v2": (FadeConfig(**SMALL, middle_k_bits=3, middle_v_bits=2), False),
@@ -57,14 +57,16 @@ def _steps(config, padded, beams=1):
         counters.clear()
         twins = found.ran.new
         # Without code generation what is shown is that steps can be captured, and what they do.
-        backend = "inductor" if found.fused else "aot_eager"
-        compiling = CompileConfig(fullgraph=True, backend=backend, mode=None)
+        backend, mode = ("inductor", "reduce-overhead") if found.fused else ("aot_eager", None)
+        compiling = CompileConfig(fullgraph=True, backend=backend, mode=mode)
         compiling._compile_all_devices = True
         model.generation_config.compile_config = compiling  # what a beam search looks at
         cache = fade_fast.create_cache(model, config, codebooks=books, verify=False)
         cache.stepper.compileable = True
         ours = model.generate(**inputs, past_key_values=cache, **options)
         found.same("tokens generated", ours, expected)
+        if found.fused:
+            found.holds("captured as a whole", cache.stepper.captures, "refused")
         own = counters["stats"]["unique_graphs"] - (found.ran.new - twins)
         found.holds("one graph", own == 1, f"{own}")
         found.holds("one graph", not counters["graph_break"], "a graph break")
@@ -72,7 +74,11 @@ def _steps(config, padded, beams=1):
         claim = "captured, compiled" if found.fused else "captured"
         for i, (a, b) in enumerate(zip(cache.tiered, eager.tiered)):
             for side, x, y in zip(("keys", "values"), a.dense(), b.dense()):
-                found.near(claim, relative_error(x, y.double().cpu()), f"{side} of layer {i}")
+                error = relative_error(x, y.double().cpu())
+                found.near("stored" if found.fused else claim, error, f"{side} of layer {i}")
+            for side in ("key", "value") if found.fused else ():
+                x, y = (layer.exact[side][:, :, : layer.exact.count] for layer in (a, b))
+                found.near(claim, relative_error(x, y.double().cpu()), f"uncompressed {side}s of layer {i}")
             for name in a.observer.fields if a.observer else ():
                 error = relative_error(a.exact[name].double(), b.exact[name].double().cpu())
                 found.near(claim, error, f"{name} of layer {i}")
