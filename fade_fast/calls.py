@@ -14,6 +14,8 @@ from .stepper import Stepper
 
 #: What generate() asks in beam search, and nowhere else: after each step, whether there will be another.
 QUESTION = "_beam_search_has_unfinished_sequences"
+#: What it asks before it samples or decodes greedily: whether to compile the steps.
+CRITERIA = "_valid_auto_compile_criteria"
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -22,13 +24,15 @@ def attach(model: PreTrainedModel) -> None:
     model.get_compiled_call = types.MethodType(compiled_call, model)
     if hasattr(type(model), QUESTION):
         setattr(model, QUESTION, types.MethodType(_unfinished, model))
+    if hasattr(type(model), CRITERIA):
+        setattr(model, CRITERIA, types.MethodType(_compiles, model))
     if model._compiled_call_impl is None:  # what `model.compile()` sets
         model._compiled_call_impl = types.MethodType(_call, model)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`."""
-    for name in ("get_compiled_call", QUESTION, "_fade_searching"):
+    for name in ("get_compiled_call", QUESTION, CRITERIA, "_fade_searching"):
         model.__dict__.pop(name, None)
     if getattr(model._compiled_call_impl, "__func__", None) is _call:
         del model._compiled_call_impl
@@ -99,6 +103,14 @@ def _defer_checks() -> None:
 
     is_supported.theirs = theirs
     late.is_supported = staticmethod(is_supported)
+
+
+def _compiles(model: PreTrainedModel, model_kwargs: dict, generation_config) -> bool:
+    """The answer of transformers, which the cache is told: eager steps do not run ahead."""
+    answer = getattr(type(model), CRITERIA)(model, model_kwargs, generation_config)
+    if stepper := _stepper(model_kwargs):
+        stepper.compiled = answer
+    return answer
 
 
 # -- beam search, which generate() does not compile

@@ -36,6 +36,7 @@ class Stepper:
     Attributes:
         layers: the cache's tiered layers, in order.
         compileable: whether generate() may compile steps.
+        compiled: whether the last generate() does so.
         captures: whether compiled steps may be captured here instead of by Inductor: if all layers are
             tiered, for others count in Python.
         active: whether a step is under way, so that attention goes through `fade::step`.
@@ -46,7 +47,7 @@ class Stepper:
 
     def __init__(self, timeline, compileable: bool):
         self.timeline, self.layers, self.active = timeline, [], False
-        self.compileable, self.captures = compileable, False
+        self.compileable, self.compiled, self.captures = compileable, False, False
         self.clear()
 
     def clear(self) -> None:
@@ -68,7 +69,7 @@ class Stepper:
         """Whether generate() may run a step before it knows that there is one, and crop it."""
         first = self.layers[0]
         undoes = first.observer is None or first.observer.compiles
-        return self.captures and self.compileable and first.device.type in AHEAD_ON and undoes
+        return self.captures and self.compiled and first.device.type in AHEAD_ON and undoes
 
     # -- around a step
 

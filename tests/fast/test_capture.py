@@ -192,6 +192,18 @@ def test_a_text_that_ends_by_its_length_has_no_step_too_many(tapes, undone):
     assert undone == [0] and not any(layer.record_past for layer in cache.tiered)
 
 
+def test_eager_steps_do_not_run_ahead(tapes, undone):
+    """What they count could not be put back."""
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
+    for name in ("int4", "h2o"):
+        cache = new_cache(model, CONFIGS[name])
+        compiled(model, cache, inputs, new=4)
+        cache.reset()
+        compiled(model, cache, inputs, new=40, disable_compile=True)
+        assert undone == [0] and not tapes[2:]
+        undone.clear(), tapes.clear()
+
+
 def test_a_step_too_many_finds_room(tapes, undone):
     """Also where the text fills the room that was asked for."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
