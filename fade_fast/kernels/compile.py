@@ -14,10 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch.fx import Graph, Node
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.utils._pytree import tree_leaves
+
+from .rows import LEAST, RowProducts, tile
 
 #: Without `native_matmul`, a batched product cannot take its operand from arithmetic on bytes. With
 #: `shape_padding`, Inductor benchmarks at compile time whether to pad 4 query rows to 8; where it does,
@@ -209,45 +209,6 @@ def _own(function: Callable, constants: dict) -> Callable:
     return types.FunctionType(code, bound.__globals__, function.__name__, None, bound.__closure__)
 
 
-class RowProducts(CustomGraphPass):
-    """Products of one row with a matrix, as the sums they are: what is around them then fuses into them."""
-
-    LEAST = 256  # summands and results
-
-    def __call__(self, graph: Graph) -> None:
-        aten, rows = torch.ops.aten, {}
-
-        def call(op, *args) -> Node:
-            node = graph.call_function(op, args)
-            node.meta["val"] = op(*(x.meta["val"] if isinstance(x, Node) else x for x in args))
-            return node
-
-        for node in list(graph.nodes):
-            if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
-                continue
-            *bias, row, matrix = node.args
-            like = row.meta["val"]
-            if like.shape[0] != 1 or min(matrix.meta["val"].shape) < self.LEAST:
-                continue
-            source = row
-            while source.target in (aten.view.default, aten.reshape.default):  # each product has its own
-                source = source.args[0]
-            with graph.inserting_before(node):
-                if (
-                    source not in rows
-                ):  # written first (see `packed.written`): or each result would compute it
-                    rows[source] = call(aten.as_strided.default, row, list(like.shape), list(like.stride()))
-                terms = call(aten.mul.Tensor, call(aten.unsqueeze.default, rows[source], 2), matrix)
-                out = call(aten.sum.dim_IntList, terms, [1])
-                for x in bias:
-                    out = call(aten.add.Tensor, out, x)
-            node.replace_all_uses_with(out)
-            graph.erase_node(node)
-
-    def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
-
-
 @contextlib.contextmanager
 def row_products():
     """While compiling a model's step: products of one row with its weights are read at a copy's speed.
@@ -262,13 +223,12 @@ def row_products():
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
             hint = V.graph.sizevars.optimization_hint
             results, summands = int(hint(features.numel)), int(hint(features.reduction_numel))
-            if not features.is_reduction() or min(results, summands) < RowProducts.LEAST:
+            if not features.is_reduction() or min(results, summands) < LEAST:
                 return kernel_kwargs
-            block = min(2048, _power_of_two(summands))
-            tile = dict(XBLOCK=1, R0_BLOCK=block, num_warps=max(1, block // 512), num_stages=1)
-            return {**kernel_kwargs, **_fixed(tile)}
+            return {**kernel_kwargs, **_fixed(tile(summands))}
 
-    with V.set_choices_handler(Rows()), inductor.patch(post_grad_custom_pre_pass=RowProducts()):
+    own = inductor.post_grad_custom_pre_pass or RowProducts()
+    with V.set_choices_handler(Rows()), inductor.patch(post_grad_custom_pre_pass=own):
         yield
 
 
