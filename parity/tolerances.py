@@ -74,6 +74,7 @@ CLAIMS = {
     "checkpoint": Claim("a file holds the bytes that were in memory, and what goes on from them is the same"),
     "tokens generated": Claim("a captured step runs the arithmetic of the eager one"),
     "captured as a whole": Claim("a step that is compiled can be captured by the cache itself"),
+    "ends": Claim("a text that ends by a token leaves no step too many, where generate() runs ahead"),
     "one graph": Claim("a captured step compiles once and never breaks"),
     "refusal": Claim(
         "what is not served is refused by a ValueError that names it, before anything is written"

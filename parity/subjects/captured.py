@@ -11,7 +11,7 @@ from .. import cases as measure
 from ..case import Case, Draw, Found, relative_error
 
 SMALL = dict(recent_window=8, block_size=4)
-COMPILED = ("int4, int2, evict, padded", "int4, beams")  # by default, where there is a GPU
+COMPILED = ("int4, int2, evict, padded", "int4, beams", "h2o, evict, ending")  # by default, on a GPU
 CONFIGS = {
     "int4": (FadeConfig(**SMALL), False),
     "k3v2": (FadeConfig(**SMALL, middle_k_bits=3, middle_v_bits=2), False),
@@ -23,6 +23,8 @@ CONFIGS = {
     "codes, padded": (FadeConfig(**SMALL, quant_backend="product"), True),
     "int4, beams": (FadeConfig(**SMALL), False, 3),
     "int4, int2, evict, padded, beams": (FadeConfig(**SMALL, int4_budget=10, int2_budget=6), True, 3),
+    "int4, ending": (FadeConfig(**SMALL), False, 1, 9),
+    "h2o, evict, ending": (FadeConfig(**SMALL, int4_budget=10, eviction_policy="h2o"), False, 1, 9),
 }
 
 
@@ -33,7 +35,9 @@ def collect() -> list[Case]:
     ]
 
 
-def _steps(config, padded, beams=1):
+def _steps(config, padded, beams=1, ends=None):
+    """Of two rows; with `ends` the text is over as soon as both have had their token of that number."""
+
     def run(found: Found, seed: int):
         torch.manual_seed(seed % 2**31)
         model = LlamaForCausalLM(
@@ -47,13 +51,23 @@ def _steps(config, padded, beams=1):
         if padded:
             mask[1, :9] = ids[1, :9] = 0
         inputs = dict(input_ids=ids.to(found.device), attention_mask=mask.to(found.device))
-        options = dict(max_new_tokens=14, min_new_tokens=14, do_sample=False, num_beams=beams)
+        options = dict(max_new_tokens=14, do_sample=False, num_beams=beams)
         torch._dynamo.reset()  # now, for the encoder's twins must not be counted below
         books = measure.codebooks(64) if config.quant_backend == "product" else None
         books = books and books | {name.replace("0.", "1."): x for name, x in books.items()}
-        eager = fade_fast.create_cache(model, config, codebooks=books, verify=False)
-        eager.stepper.compileable = False
-        expected = model.generate(**inputs, past_key_values=eager, **options)
+
+        def eagerly(**more):
+            cache = fade_fast.create_cache(model, config, codebooks=books, verify=False)
+            cache.stepper.compileable = False
+            return cache, model.generate(**inputs, past_key_values=cache, **options, **more)
+
+        eager, expected = eagerly(min_new_tokens=14)
+        if ends is not None:
+            options["eos_token_id"] = expected[:, ids.shape[1] + ends].tolist()
+            eager, expected = eagerly()
+            found.holds("ends", ids.shape[1] < expected.shape[1] <= ids.shape[1] + ends + 1, "its length")
+        else:
+            options["min_new_tokens"] = 14
         counters.clear()
         twins = found.ran.new
         # Without code generation what is shown is that steps can be captured, and what they do.
@@ -67,6 +81,9 @@ def _steps(config, padded, beams=1):
         found.same("tokens generated", ours, expected)
         if found.fused:
             found.holds("captured as a whole", cache.stepper.captures, "refused")
+            found.holds("ends", ends is None or cache.stepper.runs_ahead, "not ahead")
+        for layer in (*cache.tiered, *eager.tiered):  # a step too many may have demoted what was due
+            layer.settle()
         own = counters["stats"]["unique_graphs"] - (found.ran.new - twins)
         found.holds("one graph", own == 1, f"{own}")
         found.holds("one graph", not counters["graph_break"], "a graph break")
