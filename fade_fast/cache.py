@@ -285,6 +285,7 @@ class TieredKVCache(Cache):
         for layer in self.tiered:
             layer.settle()
         held = [x for layer in self.layers for x in tensors(layer)] + self.timeline.tensors()
+        held += self.stepper.kept
         rest = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
         other = sum(x.nbytes for layer in rest for x in tensors(layer))
         sizes = [snapshot.sizes(layer) for layer in self.tiered]

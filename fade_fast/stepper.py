@@ -43,6 +43,7 @@ class Stepper:
         epoch: see above. marker: a tensor of that length.
         demotion, order: the epoch's graphs of a demotion and of a reordering, or None.
         search: what runs the steps of a beam search; None before the first.
+        kept: what policies had counted before the newest step, if that may be taken back.
     """
 
     def __init__(self, timeline, compileable: bool):
@@ -60,9 +61,9 @@ class Stepper:
         self.epoch, self._stale = 0, True
         self._demotions, self.demotion, self.order = 0, None, None
         self.search: Callable | None = None
-        self._counts: list[Tensor] = []  # what policies count in
-        self._kept: list[Tensor] = []  # the same before the newest step, if it may be taken back
-        self._counted = 0  # columns there were when `_kept` was right; 0 if it is not
+        self.kept: list[Tensor] = []
+        self._counts: list[Tensor] = []  # what those are copies of
+        self._counted = 0  # columns there were when `kept` was right; 0 if it is not
 
     @property
     def runs_ahead(self) -> bool:
@@ -146,8 +147,8 @@ class Stepper:
 
     def uncount(self) -> None:
         """Take back what the newest step counted, if that is known."""
-        if self._kept and self._counted == self.timeline.length:
-            torch._foreach_copy_(self._counts, self._kept)
+        if self.kept and self._counted == self.timeline.length:
+            torch._foreach_copy_(self._counts, self.kept)
 
     def reorder(self, index: Tensor, select: Callable[[Tensor], None]) -> None:
         """Reorder rows by `select(index)`, in place: a few small kernels for each of many tensors.
@@ -204,7 +205,7 @@ class Stepper:
         self.settled = first.settled_columns() if not self.timeline.has_holes else 0
         ahead = self.layers if first.observer and self.runs_ahead else []
         self._counts = [x for layer in ahead for fields in layer.observed() for x in fields.values()]
-        self._kept = [torch.empty_like(x) for x in self._counts]
+        self.kept = [torch.empty_like(x) for x in self._counts]
         self._refresh()
         self.demotion, self.order = None, None
         _steppers.pop(self.epoch, None)
@@ -236,8 +237,8 @@ class Stepper:
         layer = self.layers[index if index >= 0 else -1 - index]
         if index == 0:
             self._advance(mask)
-            if self._kept:
-                torch._foreach_copy_(self._kept, self._counts)
+            if self.kept:
+                torch._foreach_copy_(self.kept, self._counts)
         keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
         if index >= 0:
             exact.store(keys, values, self.slot, key, value)

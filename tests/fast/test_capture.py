@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fade_fast
 from fade_fast import calls, capture, stepper
+from fade_fast.cache import storage_bytes
 from fade_fast.capture import Captured
 from fade_fast.kernels.compile import uncaptured
 from fade_ref.config import FadeConfig
@@ -176,6 +177,10 @@ def test_a_step_too_many_leaves_no_trace(tapes, undone, name, padded, at=18):
             for field in a:
                 n = min(a[field].shape[-1], b[field].shape[-1], ours.exact.count)
                 torch.testing.assert_close(a[field][..., :n], b[field][..., :n], rtol=1e-9, atol=1e-9)
+    counts = bool(cache.tiered[0].observer) and not waits
+    if name != "off":  # whose compiled steps have more room
+        assert cache.memory().allocated == theirs.memory().allocated + storage_bytes(cache.stepper.kept)
+    assert bool(cache.stepper.kept) == counts
     again = dict(input_ids=torch.cat((expected, inputs["input_ids"][:, :7].clamp_min(1)), dim=1))
     again["attention_mask"] = torch.cat(
         (inputs["attention_mask"], torch.ones(2, again["input_ids"].shape[1] - 30).long()), dim=1
