@@ -21,6 +21,7 @@ from .models import compressed_tokens, new_cache, prompt, tiny_llama
 from .test_stepper import CONFIGS, compiled, eager
 
 CUDA = torch.device("cuda")
+PADDED = [pytest.param(False, id="unpadded"), pytest.param(True, id="padded", marks=pytest.mark.slow)]
 
 
 class Tape:
@@ -68,7 +69,7 @@ def hold_the_same(cache, other):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("padded", PADDED)
 def test_replayed_steps_equal_eager_steps(tapes, name, padded):
     model = tiny_llama(dtype=torch.float64)
     inputs = prompt(30, batch=2, pads=(0, 9) if padded else ())
@@ -103,7 +104,7 @@ def test_samples_are_replayed(tapes):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("padded", PADDED)
 def test_beam_search_is_captured(tapes, name, padded):
     """Transformers would run it uncompiled. Rows are reordered before each step, also by whole demotions."""
     model = tiny_llama(dtype=torch.float64)
@@ -150,13 +151,14 @@ def undone(monkeypatch):
 
 def ending(model, config, inputs, at):
     """Tokens that end each row of a greedy text, the last of them `at` new ones after its prompt."""
-    out = eager(model, new_cache(model, config), inputs, new=40)[:, inputs["input_ids"].shape[1] :]
+    out = eager(model, new_cache(model, config), inputs, new=at)[:, inputs["input_ids"].shape[1] :]
     ends = sorted({row[i] for row, i in zip(out.tolist(), (at - 5, at - 1))})
     return dict(eos_token_id=ends)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize(
+    "name, padded", [(name, False) for name in CONFIGS] + [(name, True) for name in ("int4", "evict", "h2o")]
+)
 def test_a_step_too_many_leaves_no_trace(tapes, undone, name, padded, at=18):
     """Run ahead, a text that has ended has had one more step: also where that demoted, evicted, counted."""
     model = tiny_llama(dtype=torch.float64)
@@ -185,8 +187,8 @@ def test_a_step_too_many_leaves_no_trace(tapes, undone, name, padded, at=18):
     again["attention_mask"] = torch.cat(
         (inputs["attention_mask"], torch.ones(2, again["input_ids"].shape[1] - 30).long()), dim=1
     )
-    expected = eager(model, theirs, again)
-    assert torch.equal(compiled(model, cache, again), expected)
+    expected = eager(model, theirs, again, new=9)
+    assert torch.equal(compiled(model, cache, again, new=9), expected)
     hold_the_same(cache, theirs)
 
 
