@@ -216,6 +216,16 @@ def row_products():
     They are sums to Inductor then, which can tune them for a minute (`coordinate_descent_tuning`); one set of
     tiles is as good for all of them (docs/lab-notebook.md). Products of several rows stay what they are.
     """
+    from torch._inductor.virtualized import V
+
+    own = inductor.post_grad_custom_pre_pass or RowProducts()
+    with V.set_choices_handler(_row_choices()), inductor.patch(post_grad_custom_pre_pass=own):
+        yield
+
+
+@functools.cache
+def _row_choices():
+    """The choices of Inductor, but for the tiles of such sums."""
     from torch._inductor.choices import InductorChoices
     from torch._inductor.virtualized import V
 
@@ -227,9 +237,7 @@ def row_products():
                 return kernel_kwargs
             return {**kernel_kwargs, **_fixed(tile(summands))}
 
-    own = inductor.post_grad_custom_pre_pass or RowProducts()
-    with V.set_choices_handler(Rows()), inductor.patch(post_grad_custom_pre_pass=own):
-        yield
+    return Rows()
 
 
 @contextlib.contextmanager
