@@ -86,7 +86,7 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None):
 def _defer_checks() -> None:
     """Let generate() ask one step late whether a text is over, if its cache is tiered and captures steps.
 
-    Otherwise it waits for each step before it prepares the next, and the GPU then waits for Python: a
+    Otherwise it waits for each step before it prepares the next, and the GPU then waits for Python: half a
     millisecond of nine on an H100. Transformers can run a step ahead, and undo it by `crop`, but does so on
     one kind of device only; other caches are left to it.
     """

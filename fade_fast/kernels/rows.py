@@ -1,4 +1,4 @@
-"""Products of one row with a matrix of weights, as Inductor generates them: sums, at a copy's speed.
+"""Products of one row with a matrix of weights, as Inductor generates them: as sums.
 
 Decoding one text, a step reads every weight for a single row. A library's products do that below the
 bandwidth there is, and each is a kernel or two of its own; a sum that Inductor generates also takes in what
