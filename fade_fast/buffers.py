@@ -114,14 +114,18 @@ class Buffers:
         self.count = 0
         self.append(**records)
 
-    def removal(self, start: int, n: int) -> Callable[[], None]:
-        """What removes `n` slots from `start` on, later ones moving up, without asking for memory."""
-        rest = self.count - start - n
-        later = {k: self[k].narrow(field.axis, start + n, rest).clone() for k, field in self.fields.items()}
+    def removal(self, start: int, n: int, whole: bool = False) -> Callable[[], None]:
+        """What removes `n` slots from `start` on, later ones moving up, without asking for memory.
+
+        `whole`: and those that are not in use, too, as in a graph that is replayed when more are.
+        """
+        rest = (self.capacity if whole else self.count) - start - n
+        axes, held = {name: field.axis for name, field in self.fields.items()}, self.tensors
+        later = {name: held[name].narrow(axis, start + n, rest).clone() for name, axis in axes.items()}
 
         def remove() -> None:
             for name, x in later.items():
-                self[name].narrow(self.fields[name].axis, start, rest).copy_(x)
+                held[name].narrow(axes[name], start, rest).copy_(x)
             self.count -= n
 
         return remove

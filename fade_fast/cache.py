@@ -205,7 +205,17 @@ class TieredKVCache(Cache):
         except RuntimeError:  # a sliding window that has moved on
             self.tiered[0].failed = True
             return
-        self.timeline.crop(self.timeline.length - start)
+        self._cropped(self.timeline.length - start)
+        self.stepper.touch()
+
+    def _cropped(self, n: int) -> None:
+        """What the layers share: the newest `n` columns are gone, which they have cropped."""
+        self.timeline.crop(n)
+        self.stepper.crop(n)
+        if self.timeline.has_holes:
+            held = bool((self.timeline.newest() >= self.fade_config.n_sink - 1).all())
+            for layer in self.tiered:
+                layer.sinks_placed &= held
 
     @guarded
     def reset(self) -> None:
@@ -235,9 +245,10 @@ class TieredKVCache(Cache):
         if tokens_to_remove == -1 and self.tiered[0].record_past:
             self.stepper.uncount()
         super().crop(tokens_to_remove)
-        self.timeline.crop(-tokens_to_remove)
-        if tokens_to_remove and not self.timeline.length:
-            self.reset()
+        if tokens_to_remove:
+            self._cropped(-tokens_to_remove)
+            if not self.timeline.length:
+                self.reset()
 
     @guarded
     def reorder_cache(self, beam_idx: Tensor) -> None:

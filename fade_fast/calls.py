@@ -2,6 +2,7 @@
 
 import functools
 import types
+import weakref
 
 import torch
 from transformers import CompileConfig, PreTrainedModel
@@ -16,30 +17,37 @@ from .stepper import Stepper
 QUESTION = "_beam_search_has_unfinished_sequences"
 #: What it asks before it samples or decodes greedily: whether to compile the steps.
 CRITERIA = "_valid_auto_compile_criteria"
+#: What it asks for once in assisted decoding, and nowhere else: what drafts tokens.
+DRAFTER = "_get_candidate_generator"
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Let generate() compile `model` with the surroundings that a tiered cache needs, in beam search, too."""
+    """Let generate() compile `model` with the surroundings that a tiered cache needs, however it decodes."""
     _defer_checks()
     model.get_compiled_call = types.MethodType(compiled_call, model)
     if hasattr(type(model), QUESTION):
         setattr(model, QUESTION, types.MethodType(_unfinished, model))
     if hasattr(type(model), CRITERIA):
         setattr(model, CRITERIA, types.MethodType(_compiles, model))
+    if hasattr(type(model), DRAFTER):
+        setattr(model, DRAFTER, types.MethodType(_drafter, model))
     if model._compiled_call_impl is None:  # what `model.compile()` sets
         model._compiled_call_impl = types.MethodType(_call, model)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`."""
-    for name in ("get_compiled_call", QUESTION, CRITERIA, "_fade_searching"):
+    for name in ("get_compiled_call", QUESTION, CRITERIA, DRAFTER, "_fade_searching"):
         model.__dict__.pop(name, None)
     if getattr(model._compiled_call_impl, "__func__", None) is _call:
         del model._compiled_call_impl
 
 
-def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None):
-    """What generate() gets for `model.get_compiled_call`: the compiled step, with its surroundings."""
+def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, plain=None):
+    """What generate() gets for `model.get_compiled_call`: the compiled step, with its surroundings.
+
+    `plain`: what runs a step that is not compiled; None for the model.
+    """
     made = functools.partial(type(model).get_compiled_call, model)
 
     @functools.cache
@@ -68,16 +76,34 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None):
         usual = not args and tokens is not None and ours(stepper)
         with stepper.layers[0].guard:
             if not usual or not stepper.begin(tokens.shape[1], tokens.shape[0]):
-                return model(*args, **kwargs)
+                return (plain or model)(*args, **kwargs)
+            new = tokens.shape[1]
+            if new > 1:
+                kwargs = _of_any_length(kwargs, tokens)
             try:
                 output = step_of(stepper)(stepper.epoch, kwargs)
             except BaseException:
                 stepper.active = False
                 raise
-            stepper.end()
+            stepper.end(new)
             return output
 
     return call
+
+
+def _of_any_length(arguments: dict, tokens: torch.Tensor) -> dict:
+    """The arguments of a step of several tokens [B, q], for a graph that is compiled once for any q."""
+    batch, new = tokens.shape[:2]
+    if arguments.get("attention_mask") is None:  # or the model would make one, by the length of the cache
+        real = torch.ones(batch, 1, new, new, dtype=torch.bool, device=tokens.device)
+        arguments = arguments | {"attention_mask": real.tril()}
+    if arguments.get("logits_to_keep") == new:
+        arguments = arguments | {"logits_to_keep": 0}  # all, by a number that is the same for any q
+    for x in arguments.values():
+        for dim, length in enumerate(x.shape if isinstance(x, torch.Tensor) else ()):
+            if length == new:
+                torch._dynamo.maybe_mark_dynamic(x, dim)
+    return arguments
 
 
 # -- whether there is another step
@@ -113,7 +139,7 @@ def _compiles(model: PreTrainedModel, model_kwargs: dict, generation_config) -> 
     return answer
 
 
-# -- beam search, which generate() does not compile
+# -- beam search and assisted decoding, which generate() does not compile
 
 
 def _unfinished(model: PreTrainedModel, *args, **kwargs) -> bool:
@@ -122,12 +148,25 @@ def _unfinished(model: PreTrainedModel, *args, **kwargs) -> bool:
     return model._fade_searching
 
 
+def _drafter(model: PreTrainedModel, generation_config, *args, **kwargs):
+    """What drafts tokens; as long as it lives, the steps of the cache check them."""
+    made = getattr(type(model), DRAFTER)(model, generation_config, *args, **kwargs)
+    if stepper := _stepper(kwargs.get("model_kwargs", {})):
+        stepper.drafts, stepper.asked = weakref.ref(made), generation_config
+    return made
+
+
 def _call(model: PreTrainedModel, *args, **kwargs):
-    """`model(...)`, compiled in beam search."""
-    if not torch.compiler.is_compiling() and model.__dict__.pop("_fade_searching", False):
-        stepper, asked = _stepper(kwargs), model.generation_config
-        if stepper and stepper.compileable and stepper.captures and not asked.disable_compile:
-            stepper.search = stepper.search or compiled_call(model, asked.compile_config)
+    """`model(...)`, compiled in beam search and in assisted decoding."""
+    if not torch.compiler.is_compiling():
+        stepper, asked = _stepper(kwargs), None
+        if model.__dict__.pop("_fade_searching", False):
+            asked = model.generation_config
+        elif stepper and stepper.drafts() is not None:
+            asked = stepper.asked
+        wanted = asked is not None and not asked.disable_compile
+        if wanted and stepper and stepper.compileable and stepper.captures:
+            stepper.search = stepper.search or compiled_call(model, asked.compile_config, model._call_impl)
             return stepper.search(*args, **kwargs)
     return model._call_impl(*args, **kwargs)
 

@@ -7,6 +7,7 @@ H100. Here both look once for each graph, that is once a `generate()` and an epo
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,47 +21,64 @@ class Captured:
     """Calls of a compiled model, of which those that repeat are replayed.
 
     The first call of a kind is an ordinary one, for what has yet to be compiled; the second is captured.
-    A kind is an epoch, and arguments that differ in the numbers of their tensors alone. Whatever else a
-    call depends on must not change while this object is used, nor may a call change Python objects.
-    The next call overwrites the logits of the output.
+    A kind is arguments that differ in the numbers of their tensors alone; a new epoch ends all kinds.
+    Whatever else a call depends on must not change while this object is used, nor may a call change Python
+    objects. The next call overwrites the logits of the output.
     """
 
     def __init__(self, compiled: Callable[..., ModelOutput], otherwise: Callable[[], Callable]):
         """`otherwise` makes what is called instead if `compiled` cannot be captured."""
         self.compiled, self.otherwise, self.refused = compiled, otherwise, False
-        self._forget()
-
-    def _forget(self, kind: tuple | None = None) -> None:
-        self.kind, self.graph, self.inputs, self.output = kind, None, [], None
+        self.epoch, self.recordings = 0, []
 
     def __call__(self, epoch: int, arguments: dict) -> ModelOutput:
+        if epoch != self.epoch:
+            self.epoch, self.recordings = epoch, []
         leaves, structure = tree_flatten(arguments)
-        kind = epoch, structure, [_kind(x) for x in leaves]
-        if self.refused or kind != self.kind:
-            self._forget(kind)
+        kind = structure, [_kind(x) for x in leaves]
+        recording = next((x for x in self.recordings if x.kind == kind), None)
+        if self.refused or recording is None:
+            self.recordings.append(Recording(kind))
             return self.compiled(**arguments)
-        if self.graph:
-            for own, given in zip(self.inputs, _tensors(leaves)):
+        if recording.graph:
+            for own, given in zip(recording.inputs, _tensors(leaves)):
                 own.copy_(given)
         else:
             leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+            pool = next((x.graph.pool() for x in self.recordings if x.graph), None)
             try:
-                self.graph, self.output = record(self.compiled, **tree_unflatten(leaves, structure))
+                arguments = tree_unflatten(leaves, structure)
+                recording.graph, recording.output = record(self.compiled, pool, **arguments)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 warnings.warn(f"the decode step cannot be captured as a whole: {error}", stacklevel=2)
-                self.refused, self.compiled = True, self.otherwise()
+                self.refused, self.compiled, self.recordings = True, self.otherwise(), []
                 return self.compiled(**arguments)
-            self.inputs = _tensors(leaves)
-        self.graph.replay()
-        return self.output if self.output.keys() <= LEFT else tree_map_only(Tensor, torch.clone, self.output)
+            recording.inputs = _tensors(leaves)
+        recording.graph.replay()
+        output = recording.output
+        return output if output.keys() <= LEFT else tree_map_only(Tensor, torch.clone, output)
 
 
-def record(call: Callable, **arguments):
-    """The CUDA graph of a call, not yet run, and what the call returned."""
+@dataclass
+class Recording:
+    """What calls of one kind are replayed from, once there is a graph."""
+
+    kind: tuple
+    graph: torch.cuda.CUDAGraph | None = None
+    inputs: list[Tensor] = field(default_factory=list)
+    output: ModelOutput | None = None
+
+
+def record(call: Callable, pool: tuple[int, int] | None = None, **arguments):
+    """The CUDA graph of a call, not yet run, and what the call returned.
+
+    `pool`: memory to share with graphs that never run at the same time, or None.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may go on using the GPU
+    # Others may go on using the GPU.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = call(**arguments)
     return graph, output
 

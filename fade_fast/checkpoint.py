@@ -208,7 +208,7 @@ def _of_tiered(layer: TieredLayer) -> tuple[dict[str, Tensor], dict]:
             parts["means"] = middle.means["mean"]
         if isinstance(middle, PlannedMiddle) and middle.evicted is not None:
             parts |= dict(evicted=middle.evicted, demoted=middle._demoted)
-    return parts, dict(length=layer.length, sinks_placed=layer._sinks_placed)
+    return parts, dict(length=layer.length, sinks_placed=layer.sinks_placed)
 
 
 #: Layers of transformers with a sliding window, which keep it as it comes or, on a GPU, in a fixed buffer.
@@ -256,7 +256,7 @@ def _fill_tiered(layer: TieredLayer, parts: dict[str, Tensor], about: dict) -> N
     layer.exact.append(**{name: parts.pop(f"exact.{name}") for name in layer.exact.fields})
     for i, x in enumerate(layer.observer.tensors() if layer.observer else ()):
         x.copy_(parts.pop(f"observer.{i}"))
-    layer.length, layer._sinks_placed = about["length"], about["sinks_placed"]
+    layer.length, layer.sinks_placed = about["length"], about["sinks_placed"]
     layer.sink_keys = parts.pop("sink_keys", None)
     middle = layer.middle
     if middle is None:

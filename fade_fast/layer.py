@@ -110,7 +110,7 @@ class TieredLayer(CacheLayerMixin):
         self.length = 0
         self.exact: Buffers | None = None  # sinks, then recent columns
         self.middle: Middle | None = None
-        self._sinks_placed = False
+        self.sinks_placed = False
         self.sink_keys: Tensor | None = None  # as they came; `exact` holds them as they are read
         self.frozen: list[Slots] = []  # what captured steps read of the tiers
         self.failed = False  # whether a step stopped halfway, and could not be taken back
@@ -272,8 +272,6 @@ class TieredLayer(CacheLayerMixin):
         if n:
             self.exact.count -= n
             self.length -= n
-            self._sinks_placed = False
-            self.stepper.touch()
 
     @property
     def croppable(self) -> int:
@@ -362,11 +360,11 @@ class TieredLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.stepper.touch(stored=True)
-        before = self.length, self.exact.count, self._sinks_placed
+        before = self.length, self.exact.count, self.sinks_placed
         try:
             self._store(keys, values, attended, received)
         except BaseException:
-            self.length, self.exact.count, self._sinks_placed = before
+            self.length, self.exact.count, self.sinks_placed = before
             raise
         if self.telemetry:
             self.telemetry.stored(self)
@@ -383,7 +381,7 @@ class TieredLayer(CacheLayerMixin):
             self.exact.reserve(most)
         self.exact.make_room(new - surplus, self.exact.count)
         self.exact.append(**self._cut(columns, 0, sinks))
-        if self.timeline.has_holes and not self._sinks_placed:
+        if self.timeline.has_holes and not self.sinks_placed:
             self._place_sinks(keys, values, start)
         columns = self._cut(columns, sinks, new)
         if surplus:
@@ -421,7 +419,7 @@ class TieredLayer(CacheLayerMixin):
         if surplus:
             self.stepper.touch()
             start = self.exact.count - self.recent
-            remove = self.exact.removal(start, surplus)
+            remove = self.exact.removal(start, surplus, whole=self.timeline.cursor is not None)
             self._demote(self._held(start, start + surplus), self.length - self.recent)
             remove()
             if self.telemetry:
@@ -431,9 +429,14 @@ class TieredLayer(CacheLayerMixin):
     @property
     def repeats(self) -> bool:
         """Whether `settle` would do what it did last time, so that a graph of that can be replayed."""
-        c = self.config
-        steady = self.recent == c.recent_window + c.block_size
-        return steady and not (self.observer or self.telemetry) and self.middle.repeats(c.block_size)
+        block = self.config.block_size
+        steady = self._surplus(self.recent) == block and not (self.observer or self.telemetry)
+        return steady and self.middle.repeats(block)
+
+    @property
+    def beyond(self) -> int:
+        """Recent columns beyond those with which a block becomes due."""
+        return self.recent - self.config.recent_window - self.config.block_size
 
     def repeat(self) -> None:
         """Count what such a replay has demoted."""
@@ -456,7 +459,7 @@ class TieredLayer(CacheLayerMixin):
             for name, x in (("key", keys), ("value", values)):
                 stored = self.exact[name][:, :, slot]
                 stored.copy_(torch.where(here, take(x, column)[:, :, 0], stored))
-        self._sinks_placed = bool((self.timeline.newest() >= self.config.n_sink - 1).all())
+        self.sinks_placed = bool((self.timeline.newest() >= self.config.n_sink - 1).all())
 
     def _demote(self, columns: dict[str, Tensor], first: int) -> None:
         """Hand columns `first` onwards to the middle, given every field of them."""
@@ -499,7 +502,7 @@ class TieredLayer(CacheLayerMixin):
     @property
     def can_step(self) -> bool:
         """Whether a column can come by a captured step: the sinks are in their places."""
-        placed = self._sinks_placed or not self.timeline.has_holes
+        placed = self.sinks_placed or not self.timeline.has_holes
         return self.is_initialized and self.length >= max(1, self.config.n_sink) and placed
 
     @property
@@ -512,11 +515,11 @@ class TieredLayer(CacheLayerMixin):
         """RoPE's frequencies, where keys are encoded before it; dynamic RoPE replaces the tensor."""
         return self.rope.inv_freq() if self.config.contiguous else None
 
-    def make_room(self) -> None:
-        """See to it that a column fits into the uncompressed buffers."""
+    def make_room(self, new: int) -> None:
+        """See to it that `new` columns fit into the uncompressed buffers."""
         count, most = self.exact.count, self._most_exact() or self._max_length
         doubled = max(2 * count, count + ROOM)
-        self.exact.reserve(max(count + 1, doubled if most is None else min(most, doubled)))
+        self.exact.reserve(max(count + new, doubled if most is None else min(most, doubled)))
         if self.telemetry:
             self.telemetry.stored(self)
 

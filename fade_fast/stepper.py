@@ -7,7 +7,8 @@ fixed for an epoch; counters live in tensors that the graph itself advances. The
 of a tensor marked dynamic: a new one captures again, but compiles nothing.
 
 Around each call, `begin` does what is due outside the graph (demotion, room, a new epoch), and `end`
-keeps the counts that Python has. Between calls, a beam search reorders rows.
+keeps the counts that Python has. Between calls, a beam search reorders rows, and assisted decoding, whose
+steps have a column for each drafted token, crops those that were refused.
 """
 
 import itertools
@@ -42,13 +43,15 @@ class Stepper:
         active: whether a step is under way, so that attention goes through `fade::step`.
         epoch: see above. marker: a tensor of that length.
         demotion, order: the epoch's graphs of a demotion and of a reordering, or None.
-        search: what runs the steps of a beam search; None before the first.
+        search: what runs the steps of a beam search or of assisted decoding; None before the first.
+        drafts: gives what drafts tokens, while assisted decoding goes on, else None; asked: how it compiles.
         kept: what policies had counted before the newest step, if that may be taken back.
     """
 
     def __init__(self, timeline, compileable: bool):
         self.timeline, self.layers, self.active = timeline, [], False
         self.compileable, self.compiled, self.captures = compileable, False, False
+        self.drafts, self.asked = (lambda: None), None
         self.clear()
 
     def clear(self) -> None:
@@ -64,6 +67,8 @@ class Stepper:
         self.kept: list[Tensor] = []
         self._counts: list[Tensor] = []  # what those are copies of
         self._counted = 0  # columns there were when `kept` was right; 0 if it is not
+        self._at: Tensor | None = None  # within a step: the slots of its columns
+        self._sees: Tensor | None = None  # and what its queries see, bool [B, 1 or q, capacity]
 
     @property
     def runs_ahead(self) -> bool:
@@ -77,48 +82,71 @@ class Stepper:
     def begin(self, new: int, batch: int) -> bool:
         """Prepare for a step of `new` columns; False if it has to run outside the graph."""
         first = self.layers[0]
-        if new != 1 or not first.can_step or self.timeline.batch != batch:
+        most = 1 if first.observer or self.drafts() is None else SHORT
+        if not 1 <= new <= most or not first.can_step or self.timeline.batch != batch:
             return False
         if first.due:
             self._demote()
-        if first.exact.count == first.exact.capacity or self.timeline.full:
+        room = 1 if new == 1 else SHORT  # the next draft may be longer
+        if first.exact.count + room > first.exact.capacity or self.timeline.room < room:
             for layer in self.layers:
-                layer.make_room()
-            self.timeline.reserve(self.timeline.length + 1)
+                layer.make_room(room)
+            self.timeline.reserve(self.timeline.length + room)
             self.touch()
         if self._stale or self._outgrown() or first.frequencies is not self._frequencies:
             self._renew()
         self._stale, self.active = False, True
         return True
 
-    def end(self) -> None:
-        """Count the column that the step has stored."""
-        for layer in self.layers:
-            layer.exact.count += 1
-            layer.length += 1
-        self.timeline.length += 1
+    def end(self, new: int) -> None:
+        """Count the `new` columns that the step has stored."""
+        self._shift(new)
         self._counted = self.timeline.length
+        self._at = self._sees = None
         self.active = False
+
+    def _shift(self, columns: int) -> None:
+        """Count so many columns more, in Python."""
+        for layer in self.layers:
+            layer.exact.count += columns
+            layer.length += columns
+        self.timeline.length += columns
 
     def _demote(self) -> None:
         """Demote what is due in every layer: a few hundred small kernels a layer, which wait for Python.
 
         So they are replayed from a graph of the epoch, where only slots differ; but the first with these
-        buffers is an ordinary one, for what has yet to be compiled.
+        buffers is an ordinary one, for what has yet to be compiled. Columns beyond the block that is due
+        (drafts are several) are not there for the graph, which moves all there is room for.
         """
         if self._stale or not self._demotions or not all(layer.repeats for layer in self.layers):
             for layer in self.layers:
                 layer.settle()
             self._demotions += 1
-        elif not self.slot.is_cuda:
-            self._demote_by_cursor()
-        else:
-            if self.demotion:
-                for layer in self.layers:
-                    layer.repeat()
+            return
+        beyond = self.layers[0].beyond
+        self.column.sub_(beyond)
+        self._shift(-beyond)
+        try:
+            if not self.slot.is_cuda:
+                self._demote_by_cursor()
             else:
-                self.demotion, _ = record(self._demote_by_cursor)
-            self.demotion.replay()
+                if self.demotion:
+                    for layer in self.layers:
+                        layer.repeat()
+                else:
+                    self.demotion, _ = record(self._demote_by_cursor)
+                self.demotion.replay()
+        except BaseException:
+            self._stale = True
+            raise
+        finally:
+            self._shift(beyond)
+        if beyond:
+            self.column.add_(beyond)
+            self.slot.add_(beyond)
+            real = self.timeline.positions[:, -beyond:] != HOLE
+            self.seen.narrow(2, self.layers[0].exact.count - beyond, beyond).copy_(real[:, None])
 
     def _demote_by_cursor(self) -> None:
         """The same by tensors of fixed addresses, and all that graphs read brought up to date."""
@@ -138,7 +166,7 @@ class Stepper:
         return bool(now) != bool(self.settled) or now >= self.settled + exact.TAIL
 
     def touch(self, stored: bool = False) -> None:
-        """Say that columns changed other than by a step, or (`stored`) came so, which ends a beam search."""
+        """Say that columns changed other than by a step, or (`stored`) came so, which ends a search."""
         self._stale, self._counted = True, 0
         if stored:
             self.search = None
@@ -149,6 +177,16 @@ class Stepper:
         """Take back what the newest step counted, if that is known."""
         if self.kept and self._counted == self.timeline.length:
             torch._foreach_copy_(self._counts, self.kept)
+
+    def crop(self, n: int) -> None:
+        """Go on before the newest `n` columns, which the cache has cropped."""
+        self._counted = 0
+        if self._stale or self.timeline.has_holes:
+            self.touch()
+            return
+        for counter in (self.slot, self.column, self.newest):
+            counter.sub_(n)
+        self.seen.narrow(2, self.layers[0].exact.count, n).zero_()
 
     def reorder(self, index: Tensor, select: Callable[[Tensor], None]) -> None:
         """Reorder rows by `select(index)`, in place: a few small kernels for each of many tensors.
@@ -230,24 +268,24 @@ class Stepper:
     # -- inside a step
 
     def run(self, index: int, query, key, value, mask, scaling, softcap, s_aux) -> Tensor:
-        """Store a layer's column and attend: everything by tensors of fixed addresses.
+        """Store a layer's columns and attend: everything by tensors of fixed addresses.
 
         A negative `index`, -1 less the layer's, is of a layer that reads what that one has stored.
         """
         layer = self.layers[index if index >= 0 else -1 - index]
         if index == 0:
-            self._advance(mask)
+            self._advance(mask, query.shape[2])
             if self.kept:
                 torch._foreach_copy_(self.kept, self._counts)
         keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
         if index >= 0:
-            exact.store(keys, values, self.slot, key, value)
+            exact.store(keys, values, self._at, key, value)
         tally = layer.tally()
         if self.settled and softcap is None and s_aux is None:
-            output = exact.attend_long(query, keys, values, self.seen, self.settled, scaling)
+            output = exact.attend_long(query, keys, values, self._sees, self.settled, scaling)
         else:
             output = layer.attend(
-                query, keys, values, self.seen, layer.frozen,
+                query, keys, values, self._sees, layer.frozen,
                 scaling=scaling, softcap=softcap, s_aux=s_aux, mass=tally,
             )  # fmt: skip
         if tally:
@@ -256,17 +294,35 @@ class Stepper:
             group = query.shape[1] // key.shape[1]
             layer.observer.add_step(layer.observed(), tally, sees, self.real, group, slot)
         if index == len(self.layers) - 1:
-            self.slot.add_(1)
-            self.column.add_(1)
+            self.slot.add_(query.shape[2])
+            self.column.add_(query.shape[2])
         return output
 
-    def _advance(self, mask: Tensor | None) -> None:
-        """Give the column its position in each row, and let it be seen."""
+    def _advance(self, mask: Tensor | None, new: int) -> None:
+        """Give the columns their positions in each row, and let them be seen."""
+        if new > 1:
+            self._advance_by(mask, new)
+            return
+        self._at, self._sees = self.slot, self.seen
         self.real.fill_(True) if mask is None else self.real.copy_(mask[:, 0, -1, -1])
         self.newest.add_(self.real)
         place = torch.where(self.real, self.newest, HOLE)
         self.timeline.buffer.index_copy_(1, self.column, place[:, None])
         self.seen.index_copy_(2, self.slot, self.real[:, None, None])
+
+    def _advance_by(self, mask: Tensor | None, new: int) -> None:
+        """The same for several columns, of which each sees no later one."""
+        batch, device = self.timeline.batch, self.slot.device
+        real = torch.ones(batch, new, dtype=torch.bool, device=device)
+        if mask is not None:
+            real = mask.diagonal(dim1=-2, dim2=-1)[:, 0]
+        steps = torch.arange(new, device=device)
+        place = self.newest[:, None] + real.cumsum(-1, dtype=torch.int32)
+        self.timeline.buffer.index_copy_(1, self.column + steps, place.masked_fill(~real, HOLE))
+        self.newest.add_(real.sum(-1, dtype=torch.int32))
+        self._at = self.slot + steps
+        self.seen.index_copy_(2, self._at, real[:, None])
+        self._sees = self.seen & (torch.arange(self.seen.shape[2], device=device) <= self._at[:, None])
 
 
 @torch.library.custom_op("fade::step", mutates_args=())

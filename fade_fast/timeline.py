@@ -52,9 +52,9 @@ class Timeline:
         return self.buffer.shape[0]
 
     @property
-    def full(self) -> bool:
-        """Whether there is no room for another column."""
-        return self.length == self.buffer.shape[1]
+    def room(self) -> int:
+        """Further columns there is room for."""
+        return self.buffer.shape[1] - self.length
 
     def extend(self, start: int, valid: Tensor | None, batch: int, count: int, device) -> None:
         """Record `count` columns from column `start` on; nothing happens if they are known already.

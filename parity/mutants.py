@@ -793,7 +793,7 @@ MUTANTS = [
         (
             "sinks taken to be placed",
             "checkpoint._of_tiered",
-            "sinks_placed=layer._sinks_placed",
+            "sinks_placed=layer.sinks_placed",
             "sinks_placed=True",
             "sinks to come",
         ),

@@ -134,6 +134,16 @@ def fuses(x: Tensor) -> bool:
     return x.device.type in FUSED_ON
 
 
+def rounded(columns: int) -> int:
+    """Columns that a twin is compiled for, to serve these: few different numbers."""
+    return _power_of_two(columns)
+
+
+def more_rows(x: Tensor, rows: int) -> Tensor:
+    """`x` [..., n, D] with zeros below, `rows` in all; one row, which stands for all, stays one."""
+    return x if x.shape[-2] == 1 else torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[-2]))
+
+
 @functools.cache
 def marker(n: int) -> Tensor:
     """A tensor that says `n` by its length, so that a compiled graph need not know it.

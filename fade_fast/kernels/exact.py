@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .compile import TOGETHER, Compiled, fuses
+from .compile import TOGETHER, Compiled, fuses, more_rows, rounded
 from .merge import Partial, empty, merge, soften
 
 TAIL = 1024  # columns beyond those settled, at most, less a few
@@ -26,8 +26,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap
 
 
 def store(keys: Tensor, values: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
-    """Write a column, [B, H, 1, D], into slot `slot` (int64, [1]) of keys and values [B, H, capacity, D]."""
-    if fuses(keys):
+    """Write columns [B, H, q, D] into slots `slot` (int64, [q]) of keys and values [B, H, capacity, D]."""
+    if fuses(keys) and len(slot) == 1:  # several come in too many numbers to compile for each
         _compiled_store([], dict, keys, values, slot, key, value)
     else:
         _store([], keys, values, slot, key, value)
@@ -42,16 +42,16 @@ def _store(markers, keys, values, slot, key, value) -> None:
 def attend_long(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, settled: int, scaling: float
 ) -> Tensor:
-    """Attention of one query token over many uncompressed columns, [B, 1, Hq, D].
+    """Attention of a short step over many uncompressed columns, [B, q, Hq, D].
 
     The first `settled` columns, all visible, go to FlashAttention; at most `2 * TAIL` further ones, of
-    which `seen` [B, 1, capacity] says which are visible, are merged with its result.
+    which `seen` [B, 1 or q, capacity] says which are visible, are merged with its result.
 
     An operator, as all that is compiled inside another: without its own dispatch, the compiled twin
     would see tensors of other dispatch keys at its second call, and be compiled again.
 
     Args:
-        query: [B, Hq, 1, D]. keys, values: [B, H, capacity, D].
+        query: [B, Hq, q, D]. keys, values: [B, H, capacity, D].
     """
     heads, length = keys.shape[1], min(2 * TAIL, keys.shape[2] - settled)
     first = [x.narrow(2, 0, settled) for x in (keys, values)]
@@ -61,7 +61,7 @@ def attend_long(
         flash = torch.ops.aten._scaled_dot_product_flash_attention(query, *first, scale=scaling)
         return _tail_operator(query, *flash[:2], *last, seen, scaling)
     rows = query.unflatten(1, (heads, -1)).flatten(2, 3).to(torch.promote_types(query.dtype, torch.float32))
-    part = attend(rows * scaling, *first, torch.ones_like(seen[:, :, None, :1]))
+    part = attend(rows * scaling, *first, torch.ones_like(seen[:, :1, None, :1]))
     output, lse = merge([part]), part.top + part.total.log()
     return _tail_operator(
         query, output.reshape(query.shape), lse.reshape(query.shape[:3]), *last, seen, scaling
@@ -79,7 +79,11 @@ def _tail_operator(
     query: Tensor, output: Tensor, lse: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float
 ) -> Tensor:
     if fuses(query):
-        return _compiled([], dict, query, output, lse, keys, values, seen, scaling=scaling)
+        new, columns = query.shape[2], rounded(query.shape[2])
+        query, output, seen = (more_rows(x, columns) for x in (query, output, seen))
+        lse = more_rows(lse.unsqueeze(-1), columns).squeeze(-1)
+        found = _compiled([], dict, query, output, lse, keys, values, seen, scaling=scaling)
+        return found if columns == new else found.narrow(1, 0, new).contiguous()
     return _with_tail(query, output, lse, keys, values, seen, scaling)
 
 
@@ -87,14 +91,15 @@ _tail_operator.register_fake(attend_long._abstract_fn)
 
 
 def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor:
-    """Attention over keys of which `output` and `lse` [B, Hq, 1] are known, and these."""
+    """Attention over keys of which `output` and `lse` [B, Hq, q] are known, and these."""
     shape, heads = query.shape, keys.shape[1]
     rows = lambda x: x.unflatten(1, (heads, -1)).flatten(2, 3)  # noqa: E731
     wide = torch.promote_types(query.dtype, torch.float32)
     known = Partial(rows(output).to(wide), rows(lse.unsqueeze(-1))[..., 0].to(wide), 1.0)
     known = known._replace(total=torch.ones_like(known.top))
     values = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0)  # padding may be NaN
-    tail = attend(rows(query).to(wide) * scaling, keys, values, seen.unsqueeze(2))
+    seen = seen if seen.shape[1] == 1 else seen.repeat(1, shape[1] // heads, 1)
+    tail = attend(rows(query).to(wide) * scaling, keys, values, seen.unsqueeze(1))
     return merge([known, tail]).reshape(shape).to(query.dtype).transpose(1, 2).contiguous()
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import packed
-from .compile import Compiled, Tiles, fuses, marker, step_tiles, tier_tiles
+from .compile import Compiled, Tiles, fuses, marker, more_rows, rounded, step_tiles, tier_tiles
 from .packed import LOG2E, Decoder, Queries, Slots, wide, written
 from .rotated import Packed, is_uniform
 
@@ -67,12 +67,19 @@ def attend(
     Raises `ValueError` for shapes, dtypes, devices and spans that do not fit together.
     """
     _check(query, keys, values, seen, matrix, tiers, bits, spans, s_aux, inv_freq, mass or [])
+    new, columns = query.shape[2], rounded(query.shape[2])
+    # Queries that are ignored afterwards, unless `mass` would count them.
+    fits = fuses(query) and not mass and query.shape[1] // keys.shape[1] * columns <= MOST_ROWS
+    if fits and columns > new:
+        query, seen = more_rows(query, columns), more_rows(seen, columns)
+        tiers = [slots._replace(valid=more_rows(slots.valid, columns)) for slots in tiers]
     flat = [x for slots in tiers for x in _to_list(slots)]
-    return torch.ops.fade.attend(
+    output = torch.ops.fade.attend(
         query, keys, values, seen, matrix, flat, s_aux, inv_freq, mass or [],
         [b for pair in bits for b in pair], spans, [slots.per_mean for slots in tiers],
         scaling, softcap, interleaved,
     )  # fmt: skip
+    return output if output.shape[1] == new else output.narrow(1, 0, new).contiguous()
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

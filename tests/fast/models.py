@@ -1,7 +1,11 @@
 """Tiny random models, and the twin that compressed generation is compared with."""
 
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.generation.candidate_generator import CandidateGenerator
 
 import fade_fast
 from fade_ref.config import FadeConfig
@@ -47,6 +51,41 @@ def generate(model, cache, inputs, new=40, **options):
     options = dict(do_sample=False, min_new_tokens=new) | options
     out = model.generate(**inputs, past_key_values=cache, max_new_tokens=new, **options)
     return out[:, inputs["input_ids"].shape[1] :]
+
+
+class Oracle(CandidateGenerator):
+    """Drafts up to `most` tokens of the text that is to come, one in five wrong; sometimes none."""
+
+    def __init__(self, text, most):
+        self.text, self.most = text, most
+        self.random = torch.Generator().manual_seed(0)
+
+    def get_candidates(self, ids, *args, **kwargs):
+        start = ids.shape[1]
+        wanted = int(torch.randint(0, self.most + 1, (), generator=self.random))
+        draft = self.text[:, start : max(start, min(start + wanted, self.text.shape[1] - 1))]
+        wrong = (torch.rand(draft.shape, generator=self.random) < 0.2).to(draft.device)
+        return torch.cat((ids, torch.where(wrong, (draft + 1) % 256, draft)), 1), None
+
+    def update_candidate_strategy(self, *args, **kwargs):
+        pass
+
+
+def predictable(model, by=0.002):
+    """The model with less attention, so that its text is nearly the same however its tokens are stored."""
+    for name, x in model.named_parameters():
+        if name.endswith("o_proj.weight"):
+            x.data *= by
+    return model
+
+
+@contextmanager
+def drafts(model, text, most=5):
+    """Where `generate(**options)`, given these options, checks drafts of `text`."""
+    made = mock.Mock(side_effect=lambda *args, **kwargs: Oracle(text, most))
+    with mock.patch.object(type(model), "_get_candidate_generator", made):
+        yield dict(prompt_lookup_num_tokens=most)
+    assert made.called
 
 
 def dense(model):

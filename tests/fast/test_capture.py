@@ -5,19 +5,21 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.generation import utils as generation
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fade_fast
-from fade_fast import calls, capture, stepper
+from fade_fast import calls, capture, plan, stepper
 from fade_fast.cache import storage_bytes
 from fade_fast.capture import Captured
 from fade_fast.kernels.compile import uncaptured
+from fade_fast.stepper import SHORT
 from fade_ref.config import FadeConfig
 
-from .models import compressed_tokens, new_cache, prompt, tiny_llama
+from .models import compressed_tokens, drafts, new_cache, predictable, prompt, tiny_llama
 from .test_stepper import CONFIGS, compiled, eager
 
 CUDA = torch.device("cuda")
@@ -37,6 +39,9 @@ class Tape:
         self.output, self.tensors = CausalLMOutputWithPast(), {}
         Tape.made.append(self)
 
+    def pool(self) -> int:
+        return id(self)
+
     def replay(self) -> None:
         self.replays += 1
         for name, x in self.call(**self.arguments).items():
@@ -49,7 +54,8 @@ class Tape:
 def tapes(monkeypatch):
     """Captures on the CPU; the tapes that were made."""
 
-    def record(call, **arguments):
+    def record(call, pool=None, **arguments):
+        assert pool in {None, *(id(tape) for tape in Tape.made)}
         tape = Tape(call, arguments)
         return tape, tape.output
 
@@ -122,6 +128,74 @@ def test_beam_search_is_captured(tapes, name, padded):
     assert any(order != sorted(order) or len(set(order)) < 6 for order in orders)  # rows did move
     assert name == "off" or compressed_tokens(cache) > 0
     hold_the_same(cache, theirs)
+
+
+SIBLINGS = ("k3v2", "evict, original positions", *plan.SUPPORTED)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow) if x in SIBLINGS else x for x in CONFIGS]
+)
+@pytest.mark.parametrize("padded", PADDED)
+def test_assisted_decoding_is_captured(tapes, name, padded):
+    """Transformers would run it uncompiled. Two graphs, for a column and for any number; where a policy
+    counts attention, several columns stay eager."""
+    model, inputs = predictable(tiny_llama(dtype=torch.float64)), prompt(40, pads=(9,) if padded else ())
+    widths, refused = [], []
+    theirs, cache = new_cache(model, CONFIGS[name]), new_cache(model, CONFIGS[name])
+    text = eager(model, new_cache(model, CONFIGS[name]), inputs, new=80)
+    with drafts(model, text) as options:
+        expected = eager(model, theirs, inputs, new=80, **options)
+    assert not tapes
+    cache.stepper.compileable = True
+    begin, crop = cache.stepper.begin, cache.stepper.crop
+
+    def watched(new, batch):
+        ready = begin(new, batch)
+        widths.append((new, ready))
+        return ready
+
+    cache.stepper.begin = watched
+    cache.stepper.crop = lambda n: (refused.append(n), crop(n))
+    counters.clear()
+    with drafts(model, text) as options:
+        assert torch.equal(eager(model, cache, inputs, new=80, **options), expected)
+    counting = cache.tiered[0].observer is not None
+    several = [ready for new, ready in widths if 1 < new <= SHORT]
+    assert len(several) > 10 and all(ready != counting for ready in several)
+    assert len(widths) < 60 and len(set(refused)) > 2  # drafts were accepted, and refused
+    assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
+    assert counting or sum(tape.replays for tape in tapes) > 1
+    assert name == "off" or compressed_tokens(cache) > 0
+    hold_the_same(cache, theirs)
+
+
+def test_a_model_drafts_for_another(tapes):
+    """Which has a cache of its own."""
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(40)
+    options = dict(assistant_model=tiny_llama(dtype=torch.float64, layers=1), new=40)
+    theirs, cache = new_cache(model, CONFIGS["int4"]), new_cache(model, CONFIGS["int4"])
+    expected = eager(model, theirs, inputs, **options)
+    cache.stepper.compileable = True
+    assert torch.equal(eager(model, cache, inputs, **options), expected)
+    assert sum(tape.replays for tape in tapes) > 5
+    hold_the_same(cache, theirs)
+
+
+def test_drafts_are_compiled_only_where_generate_checks_them(tapes):
+    """Not where that is switched off, nor short steps of one's own afterwards."""
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(40)
+    cache = new_cache(model, CONFIGS["int4"])
+    cache.stepper.compileable = True
+    lookup = dict(prompt_lookup_num_tokens=3)
+    out = eager(model, cache, inputs, **lookup, disable_compile=True)
+    assert not tapes and cache.stepper.search is None
+    eager(model, cache, dict(input_ids=out, attention_mask=torch.ones_like(out)), **lookup)
+    assert tapes and cache.stepper.drafts() is None
+    replays = sum(tape.replays for tape in tapes)
+    with torch.no_grad():
+        model(input_ids=out[:, -4:], past_key_values=cache)
+    assert sum(tape.replays for tape in tapes) == replays and cache.stepper.search is None
 
 
 class Stamp:
@@ -359,7 +433,7 @@ def test_what_makes_a_call_of_another_kind(tapes):
 
 
 def test_a_step_that_cannot_be_captured_is_compiled_otherwise(monkeypatch):
-    def record(call, **arguments):
+    def record(call, pool=None, **arguments):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(capture, "record", record)
@@ -375,7 +449,7 @@ def test_a_step_that_cannot_be_captured_is_compiled_otherwise(monkeypatch):
 def test_a_model_that_cannot_be_captured_is_tried_once_a_cache(tapes, monkeypatch):
     tried = []
 
-    def record(call, **arguments):
+    def record(call, pool=None, **arguments):
         tried.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -394,7 +468,7 @@ def test_a_model_that_cannot_be_captured_is_tried_once_a_cache(tapes, monkeypatc
 
 
 def test_memory_that_ran_out_is_no_reason_to_compile_otherwise(monkeypatch):
-    def record(call, **arguments):
+    def record(call, pool=None, **arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(capture, "record", record)

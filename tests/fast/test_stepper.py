@@ -18,7 +18,7 @@ from fade_fast.layer import TieredLayer
 from fade_fast.stepper import Stepper
 from fade_ref.config import FadeConfig
 
-from .models import compressed_tokens, new_cache, prompt, tiny_llama
+from .models import compressed_tokens, drafts, new_cache, predictable, prompt, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
 CONFIGS = {
@@ -97,15 +97,24 @@ STEADY = {
 }
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
-@pytest.mark.parametrize("name", STEADY)
-def test_demotion_for_graphs_equals_ordinary_demotion(name, padded, monkeypatch):
-    """Where a graph would be replayed, the same runs by tensors: to the bit, and counted alike."""
+WAYS = [("unpadded", name) for name in STEADY] + [("padded", name) for name in STEADY]
+WAYS += [("drafted", name) for name in ("int4", "int4, contiguous", "evict", "knorm")]
+
+
+@pytest.mark.parametrize("way, name", WAYS)
+def test_demotion_for_graphs_equals_ordinary_demotion(name, way, monkeypatch):
+    """Where a graph would be replayed, the same runs by tensors: to the bit, and counted alike.
+
+    Also while drafts are checked, when more columns have come than the block that is due.
+    """
+    padded = way == "padded"
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
     for module, twin in ((step, step._twin), (rotated, rotated._encode_both), (exact, exact._store)):
         attribute = "_compiled_store" if module is exact else "_compiled"
         monkeypatch.setattr(module, attribute, lambda markers, pinned, *a, f=twin, **k: f(markers, *a, **k))
-    times, by_cursor = [], Stepper._demote_by_cursor
+    times, beyond, by_cursor = [], [], Stepper._demote_by_cursor
+    demote = Stepper._demote
+    monkeypatch.setattr(Stepper, "_demote", lambda s: (beyond.append(s.layers[0].beyond), demote(s)))
 
     def counts(layers):
         tiers = [[tier.records.count for tier in layer.middle.tiers] for layer in layers]
@@ -123,17 +132,27 @@ def test_demotion_for_graphs_equals_ordinary_demotion(name, padded, monkeypatch)
 
     monkeypatch.setattr(Stepper, "_demote_by_cursor", watched)
     model, inputs = tiny_llama(dtype=torch.float16), prompt(60, batch=2, pads=(0, 11) if padded else ())
+
+    model = predictable(model) if way == "drafted" else model
+
+    def run(cache):
+        if way != "drafted":
+            return compiled(model, cache, inputs, new=60)
+        text = eager(model, new_cache(model, STEADY[name], verify=False), prompt(60), new=100)
+        with drafts(model, text, most=2) as options:
+            return compiled(model, cache, prompt(60), new=100, **options)
+
     cache = new_cache(model, STEADY[name], verify=False)
-    found = compiled(model, cache, inputs, new=60)
+    found = run(cache)
     if padded and STEADY[name].evicts:  # how many each row keeps has to be looked at
         assert not times
     else:
         assert len(times) > 3
-    assert compressed_tokens(cache) > 0
+    assert compressed_tokens(cache) > 0 and (max(beyond) > 0) == (way == "drafted")
     monkeypatch.setattr(TieredLayer, "repeats", False)
     plain = new_cache(model, STEADY[name], verify=False)
     before = len(times)
-    assert torch.equal(found, compiled(model, plain, inputs, new=60))
+    assert torch.equal(found, run(plain))
     assert len(times) == before
     ours, theirs = cache.state_dict()[0], plain.state_dict()[0]
     assert ours.keys() == theirs.keys()
