@@ -17,7 +17,7 @@ from torch._inductor import config as inductor
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.utils._pytree import tree_leaves
 
-from .rows import LEAST, RowProducts, tile
+from .rows import LEAST, RowProducts, few_tile, of_few_rows, tile
 
 #: Without `native_matmul`, a batched product cannot take its operand from arithmetic on bytes. With
 #: `shape_padding`, Inductor benchmarks at compile time whether to pad 4 query rows to 8; where it does,
@@ -221,29 +221,57 @@ def _own(function: Callable, constants: dict) -> Callable:
 
 @contextlib.contextmanager
 def row_products():
-    """While compiling a model's step: products of one row with its weights are sums, see `rows.py`.
+    """While compiling a model's step: products of a few rows with its weights are generated, see `rows.py`.
 
-    One set of tiles is within 5 % of the best of 28 or more for each of five shapes (docs/lab-notebook.md):
-    nothing is tuned. Products of several rows stay what they are.
+    Of one row, one set of tiles is within 5 % of the best of 28 or more for each of five shapes
+    (docs/lab-notebook.md): nothing is tuned. Products of more than `rows.MOST` rows stay what they are.
     """
+    from torch._inductor.kernel import bmm, mm
     from torch._inductor.virtualized import V
 
     own = inductor.post_grad_custom_pre_pass or RowProducts()
-    with V.set_choices_handler(_row_choices()), inductor.patch(post_grad_custom_pre_pass=own):
-        yield
+    theirs = mm.use_native_matmul
+    # To generate one product, Inductor has to be told that it may generate any, and then, which.
+    options = {"post_grad_custom_pre_pass": own, "triton.native_matmul": True}
+    try:
+        mm.use_native_matmul = bmm.use_native_matmul = functools.partial(_generates, theirs)
+        with V.set_choices_handler(_row_choices()), inductor.patch(options):
+            yield
+    finally:
+        mm.use_native_matmul = bmm.use_native_matmul = theirs
+
+
+def _generates(theirs: Callable, rows, matrix) -> bool:
+    """Whether Inductor generates a product that it is about to lower, or leaves it to a library."""
+    from torch._inductor.virtualized import V
+
+    if V.choices is not _row_choices():  # a kernel that is compiled as the step first runs
+        return theirs(rows, matrix)
+    if inductor.triton.use_block_ptr or inductor.triton.enable_persistent_tma_matmul:
+        return False  # these two it cannot have together
+    hint = V.graph.sizevars.optimization_hint
+    if not of_few_rows(V.graph.current_node, int(hint(rows.get_size()[0]))) or not theirs(rows, matrix):
+        return False
+    rows.realize()  # or each program would compute them anew, of each tile
+    return True
 
 
 @functools.cache
 def _row_choices():
-    """The choices of Inductor, but for the tiles of such sums."""
+    """The choices of Inductor, but for the tiles of such products."""
     from torch._inductor.choices import InductorChoices
     from torch._inductor.virtualized import V
 
     class Rows(InductorChoices):
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
-            hint = V.graph.sizevars.optimization_hint
-            results, summands = int(hint(features.numel)), int(hint(features.reduction_numel))
-            if not features.is_reduction() or min(results, summands) < LEAST:
+            if not features.is_reduction():
+                return kernel_kwargs
+            hint = lambda n: int(V.graph.sizevars.optimization_hint(n))  # noqa: E731
+            results, summands = hint(features.numel), hint(features.reduction_numel)
+            if any(node.is_native_matmul() for node in features.reduction_nodes()):
+                rows = hint(groups[0]["y"])
+                return {**kernel_kwargs, **_fixed(few_tile(results // rows, summands, rows))}
+            if min(results, summands) < LEAST:
                 return kernel_kwargs
             return {**kernel_kwargs, **_fixed(tile(summands))}
 

@@ -1,8 +1,9 @@
-"""Products of one row with a matrix of weights, as Inductor generates them: as sums.
+"""Products of one row, or of a few, with a matrix of weights, as Inductor generates them.
 
-Decoding one text, a step reads every weight for a single row. A library's products do that below the
-bandwidth there is, and each is a kernel or two of its own; a sum that Inductor generates also takes in what
-surrounds it: a bias, a residual, the gate of an MLP.
+A step of decoding reads every weight for a single row, or for one of each text. A library's products do that
+below the bandwidth there is, and each is a kernel or two of its own; those that Inductor generates also take
+in what surrounds them: a bias, a residual, the gate of an MLP. Of one row they are sums, of 2 to 16 rows
+loops over tiles for the tensor cores, summed and passed on in float32.
 """
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
+PRODUCTS = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
 LEAST = 256  # summands, and results, of a product worth it
+MOST = 16  # rows of a product that reads weights for longer than it multiplies
+WHOLE = 64  # summands and results come in multiples of it, or the library has them: tiles need no masks
 
 
 def tile(summands: int) -> dict:
@@ -19,8 +23,21 @@ def tile(summands: int) -> dict:
     return dict(XBLOCK=1, R0_BLOCK=block, num_warps=max(1, block // 512), num_stages=1)
 
 
+def few_tile(results: int, summands: int, rows: int) -> dict:
+    """The same for products of a few rows; `results` is of each row."""
+    width, block, warps = (8, 512, 2) if results < 2048 else (32, 256, 4) if results < 8192 else (64, 128, 4)
+    dividing = lambda block, n: min(block, n & -n)  # noqa: E731
+    return dict(
+        YBLOCK=8 if rows <= 8 else 16, XBLOCK=dividing(width, results), R0_BLOCK=dividing(block, summands),
+        num_warps=warps, num_stages=4,
+    )  # fmt: skip
+
+
 class RowProducts(CustomGraphPass):
-    """Turns `mm` and `addmm` of one row [1, K] with [K, N] into sums; those of several rows stay."""
+    """Turns `mm` and `addmm` of one row [1, K] with [K, N] into sums; those of several rows stay.
+
+    Of these, Inductor asks `of_few_rows` as it meets them.
+    """
 
     def __call__(self, graph: Graph) -> None:
         aten, written = torch.ops.aten, {}
@@ -31,7 +48,7 @@ class RowProducts(CustomGraphPass):
             return node
 
         for node in list(graph.nodes):
-            if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+            if node.target not in PRODUCTS or node.kwargs:
                 continue
             *bias, row, matrix = node.args
             if not _worth_it(row.meta["val"], matrix.meta["val"]):
@@ -61,3 +78,18 @@ class RowProducts(CustomGraphPass):
 def _worth_it(row: Tensor, matrix: Tensor) -> bool:
     sizes = (*row.shape, *matrix.shape)
     return all(isinstance(n, int) for n in sizes) and sizes[0] == 1 and min(sizes[1:]) >= LEAST
+
+
+def of_few_rows(node: Node, rows: int) -> bool:
+    """Whether Inductor is to generate this product of `rows` rows, which may be a hint of how many there are.
+
+    Weights have to be in half precision, and stored as `nn.Linear` does, summands last.
+    """
+    if node.target not in PRODUCTS or not 2 <= rows <= MOST:
+        return False
+    row, matrix = (x.meta["val"] for x in node.args[-2:])
+    if row.device.type != "cuda" or not row.dtype == matrix.dtype in (torch.bfloat16, torch.float16):
+        return False
+    return all(
+        isinstance(n, int) and n >= LEAST and n % WHOLE == 0 for n in matrix.shape
+    ) and matrix.stride() == (1, matrix.shape[0])
