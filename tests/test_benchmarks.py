@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks import decode_attention, generate, models
+from benchmarks import decode_attention, generate, models, products
 from benchmarks.generate import Case, Result, Target
 
 
@@ -46,6 +46,28 @@ def test_the_script_runs_without_a_gpu(tmp_path, capsys):
     assert all(f"| {case.name} | {method} |" in shown for method in methods)
     assert generate.main(["--show", str(file), str(file)]) == 0
     assert capsys.readouterr().out.count("| safe |") == 1
+
+
+def test_products_are_measured_without_a_gpu(tmp_path, capsys, monkeypatch):
+    """Tiles that do not work are shown as that, beside those that do."""
+    real, file = products.compiled, tmp_path / "out.json"
+
+    def refuses(shape, rows, tiles, inputs):
+        if tiles and tiles.get("XBLOCK") == 64:
+            raise RuntimeError("out of shared memory")
+        return real(shape, rows, tiles, inputs)
+
+    monkeypatch.setattr(products, "compiled", refuses)
+    monkeypatch.setattr(products, "TILES", [(8, 256, 2, 3), (64, 64, 2, 3)])
+    assert products.main(["--rows", "1", "8", "--sweep", "--json", str(file)]) == 0
+    stored = json.loads(file.read_text())
+    ways = [(r["rows"], r["how"], r["failed"] is not None) for r in stored["results"]]
+    assert ways[:3] == [(1, "library", False), (1, "generated", False), (8, "library", False)]
+    assert ways[3:] == [(8, "generated", False)] * 2 + [(8, "generated", True)]
+    assert all(r["error"] < 4e-3 and r["us"] > 0 for r in stored["results"] if not r["failed"])
+    assert "out of shared memory" in capsys.readouterr().out
+    monkeypatch.setattr(products, "compiled", lambda *args: 1 / 0)
+    assert products.main(["--rows", "2"]) == 1
 
 
 @pytest.mark.parametrize("mode, held", [("padded", 2 * 203 - 48), ("sampled", 2 * 203), ("beams", 8 * 203)])

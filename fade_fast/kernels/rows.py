@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 PRODUCTS = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
 LEAST = 256  # summands, and results, of a product worth it
-MOST = 16  # rows of a product that reads weights for longer than it multiplies
+MOST = 16  # rows that there are tiles for: with more, a product no longer just reads
 WHOLE = 64  # summands and results come in multiples of it, or the library has them: tiles need no masks
 
 
@@ -24,7 +24,7 @@ def tile(summands: int) -> dict:
 
 
 def few_tile(results: int, summands: int, rows: int) -> dict:
-    """The same for products of a few rows; `results` is of each row."""
+    """The same for products of a few rows, not yet measured; `results` is of each row."""
     width, block, warps = (8, 512, 2) if results < 2048 else (32, 256, 4) if results < 8192 else (64, 128, 4)
     dividing = lambda block, n: min(block, n & -n)  # noqa: E731
     return dict(
@@ -80,12 +80,12 @@ def _worth_it(row: Tensor, matrix: Tensor) -> bool:
     return all(isinstance(n, int) for n in sizes) and sizes[0] == 1 and min(sizes[1:]) >= LEAST
 
 
-def of_few_rows(node: Node, rows: int) -> bool:
+def of_few_rows(node: Node, rows: int, most: int = MOST) -> bool:
     """Whether Inductor is to generate this product of `rows` rows, which may be a hint of how many there are.
 
     Weights have to be in half precision, and stored as `nn.Linear` does, summands last.
     """
-    if node.target not in PRODUCTS or not 2 <= rows <= MOST:
+    if node.target not in PRODUCTS or not 2 <= rows <= min(most, MOST):
         return False
     row, matrix = (x.meta["val"] for x in node.args[-2:])
     if row.device.type != "cuda" or not row.dtype == matrix.dtype in (torch.bfloat16, torch.float16):

@@ -135,15 +135,23 @@ def test_other_operations_stay():
     assert not rows.of_few_rows(node, 8)
 
 
+def test_only_one_row_unless_asked():
+    theirs, before = mm.use_native_matmul, torch._inductor.config.triton.native_matmul
+    with compiling.row_products():
+        assert mm.use_native_matmul is theirs and torch._inductor.config.triton.native_matmul == before
+    node = product(8, (512, 256))
+    assert rows.of_few_rows(node, 8, most=8) and not rows.of_few_rows(node, 8, most=7)
+
+
 def test_kernels_compiled_within_a_step_keep_their_own_choice():
     theirs, asked = mm.use_native_matmul, []
     before = torch._inductor.config.triton.native_matmul
-    with compiling.row_products():
+    with compiling.row_products(rows.MOST):
         assert torch._inductor.config.triton.native_matmul
         assert mm.use_native_matmul is bmm.use_native_matmul and mm.use_native_matmul is not theirs
         with compiling._pinned({}):
             assert V.choices is not compiling._row_choices()
-            assert compiling._generates(lambda *x: asked.append(x) or True, 1, 2)
+            assert compiling._generates(lambda *x: asked.append(x) or True, rows.MOST, 1, 2)
         assert asked == [(1, 2)]
     assert mm.use_native_matmul is theirs and bmm.use_native_matmul is theirs
     assert torch._inductor.config.triton.native_matmul == before
@@ -151,7 +159,7 @@ def test_kernels_compiled_within_a_step_keep_their_own_choice():
 
 def test_choices_are_restored_after_an_error():
     theirs = mm.use_native_matmul
-    with pytest.raises(InterruptedError), compiling.row_products():
+    with pytest.raises(InterruptedError), compiling.row_products(rows.MOST):
         raise InterruptedError
     assert mm.use_native_matmul is theirs and bmm.use_native_matmul is theirs
 
@@ -188,7 +196,7 @@ def test_generated_products_are_as_exact_as_those_of_a_library(batch):
     block, x = Block().cuda().bfloat16(), torch.randn(batch, 1, 256, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         eager, exact = block(x), copy.deepcopy(block).float()(x.float())
-        with compiling.row_products():
+        with compiling.row_products(rows.MOST):
             found = torch.compile(block, fullgraph=True)(x)
     for ours, theirs, true in zip(found, eager, exact, strict=True):
         error = (ours.float() - true).norm()
