@@ -80,8 +80,9 @@ def _tail_operator(
 ) -> Tensor:
     if fuses(query):
         new, columns = query.shape[2], rounded(query.shape[2])
-        query, output, seen = (more_rows(x, columns) for x in (query, output, seen))
-        lse = more_rows(lse.unsqueeze(-1), columns).squeeze(-1)
+        if new > 1:  # see `step.attend`
+            query, output, seen = (more_rows(x, columns).contiguous() for x in (query, output, seen))
+            lse = more_rows(lse.unsqueeze(-1), columns).squeeze(-1).contiguous()
         found = _compiled([], dict, query, output, lse, keys, values, seen, scaling=scaling)
         return found if columns == new else found.narrow(1, 0, new).contiguous()
     return _with_tail(query, output, lse, keys, values, seen, scaling)

@@ -70,8 +70,8 @@ def attend(
     new, columns = query.shape[2], rounded(query.shape[2])
     # Queries that are ignored afterwards, unless `mass` would count them.
     fits = fuses(query) and not mass and query.shape[1] // keys.shape[1] * columns <= MOST_ROWS
-    if fits and columns > new:
-        query, seen = more_rows(query, columns), more_rows(seen, columns)
+    if fits and new > 1:  # contiguous, for one twin to serve those that are and those that are not
+        query, seen = more_rows(query, columns).contiguous(), more_rows(seen, columns)
         tiers = [slots._replace(valid=more_rows(slots.valid, columns)) for slots in tiers]
     flat = [x for slots in tiers for x in _to_list(slots)]
     output = torch.ops.fade.attend(

@@ -13,7 +13,7 @@ from fade_fast import importance
 from fade_fast.kernels import compile as compiling
 from fade_fast.kernels import exact, packed, rotated, step
 
-from .models import compressed_tokens, prompt, tiny_llama
+from .models import compressed_tokens, drafts, predictable, prompt, tiny_llama
 from .test_stepper import CONFIGS, eager
 from .test_stepper import compiled as captured
 
@@ -106,6 +106,36 @@ def test_twin_of_long_uncompressed_texts(twin, monkeypatch):
     assert cache.stepper.settled >= 768
     assert len(tail.graphs) == len(exact._compiled_store.graphs) == 1 and graphs() == 3
     assert torch.equal(found, eager(model, fade_fast.create_cache(model, CONFIGS["off"]), inputs, new=300))
+    found, expected = (drafted(run, model, CONFIGS["off"], prompt(600), 60) for run in (captured, eager))
+    assert torch.equal(found, expected)
+    assert {shapes[0][0][2] for shapes, *_ in tail.graphs} == {1, 2, 4, 8}
+
+
+def drafted(run, model, config, inputs, new):
+    """Tokens of assisted decoding."""
+    text = eager(model, fade_fast.create_cache(model, config), inputs, new=new)
+    cache = fade_fast.create_cache(model, config)
+    with drafts(model, text, most=7) as options:
+        found = run(model, cache, inputs, new=new, **options)
+    assert config is CONFIGS["off"] or compressed_tokens(cache) > 0
+    return found
+
+
+@pytest.mark.parametrize("name", ["int4", "int4, int2, evict"])
+def test_twins_inside_steps_that_check_drafts(name, twin, monkeypatch):
+    """Steps of 2 to 8 columns, for which the model is compiled once, and attention for 2, 4 and 8."""
+    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
+    monkeypatch.setattr(step, "_compiled", compiling.Compiled(step._twin))
+    monkeypatch.setattr(rotated, "_compiled", compiling.Compiled(rotated._encode_both))
+    monkeypatch.setattr(exact, "_compiled_store", compiling.Compiled(exact._store))
+    model = predictable(tiny_llama(dtype=torch.float16))
+    found = [drafted(captured, model, CONFIGS[name], prompt(40), 60) for _ in range(2)]
+    assert torch.equal(*found)
+    sizes = [(shapes[0][0][2], shapes[1][0][2]) for shapes, *_ in step._compiled.graphs]
+    # The first step has no draft, and room for none.
+    assert sorted(sizes) == [(1, 16), (1, 32), (2, 32), (4, 32), (8, 32)]
+    twins = step._compiled, rotated._compiled, exact._compiled_store
+    assert graphs() == 2 + sum(len(twin.graphs) for twin in twins)
 
 
 @pytest.mark.parametrize("name", ["h2o", "ema"])
