@@ -9,6 +9,7 @@ can be run in parts. Without a GPU a tiny model runs through the same code, and 
 """
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -17,13 +18,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers.generation.candidate_generator import CandidateGenerator
 
 import fade_fast
 from fade_fast.cache import TieredKVCache, attach, storage_bytes
@@ -46,13 +48,16 @@ WARM_UP = 40  # most steps that compilation and capture may take
 CHUNK = 2048  # columns of a prefill in chunks
 ONCE = 64 * K  # most tokens prefilled the ordinary way; and prefilled twice, so that the second is warm
 FILLS = ("once", "rows", "chunk", "random")
+DRAFT = 4  # tokens that are drafted for each step of assisted decoding
 #: How tokens are asked for: what `generate()` is told. "padded": and rows are padded on the left, up to a
-#: quarter of their columns.
+#: quarter of their columns. "drafted": by assisted decoding, whose drafts are random and hardly ever right,
+#: so that a step checks DRAFT + 1 columns and crops most of them.
 MODES = {
     "greedy": {},
     "padded": {},
     "sampled": dict(do_sample=True, temperature=0.8, top_p=0.9),
     "beams": dict(num_beams=4),
+    "drafted": dict(prompt_lookup_num_tokens=DRAFT),
 }
 
 
@@ -88,6 +93,7 @@ CASES = [
     Case(LLAMA, 8, 2 * K, ("static", "safe"), "padded"),
     Case(LLAMA, 8, 2 * K, ("static", "safe"), "sampled"),
     Case(LLAMA, 2, 2 * K, ("dynamic", "safe"), "beams"),
+    Case(LLAMA, 1, 2 * K, ("dynamic", "fp16", "safe", "balanced"), "drafted"),
 ]
 TINY_CASES = [Case(TINY, 2, 192, (*BASELINES, "fp16", "safe", "balanced"))]
 TINY_CASES += [Case(TINY, 1, 192, ("dynamic", "safe"), mode) for mode in list(MODES)[1:]]
@@ -155,12 +161,12 @@ def largest_case(model: str, length: int) -> str:
 
 
 LONG, WIDE = (Case(LLAMA, batch, 32 * K).name for batch in (1, 8))
-SHORT = Case(LLAMA, 8, 2 * K).name
+SHORT, ALONE = (Case(LLAMA, batch, 2 * K).name for batch in (8, 1))
 TARGETS = [
     Target(WIDE, "safe", "ms", BASELINES, 4.0),
     Target(LONG, "safe", "ms", BASELINES, 2.5),
     Target(Case(LLAMA, 8, 8 * K).name, "safe", "ms", BASELINES, 2.0),
-    Target(Case(LLAMA, 1, 2 * K).name, "safe", "ms", BASELINES, 1.0),
+    Target(ALONE, "safe", "ms", BASELINES, 1.0),
     Target(WIDE, "safe", "ms", ("fp16",), 1.5),
     Target(Case(LLAMA, 1, 128 * K).name, "safe", "ms", ("fp16",), 1.4),
     Target(LONG, "safe", "ms", ("fp16",), 1.15),
@@ -172,6 +178,7 @@ TARGETS = [
     Target(SHORT, "h2o", "ms", ("balanced",), 1 / 1.05),
     Target(f"{SHORT} padded", "safe", "ms", ("safe",), 1 / 1.05, at=SHORT),
     Target(f"{SHORT} sampled", "safe", "ms", ("safe",), 1 / 1.05, at=SHORT),
+    Target(f"{ALONE} drafted", "safe", "ms", ("safe",), 1 / 1.05, at=ALONE),
     Target(LONG, "safe", "over_floor", (), 1.4),
     Target(LONG, "safe", "first_token_s", ("dynamic",), 1.1),
     Target(LONG, "safe", "prefill_gb", ("dynamic",), 1.1),
@@ -267,10 +274,14 @@ def free(model, method: str) -> None:
 
 
 class Clock(LogitsProcessor):
-    """Stamps the start, and every new token when its logits are there; also the peaks of memory."""
+    """Stamps the start, and every step when its logits are there; also the peaks of memory.
 
-    def __init__(self, device: str):
+    A step asks `columns` times, once for each of its columns.
+    """
+
+    def __init__(self, device: str, columns: int = 1):
         self.cuda, self.stamps, self.prefill_peak = device == "cuda", [], None
+        self.columns, self.asked = columns, 0
 
     def start(self) -> None:
         if self.cuda:
@@ -279,6 +290,9 @@ class Clock(LogitsProcessor):
         self._stamp()
 
     def __call__(self, input_ids, scores):
+        self.asked += 1
+        if self.asked % self.columns:
+            return scores
         self._stamp()
         if self.cuda and len(self.stamps) == 2:
             self.prefill_peak = torch.cuda.max_memory_allocated()
@@ -324,7 +338,7 @@ def prefill(model, cache, ids, fill: str) -> None:
         random_fill(model, cache, *before.shape)
 
 
-@contextmanager
+@contextlib.contextmanager
 def mlp_by_row(model):
     """Every MLP takes a row of the batch at a time: the same numbers from smaller activations."""
     mlps = [layer.mlp for layer in model.model.layers]
@@ -354,15 +368,32 @@ def random_fill(model, cache, batch: int, length: int) -> None:
 @torch.no_grad()
 def run(model, cache, ids, new: int, fill: str, mode: str = "greedy") -> Clock:
     """Prefill and `new` tokens, as a user would ask for them."""
-    clock, mask = Clock(model.device.type), torch.ones_like(ids)
+    clock, mask = Clock(model.device.type, DRAFT + 1 if mode == "drafted" else 1), torch.ones_like(ids)
     if mode == "padded":
         padding = torch.linspace(0, ids.shape[1] // 4, len(ids), device=ids.device).ceil()
         mask = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).to(ids.dtype)
     clock.start()
     prefill(model, cache, ids, fill)
     asked = dict(do_sample=False, max_new_tokens=new, logits_processor=LogitsProcessorList([clock]))
-    model.generate(ids, attention_mask=mask, past_key_values=cache, **asked | MODES[mode])
+    made = lambda own, *args, **kwargs: Guesses(own.config.vocab_size)  # noqa: E731
+    guessing = mock.patch.object(type(model), "_get_candidate_generator", made)
+    with guessing if mode == "drafted" else contextlib.nullcontext():
+        model.generate(ids, attention_mask=mask, past_key_values=cache, **asked | MODES[mode])
     return clock
+
+
+class Guesses(CandidateGenerator):
+    """Drafts random tokens."""
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary = vocabulary
+
+    def get_candidates(self, ids, **kwargs):
+        drafted = torch.randint(self.vocabulary, (1, DRAFT), device=ids.device)
+        return torch.cat((ids, drafted), dim=1), None
+
+    def update_candidate_strategy(self, *args, **kwargs) -> None:
+        pass
 
 
 def measure(

@@ -70,6 +70,27 @@ def test_products_are_measured_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert products.main(["--rows", "2"]) == 1
 
 
+@pytest.mark.parametrize("method", ["dynamic", "fp16", "safe"])
+def test_drafts_are_checked_step_by_step(model, method, monkeypatch):
+    """Each step is stamped once; of a draft hardly a token is right."""
+    widths, forward = [], type(model).forward
+
+    def watched(own, input_ids, **kwargs):
+        widths.append(input_ids.shape[1])
+        return forward(own, input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    case = generate.Case(models.TINY, 1, 192, mode="drafted")
+    cache = generate.make_cache(model, method, None, 256)
+    ids = torch.randint(model.config.vocab_size, (1, 192), generator=torch.Generator().manual_seed(1))
+    widths.clear()
+    clock = generate.run(model, cache, ids, 12, "once", case.mode)
+    prompt, *steps = widths[-len(clock.stamps) + 1 :]
+    assert prompt == 191 + 1 + generate.DRAFT and len(steps) > 6
+    assert set(steps) == {generate.DRAFT + 1}
+    generate.free(model, method)
+
+
 @pytest.mark.parametrize("mode, held", [("padded", 2 * 203 - 48), ("sampled", 2 * 203), ("beams", 8 * 203)])
 def test_other_ways_to_decode(model, mode, held):
     """Of two rows the second has 48 columns of padding; beams are rows of the cache."""

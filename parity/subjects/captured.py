@@ -1,5 +1,7 @@
 """Steps as generate() compiles and captures them, against eager ones."""
 
+import copy
+
 import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
@@ -11,7 +13,9 @@ from .. import cases as measure
 from ..case import Case, Draw, Found, relative_error
 
 SMALL = dict(recent_window=8, block_size=4)
-COMPILED = ("int4, int2, evict, padded", "int4, beams", "h2o, evict, ending")  # by default, on a GPU
+DRAFT = 3  # tokens that a copy of the model drafts for each step
+#: By default, on a GPU.
+COMPILED = ("int4, int2, evict, padded", "int4, beams", "h2o, evict, ending", "int4, int2, evict, drafted")
 CONFIGS = {
     "int4": (FadeConfig(**SMALL), False),
     "k3v2": (FadeConfig(**SMALL, middle_k_bits=3, middle_v_bits=2), False),
@@ -25,6 +29,9 @@ CONFIGS = {
     "int4, int2, evict, padded, beams": (FadeConfig(**SMALL, int4_budget=10, int2_budget=6), True, 3),
     "int4, ending": (FadeConfig(**SMALL), False, 1, 9),
     "h2o, evict, ending": (FadeConfig(**SMALL, int4_budget=10, eviction_policy="h2o"), False, 1, 9),
+    "int4, drafted": (FadeConfig(**SMALL), False, 1, None, True),
+    "int4, int2, evict, drafted": (FadeConfig(**SMALL, int4_budget=10, int2_budget=6), False, 1, None, True),
+    "codes, padded, drafted": (FadeConfig(**SMALL, quant_backend="product"), True, 1, None, True),
 }
 
 
@@ -35,8 +42,11 @@ def collect() -> list[Case]:
     ]
 
 
-def _steps(config, padded, beams=1, ends=None):
-    """Of two rows; with `ends` the text is over as soon as both have had their token of that number."""
+def _steps(config, padded, beams=1, ends=None, drafted=False):
+    """Of two rows; with `ends` the text is over as soon as both have had their token of that number.
+
+    `drafted`: of the second row alone, by assisted decoding.
+    """
 
     def run(found: Found, seed: int):
         torch.manual_seed(seed % 2**31)
@@ -52,6 +62,13 @@ def _steps(config, padded, beams=1, ends=None):
             mask[1, :9] = ids[1, :9] = 0
         inputs = dict(input_ids=ids.to(found.device), attention_mask=mask.to(found.device))
         options = dict(max_new_tokens=14, do_sample=False, num_beams=beams)
+        if drafted:
+            inputs = {name: x[1:] for name, x in inputs.items()}
+            options["assistant_model"] = draft = copy.deepcopy(model)
+            draft.generation_config.update(
+                num_assistant_tokens=DRAFT, num_assistant_tokens_schedule="constant",
+                assistant_confidence_threshold=0.0,
+            )  # fmt: skip
         torch._dynamo.reset()  # now, for the encoder's twins must not be counted below
         books = measure.codebooks(64) if config.quant_backend == "product" else None
         books = books and books | {name.replace("0.", "1."): x for name, x in books.items()}
@@ -77,15 +94,19 @@ def _steps(config, padded, beams=1, ends=None):
         model.generation_config.compile_config = compiling  # what a beam search looks at
         cache = fade_fast.create_cache(model, config, codebooks=books, verify=False)
         cache.stepper.compileable = True
+        begin, widths = cache.stepper.begin, []
+        cache.stepper.begin = lambda new, batch: widths.append(begin(new, batch) and new) or bool(widths[-1])
         ours = model.generate(**inputs, past_key_values=cache, **options)
         found.same("tokens generated", ours, expected)
+        if drafted:
+            found.holds("captured as a whole", max(widths) == DRAFT + 1, f"steps of {set(widths)}")
         if found.fused:
             found.holds("captured as a whole", cache.stepper.captures, "refused")
             found.holds("ends", ends is None or cache.stepper.runs_ahead, "not ahead")
         for layer in (*cache.tiered, *eager.tiered):  # a step too many may have demoted what was due
             layer.settle()
         own = counters["stats"]["unique_graphs"] - (found.ran.new - twins)
-        found.holds("one graph", own == 1, f"{own}")
+        found.holds("one graph", own == 1 or drafted and own == 2, f"{own}")
         found.holds("one graph", not counters["graph_break"], "a graph break")
         found.same("lengths", cache.timeline.positions, eager.timeline.positions)
         claim = "captured, compiled" if found.fused else "captured"
