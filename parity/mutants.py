@@ -867,6 +867,27 @@ MUTANTS = [
             "None",
             "captured/steps/int4, beams",
         ),
+        (
+            "a draft sees those after it",
+            "stepper.Stepper._advance_by",
+            "<= self._at[:, None]",
+            "<= self._at[-1:, None]",
+            "captured/steps/int4, drafted",
+        ),
+        (
+            "refused drafts keep their places",
+            "stepper.Stepper.crop",
+            "counter.sub_(n)",
+            "counter.sub_(0)",
+            "captured/steps/int4, drafted",
+        ),
+        (
+            "what is demoted beside drafts is taken from their columns",
+            "stepper.Stepper._demote",
+            "self.column.sub_(beyond)",
+            "self.column.sub_(0)",
+            "captured/steps/evict, drafted",
+        ),
     )
 ]
 

@@ -77,15 +77,15 @@ def tier_tiles(
     values.update(num_stages={2: 4, 4: 3}.get(x, 2))  # more rows leave less room for stages
     if bits[1] == 8:  # wider sums
         values.update(num_warps=4)
-        if chunk >= 512 and x <= 4:
-            values.update(R0_BLOCK=256, num_stages=2)
+        if chunk >= 512 and x <= 4:  # of whole halves, see `packed._chosen`
+            values.update(num_warps=2, num_stages=3)
     if chunk <= 256 or chunk == 512 and x <= 4 and heads < 32:
         values.update(R0_BLOCK=64, num_stages=4, num_warps=1 if value_width <= 64 else 2)
     if chunk <= 128:
         values.update(num_stages=2, num_warps=2)
-    stats = dict(XBLOCK=4, num_warps=min(8, max(1, chunk // 128)), num_stages=1)
+    stats = dict(XBLOCK=4, num_warps=min(8, max(1, chunk // (128 if chunk <= 512 else 256))), num_stages=1)
     join = dict(XBLOCK=16, R0_BLOCK=16 if heads >= 32 else 64, num_warps=4)
-    if heads >= 32 and blocks <= 16:
+    if heads >= 32 and blocks <= 32:
         join.update(XBLOCK=32, R0_BLOCK=max(4, _power_of_two(blocks)), num_warps=2 if blocks > 8 else 1)
     # No stages: a pipeline of operands that are decoded takes eight times as long.
     decode = dict(ZBLOCK=1, XBLOCK=128, YBLOCK=128, num_warps=8, num_stages=1)

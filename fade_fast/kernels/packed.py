@@ -280,7 +280,8 @@ def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> lis
     codes = codes.unflatten(2, (blocks, chunk)).permute(2, 0, 1, 3).flatten(0, 1)
     factor = _chunks((TOP if dtype == torch.float16 else 1.0) / bound, blocks).reshape(-1, 1, 1)
     lean = scaled.unsqueeze(1) / _chunks(bound, blocks).reshape(-1, 1, 1)
-    weights = torch.exp2(scores.to(wide(dtype)) - top.unsqueeze(-1))
+    top = _chosen(top) if bits == 8 and dtype == torch.float16 and top.shape[1] <= 4 else top.unsqueeze(-1)
+    weights = torch.exp2(scores.to(wide(dtype)) - top)
     weights = (weights * (finite(_cut(scale, chunk), wide(dtype)).unsqueeze(1) * factor)).to(dtype).mT
     out = []
     for field in fields(codes, bits, dtype, -2):
@@ -290,6 +291,19 @@ def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> lis
             product = product * (1 / _shrink(bits, chunk))
         out.append(written(product.to(dtype)))
     return out
+
+
+def _chosen(top: Tensor) -> Tensor:
+    """`top` [Z, R] as [Z, R, 1], each row's number chosen from all instead of loaded.
+
+    Then each weight is formed by one thread, where a few would each form it: of 8 bits 2 % of a step, with
+    tiles that suit it; of fewer bits nothing (docs/lab-notebook.md).
+    """
+    row = torch.arange(top.shape[1], device=top.device).unsqueeze(-1)
+    best = top.narrow(1, 0, 1).unsqueeze(-1)
+    for r in range(1, top.shape[1]):
+        best = torch.where(row == r, top.narrow(1, r, 1).unsqueeze(-1), best)
+    return best
 
 
 def _shrink(bits: int, chunk: int) -> float:

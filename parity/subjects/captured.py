@@ -13,9 +13,9 @@ from .. import cases as measure
 from ..case import Case, Draw, Found, relative_error
 
 SMALL = dict(recent_window=8, block_size=4)
-DRAFT = 3  # tokens that a copy of the model drafts for each step
+DRAFT = 2  # tokens that a copy of the model drafts for each step
 #: By default, on a GPU.
-COMPILED = ("int4, int2, evict, padded", "int4, beams", "h2o, evict, ending", "int4, int2, evict, drafted")
+COMPILED = ("int4, int2, evict, padded", "int4, beams", "h2o, evict, ending", "evict, drafted")
 CONFIGS = {
     "int4": (FadeConfig(**SMALL), False),
     "k3v2": (FadeConfig(**SMALL, middle_k_bits=3, middle_v_bits=2), False),
@@ -30,7 +30,7 @@ CONFIGS = {
     "int4, ending": (FadeConfig(**SMALL), False, 1, 9),
     "h2o, evict, ending": (FadeConfig(**SMALL, int4_budget=10, eviction_policy="h2o"), False, 1, 9),
     "int4, drafted": (FadeConfig(**SMALL), False, 1, None, True),
-    "int4, int2, evict, drafted": (FadeConfig(**SMALL, int4_budget=10, int2_budget=6), False, 1, None, True),
+    "evict, drafted": (FadeConfig(**SMALL, int4_budget=10), False, 1, None, True),
     "codes, padded, drafted": (FadeConfig(**SMALL, quant_backend="product"), True, 1, None, True),
 }
 
@@ -45,7 +45,8 @@ def collect() -> list[Case]:
 def _steps(config, padded, beams=1, ends=None, drafted=False):
     """Of two rows; with `ends` the text is over as soon as both have had their token of that number.
 
-    `drafted`: of the second row alone, by assisted decoding.
+    `drafted`: of the second row alone, by assisted decoding; attention adds so little then that a copy of
+    the model, without compression and with some noise, drafts what is often right.
     """
 
     def run(found: Found, seed: int):
@@ -61,10 +62,14 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
         if padded:
             mask[1, :9] = ids[1, :9] = 0
         inputs = dict(input_ids=ids.to(found.device), attention_mask=mask.to(found.device))
-        options = dict(max_new_tokens=14, do_sample=False, num_beams=beams)
+        new, options = 14, dict(do_sample=False, num_beams=beams)
         if drafted:
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight.data *= 2e-3
+            new = 30
             inputs = {name: x[1:] for name, x in inputs.items()}
             options["assistant_model"] = draft = copy.deepcopy(model)
+            draft.lm_head.weight.data += 0.03 * Draw(seed).normal(256, 64).to(found.device)
             draft.generation_config.update(
                 num_assistant_tokens=DRAFT, num_assistant_tokens_schedule="constant",
                 assistant_confidence_threshold=0.0,
@@ -76,15 +81,17 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
         def eagerly(**more):
             cache = fade_fast.create_cache(model, config, codebooks=books, verify=False)
             cache.stepper.compileable = False
-            return cache, model.generate(**inputs, past_key_values=cache, **options, **more)
+            return cache, model.generate(
+                **inputs, past_key_values=cache, max_new_tokens=new, **options, **more
+            )
 
-        eager, expected = eagerly(min_new_tokens=14)
+        eager, expected = eagerly(min_new_tokens=new)
         if ends is not None:
             options["eos_token_id"] = expected[:, ids.shape[1] + ends].tolist()
             eager, expected = eagerly()
             found.holds("ends", ids.shape[1] < expected.shape[1] <= ids.shape[1] + ends + 1, "its length")
         else:
-            options["min_new_tokens"] = 14
+            options["min_new_tokens"] = new
         counters.clear()
         twins = found.ran.new
         # Without code generation what is shown is that steps can be captured, and what they do.
@@ -96,7 +103,7 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
         cache.stepper.compileable = True
         begin, widths = cache.stepper.begin, []
         cache.stepper.begin = lambda new, batch: widths.append(begin(new, batch) and new) or bool(widths[-1])
-        ours = model.generate(**inputs, past_key_values=cache, **options)
+        ours = model.generate(**inputs, past_key_values=cache, max_new_tokens=new, **options)
         found.same("tokens generated", ours, expected)
         if drafted:
             found.holds("captured as a whole", max(widths) == DRAFT + 1, f"steps of {set(widths)}")
