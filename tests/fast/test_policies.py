@@ -167,7 +167,7 @@ def test_padding_between_captured_steps(policy):
     for column in range(40, 60):
         assert caches[1].stepper.begin(1, 2)
         found = continued(model, caches[1], inputs, column, [1])[:, 0]
-        caches[1].stepper.end()
+        caches[1].stepper.end(1)
         real = inputs["attention_mask"][:, column].bool()
         torch.testing.assert_close(found[real], expected[real, column - 40], rtol=1e-9, atol=1e-9)
     for ours, theirs in zip(*(cache.tiered for cache in caches)):

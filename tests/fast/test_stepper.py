@@ -9,6 +9,7 @@ from transformers import CompileConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fade_fast
+from benchmarks.generate import MODES, Guesses
 from benchmarks.memory import Meter
 from fade_fast import plan
 from fade_fast.attention import NAME
@@ -282,11 +283,17 @@ NEW, LAST = 120, 20  # steps of a run, and those after its last demotion that ar
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("drafted", [False, True], ids=["", "drafted"])
 @pytest.mark.parametrize("name", ["int4", "evict", "codes", "off"])
-def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name):
+def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name, drafted, monkeypatch):
     """From one demotion to the next: no host synchronisation, no allocation, no compilation."""
     model = tiny_llama(dtype=torch.bfloat16).cuda()
-    inputs = {k: v.cuda() for k, v in prompt(300, batch=2).items()}
+    inputs = {k: v.cuda() for k, v in prompt(300, batch=1 if drafted else 2).items()}
+    options = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    if drafted:
+        options |= MODES["drafted"]
+        guesses = Guesses(model.config.vocab_size)
+        monkeypatch.setattr(type(model), "_get_candidate_generator", lambda *args, **kwargs: guesses)
     long = dict(recent_window=8, block_size=64)
     configs = dict(int4=FadeConfig(**long), evict=FadeConfig(**long, int4_budget=64), off=CONFIGS["off"])
     configs["codes"] = FadeConfig(**long, quant_backend="product")
@@ -303,18 +310,17 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name):
             torch.cuda.set_sync_debug_mode("error")
         return ready
 
-    def relaxed():
+    def relaxed(new):
         torch.cuda.set_sync_debug_mode("default")
         seen[-1] += (torch.cuda.memory_stats()["allocation.all.allocated"],)
-        end()
+        end(new)
 
     stepper.begin, stepper.end = strict, relaxed
     try:
-        model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
-        )
+        model.generate(**inputs, past_key_values=cache, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert stepper.captures and len(seen) > NEW - LAST / 2
     steady = seen[1 - LAST : -1]
     assert len({graphs for _, graphs, _ in steady}) == 1
     assert all(after == before for before, _, after in steady)
