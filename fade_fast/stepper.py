@@ -160,10 +160,10 @@ class Stepper:
         self._stale = False
 
     def _outgrown(self) -> bool:
-        """Whether too many columns have come since FlashAttention's part was settled."""
+        """Whether columns have gone, or too many come, since FlashAttention's part was settled."""
         first = self.layers[0]
         now = 0 if self.timeline.has_holes else first.settled_columns()
-        return bool(now) != bool(self.settled) or now >= self.settled + exact.TAIL
+        return bool(now) != bool(self.settled) or not self.settled <= now < self.settled + exact.TAIL
 
     def touch(self, stored: bool = False) -> None:
         """Say that columns changed other than by a step, or (`stored`) came so, which ends a search."""

@@ -252,6 +252,21 @@ def test_long_uncompressed_texts_are_left_to_flash_attention(monkeypatch):
     assert torch.equal(found, expected)
 
 
+def test_columns_left_to_flash_attention_are_cropped(monkeypatch):
+    """It sees all that it is given, so an epoch ends where some of that is gone."""
+    monkeypatch.setattr("fade_fast.layer.SETTLED", 64)
+    model, found = tiny_llama(dtype=torch.float64), []
+    for run in (compiled, eager):
+        cache = fade_fast.create_cache(model, CONFIGS["off"])
+        out = run(model, cache, prompt(600, batch=2), new=9)
+        settled = cache.stepper.settled
+        cache.crop(-200)
+        out = torch.cat((out[:, : cache.get_seq_length()], prompt(1, batch=2, seed=1)["input_ids"]), 1)
+        found.append(run(model, cache, dict(input_ids=out, attention_mask=torch.ones_like(out)), new=9))
+        assert run is eager or 0 < cache.stepper.settled < settled
+    assert torch.equal(*found)
+
+
 def test_attach_is_undone():
     model = tiny_llama()
     fade_fast.create_cache(model)
