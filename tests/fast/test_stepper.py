@@ -217,6 +217,26 @@ def test_inference_mode(context):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("run", [compiled, eager], ids=lambda run: run.__name__)
+@pytest.mark.parametrize("name", ["int4", "int4, int2, evict", "h2o", "off"])
+def test_a_cache_goes_in_and_out_of_inference_mode(run, name):
+    """Its tensors can be written to in either."""
+    model, found = tiny_llama(dtype=torch.float64), []
+    within = torch.inference_mode
+    for modes in ([torch.no_grad] * 4, [within, torch.no_grad, within, torch.no_grad]):
+        cache, out = fade_fast.create_cache(model, CONFIGS[name]), prompt(30, batch=2)["input_ids"]
+        for mode in modes:
+            with mode():
+                out = run(model, cache, dict(input_ids=out, attention_mask=torch.ones_like(out)), new=9)
+            cache.crop(-2)
+            cache.reorder_cache(torch.tensor([0, 0]))
+            out = out[[0, 0], : cache.get_seq_length() + 1]
+            assert not any(x.is_inference() for x in (*cache.tiered[0].tensors(), *cache.timeline.tensors()))
+        found.append(out)
+    assert torch.equal(*found) and (name == "off" or compressed_tokens(cache) > 0)
+    assert counters["stats"]["unique_graphs"] <= 2 * (run is compiled)  # given ids are of either kind
+
+
 def test_a_window_in_a_captured_step_is_refused(monkeypatch):
     """Of a layer with a full cache; ordinary steps heed it."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30)
