@@ -25,7 +25,7 @@ from .guard import Guard, guarded
 from .kernels import rotated
 from .layer import TieredLayer
 from .middle import CODECS
-from .models import find_rope, fingerprint, text_config
+from .models import find_rope, fingerprint, text_config, unwrapped
 from .stepper import Stepper
 from .timeline import Timeline
 from .verify import compare
@@ -69,6 +69,7 @@ class TieredKVCache(Cache):
         policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
         codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
     ):
+        model = unwrapped(model)
         model_config = text_config(model)
         if config.eviction_policy not in plan.SUPPORTED:
             raise ValueError(
@@ -382,7 +383,7 @@ def create_cache(
     every step, and a warning: their memory falls between steps, their speed does not rise.
 
     Args:
-        model: a decoder of transformers, of any dtype and on any device.
+        model: a decoder of transformers, of any dtype and on any device, or what `torch.compile` made of it.
         config: a preset, "lossless", "safe", "balanced" or "aggressive", or a `FadeConfig`. `safe`
             keeps every token; `balanced` and `aggressive` evict by position alone, oldest first. Of
             the other policies (`plan.SUPPORTED`), those in `importance.OBSERVERS` rank tokens by the
@@ -437,7 +438,7 @@ def load_cache(
         FileNotFoundError: there is no such file.
         ValueError: not such a file, damaged, of another version, of another model or other codebooks.
     """
-    tensors, header = checkpoint.read(path)
+    model, (tensors, header) = unwrapped(model), checkpoint.read(path)
     theirs, ours = header["model"], fingerprint(model)
     if theirs != ours:
         different = ", ".join(name for name in ours if theirs.get(name) != ours[name])
@@ -462,6 +463,7 @@ def attach(model: PreTrainedModel, *, verify: bool = True) -> bool:
 
     Raises `ValueError`, naming the layer and the error, if they differ; the model is as it was then.
     """
+    model = unwrapped(model)
     if verify:
         _verify(model)
     if "_fade_guard" not in model.__dict__:
@@ -505,6 +507,7 @@ def detach(model: PreTrainedModel) -> None:
 
     A hook stays that refuses what would go wrong with a tiered cache; it does nothing with others.
     """
+    model = unwrapped(model)
     model.__dict__.pop("prepare_inputs_for_generation", None)
     previous = model.__dict__.pop("_fade_previous", None)
     if previous is not None:

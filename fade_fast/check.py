@@ -9,7 +9,7 @@ from fade_ref.config import FadeConfig
 
 from .cache import TieredKVCache
 from .layer import TieredLayer
-from .models import attention_modules
+from .models import attention_modules, unwrapped
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def check_model(
         raise TypeError(f"config must be the name of a preset or a FadeConfig, not {type(config).__name__}")
     if isinstance(model, PreTrainedConfig):
         model = AutoModelForCausalLM.from_config(model)
+    model = unwrapped(model)
     name = type(model).__name__
     try:
         cache = TieredKVCache(model, config, codebooks=codebooks)

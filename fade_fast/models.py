@@ -29,6 +29,11 @@ class Rope:
         return getattr(self.source, self.buffer)
 
 
+def unwrapped(model):
+    """The model itself, where `torch.compile(model)` is given."""
+    return getattr(model, "_orig_mod", model)
+
+
 def text_config(model: PreTrainedModel):
     """The configuration of the model's decoder.
 

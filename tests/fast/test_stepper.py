@@ -260,6 +260,31 @@ def test_a_model_that_the_user_compiled():
     assert torch.equal(eager(model, fade_fast.create_cache(model, CONFIGS["int4"]), inputs), expected)
 
 
+@pytest.mark.parametrize("run", [compiled, eager], ids=lambda run: run.__name__)
+def test_what_torch_compile_made_of_a_model(run, tmp_path):
+    """It can be given wherever the model can; and `model.compile()`, before and after."""
+    expected, inputs = None, prompt(30, batch=2)
+    for when in ("never", "before", "after", "given"):
+        torch._dynamo.reset()
+        model = tiny_llama(dtype=torch.float64)
+        wrapped = torch.compile(model, backend="aot_eager")
+        if when == "before":
+            model.compile(backend="aot_eager")
+        given = wrapped if when == "given" else model
+        cache = fade_fast.create_cache(given, CONFIGS["int4"])
+        if when == "after":
+            model.compile(backend="aot_eager")
+        found = run(given, cache, inputs, new=12)
+        expected = found if when == "never" else expected
+        assert torch.equal(found, expected) and compressed_tokens(cache) > 0
+    cache.save(tmp_path / "cache")
+    assert fade_fast.load_cache(tmp_path / "cache", wrapped).get_seq_length() == 41
+    assert fade_fast.check_model(wrapped).layers
+    fade_fast.detach(wrapped)
+    assert model.config._attn_implementation == "sdpa"
+    assert fade_fast.attach(wrapped)
+
+
 def test_long_uncompressed_texts_are_left_to_flash_attention(monkeypatch):
     monkeypatch.setattr("fade_fast.layer.SETTLED", 64)
     monkeypatch.setattr("fade_fast.kernels.exact.TAIL", 256)
