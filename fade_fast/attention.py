@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from .guard import plainly
 from .kernels import exact, packed
 from .kernels.compile import fuses
 from .kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
@@ -56,6 +57,8 @@ def attention(
         terms = Terms(scaling, softcap, sliding_window, s_aux)
         return _attend_tensors(module, query, key, value, attention_mask, terms, **kwargs), None
     stepper = key.layer.stepper
+    if torch.is_autocast_enabled(query.device.type):
+        query = query.to(key.dtype)
     if stepper.active:
         if sliding_window is not None:  # what a captured step sees is fixed, but for the newest column
             raise ValueError(
@@ -78,7 +81,7 @@ def _whole(attend):
     def inside(module, query: Tensor, key: Arrival, *args, **kwargs):
         layer = key.layer
         start = layer.length - (key.keys.shape[2] if key.of_another(module) else 0)
-        with layer.guard:
+        with layer.guard, plainly():
             try:
                 return attend(module, query, key, *args, **kwargs)
             except BaseException:

@@ -21,7 +21,7 @@ from fade_ref.config import FadeConfig
 from . import calls, checkpoint, importance, plan, snapshot, telemetry
 from .attention import NAME
 from .codebooks import Codebooks, given
-from .guard import Guard, guarded
+from .guard import Guard, guarded, plainly
 from .kernels import rotated
 from .layer import TieredLayer
 from .middle import CODECS
@@ -465,7 +465,8 @@ def attach(model: PreTrainedModel, *, verify: bool = True) -> bool:
     """
     model = unwrapped(model)
     if verify:
-        _verify(model)
+        with plainly():
+            _verify(model)
     if "_fade_guard" not in model.__dict__:
         model._fade_guard = model.register_forward_pre_hook(_refuse, with_kwargs=True)
     if model.config.model_type in SWITCHING:

@@ -9,6 +9,7 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.generation import utils as generation
 
 from .capture import Captured
+from .guard import plainly
 from .kernels.compile import row_products, uncaptured
 from .models import text_config
 from .stepper import Stepper
@@ -75,7 +76,9 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         usual = not args and tokens is not None and ours(stepper)
         with stepper.layers[0].guard:
-            if not usual or not stepper.begin(tokens.shape[1], tokens.shape[0]):
+            with plainly():
+                ready = usual and stepper.begin(tokens.shape[1], tokens.shape[0])
+            if not ready:
                 return (plain or model)(*args, **kwargs)
             new = tokens.shape[1]
             if new > 1:

@@ -151,6 +151,9 @@ class TieredLayer(CacheLayerMixin):
         Our attention function stores them, once it knows which are padding. Other attention
         functions get all keys and values back, dense.
         """
+        if torch.is_autocast_enabled(keys.device.type):  # what is stored has one dtype
+            dtype = self.dtype if self.is_initialized else torch.get_autocast_dtype(keys.device.type)
+            keys, values = keys.to(dtype), values.to(dtype)
         if self.stepper.active:
             arrival = Arrival(self, keys, values)
             return arrival, arrival

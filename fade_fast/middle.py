@@ -218,7 +218,8 @@ class Middle(ABC):
                 if rotated.is_uniform(b):
                     fields[f"{side}_zero"] = Field((), torch.float16, heads)
             tier = Tier.INT2 if self.tiers else INTEGER_TIERS[max(bits)]
-            bound = torch.full((batch, heads), rotated.SMALLEST_SCALE, device=device)
+            least = rotated.SMALLEST_SCALE
+            bound = torch.full((batch, heads), least, dtype=torch.float32, device=device)
             self.tiers.append(
                 MiddleTier(tier, bits, Buffers(fields, self.step, batch, device), bound, budget)
             )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .capture import record
+from .guard import plainly
 from .kernels import exact
 from .timeline import HOLE
 
@@ -342,7 +343,8 @@ def step_operator(
     What it changes, the cache's own buffers, is hidden from the compiler, for which an epoch's operator
     is a function of its arguments; the layers' order follows from their data.
     """
-    return _steppers[epoch].run(index, query, key, value, mask, scaling, softcap, s_aux)
+    with plainly():
+        return _steppers[epoch].run(index, query, key, value, mask, scaling, softcap, s_aux)
 
 
 @step_operator.register_fake

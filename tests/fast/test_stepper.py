@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fade_fast
@@ -16,6 +16,7 @@ from fade_fast.attention import NAME
 from fade_fast.kernels import compile as compiling
 from fade_fast.kernels import exact, rotated, step
 from fade_fast.layer import TieredLayer
+from fade_fast.middle import Middle, PinnedMiddle, PlannedMiddle
 from fade_fast.stepper import Stepper
 from fade_ref.config import FadeConfig
 
@@ -235,6 +236,55 @@ def test_a_cache_goes_in_and_out_of_inference_mode(run, name):
         found.append(out)
     assert torch.equal(*found) and (name == "off" or compressed_tokens(cache) > 0)
     assert counters["stats"]["unique_graphs"] <= 2 * (run is compiled)  # given ids are of either kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["int4", "evict", "codes", "h2o", "off"])
+def test_autocast_reaches_the_model_alone(name, dtype, monkeypatch):
+    """Keys and values are stored in its dtype; what they are encoded and attended by is not rounded to it."""
+    model, inputs, seen, found = tiny_llama(dtype=dtype), prompt(60, batch=2, pads=(0, 7)), [], []
+    for kind in (Middle, PinnedMiddle, PlannedMiddle, TieredLayer):
+        for method in ("encode", "decode_keys", "key_mean", "attend"):
+            real = vars(kind).get(method)
+            if real:
+                watched = lambda *args, real=real, **k: (seen.append(_casts()), real(*args, **k))[1]  # noqa: E731
+                monkeypatch.setattr(kind, method, watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for run in (eager, compiled):
+            cache = new_cache(model, CONFIGS[name])
+            found.append(run(model, cache, inputs, new=20))
+            assert _casts() and not any(seen) and cache.tiered[0].exact["key"].dtype == torch.bfloat16
+            assert name == "off" or (seen and compressed_tokens(cache) > 0)
+        if name != "off":
+            assert torch.equal(*found)
+        else:  # eager steps are SDPA's here, and round otherwise than captured ones
+            fade_fast.detach(model)
+            assert torch.equal(found[0], eager(model, DynamicCache(config=model.config), inputs, new=20))
+    # Begun without it, a text goes on in the dtype that it has.
+    cache = new_cache(model, CONFIGS[name])
+    out = eager(model, cache, inputs, new=9)
+    mask = torch.cat((inputs["attention_mask"], torch.ones_like(out[:, 60:])), 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager(model, cache, dict(input_ids=out, attention_mask=mask), new=9)
+    assert cache.tiered[0].exact["key"].dtype == dtype and cache.get_seq_length() == 77
+
+
+def _casts() -> bool:
+    return torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_matter(default):
+    model, held = tiny_llama(dtype=torch.float32), []
+    try:
+        for dtype in (torch.float32, default):
+            torch.set_default_dtype(dtype)
+            cache = fade_fast.create_cache(model, CONFIGS["int4, int2, evict"])
+            compiled(model, cache, prompt(60, batch=2))
+            held.append(cache.tiered[0].tensors())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, *held)) and [x.dtype for x in held[0]] == [x.dtype for x in held[1]]
 
 
 def test_a_window_in_a_captured_step_is_refused(monkeypatch):
