@@ -2,6 +2,7 @@
 
 import functools
 import types
+import warnings
 import weakref
 
 import torch
@@ -154,7 +155,17 @@ def _unfinished(model: PreTrainedModel, *args, **kwargs) -> bool:
 def _drafter(model: PreTrainedModel, generation_config, *args, **kwargs):
     """What drafts tokens; as long as it lives, the steps of the cache check them."""
     made = getattr(type(model), DRAFTER)(model, generation_config, *args, **kwargs)
-    if stepper := _stepper(kwargs.get("model_kwargs", {})):
+    asked = kwargs.get("model_kwargs", {})
+    if stepper := _stepper(asked):
+        cache = asked["past_key_values"]
+        length = cache.get_seq_length()
+        if length:  # transformers would append the prompt, of a DynamicCache, too
+            warnings.warn(
+                "assisted decoding reads the whole prompt again: "
+                f"the {length} tokens that the cache holds are dropped first",
+                stacklevel=2,
+            )
+            cache.reset()
         stepper.drafts, stepper.asked = weakref.ref(made), generation_config
     return made
 

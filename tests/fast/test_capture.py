@@ -182,6 +182,23 @@ def test_a_model_drafts_for_another(tapes):
     hold_the_same(cache, theirs)
 
 
+@pytest.mark.parametrize("name", ["int4", "evict"])
+def test_a_second_turn_with_drafts_begins_anew(tapes, name):
+    """Transformers feeds the whole text, whatever the cache holds: it must not come to hold it twice."""
+    model, inputs = predictable(tiny_llama(dtype=torch.float64)), prompt(40)
+    for compileable in (False, True):
+        caches = [new_cache(model, CONFIGS[name]) for _ in range(2)]
+        for cache in caches:
+            cache.stepper.compileable = compileable
+        turn = eager(model, caches[0], inputs)
+        turn = dict(input_ids=turn, attention_mask=torch.ones_like(turn))
+        expected = eager(model, caches[1], turn, prompt_lookup_num_tokens=3)
+        with pytest.warns(UserWarning, match="the 63 tokens that the cache holds are dropped first"):
+            found = eager(model, caches[0], turn, prompt_lookup_num_tokens=3)
+        assert torch.equal(found, expected) and caches[0].get_seq_length() == 87
+        hold_the_same(*caches)
+
+
 def test_drafts_are_compiled_only_where_generate_checks_them(tapes):
     """Not where that is switched off, nor short steps of one's own afterwards."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(40)
@@ -190,7 +207,8 @@ def test_drafts_are_compiled_only_where_generate_checks_them(tapes):
     lookup = dict(prompt_lookup_num_tokens=3)
     out = eager(model, cache, inputs, **lookup, disable_compile=True)
     assert not tapes and cache.stepper.search is None
-    eager(model, cache, dict(input_ids=out, attention_mask=torch.ones_like(out)), **lookup)
+    cache.reset()
+    assert torch.equal(eager(model, cache, inputs, **lookup), out)
     assert tapes and cache.stepper.drafts() is None
     replays = sum(tape.replays for tape in tapes)
     with torch.no_grad():
