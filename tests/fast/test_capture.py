@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fade_fast
-from fade_fast import calls, capture, plan, stepper
+from fade_fast import calls, capture, stepper
 from fade_fast.cache import storage_bytes
 from fade_fast.capture import Captured
 from fade_fast.kernels.compile import uncaptured
@@ -130,13 +130,11 @@ def test_beam_search_is_captured(tapes, name, padded):
     hold_the_same(cache, theirs)
 
 
-SIBLINGS = ("k3v2", "evict, original positions", *plan.SUPPORTED)
+DRAFTED = [(name, False) for name in ("int4", "evict", "int4, int2, evict", "codes", "off", "h2o")]
+DRAFTED += [pytest.param(name, True, marks=pytest.mark.slow) for name in ("evict", "codes")]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=pytest.mark.slow) if x in SIBLINGS else x for x in CONFIGS]
-)
-@pytest.mark.parametrize("padded", PADDED)
+@pytest.mark.parametrize("name, padded", DRAFTED)
 def test_assisted_decoding_is_captured(tapes, name, padded):
     """Transformers would run it uncompiled. Two graphs, for a column and for any number; where a policy
     counts attention, several columns stay eager."""
