@@ -393,7 +393,7 @@ class Guesses(CandidateGenerator):
         return torch.cat((ids, drafted), dim=1), None
 
     def update_candidate_strategy(self, *args, **kwargs) -> None:
-        pass
+        """Nothing is learned from what was refused."""
 
 
 def measure(
