@@ -121,7 +121,7 @@ def drafted(run, model, config, inputs, new):
     return found
 
 
-@pytest.mark.parametrize("name", ["int4", "int4, int2, evict"])
+@pytest.mark.parametrize("name", ["int4", pytest.param("int4, int2, evict", marks=pytest.mark.slow)])
 def test_twins_inside_steps_that_check_drafts(name, twin, monkeypatch):
     """Steps of 2 to 8 columns, for which the model is compiled once, and attention for 2, 4 and 8."""
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})

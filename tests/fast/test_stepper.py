@@ -100,7 +100,8 @@ STEADY = {
 
 
 WAYS = [("unpadded", name) for name in STEADY] + [("padded", name) for name in STEADY]
-WAYS += [("drafted", name) for name in ("int4", "int4, contiguous", "evict", "knorm")]
+WAYS += [("drafted", name) for name in ("int4", "evict")]
+WAYS += [pytest.param("drafted", name, marks=pytest.mark.slow) for name in ("int4, contiguous", "knorm")]
 
 
 @pytest.mark.parametrize("way, name", WAYS)
@@ -310,6 +311,7 @@ def test_a_model_that_the_user_compiled():
     assert torch.equal(eager(model, fade_fast.create_cache(model, CONFIGS["int4"]), inputs), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [compiled, eager], ids=lambda run: run.__name__)
 def test_what_torch_compile_made_of_a_model(run, tmp_path):
     """It can be given wherever the model can; and `model.compile()`, before and after."""
