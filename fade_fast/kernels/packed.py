@@ -296,7 +296,7 @@ def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> lis
 def _chosen(top: Tensor) -> Tensor:
     """`top` [Z, R] as [Z, R, 1], each row's number chosen from all instead of loaded.
 
-    Then each weight is formed by one thread, where a few would each form it: of 8 bits 2 % of a step, with
+    Then each weight is formed by one thread, where a few would each form it: of 8 bits 1.4 % of a step, with
     tiles that suit it; of fewer bits nothing (docs/lab-notebook.md).
     """
     row = torch.arange(top.shape[1], device=top.device).unsqueeze(-1)
