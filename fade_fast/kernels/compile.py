@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list as compiled_of
 from torch._inductor import config as inductor
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.utils._pytree import tree_leaves
@@ -176,6 +177,7 @@ class Compiled:
     def __init__(self, function: Callable, options: dict = OPTIONS):
         self.function, self.options = function, options
         self.graphs: dict[tuple, Callable] = {}
+        self._codes: dict[tuple, types.CodeType] = {}  # by which the compiler knows them
 
     def __call__(self, markers: list[Tensor], pinned: Callable[[], Tiles], *args, **constants):
         """Call the twin on `args`, and `markers`, tensors whose length may differ between calls."""
@@ -184,6 +186,8 @@ class Compiled:
             for x in tree_leaves(args)
         )
         key = (shapes, *constants.items())
+        if key in self._codes and not compiled_of(self._codes[key]):
+            del self.graphs[key], self._codes[key]  # `torch._dynamo.reset()` dropped it, not its tiles
         # Inside the first call of another compiled graph, tensors show other dispatch keys than in later
         # ones; the twin would then be compiled again, and where that graph is being captured, it cannot.
         with torch._C._ForceDispatchKeyGuard(*PLAIN):
@@ -192,7 +196,8 @@ class Compiled:
     def _call(self, key: tuple, markers: list[Tensor], pinned: Callable[[], Tiles], args, constants):
         if key not in self.graphs:
             tiles = pinned()
-            graph = torch.compile(_own(self.function, constants), fullgraph=True, options=self.options)
+            own = _own(self.function, constants)
+            graph = torch.compile(own, fullgraph=True, options=self.options)
             tag = torch.compiler.config.patch(cache_key_tag=str(tiles))  # for graphs kept on disk
             with (
                 _pinned(tiles),
@@ -201,7 +206,7 @@ class Compiled:
                 symbolic_shapes.patch(use_duck_shape=False),  # equal lengths may part later
             ):
                 result = graph(markers, *args)
-            self.graphs[key] = graph
+            self.graphs[key], self._codes[key] = graph, own.__code__
             return result
         return self.graphs[key](markers, *args)
 

@@ -51,6 +51,16 @@ def test_one_graph_a_shape_and_constant(twin):
     assert graphs() == 5
 
 
+def test_what_the_compiler_forgot_is_compiled_with_its_tiles(twin):
+    """Not as the compiler would by itself, in the next call."""
+    pinned = []
+    for _ in range(2):
+        for n in (5, 6):
+            assert twin([marker(n)], lambda: pinned.append(1) or {}, torch.ones(3), factor=2).eq(2 + n).all()
+        torch._dynamo.reset()
+    assert len(pinned) == 2 and len(twin.graphs) == 1
+
+
 def test_no_second_graph_inside_another_compiled_one(twin):
     """The first call of the outer graph dispatches otherwise than later ones: the inner must not see it."""
 
