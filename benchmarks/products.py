@@ -1,7 +1,7 @@
 """Products of a few rows with a model's weights, a library's and generated: `python -m benchmarks.products`.
 
 The products of a decode step of Llama-3.1-8B's shape, with what surrounds them, each compiled as generate()
-compiles a step: by Inductor with a library's products, and with generated ones, `row_products(MOST)`. Times
+compiles a step: by Inductor with a library's products, and with generated ones, `row_products()`. Times
 are medians of CUDA-graph replays over several copies of the weights, so that no cache holds them; errors are
 against float32. `--sweep` times further tiles, from which those of `rows.few_tile` are to be chosen.
 `--json FILE` writes what is shown. Without a GPU everything shrinks, and times mean nothing.
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from fade_fast.files import write_json
 from fade_fast.kernels import compile as compiling
-from fade_fast.kernels.rows import MOST, few_tile, tile
+from fade_fast.kernels.rows import few_tile, tile
 
 from .decode_attention import microseconds, read_bandwidth
 
-ROWS = (1, 2, 4, 8, 16)
+ROWS = (1, 2, 4, 8)
 CACHED = 1 << 28  # bytes of weights to go through, several times what an L2 cache holds
 BLOCKS = [(8, 512), (8, 1024), (16, 256), (16, 512), (32, 128), (32, 256), (32, 512), (64, 64), (64, 128)]
 #: What `--sweep` tries: results and summands of a tile, warps, stages.
@@ -96,7 +96,7 @@ def compiled(shape: Shape, rows: int, tiles: dict | None, inputs: tuple):
     graph = torch.compile(function, fullgraph=True, dynamic=False)
     tag = torch.compiler.config.patch(cache_key_tag=f"{rows} {tiles}")  # for graphs kept on disk
     with torch.no_grad(), tag, mock.patch.object(compiling, "few_tile", lambda *args: dict(tiles)):
-        with compiling.row_products(MOST) if tiles else contextlib.nullcontext():
+        with compiling.row_products() if tiles else contextlib.nullcontext():
             return graph, graph(*inputs)
 
 
@@ -109,7 +109,7 @@ def measure(shape: Shape, rows: int, device: str, sweep: bool) -> Iterator[Resul
     size = (shape.results, shape.summands)
     weights = [[0.02 * torch.randn(*size, **options) for _ in range(shape.count)] for _ in range(copies)]
     exact = _flat(shape.function(x.float(), [w.float() for w in weights[0]], added.float()))
-    own = few_tile(shape.results, shape.summands, rows) if rows > 1 else tile(shape.summands)
+    own = few_tile(shape.results, shape.summands) if rows > 1 else tile(shape.summands)
     ways = [None, own]
     for width, block, warps, stages in TILES if sweep and rows > 1 else ():
         ways.append(own | dict(XBLOCK=width, R0_BLOCK=block, num_warps=warps, num_stages=stages))

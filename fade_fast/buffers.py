@@ -35,6 +35,23 @@ class Field:
         return self.heads * torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B'] int64 of `x` [B, ...]: in place if there are as many, for graphs know addresses.
+
+    Moved eight bytes at a time where that is possible: a GPU gathers bytes no faster than words.
+    """
+    index, words = index.to(x.device), x
+    if x.dim() > 1 and x.numel() and x.is_contiguous():
+        words, start = x.flatten(1), x.storage_offset() * x.element_size()
+        if start % 8 == 0 == words.shape[1] * x.element_size() % 8:
+            words = words.view(torch.int64)
+    chosen = words.index_select(0, index)
+    if len(index) == len(x):
+        words.copy_(chosen)
+        return x
+    return chosen.view(x.dtype).view(len(index), *x.shape[1:])
+
+
 class Buffers:
     """Records of one tier, slot by slot, in one tensor a field.
 

@@ -99,8 +99,7 @@ def _of_any_length(arguments: dict, tokens: torch.Tensor) -> dict:
     """The arguments of a step of several tokens [B, q], for a graph that is compiled once for any q."""
     batch, new = tokens.shape[:2]
     if arguments.get("attention_mask") is None:  # or the model would make one, by the length of the cache
-        real = torch.ones(batch, 1, new, new, dtype=torch.bool, device=tokens.device)
-        arguments = arguments | {"attention_mask": real.tril()}
+        arguments = arguments | {"attention_mask": _causal(batch, new, tokens.device)}
     if arguments.get("logits_to_keep") == new:
         arguments = arguments | {"logits_to_keep": 0}  # all, by a number that is the same for any q
     for x in arguments.values():
@@ -108,6 +107,13 @@ def _of_any_length(arguments: dict, tokens: torch.Tensor) -> dict:
             if length == new:
                 torch._dynamo.maybe_mark_dynamic(x, dim)
     return arguments
+
+
+@functools.lru_cache(maxsize=64)
+def _causal(batch: int, new: int, device: torch.device) -> torch.Tensor:
+    """What `new` columns see of each other, bool [B, 1, q, q]; kept, so that no step allocates it."""
+    with plainly():
+        return torch.ones(batch, 1, new, new, dtype=torch.bool, device=device).tril()
 
 
 # -- whether there is another step

@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import packed_bytes
 
-from .buffers import Buffers, Field, take
+from .buffers import Buffers, Field, take, take_rows
 from .coded import CodedMiddle
 from .guard import Guard, guarded
 from .importance import Observer
@@ -292,12 +292,7 @@ class TieredLayer(CacheLayerMixin):
 
         In place if there are as many: captured steps know the tensors by their addresses.
         """
-
-        def select(x: Tensor) -> Tensor:
-            chosen = x.index_select(0, index.to(x.device))
-            return x.copy_(chosen) if chosen.shape == x.shape else chosen
-
-        self._map(select)
+        self._map(lambda x: take_rows(x, index))
 
     def offload(self) -> None:
         self._map(lambda x: x.to("cpu", non_blocking=True))

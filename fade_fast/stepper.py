@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .buffers import take_rows
 from .capture import record
 from .guard import plainly
 from .kernels import exact
@@ -216,7 +217,7 @@ class Stepper:
         own += [x for layer in self.layers for slots in layer.frozen for x in (slots.valid, slots.read_at)]
         for x in own:
             if x is not None:
-                x.copy_(x.index_select(0, index))
+                take_rows(x, index)
 
     def _renew(self) -> None:
         """Bring what graphs read up to date, in a new epoch if anything that they have baked in changed."""

@@ -7,6 +7,8 @@ the attention mask of the step that brings it, so it is written down here once, 
 import torch
 from torch import Tensor
 
+from .buffers import take_rows
+
 HOLE = -1  # position of a padding column
 STEP = 256  # columns allocated at a time
 
@@ -114,9 +116,7 @@ class Timeline:
     def select_rows(self, index: Tensor) -> None:
         """Rows `index` [B'] take the places of the rows there were."""
         if self.buffer is not None:
-            chosen = self.buffer.index_select(0, index.to(self.buffer.device))
-            same = chosen.shape == self.buffer.shape  # then in place: captured steps know the address
-            self.buffer = self.buffer.copy_(chosen) if same else chosen
+            self.buffer = take_rows(self.buffer, index)
 
     def tensors(self) -> list[Tensor]:
         """What this holds in memory."""

@@ -225,31 +225,28 @@ def _own(function: Callable, constants: dict) -> Callable:
 
 
 @contextlib.contextmanager
-def row_products(most: int = 1):
-    """While compiling a model's step: its products of up to `most` rows are generated, see `rows.py`.
+def row_products():
+    """While compiling a model's step: its products of up to `rows.MOST` rows are generated, see `rows.py`.
 
-    Of one row, one set of tiles is within 5 % of the best of 28 or more for each of five shapes
-    (docs/lab-notebook.md): nothing is tuned. Of more, up to `rows.MOST`, `benchmarks.products` measures
-    whether that pays; as long as no GPU has shown it, a library has them.
+    Nothing is tuned: of one row, one set of tiles is within 5 % of the best of 28 or more for each of five
+    shapes, of 8 rows four sets are the best of 20 to 24 (docs/lab-notebook.md).
     """
     from torch._inductor.kernel import bmm, mm
     from torch._inductor.virtualized import V
 
     own = inductor.post_grad_custom_pre_pass or RowProducts()
-    theirs, options = mm.use_native_matmul, {"post_grad_custom_pre_pass": own}
+    theirs = mm.use_native_matmul
+    # To generate one product, Inductor must be told that it may generate any, and then which.
+    options = {"post_grad_custom_pre_pass": own, "triton.native_matmul": True}
     try:
-        if (
-            most > 1
-        ):  # to generate one product, Inductor must be told that it may generate any, and then which
-            options["triton.native_matmul"] = True
-            mm.use_native_matmul = bmm.use_native_matmul = functools.partial(_generates, theirs, most)
+        mm.use_native_matmul = bmm.use_native_matmul = functools.partial(_generates, theirs)
         with V.set_choices_handler(_row_choices()), inductor.patch(options):
             yield
     finally:
         mm.use_native_matmul = bmm.use_native_matmul = theirs
 
 
-def _generates(theirs: Callable, most: int, rows, matrix) -> bool:
+def _generates(theirs: Callable, rows, matrix) -> bool:
     """Whether Inductor generates a product that it is about to lower, or leaves it to a library."""
     from torch._inductor.virtualized import V
 
@@ -258,7 +255,7 @@ def _generates(theirs: Callable, most: int, rows, matrix) -> bool:
     if inductor.triton.use_block_ptr or inductor.triton.enable_persistent_tma_matmul:
         return False  # these two it cannot have together
     hint = V.graph.sizevars.optimization_hint
-    few = of_few_rows(V.graph.current_node, int(hint(rows.get_size()[0])), most)
+    few = of_few_rows(V.graph.current_node, int(hint(rows.get_size()[0])))
     if not few or not theirs(rows, matrix):
         return False
     rows.realize()  # or each program would compute them anew, of each tile
@@ -279,7 +276,7 @@ def _row_choices():
             results, summands = hint(features.numel), hint(features.reduction_numel)
             if any(node.is_native_matmul() for node in features.reduction_nodes()):
                 rows = hint(groups[0]["y"])
-                return {**kernel_kwargs, **_fixed(few_tile(results // rows, summands, rows))}
+                return {**kernel_kwargs, **_fixed(few_tile(results // rows, summands))}
             if min(results, summands) < LEAST:
                 return kernel_kwargs
             return {**kernel_kwargs, **_fixed(tile(summands))}

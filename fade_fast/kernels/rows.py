@@ -2,7 +2,7 @@
 
 A step of decoding reads every weight for a single row, or for one of each text. A library's products do that
 below the bandwidth there is, and each is a kernel or two of its own; those that Inductor generates also take
-in what surrounds them: a bias, a residual, the gate of an MLP. Of one row they are sums, of 2 to 16 rows
+in what surrounds them: a bias, a residual, the gate of an MLP. Of one row they are sums, of 2 to 8 rows
 loops over tiles for the tensor cores, summed and passed on in float32.
 """
 
@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 PRODUCTS = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
 LEAST = 256  # summands, and results, of a product worth it
-MOST = 16  # rows that there are tiles for: with more, a product no longer just reads
+MOST = 8  # rows that there are tiles for: of 16, a library's products are as fast
 WHOLE = 64  # summands and results come in multiples of it, or the library has them: tiles need no masks
 
 
@@ -23,13 +23,22 @@ def tile(summands: int) -> dict:
     return dict(XBLOCK=1, R0_BLOCK=block, num_warps=max(1, block // 512), num_stages=1)
 
 
-def few_tile(results: int, summands: int, rows: int) -> dict:
-    """The same for products of a few rows, not yet measured; `results` is of each row."""
-    width, block, warps = (8, 512, 2) if results < 2048 else (32, 256, 4) if results < 8192 else (64, 128, 4)
+#: The same for 2 to 8 rows, by the most results of a row that they are for, measured likewise.
+FEW = {
+    2047: (8, 256, 1, 6),
+    8191: (32, 256, 2, 5),
+    65535: (64, 128, 4, 3),
+    float("inf"): (64, 128, 4, 5),
+}
+
+
+def few_tile(results: int, summands: int) -> dict:
+    """Tiles of products of a few rows; `results` is of each row."""
+    width, block, warps, stages = next(tiles for most, tiles in FEW.items() if results <= most)
     dividing = lambda block, n: min(block, n & -n)  # noqa: E731
     return dict(
-        YBLOCK=8 if rows <= 8 else 16, XBLOCK=dividing(width, results), R0_BLOCK=dividing(block, summands),
-        num_warps=warps, num_stages=4,
+        YBLOCK=8, XBLOCK=dividing(width, results), R0_BLOCK=dividing(block, summands),
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -80,12 +89,12 @@ def _worth_it(row: Tensor, matrix: Tensor) -> bool:
     return all(isinstance(n, int) for n in sizes) and sizes[0] == 1 and min(sizes[1:]) >= LEAST
 
 
-def of_few_rows(node: Node, rows: int, most: int = MOST) -> bool:
+def of_few_rows(node: Node, rows: int) -> bool:
     """Whether Inductor is to generate this product of `rows` rows, which may be a hint of how many there are.
 
     Weights have to be in half precision, and stored as `nn.Linear` does, summands last.
     """
-    if node.target not in PRODUCTS or not 2 <= rows <= min(most, MOST):
+    if node.target not in PRODUCTS or not 2 <= rows <= MOST:
         return False
     row, matrix = (x.meta["val"] for x in node.args[-2:])
     if row.device.type != "cuda" or not row.dtype == matrix.dtype in (torch.bfloat16, torch.float16):

@@ -10,6 +10,7 @@ from transformers import FalconConfig, FalconForCausalLM, T5Config, T5ForConditi
 import fade_fast
 from fade_fast import middle, plan
 from fade_fast.attention import NAME
+from fade_fast.buffers import take_rows
 from fade_fast.kernels import compile as compiling
 from fade_fast.kernels import packed, rotated, step
 from fade_fast.timeline import HOLE
@@ -427,3 +428,19 @@ def test_calls_that_record_gradients_store_the_same(policy):
         assert not any(x.requires_grad for layer in cache.tiered for x in layer.tensors())
     half = len(outs) // 2
     assert all(torch.equal(x, y) for x, y in zip(outs[:half], outs[half:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float16, torch.float32, torch.float64])
+def test_rows_are_taken_whatever_they_hold(dtype):
+    """In words or not, in place or not."""
+    torch.manual_seed(0)
+    for shape in ((3,), (3, 5), (3, 8), (3, 2, 7, 16), (3, 2, 0, 16), (3, 2, 1, 3)):
+        whole = torch.randint(0, 2, (4, *shape[1:]), generator=torch.Generator().manual_seed(1)).to(dtype)
+        last = torch.stack([whole, whole], -1)[1:]
+        for x in (whole[:3].clone(), whole[1:], last[..., 0]):  # elsewhere in memory, and not contiguous
+            for index in ([2, 0, 0], [1], [0, 1, 2, 2, 1]):
+                index = torch.tensor(index)
+                expected, here = x.index_select(0, index), x.data_ptr()
+                found = take_rows(x, index)
+                assert torch.equal(found, expected) and found.dtype == dtype
+                assert (found is x and x.data_ptr() == here) == (len(index) == 3)
