@@ -33,6 +33,8 @@ OPTIONS = {
     "realize_acc_reads_threshold": 1000,
     "realize_reads_threshold": 1000,
 }
+#: What a model's step is compiled with, `row_products`, is not for the kernels that are compiled within it.
+APART = {"triton.native_matmul": False, "post_grad_custom_pre_pass": None}
 #: For small updates of several buffers that need nothing of each other: in one kernel.
 TOGETHER = {"combo_kernels": True}
 
@@ -175,7 +177,7 @@ class Compiled:
     """The compiled twin of a function of tensors: one graph a shape, with its tiles pinned."""
 
     def __init__(self, function: Callable, options: dict = OPTIONS):
-        self.function, self.options = function, options
+        self.function, self.options = function, APART | options
         self.graphs: dict[tuple, Callable] = {}
         self._codes: dict[tuple, types.CodeType] = {}  # by which the compiler knows them
 

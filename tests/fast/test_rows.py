@@ -149,6 +149,25 @@ def test_kernels_compiled_within_a_step_keep_their_own_choice():
     assert torch._inductor.config.triton.native_matmul == before
 
 
+@pytest.mark.parametrize("options", [{}, compiling.TOGETHER, compiling.OPTIONS], ids=["none", "few", "all"])
+def test_kernels_compiled_within_a_step_keep_their_own_options(options, monkeypatch):
+    torch._dynamo.reset()
+    inductor, asked = torch._inductor.config, []
+
+    def asks(*operands):
+        asked.append((inductor.triton.native_matmul, inductor.post_grad_custom_pre_pass))
+        return False
+
+    monkeypatch.setattr(bmm, "use_native_matmul", asks)
+    monkeypatch.setattr(mm, "use_native_matmul", asks)
+    twin = compiling.Compiled(lambda markers, a, b: a @ b, options)
+    a, b = torch.randn(2, 300, 300), torch.randn(2, 300, 300)
+    with compiling.row_products(), inductor.patch(force_disable_caches=True):
+        assert inductor.triton.native_matmul and inductor.post_grad_custom_pre_pass
+        torch.testing.assert_close(twin([], dict, a, b), a @ b)
+    assert asked == [(options.get("triton.native_matmul", False), None)]
+
+
 def test_choices_are_restored_after_an_error():
     theirs = mm.use_native_matmul
     with pytest.raises(InterruptedError), compiling.row_products():
