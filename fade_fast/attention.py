@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .guard import plainly
-from .kernels import exact, packed
+from .kernels import exact, flash, packed
 from .kernels.compile import fuses
 from .kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
 from .layer import Arrival, TieredLayer
@@ -24,6 +24,8 @@ from .timeline import HOLE
 NAME = "fade"  # what our attention and mask functions are registered as in transformers
 TILE = 2048  # keys decoded or scored at a time
 ROWS = 512  # query tokens of a long step attended at a time
+SPAN = 16384  # keys decoded at a time for FlashAttention
+BLOCK = 4096  # query tokens attended at a time by it
 
 
 def attention(
@@ -105,8 +107,9 @@ def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, slidi
         return _read_again(module, query, key, terms, **kwargs), None
     new, start = query.shape[2], layer.length
     valid = None if attention_mask is None else _validity(attention_mask, new)
-    if new == 1 and valid is not None and layer.timeline.all_real(start, valid):
-        valid = attention_mask = None  # as generate() masks the steps of caches it may compile
+    if valid is not None and layer.timeline.all_real(start, valid):
+        valid = None  # as generate() masks the steps of caches it may compile, and where there is a window
+        attention_mask = None if new == 1 else attention_mask
     if valid is not None:  # a NaN in a padding slot must not reach a real token
         keys, values = (x.masked_fill(~valid[:, None, :, None], 0) for x in (keys, values))
     layer.settle()
@@ -128,10 +131,11 @@ def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, slidi
         output = Rows(query, layer, start, terms).attend()
     else:
         received = layer.arrive(new)
+        size = BLOCK if Rows(query[:, :, :1], layer, start, terms).flashes else ROWS
         output = torch.cat(
             [
-                Rows(part, layer, start + i * ROWS, terms).attend_beside(start, keys, values, received)
-                for i, part in enumerate(query.split(ROWS, dim=2))
+                Rows(part, layer, start + i * size, terms).attend_beside(start, keys, values, received)
+                for i, part in enumerate(query.split(size, dim=2))
             ],
             dim=1,
         )
@@ -261,6 +265,51 @@ class Rows:
         the step's own tokens, which are added to.
         """
         layer = self.layer
+        partials = self._flash(first, keys, values) if self.flashes else self._tiled(first, keys, values)
+        if self.terms.s_aux is not None:
+            partials.append(sinks(self.query, self.terms.s_aux))
+        whole = functools.reduce(combine, partials)
+        if layer.observer and self.stop > layer.timeline.length - (layer.observer.horizon or self.stop):
+            level = (whole.top + whole.total.log()).unflatten(2, (-1, self.shape[2]))
+            for i, part in enumerate(self.raw.split(ROWS, dim=2)):
+                rows = Rows(part, layer, self.start + i * ROWS, self.terms)
+                own = level[..., i * ROWS : i * ROWS + part.shape[2]].flatten(2)
+                if rows.stop > layer.timeline.length - (layer.observer.horizon or rows.stop):
+                    rows.observe(first, keys, received, [own])
+        return of_heads(merge([whole]), self.shape).to(self.dtype)
+
+    @property
+    def flashes(self) -> bool:
+        """Whether FlashAttention can do it: if nothing hides what came before, no padding and no window."""
+        layer, terms = self.layer, self.terms
+        if terms.window is not None or terms.softcap is not None or layer.timeline.has_holes:
+            return False
+        real = ((layer.middle.position(tier) != HOLE).all() for tier in layer.held_tiers())
+        return flash.takes(self.raw, layer.exact["key"]) and all(real)
+
+    def _flash(self, first: int, keys: Tensor, values: Tensor) -> list[Partial]:
+        """Partials over all there is, decoded a span at a time in the dtype of the model."""
+        layer, scaling = self.layer, self.terms.scaling
+        past, own = self.start - first, slice(self.start - first, self.stop - first)
+        partials = [flash.attend(self.raw, keys[:, :, own], values[:, :, own], scaling, causal=True)]
+        for k, v in ((layer.exact["key"], layer.exact["value"]), (keys[:, :, :past], values[:, :, :past])):
+            if k.shape[2]:
+                partials.append(flash.attend(self.raw, k, v, scaling))
+        for tier in layer.held_tiers():
+            whole = None
+            for span in _spans(tier.records.count, SPAN):
+                decoded = (
+                    decode(tier, *span, self.query.dtype).to(self.dtype)
+                    for decode in (layer.middle.decode_keys, layer.middle.decode_values)
+                )
+                part = flash.attend(self.raw, *decoded, scaling)
+                whole = part if whole is None else combine(whole, part)
+            partials.append(whole)
+        return partials
+
+    def _tiled(self, first: int, keys: Tensor, values: Tensor) -> list[Partial]:
+        """Partials over all there is, by products of our own."""
+        layer = self.layer
         partials = [self._exact(layer.exact["key"], layer.exact["value"], self.exact_at())]
         for tier in layer.held_tiers():
             partials.append(self._coded(tier) if layer.books else self._tier(tier, partials[0].top))
@@ -268,11 +317,7 @@ class Rows:
             tile = slice(i, min(i + TILE, self.stop - first))
             position = layer.timeline.positions[:, None, first + tile.start : first + tile.stop]
             partials.append(self._exact(keys[:, :, tile], values[:, :, tile], position))
-        if self.terms.s_aux is not None:
-            partials.append(sinks(self.query, self.terms.s_aux))
-        if layer.observer and self.stop > layer.timeline.length - (layer.observer.horizon or self.stop):
-            self.observe(first, keys, received, [part.top + part.total.log() for part in partials])
-        return of_heads(merge(partials), self.shape).to(self.dtype)
+        return partials
 
     @torch.no_grad()
     def observe(
@@ -362,9 +407,10 @@ class Rows:
         return Partial(*(x.unflatten(0, shape) for x in part))
 
 
-def _spans(count: int) -> list[tuple[int, int]]:
+def _spans(count: int, tile: int | None = None) -> list[tuple[int, int]]:
     """`(start, stop)` of the tiles of `count` keys."""
-    return [(i, min(i + TILE, count)) for i in range(0, count, TILE)]
+    tile = tile or TILE
+    return [(i, min(i + tile, count)) for i in range(0, count, tile)]
 
 
 def _validity(mask: Tensor, new: int) -> Tensor:

@@ -434,7 +434,7 @@ class PinnedMiddle(Middle):
 
     def mean(self, start: int, stop: int) -> Tensor:
         blocks = self.means["mean"][:, :, start // self.step : -(-stop // self.step)]
-        return blocks.repeat_interleave(self.step, dim=2)[:, :, : stop - start]
+        return blocks.repeat_interleave(self.step, dim=2).narrow(2, start % self.step, stop - start)
 
 
 class PlannedMiddle(Middle):

@@ -75,6 +75,15 @@ TERMS = {
     "learned sinks": dict(s_aux=torch.linspace(-1, 2, 6, dtype=torch.float64)),
     "all": dict(softcap=5.0, window=17, s_aux=torch.linspace(-1, 2, 6, dtype=torch.float64)),
 }
+#: Steps of several blocks, over tiers of several spans.
+LONG = {
+    "whole": {},
+    "padding": dict(padding=(0, 7)),
+    "padding in a long step": dict(padding=(0, 0)),
+    "window": dict(terms=TERMS["window"]),
+    "learned sinks": dict(terms=TERMS["learned sinks"]),
+    "bfloat16": dict(shape=dict(dtype=torch.bfloat16)),
+}
 RANDOM, CODED_RANDOM = 24, 8  # random traces
 #: Those that run compiled by default, where there is a GPU.
 COMPILED = ("int4", "evict, padding (0, 11)", "D128 G7 float16", "D80 G4 bfloat16", "logits int4, bfloat16")
@@ -124,6 +133,10 @@ def collect() -> list[Case]:
     for config in ("int4", "off"):
         run = _trace(CONFIGS[config], [9] + [1] * 8 + [5, 1, 20, 1], terms=TERMS["window"])
         found.append(Case("life", "what models ask", f"window, {config}, a text that outgrows it", run))
+    for name in ("int4", "int4, int2", "evict", "before RoPE", "codes", "off"):
+        for title, options in LONG.items():
+            run = _in_tiles(_trace((CONFIGS | CODED)[name], [24, 1, 33, 1, 40, 3, 1], **options))
+            found.append(Case("life", "long steps", f"{name}, {title}", run))
     for dtype in ATTENTION:
         for dim, group in ((80, 4), (128, 7), (256, 1)):
             shape = dict(head_dim=dim, group=group, heads=1, dtype=dtype)
@@ -177,6 +190,14 @@ def _trace(config, steps=STEPS, *, padding=(), terms=None, shape=None):
     return run
 
 
+def _in_tiles(run):
+    def inside(found: Found, seed: int):
+        with tiles(7, 9, 12, 10):
+            run(found, seed)
+
+    return inside
+
+
 def walk(found: Found, config, shape, steps, **options) -> None:
     """Follow a trace, and check what each of its steps found."""
     # Norms of queries, and of keys with an offset of up to 4 in each channel.
@@ -209,9 +230,10 @@ def walk(found: Found, config, shape, steps, **options) -> None:
 def tiles(tile: int, rows: int, eager: int, encoded: int):
     """Short tiles, so that small inputs have several."""
     places = ((fast_attention, "TILE"), (fast_attention, "ROWS"), (packed, "EAGER_TILE"), (rotated, "TILE"))
+    places += ((fast_attention, "SPAN"), (fast_attention, "BLOCK"))
     before = [getattr(module, name) for module, name in places]
     try:
-        for (module, name), value in zip(places, (tile, rows, eager, encoded)):
+        for (module, name), value in zip(places, (tile, rows, eager, encoded, tile, rows)):
             setattr(module, name, value)
         yield
     finally:

@@ -5,7 +5,7 @@ import torch
 
 from fade_fast import attention, plan
 from fade_fast.importance import OBSERVERS
-from fade_fast.kernels import packed, rotated
+from fade_fast.kernels import flash, packed, rotated
 from fade_ref import policies, quantize
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import Tier
@@ -162,13 +162,16 @@ def test_what_models_ask_of_scores(policy, terms):
     assert max(s.score_error for s in found) <= SCORES
 
 
+@pytest.mark.parametrize("flashes", [False, True])
 @pytest.mark.parametrize("policy", BY_ATTENTION)
-def test_tiles_and_horizons_of_long_steps(policy, monkeypatch):
+def test_tiles_and_horizons_of_long_steps(policy, flashes, monkeypatch):
     """Scores do not depend on how queries and keys are cut, and queries left out make no difference."""
     config = FadeConfig(recent_window=24, block_size=16, int4_budget=40, eviction_policy=policy)
     steps, shape = [150, 1, 90, 7, 1], Shape(batch=1, dtype=torch.float64)
-    monkeypatch.setattr(attention, "ROWS", 32)
-    monkeypatch.setattr(attention, "TILE", 20)
+    for name, size in dict(ROWS=32, TILE=20, BLOCK=48, SPAN=30).items():
+        monkeypatch.setattr(attention, name, size)
+    if not flashes:
+        monkeypatch.setattr(flash, "takes", lambda *args: False)
     found = list(cases.trace(config, shape, steps, seed=1))
     assert all(s.same_tokens for s in found) and found[-1].middle == 40
     assert max(s.score_error for s in found) <= SCORES

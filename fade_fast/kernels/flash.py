@@ -1,0 +1,45 @@
+"""Attention of many queries by FlashAttention, which also tells by how much to weigh it.
+
+PyTorch's public function keeps the log-sum-exp to itself; the operators behind it return it. Source:
+FlashAttention-2 (arXiv 2307.08691).
+"""
+
+import torch
+from torch import Tensor
+
+from .merge import Partial, of_rows
+
+_aten = torch.ops.aten
+
+
+def takes(query: Tensor, keys: Tensor) -> bool:
+    """Whether there is an operator for these: on a GPU for half precision alone."""
+    if query.dtype != keys.dtype:
+        return False
+    if query.is_cuda:
+        return query.dtype.itemsize == 2 and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    return query.device.type == "cpu"
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool = False) -> Partial:
+    """Partial attention over keys that every query sees, or, `causal`, up to the query's own.
+
+    Args:
+        query: [B, Hq, q, D].
+        keys, values: [B, H, n, D] of the same dtype, n > 0; `causal`: n = q.
+
+    Returns a `Partial` of R = Hq / H * q rows in float32, or in float64 for such queries; its `acc` is
+    the output itself, of total 1.
+    """
+    heads = keys.shape[1]
+    if query.is_cuda:
+        found = _aten._scaled_dot_product_flash_attention(
+            query, keys, values, is_causal=causal, scale=scaling
+        )
+    else:
+        keys, values = (x.repeat_interleave(query.shape[1] // heads, dim=1) for x in (keys, values))
+        found = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, is_causal=causal, scale=scaling
+        )
+    output, top = found[0], found[1].reshape(query.shape[0], heads, -1)
+    return Partial(of_rows(output.to(top.dtype), heads), top, torch.ones_like(top))
