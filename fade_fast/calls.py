@@ -76,6 +76,9 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         usual = not args and tokens is not None and ours(stepper)
+        if usual and tokens.shape[1] == 1 and stepper.drafts() is not None:
+            # The last step of a text has no drafts: by itself it is not worth a graph of one column.
+            usual, stepper.undrafted = stepper.undrafted, True
         with stepper.layers[0].guard:
             with plainly():
                 ready = usual and stepper.begin(tokens.shape[1], tokens.shape[0])
@@ -173,6 +176,7 @@ def _drafter(model: PreTrainedModel, generation_config, *args, **kwargs):
             )
             cache.reset()
         stepper.drafts, stepper.asked = weakref.ref(made), generation_config
+        stepper.undrafted = False
     return made
 
 

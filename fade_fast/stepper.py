@@ -47,13 +47,14 @@ class Stepper:
         demotion, order: the epoch's graphs of a demotion and of a reordering, or None.
         search: what runs the steps of a beam search or of assisted decoding; None before the first.
         drafts: gives what drafts tokens, while assisted decoding goes on, else None; asked: how it compiles.
+        undrafted: whether it has had a step without drafts.
         kept: what policies had counted before the newest step, if that may be taken back.
     """
 
     def __init__(self, timeline, compileable: bool):
         self.timeline, self.layers, self.active = timeline, [], False
         self.compileable, self.compiled, self.captures = compileable, False, False
-        self.drafts, self.asked = (lambda: None), None
+        self.drafts, self.asked, self.undrafted = (lambda: None), None, False
         self.clear()
 
     def clear(self) -> None:

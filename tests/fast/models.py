@@ -54,15 +54,15 @@ def generate(model, cache, inputs, new=40, **options):
 
 
 class Oracle(CandidateGenerator):
-    """Drafts up to `most` tokens of the text that is to come, one in five wrong; sometimes none."""
+    """Drafts `least` to `most` tokens of the text that is to come, one in five wrong; at its end none."""
 
-    def __init__(self, text, most):
-        self.text, self.most = text, most
+    def __init__(self, text, most, least=0):
+        self.text, self.most, self.least = text, most, least
         self.random = torch.Generator().manual_seed(0)
 
     def get_candidates(self, ids, *args, **kwargs):
         start = ids.shape[1]
-        wanted = int(torch.randint(0, self.most + 1, (), generator=self.random))
+        wanted = int(torch.randint(self.least, self.most + 1, (), generator=self.random))
         draft = self.text[:, start : max(start, min(start + wanted, self.text.shape[1] - 1))]
         wrong = (torch.rand(draft.shape, generator=self.random) < 0.2).to(draft.device)
         return torch.cat((ids, torch.where(wrong, (draft + 1) % 256, draft)), 1), None
@@ -80,9 +80,9 @@ def predictable(model, by=0.002):
 
 
 @contextmanager
-def drafts(model, text, most=5):
+def drafts(model, text, most=5, least=0):
     """Where `generate(**options)`, given these options, checks drafts of `text`."""
-    made = mock.Mock(side_effect=lambda *args, **kwargs: Oracle(text, most))
+    made = mock.Mock(side_effect=lambda *args, **kwargs: Oracle(text, most, least))
     with mock.patch.object(type(model), "_get_candidate_generator", made):
         yield dict(prompt_lookup_num_tokens=most)
     assert made.called

@@ -168,6 +168,21 @@ def test_assisted_decoding_is_captured(tapes, name, padded):
     hold_the_same(cache, theirs)
 
 
+def test_the_last_step_of_a_text_is_not_compiled_for_itself(tapes):
+    """It has no drafts, as the only one where all others have."""
+    model, inputs = predictable(tiny_llama(dtype=torch.float64)), prompt(40)
+    theirs, cache = new_cache(model, CONFIGS["int4"]), new_cache(model, CONFIGS["int4"])
+    text = eager(model, theirs, inputs, new=42)
+    cache.stepper.compileable = True
+    for turn in range(2):
+        counters.clear()
+        with drafts(model, text, least=2) as options:
+            assert torch.equal(eager(model, cache, inputs, new=42, **options), text)
+        assert cache.stepper.undrafted and counters["stats"]["unique_graphs"] == 1 - turn
+        assert sum(tape.replays for tape in tapes) > turn
+        cache.reset()
+
+
 def test_a_model_drafts_for_another(tapes):
     """Which has a cache of its own."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(40)
