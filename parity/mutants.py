@@ -673,7 +673,7 @@ MUTANTS = [
         (
             "rows stay where they are",
             "timeline.Timeline.select_rows",
-            "self.buffer.index_select(0, index.to(self.buffer.device))",
+            "take_rows(self.buffer, index)",
             "self.buffer",
             "of tokens/int4, padding",
         ),
