@@ -3,7 +3,7 @@
 The products of a decode step of Llama-3.1-8B's shape, with what surrounds them, each compiled as generate()
 compiles a step: by Inductor with a library's products, and with generated ones, `row_products()`. Times
 are medians of CUDA-graph replays over several copies of the weights, so that no cache holds them; errors are
-against float32. `--sweep` times further tiles, from which those of `rows.few_tile` are to be chosen.
+against float32. `--sweep` times further tiles, from which those of `rows.FEW` are to be chosen.
 `--json FILE` writes what is shown. Without a GPU everything shrinks, and times mean nothing.
 """
 

@@ -269,13 +269,12 @@ class Rows:
         if self.terms.s_aux is not None:
             partials.append(sinks(self.query, self.terms.s_aux))
         whole = functools.reduce(combine, partials)
-        if layer.observer and self.stop > layer.timeline.length - (layer.observer.horizon or self.stop):
+        if layer.observer:
             level = (whole.top + whole.total.log()).unflatten(2, (-1, self.shape[2]))
-            for i, part in enumerate(self.raw.split(ROWS, dim=2)):
+            for i, (part, own) in enumerate(zip(self.raw.split(ROWS, dim=2), level.split(ROWS, dim=-1))):
                 rows = Rows(part, layer, self.start + i * ROWS, self.terms)
-                own = level[..., i * ROWS : i * ROWS + part.shape[2]].flatten(2)
                 if rows.stop > layer.timeline.length - (layer.observer.horizon or rows.stop):
-                    rows.observe(first, keys, received, [own])
+                    rows.observe(first, keys, received, [own.flatten(2)])
         return of_heads(merge([whole]), self.shape).to(self.dtype)
 
     @property
