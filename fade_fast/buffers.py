@@ -1,6 +1,6 @@
 """Static buffers: named tensors that hold one record a slot and move together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +35,11 @@ class Field:
         return self.heads * torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
+def take_rows(x: Tensor, index: Tensor, pending: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
     """Rows `index` [B'] int64 of `x` [B, ...]: in place if there are as many, for graphs know addresses.
 
     Moved eight bytes at a time where that is possible: a GPU gathers bytes no faster than words.
+    `pending`: gets what is yet to be copied in place, for `copy_all`; None: it is done here.
     """
     index, words = index.to(x.device), x
     if x.dim() > 1 and x.numel() and x.is_contiguous():
@@ -47,9 +48,21 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
             words = words.view(torch.int64)
     chosen = words[index]  # `index_select` takes a thread through all rows, one after the other
     if len(index) == len(x):
-        words.copy_(chosen)
+        if pending is None:
+            words.copy_(chosen)
+        else:
+            pending.append((words, chosen))
         return x
     return chosen.view(x.dtype).view(len(index), *x.shape[1:])
+
+
+def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second tensor of each pair into the first: on CUDA in one kernel for many of a dtype."""
+    by_dtype = {}
+    for pair in pairs:
+        by_dtype.setdefault(pair[0].dtype, []).append(pair)
+    for alike in by_dtype.values():  # of several dtypes at once, there would be a kernel for each pair
+        torch._foreach_copy_(*map(list, zip(*alike)))
 
 
 class Buffers:

@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import packed_bytes
 
-from .buffers import Buffers, Field, take, take_rows
+from .buffers import Buffers, Field, copy_all, take, take_rows
 from .coded import CodedMiddle
 from .guard import Guard, guarded
 from .importance import Observer
@@ -292,7 +292,9 @@ class TieredLayer(CacheLayerMixin):
 
         In place if there are as many: captured steps know the tensors by their addresses.
         """
-        self._map(lambda x: take_rows(x, index))
+        pending = []
+        self._map(lambda x: take_rows(x, index, pending))
+        copy_all(pending)
 
     def offload(self) -> None:
         self._map(lambda x: x.to("cpu", non_blocking=True))

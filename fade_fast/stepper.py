@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .buffers import take_rows
+from .buffers import copy_all, take_rows
 from .capture import record
 from .guard import plainly
 from .kernels import exact
@@ -179,7 +179,7 @@ class Stepper:
     def uncount(self) -> None:
         """Take back what the newest step counted, if that is known."""
         if self.kept and self._counted == self.timeline.length:
-            torch._foreach_copy_(self._counts, self.kept)
+            copy_all(zip(self._counts, self.kept))
 
     def crop(self, n: int) -> None:
         """Go on before the newest `n` columns, which the cache has cropped."""
@@ -201,12 +201,12 @@ class Stepper:
             select(index)
             return
         if not self.slot.is_cuda:
-            self._reorder(index, select)
+            self._reorder(index.to(torch.int64), select)
         elif self.order:
             self._index.copy_(index)
             self.order.replay()
         else:
-            self._index = index.to(self.slot.device, copy=True)
+            self._index = index.to(self.slot.device, torch.int64, copy=True)  # or each gather would cast it
             self.order, _ = record(self._reorder, index=self._index, select=select)
             self.order.replay()
         self._stale = False
@@ -216,9 +216,11 @@ class Stepper:
         select(index)
         own = [self.newest, self.real, self.seen]
         own += [x for layer in self.layers for slots in layer.frozen for x in (slots.valid, slots.read_at)]
+        pending = []
         for x in own:
             if x is not None:
-                take_rows(x, index)
+                take_rows(x, index, pending)
+        copy_all(pending)
 
     def _renew(self) -> None:
         """Bring what graphs read up to date, in a new epoch if anything that they have baked in changed."""
@@ -279,7 +281,7 @@ class Stepper:
         if index == 0:
             self._advance(mask, query.shape[2])
             if self.kept:
-                torch._foreach_copy_(self.kept, self._counts)
+                copy_all(zip(self.kept, self._counts))
         keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
         if index >= 0:
             exact.store(keys, values, self._at, key, value)

@@ -10,7 +10,7 @@ from transformers import FalconConfig, FalconForCausalLM, T5Config, T5ForConditi
 import fade_fast
 from fade_fast import middle, plan
 from fade_fast.attention import NAME
-from fade_fast.buffers import take_rows
+from fade_fast.buffers import copy_all, take_rows
 from fade_fast.kernels import compile as compiling
 from fade_fast.kernels import packed, rotated, step
 from fade_fast.timeline import HOLE
@@ -444,3 +444,9 @@ def test_rows_are_taken_whatever_they_hold(dtype):
                 found = take_rows(x, index)
                 assert torch.equal(found, expected) and found.dtype == dtype
                 assert (found is x and x.data_ptr() == here) == (len(index) == 3)
+            pending, x = [], x.clone()
+            assert take_rows(x, torch.tensor([2, 0, 0]), pending) is x and len(pending) == 1
+            pending.append((torch.zeros(2, dtype=torch.int32), torch.tensor([3, 4], dtype=torch.int32)))
+            expected = x[[2, 0, 0]]
+            copy_all(pending)
+            assert torch.equal(x, expected) and pending[1][0].tolist() == [3, 4]

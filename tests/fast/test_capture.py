@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.generation import utils as generation
 from transformers.generation.streamers import BaseStreamer
@@ -128,6 +129,36 @@ def test_beam_search_is_captured(tapes, name, padded):
     assert any(order != sorted(order) or len(set(order)) < 6 for order in orders)  # rows did move
     assert name == "off" or compressed_tokens(cache) > 0
     hold_the_same(cache, theirs)
+
+
+class Copies(TorchDispatchMode):
+    """Watches casts, single copies, and the dtypes of copies of several tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.casts, self.single, self.together = 0, 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._foreach_copy_.default:
+            self.together.append({x.dtype for tensors in args[:2] for x in tensors})
+        self.casts += function is torch.ops.aten._to_copy.default
+        self.single += function is torch.ops.aten.copy_.default
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["int4", "int4, int2, evict", "h2o"])
+def test_tensors_are_reordered_without_a_cast_or_a_copy_each(tapes, name):
+    """On a GPU each is a kernel: transformers gives rows as int32, and only tensors of one dtype are copied
+    by one kernel."""
+    model = tiny_llama(dtype=torch.float64)
+    cache = new_cache(model, CONFIGS[name])
+    compiled(model, cache, prompt(30, batch=2), new=30)
+    assert compressed_tokens(cache) > 0 and not cache.stepper._stale
+    with Copies() as seen:
+        cache.reorder_cache(torch.tensor([1, 0], dtype=torch.int32))
+    assert seen.casts == 1 and seen.single == 1  # of the index, and of the timeline
+    assert all(len(dtypes) == 1 for dtypes in seen.together)
+    assert len(cache.tiered) <= len(seen.together) < 4 * len(cache.tiered)
 
 
 DRAFTED = [(name, False) for name in ("int4", "evict", "int4, int2, evict", "codes", "off", "h2o")]
