@@ -178,8 +178,7 @@ class Compiled:
 
     def __init__(self, function: Callable, options: dict = OPTIONS):
         self.function, self.options = function, APART | options
-        self.graphs: dict[tuple, Callable] = {}
-        self._codes: dict[tuple, types.CodeType] = {}  # by which the compiler knows them
+        self.graphs: dict[tuple, tuple[Callable, types.CodeType]] = {}  # and what the compiler knows each by
 
     def __call__(self, markers: list[Tensor], pinned: Callable[[], Tiles], *args, **constants):
         """Call the twin on `args`, and `markers`, tensors whose length may differ between calls."""
@@ -188,8 +187,8 @@ class Compiled:
             for x in tree_leaves(args)
         )
         key = (shapes, *constants.items())
-        if key in self._codes and not compiled_of(self._codes[key]):
-            del self.graphs[key], self._codes[key]  # `torch._dynamo.reset()` dropped it, not its tiles
+        if key in self.graphs and not compiled_of(self.graphs[key][1]):
+            del self.graphs[key]  # `torch._dynamo.reset()` dropped it; the next has to have its tiles, too
         # Inside the first call of another compiled graph, tensors show other dispatch keys than in later
         # ones; the twin would then be compiled again, and where that graph is being captured, it cannot.
         with torch._C._ForceDispatchKeyGuard(*PLAIN):
@@ -208,9 +207,9 @@ class Compiled:
                 symbolic_shapes.patch(use_duck_shape=False),  # equal lengths may part later
             ):
                 result = graph(markers, *args)
-            self.graphs[key], self._codes[key] = graph, own.__code__
+            self.graphs[key] = graph, own.__code__
             return result
-        return self.graphs[key](markers, *args)
+        return self.graphs[key][0](markers, *args)
 
 
 def _own(function: Callable, constants: dict) -> Callable:
