@@ -476,7 +476,7 @@ class PlannedMiddle(Middle):
         return full and not self.timeline.has_holes
 
     def repeat(self, new: int) -> None:
-        pass  # full tiers stay full
+        """Nothing is left to count: full tiers stay full."""
 
     def demote(self, keys, values, first, seen, received, ready=lambda evicted: None):
         with self._whole():
