@@ -4,6 +4,7 @@ A mask covers the tokens of the step only: the cache knows the position and the 
 stores. Every tier gives a partial, and `merge` combines them.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from .gradient import without_gradient
 from .guard import plainly
 from .kernels import exact, flash, packed
 from .kernels.compile import fuses
@@ -34,30 +36,39 @@ def attention(
     key,
     value,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,
     scaling: float | None = None,
+    *,
     softcap: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it.
+    """Attention as transformers calls it; arguments by position are those of its own functions.
 
     Args:
         query: [B, Hq, q, D].
         key, value: an `Arrival` from a tiered layer, or tensors [B, H, n, D] from any other.
-        attention_mask: for an `Arrival`, bool [B, 1, q, q] over the tokens of the step, or None if
-            they are all real; for tensors, what `sdpa` takes.
+        attention_mask: for an `Arrival`, what `masks.MaskReader` reads; for tensors, what `sdpa` takes.
+        dropout: probability; only over tensors.
+        scaling: of the scores; None is D ** -0.5.
         softcap, sliding_window, s_aux: as Gemma 2, Mistral and gpt-oss pass them.
 
     Returns the output [B, q, Hq, D], and None: attention weights are never formed.
 
-    Raises `ValueError` if the cache belongs to another model, `use_cache=False`, or there is a window in
-    a captured step.
+    Raises `ValueError` if the cache belongs to another model, for a mask that cannot be obeyed, for dropout
+    over cached tokens, and for a window in a captured step.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(key, Arrival):
         terms = Terms(scaling, softcap, sliding_window, s_aux)
+        kwargs["dropout"] = dropout
         return _attend_tensors(module, query, key, value, attention_mask, terms, **kwargs), None
+    if dropout:
+        raise ValueError(
+            f"dropout={dropout} in attention over a tiered cache: call model.eval(), or set "
+            "attention_dropout of the configuration to 0"
+        )
     stepper = key.layer.stepper
     if torch.is_autocast_enabled(query.device.type):
         query = query.to(key.dtype)
@@ -101,49 +112,82 @@ def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, slidi
     layer, keys, values = key.layer, key.keys, key.values
     if layer.model_config is not module.config:
         raise ValueError("this cache was made for another model: create_cache(model) makes one for it")
-    if kwargs.get("use_cache") is False:
-        raise ValueError("use_cache=False with a cache would feed every token again: leave it True")
     if key.of_another(module):
-        return _read_again(module, query, key, terms, **kwargs), None
+        return _read_again(module, query, key, attention_mask, terms, **kwargs), None
     new, start = query.shape[2], layer.length
-    valid = None if attention_mask is None else _validity(attention_mask, new)
-    if valid is not None and layer.timeline.all_real(start, valid):
-        valid = None  # as generate() masks the steps of caches it may compile, and where there is a window
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("position_bias, which is added to scores, cannot be served by a tiered cache")
+    if kwargs.get("is_causal") is False and attention_mask is None and new > 1:
+        raise ValueError("attention that is not causal needs a mask to be served by a tiered cache")
+    if keys.shape[2] != new:
+        raise ValueError(
+            f"{new} queries come with {keys.shape[2]} keys: a tiered cache cannot serve cross-attention"
+        )
+    timeline = layer.timeline
+    mask = timeline.masks.read(attention_mask, query.shape[0], new, start, timeline.buffer)
+    real, own = mask.real, mask.own if start or layer.observer else None
+    if real is not None and timeline.all_real(start, real):
+        real = None  # as generate() masks the steps of caches it may compile, and where there is a window
         attention_mask = None if new == 1 else attention_mask
-    if valid is not None:  # a NaN in a padding slot must not reach a real token
-        keys, values = (x.masked_fill(~valid[:, None, :, None], 0) for x in (keys, values))
+    if own is not None and timeline.has_holes and not layer.sinks_placed:
+        raise ValueError(
+            "a mask that is not causal, in a batch with padding whose first real tokens have just come: "
+            "feed a few tokens first"
+        )
+    if real is not None:  # a NaN in a padding slot must not reach a real token
+        keys, values = (x.masked_fill(~real[:, None, :, None], 0) for x in (keys, values))
     layer.settle()
-    layer.timeline.extend(start, valid, query.shape[0], new, query.device)
+    timeline.extend(start, real, query.shape[0], new, query.device)
     if not start:
         output = _attend_tensors(module, query, keys, values, attention_mask, terms, **kwargs)
-        received = _observe_first(query, layer, keys, values, terms)
+        received = _observe_first(query, layer, keys, values, terms, own)
         layer.store(keys, values, attended=True, received=received)
-    elif not layer.has_middle and terms.plain and not layer.observer:
+        return output, None
+    with torch.no_grad():
+        output = _attend_cached(module, query, layer, keys, values, start, terms, own, **kwargs)
+    return without_gradient(output, query, key.keys, key.values), None
+
+
+def _attend_cached(
+    module, query, layer: TieredLayer, keys, values, start: int, terms: "Terms", own, **kwargs
+) -> Tensor:
+    """Attention of a step from column `start` > 0 on, over all there is, and the storing of its tokens."""
+    new = query.shape[2]
+    if not layer.has_middle and terms.plain and not layer.observer:
         layer.store(keys, values, attended=False)
-        rows = Rows(query, layer, start, terms)
+        rows = Rows(query, layer, start, terms, own)
         mask = None
         if new > 1 or layer.timeline.has_holes or terms.window is not None:
-            mask = rows.sees(rows.exact_at())
+            mask = rows.sees_exact()
         keys, values = layer.exact["key"], layer.exact["value"]
-        output = _sdpa(module, query, keys, values, mask, terms, is_causal=False, **kwargs)
-    elif new <= SHORT:
+        return _sdpa(module, query, keys, values, mask, terms, **kwargs | dict(is_causal=False))
+    if new <= SHORT:
         layer.store(keys, values, attended=False)
-        output = Rows(query, layer, start, terms).attend()
-    else:
-        received = layer.arrive(new)
-        size = BLOCK if Rows(query[:, :, :1], layer, start, terms).flashes else ROWS
-        output = torch.cat(
-            [
-                Rows(part, layer, start + i * size, terms).attend_beside(start, keys, values, received)
-                for i, part in enumerate(query.split(size, dim=2))
-            ],
-            dim=1,
-        )
-        layer.store(keys, values, attended=not layer.shared, received=received)
-    return output, None
+        return Rows(query, layer, start, terms, own).attend()
+    received = layer.arrive(new)
+    rows = Rows(query[:, :, :1], layer, start, terms, own)
+    size = BLOCK if rows.flashes else ROWS
+    output = torch.cat(
+        [
+            Rows(part, layer, start + i * size, terms, _rows_of(own, i * size, size)).attend_beside(
+                start, keys, values, received
+            )
+            for i, part in enumerate(query.split(size, dim=2))
+        ],
+        dim=1,
+    )
+    layer.store(keys, values, attended=not layer.shared, received=received)
+    return output
 
 
-def _observe_first(query, layer: TieredLayer, keys, values, terms: "Terms") -> dict[str, Tensor] | None:
+def _rows_of(own: Tensor | None, start: int, count: int) -> Tensor | None:
+    """What some of the step's queries see of the step."""
+    return None if own is None else own[:, :, start : start + count]
+
+
+def _observe_first(
+    query, layer: TieredLayer, keys, values, terms: "Terms", own: Tensor | None
+) -> dict[str, Tensor] | None:
     """What the tokens of a first step receive, whose output `sdpa` gave: scores again, in tiles, of
     those queries that can make a difference. None where nothing asks."""
     if not layer.observer:
@@ -154,26 +198,40 @@ def _observe_first(query, layer: TieredLayer, keys, values, terms: "Terms") -> d
     first = max(0, new - (layer.observer.horizon or new))
     received = layer.arrive(new)
     for i, part in enumerate(query[:, :, first:].split(ROWS, dim=2)):
-        Rows(part, layer, first + i * ROWS, terms).observe(0, keys, received)
+        shown = _rows_of(own, first + i * ROWS, ROWS)
+        Rows(part, layer, first + i * ROWS, terms, shown).observe(0, keys, received)
     return received
 
 
-def _read_again(module, query: Tensor, key: Arrival, terms: "Terms", **kwargs) -> Tensor:
+def _read_again(
+    module, query: Tensor, key: Arrival, attention_mask: Tensor | None, terms: "Terms", **kwargs
+) -> Tensor:
     """Attention over a layer whose columns of this step are stored already, [B, q, Hq, D].
 
     The queries are those of the newest columns, perhaps not of all that arrived.
     """
     layer, keys, values = key.layer, key.keys, key.values
-    start, first = layer.length - query.shape[2], layer.length - keys.shape[2]
-    if first:
-        parts = query.split(SHORT, dim=2)
-        return torch.cat(
-            [Rows(part, layer, start + i * SHORT, terms).attend() for i, part in enumerate(parts)], dim=1
-        )
-    position = layer.timeline.positions[:, None]
-    keys, values = (x.masked_fill((position == HOLE)[..., None], 0) for x in (keys, values))
-    mask = Rows(query, layer, start, terms).sees(position)
-    return _attend_tensors(module, query, keys, values, mask, terms, **kwargs)
+    new, arrived = query.shape[2], keys.shape[2]
+    start, first = layer.length - new, layer.length - arrived
+    if attention_mask is not None and new == arrived:
+        mask = layer.timeline.masks.read(attention_mask, query.shape[0], new, first, layer.timeline.buffer)
+        own = mask.own
+    else:
+        own = None
+    with torch.no_grad() if first else contextlib.nullcontext():
+        if first:
+            parts = enumerate(query.split(SHORT, dim=2))
+            rows = (
+                Rows(part, layer, start + i * SHORT, terms, _rows_of(own, i * SHORT, SHORT))
+                for i, part in parts
+            )
+            output = torch.cat([row.attend() for row in rows], dim=1)
+        else:
+            position = layer.timeline.positions[:, None]
+            keys, values = (x.masked_fill((position == HOLE)[..., None], 0) for x in (keys, values))
+            seen = own if own is not None else Rows(query, layer, start, terms).sees(position)
+            output = _attend_tensors(module, query, keys, values, seen, terms, **kwargs)
+    return without_gradient(output, query, key.keys, key.values) if first else output
 
 
 class Terms:
@@ -196,11 +254,15 @@ class Rows:
         layer: the layer they read.
         start: column of the first query.
         terms: what the model asks for.
+        own: bool [B or 1, 1, q, n], what these queries see of the step's n tokens; None: all up to
+            themselves.
 
     The query heads of a KV head are rows of one matrix, [B, H, R, D] with R = Hq / H * q.
     """
 
-    def __init__(self, query: Tensor, layer: TieredLayer, start: int, terms: Terms):
+    def __init__(
+        self, query: Tensor, layer: TieredLayer, start: int, terms: Terms, own: Tensor | None = None
+    ):
         self.raw, self.shape, self.dtype, self.layer, self.terms = (
             query,
             query.shape,
@@ -208,7 +270,7 @@ class Rows:
             layer,
             terms,
         )
-        self.start, self.stop = start, start + query.shape[2]
+        self.start, self.stop, self.own = start, start + query.shape[2], own
         wide = torch.promote_types(query.dtype, torch.float32)
         self.query = of_rows(query.to(wide) * terms.scaling, layer.heads)
         self.positions = layer.timeline.positions[:, None, self.start : self.stop, None]
@@ -234,10 +296,28 @@ class Rows:
             seen &= position > self.positions - self.terms.window
         return seen
 
+    def sees_exact(self) -> Tensor:
+        """Which uncompressed keys each query sees, bool [B, 1, q, n]; the step's own are stored already."""
+        seen = self.sees(self.exact_at())
+        if self.own is not None:
+            new = self.own.shape[-1]
+            seen = torch.cat((seen[..., :-new], self.own.expand(*seen.shape[:-1], new)), dim=-1)
+        return seen
+
+    def sees_step(self, first: int, start: int, stop: int) -> Tensor:
+        """Which of the step's own tokens `start` to `stop` each query sees; `first` is the step's column."""
+        if self.own is not None:
+            return self.own[..., start:stop]
+        return self.sees(self.layer.timeline.positions[:, None, first + start : first + stop])
+
+    def reach(self, first: int) -> int:
+        """How many of the step's own tokens, from column `first` on, any of these queries may see."""
+        return self.stop - first if self.own is None else self.own.shape[-1]
+
     def attend(self) -> Tensor:
         """Attention of a short step over all the layer holds, [B, q, Hq, D]."""
         layer, terms, tiers = self.layer, self.terms, self.layer.held_tiers()
-        keys, values, seen = layer.exact["key"], layer.exact["value"], self.sees(self.exact_at())
+        keys, values, seen = layer.exact["key"], layer.exact["value"], self.sees_exact()
         group, observer = self.shape[1] // layer.heads, layer.observer
         counts = observer is not None and (self.shape[2] == 1 or observer.additive)
         tally = layer.tally() if counts else []
@@ -272,7 +352,8 @@ class Rows:
         if layer.observer:
             level = (whole.top + whole.total.log()).unflatten(2, (-1, self.shape[2]))
             for i, (part, own) in enumerate(zip(self.raw.split(ROWS, dim=2), level.split(ROWS, dim=-1))):
-                rows = Rows(part, layer, self.start + i * ROWS, self.terms)
+                shown = _rows_of(self.own, i * ROWS, ROWS)
+                rows = Rows(part, layer, self.start + i * ROWS, self.terms, shown)
                 if rows.stop > layer.timeline.length - (layer.observer.horizon or rows.stop):
                     rows.observe(first, keys, received, [own.flatten(2)])
         return of_heads(merge([whole]), self.shape).to(self.dtype)
@@ -281,7 +362,9 @@ class Rows:
     def flashes(self) -> bool:
         """Whether FlashAttention can do it: if nothing hides what came before, no padding and no window."""
         layer, terms = self.layer, self.terms
-        if terms.window is not None or terms.softcap is not None or layer.timeline.has_holes:
+        if self.own is not None or terms.window is not None or terms.softcap is not None:
+            return False
+        if layer.timeline.has_holes:
             return False
         real = ((layer.middle.position(tier) != HOLE).all() for tier in layer.held_tiers())
         return flash.takes(self.raw, layer.exact["key"]) and all(real)
@@ -309,13 +392,12 @@ class Rows:
     def _tiled(self, first: int, keys: Tensor, values: Tensor) -> list[Partial]:
         """Partials over all there is, by products of our own."""
         layer = self.layer
-        partials = [self._exact(layer.exact["key"], layer.exact["value"], self.exact_at())]
+        partials = [self._exact(layer.exact["key"], layer.exact["value"], self.sees(self.exact_at()))]
         for tier in layer.held_tiers():
             partials.append(self._coded(tier) if layer.books else self._tier(tier, partials[0].top))
-        for i in range(0, self.stop - first, TILE):
-            tile = slice(i, min(i + TILE, self.stop - first))
-            position = layer.timeline.positions[:, None, first + tile.start : first + tile.stop]
-            partials.append(self._exact(keys[:, :, tile], values[:, :, tile], position))
+        for span in _spans(self.reach(first)):
+            tile = slice(*span)
+            partials.append(self._exact(keys[:, :, tile], values[:, :, tile], self.sees_step(first, *span)))
         return partials
 
     @torch.no_grad()
@@ -336,45 +418,48 @@ class Rows:
         observer, new = self.layer.observer, self.shape[2]
         if normalisers is None:
             tiles = self._tiles(first, keys, received)
-            normalisers = [self._scores(key, position).logsumexp(-1) for key, position, _ in tiles]
+            normalisers = [self._scores(key, seen).logsumexp(-1) for key, seen, _ in tiles]
             if self.terms.s_aux is not None:
                 normalisers.append(sinks(self.query, self.terms.s_aux).top)
         total = functools.reduce(torch.logaddexp, normalisers)
         total = torch.where(total.isfinite(), total, 0.0).unsqueeze(-1)  # a query that sees nothing
-        for key, position, fields in self._tiles(first, keys, received):
-            shares = (self._scores(key, position) - total).exp().unflatten(2, (-1, new)).mean(2)
-            observer.add(fields, shares, self.sees(position))
+        for key, seen, fields in self._tiles(first, keys, received):
+            shares = (self._scores(key, seen) - total).exp().unflatten(2, (-1, new)).mean(2)
+            observer.add(fields, shares, seen)
         observer.advance(new)
 
-    def _scores(self, keys: Tensor, position: Tensor) -> Tensor:
-        """Scores [B, H, R, n] of keys [B, H, n, D] at `position` [B, 1, n]; -inf where not seen."""
+    def _scores(self, keys: Tensor, seen: Tensor) -> Tensor:
+        """Scores [B, H, R, n] of keys [B, H, n, D]; -inf where not `seen`, bool [B, 1, q, n]."""
         scores = self.query @ keys.to(self.query.dtype).mT
         if self.terms.softcap is not None:
             scores = self.terms.softcap * torch.tanh(scores / self.terms.softcap)
-        return scores.masked_fill_(~self._fold(self.sees(position)), -torch.inf)
+        return scores.masked_fill_(~self._fold(seen), -torch.inf)
 
     def _tiles(self, first: int, keys, received) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-        """Keys as they are read, positions [B, 1, n] and the observer's fields of all tokens in reach."""
+        """Keys as they are read, what the queries see of them, and the observer's fields, of all in reach."""
         layer, dtype = self.layer, self.query.dtype
-        names, positions = layer.observer.fields, self.exact_at()
+        names, exact_seen = (
+            layer.observer.fields,
+            self.sees_exact() if keys is None else self.sees(self.exact_at()),
+        )
         for start, stop in _spans(layer.exact.count):
             fields = {name: layer.exact[name][..., start:stop] for name in names}
-            yield layer.exact["key"][:, :, start:stop], positions[..., start:stop], fields
+            yield layer.exact["key"][:, :, start:stop], exact_seen[..., start:stop], fields
         for tier in layer.held_tiers():
             for start, stop in _spans(tier.records.count):
                 fields = {name: tier.records[name][..., start:stop] for name in names}
-                position = self.tier_at(tier)[..., start:stop]
-                yield layer.middle.decode_keys(tier, start, stop, dtype), position, fields
-        for start, stop in _spans(self.stop - first if keys is not None else 0):
-            position = layer.timeline.positions[:, None, first + start : first + stop]
-            yield keys[:, :, start:stop], position, {n: received[n][..., start:stop] for n in names}
+                seen = self.sees(self.tier_at(tier)[..., start:stop])
+                yield layer.middle.decode_keys(tier, start, stop, dtype), seen, fields
+        for start, stop in _spans(self.reach(first) if keys is not None else 0):
+            fields = {n: received[n][..., start:stop] for n in names}
+            yield keys[:, :, start:stop], self.sees_step(first, start, stop), fields
 
     def _fold(self, seen: Tensor) -> Tensor:
         """[B, 1, q, n] for the rows of the query matrix: [B, 1, R, n]."""
         return seen.repeat(1, 1, self.query.shape[2] // seen.shape[2], 1) if seen.shape[2] > 1 else seen
 
-    def _exact(self, keys: Tensor, values: Tensor, position: Tensor) -> Partial:
-        return exact.attend(self.query, keys, values, self._fold(self.sees(position)), self.terms.softcap)
+    def _exact(self, keys: Tensor, values: Tensor, seen: Tensor) -> Partial:
+        return exact.attend(self.query, keys, values, self._fold(seen), self.terms.softcap)
 
     def _coded(self, tier) -> Partial:
         """Partial over product-quantised tokens, decoded tile by tile: many queries share that, and each
@@ -383,7 +468,7 @@ class Rows:
         whole = empty(self.query)
         for span in _spans(tier.records.count):
             keys, values = middle.decode_keys(tier, *span, dtype), middle.decode_values(tier, *span, dtype)
-            whole = combine(whole, self._exact(keys, values, position[..., slice(*span)]))
+            whole = combine(whole, self._exact(keys, values, self.sees(position[..., slice(*span)])))
         return whole
 
     def _tier(self, tier, near: Tensor) -> Partial:
@@ -412,19 +497,9 @@ def _spans(count: int, tile: int | None = None) -> list[tuple[int, int]]:
     return [(i, min(i + tile, count)) for i in range(0, count, tile)]
 
 
-def _validity(mask: Tensor, new: int) -> Tensor:
-    """Which of the step's tokens are real, bool [B, q], from its mask [B, 1, q, q]."""
-    if mask.dim() != 4 or mask.shape[-2:] != (new, new) or mask.dtype != torch.bool:
-        raise ValueError(
-            f"attention mask of shape {tuple(mask.shape)} and {mask.dtype}: a tiered cache takes a "
-            f"2-D mask, or a bool mask [batch, 1, {new}, {new}] over the tokens of the step"
-        )
-    return mask.diagonal(dim1=-2, dim2=-1)[:, 0]
-
-
 def _sdpa(module, query, keys, values, mask, terms: Terms, **kwargs) -> Tensor:
-    kwargs.setdefault("sliding_window", terms.window)
-    return sdpa_attention_forward(module, query, keys, values, mask, scaling=terms.scaling, **kwargs)[0]
+    asked = dict(scaling=terms.scaling, sliding_window=terms.window)
+    return sdpa_attention_forward(module, query, keys, values, mask, **kwargs | asked)[0]
 
 
 def _attend_tensors(module, query, keys, values, mask, terms: Terms, **kwargs) -> Tensor:

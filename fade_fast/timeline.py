@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .buffers import take_rows
+from .masks import PADDING as HOLE
+from .masks import MaskReader
 
-HOLE = -1  # position of a padding column
 STEP = 256  # columns allocated at a time
 
 
@@ -20,11 +21,13 @@ class Timeline:
     `length`: columns seen, the cache's logical length. `buffer`: what `positions` is a view of.
     `cursor`: the length as a tensor, int64 [1], while a graph is captured in which columns must be found
     anew at every replay; `latest` then is what `newest()` gives. None otherwise.
+    `masks`: reads those of steps.
     """
 
     def __init__(self):
         self.cursor: Tensor | None = None
         self.latest: Tensor | None = None
+        self.masks = MaskReader()
         self.clear()
 
     def clear(self) -> None:

@@ -38,6 +38,9 @@ def _plain(rows: Rows, keys: Tensor, values: Tensor, position: Tensor) -> Tensor
     seen = (there >= 0) & (there <= here)
     if terms.window is not None:
         seen &= there > here - terms.window
+    if rows.own is not None:  # the step's own tokens come last
+        new = rows.own.shape[-1]
+        seen = torch.cat((seen[..., :-new], rows.own.expand(*seen.shape[:-1], new)), dim=-1)
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if terms.s_aux is not None:
         sinks = terms.s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -47,7 +50,10 @@ def _plain(rows: Rows, keys: Tensor, values: Tensor, position: Tensor) -> Tensor
 
 
 def _attend(self) -> Tensor:
-    return _plain(self, *held(self.layer))
+    keys, values, position = held(self.layer)
+    exact = self.layer.exact.count  # uncompressed tokens, the newest last, come first there
+    order = [*range(exact, keys.shape[2]), *range(exact)]
+    return _plain(self, keys[:, :, order], values[:, :, order], position[..., order])
 
 
 def _attend_beside(self, first: int, keys: Tensor, values: Tensor, received=None) -> Tensor:

@@ -1,0 +1,153 @@
+"""What a mask says of a step: which new tokens are real, and what they see of each other.
+
+A tiered cache stores which of its tokens are padding. A mask may repeat that; it may not contradict it.
+So a mask that hides a cached token, shows padding, or has another length is refused with `ValueError`.
+What the new tokens see of each other is theirs to say: any boolean mask over them is obeyed.
+"""
+
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+PADDING = -1  # position of a padding token
+ROWS = 1024  # query tokens of a mask compared at a time
+
+
+@dataclass(eq=False)
+class Verdict:
+    """What was found out about a mask, for all layers of a step: its real tokens; whether it is causal."""
+
+    real: Tensor | None = None
+    causal: bool | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StepMask:
+    """The mask of a step of q tokens.
+
+    `given`, bool [B or 1, 1, q, q], says what each token sees of the step; None: all up to itself.
+    """
+
+    given: Tensor | None = None
+    verdict: Verdict = field(default_factory=Verdict)
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which tokens are real, bool [B, q]; None: all."""
+        return self.verdict.real
+
+    @property
+    def own(self) -> Tensor | None:
+        """`given` where it is not causal over real tokens; None where it is, and need not be looked at."""
+        if self.given is None or self.given.shape[-1] == 1:
+            return None
+        if self.verdict.causal is None:
+            self.verdict.causal = _is_causal(self.given, self.real)
+        return None if self.verdict.causal else self.given
+
+
+class MaskReader:
+    """Reads the masks of a cache's steps. The layers of a step are given one mask: it is judged once."""
+
+    def __init__(self):
+        self._last: tuple | None = None  # the newest mask, weakly, where it began, and the verdict
+
+    def read(
+        self, mask: Tensor | None, batch: int, new: int, start: int, positions: Tensor | None
+    ) -> StepMask:
+        """What a mask says of the step of `new` tokens (q) that begins at column `start`.
+
+        Args:
+            mask: bool [B or 1, 1, q, q] over the tokens of the step, or [B or 1, 1, q, start + q]; or None.
+            batch: B.
+            positions: int32 [B, start or more], positions of the cached tokens, `PADDING` for padding.
+
+        Raises `ValueError` for another shape or dtype, and where the part over cached tokens does not show
+        exactly those that are real.
+        """
+        if mask is None:
+            return StepMask()
+        same = self._last is not None and self._last[0]() is mask and self._last[1] == start
+        if not same:
+            verdict = _judge(mask, batch, new, positions[:, :start] if start else None)
+            self._last = weakref.ref(mask), start, verdict
+        return StepMask(mask[..., -new:], self._last[2])
+
+    def __deepcopy__(self, memo: dict) -> "MaskReader":
+        return MaskReader()
+
+
+def check(mask: Tensor, batch: int, new: int, positions: Tensor | None) -> None:
+    """Refuse a 2-D or 4-D mask that contradicts the cache, or has another length, with `ValueError`.
+
+    `positions`, int32 [B, past], are those of the cached tokens; None without any.
+    """
+    if mask.dim() == 2:
+        _check_padding(mask, new, positions)
+    else:
+        _judge(mask, batch, new, positions)
+
+
+def _judge(mask: Tensor, batch: int, new: int, positions: Tensor | None) -> Verdict:
+    """Which tokens of a step are real, once its 4-D mask is known to be one that can be obeyed."""
+    past = 0 if positions is None else positions.shape[1]
+    fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1:3] == (1, new)
+    if not fits or mask.shape[3] not in (new, past + new):
+        raise ValueError(
+            f"attention mask of shape {tuple(mask.shape)}: a step of {batch} x {new} tokens after {past} "
+            f"cached ones takes [{batch}, {past + new}], or bool [{batch}, 1, {new}, {new}] or "
+            f"[{batch}, 1, {new}, {past + new}]"
+        )
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"attention mask of {mask.dtype}: with a tiered cache a 4-D mask is bool, True where a token is "
+            "attended; biases that are added to scores are not supported"
+        )
+    given = mask[..., -new:]
+    if mask.shape[3] > new:
+        _check_past(mask[..., :-new], given, positions)
+    return Verdict(given.any(dim=-2)[:, 0].expand(batch, new))  # nobody sees padding
+
+
+def _check_padding(mask: Tensor, new: int, positions: Tensor | None) -> None:
+    """Refuse a mask [B, n] that does not cover all tokens, or contradicts the cache."""
+    past = 0 if positions is None else positions.shape[1]
+    if mask.shape[1] != past + new:
+        raise ValueError(
+            f"attention_mask covers {mask.shape[1]} tokens, but {past} are cached and {new} are new: it must "
+            f"cover all {past + new}"
+        )
+    if past and mask.shape[0] == positions.shape[0]:
+        differs = (mask[:, :past] != 0) != (positions != PADDING)
+        if differs.any():
+            _refuse(differs)
+
+
+def _check_past(shown: Tensor, given: Tensor, positions: Tensor) -> None:
+    """Refuse what tokens are shown of the past [B, 1, q, past], unless it is what is real there."""
+    differs = (shown != (positions != PADDING)[:, None, None, :]) & given.any(-1, keepdim=True)
+    if differs.any():
+        _refuse(differs.any(2)[:, 0])
+
+
+def _refuse(differs: Tensor) -> None:
+    row, column = differs.nonzero()[0].tolist()
+    raise ValueError(
+        f"attention_mask contradicts the cache: of row {row}, token {column} is cached as "
+        "real and hidden now, or cached as padding and shown now. What is cached cannot be hidden from later "
+        "tokens: crop() the cache, or make a new one"
+    )
+
+
+def _is_causal(given: Tensor, real: Tensor) -> bool:
+    """Whether every real token sees all real tokens up to itself, and no other."""
+    new = given.shape[-1]
+    column = torch.arange(new, device=given.device)
+    for start in range(0, new, ROWS):
+        rows = slice(start, start + ROWS)
+        expected = (column <= column[rows, None]) & real[:, None, None, :]
+        if ((given[:, :, rows] != expected) & real[:, None, rows, None]).any():
+            return False
+    return True
