@@ -27,7 +27,8 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sta
 from transformers.generation.candidate_generator import CandidateGenerator
 
 import fade_fast
-from fade_fast.cache import TieredKVCache, attach, storage_bytes
+from fade_fast.attach import attach
+from fade_fast.cache import TieredKVCache, storage_bytes
 from fade_fast.files import write_json
 from fade_ref.config import PRESETS, FadeConfig
 

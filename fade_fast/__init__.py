@@ -6,8 +6,10 @@
 
 from fade_ref.config import FadeConfig
 
-from .cache import Memory, TieredKVCache, attach, create_cache, detach, load_cache
+from .attach import attach, detach
+from .cache import Memory, TieredKVCache
 from .check import LayerCheck, ModelCheck, check_model
+from .create import create_cache, load_cache
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,13 +2,11 @@
 
 import copy
 import os
-import types
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -18,17 +16,16 @@ from transformers.cache_utils import (
 
 from fade_ref.config import FadeConfig
 
-from . import calls, checkpoint, importance, plan, snapshot, telemetry
+from . import checkpoint, importance, plan, snapshot, telemetry
 from .attention import NAME
 from .codebooks import Codebooks, given
-from .guard import Guard, guarded, plainly
+from .guard import Guard, guarded
 from .kernels import rotated
 from .layer import TieredLayer
 from .middle import CODECS
 from .models import find_rope, fingerprint, text_config, unwrapped
 from .stepper import Stepper
 from .timeline import Timeline
-from .verify import compare
 
 
 @dataclass(frozen=True)
@@ -365,189 +362,3 @@ def tensors(layer) -> list[Tensor]:
     if isinstance(layer, TieredLayer):
         return layer.tensors()
     return [x for x in vars(layer).values() if isinstance(x, Tensor)]
-
-
-def create_cache(
-    model: PreTrainedModel,
-    config: str | FadeConfig = "safe",
-    *,
-    max_length: int | None = None,
-    policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
-    codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
-    verify: bool = True,
-) -> TieredKVCache:
-    """A cache for `model.generate(..., past_key_values=cache)` that compresses as it fills.
-
-    Attaches our attention to the model, so that it reads compressed tokens as they are; `detach`
-    undoes that. Models that do not let their attention be replaced get dense keys and values at
-    every step, and a warning: their memory falls between steps, their speed does not rise.
-
-    Args:
-        model: a decoder of transformers, of any dtype and on any device, or what `torch.compile` made of it.
-        config: a preset, "lossless", "safe", "balanced" or "aggressive", or a `FadeConfig`. `safe`
-            keeps every token; `balanced` and `aggressive` evict by position alone, oldest first. Of
-            the other policies (`plan.SUPPORTED`), those in `importance.OBSERVERS` rank tokens by the
-            attention they receive: that costs some numbers a token and, in a prompt, its scores twice
-            more (of `snapkv` and `tova`, those of the last queries).
-        max_length: the most tokens the cache will see; room for them is made at once. By default
-            the buffers grow with the text.
-        policy_weights: for `eviction_policy="learned"`: a safetensors file, or its tensors, named and
-            shaped as `importance.MLP` says. By default those that `fade_fast` brings, trained on
-            SmolLM2-135M; what the network sees has no model's shape, so they fit any other.
-        codebooks: for `quant_backend="product"`: a file that `fade train-codebook` wrote, what
-            `codebooks.train` gave, or tensors named and shaped as there. They are of one model.
-        verify: see `attach`.
-
-    Raises:
-        ValueError: an unknown preset, or a model or a policy that cannot be served; a policy that
-            ranks by attention needs a model whose attention can be replaced; what `attach` raises.
-            Codebooks that are missing, given in vain, of another model, or incomplete.
-        TypeError: `model`, `config` or `codebooks` is of another type.
-    """
-    if isinstance(config, str):
-        config = FadeConfig.preset(config)
-    if not isinstance(config, FadeConfig):
-        raise TypeError(f"config must be the name of a preset or a FadeConfig, not {type(config).__name__}")
-    if max_length is not None and (
-        isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
-    ):
-        raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
-    cache = TieredKVCache(model, config, max_length, policy_weights, codebooks)
-    attach(model, verify=verify)
-    return cache
-
-
-def load_cache(
-    path: str | os.PathLike,
-    model: PreTrainedModel,
-    *,
-    max_length: int | None = None,
-    policy_weights=None,
-    codebooks=None,
-    verify: bool = True,
-) -> TieredKVCache:
-    """A cache for `model` as `TieredKVCache.save` wrote it; decoding goes on to the bit.
-
-    Args:
-        path: what `save` wrote.
-        model: the model it was filled by, on any device.
-        max_length, policy_weights, codebooks, verify: as `create_cache` takes them; codebooks are not in the
-            file, but it knows which they were.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not such a file, damaged, of another version, of another model or other codebooks.
-    """
-    model, (tensors, header) = unwrapped(model), checkpoint.read(path)
-    theirs, ours = header["model"], fingerprint(model)
-    if theirs != ours:
-        different = ", ".join(name for name in ours if theirs.get(name) != ours[name])
-        raise ValueError(f"{path} was filled by another model: {different} differ")
-    config = FadeConfig(**header["config"])
-    options = dict(max_length=max_length, policy_weights=policy_weights, verify=verify)
-    cache = create_cache(model, config, codebooks=codebooks, **options)
-    cache.load_state_dict(tensors, header)
-    return cache
-
-
-def attach(model: PreTrainedModel, *, verify: bool = True) -> bool:
-    """Let the model's attention read tiered caches; plain caches go on working under it.
-
-    Returns whether the model dispatches its attention, and so could be attached. The setting lives
-    on the model's configuration: models built from one configuration object share it.
-
-    Args:
-        model: a decoder of transformers.
-        verify: first compare our attention, compressing nothing, with the model's own on 72 random
-            tokens, in chunks and single steps; once for a model, and not where it is read dense.
-
-    Raises `ValueError`, naming the layer and the error, if they differ; the model is as it was then.
-    """
-    model = unwrapped(model)
-    if verify:
-        with plainly():
-            _verify(model)
-    if "_fade_guard" not in model.__dict__:
-        model._fade_guard = model.register_forward_pre_hook(_refuse, with_kwargs=True)
-    if model.config.model_type in SWITCHING:
-        model.prepare_inputs_for_generation = types.MethodType(_prepare_inputs, model)
-    if model.config._attn_implementation == NAME:
-        calls.attach(model)  # a copy of an attached model has lost some of it
-        return True
-    if not model._can_set_attn_implementation():
-        warnings.warn(
-            f"{type(model).__name__} does not dispatch its attention: a tiered cache hands it dense "
-            "keys and values at every step, so it saves memory between steps but no time",
-            stacklevel=3,
-        )
-        return False
-    model._fade_previous = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    calls.attach(model)
-    return True
-
-
-def _verify(model: PreTrainedModel) -> None:
-    """Compare our attention with the model's own, unless that was done before."""
-    own = model.__dict__.get("_fade_previous") or model.config._attn_implementation
-    if own == NAME:  # attached through another model, whose configuration this one shares
-        own = "sdpa" if model._supports_sdpa else "eager"
-    if model.__dict__.get("_fade_verified") == own or not model._can_set_attn_implementation():
-        return
-    plain = FadeConfig(recent_window=None)
-    try:
-        TieredKVCache(model, plain)
-    except ValueError:  # no cache to be had, and nothing to verify
-        return
-    compare(model, NAME, own, lambda: TieredKVCache(model, plain))
-    model._fade_verified = own
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`: the model's own attention function is back. Nothing happens without one.
-
-    A hook stays that refuses what would go wrong with a tiered cache; it does nothing with others.
-    """
-    model = unwrapped(model)
-    model.__dict__.pop("prepare_inputs_for_generation", None)
-    previous = model.__dict__.pop("_fade_previous", None)
-    if previous is not None:
-        model.set_attn_implementation(previous)
-    calls.detach(model)
-
-
-#: Models that drop their cache, for good, when the text reaches the length where long RoPE switches.
-SWITCHING = ("phi3", "phimoe", "phi4_multimodal")
-
-
-def _prepare_inputs(model, input_ids, past_key_values=None, **kwargs):
-    """What such a model feeds in a step, but through the same cache after the switch."""
-    prepare = type(model).prepare_inputs_for_generation
-    length = getattr(model.config, "original_max_position_embeddings", None)
-    if not isinstance(past_key_values, TieredKVCache) or length is None or input_ids.shape[1] <= length:
-        return prepare(model, input_ids, past_key_values=past_key_values, **kwargs)
-    if past_key_values.get_seq_length() <= length:  # keys of the short frequencies are made anew
-        past_key_values.reset()
-        kwargs["next_sequence_length"] = None
-    return GenerationMixin.prepare_inputs_for_generation(
-        model, input_ids, past_key_values=past_key_values, **kwargs
-    )
-
-
-def _refuse(model, args, kwargs) -> None:
-    """Refuse a step that is fed every token again on top of what the cache holds, and padding where
-    the model's own attention, whose masks count columns, would read what is left after eviction."""
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if not isinstance(cache, TieredKVCache):
-        return
-    if kwargs.get("use_cache") is False:
-        raise ValueError(
-            "use_cache=False with a cache would feed every token again: pass use_cache=True to generate()"
-        )
-    if not cache.fade_config.evicts or model.config._attn_implementation == NAME:
-        return
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all():
-        raise ValueError(
-            "padding, and a cache that evicts, under the model's own attention, which cannot tell which of "
-            "the tokens left are padding: fade_fast.attach(model) replaces it"
-        )

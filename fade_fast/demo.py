@@ -15,7 +15,9 @@ from fade_ref.config import PRESETS
 from fade_ref.tiers import Tier
 
 from . import options
-from .cache import create_cache, detach, storage_bytes, tensors
+from .attach import detach
+from .cache import storage_bytes, tensors
+from .create import create_cache
 from .files import write_json
 from .loading import HUB_ID, LoadError, load, quiet
 from .session import Stopwatch

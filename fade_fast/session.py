@@ -11,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from . import checkpoint
-from .cache import TieredKVCache, load_cache
+from .cache import TieredKVCache
+from .create import load_cache
 
 CHUNK = 1024  # tokens of a document read at a time
 MARK = "<|fade-question|>"  # stands for the question while the chat template is applied

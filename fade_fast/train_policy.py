@@ -29,7 +29,8 @@ from transformers import PreTrainedModel
 from fade_ref.config import FadeConfig
 
 from . import importance
-from .cache import create_cache, detach
+from .attach import detach
+from .create import create_cache
 from .files import whole
 from .loading import DTYPES, LoadError, load, quiet
 from .models import attention_modules
