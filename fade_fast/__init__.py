@@ -1,7 +1,7 @@
 """A KV cache in tiers for Hugging Face models: several times smaller, in plain PyTorch.
 
 >>> cache = fade_fast.create_cache(model, "safe")                       # doctest: +SKIP
->>> model.generate(**inputs, past_key_values=cache)                     # doctest: +SKIP
+>>> model.generate(**inputs, cache=cache)                               # doctest: +SKIP
 """
 
 from fade_ref.config import FadeConfig
@@ -10,6 +10,7 @@ from .attach import attach, detach
 from .cache import Memory, TieredKVCache
 from .check import LayerCheck, ModelCheck, check_model
 from .create import create_cache, load_cache
+from .prompts import common_prefix
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "TieredKVCache",
     "attach",
     "check_model",
+    "common_prefix",
     "create_cache",
     "detach",
     "load_cache",

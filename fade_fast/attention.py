@@ -7,6 +7,7 @@ stores. Every tier gives a partial, and `merge` combines them.
 import contextlib
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,16 +15,17 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .gradient import without_gradient
+from .gradient import REASON, without_gradient
 from .guard import plainly
 from .kernels import exact, flash, packed
 from .kernels.compile import fuses
 from .kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
-from .layer import Arrival, TieredLayer
+from .layer import Arrival, TieredLayer, by_number
 from .stepper import SHORT
 from .timeline import HOLE
 
 NAME = "fade"  # what our attention and mask functions are registered as in transformers
+ANOTHER = "this cache was made for another model: create_cache(model) makes one for it"
 TILE = 2048  # keys decoded or scored at a time
 ROWS = 512  # query tokens of a long step attended at a time
 SPAN = 16384  # keys decoded at a time for FlashAttention
@@ -84,7 +86,65 @@ def attention(
             scaling, softcap, s_aux,
         )  # fmt: skip
         return output, None
+    if torch.compiler.is_compiling():  # by the user: one operator, which no graph looks into
+        if key.layer.model_config is not module.config:
+            raise ValueError(ANOTHER)
+        index = getattr(module, "layer_idx", key.layer.layer_idx)
+        output = torch.ops.fade.eager_step(
+            query, key.keys, key.values, attention_mask, key.layer.number, index,
+            scaling, softcap, sliding_window, s_aux,
+        )  # fmt: skip
+        return output, None
     return _attend(module, query, key, attention_mask, scaling, softcap, sliding_window, s_aux, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """What attention asks of a module, where the module itself is not at hand."""
+
+    config: object
+    layer_idx: int | None
+    num_key_value_groups: int
+    is_causal: bool = True
+
+
+@torch.library.custom_op("fade::eager_step", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def eager_step(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    number: int,
+    layer_idx: int,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Attention of one layer in a model that its user compiles, [B, q, Hq, D]: an ordinary step inside.
+
+    It looks at lengths and writes the cache, so that no CUDA graph may hold it.
+    """
+    layer = by_number[number]
+    if layer_idx == layer.layer_idx:
+        layer.check(keys, values)
+        layer.check_whole()
+    module = _Module(layer.model_config, layer_idx, query.shape[1] // keys.shape[1])
+    arrival = Arrival(layer, keys, values)
+    return _attend(module, query, arrival, mask, scaling, softcap, window, s_aux)[0].contiguous()
+
+
+@eager_step.register_fake
+def _(query, *args):
+    batch, heads, new, dim = query.shape
+    return query.new_empty(batch, new, heads, dim)
+
+
+def _refuse_gradient(ctx, gradient):
+    raise RuntimeError(REASON)
+
+
+eager_step.register_autograd(_refuse_gradient)
 
 
 def _whole(attend):
@@ -111,7 +171,7 @@ def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, slidi
     terms = Terms(scaling, softcap, sliding_window, s_aux)
     layer, keys, values = key.layer, key.keys, key.values
     if layer.model_config is not module.config:
-        raise ValueError("this cache was made for another model: create_cache(model) makes one for it")
+        raise ValueError(ANOTHER)
     if key.of_another(module):
         return _read_again(module, query, key, attention_mask, terms, **kwargs), None
     new, start = query.shape[2], layer.length
@@ -143,6 +203,8 @@ def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, slidi
         received = _observe_first(query, layer, keys, values, terms, own)
         layer.store(keys, values, attended=True, received=received)
         return output, None
+    if new <= SHORT and not layer.index:
+        layer.stepper.eager_steps += 1
     with torch.no_grad():
         output = _attend_cached(module, query, layer, keys, values, start, terms, own, **kwargs)
     return without_gradient(output, query, key.keys, key.values), None

@@ -19,11 +19,13 @@ from fade_ref.config import FadeConfig
 from . import checkpoint, importance, plan, snapshot, telemetry
 from .attention import NAME
 from .codebooks import Codebooks, given
-from .guard import Guard, guarded
+from .guard import Guard, guarded, reading
 from .kernels import rotated
 from .layer import TieredLayer
 from .middle import CODECS
-from .models import find_rope, fingerprint, text_config, unwrapped
+from .models import attention_modules, execution_device, fingerprint, text_config, unwrapped
+from .prompts import SeenTokens
+from .rope_probe import RopeProbe
 from .stepper import Stepper
 from .timeline import Timeline
 
@@ -33,7 +35,8 @@ class Memory:
     """What a cache weighs, in bytes, and how many tokens it keeps in which tier.
 
     Attributes:
-        allocated: every distinct storage the cache holds, spare capacity included.
+        allocated: every distinct storage the cache holds, spare capacity included. The ids seen, 4 bytes a
+            token on the host, are left out.
         packed: what the live tokens need, means of keys and codebooks included.
         dense: what `DynamicCache` would hold for the same logical tokens.
         tokens: tokens by tier, "EVICTED" included, summed over the batch, of one tiered layer (the
@@ -113,8 +116,9 @@ class TieredKVCache(Cache):
                 f"{type(model).__name__} does not dispatch its attention, whose masks and biases would count "
                 "evicted tokens: use a configuration that keeps every token"
             )
-        self.fade_config, self.timeline = config, Timeline()
-        self.device, self.fingerprint = model.device, fingerprint(model)
+        self.fade_config, self.timeline, self.seen = config, Timeline(), SeenTokens()
+        self.fingerprint = fingerprint(model)
+        self.length_before: int | None = None  # tokens held when the forward pass under way began
         # Captured steps keep their counters on one device, so all layers must be there.
         on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
         on_gpu &= len({p.device for p in model.parameters()}) == 1
@@ -126,13 +130,19 @@ class TieredKVCache(Cache):
             return model_config._attn_implementation == NAME
 
         layers, books = list(DynamicCache(config=model_config).layers), {}
+        modules = attention_modules(model)
+        #: Device of each layer's keys, which is not that of its weights if they are offloaded.
+        self.homes = [
+            i in modules and execution_device(modules[i]) or model.device for i in range(len(layers))
+        ]
+        ropes = RopeProbe(model) if config.contiguous else None
         if codebooks is not None:
             codebooks = given(codebooks, model)
             books = codebooks.by_layer([i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
             self.codebooks = codebooks.digest
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
-                rope = find_rope(model, i) if config.contiguous else None
+                rope = ropes.find(i) if ropes else None
                 observer = importance.observer(config, weights, i, len(layers))
                 layers[i] = TieredLayer(
                     config, self.stepper, rope, self._rotation, dispatches, max_length, observer, books.get(i)
@@ -141,10 +151,12 @@ class TieredKVCache(Cache):
                 layers[i].guard, layers[i].abandon = self.guard, self._abandon
                 layers[i].shared = bool(getattr(model_config, "num_kv_shared_layers", 0))
             elif type(layer) is DynamicSlidingWindowLayer and on_gpu:
-                layers[i] = StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
+                layers[i] = static_window(layer.sliding_window)
         if not any(isinstance(layer, TieredLayer) for layer in layers):
+            kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
             raise ValueError(
-                f"{type(model).__name__} has no full-attention layer whose cache could be tiered"
+                f"{type(model).__name__} has no layer whose cache could be tiered: no full-attention "
+                f"layer that caches keys and values alone. transformers gives its layers {kinds}"
             )
         self.stepper.captures = all(isinstance(layer, TieredLayer) for layer in layers)
         super().__init__(layers=layers)
@@ -162,6 +174,13 @@ class TieredKVCache(Cache):
         for layer in twin.tiered:
             layer.telemetry = None
         return twin
+
+    def __reduce__(self):
+        raise TypeError(
+            "a TieredKVCache can be neither pickled nor copied shallowly: cache.save(path) and "
+            "fade_fast.load_cache(path, model) take it to another process, copy.deepcopy(cache) copies "
+            "it here"
+        )
 
     def _rotation(self, dim: int, device) -> Tensor:
         """The codec's matrix and the sum of its rows, float32: one for all layers of a head_dim."""
@@ -209,6 +228,7 @@ class TieredKVCache(Cache):
     def _cropped(self, n: int) -> None:
         """What the layers share: the newest `n` columns are gone, which they have cropped."""
         self.timeline.crop(n)
+        self.seen.crop(self.timeline.length)
         self.stepper.crop(n)
         if self.timeline.has_holes:
             held = bool((self.timeline.newest() >= self.fade_config.n_sink - 1).all())
@@ -223,6 +243,7 @@ class TieredKVCache(Cache):
             if isinstance(layer, DynamicLayer):  # transformers before 5.18 only zeroes them
                 layer.keys, layer.values, layer.is_initialized = None, None, False
         self.timeline.clear()
+        self.seen.set(None)
         self.stepper.clear()
 
     @guarded
@@ -235,6 +256,13 @@ class TieredKVCache(Cache):
         self.tiered[0].check_whole()
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         most = min(layer.croppable for layer in self.tiered)
+        for layer in self.layers if tokens_to_remove else ():
+            moved_on = getattr(layer, "cumulative_length_int", 0) > getattr(layer, "max_cache_len", 0)
+            if type(layer) is StaticSlidingWindowLayer and moved_on:
+                raise ValueError(
+                    f"crop({tokens_to_remove}): a sliding window of {layer.max_cache_len} tokens has "
+                    "moved on, and what fell out of it cannot come back"
+                )
         if not -most <= tokens_to_remove <= 0:
             raise ValueError(
                 f"crop({tokens_to_remove}): from {-most} to 0 is possible, the newest {most} tokens being "
@@ -253,6 +281,8 @@ class TieredKVCache(Cache):
         """Row i becomes what row `beam_idx[i]` was: int64 [B]."""
         self._check_rows(beam_idx, same=True)
         self.stepper.reorder(beam_idx, self._reorder)
+        if not self.stepper.within:  # a beam search must not wait for indices
+            self.seen.select_rows(beam_idx)
 
     def _reorder(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -268,6 +298,7 @@ class TieredKVCache(Cache):
             else:
                 layer.batch_select_indices(indices)
         self.timeline.select_rows(indices)
+        self.seen.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, in place."""
@@ -288,9 +319,13 @@ class TieredKVCache(Cache):
             number = f"{batch} numbers" if same else "numbers"
             raise ValueError(f"rows {index}: a tensor of {number} from 0 to {batch - 1} is allowed")
 
-    @guarded
+    @reading
     def memory(self) -> Memory:
-        """What the cache weighs now. Blocks whose demotion was due are demoted first."""
+        """What the cache weighs now. Blocks whose demotion was due are demoted first.
+
+        Raises `RuntimeError` while another thread is in a step.
+        """
+        self.tiered[0].check_whole()
         for layer in self.tiered:
             layer.settle()
         held = [x for layer in self.layers for x in tensors(layer)] + self.timeline.tensors()
@@ -307,7 +342,7 @@ class TieredKVCache(Cache):
             tokens={n: int(x) if x == int(x) else x for n, x in tokens.items()},
         )
 
-    @guarded
+    @reading
     def save(self, path: str | os.PathLike, tokens: Tensor | None = None) -> None:
         """Write the cache to a file, whole or not at all; `load_cache` reads it.
 
@@ -319,7 +354,7 @@ class TieredKVCache(Cache):
         self.tiered[0].check_whole()
         checkpoint.save(self, path, tokens)
 
-    @guarded
+    @reading
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors, cloned, and what else the cache knows, for people who store it themselves."""
         self.tiered[0].check_whole()
@@ -346,10 +381,19 @@ class TieredKVCache(Cache):
         """A text saying what each layer keeps, and how."""
         return snapshot.text(snapshot.of(self, positions=False))
 
-    @guarded
+    @reading
     def snapshot(self) -> dict:
         """The same and more as JSON has it: each layer's tiers, positions and bytes; see `snapshot.py`."""
         return snapshot.of(self)
+
+
+def static_window(window: int) -> StaticSlidingWindowLayer:
+    """transformers' layer of a sliding window in a buffer of fixed size.
+
+    By `window + 1` as the most tokens it may see, it knows that the window moves, and that tokens which
+    fell out cannot come back; the buffer has `window` slots all the same.
+    """
+    return StaticSlidingWindowLayer(window + 1, window)
 
 
 def storage_bytes(held: list[Tensor]) -> int:

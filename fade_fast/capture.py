@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from transformers import Cache
 from transformers.utils import ModelOutput
-
-LEFT = {"logits", "past_key_values"}  # of an output, what generate() copies itself, and what is no tensor
 
 
 class Captured:
@@ -60,7 +59,9 @@ class Captured:
             recording.inputs = _tensors(leaves)
         recording.graph.replay()
         output = recording.output
-        return output if output.keys() <= LEFT else tree_map_only(Tensor, torch.clone, output)
+        # generate() copies logits itself, and a cache is no tensor. It may keep anything else of every step.
+        kept = [x for name, x in output.items() if name != "logits" and not isinstance(x, Cache)]
+        return tree_map_only(Tensor, torch.clone, output) if kept else output
 
 
 @dataclass

@@ -7,9 +7,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fade_ref.config import FadeConfig
 
+from .attach import verified
 from .cache import TieredKVCache
 from .layer import TieredLayer
 from .models import attention_modules, unwrapped
+from .versions import untested
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class ModelCheck:
     Attributes:
         model: the model's class.
         refused: why there is no cache for it; empty if there is one.
+        untried: why it could not be compared with its own attention; empty if it was.
         layers: one by one.
         decode: "packed", where attention reads compressed tokens as they are, or "dense".
         length: tokens of a row that the sizes below are for.
@@ -42,6 +45,7 @@ class ModelCheck:
 
     model: str
     refused: str = ""
+    untried: str = ""
     layers: tuple[LayerCheck, ...] = ()
     decode: str = "dense"
     length: int = 0
@@ -66,6 +70,8 @@ class ModelCheck:
             f"at {self.length:,} tokens their {self.dense:,} bytes become {self.packed:,}, "
             f"{self.dense / self.packed:.2f} times fewer",
         ]
+        lines += [f"not verified: {self.untried}"] if self.untried else []
+        lines += [text] if (text := untested()) else []
         return "\n".join(lines + [f"layer {layer.index}: {layer.text}" for layer in self.layers])
 
 
@@ -77,6 +83,8 @@ def check_model(
     codebooks=None,
 ) -> ModelCheck:
     """What `create_cache(model, config)` would do, without doing it: the model is left as it is.
+
+    The model is run over 72 random tokens, as `attach` does, so that both refuse the same models.
 
     Args:
         model: a decoder of transformers; or its configuration, of which a model with random weights
@@ -100,11 +108,17 @@ def check_model(
     name = type(model).__name__
     try:
         cache = TieredKVCache(model, config, codebooks=codebooks)
-        modules = attention_modules(model)
-        sizes = {}
+        verification = verified(model)
+        if verification.refused:
+            raise ValueError(verification.refused)
+        modules, sizes = attention_modules(model), {}
         for i, layer in enumerate(cache.layers):
             if isinstance(layer, TieredLayer):
-                sizes[i] = _bytes(layer, *_shape(modules.get(i), layer.model_config), model.dtype, length)
+                shape = verification.shapes.get(i)
+                heads, dim = (
+                    (shape.heads, shape.key_dim) if shape else _shape(modules.get(i), layer.model_config)
+                )
+                sizes[i] = _bytes(layer, heads, dim, model.dtype, length)
     except ValueError as error:
         return ModelCheck(name, refused=str(error))
     layers = tuple(
@@ -113,6 +127,7 @@ def check_model(
     )
     return ModelCheck(
         name,
+        untried=verification.untried,
         layers=layers,
         decode="packed" if model._can_set_attn_implementation() else "dense",
         length=length,
@@ -142,14 +157,11 @@ def _reason(layer) -> str:
 
 
 def _shape(attention, config) -> tuple[int, int]:
-    """(KV heads, head_dim) of a layer."""
+    """(KV heads, head_dim) of a layer as the configuration has them, for a model that cannot be run."""
     heads = config.num_attention_heads
     names = ("head_dim", "head_size")
     dim = next((getattr(attention, n) for n in names if isinstance(getattr(attention, n, None), int)), None)
     dim = dim or config.hidden_size // heads
-    keys = getattr(attention, "k_proj", None)
-    if keys is not None:
-        return keys.weight.shape[0] // dim, dim
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return 1, dim
     return getattr(config, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None) or heads, dim

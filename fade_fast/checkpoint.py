@@ -82,10 +82,10 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
         if not index.isdigit() or int(index) >= len(own):
             raise ValueError(f"tensor {name!r} belongs to no layer")
         own[int(index)][part] = rest.pop(name)
+    homes = cache.homes
     try:
-        for layer, parts, about in zip(cache.layers, own, layers):
-            device = cache.device
-            parts = {name: x.to(device) for name, x in parts.items()}
+        for i, (layer, parts, about) in enumerate(zip(cache.layers, own, layers)):
+            parts = {name: x.to(homes[i]) for name, x in parts.items()}
             if isinstance(layer, TieredLayer):
                 _fill_tiered(layer, parts, about)
             elif parts:
@@ -93,7 +93,8 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
             if parts:
                 raise ValueError(f"tensors without a place: {', '.join(parts)}")
         if position is not None:
-            _fill_timeline(cache.timeline, position.to(cache.device), known["holes"])
+            first = cache.layers.index(cache.tiered[0])
+            _fill_timeline(cache.timeline, position.to(homes[first]), known["holes"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         cache.reset()
         raise ValueError(f"what is stored does not fit the cache: {error}") from error

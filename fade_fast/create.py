@@ -94,4 +94,7 @@ def load_cache(
     options = dict(max_length=max_length, policy_weights=policy_weights, verify=verify)
     cache = create_cache(model, config, codebooks=codebooks, **options)
     cache.load_state_dict(tensors, header)
+    ids = checkpoint.read_tokens(path)
+    if ids is not None and ids.dim() == 2 and cache.timeline.length and len(ids) == cache.timeline.batch:
+        cache.seen.set(ids[:, : cache.timeline.length])
     return cache

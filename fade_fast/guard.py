@@ -1,4 +1,4 @@
-"""What every way into a cache passes: for one thread at a time, and out of modes that would change it."""
+"""Guard of every public method of a cache: one thread at a time, no autocast, no inference mode."""
 
 import contextlib
 import functools
@@ -8,23 +8,64 @@ import torch
 
 
 class Guard:
-    """Let one thread in, again and again; others get a `RuntimeError`, and nothing is waited for."""
+    """Lets one thread work on a cache. Nobody waits for a worker; a worker waits for a reader.
+
+    `with guard:` is for work, `with guard.reading:` for looking. A thread may enter again what it holds.
+    """
 
     def __init__(self):
-        self._lock = threading.RLock()
+        self._changed = threading.Condition(threading.Lock())
+        self._owner: int | None = None
+        self._depth, self._works = 0, False
+        self.reading = _Reading(self)
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("this cache is in use by another thread: give each thread a cache of its own")
+        self.enter(works=True)
 
     def __exit__(self, *exception) -> None:
-        self._lock.release()
+        self.leave()
+
+    def enter(self, works: bool) -> None:
+        """Become the owner. Raises `RuntimeError` if another thread works, or if both only look."""
+        thread = threading.get_ident()
+        with self._changed:
+            while self._owner not in (None, thread):
+                if self._works or not works:
+                    raise RuntimeError(
+                        "this cache is in use by another thread: give each thread a cache of its own; to "
+                        "look at a cache that works, try again later"
+                    )
+                self._changed.wait()
+            if self._owner is None:
+                self._owner, self._works = thread, works
+            self._depth += 1
+
+    def leave(self) -> None:
+        """Undo one `enter`."""
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                self._owner = None
+                self._changed.notify()
 
     def __deepcopy__(self, memo) -> "Guard":
         return Guard()
 
     def __reduce__(self):
         return Guard, ()
+
+
+class _Reading:
+    """The context manager of a thread that only looks."""
+
+    def __init__(self, guard: Guard):
+        self._guard = guard
+
+    def __enter__(self) -> None:
+        self._guard.enter(works=False)
+
+    def __exit__(self, *exception) -> None:
+        self._guard.leave()
 
 
 def plainly() -> contextlib.AbstractContextManager:
@@ -47,11 +88,22 @@ def plainly() -> contextlib.AbstractContextManager:
 
 
 def guarded(method):
-    """A method that only one thread at a time may be in, by the `guard` of its object, and works plainly."""
+    """A method that works on a cache: one thread at a time, by the `guard` of its object."""
 
     @functools.wraps(method)
     def inside(self, *args, **kwargs):
         with self.guard, plainly():
+            return method(self, *args, **kwargs)
+
+    return inside
+
+
+def reading(method):
+    """A method that looks at a cache: a worker in another thread waits for its end."""
+
+    @functools.wraps(method)
+    def inside(self, *args, **kwargs):
+        with self.guard.reading, plainly():
             return method(self, *args, **kwargs)
 
     return inside

@@ -5,6 +5,8 @@ and leaves it for the middle `block_size` columns at a time.
 """
 
 import functools
+import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +26,7 @@ from .kernels.compile import fuses
 from .kernels.packed import Slots
 from .kernels.rope import rotate
 from .middle import HOLE, Middle, MiddleTier, PinnedMiddle, PlannedMiddle
-from .models import Rope
+from .rope_probe import Rope
 from .stepper import ROOM, SETTLED, SHORT, Stepper
 from .telemetry import Telemetry
 
@@ -58,6 +60,11 @@ class Arrival:
     def to(self, *args, **kwargs) -> "Arrival":
         """Nothing moves: some models ask for the device that the keys are on already."""
         return self
+
+
+_numbers = itertools.count()
+#: Layers as compiled graphs name them.
+by_number: "weakref.WeakValueDictionary[int, TieredLayer]" = weakref.WeakValueDictionary()
 
 
 class TieredLayer(CacheLayerMixin):
@@ -96,7 +103,8 @@ class TieredLayer(CacheLayerMixin):
         books: tuple[Tensor, Tensor] | None = None,
     ):
         super().__init__()
-        self.stepper, self.index = stepper, len(stepper.layers)
+        self.stepper, self.index, self.number = stepper, len(stepper.layers), next(_numbers)
+        by_number[self.number] = self
         stepper.layers.append(self)
         timeline = stepper.timeline
         self.config, self.timeline, self.rope = config, timeline, rope
@@ -154,8 +162,8 @@ class TieredLayer(CacheLayerMixin):
         if torch.is_autocast_enabled(keys.device.type):  # what is stored has one dtype
             dtype = self.dtype if self.is_initialized else torch.get_autocast_dtype(keys.device.type)
             keys, values = keys.to(dtype), values.to(dtype)
-        if self.stepper.active:
-            arrival = Arrival(self, keys, values)
+        if self.stepper.active or torch.compiler.is_compiling() and self._dispatches():
+            arrival = Arrival(self, keys, values)  # which attention checks, within a compiled graph
             return arrival, arrival
         return self._update(keys, values)
 
@@ -206,8 +214,8 @@ class TieredLayer(CacheLayerMixin):
         """
         if keys.dim() != 4 or keys.shape != values.shape or keys.shape[2] < least:
             raise ValueError(
-                "keys and values must have one shape [batch, KV heads, tokens > 0, head_dim]: got "
-                f"{tuple(keys.shape)} and {tuple(values.shape)}"
+                "keys and values must have one shape [batch, KV heads, tokens > 0, head_dim]: "
+                f"got {tuple(keys.shape)} and {tuple(values.shape)}"
             )
         kind, other = (keys.dtype, keys.device), (values.dtype, values.device)
         if kind != other or not keys.is_floating_point():
@@ -496,8 +504,8 @@ class TieredLayer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether generate() may compile the decode step: on a GPU, where that pays."""
-        return self.stepper.compileable
+        """Whether generate() may compile the decode step: on a GPU, where that pays, and if it asks us."""
+        return self.stepper.compileable and self.stepper.hooked
 
     @property
     def can_step(self) -> bool:

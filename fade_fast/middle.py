@@ -25,7 +25,7 @@ from .kernels import rotated
 from .kernels.packed import Slots, bucket, longest, roomy, spare, whole
 from .kernels.rope import rotate
 from .kernels.rotated import Packed
-from .models import Rope
+from .rope_probe import Rope
 from .timeline import HOLE, Timeline
 
 CODECS = ("rotated", "product")  # that a middle can have

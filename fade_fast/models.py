@@ -1,32 +1,13 @@
-"""What a model is: its text configuration, its attention layers and their RoPE."""
+"""What a model is: its text configuration, its attention layers, where they run, what takes its cache."""
 
-import copy
+import functools
 import inspect
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from .kernels.rope import rotate
-
-
-@dataclass(frozen=True)
-class Rope:
-    """How a model rotates the keys of one layer.
-
-    `source` and `buffer` say where the frequencies are. They are read at every use, because
-    dynamic and long RoPE replace them while the model runs.
-    """
-
-    source: nn.Module
-    buffer: str
-    interleaved: bool
-
-    def inv_freq(self) -> Tensor:
-        """[d / 2] float32, radians a position."""
-        return getattr(self.source, self.buffer)
+from torch import nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
 
 
 def unwrapped(model):
@@ -39,20 +20,33 @@ def text_config(model: PreTrainedModel):
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: no decoder whose keys and values could be tiered: encoder-decoder models, and
-            multi-head latent attention, which caches no keys and values per head.
+        ValueError: no decoder whose keys and values could be tiered: encoder-decoder models, layers of
+            cross-attention, and multi-head latent attention, which caches no keys and values per head.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, not {type(model).__name__}")
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model: decoders only are supported")
-    if getattr(config, "kv_lora_rank", None):
+    if _setting(config, "cross_attention_layers") or _setting(config, "add_cross_attention"):
+        raise ValueError(
+            f"{type(model).__name__} keeps keys of its cross-attention layers in the same cache: decoders "
+            "whose layers attend to the text alone are supported"
+        )
+    if _setting(config, "kv_lora_rank"):
         raise ValueError(
             f"{type(model).__name__} uses multi-head latent attention: its cache holds latents, "
             "which are compressed already and cannot be tiered"
         )
     return config
+
+
+def _setting(config, name: str):
+    """A field of a configuration, of any layer where layers differ; None without it."""
+    whole = config.to_dict()  # attributes that differ by layer cannot be asked for
+    layers = whole.get("per_layer_config")
+    layers = layers.values() if isinstance(layers, dict) else layers or ()
+    return whole.get(name) or next((x[name] for x in layers if isinstance(x, dict) and x.get(name)), None)
 
 
 #: What must agree between the model that filled a cache and one that goes on with it.
@@ -86,108 +80,52 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     }
 
 
-class _Caught(Exception):
-    """Carries the keys that an attention module hands to its cache."""
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many token ids a model knows; quantized embeddings do not tell by their shape."""
+    sizes = getattr(text_config(model), "vocab_size", None), model.get_input_embeddings().weight.shape[0]
+    return next(n for n in sizes if n)
 
 
-class _Catcher:
-    """A cache that takes the keys of one layer, and stops the forward pass."""
+# -- the cache among arguments
 
-    def update(self, keys: Tensor, *args, **kwargs):
-        raise _Caught(keys)
+#: Names of a cache's parameter: since transformers 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
-def _keys(attention: nn.Module, hidden: Tensor, angles) -> Tensor | None:
-    """Keys [1, H, n, D] that an attention module would cache, rotated by `angles`.
+@functools.lru_cache(maxsize=256)
+def cache_parameter(function: Callable) -> str | None:
+    """Name under which a function of transformers takes a cache; None if it takes none."""
+    parameters = inspect.signature(function).parameters
+    known = [name for name in CACHE_NAMES if name in parameters]
+    annotated = [name for name, x in parameters.items() if "Cache" in str(x.annotation)]
+    return next(iter(known + annotated), None)
 
-    None if the module is not called as the attention of transformers is.
+
+#: Under which generate() of the installed version, and its models, take a cache.
+CACHE_NAME = cache_parameter(GenerationMixin.prepare_inputs_for_generation) or CACHE_NAMES[0]
+
+
+def named_cache(arguments: dict) -> tuple[str, Cache] | tuple[None, None]:
+    """Name and value of the cache among keyword arguments, found by what it is; None, None without one."""
+    return next(((name, x) for name, x in arguments.items() if isinstance(x, Cache)), (None, None))
+
+
+def cache_in(arguments: Iterable) -> Cache | None:
+    """The cache among some values, found by what it is."""
+    return next((x for x in arguments if isinstance(x, Cache)), None)
+
+
+# -- where a module runs
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Device on which a module computes, also where its weights lie elsewhere between calls (accelerate).
+
+    None for a module without weights.
     """
-    names = inspect.signature(type(attention).forward).parameters
-    known = dict(
-        hidden_states=hidden,
-        position_embeddings=angles,
-        attention_mask=None,
-        past_key_values=_Catcher(),
-        layer_past=_Catcher(),
-        shared_kv_states={},
-    )
-    if "position_embeddings" not in names:
-        return None
-    try:
-        type(attention).forward(attention, **{name: x for name, x in known.items() if name in names})
-    except _Caught as caught:
-        return caught.args[0]
-    return None
-
-
-def find_rope(model: PreTrainedModel, layer_idx: int) -> Rope:
-    """How the keys of a layer are rotated, found by trying it.
-
-    The layer's own attention makes keys of random hidden states, once with the angles of a copy of
-    the model's own rotary module and once with none; whichever style of ours turns the latter into
-    the former is the model's. A layer that ignores the angles has no RoPE: its frequencies are 0.
-
-    Raises `ValueError` if the layer has no rotary embedding, if neither style fits, or if the
-    frequencies change while the text grows: its tokens cannot be renumbered.
-    """
-
-    def refusal(why: str) -> ValueError:
-        return ValueError(
-            f"layer {layer_idx} of {type(model).__name__} cannot be renumbered ({why}): "
-            'evict with positions="original", or use a configuration that keeps every token'
-        )
-
-    attention = attention_modules(model).get(layer_idx)
-    kind = getattr(attention, "layer_type", None)
-    buffers = (f"{kind}_inv_freq", "inv_freq")
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    found = [(m, b) for m in decoder.modules() for b in buffers if isinstance(getattr(m, b, None), Tensor)]
-    if not found or attention is None:
-        raise refusal("it has no rotary embedding")
-    source, buffer = found[0]
-    kinds = getattr(source, "rope_type", None)
-    if "dynamic" in (kinds.get(kind) if isinstance(kinds, dict) else kinds, None):
-        raise refusal("dynamic RoPE changes its frequencies while the text grows")
-    text = model.config.get_text_config(decoder=True)
-    by_axis = "mrope_section" in (getattr(text, "rope_parameters", None) or {}) or hasattr(
-        source, "mrope_section"
-    )
-    if by_axis and text is not model.config:
-        raise refusal("images take fewer positions than tokens")
-    weight = next(x for x in attention.parameters() if x.dim() == 2)
-    width = attention.config.hidden_size
-    draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 3, width, generator=draw).to(weight.device, weight.dtype)
-    position = torch.tensor([[0, 1, 7]], device=weight.device)
-    twin = copy.deepcopy(source).to(weight.device)
-    with torch.no_grad():
-        try:
-            axes = position.expand(3, 1, 3) if by_axis else position
-            angles = twin(hidden, axes, *([kind] if buffer != "inv_freq" else []))
-            none = (torch.ones_like(angles[0]), torch.zeros_like(angles[1]))
-            before, after = (_keys(attention, hidden, x) for x in (none, angles))
-        except (TypeError, IndexError, RuntimeError, AttributeError):
-            before = after = None
-    if before is None:
-        raise refusal("its rotary embedding is of no known style")
-    scale = getattr(source, buffer.replace("inv_freq", "attention_scaling"), 1.0)
-    inv_freq = getattr(twin, buffer)
-    turned = 2 * len(inv_freq)
-    before, after = before.float(), after.float()
-    near = 4e-2 if weight.dtype.itemsize < 4 else 1e-4
-    if torch.equal(before, after):
-        return Rope(_Still(inv_freq), "inv_freq", False)
-    for interleaved in (False, True):
-        ours = rotate(before, position[:, None], inv_freq, interleaved)
-        error = ours[..., :turned] - after[..., :turned] / scale
-        if error.norm() <= near * before.norm():
-            return Rope(source, buffer, interleaved)
-    raise refusal("its rotary embedding is of no known style")
-
-
-class _Still(nn.Module):
-    """Frequencies of a layer without RoPE: renumbering leaves its keys as they are."""
-
-    def __init__(self, like: Tensor):
-        super().__init__()
-        self.register_buffer("inv_freq", torch.zeros_like(like), persistent=False)
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    held = next((x for x in (*module.parameters(), *module.buffers())), None)
+    return None if held is None else held.device

@@ -46,16 +46,28 @@ class Stepper:
         epoch: see above. marker: a tensor of that length.
         demotion, order: the epoch's graphs of a demotion and of a reordering, or None.
         search: what runs the steps of a beam search or of assisted decoding; None before the first.
-        drafts: gives what drafts tokens, while assisted decoding goes on, else None; asked: how it compiles.
+        drafts: gives what drafts tokens, while assisted decoding goes on, else None.
+        asked: options of the newest generate() (`prompts.OPTIONS`).
         undrafted: whether it has had a step without drafts.
+        within: whether a generate() is under way. hooked: whether it asks our hooks before it compiles.
+        reached: what of them this text came by: "step", "search", "drafts", "ahead", or "declined".
+        steps, eager_steps: decode steps of this text by the graph, and outside of it.
+        reordered: whether rows changed places in it.
         kept: what policies had counted before the newest step, if that may be taken back.
     """
 
     def __init__(self, timeline, compileable: bool):
         self.timeline, self.layers, self.active = timeline, [], False
         self.compileable, self.compiled, self.captures = compileable, False, False
-        self.drafts, self.asked, self.undrafted = (lambda: None), None, False
+        self.drafts, self.asked, self.undrafted = (lambda: None), {}, False
+        self.open_text(hooked=False)
+        self.close_text()
         self.clear()
+
+    def open_text(self, hooked: bool) -> None:
+        """Count anew, for another generate()."""
+        self.within, self.hooked, self.reached = True, hooked, set()
+        self.steps, self.eager_steps, self.reordered = 0, 0, False
 
     def clear(self) -> None:
         """Forget the epoch, and with it every tensor that only a captured graph needs."""
@@ -72,6 +84,10 @@ class Stepper:
         self._counted = 0  # columns there were when `kept` was right; 0 if it is not
         self._at: Tensor | None = None  # within a step: the slots of its columns
         self._sees: Tensor | None = None  # and what its queries see, bool [B, 1 or q, capacity]
+
+    def close_text(self) -> None:
+        """A generate() has ended."""
+        self.within = self.hooked = False
 
     @property
     def runs_ahead(self) -> bool:
@@ -106,6 +122,7 @@ class Stepper:
         self._shift(new)
         self._counted = self.timeline.length
         self._at = self._sees = None
+        self.steps += 1
         self.active = False
 
     def _shift(self, columns: int) -> None:
@@ -196,7 +213,7 @@ class Stepper:
 
         So from the second time in an epoch on they are replayed from a graph.
         """
-        self._counted = 0
+        self._counted, self.reordered = 0, True
         if self._stale or not self.captures:
             select(index)
             return

@@ -89,6 +89,10 @@ class Timeline:
             self._judged = (start, bool(valid.all()))
         return self._judged[1]
 
+    def real(self) -> Tensor | None:
+        """Which columns are no padding, bool [B, length]; None if none is."""
+        return self.positions != HOLE if self.has_holes else None
+
     def reserve(self, columns: int) -> None:
         """Make room for `columns` in all, and more if there is too little: on a GPU twice as many."""
         if columns <= self.buffer.shape[1]:

@@ -7,16 +7,15 @@ is compared, and then the first run's is put in its place, so that every layer g
 and an error shows in the layer that makes it.
 """
 
-import contextlib
-import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .kernels.compile import FUSED_ON
-from .models import attention_modules, text_config
+from .models import attention_modules, cache_parameter, execution_device, text_config, vocabulary
+from .undisturbed import undisturbed
 
 #: Tokens fed at a time: two chunks, the second longer than any step of a draft, a draft, single tokens.
 CHUNKS = (40, 24, 5, 1, 1, 1)
@@ -24,54 +23,114 @@ CHUNKS = (40, 24, 5, 1, 1, 1)
 #: attention rounds, too: eager attention has its softmax in float32, whatever the model's dtype is.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-SMALL = 1 << 16  # numbers of a buffer that is no weight
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer of a model caches: KV heads, channels of a key and of a value, dtype and device."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
 
 
-def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[], Cache]) -> None:
-    """Run both, and leave the model as it was: modes, buffers, random state, attention function.
+@dataclass(frozen=True)
+class Verification:
+    """What running a model with and without a tiered cache showed.
 
-    A model that cannot be run on tokens alone is not compared: there is a warning instead.
+    Attributes:
+        refused: why a tiered cache cannot serve the model; empty if it can.
+        untried: why that could not be tried; empty if it was.
+        shapes: of the layers that cache keys and values, by layer index.
+    """
+
+    refused: str = ""
+    untried: str = ""
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+
+
+def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[], Cache]) -> Verification:
+    """Run a model with its own cache and with a tiered one, and leave it as it was.
+
+    Any error that only the tiered cache brings, and outputs that differ by more than `TOLERANCE`, are reasons
+    to refuse the model. A model that cannot be run on tokens alone is not tried.
 
     Args:
         model: decodes.
-        ours, own: names of the two attention functions in transformers.
+        ours, own: names of the two attention functions in transformers; `ours` is used where it can be.
         new_cache: gives an empty cache that compresses nothing.
-
-    Raises `ValueError`, naming the layer and the error, if outputs differ by more than `TOLERANCE`.
     """
-    if any(p.is_meta for p in model.parameters()):
-        return
-    config = text_config(model)
+    name, config = type(model).__name__, text_config(model)
     if own == "sdpa" and getattr(config, "attn_logit_softcapping", None):
         own = "eager"  # sdpa leaves the softcap out, with which transformers 5.17 puts up
-    before = model.config._attn_implementation
-    with _undisturbed(model):
+    witness, cache = Witness(model), DynamicCache(config=config)
+    dispatches = model._can_set_attn_implementation()
+    with undisturbed(model):
         try:
-            model.set_attn_implementation(own)
-            witness = Witness(model)
-            try:
-                with witness:
-                    expected = _feed(model, DynamicCache(config=config))
-            except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
-                warnings.warn(
-                    f"{type(model).__name__} could not be verified: its own forward pass over random tokens "
-                    f"raises {type(error).__name__}: {error}",
-                    stacklevel=4,
-                )
-                return
-            model.set_attn_implementation(ours)
+            if dispatches:
+                model.set_attn_implementation(own)
             with witness:
-                found = _feed(model, new_cache())
-        finally:
-            model.set_attn_implementation(before)
+                expected = _feed(model, cache)
+        except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
+            raised = f"raises {type(error).__name__}: {error}"
+            if _runs_without_cache(model):
+                return Verification(
+                    f"{name} takes no DynamicCache of transformers: with one its forward pass {raised}"
+                )
+            return Verification(untried=f"{_untried(name)} {raised}")
+        if expected.is_meta:
+            return Verification(untried=f"{_untried(name)} gives no numbers, for its weights are on meta")
+        if cache.get_seq_length() != expected.shape[1]:
+            return Verification(
+                f"{name} does not use the cache that it is given: it has one of its own, or none"
+            )
+        shapes = _shapes(cache)
+        odd = next((x for x in shapes.values() if x.key_dim != x.value_dim), None)
+        if odd is not None:
+            return Verification(
+                f"{name} has keys of {odd.key_dim} channels and values of {odd.value_dim}: a tiered cache "
+                "takes keys and values of one width",
+                shapes=shapes,
+            )
+        try:
+            if dispatches:
+                model.set_attn_implementation(ours)
+            tiered = new_cache()
+            with witness:
+                found = _feed(model, tiered)
+            tiered.tiered[0].check_whole()
+        except Exception as error:  # noqa: BLE001 - as above
+            return Verification(
+                f"{name} cannot run with a tiered cache: over random tokens its forward pass raises "
+                f"{type(error).__name__}: {error}",
+                shapes=shapes,
+            )
     for what, error in [*witness.errors(), ("the output", distance(found, expected))]:
         allowed = TOLERANCE.get(expected.dtype, TOLERANCE[torch.bfloat16])
         if error > allowed:
-            raise ValueError(
-                f"{what} of {type(model).__name__} differs under a tiered cache that compresses nothing, "
-                f"relative error {error:.2g} (at most {allowed:g} is rounding): its attention is not one "
-                "that fade_fast knows. verify=False attaches regardless"
+            return Verification(
+                f"{what} of {name} differs under a tiered cache that compresses nothing, relative error "
+                f"{error:.2g} (at most {allowed:g} is rounding): its attention is not one that fade_fast "
+                "knows. verify=False attaches regardless",
+                shapes=shapes,
             )
+    return Verification(shapes=shapes)
+
+
+def _untried(name: str) -> str:
+    return f"{name} could not be verified: its own forward pass over random tokens"
+
+
+def _shapes(cache: Cache) -> dict[int, LayerShape]:
+    """What each layer of a filled cache of transformers holds keys and values of."""
+    found = {}
+    for i, layer in enumerate(cache.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if isinstance(keys, Tensor) and keys.dim() == 4 and isinstance(values, Tensor) and values.dim() == 4:
+            widths = keys.shape[-1], values.shape[-1]
+            found[i] = LayerShape(keys.shape[1], *widths, keys.dtype, keys.device)
+    return found
 
 
 class Witness:
@@ -132,13 +191,22 @@ def _feed(model: PreTrainedModel, cache: Cache) -> Tensor:
         if not part.shape[1]:
             break
         # The class's function: calls of the model may be hooked, or compiled, by others.
-        real = torch.ones_like(tokens[:, : start + n])
-        step = type(model).forward(
-            model, input_ids=part, attention_mask=real, past_key_values=cache, use_cache=True
-        )
+        forward, real = type(model).forward, torch.ones_like(tokens[:, : start + n])
+        arguments = {cache_parameter(forward) or "past_key_values": cache}
+        step = forward(model, input_ids=part, attention_mask=real, use_cache=True, **arguments)
         found.append(step.logits if "logits" in step else step[0])
         start += n
     return torch.cat(found, dim=1)
+
+
+def _runs_without_cache(model: PreTrainedModel) -> bool:
+    """Whether a model runs over random tokens alone, so that it is the cache that it cannot take."""
+    try:
+        tokens = _tokens(model)[:, : CHUNKS[0]]
+        type(model).forward(model, input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    except Exception:  # noqa: BLE001 - whatever the model's own code raises
+        return False
+    return True
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:
@@ -150,37 +218,7 @@ def _tokens(model: PreTrainedModel) -> Tensor:
         for name, x in c.to_dict().items()
         if isinstance(x, int) and name.endswith(("_token_id", "_token_index"))
     }
-    usable = [i for i in range(min(embedding.weight.shape[0], 1 << 15)) if i not in special] or [0]
+    usable = [i for i in range(min(vocabulary(model), 1 << 15)) if i not in special] or [0]
     count = min(sum(CHUNKS), getattr(config, "max_position_embeddings", None) or sum(CHUNKS))
     chosen = torch.randint(len(usable), (count,), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(usable)[chosen][None].to(embedding.weight.device)
-
-
-@contextlib.contextmanager
-def _undisturbed(model: PreTrainedModel):
-    """Eager and deterministic inside; afterwards every module holds what it held before."""
-    # Dynamic RoPE replaces its frequencies, vision-language models keep what they know of positions.
-    held = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
-    values = {x: x.clone() for x in model.buffers() if x.numel() <= SMALL}  # long RoPE writes in place
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    fused = set(FUSED_ON)
-    with (
-        torch.random.fork_rng(devices=sorted(devices, key=str)),
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        try:
-            FUSED_ON.clear()  # nothing is compiled for these few tokens
-            model.eval()
-            yield
-        finally:
-            FUSED_ON.update(fused)
-            for module, attributes, buffers in held:
-                for name in module.__dict__.keys() - attributes.keys():
-                    del module.__dict__[name]
-                module.__dict__.update(attributes)
-                for name in module._buffers.keys() - buffers.keys():
-                    del module._buffers[name]
-                module._buffers.update(buffers)
-            for buffer, value in values.items():
-                buffer.copy_(value)
+    return torch.tensor(usable)[chosen][None].to(execution_device(embedding) or model.device)

@@ -15,7 +15,7 @@ from transformers import (
 import fade_fast
 from fade_fast.kernels.rope import rotate
 from fade_fast.middle import PlannedMiddle
-from fade_fast.models import find_rope
+from fade_fast.rope_probe import RopeProbe
 from fade_ref import rope as spec
 from fade_ref.config import FadeConfig
 
@@ -119,9 +119,9 @@ def _of_a_model(scheme, style):
         )
         model = model_class(config).to(found.device)
         if scheme == "dynamic":  # its frequencies change while the text grows
-            found.refused(lambda: find_rope(model, 0), "cannot be renumbered", "layer 0")
+            found.refused(lambda: RopeProbe(model).find(0), "cannot be renumbered", "layer 0")
             return
-        rope = find_rope(model, 0)
+        rope = RopeProbe(model).find(0)
         found.holds("frequencies", rope.interleaved == (style == "pairs"), "style of pairs")
         found.same("frequencies", rope.inv_freq(), model.model.rotary_emb.inv_freq)
         exact = spec.from_config(config, interleaved=style == "pairs")

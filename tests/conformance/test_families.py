@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import fade_fast
+from fade_fast.attach import verified
 from fade_fast.models import attention_modules
+from fade_fast.verify import Verification
 from fade_ref.config import FadeConfig
 
 from .cells import SAFE, SMALL, create
@@ -68,7 +70,7 @@ def test_keys_after_eviction_are_those_of_the_models_own_rotary(family):
         angles = rotary(model, states, places, getattr(attention, "layer_type", None))
         offered = dict(
             hidden_states=states, position_embeddings=angles, attention_mask=None,
-            past_key_values=Stop(), layer_past=Stop(), shared_kv_states={},
+            past_key_values=Stop(), cache=Stop(), layer_past=Stop(), shared_kv_states={},
         )  # fmt: skip
         names = inspect.signature(attention.forward).parameters
         with pytest.raises(Keys) as caught, torch.no_grad():
@@ -108,12 +110,14 @@ def test_every_family_verifies_itself(family):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if not family.dispatches else "error", UserWarning)
         assert fade_fast.attach(model) == family.dispatches
-    assert ("_fade_verified" in vars(model)) == family.dispatches
+    assert verified(model) == Verification(shapes=verified(model).shapes) and verified(model).shapes
     assert torch.equal(torch.random.get_rng_state(), state)
     fade_fast.detach(model)
     assert model.config._attn_implementation == twin.config._attn_implementation
     for (name, ours), (_, theirs) in zip(model.named_modules(), twin.named_modules()):
         assert ours.training == theirs.training and ours._buffers.keys() == theirs._buffers.keys(), name
-        assert ours.__dict__.keys() - {"_fade_verified", "_fade_guard"} == theirs.__dict__.keys(), name
+        assert ours.__dict__.keys() == theirs.__dict__.keys(), name
+        assert ours._forward_hooks.keys() == theirs._forward_hooks.keys(), name
+        assert ours._forward_pre_hooks.keys() == theirs._forward_pre_hooks.keys(), name
         for buffer, x in ours._buffers.items():
             assert x is theirs._buffers[buffer] or torch.equal(x, theirs._buffers[buffer]), (name, buffer)

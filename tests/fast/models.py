@@ -8,6 +8,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.generation.candidate_generator import CandidateGenerator
 
 import fade_fast
+from fade_fast.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 SMALL = dict(recent_window=16, block_size=8)  # compresses after a few tokens
@@ -49,7 +50,7 @@ def prompt(length, *, batch=1, pads=(), seed=0):
 def generate(model, cache, inputs, new=40, **options):
     """New tokens [B, new] of `generate()`, greedy unless `options` say otherwise."""
     options = dict(do_sample=False, min_new_tokens=new) | options
-    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=new, **options)
+    out = model.generate(**inputs, **{CACHE_NAME: cache}, max_new_tokens=new, **options)
     return out[:, inputs["input_ids"].shape[1] :]
 
 
@@ -103,7 +104,7 @@ def teacher_forced(model, cache, inputs, chunks):
                 input_ids=ids[:, part],
                 attention_mask=mask[:, : start + n],
                 position_ids=position[:, part],
-                past_key_values=cache,
+                **{CACHE_NAME: cache},
                 use_cache=True,
             )
             out.append(step.logits)

@@ -10,6 +10,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import fade_fast
 from fade_fast import attention, layer, verify
+from fade_fast.attach import verified
 
 from .models import OFF, SAFE, dense, generate, prompt, tiny_llama
 
@@ -90,10 +91,12 @@ def test_once_for_a_model(monkeypatch):
     assert not calls
     fade_fast.create_cache(model, SAFE)  # attached already, but not verified
     assert len(calls) == 2 * len(verify.CHUNKS) and model.config._attn_implementation == attention.NAME
-    fade_fast.create_cache(model, "balanced")
+    fade_fast.create_cache(model, "lossless")
     fade_fast.detach(model)
     fade_fast.attach(model)
     assert len(calls) == 2 * len(verify.CHUNKS)
+    fade_fast.create_cache(model, "balanced")  # a step at two sets of positions shows how keys are rotated
+    assert len(calls) == 2 * len(verify.CHUNKS) + 2
     assert sum(verify.CHUNKS[:2]) >= 64 and verify.CHUNKS[-1] == 1
 
 
@@ -118,7 +121,9 @@ def test_nothing_is_disturbed(monkeypatch):
     after = model.model.rotary_emb.inv_freq, model.model.rotary_emb.max_seq_len_cached
     assert before[0] is after[0] and before[1] == after[1]
     assert heard and "model" not in heard and not compiled
-    assert len(model._forward_hooks) == len(model.model.layers[0].self_attn._forward_hooks) == 1
+    assert len(model.model.layers[0].self_attn._forward_hooks) == 1
+    fade_fast.detach(model)
+    assert len(model._forward_hooks) == 1
     assert attention.fuses.__globals__["FUSED_ON"] == {"cuda"}
 
 
@@ -137,7 +142,7 @@ def test_models_that_are_hard_to_try():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert fade_fast.attach(model)
-        assert model._fade_verified
+        assert verified(model).shapes and not verified(model).untried
 
 
 def test_models_that_cannot_be_tried_are_attached_with_a_warning(monkeypatch):
