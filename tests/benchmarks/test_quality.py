@@ -76,6 +76,7 @@ def test_fewer_bits_cost_more_and_damage_shows(model, ids, monkeypatch):
     assert run(model, ids, "int4")[1]["int4"].kl > 10 * kl["int4"]
 
 
+@pytest.mark.slow
 def test_compressed_tokens_read_are_counted(model, ids):
     """With 4 sinks and recent blocks of 64, chunk i finds 64 (i - 2) compressed tokens from i = 3 on."""
     streams = "streaming:recent_window=100"

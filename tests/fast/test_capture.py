@@ -413,6 +413,7 @@ def test_cropping_by_hand_leaves_what_was_counted(tapes, undone):
     assert before and all(map(torch.equal, before, cache.stepper._counts))
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own_is_not_compiled(tapes):
     """Nor by rows that are reordered in it; also after a beam search, of a model or of its copy."""
     first = tiny_llama(dtype=torch.float64)
@@ -433,7 +434,7 @@ def test_a_loop_of_ones_own_is_not_compiled(tapes):
 
 @pytest.mark.parametrize(
     "name",
-    slow_but(["int4", "evict", "int4, int2, evict", "h2o", "codes", "off"], "int4, int2, evict", "codes"),
+    slow_but(["int4", "evict", "int4, int2, evict", "h2o", "codes", "off"], "int4, int2, evict"),
 )
 def test_what_steps_read_follows_its_rows(name):
     """Beams of one text have the same padding; rows of two texts do not."""
@@ -462,6 +463,7 @@ def test_beam_search_is_not_compiled_where_that_is_switched_off(tapes):
     assert not tapes and cache.stepper.search is None
 
 
+@pytest.mark.slow
 def test_a_conversation_is_captured_anew_in_each_turn(tapes):
     """Between two generate() the user may change the model, say its adapters, so guards must be asked."""
     model = tiny_llama(dtype=torch.float64)
@@ -529,6 +531,7 @@ def test_a_step_that_cannot_be_captured_is_compiled_otherwise(monkeypatch):
     assert other.runs == 3
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_captured_is_tried_once_a_cache(tapes, monkeypatch):
     tried = []
 

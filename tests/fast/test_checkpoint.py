@@ -35,7 +35,7 @@ def talk(model, cache, ids, new=10):
     )
 
 
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "int4", "two tiers", "h2o"))
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "two tiers"))
 def test_decoding_goes_on_to_the_bit(name, tmp_path):
     model, path = tiny_llama(), tmp_path / "cache.safetensors"
     cache = fade_fast.create_cache(model, CONFIGS[name])

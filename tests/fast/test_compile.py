@@ -81,9 +81,7 @@ def test_no_second_graph_inside_another_compiled_one(twin):
 @pytest.mark.parametrize(
     "context", slow_but([torch.no_grad, torch.inference_mode], torch.no_grad), ids=lambda c: c.__name__
 )
-@pytest.mark.parametrize(
-    "name", slow_but(["int4", "int4, int2, evict", "h2o", "ema", "snapkv"], "int4, int2, evict", "h2o")
-)
+@pytest.mark.parametrize("name", slow_but(["int4", "int4, int2, evict", "h2o", "ema", "snapkv"], "h2o"))
 def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
     """A GPU's whole decode path traced on the CPU: every twin of every kernel is compiled once."""
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
@@ -106,6 +104,7 @@ def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
     assert counts[2] == 1 + sum(len(twin.graphs) for twin in twins)
 
 
+@pytest.mark.slow
 def test_twin_of_long_uncompressed_texts(twin, monkeypatch):
     """The same for what FlashAttention leaves over; the settled part moves on, the twin stays."""
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
@@ -136,7 +135,8 @@ def drafted(run, model, config, inputs, new):
     return found
 
 
-@pytest.mark.parametrize("name", slow_but(["int4", "int4, int2, evict"], "int4"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int4", "int4, int2, evict"])
 def test_twins_inside_steps_that_check_drafts(name, twin, monkeypatch):
     """Steps of 2 to 8 columns, for which the model is compiled once, and attention for 2, 4 and 8."""
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})

@@ -44,7 +44,7 @@ def poisoned(request, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("seed", slow_but(range(40), *range(6)))
+@pytest.mark.parametrize("seed", slow_but(range(40), *range(4)))
 def test_random_cases(seed):
     """Any shape, mask and dtype; holes are poisoned with bytes that name no centroid."""
     pick = random.Random(seed)

@@ -60,7 +60,7 @@ def fresh_counters():
     counters.clear()
 
 
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "int4, int2, evict", "codes", "h2o"))
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "int4, int2, evict", "h2o"))
 @pytest.mark.parametrize("padded", slow_but([False, True], True), ids=["unpadded", "padded"])
 def test_steps_equal_eager_steps(name, padded):
     model = tiny_llama(dtype=torch.float64)
@@ -379,7 +379,7 @@ def test_attach_is_undone():
     assert "get_compiled_call" not in vars(model)
 
 
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "int4", "h2o"))
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "h2o"))
 def test_a_step_leaves_no_tensor_behind(name):
     """What a captured step makes lies in its graph's memory, so nothing else may keep it."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)

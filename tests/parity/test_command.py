@@ -15,6 +15,8 @@ from parity.mutants import Mutant
 from parity.subjects import codecs
 from parity.tolerances import CLAIMS
 
+from ..marks import slow_but
+
 QUICK = ["--only", "codecs/packing, 4 bits"]
 
 
@@ -203,7 +205,10 @@ def test_mutants_are_of_this_source():
 
 
 @pytest.mark.parametrize(
-    "name", ["swapped nibbles", "stale position", "wrong tie order", "bounds not stored"]
+    "name",
+    slow_but(
+        ["swapped nibbles", "stale position", "wrong tie order", "bounds not stored"], "swapped nibbles"
+    ),
 )
 def test_mutants_are_caught(name, capsys):
     assert main(["mutate", "--only", name]) == 0

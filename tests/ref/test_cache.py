@@ -215,7 +215,7 @@ VARIANTS = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("field", slow_but(VARIANTS, "int2_budget", "eviction_policy"))
+@pytest.mark.parametrize("field", slow_but(VARIANTS, "int2_budget"))
 def test_every_field_has_an_effect(field):
     changed = dataclasses.replace(BASE, **{field: VARIANTS[field]})
     (_, a), (_, b) = run(BASE, STEPS), run(changed, STEPS)
@@ -275,6 +275,7 @@ def test_every_policy_lives_in_the_cache(policy):
         assert 0 < len(cache.middle(row)) <= 12 and row.evicted > 0
 
 
+@pytest.mark.slow
 def test_heavy_hitters_survive_h2o_but_not_age():
     """A token that every query attends to is kept by attention and forgotten by position."""
     kept = {}
