@@ -135,7 +135,8 @@ def test_running_out_of_memory_while_buffers_grow(failing, monkeypatch):
     assert failures
 
 
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "two tiers"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_running_out_of_memory_in_a_prompt_leaves_the_cache_empty(name, monkeypatch):
     model, inputs = tiny_llama(), prompt(50)
     expected = generate(model, new_cache(model, CONFIGS[name]), inputs, new=20)

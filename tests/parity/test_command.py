@@ -51,6 +51,7 @@ def test_a_run_that_passes(tmp_path, capsys):
     assert "## Claims" in (tmp_path / "a.md").read_text()
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_cases_find_the_same(tmp_path):
     found = []
     for jobs in ("1", "2"):
@@ -60,6 +61,7 @@ def test_processes_that_share_the_cases_find_the_same(tmp_path):
     assert found[0] == found[1] and len(found[0]) == 7
 
 
+@pytest.mark.slow
 def test_every_subject_has_a_case_that_passes():
     """The whole takes minutes; one case of each group, but for the slow ones."""
     seen = set()
