@@ -95,7 +95,7 @@ def test_room_for_max_length_is_made_at_once():
     assert before == [x.data_ptr() for layer in cache.tiered for x in layer.tensors()]
 
 
-@pytest.mark.parametrize("config", [OFF, SAFE, EVICTING], ids=["off", "safe", "evicting"])
+@pytest.mark.parametrize("config", slow_but([OFF, SAFE, EVICTING], EVICTING), ids=["off", "safe", "evicting"])
 def test_reorder_select_and_repeat_equal_the_same_rows(config):
     """Rows moved in a filled cache, packed tiers included, go on as they would have elsewhere."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(70, batch=3, pads=(0, 5, 12))
@@ -121,7 +121,7 @@ def test_reorder_select_and_repeat_equal_the_same_rows(config):
         assert config is OFF or compressed_tokens(here) > 0
 
 
-@pytest.mark.parametrize("config", [OFF, SAFE, EVICTING], ids=["off", "safe", "evicting"])
+@pytest.mark.parametrize("config", slow_but([OFF, SAFE, EVICTING], EVICTING), ids=["off", "safe", "evicting"])
 def test_crop_leaves_no_trace(config):
     model, inputs = tiny_llama(dtype=torch.float64), prompt(90)
     cropped, plain = (fade_fast.create_cache(model, config) for _ in range(2))

@@ -117,6 +117,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(compiling.Compiled, "_call", call)
 
 
+@pytest.mark.slow
 def test_compiled_cases_share_their_shapes(gpu):
     """Compiling a kernel takes seconds on a GPU: so many fit into minutes."""
     marked = [c for c in subjects.collect() if c.compiled and c.subject in ("attention", "codecs")]

@@ -94,7 +94,7 @@ def test_codes_of_extreme_vectors(x):
         assert found.furthest <= 1 and found.scale_error <= SCALE_ULP, bits
 
 
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "k3v2", "int4, int2, evict"))
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "int4, int2, evict"))
 @pytest.mark.parametrize("padding", ROWS)
 def test_life_of_tokens(name, padding):
     """Every step's output for the same codes, and the surviving tokens of an independent run."""
@@ -124,9 +124,7 @@ def test_shapes_and_dtypes(name, shape):
     assert found[-1].middle > 0
 
 
-@pytest.mark.parametrize(
-    "policy", slow_but([p for p in plan.SUPPORTED if p != "position"], "h2o", "knorm", "adaptive")
-)
+@pytest.mark.parametrize("policy", slow_but([p for p in plan.SUPPORTED if p != "position"], "h2o", "knorm"))
 @pytest.mark.parametrize("padding", ROWS)
 @pytest.mark.parametrize("budget", slow_but(BUDGETS, "int4, int2, evict"))
 def test_policies(policy, budget, padding):
@@ -161,7 +159,7 @@ TERMS = {
 }
 
 
-@pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "h2o", "snapkv"))
+@pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "h2o"))
 @pytest.mark.parametrize("terms", slow_but(TERMS, "all"))
 def test_what_models_ask_of_scores(policy, terms):
     """Softcap, windows and learned sinks shape what tokens receive, in short steps and in long ones."""
@@ -174,7 +172,7 @@ def test_what_models_ask_of_scores(policy, terms):
 
 
 @pytest.mark.parametrize("flashes", [False, True])
-@pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "h2o", "snapkv"))
+@pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "snapkv"))
 def test_tiles_and_horizons_of_long_steps(policy, flashes, monkeypatch):
     """Scores do not depend on how queries and keys are cut, and queries left out make no difference."""
     config = FadeConfig(recent_window=24, block_size=16, int4_budget=40, eviction_policy=policy)
@@ -213,7 +211,7 @@ WINDOWS = {
 }
 
 
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("name", slow_but(WINDOWS, "by attention"))
 def test_windows_count_distances_as_rope_does(name):
     """Of renumbered survivors the contiguous ones; and from the first step that has a longer past."""
     steps = [9] + [1] * 12 + [20, 5, 1, 1]

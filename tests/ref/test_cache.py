@@ -86,7 +86,7 @@ def test_rules_hold_after_every_step(name):
     assert any(row.evicted for row in rows(cache)) == config.evicts
 
 
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "two tiers", "heads"))
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "two tiers"))
 def test_codes_are_written_once_a_tier(name):
     """No token is ever re-quantised inside its tier, and none climbs back."""
     seen = {}
