@@ -48,6 +48,7 @@ def test_the_script_runs_without_a_gpu(tmp_path, capsys):
     assert capsys.readouterr().out.count("| safe |") == 1
 
 
+@pytest.mark.slow
 def test_products_are_measured_without_a_gpu(tmp_path, capsys, monkeypatch):
     """Tiles that do not work are shown as that, beside those that do."""
     real, file = products.compiled, tmp_path / "out.json"
@@ -70,6 +71,7 @@ def test_products_are_measured_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert products.main(["--rows", "2"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dynamic", "fp16", "safe"])
 def test_drafts_are_checked_step_by_step(model, method, monkeypatch):
     """Each step is stamped once; of a draft hardly a token is right."""
@@ -91,6 +93,7 @@ def test_drafts_are_checked_step_by_step(model, method, monkeypatch):
     generate.free(model, method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, held", [("padded", 2 * 203 - 48), ("sampled", 2 * 203), ("beams", 8 * 203)])
 def test_other_ways_to_decode(model, mode, held):
     """Of two rows the second has 48 columns of padding; beams are rows of the cache."""
@@ -133,6 +136,7 @@ def test_a_failure_is_a_result_and_leaves_nothing(model, monkeypatch):
     assert failed.failed in generate.table([failed])
 
 
+@pytest.mark.slow
 def test_the_largest_batch_of_a_tiny_model(model):
     """Without a GPU the room is that of four rows."""
     best = generate.largest_batch(model, generate.TINY_CASES[0], "safe")
@@ -267,6 +271,7 @@ def test_a_decode_step(benchmark):
     assert output.shape == (2, 1, 8, 64) and problem.errors(True, True)[0] < 5e-3
 
 
+@pytest.mark.slow
 def test_one_graph_of_a_tier_serves_every_length(monkeypatch):
     """What CUDA compiles of a tier alone, traced by the same code without code generation."""
     compiler = torch.compile

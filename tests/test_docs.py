@@ -43,17 +43,17 @@ def test_the_extraction():
         run(">>> x\n2\n", names, "here", 5)
 
 
-def of_a_model(path: Path) -> bool:
-    return any("load(" in source for _, source in blocks(path.read_text(encoding="utf-8")))
+def marks(path: Path) -> list:
+    """Of the pages that load a model, README.md alone is quick."""
+    if not any("load(" in source for _, source in blocks(path.read_text(encoding="utf-8"))):
+        return []
+    return [pytest.mark.real_model] + [pytest.mark.slow] * (path.name != "README.md")
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, id=p.name, marks=[pytest.mark.real_model] if of_a_model(p) else []) for p in FILES],
-)
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.name, marks=marks(p)) for p in FILES])
 def test_python_blocks_run(path, request, tmp_path, monkeypatch):
     """In order, in one namespace a file, in a folder where they may write."""
-    if of_a_model(path):
+    if marks(path):
         request.getfixturevalue("smollm2")
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}

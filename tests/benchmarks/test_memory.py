@@ -57,6 +57,7 @@ def test_peaks_include_the_cache_and_leave_nothing_behind(model):
     assert model.config._attn_implementation == attention
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     file = tmp_path / "out.json"
     options = ["--model", models.save(tmp_path / "model"), "--lengths", "1024", "--device", "cpu", "--peak"]

@@ -8,6 +8,7 @@ from benchmarks.methods import method
 from benchmarks.quality import NothingCompressed
 
 from ..fast.models import tiny_llama
+from ..marks import slow_but
 from . import models
 
 
@@ -31,7 +32,7 @@ TEXT = torch.tensor(list(models.words(1000).encode()))
 
 
 @pytest.mark.parametrize("task", needles.TASKS)
-@pytest.mark.parametrize("depth", [0, 35, 100])
+@pytest.mark.parametrize("depth", slow_but([0, 35, 100], 35))
 def test_prompts(task, depth):
     found = needles.example(Bytes(), task, 1200, depth, 3, TEXT)
     assert len(found.context) + len(found.question) == 1200

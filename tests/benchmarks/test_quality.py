@@ -66,6 +66,7 @@ def test_score_by_hand():
     assert top1 == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
 
 
+@pytest.mark.slow
 def test_fewer_bits_cost_more_and_damage_shows(model, ids, monkeypatch):
     _, rows = run(model, ids, "int8", "int4", "k4v2", "int2")
     kl = {name: s.kl for name, s in rows.items()}
@@ -75,6 +76,7 @@ def test_fewer_bits_cost_more_and_damage_shows(model, ids, monkeypatch):
     assert run(model, ids, "int4")[1]["int4"].kl > 10 * kl["int4"]
 
 
+@pytest.mark.slow
 def test_compressed_tokens_read_are_counted(model, ids):
     """With 4 sinks and recent blocks of 64, chunk i finds 64 (i - 2) compressed tokens from i = 3 on."""
     streams = "streaming:recent_window=100"
@@ -85,18 +87,21 @@ def test_compressed_tokens_read_are_counted(model, ids):
     assert results[streams].read == 0 < results[streams].evicted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "balanced"])
 def test_a_cache_that_compressed_nothing_is_an_error(model, ids, name):
     with pytest.raises(quality.NothingCompressed, match=f"{name}: no query read"):
         run(model, ids[:, :120], name)
 
 
+@pytest.mark.slow
 def test_a_cache_that_evicted_nothing_is_an_error(model, ids):
     streams = "streaming:recent_window=300"
     with pytest.raises(quality.NothingCompressed, match="no token was evicted"):
         run(model, ids[:, :300], streams)
 
 
+@pytest.mark.slow
 def test_windows_of_a_batch_are_independent(model, ids):
     names = ("int3", "h2o:int4_budget=40", "keydiff:int4_budget=40")
     together, _ = run(model, ids, *names)
@@ -185,6 +190,7 @@ def test_texts(tmp_path):
         texts.windows(tokenizer, models.words(40), 4, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_a_real_model_and_text(smollm2, wikitext):
     """One window of 256 tokens: INT4 is hardly felt, INT2 is, and both were really read."""

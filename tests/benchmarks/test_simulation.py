@@ -8,9 +8,10 @@ from benchmarks.methods import method
 from fade_ref.config import FadeConfig
 
 from ..fast.models import prompt, tiny_llama
+from ..marks import slow_but
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int3", "k4v2", "int2"])
+@pytest.mark.parametrize("name", slow_but(["int8", "int4", "int3", "k4v2", "int2"], "int4"))
 def test_the_cache_reads_what_the_simulation_reads(name):
     model, ids, chunk = tiny_llama(dtype=torch.float64), prompt(320)["input_ids"], 32
     cache = method(name)(model, 320)

@@ -341,3 +341,17 @@ _ALL = [
     ),
 ]
 FAMILIES = {family.name: family for family in _ALL}
+#: A family of each kind. Tests of the others are slow.
+KINDS = (
+    "Llama",  # grouped queries
+    "Llama, dynamic RoPE",  # frequencies that change
+    "Ministral, alternating windows",
+    "Gemma 2",  # softcap
+    "Qwen3.5",  # linear attention
+    "Mixtral",  # experts
+    "gpt-oss",  # sinks
+    "GPT-2",  # learned positions
+    "Bloom",  # attention that cannot be replaced
+    "DeepSeek-V3",  # refused
+    "Qwen2-VL, vision-language",
+)

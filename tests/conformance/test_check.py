@@ -5,8 +5,9 @@ import pytest
 import fade_fast
 from fade_ref.config import FadeConfig
 
+from ..marks import named, slow_but
 from .cells import OFF, SAFE, SMALL, create
-from .families import FAMILIES
+from .families import FAMILIES, KINDS
 from .modes import PROMPT, Run, prompt
 
 CONFIGS = {
@@ -17,8 +18,8 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("config", slow_but(CONFIGS.values(), SAFE, CONFIGS["evicting"]), ids=CONFIGS)
+@pytest.mark.parametrize("family", named(FAMILIES.values(), *KINDS))
 def test_what_is_promised_is_done(family, config):
     model, length = family.model(), PROMPT + 7
     before = model.config._attn_implementation

@@ -12,8 +12,9 @@ from fade_fast.models import attention_modules
 from fade_fast.verify import Verification
 from fade_ref.config import FadeConfig
 
+from .. import marks
 from .cells import SAFE, SMALL, create
-from .families import FAMILIES
+from .families import FAMILIES, KINDS
 from .modes import Run, prompt
 from .twins import held
 
@@ -22,7 +23,7 @@ EVICTING = FadeConfig(**SMALL, int4_budget=8, middle_k_bits=8, middle_v_bits=8)
 
 
 def named(families):
-    return pytest.mark.parametrize("family", families, ids=[family.name for family in families])
+    return pytest.mark.parametrize("family", marks.named(families, *KINDS))
 
 
 class Keys(Exception):

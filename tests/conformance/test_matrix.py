@@ -5,13 +5,14 @@ import os
 import pytest
 
 from .cells import EQUAL, run_cell
-from .families import FAMILIES
+from .families import FAMILIES, KINDS
 from .modes import MODES
 
+#: Of all families with a second version of transformers; the first, of a family of each kind, is quick.
+BRIEF = ("greedy, left-padded", "beam")
 #: "short" for a second version of transformers; "full" compiles steps of every family, not of Llama alone,
 #: as `python -m tests.conformance` does.
 FORM = os.environ.get("FADE_CONFORMANCE", "")
-BRIEF = ("greedy, left-padded", "beam")
 
 
 def cells() -> list:
@@ -26,7 +27,9 @@ def cells() -> list:
                 continue
             if FORM == "short" and (mode.slow or not whole and mode.name not in BRIEF):
                 continue
-            found.append(pytest.param(family, mode, id=f"{family.name}-{mode.name}"))
+            quick = whole and not mode.slow or family.name in KINDS and mode.name == BRIEF[0]
+            marks = [] if quick else [pytest.mark.slow]
+            found.append(pytest.param(family, mode, id=f"{family.name}-{mode.name}", marks=marks))
     return found
 
 

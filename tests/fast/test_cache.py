@@ -16,6 +16,7 @@ from fade_fast.kernels import packed, rotated, step
 from fade_fast.timeline import HOLE
 from fade_ref.config import POLICIES, FadeConfig
 
+from ..marks import slow_but
 from .models import (
     EVICTING,
     OFF,
@@ -50,7 +51,7 @@ def storages(cache) -> int:
 
 
 @pytest.mark.parametrize("config", [OFF, SAFE, EVICTING], ids=["off", "safe", "evicting"])
-@pytest.mark.parametrize("max_length", [None, 400])
+@pytest.mark.parametrize("max_length", slow_but([None, 400], None))
 def test_memory_reports_what_is_allocated(config, max_length):
     model = tiny_llama(layers=3)
     cache = fade_fast.create_cache(model, config, max_length=max_length)
@@ -71,6 +72,7 @@ def teacher_forced_step(model, cache, count):
         return model(ids, past_key_values=cache, use_cache=True).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits, least", [(8, 1.8), (4, 3.3), (3, 4.1), (2, 5.5)])
 def test_ratio_at_8192_tokens_of_head_dim_64_in_bfloat16(bits, least):
     """The shape of SmolLM2's cache, by the storages that live after generate()."""
@@ -82,6 +84,7 @@ def test_ratio_at_8192_tokens_of_head_dim_64_in_bfloat16(bits, least):
     assert memory.dense / storages(cache) >= least
 
 
+@pytest.mark.slow
 def test_room_for_max_length_is_made_at_once():
     model = tiny_llama()
     cache = fade_fast.create_cache(model, SAFE, max_length=300)
@@ -92,7 +95,7 @@ def test_room_for_max_length_is_made_at_once():
     assert before == [x.data_ptr() for layer in cache.tiered for x in layer.tensors()]
 
 
-@pytest.mark.parametrize("config", [OFF, SAFE, EVICTING], ids=["off", "safe", "evicting"])
+@pytest.mark.parametrize("config", slow_but([OFF, SAFE, EVICTING], EVICTING), ids=["off", "safe", "evicting"])
 def test_reorder_select_and_repeat_equal_the_same_rows(config):
     """Rows moved in a filled cache, packed tiers included, go on as they would have elsewhere."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(70, batch=3, pads=(0, 5, 12))
@@ -118,7 +121,7 @@ def test_reorder_select_and_repeat_equal_the_same_rows(config):
         assert config is OFF or compressed_tokens(here) > 0
 
 
-@pytest.mark.parametrize("config", [OFF, SAFE, EVICTING], ids=["off", "safe", "evicting"])
+@pytest.mark.parametrize("config", slow_but([OFF, SAFE, EVICTING], EVICTING), ids=["off", "safe", "evicting"])
 def test_crop_leaves_no_trace(config):
     model, inputs = tiny_llama(dtype=torch.float64), prompt(90)
     cropped, plain = (fade_fast.create_cache(model, config) for _ in range(2))
@@ -244,7 +247,7 @@ def test_room_for_a_draft_is_made_with_the_first(window, held, new, most, monkey
     assert held <= capacities[1] < held + new <= capacities[2] <= most
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", slow_but([8, 4, 2], 4))
 def test_padded_rows_are_the_same_after_detach(bits):
     """The model's own attention then reads every token where it came, and the sinks uncompressed."""
     model = tiny_llama(dtype=torch.float64)

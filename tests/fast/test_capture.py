@@ -20,6 +20,7 @@ from fade_fast.kernels.compile import uncaptured
 from fade_fast.stepper import SHORT
 from fade_ref.config import FadeConfig
 
+from ..marks import slow_but
 from .models import compressed_tokens, drafts, new_cache, predictable, prompt, tiny_llama
 from .test_stepper import CONFIGS, compiled, eager
 
@@ -75,7 +76,7 @@ def hold_the_same(cache, other):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "int4, int2, evict"))
 @pytest.mark.parametrize("padded", PADDED)
 def test_replayed_steps_equal_eager_steps(tapes, name, padded):
     model = tiny_llama(dtype=torch.float64)
@@ -90,6 +91,7 @@ def test_replayed_steps_equal_eager_steps(tapes, name, padded):
     hold_the_same(cache, theirs)
 
 
+@pytest.mark.slow
 def test_outputs_that_generate_keeps_are_those_of_their_own_step(tapes):
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
     asked = dict(return_dict_in_generate=True, output_hidden_states=True, output_logits=True)
@@ -101,6 +103,7 @@ def test_outputs_that_generate_keeps_are_those_of_their_own_step(tapes):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_samples_are_replayed(tapes):
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
     found = []
@@ -110,7 +113,7 @@ def test_samples_are_replayed(tapes):
     assert torch.equal(*found) and sum(tape.replays for tape in tapes) > 10
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "evict"))
 @pytest.mark.parametrize("padded", PADDED)
 def test_beam_search_is_captured(tapes, name, padded):
     """Transformers would run it uncompiled. Rows are reordered before each step, also by whole demotions."""
@@ -146,6 +149,7 @@ class Copies(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "int4, int2, evict", "h2o"])
 def test_tensors_are_reordered_without_a_cast_or_a_copy_each(tapes, name):
     """On a GPU each is a kernel: transformers gives rows as int32, and only tensors of one dtype are copied
@@ -162,9 +166,10 @@ def test_tensors_are_reordered_without_a_cast_or_a_copy_each(tapes, name):
 
 
 DRAFTED = [(name, False) for name in ("int4", "evict", "int4, int2, evict", "codes", "off", "h2o")]
-DRAFTED += [pytest.param(name, True, marks=pytest.mark.slow) for name in ("evict", "codes")]
+DRAFTED += [(name, True) for name in ("evict", "codes")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, padded", DRAFTED)
 def test_assisted_decoding_is_captured(tapes, name, padded):
     """Transformers would run it uncompiled. Two graphs, for a column and for any number; where a policy
@@ -199,6 +204,7 @@ def test_assisted_decoding_is_captured(tapes, name, padded):
     hold_the_same(cache, theirs)
 
 
+@pytest.mark.slow
 def test_the_last_step_of_a_text_is_not_compiled_for_itself(tapes):
     """It has no drafts, as the only one where all others have."""
     model, inputs = predictable(tiny_llama(dtype=torch.float64)), prompt(40)
@@ -214,6 +220,7 @@ def test_the_last_step_of_a_text_is_not_compiled_for_itself(tapes):
         cache.reset()
 
 
+@pytest.mark.slow
 def test_a_model_drafts_for_another(tapes):
     """Which has a cache of its own."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(40)
@@ -226,6 +233,7 @@ def test_a_model_drafts_for_another(tapes):
     hold_the_same(cache, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "evict"])
 def test_a_second_turn_with_drafts_begins_anew(tapes, name):
     """Transformers feeds the whole text, whatever the cache holds: it must not come to hold it twice."""
@@ -243,6 +251,7 @@ def test_a_second_turn_with_drafts_begins_anew(tapes, name):
         hold_the_same(*caches)
 
 
+@pytest.mark.slow
 def test_drafts_are_compiled_only_where_generate_checks_them(tapes):
     """Not where that is switched off, nor short steps of one's own afterwards."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(40)
@@ -293,7 +302,11 @@ def ending(model, config, inputs, at):
 
 
 @pytest.mark.parametrize(
-    "name, padded", [(name, False) for name in CONFIGS] + [(name, True) for name in ("int4", "evict", "h2o")]
+    "name, padded",
+    slow_but(
+        [(name, False) for name in CONFIGS] + [(name, True) for name in ("int4", "evict", "h2o")],
+        ("h2o", True),
+    ),
 )
 def test_a_step_too_many_leaves_no_trace(tapes, undone, name, padded, at=18):
     """Run ahead, a text that has ended has had one more step: also where that demoted, evicted, counted."""
@@ -328,6 +341,7 @@ def test_a_step_too_many_leaves_no_trace(tapes, undone, name, padded, at=18):
     hold_the_same(cache, theirs)
 
 
+@pytest.mark.slow
 def test_a_text_that_ends_by_its_length_has_no_step_too_many(tapes, undone):
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
     cache, theirs = new_cache(model, CONFIGS["h2o"]), new_cache(model, CONFIGS["h2o"])
@@ -335,6 +349,7 @@ def test_a_text_that_ends_by_its_length_has_no_step_too_many(tapes, undone):
     assert undone == [0] and not any(layer.record_past for layer in cache.tiered)
 
 
+@pytest.mark.slow
 def test_eager_steps_do_not_run_ahead(tapes, undone):
     """What they count could not be put back."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
@@ -347,6 +362,7 @@ def test_eager_steps_do_not_run_ahead(tapes, undone):
         undone.clear(), tapes.clear()
 
 
+@pytest.mark.slow
 def test_a_step_too_many_finds_room(tapes, undone):
     """Also where the text fills the room that was asked for."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
@@ -357,6 +373,7 @@ def test_a_step_too_many_finds_room(tapes, undone):
     assert undone == [1] and cache.get_seq_length() == expected.shape[1] - 1
 
 
+@pytest.mark.slow
 def test_streamed_tokens_are_those_of_the_text(tapes, undone):
     class Heard(BaseStreamer):
         def put(self, value):
@@ -385,6 +402,7 @@ def test_other_caches_are_asked_as_before(undone):
     assert not undone
 
 
+@pytest.mark.slow
 def test_cropping_by_hand_leaves_what_was_counted(tapes, undone):
     """As the specification has it; only a step that generate() takes back is uncounted."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
@@ -395,6 +413,7 @@ def test_cropping_by_hand_leaves_what_was_counted(tapes, undone):
     assert before and all(map(torch.equal, before, cache.stepper._counts))
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own_is_not_compiled(tapes):
     """Nor by rows that are reordered in it; also after a beam search, of a model or of its copy."""
     first = tiny_llama(dtype=torch.float64)
@@ -413,7 +432,11 @@ def test_a_loop_of_ones_own_is_not_compiled(tapes):
         assert (len(tapes), sum(tape.replays for tape in tapes)) == made
 
 
-@pytest.mark.parametrize("name", ["int4", "evict", "int4, int2, evict", "h2o", "codes", "off"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["int4", "evict", "int4, int2, evict", "h2o", "codes", "off"],
+)
 def test_what_steps_read_follows_its_rows(name):
     """Beams of one text have the same padding; rows of two texts do not."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=3, pads=(0, 9, 4))
@@ -441,6 +464,7 @@ def test_beam_search_is_not_compiled_where_that_is_switched_off(tapes):
     assert not tapes and cache.stepper.search is None
 
 
+@pytest.mark.slow
 def test_a_conversation_is_captured_anew_in_each_turn(tapes):
     """Between two generate() the user may change the model, say its adapters, so guards must be asked."""
     model = tiny_llama(dtype=torch.float64)
@@ -508,6 +532,7 @@ def test_a_step_that_cannot_be_captured_is_compiled_otherwise(monkeypatch):
     assert other.runs == 3
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_captured_is_tried_once_a_cache(tapes, monkeypatch):
     tried = []
 

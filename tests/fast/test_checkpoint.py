@@ -14,6 +14,7 @@ import fade_fast
 from fade_fast import checkpoint
 from fade_ref.config import FadeConfig
 
+from ..marks import slow_but
 from .models import compressed_tokens, generate, prompt, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -34,7 +35,7 @@ def talk(model, cache, ids, new=10):
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "two tiers"))
 def test_decoding_goes_on_to_the_bit(name, tmp_path):
     model, path = tiny_llama(), tmp_path / "cache.safetensors"
     cache = fade_fast.create_cache(model, CONFIGS[name])
@@ -62,7 +63,7 @@ def test_padding_survives(tmp_path):
     assert loaded.timeline.has_holes
 
 
-@pytest.mark.parametrize("length", [5, 7, 8, 9, 30])
+@pytest.mark.parametrize("length", slow_but([5, 7, 8, 9, 30], 9))
 @pytest.mark.parametrize("kinds", ["on a GPU", "from a GPU", "to a GPU"])
 @torch.no_grad()
 def test_sliding_windows_of_both_kinds(length, kinds, tmp_path):

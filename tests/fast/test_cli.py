@@ -109,6 +109,7 @@ def test_no_command_is_refused(capsys):
     assert "COMMAND" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_the_package_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "fade_fast", "demo", "--config", "frugal"], capture_output=True, text=True

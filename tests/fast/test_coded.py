@@ -14,6 +14,7 @@ from fade_ref import product as spec
 from fade_ref.config import FadeConfig
 from parity import cases
 
+from ..marks import slow_but
 from .models import (
     CODED,
     SAFE,
@@ -28,8 +29,8 @@ from .models import (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("seed", slow_but(range(6), 0, 1))
+@pytest.mark.parametrize("group", slow_but([1, 3], 3))
 def test_codes_and_attention_are_the_specification_s(seed, group):
     """Random steps, padding, crops and orders of rows in float64: codes to the bit, outputs to a rounding."""
     draw = random.Random(seed)

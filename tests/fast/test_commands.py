@@ -49,6 +49,7 @@ def common(tiny):  # noqa: F811
     return ["--model", tiny, "--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "12"]
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_in_another_process(tiny, document, tmp_path, common):  # noqa: F811
     """Save here; answer in a new process, to the token as after a fresh prefill, compressed."""
     saved, out = tmp_path / "document.fade", tmp_path / "out.json"
@@ -249,6 +250,7 @@ def test_codebooks(tiny, document, tmp_path, capsys):  # noqa: F811
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_training_again_gives_the_same_codebooks():
     model, ids = tiny_llama(), prompt(200)["input_ids"]
     one, two = (codebooks.train(model, ids, centroids=8) for _ in range(2))

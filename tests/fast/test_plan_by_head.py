@@ -8,13 +8,14 @@ from fade_ref.config import FadeConfig
 from parity.case import perform
 from parity.subjects import heads
 
+from ..marks import named
 from .models import compressed_tokens, generate, prompt, teacher_forced, tiny_llama, twin_logits
 from .test_stepper import compiled
 
 SMALL = dict(heads.SMALL, plan_scope="head")
 
 
-@pytest.mark.parametrize("case", heads.collect(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", named(heads.collect(), "h2o, original, int2_budget 6"))
 def test_every_head_keeps_what_the_specification_keeps(case):
     outcome = perform(case)
     assert outcome.passed, (outcome.raised, outcome.checks)

@@ -10,6 +10,7 @@ import fade_fast
 from fade_fast import importance
 from fade_ref.config import FadeConfig
 
+from ..marks import slow_but
 from .models import SMALL, generate, prompt, teacher_forced, tiny_llama
 
 BY_ATTENTION = tuple(p for p in importance.OBSERVERS if p != "learned")
@@ -43,7 +44,7 @@ def test_nothing_is_stored_where_nothing_asks(settings, monkeypatch):
     assert all(layer.tally() == [] for layer in cache.tiered)
 
 
-@pytest.mark.parametrize("policy", BY_ATTENTION)
+@pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "h2o", "snapkv"))
 def test_budgets(policy):
     """Tiers hold what their budgets allow, and no more; the choice differs from that by position."""
     model, inputs = tiny_llama(), prompt(90, batch=2, pads=(0, 20))
@@ -60,7 +61,7 @@ def test_budgets(policy):
     assert cache.memory().packed <= cache.memory().allocated
 
 
-@pytest.mark.parametrize("policy", BY_ATTENTION)
+@pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "h2o", "snapkv"))
 def test_copies_resets_and_offloads(policy):
     """A copy goes on as the cache itself, a cache that was reset as a new one; moving changes nothing."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(120, batch=2, pads=(0, 9))
@@ -98,7 +99,7 @@ def continued(model, cache, inputs, start, chunks):
     return torch.cat(out, dim=1)
 
 
-@pytest.mark.parametrize("policy", BY_ATTENTION)
+@pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "h2o", "snapkv"))
 def test_padded_rows_choose_as_rows_alone(policy):
     """What a row keeps does not depend on padding or on the other rows."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(70, batch=2, pads=(0, 30))
@@ -155,7 +156,7 @@ class TestRefusals:
         assert cache.get_seq_length() == 0
 
 
-@pytest.mark.parametrize("policy", BY_ATTENTION)
+@pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "h2o"))
 def test_padding_between_captured_steps(policy):
     """A query that is padding counts nowhere, in captured steps as in eager ones."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(60, batch=2, pads=(0, 3))

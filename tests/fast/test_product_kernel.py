@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fade_fast.kernels import coded, product
 from fade_fast.kernels.merge import combine, merge
 
+from ..marks import slow_but
+
 K = 16  # centroids, and so the shortest tile
 
 
@@ -42,7 +44,7 @@ def poisoned(request, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", slow_but(range(40), *range(4)))
 def test_random_cases(seed):
     """Any shape, mask and dtype; holes are poisoned with bytes that name no centroid."""
     pick = random.Random(seed)
@@ -70,7 +72,9 @@ def test_random_cases(seed):
     assert not part.acc[nothing].any() and not part.total[nothing].any()
 
 
-@pytest.mark.parametrize("length", [0, 1, 3, K - 1, K, K + 1, 2 * K - 1, 2 * K, 2 * K + 1])
+@pytest.mark.parametrize(
+    "length", slow_but([0, 1, 3, K - 1, K, K + 1, 2 * K - 1, 2 * K, 2 * K + 1], 0, K, 2 * K + 1)
+)
 def test_lengths_around_tiles(length):
     book, query = sample(16, K, 4), sample(2, 2, 3, 64, seed=1)
     keys, values = (some_codes(2, 2, length, 16, seed=s) for s in (2, 3))
@@ -192,7 +196,7 @@ def test_refusals():
         product.decode(codes.int(), book, torch.float32)
 
 
-@pytest.mark.parametrize("compiler", ["as written", "inductor"])
+@pytest.mark.parametrize("compiler", slow_but(["as written", "inductor"], "as written"))
 @pytest.mark.parametrize("heads, rows, softcap", [(1, 2, None), (3, 5, 2.0)])
 def test_the_compiled_twin_reads_its_span_and_no_more(heads, rows, softcap, compiler):
     """One graph for all spans, bytes beyond the centroids in slots that nobody sees, keys unlike values."""

@@ -14,6 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fade_fast.kernels import compile as compiling
 from fade_fast.kernels import rows
 
+from ..marks import slow_but
+
 
 class Block(nn.Module):
     """Products that share a row, one with a bias, one of what others gave, and one too small."""
@@ -33,7 +35,7 @@ def products(graph):
     return sum(node.target in (aten.mm.default, aten.addmm.default) for node in graph.nodes)
 
 
-@pytest.mark.parametrize("batch, left", [(1, 1), (2, 4), (8, 4), (16, 4), (17, 4)])
+@pytest.mark.parametrize("batch, left", slow_but([(1, 1), (2, 4), (8, 4), (16, 4), (17, 4)], (1, 1), (17, 4)))
 def test_products_of_one_row_become_sums(batch, left):
     torch.manual_seed(0)
     block, x = Block().double(), torch.randn(batch, 1, 256, dtype=torch.float64)
@@ -50,7 +52,7 @@ def test_products_of_one_row_become_sums(batch, left):
     assert len(made) == (2 if batch == 1 else 0)  # a row that two products share is written once
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("batch", slow_but([1, 2, 8], 2))
 def test_a_model_compiles_with_its_products_of_rows(batch):
     """By Inductor's C++ backend; the pass is in the key of graphs kept on disk."""
     torch._dynamo.reset()

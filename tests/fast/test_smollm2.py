@@ -11,7 +11,7 @@ from fade_ref.config import FadeConfig
 from .models import compressed_tokens, dense, generate, teacher_forced, twin_logits
 from .test_cache import storages
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import fade_fast
 from fade_fast import checkpoint, snapshot
 from fade_ref.config import FadeConfig
 
+from ..marks import slow_but
 from .models import compressed_tokens, generate, new_cache, prompt, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -34,7 +35,7 @@ def members(tier) -> list[set[int]]:
     return [{p for start, stop in row for p in range(start, stop)} for row in tier["positions"]]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "evict", "codes"))
 def test_positions_and_counts(name):
     """Every token of a row is in one tier or evicted, and counts and bytes are the cache's own."""
     _, cache = filled(name)
@@ -59,7 +60,7 @@ def test_positions_and_counts(name):
 
 
 @pytest.mark.parametrize("pads", [(0, 0), (0, 7)], ids=["whole", "padded"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "evict", "codes"))
 def test_a_saved_cache_says_the_same(name, pads, tmp_path, monkeypatch):
     _, cache = filled(name, pads)
     cache.save(tmp_path / "c", torch.arange(59))

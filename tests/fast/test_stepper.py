@@ -20,6 +20,7 @@ from fade_fast.middle import Middle, PinnedMiddle, PlannedMiddle
 from fade_fast.stepper import Stepper
 from fade_ref.config import FadeConfig
 
+from ..marks import slow_but
 from .models import compressed_tokens, drafts, new_cache, predictable, prompt, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -59,8 +60,8 @@ def fresh_counters():
     counters.clear()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "int4, int2, evict", "h2o"))
+@pytest.mark.parametrize("padded", slow_but([False, True], True), ids=["unpadded", "padded"])
 def test_steps_equal_eager_steps(name, padded):
     model = tiny_llama(dtype=torch.float64)
     inputs = prompt(30, batch=2, pads=(0, 9) if padded else ())
@@ -100,11 +101,10 @@ STEADY = {
 
 
 WAYS = [("unpadded", name) for name in STEADY] + [("padded", name) for name in STEADY]
-WAYS += [("drafted", name) for name in ("int4", "evict")]
-WAYS += [pytest.param("drafted", name, marks=pytest.mark.slow) for name in ("int4, contiguous", "knorm")]
+WAYS += [("drafted", name) for name in ("int4", "evict", "int4, contiguous", "knorm")]
 
 
-@pytest.mark.parametrize("way, name", WAYS)
+@pytest.mark.parametrize("way, name", slow_but(WAYS, ("unpadded", "int4"), ("padded", "evict")))
 def test_demotion_for_graphs_equals_ordinary_demotion(name, way, monkeypatch):
     """Where a graph would be replayed, the same runs by tensors: to the bit, and counted alike.
 
@@ -162,6 +162,7 @@ def test_demotion_for_graphs_equals_ordinary_demotion(name, way, monkeypatch):
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
+@pytest.mark.slow
 def test_caches_alternate_and_start_again_without_recompiling():
     model = tiny_llama(dtype=torch.float64)
     first, second = prompt(30, batch=2), prompt(41, batch=2, seed=1)
@@ -195,6 +196,7 @@ def test_turns_continue_a_captured_cache():
     assert torch.equal(talk(compiled), talk(eager))
 
 
+@pytest.mark.slow
 def test_beams_and_captured_steps_share_a_cache():
     """Rows reordered in place, as captured steps need it."""
     model = tiny_llama(dtype=torch.float64)
@@ -209,6 +211,7 @@ def test_beams_and_captured_steps_share_a_cache():
     assert torch.equal(*outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad], ids=lambda c: c.__name__)
 def test_inference_mode(context):
     model = tiny_llama(dtype=torch.float64)
@@ -219,6 +222,7 @@ def test_inference_mode(context):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [compiled, eager], ids=lambda run: run.__name__)
 @pytest.mark.parametrize("name", ["int4", "int4, int2, evict", "h2o", "off"])
 def test_a_cache_goes_in_and_out_of_inference_mode(run, name):
@@ -239,6 +243,7 @@ def test_a_cache_goes_in_and_out_of_inference_mode(run, name):
     assert counters["stats"]["unique_graphs"] <= 2 * (run is compiled)  # given ids are of either kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["int4", "evict", "codes", "h2o", "off"])
 def test_autocast_reaches_the_model_alone(name, dtype, monkeypatch):
@@ -274,6 +279,7 @@ def _casts() -> bool:
     return torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
 def test_the_default_dtype_does_not_matter(default):
     model, held = tiny_llama(dtype=torch.float32), []
@@ -303,6 +309,7 @@ def test_a_window_in_a_captured_step_is_refused(monkeypatch):
     assert compressed_tokens(caches[1]) > 0 and not torch.equal(found, whole)
 
 
+@pytest.mark.slow
 def test_a_model_that_the_user_compiled():
     model = tiny_llama(dtype=torch.float64)
     inputs = prompt(30, batch=2)
@@ -372,7 +379,7 @@ def test_attach_is_undone():
     assert "get_compiled_call" not in vars(model)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "h2o"))
 def test_a_step_leaves_no_tensor_behind(name):
     """What a captured step makes lies in its graph's memory, so nothing else may keep it."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
@@ -438,6 +445,7 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name, drafted, mon
     assert all(after == before for before, _, after in steady)
 
 
+@pytest.mark.slow
 def test_a_copy_has_captured_steps_of_its_own():
     model = tiny_llama(dtype=torch.float64)
     inputs = prompt(30, batch=2)
@@ -451,6 +459,7 @@ def test_a_copy_has_captured_steps_of_its_own():
     assert torch.equal(compiled(model, twin, turn, new=9), first)
 
 
+@pytest.mark.slow
 def test_steps_follow_a_cache_that_moved():
     """Weighing settles what is due; offloading moves every tensor."""
     model = tiny_llama(dtype=torch.float64)

@@ -12,6 +12,7 @@ import fade_fast
 from fade_fast import telemetry
 from fade_ref.config import FadeConfig
 
+from ..marks import slow_but
 from .models import compressed_tokens, generate, prompt, teacher_forced, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -50,8 +51,8 @@ def events_of(name, chunks, seed=0, pads=(0, 0)):
     return cache, events, memories
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "two tiers", "h2o"))
+@pytest.mark.parametrize("seed", slow_but(range(2), 0))
 @pytest.mark.parametrize("pads", [(0, 0), (0, 11)], ids=["whole", "padded"])
 def test_events_are_those_that_the_trace_implies(name, seed, pads):
     """At every point of a random trace, the counts in the events so far are the cache's own."""

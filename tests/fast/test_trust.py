@@ -12,6 +12,7 @@ from fade_fast import buffers, layer, middle
 from fade_fast.kernels import product, rotated
 from fade_ref.config import FadeConfig
 
+from ..marks import slow_but
 from .models import compressed_tokens, generate, new_cache, prompt, teacher_forced, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -43,6 +44,8 @@ class Memory:
         return limited
 
 
+#: Rows as they come, and with padding.
+PADS = [pytest.param((0, 0), id="whole", marks=pytest.mark.slow), pytest.param((0, 9), id="padded")]
 #: Where a demotion and what surrounds it ask for memory.
 PLACES = [
     (buffers.Field, "empty"),
@@ -58,8 +61,8 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("pads", [(0, 0), (0, 9)], ids=["whole", "padded"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("pads", PADS)
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "two tiers"))
 def test_running_out_of_memory_at_any_point_of_a_step(name, pads, monkeypatch):
     """A step that fails changes nothing: repeated, it gives the bits of a cache that never failed."""
     model, inputs = tiny_llama(), prompt(40, batch=2, pads=pads)
@@ -132,6 +135,7 @@ def test_running_out_of_memory_while_buffers_grow(failing, monkeypatch):
     assert failures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_running_out_of_memory_in_a_prompt_leaves_the_cache_empty(name, monkeypatch):
     model, inputs = tiny_llama(), prompt(50)

@@ -15,6 +15,8 @@ from parity.mutants import Mutant
 from parity.subjects import codecs
 from parity.tolerances import CLAIMS
 
+from ..marks import slow_but
+
 QUICK = ["--only", "codecs/packing, 4 bits"]
 
 
@@ -49,6 +51,7 @@ def test_a_run_that_passes(tmp_path, capsys):
     assert "## Claims" in (tmp_path / "a.md").read_text()
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_cases_find_the_same(tmp_path):
     found = []
     for jobs in ("1", "2"):
@@ -58,6 +61,7 @@ def test_processes_that_share_the_cases_find_the_same(tmp_path):
     assert found[0] == found[1] and len(found[0]) == 7
 
 
+@pytest.mark.slow
 def test_every_subject_has_a_case_that_passes():
     """The whole takes minutes; one case of each group, but for the slow ones."""
     seen = set()
@@ -113,6 +117,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(compiling.Compiled, "_call", call)
 
 
+@pytest.mark.slow
 def test_compiled_cases_share_their_shapes(gpu):
     """Compiling a kernel takes seconds on a GPU: so many fit into minutes."""
     marked = [c for c in subjects.collect() if c.compiled and c.subject in ("attention", "codecs")]
@@ -203,7 +208,10 @@ def test_mutants_are_of_this_source():
 
 
 @pytest.mark.parametrize(
-    "name", ["swapped nibbles", "stale position", "wrong tie order", "bounds not stored"]
+    "name",
+    slow_but(
+        ["swapped nibbles", "stale position", "wrong tie order", "bounds not stored"], "swapped nibbles"
+    ),
 )
 def test_mutants_are_caught(name, capsys):
     assert main(["mutate", "--only", name]) == 0

@@ -13,6 +13,8 @@ from parity import cases
 from parity.cases import Shape
 from parity.tolerances import ATTENTION, CODES_DIFFERING, SCALE_ULP, SCORES
 
+from ..marks import slow_but
+
 SMALL = dict(recent_window=8, block_size=4)
 CONFIGS = {
     "int4": FadeConfig(**SMALL),
@@ -39,11 +41,16 @@ BUDGETS = {
     "no sinks": dict(int4_budget=7, n_sink=0),
     "one plan a layer": dict(int4_budget=7, int2_budget=6, plan_scope="layer"),
 }
+ROWS = [
+    pytest.param((), id="unpadded", marks=pytest.mark.slow),
+    pytest.param((0, 11), id="one padded"),
+    pytest.param((3, 6), id="both padded", marks=pytest.mark.slow),
+]
 STEPS = [14] + [1] * 21 + [20, 5] + [1] * 6  # prefill, decode, a long second turn, a draft
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", slow_but([64, 80, 96, 128, 256], 80))
 def test_codes(bits, head_dim):
     generator = torch.Generator().manual_seed(head_dim + bits)
     x = torch.randn(2, 3, 500, head_dim, generator=generator) * 3 + torch.linspace(-9, 9, head_dim)
@@ -54,7 +61,7 @@ def test_codes(bits, head_dim):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
-@pytest.mark.parametrize("head_dim", [8, 64, 72, 80, 128])
+@pytest.mark.parametrize("head_dim", slow_but([8, 64, 72, 80, 128], 80))
 def test_fields_of_products(head_dim, bits):
     """Products with the fields of a byte, and sums over them, are those with the codes; in float16, too."""
     generator = torch.Generator().manual_seed(head_dim)
@@ -87,8 +94,8 @@ def test_codes_of_extreme_vectors(x):
         assert found.furthest <= 1 and found.scale_error <= SCALE_ULP, bits
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("padding", [(), (0, 11), (3, 6)], ids=["unpadded", "one padded", "both padded"])
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "int4, int2, evict"))
+@pytest.mark.parametrize("padding", ROWS)
 def test_life_of_tokens(name, padding):
     """Every step's output for the same codes, and the surviving tokens of an independent run."""
     config, shape = CONFIGS[name], Shape()
@@ -107,17 +114,19 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"G{s.group} D{s.head_dim} {s.dtype}")
-@pytest.mark.parametrize("name", ["int4", "int4, int2, evict"])
+@pytest.mark.parametrize(
+    "shape", slow_but(SHAPES, *SHAPES[1:3]), ids=lambda s: f"G{s.group} D{s.head_dim} {s.dtype}"
+)
+@pytest.mark.parametrize("name", slow_but(["int4", "int4, int2, evict"], "int4, int2, evict"))
 def test_shapes_and_dtypes(name, shape):
     found = list(cases.trace(CONFIGS[name], shape, [30, 1, 1, 1, 1, 18, 3, 1], seed=1))
     assert max(s.output_error for s in found) <= ATTENTION[shape.dtype]
     assert found[-1].middle > 0
 
 
-@pytest.mark.parametrize("policy", [p for p in plan.SUPPORTED if p != "position"])
-@pytest.mark.parametrize("padding", [(), (0, 11), (3, 6)], ids=["unpadded", "one padded", "both padded"])
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("policy", slow_but([p for p in plan.SUPPORTED if p != "position"], "h2o", "knorm"))
+@pytest.mark.parametrize("padding", ROWS)
+@pytest.mark.parametrize("budget", slow_but(BUDGETS, "int4, int2, evict"))
 def test_policies(policy, budget, padding):
     """The same tokens survive in the same tiers, and every token received the same."""
     config, shape = FadeConfig(**SMALL, eviction_policy=policy, **BUDGETS[budget]), Shape(dtype=torch.float64)
@@ -128,8 +137,8 @@ def test_policies(policy, budget, padding):
     assert max(s.score_error for s in found) <= SCORES
 
 
-@pytest.mark.parametrize("policy", BY_ATTENTION)
-@pytest.mark.parametrize("padding", [(), (0, 11)], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "h2o"))
+@pytest.mark.parametrize("padding", ROWS[:2])
 def test_scores_follow_crops_and_reordered_rows(policy, padding):
     """Drafts are rejected, rows are exchanged and doubled: scores stay with their tokens."""
     config = FadeConfig(**SMALL, int4_budget=7, int2_budget=6, eviction_policy=policy)
@@ -150,8 +159,8 @@ TERMS = {
 }
 
 
-@pytest.mark.parametrize("policy", BY_ATTENTION)
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "h2o"))
+@pytest.mark.parametrize("terms", slow_but(TERMS, "all"))
 def test_what_models_ask_of_scores(policy, terms):
     """Softcap, windows and learned sinks shape what tokens receive, in short steps and in long ones."""
     config = FadeConfig(**SMALL, int4_budget=7, int2_budget=6, eviction_policy=policy, positions="original")
@@ -163,7 +172,7 @@ def test_what_models_ask_of_scores(policy, terms):
 
 
 @pytest.mark.parametrize("flashes", [False, True])
-@pytest.mark.parametrize("policy", BY_ATTENTION)
+@pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "snapkv"))
 def test_tiles_and_horizons_of_long_steps(policy, flashes, monkeypatch):
     """Scores do not depend on how queries and keys are cut, and queries left out make no difference."""
     config = FadeConfig(recent_window=24, block_size=16, int4_budget=40, eviction_policy=policy)
@@ -202,7 +211,7 @@ WINDOWS = {
 }
 
 
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("name", slow_but(WINDOWS, "by attention"))
 def test_windows_count_distances_as_rope_does(name):
     """Of renumbered survivors the contiguous ones; and from the first step that has a longer past."""
     steps = [9] + [1] * 12 + [20, 5, 1, 1]

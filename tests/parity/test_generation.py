@@ -12,6 +12,7 @@ from fade_ref.config import FadeConfig
 from fade_ref.rope import Rope
 
 from ..fast.models import SMALL, compressed_tokens, generate, prompt, tiny_llama
+from ..marks import slow_but
 
 BUDGETS = dict(int4_budget=20, int2_budget=12)
 CONFIGS = {
@@ -51,7 +52,7 @@ def by_hand(model, config, ids):
     return torch.cat(found, dim=1), caches
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "two tiers"))
 def test_generate_equals_a_loop_by_hand(name):
     model, inputs, config = tiny_llama(dtype=torch.float64), prompt(50, batch=2), CONFIGS[name]
     expected, specified = by_hand(copy.deepcopy(model), config, inputs["input_ids"])

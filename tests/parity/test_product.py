@@ -9,13 +9,18 @@ from parity import cases
 from parity.cases import Shape
 from parity.tolerances import CODES_DIFFERING, PRODUCT, TIE
 
+from ..marks import slow_but
+
 
 def sample(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim, width", [(64, 4), (80, 4), (80, 5), (96, 6), (128, 2), (256, 8), (64, 64)])
+@pytest.mark.parametrize("dtype", slow_but([torch.float64, torch.float32, torch.bfloat16], torch.float32))
+@pytest.mark.parametrize(
+    "dim, width",
+    slow_but([(64, 4), (80, 4), (80, 5), (96, 6), (128, 2), (256, 8), (64, 64)], (64, 4), (80, 5)),
+)
 @pytest.mark.parametrize("per_head", [False, True])
 def test_codes(dim, width, dtype, per_head):
     """Of vectors with a channel offset, and a codebook of such vectors."""
@@ -60,8 +65,10 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("case", SHAPES, ids=lambda c: f"G{c['shape'].group} D{c['shape'].head_dim}")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "case", slow_but(SHAPES, *SHAPES[1:4]), ids=lambda c: f"G{c['shape'].group} D{c['shape'].head_dim}"
+)
+@pytest.mark.parametrize("dtype", slow_but([torch.float64, torch.float32], torch.float32))
 @pytest.mark.parametrize("elements", [1, kernel.ELEMENTS], ids=["short tiles", "tiles"])
 def test_attention(case, dtype, elements, monkeypatch):
     monkeypatch.setattr(kernel, "ELEMENTS", elements)

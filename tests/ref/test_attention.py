@@ -7,6 +7,8 @@ from fade_ref import attention, product
 from fade_ref.attention import Terms
 from fade_ref.rotation import RotatedCodec, key_mean, qr_rotation
 
+from ..marks import slow_but
+
 H, GROUP, Q, N, D = 2, 3, 4, 40, 16
 
 
@@ -39,7 +41,9 @@ TERMS = {
 
 
 @pytest.mark.parametrize("name", TERMS)
-@pytest.mark.parametrize("cuts", [[N], [1, N - 1], [10, 0, 30], [13, 13, 14]], ids=str)
+@pytest.mark.parametrize(
+    "cuts", slow_but([[N], [1, N - 1], [10, 0, 30], [13, 13, 14]], [13, 13, 14]), ids=str
+)
 def test_merge_of_any_split_is_the_whole(name, cuts):
     query, keys, values = inputs()
     qp, kp = POSITIONS
@@ -79,7 +83,7 @@ def test_sinks_take_probability_and_give_nothing():
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (3, 3), (2, 2), (4, 2), (2, 8)], ids=str)
-@pytest.mark.parametrize("means", ["one", "one a token"])
+@pytest.mark.parametrize("means", slow_but(["one", "one a token"], "one a token"))
 def test_attention_on_codes_equals_decoding_first(bits, means):
     query, keys, values = inputs(1)
     codecs = tuple(RotatedCodec(b, D, qr_rotation(D, seed=b)) for b in bits)

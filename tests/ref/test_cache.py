@@ -11,6 +11,8 @@ from fade_ref.config import POLICIES, FadeConfig
 from fade_ref.rope import Rope, rotate
 from fade_ref.tiers import Tier
 
+from ..marks import slow_but
+
 HEADS, GROUP, D = 2, 2, 16
 ROPE = Rope(10000.0 ** -torch.linspace(0, 0.9, D // 2, dtype=torch.float64))
 SMALL = dict(recent_window=6, block_size=3)
@@ -84,7 +86,7 @@ def test_rules_hold_after_every_step(name):
     assert any(row.evicted for row in rows(cache)) == config.evicts
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "two tiers"))
 def test_codes_are_written_once_a_tier(name):
     """No token is ever re-quantised inside its tier, and none climbs back."""
     seen = {}
@@ -131,7 +133,7 @@ def test_a_prefill_equals_its_tokens_one_by_one():
                 )
 
 
-@pytest.mark.parametrize("name", ["int4", "evict", "two tiers", "heads"])
+@pytest.mark.parametrize("name", slow_but(["int4", "evict", "two tiers", "heads"], "two tiers"))
 def test_rows_do_not_see_each_other(name):
     """A row of a batch equals the row alone; padding shifts nothing that is kept exactly."""
     together, output = run(CONFIGS[name], STEPS, batch=3)
@@ -213,13 +215,14 @@ VARIANTS = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("field", VARIANTS)
+@pytest.mark.parametrize("field", slow_but(VARIANTS, "int2_budget"))
 def test_every_field_has_an_effect(field):
     changed = dataclasses.replace(BASE, **{field: VARIANTS[field]})
     (_, a), (_, b) = run(BASE, STEPS), run(changed, STEPS)
     assert not torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_plan_scopes_differ_and_backends_are_known():
     policy = dataclasses.replace(BASE, eviction_policy="h2o")
     outputs = [
@@ -256,7 +259,9 @@ def test_codes_hold_the_nearest_centroids():
             LayerCache(batch=1, heads=1, head_dim=D, **wrong)
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p not in ("learned", "expected_attention")])
+@pytest.mark.parametrize(
+    "policy", slow_but([p for p in POLICIES if p not in ("learned", "expected_attention")], "h2o", "snapkv")
+)
 def test_every_policy_lives_in_the_cache(policy):
     """Inside the cache each evicts to its budgets, and stores scores for just the tokens it holds."""
 
@@ -270,6 +275,7 @@ def test_every_policy_lives_in_the_cache(policy):
         assert 0 < len(cache.middle(row)) <= 12 and row.evicted > 0
 
 
+@pytest.mark.slow
 def test_heavy_hitters_survive_h2o_but_not_age():
     """A token that every query attends to is kept by attention and forgotten by position."""
     kept = {}

@@ -8,6 +8,8 @@ import torch
 
 from fade_ref import importance as imp
 
+from ..marks import slow_but
+
 NAMES = [f.name for f in fields(imp.Importance)]
 
 
@@ -47,7 +49,7 @@ def step_by_step(state, probabilities, visible, known):
 
 
 @pytest.mark.parametrize("pads", [(0,), (0, 3), (5, 0, 2)])
-@pytest.mark.parametrize("window", [1, 4, 64])
+@pytest.mark.parametrize("window", slow_but([1, 4, 64], 4))
 def test_many_queries_equal_one_by_one(pads, window):
     visible = causal(0, 17, pads)
     p = attention(visible, 3, seed=window)

@@ -35,6 +35,7 @@ def test_training_is_repeatable_and_leaves_the_random_state():
     assert not torch.equal(pq.train(x, 4, 16, seed=4), first)
 
 
+@pytest.mark.slow
 def test_error_falls_with_bits():
     """1, 1.5, 2 and 4 bits an element; 2 bits beat the best scalar code of 2 bits (0.1175)."""
     x, unseen = normal(10240, 8), normal(2000, 8, seed=1)

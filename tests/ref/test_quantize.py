@@ -10,6 +10,8 @@ from scipy.optimize import minimize
 from fade_ref import quantize as qz
 from fade_ref.tiers import packed_bytes
 
+from ..marks import slow_but
+
 DIMS = (64, 80, 96, 112, 128, 256)
 
 # Positive halves, from closed-form iteration: (kind, dim, bits) -> levels.
@@ -63,7 +65,7 @@ def gaussian_mse(level):
 # Levels
 
 
-@pytest.mark.parametrize("kind, dim, bits", LEVELS)
+@pytest.mark.parametrize("kind, dim, bits", slow_but(LEVELS, ("gaussian", None, 3), ("sphere", 128, 4)))
 def test_levels_match_the_closed_values(kind, dim, bits):
     half = torch.tensor(LEVELS[kind, dim, bits], dtype=torch.float64)
     expected = torch.cat((-half.flip(0), half))
@@ -75,7 +77,7 @@ def test_gaussian_levels_have_the_textbook_error(bits, expected):
     assert gaussian_mse(qz.levels(bits, "gaussian")) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("bits, excess", [(2, 1.0), (3, 1.0022), (4, 1.0197)])
+@pytest.mark.parametrize("bits, excess", slow_but([(2, 1.0), (3, 1.0022), (4, 1.0197)], (2, 1.0)))
 def test_cubic_levels_are_close_to_lloyd_max(bits, excess):
     ratio = gaussian_mse(qz.levels(bits)) / gaussian_mse(qz.levels(bits, "gaussian"))
     assert ratio == pytest.approx(excess, abs=1e-4)
@@ -125,7 +127,7 @@ def test_the_norm_does_not_depend_on_how_levels_are_written(norm):
     torch.testing.assert_close(qz.lloyd_decode(codes, scale, 2, "linear"), expected, rtol=2**-10, atol=0)
 
 
-@pytest.mark.parametrize("kind", ("gaussian", "cubic", "sphere"))
+@pytest.mark.parametrize("kind", slow_but(("gaussian", "cubic", "sphere"), "cubic"))
 @pytest.mark.parametrize("bits", (2, 3, 4))
 def test_levels_ascend_are_symmetric_and_cannot_be_spoiled(kind, bits):
     level = qz.levels(bits, kind, 128)
@@ -144,7 +146,7 @@ def test_unknown_levels_are_refused(args):
 
 
 @pytest.mark.parametrize("kind", ("gaussian", "sphere", "cubic"))
-@pytest.mark.parametrize("dim", UNIT_MSE)
+@pytest.mark.parametrize("dim", slow_but(UNIT_MSE, 128))
 def test_unit_vectors_have_the_error_of_turboquant(dim, kind):
     x = normal(8192, dim, seed=dim)
     for i, bits in enumerate((2, 3, 4)):
@@ -171,7 +173,7 @@ def test_norm_rules(bits, table):
         assert shrinkage == pytest.approx(expected, abs=2e-3)
 
 
-@pytest.mark.parametrize("kind", ("gaussian", "sphere", "cubic"))
+@pytest.mark.parametrize("kind", slow_but(("gaussian", "sphere", "cubic"), "cubic"))
 @pytest.mark.parametrize("bits", (2, 3, 4))
 def test_unbiased_norm_keeps_the_inner_product(bits, kind):
     x = 1000 * normal(500, 64, seed=7)
@@ -316,7 +318,7 @@ def test_a_vanishing_range_keeps_a_normal_fp16_scale(value):
     assert (qz.uniform_encode(x, 4)[0] == qz.uniform_encode(x, 4)[0][0, 0]).all()
 
 
-@pytest.mark.parametrize("norm", ("plain", "least_squares", "unbiased"))
+@pytest.mark.parametrize("norm", slow_but(("plain", "least_squares", "unbiased"), "unbiased"))
 @pytest.mark.parametrize("bits", (2, 3, 4))
 def test_a_zero_vector_has_scale_zero_and_codes_below_the_middle(bits, norm):
     codes, scale = qz.lloyd_encode(torch.zeros(3, 64), bits, norm=norm)
@@ -324,7 +326,7 @@ def test_a_zero_vector_has_scale_zero_and_codes_below_the_middle(bits, norm):
 
 
 @pytest.mark.parametrize("name", ROUND_TRIPS)
-@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("bad", slow_but((math.nan, math.inf, -math.inf), math.nan))
 def test_nan_and_infinity_raise(name, bad):
     x = normal(64, 64)
     x[5, 7] = bad
@@ -354,7 +356,7 @@ def slow_bytes(codes, bits):
 
 
 @pytest.mark.parametrize("bits", (8, 4, 3, 2))
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", slow_but(DIMS, 80))
 def test_packing(dim, bits):
     generator = torch.Generator().manual_seed(dim)
     codes = torch.randint(2**bits, (2, 5, dim), generator=generator, dtype=torch.uint8)

@@ -22,6 +22,8 @@ from fade_ref.rope import (
     rotate,
 )  # fmt: skip
 
+from ..marks import named, slow_but
+
 transformers = pytest.importorskip("transformers")
 rope_utils = importlib.import_module("transformers.modeling_rope_utils")
 
@@ -133,6 +135,16 @@ CASES = [
     Case("deepseek_v3", "deepseek_v3", ("DeepseekV3Config", "DeepseekV3RotaryEmbedding"),
          dict(qk_rope_head_dim=32), same_layout=False),
 ]  # fmt: skip
+#: One for each scheme and layout of channels. Tests of the others are slow.
+KINDS = (
+    "llama",
+    "llama-dynamic-long",
+    "llama-yarn",
+    "llama-llama3",
+    "phi3-longrope-long-partial",
+    "glm",
+    "gemma3-full",
+)
 TINY = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=4)
 
 
@@ -208,11 +220,11 @@ class Model:
         return from_config(self.config, **layer, seq_len=seq_len, interleaved=self.case.interleaved)
 
 
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+each_case = pytest.mark.parametrize("case", named(CASES, *KINDS))
 each_precision = pytest.mark.parametrize(
     ("dtype", "start", "tolerance"),
     # In float32 a model's own angles are off by 6e-8 * position, so positions must be small.
-    [(F64, 0, 1e-12), (F64, 1000, 1e-12), (torch.float32, 0, 1e-6)],
+    slow_but([(F64, 0, 1e-12), (F64, 1000, 1e-12), (torch.float32, 0, 1e-6)], (F64, 1000, 1e-12)),
     ids=["float64", "float64-far", "float32"],
 )
 
@@ -279,8 +291,8 @@ def test_frequencies_switch_at_the_same_length_as_the_module(kind, side):
     assert torch.equal(model.rope(seq_len).inv_freq, model.rope(1).inv_freq) == (side == "short")
 
 
-@pytest.mark.parametrize("partial", [1.0, 0.5, 0.3])
-@pytest.mark.parametrize("seq_len", [None, 100, 5000])
+@pytest.mark.parametrize("partial", slow_but([1.0, 0.5, 0.3], 0.5))
+@pytest.mark.parametrize("seq_len", slow_but([None, 100, 5000], 5000))
 @pytest.mark.parametrize("rope_type", [name for name in SCHEMES if name != "default"])
 def test_schemes_equal_transformers_functions(rope_type, seq_len, partial):
     if rope_type == "yarn" and partial == 0.3:
@@ -411,7 +423,7 @@ def test_nope_is_the_identity():
 # ------------------------------------------------------------------------------ moving a stored key
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", slow_but(range(5), 0, 1))
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotation_identities(seed, interleaved):
     rope = Rope(randn(1 + seed, seed=seed).exp(), 1.5, interleaved)
@@ -469,7 +481,7 @@ def test_forty_evictions_one_after_another_equal_one_rotation():
 # -------------------------------------------------------------------------------------- renumbering
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", slow_but(range(10), 0, 1))
 def test_renumbering_identities(seed):
     n, kept = 50, 5 + 4 * seed
     position, alive = torch.arange(n), random_alive(50, 5 + 4 * seed, seed)
@@ -532,7 +544,7 @@ def test_both_readings_give_the_same_scores():
 # -------------------------------------------------------------------------------------------- ALiBi
 
 
-@pytest.mark.parametrize("heads", [1, 2, 3, 4, 6, 8, 12, 14, 16, 20, 32, 71, 112])
+@pytest.mark.parametrize("heads", slow_but([1, 2, 3, 4, 6, 8, 12, 14, 16, 20, 32, 71, 112], 1, 12, 71))
 def test_slopes_equal_bloom_falcon_and_mpt(heads):
     slopes, n = alibi_slopes(heads), 6
     assert slopes.shape == (heads,)

@@ -16,6 +16,8 @@ from fade_ref.rotation import (
 )  # fmt: skip
 from fade_ref.tiers import token_bytes
 
+from ..marks import slow_but
+
 DIMS = (64, 80, 96, 112, 128, 256)
 WIDTHS = (8, 4, 3, 2)
 
@@ -35,7 +37,7 @@ def codec(bits, dim=128, seed=0):
 # Rotations
 
 
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", slow_but(DIMS, 80))
 def test_qr_rotation_is_orthogonal(dim):
     P = qr_rotation(dim, seed=dim)
     torch.testing.assert_close(P @ P.T, torch.eye(dim, dtype=torch.float64), rtol=0, atol=1e-13)
@@ -44,7 +46,7 @@ def test_qr_rotation_is_orthogonal(dim):
 
 
 @pytest.mark.parametrize("rounds", (1, 2, 3))
-@pytest.mark.parametrize("dim", (1, 8, 64, 128, 256))
+@pytest.mark.parametrize("dim", slow_but((1, 8, 64, 128, 256), 64))
 def test_hadamard_rotation_is_orthogonal_and_fast(dim, rounds):
     P = hadamard_rotation(dim, seed=5, rounds=rounds)
     torch.testing.assert_close(P @ P.T, torch.eye(dim, dtype=torch.float64), rtol=0, atol=1e-13)
@@ -145,7 +147,7 @@ def test_a_mean_may_differ_by_token():
 # The codec
 
 
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", slow_but(DIMS, 80))
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_record_sizes(bits, dim):
     subject = codec(bits, dim)
