@@ -1,7 +1,7 @@
 """A decode step of `model.generate()` with each cache: `python -m benchmarks.generate`.
 
 Models have the shape of a named one and random bfloat16 weights. Each method prefills random tokens
-and then decodes in plain `model.generate(..., past_key_values=cache)`. A step's time is the median once
+and then decodes in plain `model.generate(..., cache=cache)`. A step's time is the median once
 compilation and capture are over; a logits processor stamps the steps with CUDA events, and so never
 makes the host wait. `--list` shows cases and methods. `--json FILE` writes what the tables show, after
 every measurement; `--show FILE...` prints the tables of several such files together, so that a long list
@@ -30,6 +30,7 @@ import fade_fast
 from fade_fast.attach import attach
 from fade_fast.cache import TieredKVCache, storage_bytes
 from fade_fast.files import write_json
+from fade_fast.models import CACHE_NAME
 from fade_ref.config import PRESETS, FadeConfig
 
 from .decode_attention import read_bandwidth
@@ -321,10 +322,10 @@ def prefill(model, cache, ids, fill: str) -> None:
     before = ids[:, :-1]
     if fill == "rows":
         with mlp_by_row(model):
-            model(before, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(before, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     elif fill == "chunk":
         for part in before.split(CHUNK, dim=1):
-            model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     elif fill == "random":
         random_fill(model, cache, *before.shape)
 
@@ -348,6 +349,8 @@ def random_fill(model, cache, batch: int, length: int) -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = (batch, config.num_key_value_heads, length, head_dim)
     fade_fast.detach(model)  # our layers then store what they are given, without a query
+    for layer in getattr(cache, "tiered", ()):
+        layer.shows_survivors = True
     for i in range(config.num_hidden_layers):
         x = torch.randn(size, dtype=model.dtype, device=model.device)
         cache.update(x, x, i)
@@ -369,7 +372,7 @@ def run(model, cache, ids, new: int, fill: str, mode: str = "greedy") -> Clock:
     made = lambda own, *args, **kwargs: Guesses(own.config.vocab_size)  # noqa: E731
     guessing = mock.patch.object(type(model), "_get_candidate_generator", made)
     with guessing if mode == "drafted" else contextlib.nullcontext():
-        model.generate(ids, attention_mask=mask, past_key_values=cache, **asked | MODES[mode])
+        model.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, **asked | MODES[mode])
     return clock
 
 

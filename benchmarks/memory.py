@@ -25,6 +25,7 @@ from fade_fast import loading
 from fade_fast.cache import TieredKVCache
 from fade_fast.codebooks import SIDES
 from fade_fast.layer import TieredLayer
+from fade_fast.models import CACHE_NAME
 
 from . import texts
 from .methods import Method, Unavailable, allocated, key_shape, method
@@ -140,7 +141,7 @@ def peaks(model, m: Method, length: int) -> tuple[int, int]:
     before = torch.cuda.memory_allocated() if cuda else 0
 
     def forward(part, cache):
-        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
 
     try:
         cache = m(model, length)

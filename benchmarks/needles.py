@@ -24,6 +24,7 @@ from torch import Tensor
 
 import fade_fast
 from fade_fast import loading
+from fade_fast.models import CACHE_NAME
 
 from . import texts
 from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, Unavailable, compressed_tokens, eager, method
@@ -122,12 +123,12 @@ def ask(model, m: Method, examples: list[Example], size: int) -> tuple[Tensor, T
     length = context.shape[1] + question.shape[1]
     cache = m(model, length)
     for part in chunks(context.shape[1], size):
-        model(input_ids=context[:, part], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=context[:, part], **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     read = float(compressed_tokens(cache))
     if m.does == COMPRESSES and not read > 0:
         raise NothingCompressed(f"{m.name}: the question found no compressed token: use longer prompts")
     step = torch.cat([question, answer[:, :-1]], dim=1)
-    logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=answer.shape[1])
+    logits = model(input_ids=step, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=answer.shape[1])
     log_p = logits.logits.float().log_softmax(-1)
     nll = -log_p.gather(-1, answer[..., None])[..., 0].sum(-1)
     return log_p.argmax(-1) == answer, nll, read

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import fade_fast
 from fade_fast import loading
+from fade_fast.models import CACHE_NAME
 
 from . import memory, texts
 from .methods import (
@@ -122,7 +123,7 @@ def stream(model, cache, ids: Tensor, size: int, heard=lambda cache, new: None) 
     """
     for part in chunks(ids.shape[1], size):
         heard(cache, part.stop - part.start)
-        yield model(input_ids=ids[:, part], past_key_values=cache, use_cache=True).logits
+        yield model(input_ids=ids[:, part], **{CACHE_NAME: cache}, use_cache=True).logits
 
 
 class Reader:

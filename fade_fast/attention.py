@@ -424,9 +424,8 @@ class Rows:
     def flashes(self) -> bool:
         """Whether FlashAttention can do it: if nothing hides what came before, no padding and no window."""
         layer, terms = self.layer, self.terms
-        if self.own is not None or terms.window is not None or terms.softcap is not None:
-            return False
-        if layer.timeline.has_holes:
+        hides = self.own is not None or layer.timeline.has_holes
+        if hides or terms.window is not None or terms.softcap is not None:
             return False
         real = ((layer.middle.position(tier) != HOLE).all() for tier in layer.held_tiers())
         return flash.takes(self.raw, layer.exact["key"]) and all(real)

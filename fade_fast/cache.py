@@ -1,4 +1,4 @@
-"""`TieredKVCache`: the cache that goes into `model.generate(past_key_values=...)`."""
+"""`TieredKVCache`: the cache that goes into `model.generate(cache=...)`."""
 
 import copy
 import os
@@ -118,7 +118,7 @@ class TieredKVCache(Cache):
             )
         self.fade_config, self.timeline, self.seen = config, Timeline(), SeenTokens()
         self.fingerprint = fingerprint(model)
-        self.length_before: int | None = None  # tokens held when the forward pass under way began
+        self.began: dict[int, int] = {}  # by thread: tokens held when its forward pass began
         # Captured steps keep their counters on one device, so all layers must be there.
         on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
         on_gpu &= len({p.device for p in model.parameters()}) == 1
@@ -188,6 +188,11 @@ class TieredKVCache(Cache):
         if key not in self._matrices:
             self._matrices[key] = rotated.with_sum(rotated.rotation(dim)).float().to(device)
         return self._matrices[key]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first tiered layer."""
+        return self.homes[self.layers.index(self.tiered[0])]
 
     @property
     def tiered(self) -> list[TieredLayer]:

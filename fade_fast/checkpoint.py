@@ -93,8 +93,7 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
             if parts:
                 raise ValueError(f"tensors without a place: {', '.join(parts)}")
         if position is not None:
-            first = cache.layers.index(cache.tiered[0])
-            _fill_timeline(cache.timeline, position.to(homes[first]), known["holes"])
+            _fill_timeline(cache.timeline, position.to(cache.device), known["holes"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         cache.reset()
         raise ValueError(f"what is stored does not fit the cache: {error}") from error

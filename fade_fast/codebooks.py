@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .files import whole
 from .kernels import product
-from .models import fingerprint
+from .models import CACHE_NAME, fingerprint
 
 VERSION = 1
 CHUNK = 1024  # tokens read at a time
@@ -191,7 +191,7 @@ def collect(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     """Keys (after RoPE) and values of every full-attention layer for `ids` [1, n]: float32 [H * n, D]."""
     cache = DynamicCache(config=model.config)
     for part in tqdm(ids.to(model.device).split(CHUNK, dim=1), desc="reading", leave=False, delay=1):
-        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     found = {}
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:

@@ -23,8 +23,9 @@ def create_cache(
     codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
     verify: bool = True,
 ) -> TieredKVCache:
-    """A cache for `model.generate(..., past_key_values=cache)` that compresses as it fills.
+    """A cache for `model.generate(..., cache=cache)` that compresses as it fills.
 
+    The argument may be named `past_key_values` as well, whichever version of transformers is installed.
     Attaches our attention to the model, so that it reads compressed tokens as they are; `detach`
     undoes that. Models that do not let their attention be replaced get dense keys and values at
     every step, and a warning: their memory falls between steps, their speed does not rise.

@@ -20,6 +20,7 @@ from .cache import storage_bytes, tensors
 from .create import create_cache
 from .files import write_json
 from .loading import HUB_ID, LoadError, load, quiet
+from .models import CACHE_NAME
 from .session import Stopwatch
 
 PROMPT_TOKENS = 3000
@@ -229,7 +230,7 @@ def records(model: str, prompt_tokens: int, runs: dict[str, Run], texts: dict[st
 def _generate(model, inputs, cache, max_new_tokens: int, streamer=None) -> list[int]:
     """Ids of the new tokens, greedily."""
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
-    out = model.generate(**inputs, past_key_values=cache, generation_config=greedy, streamer=streamer)
+    out = model.generate(**inputs, **{CACHE_NAME: cache}, generation_config=greedy, streamer=streamer)
     return out[0, inputs["input_ids"].shape[1] :].tolist()
 
 

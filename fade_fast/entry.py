@@ -1,5 +1,7 @@
 """What is checked where a step enters a model: once, before any layer has written anything."""
 
+import threading
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -35,7 +37,7 @@ def before(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, di
     tokens = _tokens(args, kwargs)
     if tokens is not None:
         _check_mask(model, cache, kwargs.get("attention_mask"), tokens)
-    cache.length_before = cache.get_seq_length()
+    cache.began[threading.get_ident()] = cache.get_seq_length()
     return args, changed
 
 
@@ -44,9 +46,9 @@ def after(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
     if torch.compiler.is_compiling():
         return
     cache = cache_in((*kwargs.values(), *args))
-    if not isinstance(cache, TieredKVCache) or cache.length_before is None or cache.stepper.active:
+    start = cache.began.pop(threading.get_ident(), None) if isinstance(cache, TieredKVCache) else None
+    if start is None or cache.stepper.active:
         return
-    start, cache.length_before = cache.length_before, None
     tokens = _tokens(args, kwargs)
     if tokens is not None and tokens.shape[1] and cache.get_seq_length() == start:
         raise RuntimeError(
@@ -79,14 +81,7 @@ def _check_mask(model: PreTrainedModel, cache: TieredKVCache, mask, tokens: Tens
         return
     timeline = cache.timeline
     if model.config._attn_implementation != NAME:
-        # The model's own attention obeys masks, but they count columns, which eviction moves.
-        hides = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all()
-        if cache.fade_config.evicts and hides:
-            raise ValueError(
-                "padding, and a cache that evicts, under the model's own attention, which cannot tell "
-                "which of the tokens left are padding: fade_fast.attach(model) replaces it"
-            )
-        return
+        return  # the model's own attention obeys masks
     if isinstance(mask, dict):  # by kind of layer
         mask = mask.get("full_attention")
     positions = timeline.positions if timeline.length else None

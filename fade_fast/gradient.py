@@ -5,7 +5,7 @@ from torch import Tensor
 
 REASON = (
     "no gradient goes through a tiered cache: what it holds is detached, and compressed. Train without "
-    "past_key_values, or with transformers' DynamicCache"
+    "a cache, or with transformers' DynamicCache"
 )
 
 

@@ -88,6 +88,7 @@ class TieredLayer(CacheLayerMixin):
     is_croppable = True
     record_past = False  # whether generate() may take back a step, with all that it counted
     layer_idx: int | None = None  # of the model's layer, where the model is known
+    shows_survivors = False  # whether stock attention may read what is left: right without padding only
     shared = False  # whether other layers may read what this one stores (Gemma 4)
     telemetry: Telemetry | None = None  # where anything listens
 
@@ -180,10 +181,10 @@ class TieredLayer(CacheLayerMixin):
                 f"eviction_policy={self.config.eviction_policy!r} ranks by attention, which this model's "
                 "own attention function does not tell: fade_fast.attach(model) replaces it"
             )
-        if self.config.moves and self.timeline.has_holes:
+        if self.config.evicts and not self.shows_survivors or self.config.moves and self.timeline.has_holes:
             raise ValueError(
-                "tokens of rows with padding have moved in this cache: only our attention knows which are "
-                "which, fade_fast.attach(model) brings it back"
+                "this cache evicts or moves tokens, and masks of the model's own attention would count columns: "
+                "fade_fast.attach(model) brings ours back"
             )
         start = self.length
         try:

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from . import checkpoint
 from .cache import TieredKVCache
 from .create import load_cache
+from .models import CACHE_NAME
 
 CHUNK = 1024  # tokens of a document read at a time
 MARK = "<|fade-question|>"  # stands for the question while the chat template is applied
@@ -86,7 +87,7 @@ def prefill(model: PreTrainedModel, cache: TieredKVCache, ids: Tensor) -> None:
     """Read `ids` [1, n] into an empty cache, `CHUNK` tokens at a time, with a progress bar."""
     with tqdm(total=ids.shape[1], desc="reading", unit="token", leave=False, delay=1) as bar, torch.no_grad():
         for part in ids.to(model.device).split(CHUNK, dim=1):
-            model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
             bar.update(part.shape[1])
     cache.memory()  # what is due is compressed now, not when the first question comes
 
@@ -111,7 +112,7 @@ def answer(model: PreTrainedModel, cache: TieredKVCache, ids: Tensor, max_new_to
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             generation_config=greedy,
             streamer=watch,
         )

@@ -1,7 +1,7 @@
 """What a cache does, as events: to a JSON-lines file, to Python's logging, or to a function of yours.
 
     with cache.listen("events.jsonl"):
-        model.generate(..., past_key_values=cache)
+        model.generate(..., **{CACHE_NAME: cache})
 
 Events are flat dicts that JSON can hold. All have `event`, one of `KINDS`, and `time`, seconds since 1970;
 all but `recompilation` have `layer`, the model's, and `seen`, the columns the layer has seen. Beside them:

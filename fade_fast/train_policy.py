@@ -33,7 +33,7 @@ from .attach import detach
 from .create import create_cache
 from .files import whole
 from .loading import DTYPES, LoadError, load, quiet
-from .models import attention_modules
+from .models import CACHE_NAME, attention_modules
 
 SINKS, RECENT, BLOCK = 4, 32, 32
 #: A token that gets this share of the attention of each query to come is surely worth keeping: the network
@@ -185,7 +185,7 @@ def perplexity(model: PreTrainedModel, cache, window: Tensor) -> float:
         position = torch.arange(part.start, part.stop, device=model.device)[None]
         with torch.no_grad():
             step = model(
-                input_ids=window[None, part], position_ids=position, past_key_values=cache, use_cache=True
+                input_ids=window[None, part], position_ids=position, **{CACHE_NAME: cache}, use_cache=True
             )
         next_ = window[part.start + 1 : part.stop + 1]
         losses.append(

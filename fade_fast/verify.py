@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .models import attention_modules, cache_parameter, execution_device, text_config, vocabulary
+from .models import CACHE_NAME, attention_modules, cache_parameter, execution_device, text_config, vocabulary
 from .undisturbed import undisturbed
 
 #: Tokens fed at a time: two chunks, the second longer than any step of a draft, a draft, single tokens.
@@ -192,7 +192,7 @@ def _feed(model: PreTrainedModel, cache: Cache) -> Tensor:
             break
         # The class's function: calls of the model may be hooked, or compiled, by others.
         forward, real = type(model).forward, torch.ones_like(tokens[:, : start + n])
-        arguments = {cache_parameter(forward) or "past_key_values": cache}
+        arguments = {cache_parameter(forward) or CACHE_NAME: cache}
         step = forward(model, input_ids=part, attention_mask=real, use_cache=True, **arguments)
         found.append(step.logits if "logits" in step else step[0])
         start += n

@@ -10,13 +10,17 @@ OLDEST, NEWEST = "5.17.0", "5.24.0"
 _warned = False
 
 
+def installed() -> str:
+    """The version of transformers that is installed."""
+    return transformers.__version__
+
+
 def untested() -> str:
     """One line if the installed transformers is newer than any that was tested; empty if it is not."""
-    installed = transformers.__version__
-    if Version(installed).release[:2] <= Version(NEWEST).release[:2]:
+    if Version(installed()).release[:2] <= Version(NEWEST).release[:2]:
         return ""
     return (
-        f"transformers {installed} is newer than {NEWEST}, the newest that fade_fast was tested with; "
+        f"transformers {installed()} is newer than {NEWEST}, the newest that fade_fast was tested with; "
         "create_cache() still compares a model's numbers before it serves it"
     )
 

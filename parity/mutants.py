@@ -721,7 +721,7 @@ MUTANTS = [
         ),
         (
             "window forgotten before the first demotion",
-            "attention._attend",
+            "attention._attend_cached",
             "or terms.window is not None",
             "",
             "outgrows",

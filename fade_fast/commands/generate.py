@@ -9,7 +9,7 @@ import contextlib
 import time
 
 from .. import options, session
-from ..cache import create_cache
+from ..create import create_cache
 from ..files import write_json
 from ..loading import LoadError, load, quiet
 

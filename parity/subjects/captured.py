@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 import fade_fast
+from fade_fast.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from .. import cases as measure
@@ -82,7 +83,7 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
             cache = fade_fast.create_cache(model, config, codebooks=books, verify=False)
             cache.stepper.compileable = False
             return cache, model.generate(
-                **inputs, past_key_values=cache, max_new_tokens=new, **options, **more
+                **inputs, **{CACHE_NAME: cache}, max_new_tokens=new, **options, **more
             )
 
         eager, expected = eagerly(min_new_tokens=new)
@@ -103,7 +104,7 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
         cache.stepper.compileable = True
         begin, widths = cache.stepper.begin, []
         cache.stepper.begin = lambda new, batch: widths.append(begin(new, batch) and new) or bool(widths[-1])
-        ours = model.generate(**inputs, past_key_values=cache, max_new_tokens=new, **options)
+        ours = model.generate(**inputs, **{CACHE_NAME: cache}, max_new_tokens=new, **options)
         found.same("tokens generated", ours, expected)
         if drafted:
             found.holds("captured as a whole", max(widths) == DRAFT + 1, f"steps of {set(widths)}")

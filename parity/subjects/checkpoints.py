@@ -9,6 +9,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 import fade_fast
 from fade_fast import checkpoint, middle, plan
+from fade_fast.models import CACHE_NAME
 from fade_ref.config import POSITIONS, PRESETS, FadeConfig
 from fade_ref.tiers import INTEGER_TIERS, Tier
 
@@ -144,7 +145,7 @@ class Talk:
             mask = torch.ones_like(own)
             mask[0, : self.padding] = 0
             found = self.model(
-                input_ids=own[:, start:], attention_mask=mask, past_key_values=self.cache, use_cache=True
+                input_ids=own[:, start:], attention_mask=mask, **{CACHE_NAME: self.cache}, use_cache=True
             )
             out.append(found.logits)
         return out

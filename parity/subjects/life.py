@@ -9,6 +9,7 @@ import fade_fast
 import fade_fast.attention as fast_attention
 from fade_fast import plan
 from fade_fast.kernels import packed, rotated
+from fade_fast.models import CACHE_NAME
 from fade_ref.attention import Terms
 from fade_ref.config import PRESETS, FadeConfig
 from fade_ref.tiers import INTEGER_TIERS
@@ -299,7 +300,7 @@ def _crop_refused(config):
         model = measure._model(shape).to(found.device)
         cache = fade_fast.create_cache(model, config, verify=False)
         ids = Draw(seed).integers(0, 16, 2, 40).to(found.device)
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True)
         recent = cache.layers[0].recent
         found.refused(lambda: cache.crop(-recent - 1), f"crop(-{recent + 1})", f"newest {recent}")
         found.holds("lengths", cache.get_seq_length() == 40, "unchanged by what was refused")

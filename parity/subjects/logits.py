@@ -9,6 +9,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 import fade_fast
 import fade_fast.attention as fast
 from fade_fast.layer import Arrival
+from fade_fast.models import CACHE_NAME
 from fade_ref.cache import LayerCache
 from fade_ref.rope import Rope
 
@@ -52,7 +53,7 @@ def logits(config, dtype, device, seed) -> Iterator[tuple[str, float]]:
     AttentionInterface.register(fast.NAME, watch)
     try:
         for i, part in enumerate(ids.split(CHUNKS, dim=1)):
-            ours = model(input_ids=part.to(device), past_key_values=cache, use_cache=True).logits
+            ours = model(input_ids=part.to(device), **{CACHE_NAME: cache}, use_cache=True).logits
             theirs = wide(input_ids=part, use_cache=False).logits
             yield f"step {i}: {part.shape[1]}", relative_error(ours, theirs)
     finally:

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.methods import allocated, method
+from fade_fast.models import CACHE_NAME
 
 from ..fast.models import prompt, tiny_llama
 from . import models
@@ -21,7 +22,7 @@ def test_a_filled_cache_weighs_what_a_used_one_does(model):
     for name in ("int4", "balanced", "h2o:int4_budget=100", "snapkv:int4_budget=50"):
         cache = method(name)(model, 700)
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, **{CACHE_NAME: cache})
         assert allocated(cache) == cache.memory().allocated, name
         assert allocated(cache) == memory.filled_bytes(model, method(name), 700), name
     assert memory.filled_bytes(model, method("dynamic"), 700) == 700 * 2 * 2 * 2 * 64 * 2

@@ -66,6 +66,8 @@ def twin(family: Family, mode: Mode, config: FadeConfig) -> Tensor:
         with read_dense():
             return mode.run(Run(model, lambda: cache, plain=True))
     fade_fast.detach(model)
+    for layer in cache.tiered:
+        layer.shows_survivors = True
     return mode.run(Run(model, lambda: cache, plain=True))
 
 

@@ -11,6 +11,8 @@ from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, Stopp
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
+from fade_fast.models import CACHE_NAME
+
 from .families import FAMILIES, VOCABULARY, Family
 
 PROMPT, NEW = 40, 8
@@ -42,7 +44,7 @@ class Run:
         torch.manual_seed(5)
         options = dict(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW) | options
         cache = self.new_cache() if cache is None else cache
-        return self.model.generate(**inputs, past_key_values=cache, **options)
+        return self.model.generate(**inputs, **{CACHE_NAME: cache}, **options)
 
 
 def prompt(batch: int = 2, pads=(), length: int = PROMPT) -> dict:
@@ -132,7 +134,7 @@ def feed(run: Run, cache, ids: Tensor, mask: Tensor) -> Tensor:
     position = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     step = dict(input_ids=ids, attention_mask=mask, position_ids=position)
     with torch.no_grad():
-        return run.model(**step, past_key_values=cache, use_cache=True).logits
+        return run.model(**step, **{CACHE_NAME: cache}, use_cache=True).logits
 
 
 def after(operation: Callable) -> Callable[[Run], Tensor]:
@@ -220,7 +222,7 @@ def chunks(run: Run) -> Tensor:
             part = dict(
                 input_ids=ids[:, start : start + n], attention_mask=torch.ones_like(ids[:, : start + n])
             )
-            out.append(run.model(**part, past_key_values=cache, use_cache=True).logits)
+            out.append(run.model(**part, **{CACHE_NAME: cache}, use_cache=True).logits)
             start += n
     return torch.cat(out, dim=1)
 

@@ -496,6 +496,8 @@ def twin(pristine: PreTrainedModel, config: FadeConfig, way: Mode) -> Decoded:
         with read_dense():
             return way.run(model, cache)
     fade_fast.detach(model)
+    for layer in cache.tiered:
+        layer.shows_survivors = True
     return way.run(model, cache)
 
 

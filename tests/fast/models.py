@@ -116,7 +116,14 @@ def twin_logits(model, config, inputs, chunks):
     """The same with stock attention over a cache that stores the same codes and reads them dense."""
     cache = fade_fast.create_cache(model, config)
     fade_fast.detach(model)
+    show_survivors(cache)
     return teacher_forced(model, cache, inputs, chunks)
+
+
+def show_survivors(cache) -> None:
+    """Let stock attention read what an evicting cache has left: right in rows without padding."""
+    for layer in cache.tiered:
+        layer.shows_survivors = True
 
 
 def codebooks(model, *, width=4, centroids=16, seed=0):

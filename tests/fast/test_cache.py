@@ -13,6 +13,7 @@ from fade_fast.attention import NAME
 from fade_fast.buffers import copy_all, take_rows
 from fade_fast.kernels import compile as compiling
 from fade_fast.kernels import packed, rotated, step
+from fade_fast.models import CACHE_NAME
 from fade_fast.timeline import HOLE
 from fade_ref.config import POLICIES, FadeConfig
 
@@ -69,7 +70,7 @@ def test_memory_reports_what_is_allocated(config, max_length):
 def teacher_forced_step(model, cache, count):
     ids = torch.randint(1, 256, (1, count), generator=torch.Generator().manual_seed(count))
     with torch.no_grad():
-        return model(ids, past_key_values=cache, use_cache=True).logits
+        return model(ids, **{CACHE_NAME: cache}, use_cache=True).logits
 
 
 @pytest.mark.slow
@@ -115,8 +116,8 @@ def test_reorder_select_and_repeat_equal_the_same_rows(config):
         position = (mask.cumsum(-1) - 1)[:, -4:]
         step = dict(input_ids=more[index], attention_mask=mask, position_ids=position, use_cache=True)
         with torch.no_grad():
-            ours = model(**step, past_key_values=here).logits
-            theirs = model(**step, past_key_values=there).logits
+            ours = model(**step, **{CACHE_NAME: here}).logits
+            theirs = model(**step, **{CACHE_NAME: there}).logits
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
         assert config is OFF or compressed_tokens(here) > 0
 
@@ -181,7 +182,7 @@ def test_two_caches_alternate_on_one_model():
     with torch.no_grad():
         for _ in range(20):
             for i, cache in enumerate(caches):
-                ids[i] = model(ids[i], past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+                ids[i] = model(ids[i], **{CACHE_NAME: cache}, use_cache=True).logits[:, -1:].argmax(-1)
                 found[i].append(ids[i])
     for i in range(2):
         assert torch.equal(torch.cat(found[i], dim=1), alone[i])
@@ -229,7 +230,7 @@ def test_more_rows_have_room_for_longer_chunks(monkeypatch):
     cache.batch_repeat_interleave(5)
     assert all(tier.records.count <= tier.span == 128 < tier.records.capacity for tier in tiers)
     with torch.no_grad():
-        logits = model(torch.ones(5, 1, dtype=torch.long), past_key_values=cache).logits
+        logits = model(torch.ones(5, 1, dtype=torch.long), **{CACHE_NAME: cache}).logits
     assert logits.isfinite().all() and torch.equal(logits, logits[:1].expand_as(logits))
 
 
@@ -257,11 +258,11 @@ def test_padded_rows_are_the_same_after_detach(bits):
     position = (mask.cumsum(-1) - 1).clamp_min(0)
     cache, outputs = fade_fast.create_cache(model, config), []
     with torch.no_grad():
-        model(input_ids=ids[:, :58], attention_mask=mask[:, :58], past_key_values=cache)
+        model(input_ids=ids[:, :58], attention_mask=mask[:, :58], **{CACHE_NAME: cache})
         assert compressed_tokens(cache) > 0
         for held in (copy.deepcopy(cache), cache):
             inputs = dict(input_ids=ids[:, 58:], attention_mask=mask, position_ids=position[:, 58:])
-            outputs.append(model(**inputs, past_key_values=held).logits)
+            outputs.append(model(**inputs, **{CACHE_NAME: held}).logits)
             fade_fast.detach(model)
     torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
 
@@ -377,7 +378,7 @@ class TestBadInput:
     def test_a_second_batch_size(self):
         model, cache = self.filled()
         with pytest.raises(ValueError, match="batch"):
-            model(torch.ones(2, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+            model(torch.ones(2, 1, dtype=torch.int64), **{CACHE_NAME: cache}, use_cache=True)
         assert cache.get_seq_length() == 50
 
     def test_another_model(self):
@@ -426,7 +427,7 @@ def test_calls_that_record_gradients_store_the_same(policy):
         cache = fade_fast.create_cache(model, config)
         with context():
             for part in (ids[:, :30], ids[:, 30:50], *ids[:, 50:].split(1, dim=1)):
-                outs.append(model(input_ids=part, past_key_values=cache).logits)
+                outs.append(model(input_ids=part, **{CACHE_NAME: cache}).logits)
         assert compressed_tokens(cache) > 0
         assert not any(x.requires_grad for layer in cache.tiered for x in layer.tensors())
     half = len(outs) // 2

@@ -17,6 +17,7 @@ from fade_fast import calls, capture, stepper
 from fade_fast.cache import storage_bytes
 from fade_fast.capture import Captured
 from fade_fast.kernels.compile import uncaptured
+from fade_fast.models import CACHE_NAME
 from fade_fast.stepper import SHORT
 from fade_ref.config import FadeConfig
 
@@ -158,6 +159,7 @@ def test_tensors_are_reordered_without_a_cast_or_a_copy_each(tapes, name):
     cache = new_cache(model, CONFIGS[name])
     compiled(model, cache, prompt(30, batch=2), new=30)
     assert compressed_tokens(cache) > 0 and not cache.stepper._stale
+    cache.seen.set(None)  # a beam search does not wait for ids
     with Copies() as seen:
         cache.reorder_cache(torch.tensor([1, 0], dtype=torch.int32))
     assert seen.casts == 1 and seen.single == 1  # of the index, and of the timeline
@@ -265,7 +267,7 @@ def test_drafts_are_compiled_only_where_generate_checks_them(tapes):
     assert tapes and cache.stepper.drafts() is None
     replays = sum(tape.replays for tape in tapes)
     with torch.no_grad():
-        model(input_ids=out[:, -4:], past_key_values=cache)
+        model(input_ids=out[:, -4:], **{CACHE_NAME: cache})
     assert sum(tape.replays for tape in tapes) == replays and cache.stepper.search is None
 
 
@@ -428,7 +430,7 @@ def test_a_loop_of_ones_own_is_not_compiled(tapes):
         with torch.no_grad():
             for _ in range(3):
                 cache.reorder_cache(torch.tensor([1, 0, 2, 3]))
-                model(out[:, -1:].repeat(2, 1), past_key_values=cache)
+                model(out[:, -1:].repeat(2, 1), **{CACHE_NAME: cache})
         assert (len(tapes), sum(tape.replays for tape in tapes)) == made
 
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWin
 
 import fade_fast
 from fade_fast import checkpoint
+from fade_fast.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
@@ -31,7 +32,7 @@ CONFIGS = {
 
 def talk(model, cache, ids, new=10):
     return model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new, do_sample=False
+        ids, attention_mask=torch.ones_like(ids), **{CACHE_NAME: cache}, max_new_tokens=new, do_sample=False
     )
 
 
@@ -85,7 +86,7 @@ def test_sliding_windows_of_both_kinds(length, kinds, tmp_path):
 
     def step(cache, first, stop):
         ids = torch.arange(2 * stop).reshape(2, stop)[:, first:] % 61
-        return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        return model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True).logits
 
     saved, loaded = cache(kinds != "to a GPU"), cache(kinds != "from a GPU")
     step(saved, 0, length)
@@ -215,13 +216,13 @@ def test_a_cache_of_which_nothing_uncompressed_is_left(left, tmp_path):
     cache = fade_fast.create_cache(model, config)
     ids = prompt(17)["input_ids"]
     with torch.no_grad():
-        model(input_ids=ids[:, : left + 5], past_key_values=cache)
+        model(input_ids=ids[:, : left + 5], **{CACHE_NAME: cache})
         cache.crop(-5)
         assert all(layer.length == left for layer in cache.tiered)
         assert not left or all(layer.exact.count == 0 for layer in cache.tiered)
         cache.save(tmp_path / "c")
         loaded = fade_fast.load_cache(tmp_path / "c", model)
-        outs = [model(input_ids=ids[:, :3], past_key_values=c).logits for c in (cache, loaded)]
+        outs = [model(input_ids=ids[:, :3], **{CACHE_NAME: c}).logits for c in (cache, loaded)]
     assert torch.equal(*outs) and loaded.get_seq_length() == left + 3
 
 

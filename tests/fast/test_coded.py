@@ -10,6 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import fade_fast
 from fade_fast import checkpoint, telemetry
 from fade_fast.codebooks import Codebooks, train
+from fade_fast.models import CACHE_NAME
 from fade_ref import product as spec
 from fade_ref.config import FadeConfig
 from parity import cases
@@ -160,7 +161,7 @@ def test_max_length_makes_room_at_once():
 def test_a_copy_shares_codebooks_and_nothing_else():
     model, ids = tiny_llama(), prompt(50)["input_ids"]
     cache = new_cache(model, CODED)
-    talk = lambda cache, ids: model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)  # noqa: E731
+    talk = lambda cache, ids: model.generate(ids, **{CACHE_NAME: cache}, max_new_tokens=12, do_sample=False)  # noqa: E731
     out = talk(cache, ids)
     twin = copy.deepcopy(cache)
     for ours, theirs in zip(cache.tiered, twin.tiered):
@@ -184,7 +185,7 @@ def test_offloading_and_its_way_back():
         layer.prefetch()
     for part in (slice(40, 41), slice(41, 50)):
         with torch.no_grad():
-            found.append(model(input_ids=inputs["input_ids"][:, part], past_key_values=cache).logits)
+            found.append(model(input_ids=inputs["input_ids"][:, part], **{CACHE_NAME: cache}).logits)
     assert torch.equal(torch.cat(found, dim=1), expected)
 
 
@@ -193,7 +194,7 @@ def test_a_saved_cache_needs_its_codebooks(tmp_path):
     model, path, ids = tiny_llama(), tmp_path / "c", prompt(50, batch=2)["input_ids"]
     books = codebooks(model)
     cache = fade_fast.create_cache(model, CODED, codebooks=books)
-    talk = lambda cache, ids: model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)  # noqa: E731
+    talk = lambda cache, ids: model.generate(ids, **{CACHE_NAME: cache}, max_new_tokens=12, do_sample=False)  # noqa: E731
     out = talk(cache, ids)
     cache.save(path)
     tensors, known = cache.state_dict()

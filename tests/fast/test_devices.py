@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fade_fast
+from fade_fast.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from .models import CODED, compressed_tokens, new_cache, prompt, tiny_llama
@@ -32,7 +33,7 @@ def written(model, ids, preset=None):
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=torch.ones_like(ids).to(model.device),
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         max_new_tokens=NEW,
         min_new_tokens=NEW,
         do_sample=False,
@@ -86,7 +87,7 @@ def test_codes_are_those_of_the_cpu():
         inputs = {k: v.to(device) for k, v in prompt(400, batch=2, pads=(0, 11)).items()}
         cache = new_cache(model, CODED)
         options = dict(do_sample=False, output_logits=True, return_dict_in_generate=True)
-        out = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, min_new_tokens=40, **options)
+        out = model.generate(**inputs, **{CACHE_NAME: cache}, max_new_tokens=40, min_new_tokens=40, **options)
         tier = cache.tiered[0].middle.tiers[0]
         assert tier.records.count > 400
         found.append((out.sequences[0, 400:].cpu(), torch.stack(out.logits)[:, 0].float().cpu()))
@@ -111,7 +112,7 @@ def test_a_demotion_that_runs_out_of_memory_can_be_repeated(name):
 
     def step(cache, column, new=1):
         with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return model(input_ids=ids[:, column : column + new], past_key_values=cache).logits
+            return model(input_ids=ids[:, column : column + new], **{CACHE_NAME: cache}).logits
 
     first = 4 + 64 + 64 - 2  # two tokens less than make a block due
     step(start, 0, first)
@@ -154,7 +155,7 @@ def test_events_are_those_of_the_cpu(policy):
         cache, events = fade_fast.create_cache(model, config), []
         with cache.listen(events.append):
             model.generate(
-                **inputs, past_key_values=cache, max_new_tokens=40, min_new_tokens=40, do_sample=False
+                **inputs, **{CACHE_NAME: cache}, max_new_tokens=40, min_new_tokens=40, do_sample=False
             )
         told.append([{k: e.get(k) for k in ALIKE} for e in events if e["event"] in KINDS])
     assert len(told[0]) > 20 and told[0] == told[1]

@@ -18,6 +18,7 @@ import torch
 import fade_fast
 from fade_fast import checkpoint, cli, snapshot
 from fade_fast.cache import TieredKVCache
+from fade_fast.models import CACHE_NAME
 from fade_fast.stepper import SHORT
 from fade_ref.config import CODECS, PLAN_SCOPES, POLICIES, FadeConfig
 
@@ -60,7 +61,7 @@ def forward(model, cache, ids, mask=None):
     with torch.no_grad():
         position = None if mask is None else (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         return model(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=position, **{CACHE_NAME: cache}, use_cache=True
         ).logits
 
 
@@ -216,8 +217,8 @@ class Life:
         layer = self.cache.tiered[0]
         actions = [
             lambda: forward(self.model, self.cache, torch.ones(self.rows + 1, 2, dtype=torch.long)),
-            lambda: self.model(input_ids=ids, past_key_values=self.cache, use_cache=False),
-            lambda: self.model(ids, torch.ones(self.rows, 2, 2, 2), past_key_values=self.cache),
+            lambda: self.model(input_ids=ids, **{CACHE_NAME: self.cache}, use_cache=False),
+            lambda: self.model(ids, torch.ones(self.rows, 2, 2, 2), **{CACHE_NAME: self.cache}),
             lambda: layer.update(keys.float(), keys.float()),
             lambda: layer.update(keys, keys[:, :, :1]),
             lambda: layer.update(keys[..., : dim // 2], keys[..., : dim // 2]),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fade_fast
+from fade_fast.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
@@ -16,6 +17,7 @@ from .models import (
     dense,
     generate,
     prompt,
+    show_survivors,
     teacher_forced,
     tiny_llama,
     twin_logits,
@@ -74,6 +76,7 @@ def test_modes_with_compression_equal_the_dense_twin(mode, config):
     assert compressed_tokens(tiered) > 0
     twin = fade_fast.create_cache(model, config)
     fade_fast.detach(model)
+    show_survivors(twin)
     torch.manual_seed(3)
     assert torch.equal(ours, generate(model, twin, inputs, **mode))
 
@@ -83,32 +86,23 @@ def test_padding_is_refused_where_it_cannot_be_told_from_tokens(settings):
     """Stock attention masks columns, but survivors are in others; nothing is written by the refusal."""
     model, inputs = tiny_llama(), prompt(60, batch=2, pads=(0, 20))
     filled = fade_fast.create_cache(model, settings)
-    generate(model, filled, inputs, new=4)
+    new = generate(model, filled, inputs, new=4)
     fade_fast.detach(model)
     step = dict(input_ids=torch.tensor([[5], [6]]), position_ids=torch.tensor([[63], [43]]))
-    with pytest.raises(ValueError, match="tokens of rows with padding have moved"):
-        model(**step, past_key_values=filled, use_cache=True)
+    with pytest.raises(ValueError, match="this cache evicts or moves tokens"):
+        model(**step, **{CACHE_NAME: filled}, use_cache=True)
     assert filled.get_seq_length() == 63
     empty = fade_fast.create_cache(model, settings)
     fade_fast.detach(model)
     if settings.evicts:
-        with pytest.raises(ValueError, match="padding, and a cache that evicts"):
+        with pytest.raises(ValueError, match="this cache evicts or moves tokens"):
             generate(model, empty, inputs, new=4)
         assert empty.get_seq_length() == 0
-        even = prompt(60, batch=2)
-        generate(model, empty, even, new=4)
-        assert empty.memory().tokens["EVICTED"] > 0
     fade_fast.attach(model)
-    generate(model, filled, padded_on(inputs, 4), new=4)
+    text, mask = torch.cat((inputs["input_ids"], new), 1), torch.ones(2, 64, dtype=torch.long)
+    mask[:, :60] = inputs["attention_mask"]
+    generate(model, filled, dict(input_ids=text, attention_mask=mask), new=4)
     assert filled.get_seq_length() == 67
-
-
-def padded_on(inputs, new):
-    """The inputs with `new` more tokens of text in each row."""
-    more = torch.randint(1, 256, (2, new), generator=torch.Generator().manual_seed(9))
-    ids = torch.cat((inputs["input_ids"], more), dim=1)
-    mask = torch.cat((inputs["attention_mask"], torch.ones_like(more)), dim=1)
-    return dict(input_ids=ids, attention_mask=mask)
 
 
 CHUNKS = [60] + [1] * 30 + [40, 5, 3] + [1] * 12

@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-import transformers
 from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig, Gemma3Config, Gemma3ForConditionalGeneration, GenerationConfig
 from transformers.generation import utils as generation
@@ -450,7 +449,7 @@ def test_steps_that_are_captured_or_declined_are_not_complained_about(unheard, o
 
 def test_a_newer_transformers_is_announced_once(monkeypatch):
     assert not versions.untested(), "the installed one was tested"
-    monkeypatch.setattr(transformers, "__version__", "5.99.0.dev0")
+    monkeypatch.setattr(versions, "installed", lambda: "5.99.0.dev0")
     monkeypatch.setattr(versions, "_warned", False)
     with pytest.warns(UserWarning, match="transformers 5.99.0.dev0 is newer than"):
         fade_fast.create_cache(tiny_llama(), SMALL)

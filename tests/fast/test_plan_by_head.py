@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fade_fast
+from fade_fast.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 from parity.case import perform
 from parity.subjects import heads
@@ -59,6 +60,6 @@ def test_copies_and_files(tmp_path):
         c.reorder_cache(torch.tensor([1, 0]))
     step = dict(input_ids=torch.tensor([[4] * 12, [9] * 12]), position_ids=torch.arange(69, 81).expand(2, -1))
     with torch.no_grad():
-        a, b = (model(**step, past_key_values=c, use_cache=True).logits for c in (cache, loaded))
+        a, b = (model(**step, **{CACHE_NAME: c}, use_cache=True).logits for c in (cache, loaded))
     assert torch.equal(a, b)
     assert heads.survivors(cache.tiered[0], 0, 1) == heads.survivors(loaded.tiered[0], 0, 1)

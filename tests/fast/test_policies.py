@@ -8,6 +8,7 @@ from transformers import FalconConfig, FalconForCausalLM
 
 import fade_fast
 from fade_fast import importance
+from fade_fast.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
@@ -92,7 +93,7 @@ def continued(model, cache, inputs, start, chunks):
                 input_ids=ids[:, part],
                 attention_mask=mask[:, : start + n],
                 position_ids=position[:, part],
-                past_key_values=cache,
+                **{CACHE_NAME: cache},
             )
             out.append(step.logits)
             start += n

@@ -174,7 +174,7 @@ def test_tokens_fed_by_hand_are_not_known(filled):
     model, cache, text = filled
     more = prompt(12, seed=5)["input_ids"]
     with torch.no_grad():
-        model(input_ids=torch.cat((text[:, -1:], more), dim=1), past_key_values=cache)
+        model(input_ids=torch.cat((text[:, -1:], more), dim=1), **{CACHE_NAME: cache})
     whole = torch.cat((text, more, more), dim=1)
     assert told(model, cache, whole).shape[1] == whole.shape[1] + 6
     whole = whole.clone()
@@ -213,4 +213,4 @@ def test_the_positional_prompt_is_found(filled):
     with pytest.raises(ValueError, match="a new text needs a new cache"):
         model.generate(text[:, :10], cache=cache, max_new_tokens=2)
     with pytest.raises(ValueError, match="a new text needs a new cache"):
-        model.generate(inputs=text[:, :10], past_key_values=cache, max_new_tokens=2)
+        model.generate(inputs=text[:, :10], **{CACHE_NAME: cache}, max_new_tokens=2)

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import fade_fast
+from fade_fast.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from ..conformance.twins import held
@@ -81,7 +82,7 @@ def test_soak(policy):
         exact = fresh(model, text[0, position], at)
         errors.append([distance(keys, exact[0]), distance(values, exact[1])])
         step = dict(input_ids=text[:, -1:], position_ids=torch.tensor([[seen]]))
-        found = model(**step, past_key_values=twin, use_cache=True).logits[0, -1]
+        found = model(**step, **{CACHE_NAME: twin}, use_cache=True).logits[0, -1]
         kept = dict(
             input_ids=torch.cat((text[:, position], text[:, -1:]), dim=1),
             position_ids=torch.arange(seen - live, seen + 1)[None],

@@ -17,6 +17,7 @@ from fade_fast.kernels import compile as compiling
 from fade_fast.kernels import exact, rotated, step
 from fade_fast.layer import TieredLayer
 from fade_fast.middle import Middle, PinnedMiddle, PlannedMiddle
+from fade_fast.models import CACHE_NAME
 from fade_fast.stepper import Stepper
 from fade_ref.config import FadeConfig
 
@@ -46,12 +47,12 @@ def compiled(model, cache, inputs, backend="aot_eager", new=24, **kwargs):
     config._compile_all_devices = True
     cache.stepper.compileable = True
     options = dict(max_new_tokens=new, do_sample=False, compile_config=config) | kwargs
-    return model.generate(**inputs, past_key_values=cache, **options)
+    return model.generate(**inputs, **{CACHE_NAME: cache}, **options)
 
 
 def eager(model, cache, inputs, new=24, **kwargs):
     options = dict(max_new_tokens=new, do_sample=False) | kwargs
-    return model.generate(**inputs, past_key_values=cache, **options)
+    return model.generate(**inputs, **{CACHE_NAME: cache}, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -436,7 +437,7 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name, drafted, mon
 
     stepper.begin, stepper.end = strict, relaxed
     try:
-        model.generate(**inputs, past_key_values=cache, **options)
+        model.generate(**inputs, **{CACHE_NAME: cache}, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert stepper.captures and len(seen) > NEW - LAST / 2

@@ -10,6 +10,7 @@ import torch
 
 import fade_fast
 from fade_fast import telemetry
+from fade_fast.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
@@ -44,7 +45,7 @@ def events_of(name, chunks, seed=0, pads=(0, 0)):
                         input_ids=part["input_ids"],
                         attention_mask=mask[:, : start + n],
                         position_ids=position[:, start : start + n].clamp_min(0),
-                        past_key_values=cache,
+                        **{CACHE_NAME: cache},
                     )
             start += n
             memories.append((cache.memory(), len(events)))
@@ -158,7 +159,8 @@ def test_listening_changes_no_bit_and_ends():
                 outs.append(generate(model, cache, inputs, new=30))
             told = len(events)
             assert told > 0
-            generate(model, cache, dict(input_ids=torch.ones(1, 80, dtype=torch.long)), new=4)
+            text = torch.cat((inputs["input_ids"], outs[0], torch.ones(1, 20, dtype=torch.long)), dim=1)
+            generate(model, cache, dict(input_ids=text, attention_mask=torch.ones_like(text)), new=4)
             assert len(events) == told
         else:
             outs.append(generate(model, cache, inputs, new=30))
@@ -205,9 +207,10 @@ def test_a_copy_is_not_listened_to():
     model, events = tiny_llama(), []
     cache = fade_fast.create_cache(model, CONFIGS["evict"])
     with cache.listen(events.append):
-        generate(model, cache, prompt(30), new=2)
+        text = torch.cat((prompt(30)["input_ids"], generate(model, cache, prompt(30), new=2)), dim=1)
         twin, told = copy.deepcopy(cache), len(events)
-        generate(model, twin, dict(input_ids=torch.ones(1, 80, dtype=torch.long)), new=4)
+        text = torch.cat((text, torch.ones(1, 48, dtype=torch.long)), dim=1)
+        generate(model, twin, dict(input_ids=text, attention_mask=torch.ones_like(text)), new=4)
         assert len(events) == told > 0
         assert cache.tiered[0].telemetry is not None
 

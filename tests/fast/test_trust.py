@@ -10,6 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import fade_fast
 from fade_fast import buffers, layer, middle
 from fade_fast.kernels import product, rotated
+from fade_fast.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
@@ -74,7 +75,7 @@ def test_running_out_of_memory_at_any_point_of_a_step(name, pads, monkeypatch):
                 input_ids=ids[:, column : column + 1],
                 attention_mask=mask[:, : column + 1],
                 position_ids=(mask.cumsum(-1) - 1)[:, column : column + 1].clamp_min(0),
-                past_key_values=cache,
+                **{CACHE_NAME: cache},
             ).logits
 
     start = new_cache(model, CONFIGS[name])
@@ -116,7 +117,7 @@ def test_running_out_of_memory_while_buffers_grow(failing, monkeypatch):
 
     def step(cache, column):
         with torch.no_grad():
-            return model(input_ids=ids[:, column : column + 1], past_key_values=cache).logits
+            return model(input_ids=ids[:, column : column + 1], **{CACHE_NAME: cache}).logits
 
     def limited(self, capacity):
         if self is caches[0].tiered[failing].exact and capacity > self.capacity and not failures:
@@ -173,10 +174,10 @@ def test_a_long_step_that_failed_halfway_is_remembered(monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError), torch.no_grad():
         patch.setattr(layer.TieredLayer, "_demote", fail)
-        model(input_ids=ids[:, 40:80], past_key_values=cache)
+        model(input_ids=ids[:, 40:80], **{CACHE_NAME: cache})
     assert len(calls) == 2
     for attempt in (
-        lambda: model(input_ids=ids[:, 80:81], past_key_values=cache),
+        lambda: model(input_ids=ids[:, 80:81], **{CACHE_NAME: cache}),
         lambda: cache.crop(-1),
         lambda: cache.reorder_cache(torch.tensor([0])),
         lambda: cache.state_dict(),
@@ -196,7 +197,7 @@ def test_another_thread_is_refused():
     expected = generate(model, fade_fast.create_cache(model, CONFIGS["evict"]), inputs, new=10)
     cache, refused = fade_fast.create_cache(model, CONFIGS["evict"]), []
     attempts = [
-        lambda: model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache),
+        lambda: model(input_ids=torch.ones(1, 1, dtype=torch.long), **{CACHE_NAME: cache}),
         cache.reset,
         cache.memory,
         lambda: cache.crop(0),
@@ -224,7 +225,8 @@ def test_another_thread_is_refused():
         assert torch.equal(generate(model, cache, inputs, new=10), expected)
     assert len(refused) == len(attempts)
     assert all("in use by another thread" in said for said in refused)
-    generate(model, cache, dict(input_ids=torch.ones(1, 60, dtype=torch.long)), new=2)
+    text = torch.cat((inputs["input_ids"], expected, torch.ones(1, 10, dtype=torch.long)), dim=1)
+    generate(model, cache, dict(input_ids=text, attention_mask=torch.ones_like(text)), new=2)
 
 
 def test_between_the_layers_of_a_step():
@@ -235,7 +237,7 @@ def test_between_the_layers_of_a_step():
 
     def intrude():
         try:
-            model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+            model(input_ids=torch.ones(1, 1, dtype=torch.long), **{CACHE_NAME: cache})
         except RuntimeError as error:
             said.append(str(error))
 
@@ -247,7 +249,7 @@ def test_between_the_layers_of_a_step():
 
     hook = model.model.layers[0].register_forward_hook(between)
     with torch.no_grad():
-        model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+        model(input_ids=torch.ones(1, 1, dtype=torch.long), **{CACHE_NAME: cache})
     assert (
         len(said) == 1 and "a step has not ended: the first layer has seen 22 tokens, the last 21" in said[0]
     )
@@ -311,7 +313,7 @@ def test_layers_of_transformers_take_the_step_back_too_or_it_is_refused(length, 
 
     def step(cache):
         with torch.no_grad():
-            return model(input_ids=ids[:, length : length + 1], past_key_values=cache).logits
+            return model(input_ids=ids[:, length : length + 1], **{CACHE_NAME: cache}).logits
 
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("out of memory, as a test has it")

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
+from fade_fast.models import CACHE_NAME
 from fade_ref.rope import (
     NOPE,
     SCHEMES,
@@ -393,7 +394,7 @@ def test_keys_that_a_mixed_model_stores(family, prefix, interleaved):
     for layer_idx in range(4):
         attention = attention_class(config, layer_idx)
         with torch.no_grad(), pytest.raises(Recorded) as recorded:
-            attention(hidden, embedding, None, past_key_values=Recorder())
+            attention(hidden, embedding, None, **{CACHE_NAME: Recorder()})
         with torch.no_grad():
             raw = attention.k_proj(hidden).view(1, 12, 2, 32)
             raw = getattr(attention, "k_norm", lambda k: k)(raw.transpose(1, 2)).to(F64)
