@@ -116,6 +116,7 @@ class Result:
     tokens_per_s: float | None = None
     cold_s: float | None = None  # to the first token of the first prefill, kernels' compilation included
     first_token_s: float | None = None  # the same of a second prefill
+    captured: int | None = None  # steps of ours that were a CUDA graph's
     compile_s: float | None = None  # what the steps of the warm-up took beyond that of later ones
     prefill_gb: float | None = None
     decode_gb: float | None = None
@@ -419,6 +420,11 @@ def measure(
         result.first_token_s = first
     elif fill != "random":
         result.cold_s = first
+    if clock.cuda and isinstance(cache, TieredKVCache):
+        result.captured = cache.stepper.replays if cache.stepper.captures else cache.stepper.steps
+        if result.captured < len(steps) / 2:
+            result.failed = f"not captured: {result.captured} of {len(steps)} steps"
+            return result
     settled, extra = steady(steps)
     result.ms, result.mean_ms = (f(settled) * 1e3 for f in (statistics.median, statistics.mean))
     result.worst_ms, result.compile_s = max(settled) * 1e3, extra

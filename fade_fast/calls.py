@@ -189,12 +189,14 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
             new = tokens.shape[1]
             if new > 1:
                 kwargs = _of_any_length(kwargs, tokens)
+            step = step_of(stepper)
             try:
-                output = step_of(stepper)(stepper.epoch, kwargs)
+                output = step(stepper.epoch, kwargs)
             except BaseException:
                 stepper.active = False
                 raise
             stepper.end(new)
+            stepper.replays = getattr(step, "replays", 0)
             return output
 
     return call

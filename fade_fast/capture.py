@@ -28,7 +28,7 @@ class Captured:
     def __init__(self, compiled: Callable[..., ModelOutput], otherwise: Callable[[], Callable]):
         """`otherwise` makes what is called instead if `compiled` cannot be captured."""
         self.compiled, self.otherwise, self.refused = compiled, otherwise, False
-        self.epoch, self.recordings = 0, []
+        self.epoch, self.recordings, self.replays = 0, [], 0
 
     def __call__(self, epoch: int, arguments: dict) -> ModelOutput:
         if self.refused:
@@ -58,6 +58,7 @@ class Captured:
                 return self.compiled(**arguments)
             recording.inputs = _tensors(leaves)
         recording.graph.replay()
+        self.replays += 1
         output = recording.output
         # generate() copies logits itself, and a cache is no tensor. It may keep anything else of every step.
         kept = [x for name, x in output.items() if name != "logits" and not isinstance(x, Cache)]

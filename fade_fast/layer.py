@@ -183,8 +183,8 @@ class TieredLayer(CacheLayerMixin):
             )
         if self.config.evicts and not self.shows_survivors or self.config.moves and self.timeline.has_holes:
             raise ValueError(
-                "this cache evicts or moves tokens, and masks of the model's own attention would count columns: "
-                "fade_fast.attach(model) brings ours back"
+                "this cache evicts or moves tokens, and masks of the model's own attention would count "
+                "columns: fade_fast.attach(model) brings ours back"
             )
         start = self.length
         try:

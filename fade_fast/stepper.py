@@ -52,6 +52,7 @@ class Stepper:
         within: whether a generate() is under way. hooked: whether it asks our hooks before it compiles.
         reached: what of them this text came by: "step", "search", "drafts", "ahead", or "declined".
         steps, eager_steps: decode steps of this text by the graph, and outside of it.
+        replays: how many of the former were replayed from a CUDA graph of ours.
         reordered: whether rows changed places in it.
         kept: what policies had counted before the newest step, if that may be taken back.
     """
@@ -67,7 +68,7 @@ class Stepper:
     def open_text(self, hooked: bool) -> None:
         """Count anew, for another generate()."""
         self.within, self.hooked, self.reached = True, hooked, set()
-        self.steps, self.eager_steps, self.reordered = 0, 0, False
+        self.steps, self.eager_steps, self.replays, self.reordered = 0, 0, 0, False
 
     def clear(self) -> None:
         """Forget the epoch, and with it every tensor that only a captured graph needs."""
