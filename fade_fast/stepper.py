@@ -108,9 +108,11 @@ class Stepper:
         if first.due:
             self._demote()
         room = 1 if new == 1 else SHORT  # the next draft may be longer
-        if first.exact.count + room > first.exact.capacity or self.timeline.room < room:
+        if first.exact.count + room > first.exact.capacity:
             for layer in self.layers:
                 layer.make_room(room)
+            self.touch()
+        if self.timeline.room < room:
             self.timeline.reserve(self.timeline.length + room)
             self.touch()
         if self._stale or self._outgrown() or first.frequencies is not self._frequencies:

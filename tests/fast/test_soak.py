@@ -6,6 +6,7 @@ FADE_SOAK=20000 sets the number of new tokens; by default there are fewer, for a
 import copy
 import gc
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,32 @@ def alive():
     gc.collect()
     found = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
     return len(found), sum(x.untyped_storage().nbytes() for x in found)
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("preset", ["balanced", "aggressive"])
+def test_memory_is_flat_over_calls(device, preset):
+    """Several generate() on one cache that evicts: captured steps, and what comes between them."""
+    config = replace(FadeConfig.preset(preset), recent_window=32, int4_budget=40, block_size=16)
+    model = tiny_llama(dtype=torch.bfloat16 if device == "cuda" else torch.float64, layers=4).to(device)
+    cache, sizes = fade_fast.create_cache(model, config), []
+    text = prompt(120)["input_ids"].to(device)
+    for _ in range(5):
+        inputs = dict(input_ids=text, attention_mask=torch.ones_like(text))
+        options = dict(do_sample=False, max_new_tokens=200, min_new_tokens=200)
+        if device == "cpu":
+            text = compiled(model, cache, inputs, new=200, min_new_tokens=200)
+        else:
+            text = model.generate(**inputs, **{CACHE_NAME: cache}, **options)
+        memory = cache.memory()
+        assert memory.tokens["EVICTED"] > 0 and cache.stepper.steps > 190
+        positions = sum(x.nbytes for x in cache.timeline.tensors())  # 4 bytes a token seen, with room to spare
+        assert positions <= 4 * (2 * text.shape[1] + 512)
+        sizes.append(memory.allocated - positions)
+    assert max(sizes) <= 1.005 * min(sizes), sizes
 
 
 @pytest.mark.slow
