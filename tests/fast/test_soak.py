@@ -76,7 +76,9 @@ def test_memory_is_flat_over_calls(device, preset):
             text = model.generate(**inputs, **{CACHE_NAME: cache}, **options)
         memory = cache.memory()
         assert memory.tokens["EVICTED"] > 0 and cache.stepper.steps > 190
-        positions = sum(x.nbytes for x in cache.timeline.tensors())  # 4 bytes a token seen, with room to spare
+        positions = sum(
+            x.nbytes for x in cache.timeline.tensors()
+        )  # 4 bytes a token seen, with room to spare
         assert positions <= 4 * (2 * text.shape[1] + 512)
         sizes.append(memory.allocated - positions)
     assert max(sizes) <= 1.005 * min(sizes), sizes
