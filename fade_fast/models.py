@@ -28,6 +28,9 @@ def text_config(model: PreTrainedModel):
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model: decoders only are supported")
+    heads = config.attribute_map.get("num_attention_heads", "num_attention_heads")
+    if not _setting(config, heads):
+        raise ValueError(f"{type(model).__name__} has no attention heads, and so no keys and values to cache")
     if _setting(config, "cross_attention_layers") or _setting(config, "add_cross_attention"):
         raise ValueError(
             f"{type(model).__name__} keeps keys of its cross-attention layers in the same cache: decoders "

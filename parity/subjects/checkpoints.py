@@ -143,7 +143,10 @@ class Talk:
             rows = self.cache.timeline.batch if self.cache.timeline.length else 2
             own = ids[:rows, : start + step].to(self.model.device)
             mask = torch.ones_like(own)
-            mask[0, : self.padding] = 0
+            if start:  # what became of the padding, whatever rows and columns have changed places
+                mask[:, :start] = self.cache.timeline.positions >= 0
+            else:
+                mask[0, : self.padding] = 0
             found = self.model(
                 input_ids=own[:, start:], attention_mask=mask, **{CACHE_NAME: self.cache}, use_cache=True
             )

@@ -212,6 +212,7 @@ def test_a_folder_without_a_model(tmp_path, capsys):
     assert f"cannot load model '{tmp_path}'" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_a_hub_id_that_cannot_be_had(monkeypatch, capsys):
     monkeypatch.setattr(loading, "hub_reachable", lambda: False)
     assert main(["demo", "--model", "nobody/nothing"]) == 2

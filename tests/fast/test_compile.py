@@ -78,6 +78,7 @@ def test_no_second_graph_inside_another_compiled_one(twin):
     assert graphs() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "context", slow_but([torch.no_grad, torch.inference_mode], torch.no_grad), ids=lambda c: c.__name__
 )
@@ -174,6 +175,7 @@ def test_counting_compiled_counts_the_same(name, twin, monkeypatch):
         assert (plain[1] == fresh).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", slow_but([1, 48, 64, None], 64))
 def test_three_graphs_encode_prompts_of_all_lengths(step, twin, monkeypatch):
     """`step` tokens share a mean, or all do. A permutation as rotation, so that no sum depends on tiles."""

@@ -180,6 +180,7 @@ def test_prompt_lookup_leaves_no_trace(config):
     assert compressed_tokens(drafted) > 0
 
 
+@pytest.mark.slow
 def test_tokens_keep_their_codes_wherever_they_move():
     """No middle token is re-quantised through 1000 generated tokens with eviction."""
     model, inputs = tiny_llama(layers=1), prompt(100)

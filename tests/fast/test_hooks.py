@@ -22,6 +22,7 @@ from fade_fast import attention, calls, versions
 from fade_fast.models import CACHE_NAME, CACHE_NAMES, cache_parameter
 from fade_ref.config import FadeConfig
 
+from ..marks import slow_but
 from .models import OFF, compressed_tokens, dense, generate, new_cache, prompt, tiny_llama
 
 SMALL = FadeConfig(recent_window=16, block_size=8)
@@ -187,6 +188,7 @@ def test_an_attached_model_can_be_copied_pickled_and_saved():
         )
 
 
+@pytest.mark.slow
 def test_an_attached_model_travels_to_a_new_process(tmp_path):
     """As multiprocessing with spawn sends it."""
     model = tiny_llama()
@@ -334,6 +336,12 @@ def test_continuous_batching_says_detach():
     for name in ("generate_batch", "init_continuous_batching"):
         with pytest.raises(ValueError, match=r"fade_fast\.detach\(model\)"):
             getattr(model, name)([[3, 4, 5]])
+
+
+@pytest.mark.slow
+def test_continuous_batching_works_after_detach():
+    model = tiny_llama()
+    fade_fast.create_cache(model, SMALL)
     fade_fast.detach(model)
     asked = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=2, pad_token_id=0)
     assert model.generate_batch([[3, 4, 5]], generation_config=asked, progress_bar=False)
@@ -348,9 +356,9 @@ def test_attention_weights_that_get_lost_are_announced():
         generate(model, new_cache(model, OFF), inputs, new=2)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("whole", [True, False], ids=["fullgraph", "graphs"])
-@pytest.mark.parametrize("name", ["off", "safe", "evicting", "h2o"])
+@pytest.mark.parametrize("dynamic", slow_but([None, True], None))
+@pytest.mark.parametrize("whole", slow_but([True, False], True), ids=["fullgraph", "graphs"])
+@pytest.mark.parametrize("name", slow_but(["off", "safe", "evicting", "h2o"], "evicting"))
 def test_a_forward_that_the_user_compiles(name, whole, dynamic):
     """In one graph, in few compilations, with the tokens of eager steps."""
     configs = dict(off=OFF, safe=SMALL, evicting=FadeConfig(recent_window=16, block_size=8, int4_budget=8))
@@ -366,6 +374,7 @@ def test_a_forward_that_the_user_compiles(name, whole, dynamic):
     assert counted.frame_count <= 4, "compiled anew at every length"
 
 
+@pytest.mark.slow
 def test_a_gradient_through_a_compiled_forward_is_refused():
     model = tiny_llama()
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
@@ -431,9 +440,10 @@ def test_a_cache_is_not_compileable_where_our_hooks_are_missing(monkeypatch):
     assert seen and not any(seen)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, dict(num_beams=2), dict(do_sample=True), dict(prompt_lookup_num_tokens=3)]
-)
+MODES = [{}, dict(num_beams=2), dict(do_sample=True), dict(prompt_lookup_num_tokens=3)]
+
+
+@pytest.mark.parametrize("options", slow_but(MODES, {}))
 @pytest.mark.parametrize("disabled", [False, True], ids=["compiled", "disable_compile"])
 def test_steps_that_are_captured_or_declined_are_not_complained_about(unheard, options, disabled):
     model = tiny_llama()

@@ -330,6 +330,7 @@ def test_opcheck(gathers):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     slow_but(

@@ -13,6 +13,7 @@ from fade_fast.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 from tests.conformance.twins import read_dense
 
+from ..marks import slow_but
 from .models import OFF, compressed_tokens, new_cache, prompt, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -90,8 +91,8 @@ def seeded(kinds):
 KINDS = list(own_masks(4))
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("new", COUNTS)
+@pytest.mark.parametrize("padded", slow_but([False, True], True), ids=["whole", "padded"])
+@pytest.mark.parametrize("new", slow_but(COUNTS, 7, 70))
 @seeded(KINDS)
 def test_any_mask_over_a_steps_own_tokens_is_obeyed(kind, new, padded):
     """Without compression: what DynamicCache gives, for the step and for those after it."""
@@ -102,9 +103,9 @@ def test_any_mask_over_a_steps_own_tokens_is_obeyed(kind, new, padded):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("padded", slow_but([False, True], True), ids=["whole", "padded"])
 @pytest.mark.parametrize("new", (7, 70))
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "evict"))
 @seeded(["a tree", "random, both ways", "an image"])
 def test_masks_are_obeyed_beside_compressed_tokens(kind, name, new, padded):
     own, model = own_masks(new)[kind], tiny_llama(dtype=torch.float64)

@@ -22,6 +22,7 @@ def test_every_head_keeps_what_the_specification_keeps(case):
     assert outcome.passed, (outcome.raised, outcome.checks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["h2o", "snapkv"])
 def test_generation(policy):
     """Heads keep different tokens, and compiled steps do as eager ones."""

@@ -150,6 +150,7 @@ def test_memory_is_that_of_a_tile(monkeypatch):
     assert 1 << 11 <= max(allocated) <= 1 << 12
 
 
+@pytest.mark.slow
 def test_one_graph():
     """Nothing depends on data: both functions are traced whole."""
     book, query = sample(16, K, 4).half(), sample(1, 2, 3, 64, dtype=torch.float32)

@@ -59,6 +59,7 @@ def alive():
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("preset", ["balanced", "aggressive"])
 def test_memory_is_flat_over_calls(device, preset):

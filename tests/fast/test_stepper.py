@@ -345,6 +345,7 @@ def test_what_torch_compile_made_of_a_model(run, tmp_path):
     assert fade_fast.attach(wrapped)
 
 
+@pytest.mark.slow
 def test_long_uncompressed_texts_are_left_to_flash_attention(monkeypatch):
     monkeypatch.setattr("fade_fast.layer.SETTLED", 64)
     monkeypatch.setattr("fade_fast.kernels.exact.TAIL", 256)
@@ -357,6 +358,7 @@ def test_long_uncompressed_texts_are_left_to_flash_attention(monkeypatch):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_columns_left_to_flash_attention_are_cropped(monkeypatch):
     """It sees all that it is given, so an epoch ends where some of that is gone."""
     monkeypatch.setattr("fade_fast.layer.SETTLED", 64)

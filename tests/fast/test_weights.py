@@ -9,6 +9,7 @@ import fade_fast
 from fade_fast.models import execution_device
 from fade_ref.config import FadeConfig
 
+from ..marks import slow_but
 from .models import OFF, compressed_tokens, dense, generate, new_cache, prompt, tiny_llama
 from .test_hooks import equal, state
 
@@ -94,7 +95,7 @@ MODELS = {
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("preset", CONFIGS)
+@pytest.mark.parametrize("preset", slow_but(CONFIGS, "balanced"))
 @pytest.mark.parametrize("name", MODELS)
 def test_quantized_weights_are_served_and_sized_as_others(name, preset):
     model, plain, inputs = MODELS[name](), tiny_llama(), prompt(60)
