@@ -160,6 +160,7 @@ def folder(tmp_path_factory):
     return models.save(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.slow
 def test_the_command(folder, tmp_path, capsys):
     text, file, page = tmp_path / "text.txt", tmp_path / "out.json", tmp_path / "out.md"
     text.write_text(models.words(1000))

@@ -114,6 +114,7 @@ def test_samples_are_replayed(tapes):
     assert torch.equal(*found) and sum(tape.replays for tape in tapes) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(CONFIGS, "evict"))
 @pytest.mark.parametrize("padded", PADDED)
 def test_beam_search_is_captured(tapes, name, padded):
@@ -303,6 +304,7 @@ def ending(model, config, inputs, at):
     return dict(eos_token_id=ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, padded",
     slow_but(

@@ -117,6 +117,8 @@ class Life:
             self.reader, self.twin = self.model, fade_fast.create_cache(self.model, self.config)
         else:
             self.reader, self.twin = dense, TieredKVCache(dense, self.config)
+            for layer in self.twin.tiered:
+                layer.shows_survivors = True  # there is no padding
         self.mask = torch.ones(self.rows, 0, dtype=torch.long)
 
     def run(self) -> None:

@@ -35,6 +35,7 @@ def test_without_compression_tokens_equal_dynamic_cache(group, head_dim):
         assert compressed_tokens(cache) == 0 and cache.get_seq_length() == 50 + 40 - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtypes(dtype):
     model, inputs = tiny_llama(dtype=dtype), prompt(50, batch=2)
@@ -168,6 +169,7 @@ def test_second_turn_continues_the_conversation():
             assert compressed_tokens(cache) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SAFE, EVICTING], ids=["safe", "evicting"])
 def test_prompt_lookup_leaves_no_trace(config):
     """Rejected drafts are cropped before anything is demoted: tokens equal a run without drafts."""
@@ -205,6 +207,7 @@ def test_tokens_keep_their_codes_wherever_they_move():
     assert cache.memory().tokens["INT4"] == 24 and cache.memory().tokens["EVICTED"] > 900
 
 
+@pytest.mark.slow
 def test_budgets_hold_after_every_step():
     model, inputs = tiny_llama(layers=1), prompt(200)
     config = FadeConfig(**SMALL, int4_budget=20, int2_budget=12)

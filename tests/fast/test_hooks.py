@@ -478,9 +478,9 @@ def test_a_reader_never_stops_the_worker():
     """memory(), describe(), snapshot(), save() in another thread: refused now and then, or served "
     "between steps."""
     model, inputs = tiny_llama(), prompt(60)
-    expected = generate(model, new_cache(model, SMALL), inputs, new=150)
+    expected = generate(model, new_cache(model, SMALL), inputs, new=60)
     cache, found = new_cache(model, SMALL), []
-    worker = threading.Thread(target=lambda: found.append(generate(model, cache, inputs, new=150)))
+    worker = threading.Thread(target=lambda: found.append(generate(model, cache, inputs, new=60)))
     worker.start()
     served = refused = 0
     while worker.is_alive():

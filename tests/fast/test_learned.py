@@ -36,6 +36,7 @@ def test_weights_from_a_file(tmp_path):
     assert [layer.observer.depth for layer in cache.tiered] == [0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_captured_steps():
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2, pads=(0, 9))
     torch._dynamo.reset()
@@ -47,6 +48,7 @@ def test_captured_steps():
     assert all(torch.equal(a, b) for a, b in zip(*map(survivors, caches)))
 
 
+@pytest.mark.slow
 def test_weights_that_are_shipped():
     """Without other weights they choose, by more than position; their file says where they come from."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(80)

@@ -38,6 +38,7 @@ def test_generation(policy):
     assert torch.equal(found[:, 60:], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["knorm", "keydiff"])
 def test_logits_equal_those_over_the_same_codes_read_dense(policy):
     model, inputs = tiny_llama(dtype=torch.float64), prompt(110)

@@ -45,6 +45,7 @@ def test_nothing_is_stored_where_nothing_asks(settings, monkeypatch):
     assert all(layer.tally() == [] for layer in cache.tiered)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "h2o", "snapkv"))
 def test_budgets(policy):
     """Tiers hold what their budgets allow, and no more; the choice differs from that by position."""
@@ -62,6 +63,7 @@ def test_budgets(policy):
     assert cache.memory().packed <= cache.memory().allocated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "h2o", "snapkv"))
 def test_copies_resets_and_offloads(policy):
     """A copy goes on as the cache itself, a cache that was reset as a new one; moving changes nothing."""
@@ -125,6 +127,7 @@ def _received(layer, row) -> dict[int, torch.Tensor]:
     return {p: scores[:, i] for i, p in enumerate(places) if p >= layer.config.n_sink}
 
 
+@pytest.mark.slow
 def test_half_precision_chooses_almost_as_float64():
     """bfloat16 models rank by what they see: most of the survivors are those of float64."""
     inputs = prompt(300)

@@ -52,6 +52,7 @@ def test_products_of_one_row_become_sums(batch, left):
     assert len(made) == (2 if batch == 1 else 0)  # a row that two products share is written once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", slow_but([1, 2, 8], 2))
 def test_a_model_compiles_with_its_products_of_rows(batch):
     """By Inductor's C++ backend; the pass is in the key of graphs kept on disk."""
@@ -151,6 +152,7 @@ def test_kernels_compiled_within_a_step_keep_their_own_choice():
     assert torch._inductor.config.triton.native_matmul == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, compiling.TOGETHER, compiling.OPTIONS], ids=["none", "few", "all"])
 def test_kernels_compiled_within_a_step_keep_their_own_options(options, monkeypatch):
     torch._dynamo.reset()

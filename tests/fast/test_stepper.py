@@ -105,6 +105,7 @@ WAYS = [("unpadded", name) for name in STEADY] + [("padded", name) for name in S
 WAYS += [("drafted", name) for name in ("int4", "evict", "int4, contiguous", "knorm")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way, name", slow_but(WAYS, ("unpadded", "int4"), ("padded", "evict")))
 def test_demotion_for_graphs_equals_ordinary_demotion(name, way, monkeypatch):
     """Where a graph would be replayed, the same runs by tensors: to the bit, and counted alike.
@@ -176,6 +177,7 @@ def test_caches_alternate_and_start_again_without_recompiling():
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_turns_continue_a_captured_cache():
     """A second turn, eager steps between and a crop leave the next captured steps right."""
     model = tiny_llama(dtype=torch.float64)
@@ -382,6 +384,7 @@ def test_attach_is_undone():
     assert "get_compiled_call" not in vars(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(CONFIGS, "h2o"))
 def test_a_step_leaves_no_tensor_behind(name):
     """What a captured step makes lies in its graph's memory, so nothing else may keep it."""

@@ -56,6 +56,7 @@ def test_survivors_of_a_played_eviction():
         before = ages
 
 
+@pytest.mark.slow
 def test_what_is_fitted():
     """The network learns a soft target from its features, and the policy computes what was fitted."""
     x = torch.rand(20_000, 4, generator=torch.Generator().manual_seed(1)).double()

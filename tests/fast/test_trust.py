@@ -62,6 +62,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pads", PADS)
 @pytest.mark.parametrize("name", slow_but(CONFIGS, "two tiers"))
 def test_running_out_of_memory_at_any_point_of_a_step(name, pads, monkeypatch):

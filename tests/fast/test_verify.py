@@ -4,13 +4,21 @@ import warnings
 
 import pytest
 import torch
-from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AttentionInterface,
+    Cache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import fade_fast
 from fade_fast import attention, layer, verify
 from fade_fast.attach import verified
+from fade_fast.models import CACHE_NAME
 
 from .models import OFF, SAFE, dense, generate, prompt, tiny_llama
 
@@ -148,10 +156,10 @@ def test_models_that_are_hard_to_try():
 def test_models_that_cannot_be_tried_are_attached_with_a_warning(monkeypatch):
     model, own = tiny_llama(), type(tiny_llama()).forward
 
-    def forward(self, input_ids, pixels=None, **kwargs):
+    def forward(self, input_ids, pixels=None, cache: Cache | None = None, **kwargs):
         if pixels is None:
             raise TypeError("pixels are needed")
-        return own(self, input_ids, **kwargs)
+        return own(self, input_ids, **{CACHE_NAME: cache}, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", forward)
     with pytest.warns(UserWarning, match="could not be verified: .* TypeError: pixels are needed"):

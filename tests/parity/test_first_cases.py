@@ -124,6 +124,7 @@ def test_shapes_and_dtypes(name, shape):
     assert found[-1].middle > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", slow_but([p for p in plan.SUPPORTED if p != "position"], "h2o", "knorm"))
 @pytest.mark.parametrize("padding", ROWS)
 @pytest.mark.parametrize("budget", slow_but(BUDGETS, "int4, int2, evict"))
@@ -137,6 +138,7 @@ def test_policies(policy, budget, padding):
     assert max(s.score_error for s in found) <= SCORES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", slow_but(BY_ATTENTION, "h2o"))
 @pytest.mark.parametrize("padding", ROWS[:2])
 def test_scores_follow_crops_and_reordered_rows(policy, padding):
