@@ -59,7 +59,7 @@ class ModelCheck:
 
     def __str__(self) -> str:
         if self.refused:
-            return f"{self.model}: refused: {self.refused}"
+            return "\n".join(x for x in (f"{self.model}: refused: {self.refused}", untested()) if x)
         tiered = sum(layer.tiered for layer in self.layers)
         how = {
             "packed": "decoding reads compressed tokens as they are",

@@ -1,6 +1,7 @@
 """Captured steps: what is replayed, and what is not. Where there is no GPU, a graph is played by Python."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -93,6 +94,32 @@ def test_replayed_steps_equal_eager_steps(tapes, name, padded):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", ["off", "int4", "evict"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(do_sample=True), dict(num_beams=2)], ids=["greedy", "sampled", "beams"]
+)
+def test_a_plain_generate_is_captured_on_a_gpu(name, options):
+    """By the profiler: nearly every step is the launch of one CUDA graph."""
+    model, new = tiny_llama(dtype=torch.bfloat16).cuda(), 60
+    inputs = {k: v.cuda() for k, v in prompt(120, batch=2).items()}
+    configs = dict(off=CONFIGS["off"], int4=FadeConfig(), evict=FadeConfig(int4_budget=64))
+    cache = new_cache(model, configs[name])
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with warnings.catch_warnings(), torch.profiler.profile(activities=activities) as profile:
+        warnings.filterwarnings("error", message=".*captured.*")
+        model.generate(
+            **inputs,
+            **{CACHE_NAME: cache},
+            max_new_tokens=new,
+            min_new_tokens=new,
+            **dict(do_sample=False) | options,
+        )
+    launches = sum(e.count for e in profile.key_averages() if e.key == "cudaGraphLaunch")
+    assert cache.stepper.replays > new - 10 and launches >= cache.stepper.replays
+    assert name == "off" or compressed_tokens(cache) > 0
+
+
 def test_outputs_that_generate_keeps_are_those_of_their_own_step(tapes):
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
     asked = dict(return_dict_in_generate=True, output_hidden_states=True, output_logits=True)
