@@ -1,11 +1,11 @@
-"""Versions of transformers that fade_fast was tested with."""
+"""Which versions of transformers fade_fast was tested with: 5.17.0, the oldest allowed, to `NEWEST`."""
 
 import warnings
 
 import transformers
 from packaging.version import Version
 
-OLDEST, NEWEST = "5.17.0", "5.24.0"
+NEWEST = "5.24.0"
 
 _warned = False
 
