@@ -29,14 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fade_fast.files import write_json
-from fade_fast.kernels import packed, rotated, step
-from fade_fast.kernels.compile import Compiled, marker, tier_tiles
+from fade_fast.cache.positions import Timeline
+from fade_fast.cache.store import NEVER, PinnedMiddle
+from fade_fast.compile.compiled import Compiled, marker, tier_tiles
+from fade_fast.kernels import decode, packed, rotated
 from fade_fast.kernels.packed import Queries, Slots
 from fade_fast.kernels.rope import rotate
 from fade_fast.kernels.rotated import Packed
-from fade_fast.middle import NEVER, PinnedMiddle
-from fade_fast.timeline import Timeline
+from fade_fast.saved.files import write_json
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import token_bytes
 
@@ -222,7 +222,7 @@ class Problem:
 
     def attend(self, mass: list[Tensor] | None = None) -> Tensor:
         args = self.query, self.keys, self.values, self.seen, self.table, self.tiers
-        return step.attend(*args, **self.options, mass=mass)
+        return decode.attend(*args, **self.options, mass=mass)
 
     def live(self, length: int) -> None:
         """From now on the tier holds `length` tokens."""
@@ -340,11 +340,11 @@ def measure(case: Case, device: str, bandwidth: float) -> Result:
 def by_length(device: str, lengths: list[int]) -> dict:
     """Times of a step over buffers made for the longest of `lengths`, as the text in them grows."""
     problem = Problem(Case(LLAMA, 4, 1, max(lengths) + EXACT), device)
-    before, us = set(step._compiled.graphs), []
+    before, us = set(decode._compiled.graphs), []
     for length in lengths:
         problem.live(length)
         us.append(microseconds(problem.attend, device))
-    graphs = len(set(step._compiled.graphs) - before)
+    graphs = len(set(decode._compiled.graphs) - before)
     compiled = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
     capacity = problem.tiers[0].valid.shape[-1]
     return line(lengths, us) | dict(capacity=capacity, graphs=graphs, compiled=compiled)

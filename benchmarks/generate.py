@@ -27,10 +27,10 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sta
 from transformers.generation.candidate_generator import CandidateGenerator
 
 import fade_fast
-from fade_fast.attach import attach
-from fade_fast.cache import TieredKVCache, storage_bytes
-from fade_fast.files import write_json
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf.attach import attach
+from fade_fast.hf.cache import TieredKVCache, storage_bytes
+from fade_fast.hf.models import CACHE_NAME
+from fade_fast.saved.files import write_json
 from fade_ref.config import PRESETS, FadeConfig
 
 from .decode_attention import read_bandwidth

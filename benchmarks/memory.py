@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fade_fast
-from fade_fast import loading
-from fade_fast.cache import TieredKVCache
-from fade_fast.codebooks import SIDES
-from fade_fast.layer import TieredLayer
-from fade_fast.models import CACHE_NAME
+from fade_fast.cache.layer import TieredLayer
+from fade_fast.hf import loading
+from fade_fast.hf.cache import TieredKVCache
+from fade_fast.hf.codebooks import SIDES
+from fade_fast.hf.models import CACHE_NAME
 
 from . import texts
 from .methods import Method, Unavailable, allocated, key_shape, method

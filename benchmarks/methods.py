@@ -15,11 +15,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, QuantizedCache
 
 import fade_fast
-from fade_fast.cache import TieredKVCache, storage_bytes, tensors
-from fade_fast.kernels import compile as compiling
-from fade_fast.layer import TieredLayer
-from fade_fast.models import text_config
-from fade_fast.timeline import HOLE
+from fade_fast.cache.layer import TieredLayer
+from fade_fast.cache.positions import HOLE
+from fade_fast.compile import compiled as compiling
+from fade_fast.hf.cache import TieredKVCache, storage_bytes, tensors
+from fade_fast.hf.models import text_config
 from fade_ref.config import PRESETS, FadeConfig
 
 #: Policies compared at equal bytes; "position" alone is StreamingLLM with its older tokens at INT4.

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fade_fast.files import write_json
-from fade_fast.kernels import compile as compiling
-from fade_fast.kernels.rows import few_tile, tile
+from fade_fast.compile import compiled as compiling
+from fade_fast.compile.small_matmul import few_tile, tile
+from fade_fast.saved.files import write_json
 
 from .decode_attention import microseconds, read_bandwidth
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 import fade_fast
-from fade_fast import loading
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf import loading
+from fade_fast.hf.models import CACHE_NAME
 
 from . import memory, texts
 from .methods import (

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 import fade_fast
-from fade_fast import loading
+from fade_fast.hf import loading
 from fade_ref.config import FadeConfig
 from fade_ref.rotation import RotatedCodec, key_mean, qr_rotation
 

@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from fade_fast import loading
+from fade_fast.hf import loading
 
 SMOLLM2 = "smollm2"  # what the default model is called on the command line
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"

@@ -23,7 +23,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from fade_fast import FadeConfig, create_cache, demo, detach, loading
+from fade_fast import FadeConfig, create_cache, detach
+from fade_fast.cli import demo
+from fade_fast.hf import loading
 from fade_ref import attention, product, quantize, rope, tiers
 from fade_ref.cache import LayerCache
 from fade_ref.rotation import RotatedCodec, key_mean, qr_rotation

@@ -6,11 +6,13 @@
 
 from fade_ref.config import FadeConfig
 
-from .attach import attach, detach
-from .cache import Memory, TieredKVCache
-from .check import LayerCheck, ModelCheck, check_model
-from .create import create_cache, load_cache
-from .prompts import common_prefix
+from . import deprecated
+from .hf import loading
+from .hf.attach import attach, detach
+from .hf.cache import Memory, TieredKVCache
+from .hf.check import LayerCheck, ModelCheck, check_model
+from .hf.create import create_cache, load_cache
+from .hf.prompts import common_prefix
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,4 +27,7 @@ __all__ = [
     "create_cache",
     "detach",
     "load_cache",
+    "loading",
 ]
+
+deprecated.install()

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from fade_fast.files import whole
+from fade_fast.saved.files import whole
 
 from . import mutants, pool, report, subjects, twins
 

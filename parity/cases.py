@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fade_fast
-from fade_fast.attention import attention
+from fade_fast.cache.layer import Arrival, TieredLayer
+from fade_fast.hf.attention import attention
 from fade_fast.kernels import product as tables
 from fade_fast.kernels import rotated
 from fade_fast.kernels.merge import merge
-from fade_fast.layer import Arrival, TieredLayer
 from fade_ref import attention as spec_attention
 from fade_ref import policies, product, quantize
 from fade_ref.cache import LayerCache, Row, Token

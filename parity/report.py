@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from fade_fast.files import whole
+from fade_fast.saved.files import whole
 
 from .case import Outcome
 from .tolerances import CLAIMS

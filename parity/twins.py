@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fade_fast.kernels import compile as compiling
+from fade_fast.compile import compiled as compiling
 
 #: What `--compiled` takes, and whether a case that is marked, and one that is not, may run compiled.
 CHOICES = {"all": (True, True), "some": (True, False), "none": (False, False)}

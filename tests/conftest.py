@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fade_fast import loading
+from fade_fast.hf import loading
 
 WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2/test.txt"
 

@@ -133,7 +133,7 @@ def test_every_message_has_its_cure_in_the_guide():
     raised = [
         (path.relative_to(ROOT), pieces)
         for path in files
-        if path.parent.name != "kernels"
+        if path.parent.name != "kernels" and path.name != "deprecated.py"
         for pieces in messages(path.read_text(encoding="utf-8"))
     ]
     assert len(raised) > 80

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .compile import Compiled, fuses
+from ..compile.compiled import Compiled, fuses
 
 #: Distances of the levels of N(0, 1), by bits; `fade_ref.quantize.levels(bits, "linear")` derives them.
 STEPS = {3: 0.5860194414434866, 2: 0.995686685943507}

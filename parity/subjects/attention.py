@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fade_fast.kernels import exact, merge, packed, rotated, step
+from fade_fast.kernels import decode, dense, merge, packed, rotated
 from fade_fast.kernels.packed import Slots
 from fade_ref import attention as spec
 from fade_ref.rope import Rope, rotate
@@ -293,7 +293,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     keys, values = keys.masked_fill(blind, torch.nan), values.masked_fill(blind, torch.inf)
     there = lambda x: None if x is None else x.to(device)  # noqa: E731
     table = rotated.with_sum(rotated.rotation(p.dim)).float()
-    tiers = [step._from_list([there(x) for x in step._to_list(slots)], slots.per_mean) for slots in tiers]
+    tiers = [decode._from_list([there(x) for x in decode._to_list(slots)], slots.per_mean) for slots in tiers]
     args = (*map(there, (query, keys, values, seen_exact, table)), tiers)
     options = dict(bits=list(p.bits), spans=spans)
     options |= dict(scaling=terms.scaling, softcap=p.softcap, s_aux=there(s_aux))
@@ -344,13 +344,13 @@ def _slots(
 
 def _attend(found: Found, p: Problem, seed: int, where: str) -> None:
     # As `step.attend` decides.
-    p = replace(p, fused=found.fused and p.dtype.itemsize == 2 and p.group * p.new <= step.MOST_ROWS)
+    p = replace(p, fused=found.fused and p.dtype.itemsize == 2 and p.group * p.new <= decode.MOST_ROWS)
     posed = pose(p, seed, found.device)
     lengths = [p.exact, *(slots.valid.shape[-1] for slots in posed.args[5])]
     wide = torch.promote_types(p.dtype, torch.float32)
     mass = [torch.full((p.batch, p.heads, n), torch.nan, dtype=wide, device=found.device) for n in lengths]
     mass = mass if p.mass else []
-    out = step.attend(*posed.args, **posed.options, mass=mass)
+    out = decode.attend(*posed.args, **posed.options, mass=mass)
     found.near("attention", relative_error(out, posed.output), where, dtype=p.dtype, strain=posed.strain)
     if p.blind and not p.sinks:
         found.same("empty rows", out[0, 0], torch.zeros_like(out[0, 0]), where)
@@ -381,13 +381,13 @@ def _compare(found: Found, posed: Posed, p: Problem, ours: merge.Partial, where:
     """A partial of the one tier, normalised, and its log-sum-exp."""
     exact = [torch.stack(x) for x in zip(*(part[0] for part in posed.parts))]
     acc = ours.acc.double() @ posed.args[4][:-1].double()
-    mine = [x.double().cpu().reshape(y.shape) for x, y in zip((acc, ours.top, ours.total), exact)]
+    mine = [x.double().cpu().reshape(y.shape) for x, y in zip((acc, ours.top, ours.total), dense)]
     for x, claim_of in ((0, "output"), (1, "log-sum-exp")):
         if x:
-            a, b = (t[1] + t[2].log() for t in (mine, exact))
+            a, b = (t[1] + t[2].log() for t in (mine, dense))
             a, b = a[exact[2] > 0], b[exact[2] > 0]
         else:
-            a, b = (t[0] / t[2].clamp_min(1e-300)[..., None] for t in (mine, exact))
+            a, b = (t[0] / t[2].clamp_min(1e-300)[..., None] for t in (mine, dense))
         error, name = relative_error(a, b), f"{where} {claim_of}".strip()
         found.near("partials", error, name, dtype=p.dtype, strain=posed.strain)
 
@@ -427,10 +427,10 @@ def _twin(found: Found, p: Problem, seed: int, where: str) -> None:
     posed = pose(p, seed, found.device)
     o, lengths = posed.options, [p.exact, *p.lengths]
     mass = [torch.full((p.batch, p.heads, n), torch.nan, device=found.device) for n in lengths]
-    args = step._of_span((*posed.args, o["s_aux"], o.get("inv_freq"), mass), o["spans"])
+    args = decode._of_span((*posed.args, o["s_aux"], o.get("inv_freq"), mass), o["spans"])
     options = dict(bits=tuple(p.bits), scaling=o["scaling"], softcap=p.softcap)
     options["interleaved"] = o.get("interleaved", False)
-    out = step._attend(*args, chunks=(128,) * len(p.lengths), **options)
+    out = decode._attend(*args, chunks=(128,) * len(p.lengths), **options)
     found.near("twin", relative_error(out, posed.output), where)
     error = relative_error(torch.cat(mass, -1), torch.cat(posed.mass, -1))
     found.near("twin", error, f"{where} mass".strip())
@@ -457,7 +457,7 @@ def _long(dim: int, group: int, dtype: torch.dtype):
             hole = ~seen[:, :, :, None]
             keys, values = keys.masked_fill(hole, torch.nan), values.masked_fill(hole, torch.inf)
             there = [x.to(found.device) for x in (query, keys, values, seen)]
-            ours = exact.attend_long(*there, settled, dim**-0.5)
+            ours = dense.attend_long(*there, settled, dim**-0.5)
             limit = strain(dtype, size)
             found.near(
                 "attention", relative_error(ours, output), f"{live} columns", dtype=dtype, strain=limit
@@ -476,7 +476,7 @@ def _merge(name: str):
             total = 1 + draw.uniform(2, 3, 8) * 9
             gone = draw.chance(0.4, 2, 3, 8) | (torch.tensor(i == 2) & torch.tensor(name == "of no keys"))
             gone[0, 0, 0] = name == "of no keys"
-            exact.append(
+            dense.append(
                 spec.Partial(
                     acc.masked_fill(gone[..., None], 0.0),
                     top.masked_fill(gone, -torch.inf),

@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 import fade_fast
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from .. import cases as measure

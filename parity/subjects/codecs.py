@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 
-from fade_fast import middle
+from fade_fast.cache import store
 from fade_fast.kernels import packed, rotated
 from fade_ref import quantize
 from fade_ref.config import CODECS
@@ -48,7 +48,7 @@ def collect() -> list[Case]:
                 found.append(Case("codecs", "codes of exact inputs", title, run, covers, compiled=True))
     found.append(Case("codecs", "key mean", "with holes", _mean))
     for codec in CODECS:
-        if codec in middle.CODECS:
+        if codec in store.CODECS:
             continue
         run = BY_DEFINITION[codec]  # a codec without a case fails here
         found.append(Case("codecs", "spec only", codec, run, (f"codec {codec}",)))
@@ -211,11 +211,11 @@ def _requantize(bits, lower):
             spec = high.encode(draw.normal(2, 3, 60, dim) * 5)
             half = [None if x is None else x.half().to(found.device) for x in spec[1:]]
             ours = rotated.Packed(spec.codes.to(found.device), *half)
-            names = middle.record(ours, ours)
-            twin = middle.PlannedMiddle._requantize(None, names, (bits, bits), (lower, lower))
+            names = store.record(ours, ours)
+            twin = store.PlannedMiddle._requantize(None, names, (bits, bits), (lower, lower))
             exact = high.requantize(spec, low)
             for side in ("key", "value"):
-                out = middle.unrecord(twin, side)
+                out = store.unrecord(twin, side)
                 result = measure.differing_codes(exact, rotated.Packed(*_here(out)), lower, dim)
                 where = f"D{dim} {side}"
                 found.near("codes differing", max(0, result.differing - 1) / max(1, result.total), where)
@@ -265,7 +265,7 @@ def _mean(found: Found, seed: int):
         x = (draw.normal(2, 3, 4, 50, 64) * scale + torch.linspace(-9, 9, 64)).half()
         position = torch.arange(50).expand(2, 1, 4, -1).masked_fill(draw.chance(0.3, 2, 1, 4, 50), -1)
         position[0, 0, 1] = -1
-        ours = middle.key_mean(x.to(found.device), position.to(found.device))
+        ours = store.key_mean(x.to(found.device), position.to(found.device))
         valid = (position >= 0).expand(-1, 3, -1, -1)
         exact = key_mean(x.masked_fill(~valid[..., None], torch.nan), valid)[..., 0, :]
         found.same("key mean", ours, exact, f"scale {scale}")

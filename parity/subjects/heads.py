@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 import fade_fast
-from fade_fast import importance, plan
-from fade_fast.attention import attention
-from fade_fast.layer import Arrival, TieredLayer
+from fade_fast.cache.layer import Arrival, TieredLayer
+from fade_fast.hf.attention import attention
+from fade_fast.policies import plan, scores
 from fade_ref.cache import LayerCache
 from fade_ref.config import FadeConfig
 from fade_ref.rope import Rope
@@ -52,7 +52,7 @@ def _run(config: FadeConfig):
         model = measure._model(shape).to(shape.device)
         learned = {}
         if config.eviction_policy == "learned":
-            learned = dict(layer=0, layers=1, weights=importance.load(importance.SHIPPED))
+            learned = dict(layer=0, layers=1, weights=scores.load(scores.SHIPPED))
         cache = fade_fast.create_cache(model, config, policy_weights=learned.get("weights"), verify=False)
         layer, module = cache.tiered[0], model.model.layers[0].self_attn
         rope = Rope(model.model.rotary_emb.inv_freq.double().cpu())

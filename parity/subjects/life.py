@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 
 import fade_fast
-import fade_fast.attention as fast_attention
-from fade_fast import plan
+import fade_fast.hf.attention as fast_attention
+from fade_fast.hf.models import CACHE_NAME
 from fade_fast.kernels import packed, rotated
-from fade_fast.models import CACHE_NAME
+from fade_fast.policies import plan
 from fade_ref.attention import Terms
 from fade_ref.config import PRESETS, FadeConfig
 from fade_ref.tiers import INTEGER_TIERS

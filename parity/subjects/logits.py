@@ -7,9 +7,9 @@ import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 import fade_fast
-import fade_fast.attention as fast
-from fade_fast.layer import Arrival
-from fade_fast.models import CACHE_NAME
+import fade_fast.hf.attention as fast
+from fade_fast.cache.layer import Arrival
+from fade_fast.hf.models import CACHE_NAME
 from fade_ref.cache import LayerCache
 from fade_ref.rope import Rope
 

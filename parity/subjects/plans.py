@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from fade_fast import plan as fast
+from fade_fast.policies import plan as fast
 from fade_ref import importance, policies
 from fade_ref.config import POLICIES, FadeConfig
 from fade_ref.policies import Candidates

@@ -13,9 +13,9 @@ from transformers import (
 )
 
 import fade_fast
+from fade_fast.cache.store import PlannedMiddle
+from fade_fast.hf.rope_probe import RopeProbe
 from fade_fast.kernels.rope import rotate
-from fade_fast.middle import PlannedMiddle
-from fade_fast.rope_probe import RopeProbe
 from fade_ref import rope as spec
 from fade_ref.config import FadeConfig
 

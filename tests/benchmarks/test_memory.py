@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.methods import allocated, method
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf.models import CACHE_NAME
 
 from ..fast.models import prompt, tiny_llama
 from . import models

@@ -11,7 +11,7 @@ from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, Stopp
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf.models import CACHE_NAME
 
 from .families import FAMILIES, VOCABULARY, Family
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fade_fast
-from fade_fast.attach import verified
-from fade_fast.models import attention_modules
-from fade_fast.verify import Verification
+from fade_fast.hf.attach import verified
+from fade_fast.hf.models import attention_modules
+from fade_fast.hf.verify import Verification
 from fade_ref.config import FadeConfig
 
 from .. import marks

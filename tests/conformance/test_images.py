@@ -11,8 +11,8 @@ import transformers
 from transformers import DynamicCache
 
 import fade_fast
-from fade_fast import versions
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf import versions
+from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from .cells import OFF, compressed

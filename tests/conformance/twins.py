@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fade_fast.attention import Rows
+from fade_fast.hf.attention import Rows
 
 
 def held(layer) -> tuple[Tensor, Tensor, Tensor]:

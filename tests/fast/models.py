@@ -8,7 +8,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.generation.candidate_generator import CandidateGenerator
 
 import fade_fast
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 SMALL = dict(recent_window=16, block_size=8)  # compresses after a few tokens

@@ -8,13 +8,14 @@ import torch
 from transformers import FalconConfig, FalconForCausalLM, T5Config, T5ForConditionalGeneration
 
 import fade_fast
-from fade_fast import middle, plan
-from fade_fast.attention import NAME
-from fade_fast.buffers import copy_all, take_rows
-from fade_fast.kernels import compile as compiling
-from fade_fast.kernels import packed, rotated, step
-from fade_fast.models import CACHE_NAME
-from fade_fast.timeline import HOLE
+from fade_fast.cache import store
+from fade_fast.cache.buffers import copy_all, take_rows
+from fade_fast.cache.positions import HOLE
+from fade_fast.compile import compiled as compiling
+from fade_fast.hf.attention import NAME
+from fade_fast.hf.models import CACHE_NAME
+from fade_fast.kernels import decode, packed, rotated
+from fade_fast.policies import plan
 from fade_ref.config import POLICIES, FadeConfig
 
 from ..marks import slow_but
@@ -207,19 +208,19 @@ def test_means_do_not_depend_on_how_many_are_taken_at_once(at_once, monkeypatch)
     keys = torch.randn(2, 3, 41, 16, 8, generator=draw).bfloat16()
     position = torch.where(torch.rand(2, 1, 41, 16, generator=draw) < 0.3, HOLE, 5)
     position[0, 0, 3] = HOLE
-    monkeypatch.setattr(middle, "SUMMED", at_once)
+    monkeypatch.setattr(store, "SUMMED", at_once)
     real = (position != HOLE)[..., None]
     exact = keys.double().masked_fill(~real, 0).sum(-2) / real.sum(-2).clamp_min(1)
-    assert torch.equal(middle.key_mean(keys, position), exact.half())
-    assert torch.equal(middle.key_mean(keys, None), keys.double().mean(-2).half())
-    assert middle.key_mean(keys[:, :, :0], None).shape == (2, 3, 0, 8)
+    assert torch.equal(store.key_mean(keys, position), exact.half())
+    assert torch.equal(store.key_mean(keys, None), keys.double().mean(-2).half())
+    assert store.key_mean(keys[:, :, :0], None).shape == (2, 3, 0, 8)
 
 
 def test_more_rows_have_room_for_longer_chunks(monkeypatch):
     """On CUDA chunks grow with the batch; no span may then end before the tokens do."""
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
     monkeypatch.setattr(packed, "chunk_of", lambda heads, n, rows, bits=4: 16 if heads * n < 500 else 128)
-    for module, twin in ((rotated, rotated._encode_both), (step, step._twin)):
+    for module, twin in ((rotated, rotated._encode_both), (decode, decode._twin)):
         eager = lambda markers, pinned, *args, f=twin, **k: f(markers, *args, **k)  # noqa: E731
         monkeypatch.setattr(module, "_compiled", eager)
     model = tiny_llama(dtype=torch.float16)

@@ -14,12 +14,13 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fade_fast
-from fade_fast import calls, capture, stepper
-from fade_fast.cache import storage_bytes
-from fade_fast.capture import Captured
-from fade_fast.kernels.compile import uncaptured
-from fade_fast.models import CACHE_NAME
-from fade_fast.stepper import SHORT
+from fade_fast.cache import cuda_graph, decode_graph
+from fade_fast.cache.cuda_graph import Captured
+from fade_fast.cache.decode_graph import SHORT
+from fade_fast.compile.compiled import uncaptured
+from fade_fast.hf import generate
+from fade_fast.hf.cache import storage_bytes
+from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
@@ -64,9 +65,9 @@ def tapes(monkeypatch):
         return tape, tape.output
 
     Tape.made = []
-    monkeypatch.setattr(capture, "record", record)
+    monkeypatch.setattr(cuda_graph, "record", record)
     plain = CompileConfig(backend="aot_eager", mode=None)
-    monkeypatch.setattr(calls, "uncaptured", lambda config, device: plain)
+    monkeypatch.setattr(generate, "uncaptured", lambda config, device: plain)
     torch._dynamo.reset()
     return Tape.made
 
@@ -316,7 +317,7 @@ class Stamp:
 def undone(monkeypatch):
     """generate() runs ahead on the CPU, too; how many steps each call took back."""
     found, real = [], generation.DeferredStopCheck.finish
-    monkeypatch.setattr(stepper, "AHEAD_ON", {"cpu"})
+    monkeypatch.setattr(decode_graph, "AHEAD_ON", {"cpu"})
     monkeypatch.setattr(torch, "Event", Stamp)
     monkeypatch.setattr(
         generation.DeferredStopCheck, "finish", lambda self: found.append(real(self)) or found[-1]
@@ -553,7 +554,7 @@ def test_a_step_that_cannot_be_captured_is_compiled_otherwise(monkeypatch):
     def record(call, pool=None, **arguments):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(capture, "record", record)
+    monkeypatch.setattr(cuda_graph, "record", record)
     x, other = torch.arange(4.0), Sum()
     call = Captured(Sum(), otherwise=lambda: other)
     call(1, dict(x=x))
@@ -572,7 +573,7 @@ def test_a_model_that_cannot_be_captured_is_tried_once_a_cache(tapes, monkeypatc
         raise RuntimeError("operation not permitted when stream is capturing")
 
     model, ids = tiny_llama(dtype=torch.float64), prompt(30, batch=2)["input_ids"]
-    monkeypatch.setattr(capture, "record", record)
+    monkeypatch.setattr(cuda_graph, "record", record)
     cache, twin, found, expected = *(new_cache(model, CONFIGS["int4"]) for _ in range(2)), ids, ids
     with pytest.warns(UserWarning, match="cannot be captured as a whole"):
         for _ in range(2):
@@ -589,7 +590,7 @@ def test_memory_that_ran_out_is_no_reason_to_compile_otherwise(monkeypatch):
     def record(call, pool=None, **arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(capture, "record", record)
+    monkeypatch.setattr(cuda_graph, "record", record)
     call = Captured(Sum(), otherwise=lambda: pytest.fail("compiled otherwise"))
     call(1, dict(x=torch.ones(2)))
     with pytest.raises(torch.OutOfMemoryError):

@@ -11,8 +11,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import fade_fast
-from fade_fast import checkpoint
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf.models import CACHE_NAME
+from fade_fast.saved import checkpoint
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but

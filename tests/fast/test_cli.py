@@ -10,8 +10,10 @@ import tokenizers
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fade_fast import demo, files, loading
-from fade_fast.cli import main
+from fade_fast.cli import demo
+from fade_fast.cli.command import main
+from fade_fast.hf import loading
+from fade_fast.saved import files
 
 KEYS = ["model", "config", "prompt_tokens", "new_tokens", "baseline", "tiered", "agreement", "text"]
 TIERED_KEYS = ["tokens_per_s", "allocated", "dense", "ratio", "tokens"]

@@ -8,9 +8,9 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import fade_fast
-from fade_fast import checkpoint, telemetry
-from fade_fast.codebooks import Codebooks, train
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf.codebooks import Codebooks, train
+from fade_fast.hf.models import CACHE_NAME
+from fade_fast.saved import checkpoint, telemetry
 from fade_ref import product as spec
 from fade_ref.config import FadeConfig
 from parity import cases

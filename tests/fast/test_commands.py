@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import fade_fast
-from fade_fast import checkpoint, cli, codebooks, demo, loading, plots, session, snapshot, telemetry
-from fade_fast.cli import main
+from fade_fast.cli import command, demo, plots, session
+from fade_fast.cli.command import main
+from fade_fast.hf import codebooks, loading
 from fade_fast.kernels import merge, product
+from fade_fast.saved import checkpoint, snapshot, telemetry
 
 from .models import compressed_tokens, generate, prompt, tiny_llama
 from .test_cli import loud_again, one_line, tiny  # noqa: F401
@@ -21,7 +23,9 @@ CONFIG = "recent_window=16,block_size=8"
 
 
 @pytest.mark.parametrize(
-    "command", [(), *((name,) for name in (*cli.COMMANDS, "parity", "bench", "quality", "memory"))], ids=str
+    "command",
+    [(), *((name,) for name in (*command.COMMANDS, "parity", "bench", "quality", "memory"))],
+    ids=str,
 )
 def test_help_fits_a_screen(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
@@ -34,7 +38,7 @@ def test_help_fits_a_screen(command, capsys, monkeypatch):
 
 def test_every_command_of_the_issue_is_there(capsys):
     names = "demo check generate quality memory bench parity inspect plot train-codebook train-policy"
-    assert {*cli.COMMANDS, *cli.PASSED} == set(names.split())
+    assert {*command.COMMANDS, *command.PASSED} == set(names.split())
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +137,7 @@ def test_check_says_no_with_its_exit_code(tiny, tmp_path, capsys, monkeypatch): 
     assert "2 of 2 layers are tiered" in capsys.readouterr().out
     assert json.loads(out.read_text())["length"] == 512
     refused = fade_fast.ModelCheck("Some", refused="it is too old")
-    monkeypatch.setattr("fade_fast.commands.check.check_model", lambda *args, **kwargs: refused)
+    monkeypatch.setattr("fade_fast.cli.check.check_model", lambda *args, **kwargs: refused)
     assert main(arguments) == 1
     assert "refused: it is too old" in capsys.readouterr().out
 
@@ -269,7 +273,7 @@ def test_commands_of_their_own_get_what_follows(monkeypatch, capsys):
             raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
         return types.SimpleNamespace(main=lambda argv: heard.append((name, argv, sys.argv)) or 3)
 
-    monkeypatch.setattr(cli.importlib, "import_module", module)
+    monkeypatch.setattr(command.importlib, "import_module", module)
     assert main(["bench", "attention", "--only", "x"]) == 3
     assert main(["bench", "--list"]) == 3
     assert main(["parity", "compare", "a", "b"]) == 3
@@ -279,9 +283,9 @@ def test_commands_of_their_own_get_what_follows(monkeypatch, capsys):
         ("parity.__main__", ["compare", "a", "b"]),
     ]
     assert heard[0][2] == ["fade bench attention", "--only", "x"]
-    monkeypatch.setitem(cli.PASSED, "quality", ("benchmarks.absent", ""))
+    monkeypatch.setitem(command.PASSED, "quality", ("benchmarks.absent", ""))
     assert main(["quality"]) == 2
     assert "benchmarks.absent is not part of this installation" in one_line(capsys)
-    monkeypatch.setitem(cli.PASSED, "quality", ("benchmarks.needy", ""))
+    monkeypatch.setitem(command.PASSED, "quality", ("benchmarks.needy", ""))
     assert main(["quality"]) == 2
     assert "needs datasets, which is not installed" in one_line(capsys)

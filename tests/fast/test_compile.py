@@ -9,9 +9,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import fade_fast
-from fade_fast import importance
-from fade_fast.kernels import compile as compiling
-from fade_fast.kernels import exact, packed, rotated, step
+from fade_fast.compile import compiled as compiling
+from fade_fast.kernels import decode, dense, packed, rotated
+from fade_fast.policies import scores
 
 from ..marks import slow_but
 from .models import compressed_tokens, drafts, predictable, prompt, tiny_llama
@@ -86,10 +86,10 @@ def test_no_second_graph_inside_another_compiled_one(twin):
 def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
     """A GPU's whole decode path traced on the CPU: every twin of every kernel is compiled once."""
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
-    monkeypatch.setattr(step, "_compiled", compiling.Compiled(step._twin))
+    monkeypatch.setattr(decode, "_compiled", compiling.Compiled(decode._twin))
     monkeypatch.setattr(rotated, "_compiled", compiling.Compiled(rotated._encode_both))
-    monkeypatch.setattr(exact, "_compiled_store", compiling.Compiled(exact._store))
-    monkeypatch.setattr(importance, "_compiled", compiling.Compiled(importance._add_step, compiling.TOGETHER))
+    monkeypatch.setattr(dense, "_compiled_store", compiling.Compiled(dense._store))
+    monkeypatch.setattr(scores, "_compiled", compiling.Compiled(scores._add_step, compiling.TOGETHER))
     config, counts = CONFIGS[name], []
     model = tiny_llama(dtype=torch.float16)
     with context():
@@ -98,10 +98,10 @@ def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
             captured(model, cache, prompt(40, batch=2, seed=seed), new=20)
             assert compressed_tokens(cache) > 0
             counts.append(graphs())
-    assert len(step._compiled.graphs) > 0 and len(rotated._compiled.graphs) > 0
+    assert len(decode._compiled.graphs) > 0 and len(rotated._compiled.graphs) > 0
     assert counts[1] == counts[2]
-    twins = step._compiled, rotated._compiled, exact._compiled_store, importance._compiled
-    assert bool(importance._compiled.graphs) == (name in ("h2o", "ema"))
+    twins = decode._compiled, rotated._compiled, dense._compiled_store, scores._compiled
+    assert bool(scores._compiled.graphs) == (name in ("h2o", "ema"))
     assert counts[2] == 1 + sum(len(twin.graphs) for twin in twins)
 
 
@@ -109,17 +109,17 @@ def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
 def test_twin_of_long_uncompressed_texts(twin, monkeypatch):
     """The same for what FlashAttention leaves over; the settled part moves on, the twin stays."""
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
-    monkeypatch.setattr("fade_fast.layer.SETTLED", 64)
-    monkeypatch.setattr(exact, "TAIL", 256)
-    tail = compiling.Compiled(lambda markers, *args, scaling: exact._with_tail(*args, scaling))
-    monkeypatch.setattr(exact, "_compiled", tail)
-    monkeypatch.setattr(exact, "_compiled_store", compiling.Compiled(exact._store))
+    monkeypatch.setattr("fade_fast.cache.layer.SETTLED", 64)
+    monkeypatch.setattr(dense, "TAIL", 256)
+    tail = compiling.Compiled(lambda markers, *args, scaling: dense._with_tail(*args, scaling))
+    monkeypatch.setattr(dense, "_compiled", tail)
+    monkeypatch.setattr(dense, "_compiled_store", compiling.Compiled(dense._store))
     model = tiny_llama(dtype=torch.float32)
     inputs = prompt(600, batch=2)
     cache = fade_fast.create_cache(model, CONFIGS["off"], max_length=1500)
     found = captured(model, cache, inputs, new=300)
     assert cache.stepper.settled >= 768
-    assert len(tail.graphs) == len(exact._compiled_store.graphs) == 1 and graphs() == 3
+    assert len(tail.graphs) == len(dense._compiled_store.graphs) == 1 and graphs() == 3
     assert torch.equal(found, eager(model, fade_fast.create_cache(model, CONFIGS["off"]), inputs, new=300))
     found, expected = (drafted(run, model, CONFIGS["off"], prompt(600), 60) for run in (captured, eager))
     assert torch.equal(found, expected)
@@ -141,35 +141,35 @@ def drafted(run, model, config, inputs, new):
 def test_twins_inside_steps_that_check_drafts(name, twin, monkeypatch):
     """Steps of 2 to 8 columns, for which the model is compiled once, and attention for 2, 4 and 8."""
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
-    monkeypatch.setattr(step, "_compiled", compiling.Compiled(step._twin))
+    monkeypatch.setattr(decode, "_compiled", compiling.Compiled(decode._twin))
     monkeypatch.setattr(rotated, "_compiled", compiling.Compiled(rotated._encode_both))
-    monkeypatch.setattr(exact, "_compiled_store", compiling.Compiled(exact._store))
+    monkeypatch.setattr(dense, "_compiled_store", compiling.Compiled(dense._store))
     model = predictable(tiny_llama(dtype=torch.float16))
     found = [drafted(captured, model, CONFIGS[name], prompt(40), 60) for _ in range(2)]
     assert torch.equal(*found)
-    sizes = [(shapes[0][0][2], shapes[1][0][2]) for shapes, *_ in step._compiled.graphs]
+    sizes = [(shapes[0][0][2], shapes[1][0][2]) for shapes, *_ in decode._compiled.graphs]
     # The first step has no draft, and room for none.
     assert sorted(sizes) == [(1, 16), (1, 32), (2, 32), (4, 32), (8, 32)]
-    twins = step._compiled, rotated._compiled, exact._compiled_store
+    twins = decode._compiled, rotated._compiled, dense._compiled_store
     assert graphs() == 2 + sum(len(twin.graphs) for twin in twins)
 
 
 @pytest.mark.parametrize("name", slow_but(["h2o", "ema"], "h2o"))
 def test_counting_compiled_counts_the_same(name, twin, monkeypatch):
     """A row of padding, real queries of the other: fields of the uncompressed slots and of a tier."""
-    monkeypatch.setattr(importance, "_compiled", compiling.Compiled(importance._add_step, compiling.TOGETHER))
+    monkeypatch.setattr(scores, "_compiled", compiling.Compiled(scores._add_step, compiling.TOGETHER))
     draw, found = torch.Generator().manual_seed(0), []
     sums = [torch.rand(2, 3, n, generator=draw) for n in (20, 48)]
     seen = [torch.rand(2, 1, n, generator=draw) < 0.7 for n in (20, 48)]
     for fused in (set(), {"cpu"}):
         monkeypatch.setattr(compiling, "FUSED_ON", fused)
-        observer = importance.observer(CONFIGS[name])
+        observer = scores.observer(CONFIGS[name])
         observer.start(3, torch.float16, "cpu")
         buffers = [observer.arrive(2, n, "cpu") for n in (20, 48)]
         for taken in (5, 6, 5):
             observer.add_step(buffers, sums, seen, torch.tensor([True, False]), 4, torch.tensor([taken]))
         found.append([x for fields in buffers for x in fields.values()])
-    assert len(importance._compiled.graphs) == graphs() == 1
+    assert len(scores._compiled.graphs) == graphs() == 1
     for plain, compiled, fresh in zip(*found, 2 * list(observer.fresh.values())):
         assert torch.equal(plain, compiled) and not torch.equal(plain[0], plain[1])
         assert (plain[1] == fresh).all()

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fade_fast
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from .models import CODED, compressed_tokens, new_cache, prompt, tiny_llama

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fade_fast import files
+from fade_fast.saved import files
 
 
 def test_an_interrupt_leaves_what_was_there(tmp_path):

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 import fade_fast
-from fade_fast import checkpoint, cli, snapshot
-from fade_fast.cache import TieredKVCache
-from fade_fast.models import CACHE_NAME
-from fade_fast.stepper import SHORT
+from fade_fast.cache.decode_graph import SHORT
+from fade_fast.cli import command
+from fade_fast.hf.cache import TieredKVCache
+from fade_fast.hf.models import CACHE_NAME
+from fade_fast.saved import checkpoint, snapshot
 from fade_ref.config import CODECS, PLAN_SCOPES, POLICIES, FadeConfig
 
 from .models import tiny_llama
@@ -355,7 +356,7 @@ def garbage_in_command_lines(draw, models, files, path) -> None:
         "--", "-", "/", str(path),
     ]  # fmt: skip
     try:
-        cli.parser().parse_args([draw.choice(words[:6]), *draw.choices(words, k=draw.randint(0, 6))])
+        command.parser().parse_args([draw.choice(words[:6]), *draw.choices(words, k=draw.randint(0, 6))])
     except SystemExit as stopped:
         assert stopped.code == 2
 

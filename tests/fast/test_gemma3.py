@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fade_fast
-from fade_fast import loading
+from fade_fast.hf import loading
 from fade_ref.config import FadeConfig
 
 from ..conftest import unavailable

@@ -18,8 +18,9 @@ from transformers.generation import utils as generation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fade_fast
-from fade_fast import attention, calls, versions
-from fade_fast.models import CACHE_NAME, CACHE_NAMES, cache_parameter
+from fade_fast.hf import attention, versions
+from fade_fast.hf import generate as hooks
+from fade_fast.hf.models import CACHE_NAME, CACHE_NAMES, cache_parameter
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
@@ -393,7 +394,7 @@ def compiling() -> dict:
 
 @pytest.fixture
 def unheard(monkeypatch):
-    monkeypatch.setattr(calls, "_noticed", set())
+    monkeypatch.setattr(hooks, "_noticed", set())
     torch._dynamo.reset()
 
 
@@ -403,10 +404,10 @@ def test_steps_that_come_by_no_hook_are_noticed(unheard, monkeypatch):
     expected = generate(model, new_cache(model, SMALL), inputs, new=8)
     cache = new_cache(model, SMALL)
     cache.stepper.compileable = True
-    for name in (calls.COMPILED, calls.CRITERIA):
+    for name in (hooks.COMPILED, hooks.CRITERIA):
         del model.__dict__[name]
-    monkeypatch.setattr(calls, "_is_hook", lambda x: False)  # nor does the model put them back
-    monkeypatch.setattr(generation.GenerationMixin, calls.CRITERIA, lambda *args: False)
+    monkeypatch.setattr(hooks, "_is_hook", lambda x: False)  # nor does the model put them back
+    monkeypatch.setattr(generation.GenerationMixin, hooks.CRITERIA, lambda *args: False)
     with pytest.warns(UserWarning, match="steps are not captured: 7 decode steps came by none of our hooks"):
         assert torch.equal(generate(model, cache, inputs, new=8), expected)
     cache.reset()
@@ -433,7 +434,7 @@ def test_a_cache_is_not_compileable_where_our_hooks_are_missing(monkeypatch):
     assert seen and all(seen)
     fade_fast.detach(model)
     seen.clear()
-    monkeypatch.setattr(calls, "CRITERIA", "_a_name_of_a_later_version")
+    monkeypatch.setattr(hooks, "CRITERIA", "_a_name_of_a_later_version")
     cache = new_cache(model, SMALL)
     cache.stepper.compileable = True
     generate(model, cache, prompt(30), new=3, disable_compile=True)
@@ -456,7 +457,7 @@ def test_steps_that_are_captured_or_declined_are_not_complained_about(unheard, o
             model.generation_config.compile_config = more.get("compile_config")
         generate(model, cache, prompt(30), new=8, **options, **more)
     assert (cache.stepper.steps > 0) == (not disabled)
-    assert not calls._noticed
+    assert not hooks._noticed
 
 
 def test_a_newer_transformers_is_announced_once(monkeypatch):

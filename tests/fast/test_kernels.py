@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from fade_fast.kernels import compile as compiling
-from fade_fast.kernels import packed, rotated, step
+from fade_fast.compile import compiled as compiling
+from fade_fast.kernels import decode, packed, rotated
 from fade_fast.kernels.packed import Slots
 from fade_fast.kernels.rotated import Packed
 from parity.tolerances import ATTENTION
@@ -151,13 +151,13 @@ def check(args, options):
     """With scores gathered and without, against `naive`. Returns output and mass."""
     query, keys, tiers = args[0], args[1], args[5]
     expected, expected_mass = naive(*args, **options)
-    found = step.attend(*args, **options)
+    found = decode.attend(*args, **options)
     assert found.shape == expected.shape and found.dtype == query.dtype and found.is_contiguous()
     assert distance(found, expected) <= CLOSE[query.dtype]
     wide = torch.promote_types(query.dtype, torch.float32)
     lengths = [keys.shape[2], *(slots.valid.shape[-1] for slots in tiers)]
     mass = [torch.full((*keys.shape[:2], n), math.nan, dtype=wide) for n in lengths]
-    assert torch.equal(step.attend(*args, **options, mass=mass), found)
+    assert torch.equal(decode.attend(*args, **options, mass=mass), found)
     mass = [x.double() for x in mass]
     assert distance(torch.cat(mass, -1), torch.cat(expected_mass, -1)) <= CLOSE[wide]
     return found, mass
@@ -251,7 +251,7 @@ def test_buckets_are_whole_chunks_and_few():
             assert packed.longest(heads, longest + packed.spare(longest)) == longest
         assert len({packed.bucket(heads, length) for length in lengths}) < 120
     with pytest.raises(ValueError, match="spans are .*1900.*bucket"):
-        step._chunks_of(72, [1900], 4, [(4, 4)])
+        decode._chunks_of(72, [1900], 4, [(4, 4)])
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -280,7 +280,7 @@ def test_a_tier_without_a_valid_slot():
     found, mass = check((*args[:5], [empty, args[5][1]]), options)
     assert not mass[1].any()
     single = {name: x[1:] if name in ("bits", "spans") else x for name, x in options.items()}
-    torch.testing.assert_close(found, step.attend(*args[:5], args[5][1:], **single), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found, decode.attend(*args[:5], args[5][1:], **single), rtol=1e-12, atol=1e-14)
 
 
 def test_only_the_tiers_are_seen():
@@ -299,7 +299,7 @@ def test_mass_sums_to_rows():
 
 def test_strides_do_not_matter():
     args, options = problem(7, new=3, exact=12, lengths=(100,), contiguous=True)
-    expected = step.attend(*args, **options)
+    expected = decode.attend(*args, **options)
 
     def strided(x):
         """The same numbers among others, axes stored in the reverse order."""
@@ -311,8 +311,8 @@ def test_strides_do_not_matter():
         return view
 
     (slots,) = args[5]
-    slots = step._from_list([strided(x) for x in step._to_list(slots)], slots.per_mean)
-    found = step.attend(*map(strided, args[:5]), [slots], **options)
+    slots = decode._from_list([strided(x) for x in decode._to_list(slots)], slots.per_mean)
+    found = decode.attend(*map(strided, args[:5]), [slots], **options)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -323,7 +323,7 @@ def test_opcheck(gathers):
     )
     lengths = [args[1].shape[2], 40, 30] if gathers else []
     mass = [torch.zeros(2, 2, n) for n in lengths]
-    flat = [x for slots in tiers for x in step._to_list(slots)]
+    flat = [x for slots in tiers for x in decode._to_list(slots)]
     torch.library.opcheck(
         torch.ops.fade.attend.default,
         (*args, flat, None, None, mass, [4, 4, 2, 2], options["spans"], [64, 64], 0.125, None, False),
@@ -357,20 +357,20 @@ def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     heads, rows = 4, max(2, shape.get("group", 4) * shape.get("new", 1))
-    twin = compiling.Compiled(step._twin)
+    twin = compiling.Compiled(decode._twin)
     sinks, frequencies = options["s_aux"], options.get("inv_freq")
     constants = {name: options.get(name) for name in ("scaling", "softcap")}
     constants |= dict(bits=tuple(bits), interleaved=False)
     for shorter in (0, 1, 3):
         spans = [packed.roomy(heads, n) - 128 * shorter for n in options["spans"]]
-        chunks = step._chunks_of(heads, spans, rows, bits)
+        chunks = decode._chunks_of(heads, spans, rows, bits)
         assert chunks == (128,) * len(spans)
         mass = [torch.full((2, 2, n), math.nan) for n in (20, *capacities)]
         inputs = (*args, sinks, frequencies)
         markers = [compiling.marker(span // chunk) for span, chunk in zip(spans, chunks)]
         with torch.no_grad():
             found = twin(markers, dict, *inputs, mass, chunks=chunks, spans=None, **constants)
-            eager = step._attend(*step._of_span((*inputs, []), spans), chunks=chunks, **constants)
+            eager = decode._attend(*decode._of_span((*inputs, []), spans), chunks=chunks, **constants)
         expected, counted = naive(*args, **options | dict(spans=spans))
         assert distance(found, eager) <= 1e-3
         assert distance(found, expected) <= 0.02  # a CPU rounds sums of float16 products
@@ -383,17 +383,17 @@ def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
 def test_inductor_compiles_it_for_the_cpu():
     args, options = problem(10, new=2, lengths=(90,), dtype=torch.float32)
     constants = dict(bits=((4, 4),), chunks=None, scaling=options["scaling"], softcap=None, interleaved=False)
-    inputs = step._of_span((*args, None, None, []), options["spans"])
+    inputs = decode._of_span((*args, None, None, []), options["spans"])
     with torch.no_grad():
-        found = torch.compile(compiling._own(step._attend, constants), fullgraph=True)(*inputs)
-    assert distance(found, step.attend(*args, **options).double()) <= 1e-6
+        found = torch.compile(compiling._own(decode._attend, constants), fullgraph=True)(*inputs)
+    assert distance(found, decode.attend(*args, **options).double()) <= 1e-6
 
 
 def test_inside_a_larger_graph():
     """One node of it: nothing is looked into, and nothing breaks."""
     args, options = problem(11, dtype=torch.float32)
     mass = [torch.zeros(2, 2, n) for n in (9, 150)]
-    whole = lambda query: step.attend(query * 2, *args[1:], mass=mass, **options) + 1  # noqa: E731
+    whole = lambda query: decode.attend(query * 2, *args[1:], mass=mass, **options) + 1  # noqa: E731
     expected = whole(args[0])
     counted = [x.clone() for x in mass]
     mass = [x.fill_(math.nan) for x in mass]
@@ -478,15 +478,15 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(message, change):
     args, options = change(*problem(12, dtype=torch.float32))
     with pytest.raises(ValueError, match=message):
-        step.attend(*args, **options)
+        decode.attend(*args, **options)
 
 
 def test_frequencies_are_checked_where_they_are_needed():
     args, options = problem(13, contiguous=True)
     with pytest.raises(ValueError, match="inv_freq is .33.*allowed: .1 to 32."):
-        step.attend(*args, **options | dict(inv_freq=torch.ones(33)))
+        decode.attend(*args, **options | dict(inv_freq=torch.ones(33)))
     args, options = problem(14, widths=[(2, 2)])
     (slots,) = args[5]
     zero = slots._replace(keys=slots.keys._replace(zero=slots.keys.scale))
     with pytest.raises(ValueError, match="keys.zero is Tensor; allowed: None"):
-        step.attend(*args[:5], [zero], **options)
+        decode.attend(*args[:5], [zero], **options)

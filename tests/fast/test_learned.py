@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 
 import fade_fast
-from fade_fast import importance
+from fade_fast.policies import scores
 from fade_ref.config import FadeConfig
 from parity.cases import policy_weights
 
@@ -53,7 +53,7 @@ def test_weights_that_are_shipped():
     """Without other weights they choose, by more than position; their file says where they come from."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(80)
     found = []
-    for weights in (None, importance.SHIPPED):
+    for weights in (None, scores.SHIPPED):
         cache = fade_fast.create_cache(model, LEARNED, policy_weights=weights)
         generate(model, cache, inputs)
         assert cache.memory().tokens["INT4"] == 12
@@ -62,10 +62,10 @@ def test_weights_that_are_shipped():
     plain = fade_fast.create_cache(model, FadeConfig(**SMALL, int4_budget=12))
     generate(model, plain, inputs)
     assert not all(torch.equal(a, b) for a, b in zip(found[0], survivors(plain)))
-    with safe_open(importance.SHIPPED, "pt") as file:
+    with safe_open(scores.SHIPPED, "pt") as file:
         made = file.metadata()
-    assert made["features"] == "; ".join(importance.FEATURES)
-    assert made["made by"].startswith("python -m fade_fast.train_policy --text ")
+    assert made["features"] == "; ".join(scores.FEATURES)
+    assert made["made by"].startswith("python -m fade_fast.hf.train_policy --text ")
     assert {"model", "text", "examples", "target", "versions"} < made.keys() and "/" not in made["text"]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fade_fast import loading
+from fade_fast.hf import loading
 
 from .models import tiny_llama
 

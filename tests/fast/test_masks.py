@@ -8,8 +8,8 @@ import torch
 from transformers import DynamicCache
 
 import fade_fast
-from fade_fast.masks import MaskReader
-from fade_fast.models import CACHE_NAME
+from fade_fast.cache.masks import MaskReader
+from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 from tests.conformance.twins import read_dense
 

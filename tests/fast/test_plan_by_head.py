@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fade_fast
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 from parity.case import perform
 from parity.subjects import heads

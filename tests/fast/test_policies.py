@@ -7,14 +7,14 @@ import torch
 from transformers import FalconConfig, FalconForCausalLM
 
 import fade_fast
-from fade_fast import importance
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf.models import CACHE_NAME
+from fade_fast.policies import scores
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
 from .models import SMALL, generate, prompt, teacher_forced, tiny_llama
 
-BY_ATTENTION = tuple(p for p in importance.OBSERVERS if p != "learned")
+BY_ATTENTION = tuple(p for p in scores.OBSERVERS if p != "learned")
 
 
 def config(policy, **changes):
@@ -39,7 +39,7 @@ def test_nothing_is_stored_where_nothing_asks(settings, monkeypatch):
     """By position, or where no token ever has to leave: no field, no observer, no second pass."""
     model = tiny_llama()
     cache = fade_fast.create_cache(model, settings)
-    monkeypatch.delattr(importance.Observer, "arrive")
+    monkeypatch.delattr(scores.Observer, "arrive")
     generate(model, cache, prompt(60), new=30)
     assert fields(cache) == set() and all(layer.observer is None for layer in cache.tiered)
     assert all(layer.tally() == [] for layer in cache.tiered)

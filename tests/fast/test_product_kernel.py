@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fade_fast.kernels import coded, product
+from fade_fast.kernels import product, product_decode
 from fade_fast.kernels.merge import combine, merge
 
 from ..marks import slow_but
@@ -202,10 +202,10 @@ def test_refusals():
 def test_the_compiled_twin_reads_its_span_and_no_more(heads, rows, softcap, compiler):
     """One graph for all spans, bytes beyond the centroids in slots that nobody sees, keys unlike values."""
     books = sample(4, K, 8, seed=1), sample(16, 5, 2, seed=2)
-    capacity, query = 5 * coded.UNIT + 32, sample(2, heads, rows, 32, seed=3)
-    twin = coded.Compiled(coded._look_up, options={}) if compiler == "inductor" else None
+    capacity, query = 5 * product_decode.UNIT + 32, sample(2, heads, rows, 32, seed=3)
+    twin = product_decode.Compiled(product_decode._look_up, options={}) if compiler == "inductor" else None
     for blocks in (1, 2, 4):
-        span = blocks * coded.UNIT
+        span = blocks * product_decode.UNIT
         keys, values = (some_codes(2, heads, capacity, n, seed=n, k=k) for n, k in ((4, K), (16, 5)))
         visible = torch.rand(2, 1, rows, capacity, generator=torch.Generator().manual_seed(blocks)) < 0.7
         visible[0, 0, 0] = False  # a row that sees nothing
@@ -215,9 +215,9 @@ def test_the_compiled_twin_reads_its_span_and_no_more(heads, rows, softcap, comp
         args = query, keys, books[0], values, books[1], visible
         marker = torch.empty(1).expand(blocks + 1)
         if twin:
-            found = twin([coded.marker(blocks)], dict, *args, softcap=softcap)
+            found = twin([product_decode.marker(blocks)], dict, *args, softcap=softcap)
         else:
-            found = coded._look_up([marker], *args, softcap=softcap)
+            found = product_decode._look_up([marker], *args, softcap=softcap)
         narrow = [x.narrow(2, 0, span) for x in (keys, values)]
         expected = product.attend(
             query, narrow[0], books[0], narrow[1], books[1], visible[..., :span], softcap

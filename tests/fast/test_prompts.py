@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fade_fast
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from .models import OFF, compressed_tokens, dense, generate, new_cache, prompt, tiny_llama

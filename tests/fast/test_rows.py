@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fade_fast.kernels import compile as compiling
-from fade_fast.kernels import rows
+from fade_fast.compile import compiled as compiling
+from fade_fast.compile import small_matmul
 
 from ..marks import slow_but
 
@@ -42,7 +42,7 @@ def test_products_of_one_row_become_sums(batch, left):
     with torch.no_grad():
         traced = make_fx(block, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
         assert products(traced.graph) == 4
-        rows.RowProducts()(traced.graph)
+        small_matmul.RowProducts()(traced.graph)
         traced.graph.lint()
         traced.recompile()
         assert products(traced.graph) == left
@@ -60,7 +60,7 @@ def test_a_model_compiles_with_its_products_of_rows(batch):
     torch.manual_seed(0)
     block, x, seen = Block(), torch.randn(batch, 1, 256), []
 
-    class Seen(rows.RowProducts):
+    class Seen(small_matmul.RowProducts):
         def __call__(self, graph):
             before = products(graph)
             super().__call__(graph)
@@ -78,7 +78,7 @@ def test_a_model_compiles_with_its_products_of_rows(batch):
 
 
 def test_a_pass_of_the_user_stays():
-    class Own(rows.RowProducts):
+    class Own(small_matmul.RowProducts):
         pass
 
     own = Own()
@@ -88,20 +88,20 @@ def test_a_pass_of_the_user_stays():
 
 @pytest.mark.parametrize("summands", [256, 576, 2048, 4096, 14336])
 def test_tiles_hold_sixteen_numbers_a_thread(summands):
-    tile = rows.tile(summands)
+    tile = small_matmul.tile(summands)
     assert tile["R0_BLOCK"] >= min(summands, 2048) and tile["R0_BLOCK"] == 2 ** (
         tile["R0_BLOCK"].bit_length() - 1
     )
     assert tile["R0_BLOCK"] <= 16 * 32 * tile["num_warps"]
 
 
-def product(rows, matrix, bias=False, device="cuda", dtype=torch.bfloat16, linear=True):
+def product(small_matmul, matrix, bias=False, device="cuda", dtype=torch.bfloat16, linear=True):
     """A product as Inductor meets it, [rows, K] with a [K, N] that a linear layer holds as [N, K]."""
     graph, aten = Graph(), torch.ops.aten
     with FakeTensorMode():
         empty = lambda *shape: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
         weights = empty(*matrix[::-1]).T if linear else empty(*matrix)
-        values = [*([empty(matrix[1])] if bias else []), empty(rows, matrix[0]), weights]
+        values = [*([empty(matrix[1])] if bias else []), empty(small_matmul, matrix[0]), weights]
     nodes = [graph.placeholder(f"x{i}") for i in range(len(values))]
     for node, value in zip(nodes, values, strict=True):
         node.meta["val"] = value
@@ -112,7 +112,7 @@ def product(rows, matrix, bias=False, device="cuda", dtype=torch.bfloat16, linea
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_of_2_to_8_rows_are_generated(dtype, bias):
     for n in (1, 2, 4, 8, 9, 16, 64):
-        assert rows.of_few_rows(product(n, (512, 256), bias, dtype=dtype), n) == (2 <= n <= 8)
+        assert small_matmul.of_few_rows(product(n, (512, 256), bias, dtype=dtype), n) == (2 <= n <= 8)
 
 
 @pytest.mark.parametrize(
@@ -129,13 +129,13 @@ def test_products_of_2_to_8_rows_are_generated(dtype, bias):
     ],
 )
 def test_other_products_of_few_rows_stay(matrix, options):
-    assert not rows.of_few_rows(product(8, matrix, **options), 8)
+    assert not small_matmul.of_few_rows(product(8, matrix, **options), 8)
 
 
 def test_other_operations_stay():
     node = product(8, (512, 256))
     node.target = torch.ops.aten.bmm.default
-    assert not rows.of_few_rows(node, 8)
+    assert not small_matmul.of_few_rows(node, 8)
 
 
 def test_kernels_compiled_within_a_step_keep_their_own_choice():
@@ -193,9 +193,9 @@ def test_choices_are_restored_after_an_error():
     ],
 )
 def test_tiles_of_few_rows_need_no_masks(results, summands):
-    tile = rows.few_tile(results, summands)
+    tile = small_matmul.few_tile(results, summands)
     assert results % tile["XBLOCK"] == 0 == summands % tile["R0_BLOCK"]
-    assert tile["YBLOCK"] >= rows.MOST and tile["R0_BLOCK"] >= 16
+    assert tile["YBLOCK"] >= small_matmul.MOST and tile["R0_BLOCK"] >= 16
     held = (
         (2 * tile["XBLOCK"] + tile["YBLOCK"]) * tile["R0_BLOCK"] * 2 * tile["num_stages"]
     )  # of two products

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fade_fast
-from fade_fast import checkpoint, snapshot
+from fade_fast.saved import checkpoint, snapshot
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import fade_fast
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from ..conformance.twins import held

@@ -11,14 +11,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import fade_fast
 from benchmarks.generate import MODES, Guesses
 from benchmarks.memory import Meter
-from fade_fast import plan
-from fade_fast.attention import NAME
-from fade_fast.kernels import compile as compiling
-from fade_fast.kernels import exact, rotated, step
-from fade_fast.layer import TieredLayer
-from fade_fast.middle import Middle, PinnedMiddle, PlannedMiddle
-from fade_fast.models import CACHE_NAME
-from fade_fast.stepper import Stepper
+from fade_fast.cache.decode_graph import Stepper
+from fade_fast.cache.layer import TieredLayer
+from fade_fast.cache.store import Middle, PinnedMiddle, PlannedMiddle
+from fade_fast.compile import compiled as compiling
+from fade_fast.hf.attention import NAME
+from fade_fast.hf.models import CACHE_NAME
+from fade_fast.kernels import decode, dense, rotated
+from fade_fast.policies import plan
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
@@ -114,8 +114,8 @@ def test_demotion_for_graphs_equals_ordinary_demotion(name, way, monkeypatch):
     """
     padded = way == "padded"
     monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
-    for module, twin in ((step, step._twin), (rotated, rotated._encode_both), (exact, exact._store)):
-        attribute = "_compiled_store" if module is exact else "_compiled"
+    for module, twin in ((decode, decode._twin), (rotated, rotated._encode_both), (dense, dense._store)):
+        attribute = "_compiled_store" if module is dense else "_compiled"
         monkeypatch.setattr(module, attribute, lambda markers, pinned, *a, f=twin, **k: f(markers, *a, **k))
     times, beyond, by_cursor = [], [], Stepper._demote_by_cursor
     demote = Stepper._demote
@@ -349,8 +349,8 @@ def test_what_torch_compile_made_of_a_model(run, tmp_path):
 
 @pytest.mark.slow
 def test_long_uncompressed_texts_are_left_to_flash_attention(monkeypatch):
-    monkeypatch.setattr("fade_fast.layer.SETTLED", 64)
-    monkeypatch.setattr("fade_fast.kernels.exact.TAIL", 256)
+    monkeypatch.setattr("fade_fast.cache.layer.SETTLED", 64)
+    monkeypatch.setattr("fade_fast.kernels.dense.TAIL", 256)
     model = tiny_llama(dtype=torch.float64)
     inputs = prompt(600, batch=2)
     cache = fade_fast.create_cache(model, CONFIGS["off"])
@@ -363,7 +363,7 @@ def test_long_uncompressed_texts_are_left_to_flash_attention(monkeypatch):
 @pytest.mark.slow
 def test_columns_left_to_flash_attention_are_cropped(monkeypatch):
     """It sees all that it is given, so an epoch ends where some of that is gone."""
-    monkeypatch.setattr("fade_fast.layer.SETTLED", 64)
+    monkeypatch.setattr("fade_fast.cache.layer.SETTLED", 64)
     model, found = tiny_llama(dtype=torch.float64), []
     for run in (compiled, eager):
         cache = fade_fast.create_cache(model, CONFIGS["off"])

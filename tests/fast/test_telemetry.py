@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import fade_fast
-from fade_fast import telemetry
-from fade_fast.models import CACHE_NAME
+from fade_fast.cache.layer import TieredLayer
+from fade_fast.hf.models import CACHE_NAME
+from fade_fast.saved import telemetry
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
@@ -93,7 +94,7 @@ def test_events_are_those_that_the_trace_implies(name, seed, pads):
 def test_renumbering_counts_the_tokens_that_moved(name, monkeypatch):
     """Against positions read from the middle itself, before and after each demotion."""
     moved = []
-    demote = fade_fast.layer.TieredLayer._demote
+    demote = TieredLayer._demote
 
     def places(layer):
         found = {}
@@ -112,7 +113,7 @@ def test_renumbering_counts_the_tokens_that_moved(name, monkeypatch):
         if any(shifts):
             moved.append((sum(x > 0 for x in shifts), max(shifts)))
 
-    monkeypatch.setattr(fade_fast.layer.TieredLayer, "_demote", watched)
+    monkeypatch.setattr(TieredLayer, "_demote", watched)
     _, events, _ = events_of(name, [24] + [5] * 10, pads=(0,))
     found = [(e["tokens"], e["shift"]) for e in events if e["event"] == "renumbering"]
     assert found == moved and len(found) > 5

@@ -7,7 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import fade_fast
-from fade_fast import importance, train_policy
+from fade_fast.hf import train_policy
+from fade_fast.policies import scores
 from fade_ref.config import FadeConfig
 
 from .models import prompt, teacher_forced, tiny_llama
@@ -20,8 +21,8 @@ def test_examples_are_what_the_cache_sees(monkeypatch):
     with torch.no_grad():
         paid = model(input_ids=ids, output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
-    budget, real, seen = 64, importance.features, []
-    monkeypatch.setattr(importance, "features", lambda *args: seen.append(real(*args)) or seen[-1])
+    budget, real, seen = 64, scores.features, []
+    monkeypatch.setattr(scores, "features", lambda *args: seen.append(real(*args)) or seen[-1])
     config = dict(n_sink=train_policy.SINKS, recent_window=train_policy.RECENT, block_size=train_policy.BLOCK)
     config |= dict(middle_k_bits=8, middle_v_bits=8, int4_budget=budget, eviction_policy="learned")
     cache = fade_fast.create_cache(model, FadeConfig(**config))
@@ -62,8 +63,8 @@ def test_what_is_fitted():
     x = torch.rand(20_000, 4, generator=torch.Generator().manual_seed(1)).double()
     y = (x[:, 1] * (1 - x[:, 3])).clamp(0, 1)
     weights = train_policy.fit(x, y)
-    assert {name: tuple(w.shape) for name, w in weights.items()} == importance.MLP
-    w = importance.load(weights)
+    assert {name: tuple(w.shape) for name, w in weights.items()} == scores.MLP
+    w = scores.load(weights)
     out = F.linear(x, w["net.0.weight"], w["net.0.bias"]).relu()
     out = F.linear(out, w["net.2.weight"], w["net.2.bias"]).relu()
     found = F.linear(out, w["net.4.weight"], w["net.4.bias"]).sigmoid().squeeze(-1)

@@ -8,9 +8,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fade_fast
-from fade_fast import buffers, layer, middle
+from fade_fast.cache import buffers, layer, store
+from fade_fast.hf.models import CACHE_NAME
 from fade_fast.kernels import product, rotated
-from fade_fast.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
@@ -52,13 +52,13 @@ PLACES = [
     (buffers.Field, "empty"),
     (rotated, "encode_both"),
     (product, "encode"),
-    (middle.Buffers, "reserve"),
-    (middle.Buffers, "removal"),
-    (middle, "key_mean"),
-    (middle, "take"),
+    (store.Buffers, "reserve"),
+    (store.Buffers, "removal"),
+    (store, "key_mean"),
+    (store, "take"),
     (layer, "rotate"),
-    (middle.PlannedMiddle, "_renumber"),
-    (middle.MiddleTier, "make_room"),
+    (store.PlannedMiddle, "_renumber"),
+    (store.MiddleTier, "make_room"),
 ]
 
 

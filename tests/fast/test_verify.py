@@ -16,9 +16,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import fade_fast
-from fade_fast import attention, layer, verify
-from fade_fast.attach import verified
-from fade_fast.models import CACHE_NAME
+from fade_fast.cache import layer
+from fade_fast.hf import attention, verify
+from fade_fast.hf.attach import verified
+from fade_fast.hf.models import CACHE_NAME
 
 from .models import OFF, SAFE, dense, generate, prompt, tiny_llama
 

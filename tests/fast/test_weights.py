@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fade_fast
-from fade_fast.models import execution_device
+from fade_fast.hf.models import execution_device
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from fade_fast import middle
-from fade_fast.kernels import compile as compiling
+from fade_fast.cache import store
+from fade_fast.compile import compiled as compiling
 from fade_ref import rope
 from parity import mutants, report, subjects, twins
 from parity.__main__ import main
@@ -193,7 +193,7 @@ def test_a_scheme_or_codec_without_a_case_fails_the_run(monkeypatch, capsys):
 
 def test_what_a_cache_can_hold_without_a_checkpoint_fails_the_run(monkeypatch, capsys):
     assert main(["--only", "registry"]) == 0
-    monkeypatch.setattr(middle, "CODECS", (*middle.CODECS, "ternary"))
+    monkeypatch.setattr(store, "CODECS", (*store.CODECS, "ternary"))
     assert main(["--only", "registry"]) == 1
     assert "checkpoint of codec ternary has no case" in capsys.readouterr().out
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fade_fast import attention, plan
-from fade_fast.importance import OBSERVERS
+from fade_fast.hf import attention
 from fade_fast.kernels import flash, packed, rotated
+from fade_fast.policies import plan
+from fade_fast.policies.scores import OBSERVERS
 from fade_ref import policies, quantize
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import Tier

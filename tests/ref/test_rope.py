@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fade_fast.models import CACHE_NAME
+from fade_fast.hf.models import CACHE_NAME
 from fade_ref.rope import (
     NOPE,
     SCHEMES,

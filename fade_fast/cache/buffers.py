@@ -1,0 +1,182 @@
+"""Static buffers: named tensors that hold one record a slot and move together."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..compile.compiled import fuses
+
+#: A full buffer grows by this fraction of itself, in whole steps. So to append a token costs a constant,
+#: at most that of copying 256, little beside reading all of them at every step; and hardly a slot is spare.
+GROWTH = 256
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a buffer: shape and dtype of a head's record, and the axis that counts slots.
+
+    Axis 2 gives [B, heads, slots, *shape]; axis -1 gives [B, heads, *shape, slots].
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    heads: int
+    axis: int = 2
+
+    def empty(self, batch: int, slots: int, device) -> Tensor:
+        shape = (*self.shape, slots) if self.axis == -1 else (slots, *self.shape)
+        return torch.zeros(batch, self.heads, *shape, dtype=self.dtype, device=device)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one slot of one row."""
+        return self.heads * torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def take_rows(x: Tensor, index: Tensor, pending: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    """Rows `index` [B'] int64 of `x` [B, ...]: in place if there are as many, for graphs know addresses.
+
+    Moved eight bytes at a time where that is possible: a GPU gathers bytes no faster than words.
+    `pending`: gets what is yet to be copied in place, for `copy_all`; None: it is done here.
+    """
+    index, words = index.to(x.device), x
+    if x.dim() > 1 and x.numel() and x.is_contiguous():
+        words, start = x.flatten(1), x.storage_offset() * x.element_size()
+        if start % 8 == 0 == words.shape[1] * x.element_size() % 8:
+            words = words.view(torch.int64)
+    chosen = words[index]  # `index_select` takes a thread through all rows, one after the other
+    if len(index) == len(x):
+        if pending is None:
+            words.copy_(chosen)
+        else:
+            pending.append((words, chosen))
+        return x
+    return chosen.view(x.dtype).view(len(index), *x.shape[1:])
+
+
+def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second tensor of each pair into the first: on CUDA in one kernel for many of a dtype."""
+    by_dtype = {}
+    for pair in pairs:
+        by_dtype.setdefault(pair[0].dtype, []).append(pair)
+    for alike in by_dtype.values():  # of several dtypes at once, there would be a kernel for each pair
+        torch._foreach_copy_(*map(list, zip(*alike)))
+
+
+class Buffers:
+    """Records of one tier, slot by slot, in one tensor a field.
+
+    Args:
+        fields: name -> what a slot holds.
+        step: what is appended are multiples of this many slots, and so is what it grows by.
+        batch, device: of the tensors.
+
+    `count` slots, the first ones, are in use. What the others hold means nothing.
+    """
+
+    def __init__(self, fields: dict[str, Field], step: int, batch: int, device):
+        self.fields, self.step, self.count = fields, step, 0
+        self.tensors = {name: field.empty(batch, 0, device) for name, field in fields.items()}
+
+    @property
+    def capacity(self) -> int:
+        """Slots there is room for."""
+        name, field = next(iter(self.fields.items()))
+        return self.tensors[name].shape[field.axis]
+
+    @property
+    def fused(self) -> bool:
+        """Whether compiled kernels read this, for which a capacity should last."""
+        return fuses(next(iter(self.tensors.values())))
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one slot of one row, over its heads and fields."""
+        return sum(field.bytes for field in self.fields.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.fields
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The slots in use of one field, a view."""
+        return self.tensors[name].narrow(self.fields[name].axis, 0, self.count)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` slots in all; what is stored stays, and all stays if memory runs out."""
+        before = self.capacity
+        if capacity <= before:
+            return
+        try:
+            for name, field in self.fields.items():
+                old = self.tensors[name]
+                new = field.empty(old.shape[0], capacity, old.device)
+                new.narrow(field.axis, 0, self.count).copy_(self[name])
+                self.tensors[name] = new
+        except BaseException:  # those that have grown already show no more than they did
+            self.tensors = {n: x.narrow(self.fields[n].axis, 0, before) for n, x in self.tensors.items()}
+            raise
+
+    def make_room(self, new: int, held: int) -> None:
+        """See to it that `new` slots fit after `held`."""
+        if held + new > self.capacity:
+            self.reserve(held + new + held // GROWTH // self.step * self.step)
+
+    def append(self, at: Tensor | None = None, **records: Tensor) -> None:
+        """Write records, one tensor a field with n slots, after those in use.
+
+        `at`, int64 [n], names these slots to a graph being captured: at a replay they are others.
+        """
+        name = next(iter(records))
+        new = records[name].shape[self.fields[name].axis]
+        self.make_room(new, self.count)
+        for name, x in records.items():
+            held, axis = self.tensors[name], self.fields[name].axis
+            if at is None:
+                held.narrow(axis, self.count, new).copy_(x)
+            else:
+                held.index_copy_(axis, at, x)
+        self.count += new
+
+    def replace(self, **records: Tensor) -> None:
+        """Hold exactly these records, in the memory there is if they fit."""
+        self.count = 0
+        self.append(**records)
+
+    def removal(self, start: int, n: int, whole: bool = False) -> Callable[[], None]:
+        """What removes `n` slots from `start` on, later ones moving up, without asking for memory.
+
+        `whole`: and those that are not in use, too, as in a graph that is replayed when more are.
+        """
+        rest = (self.capacity if whole else self.count) - start - n
+        axes, held = {name: field.axis for name, field in self.fields.items()}, self.tensors
+        later = {name: held[name].narrow(axis, start + n, rest).clone() for name, axis in axes.items()}
+
+        def remove() -> None:
+            for name, x in later.items():
+                held[name].narrow(axes[name], start, rest).copy_(x)
+            self.count -= n
+
+        return remove
+
+    def take(self, name: str, index: Tensor) -> Tensor:
+        """Slots `index` [B, 1 or H, m] of a field, gathered into a new tensor."""
+        return take(self[name], index, self.fields[name].axis)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by `function` of it: rows reordered, moved to a device, ..."""
+        self.tensors = {name: function(x) for name, x in self.tensors.items()}
+
+
+def along(x: Tensor, like: Tensor, axis: int = 2) -> Tensor:
+    """`x` [B, 1 or H, m], one number a slot, shaped to broadcast with a field's tensor `like`."""
+    extra = like.dim() - x.dim()
+    return x.reshape(*x.shape[:2], *[1] * extra, -1) if axis == -1 else x.reshape(*x.shape, *[1] * extra)
+
+
+def take(x: Tensor, index: Tensor, axis: int = 2) -> Tensor:
+    """Slots `index` [B, 1 or H, m] of `x`, whose `axis` counts slots."""
+    shape = list(x.shape)
+    shape[axis] = index.shape[-1]
+    return x.gather(axis, along(index, x, axis).expand(shape))

@@ -1,0 +1,33 @@
+"""Say what a tiered cache would make of a model.
+
+Exit code 1 if the model is refused.
+"""
+
+import argparse
+import dataclasses
+
+from ..hf.check import check_model
+from ..hf.loading import load, quiet
+from ..saved.files import write_json
+from . import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fade check`."""
+    options.add_model(parser)
+    options.add_config(parser)
+    parser.add_argument(
+        "--length", type=options.positive, default=8192, metavar="N", help="tokens to predict memory for"
+    )
+    options.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check; 0 if the model is served, else 1."""
+    quiet()
+    model, _ = load(args.model, args.device, args.dtype)
+    found = check_model(model, args.config, length=args.length)
+    print(found)
+    if args.json:
+        write_json(args.json, dataclasses.asdict(found))
+    return 0 if found.served else 1

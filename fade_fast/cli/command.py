@@ -1,0 +1,98 @@
+"""The command `fade`, also `python -m fade_fast`: it hands over to one module a subcommand.
+
+Modules of ours have `add_arguments(parser)` and `run(args)`, which may return an exit code; the first line
+of their docstring is their help. `PASSED` are commands of their own: what follows their name is theirs.
+
+Exit codes: 0, done; 1, the answer is no (a model refused, a comparison that failed); 2, something that the
+user can put right, said in one line on standard error; 130, interrupted.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..hf.loading import LoadError
+from . import check, demo, generate, inspect, plot, train_codebook
+
+COMMANDS = {
+    "demo": demo,
+    "check": check,
+    "generate": generate,
+    "inspect": inspect,
+    "plot": plot,
+    "train-codebook": train_codebook,
+}
+#: Module and help of commands whose module has `main(argv)` and returns an exit code.
+PASSED = {
+    "quality": ("benchmarks.quality", "Perplexity and recall through each preset."),
+    "memory": ("benchmarks.memory", "Bytes of each cache and peak memory, by length."),
+    "bench": ("benchmarks.generate", "Time decode steps; `bench attention`: attention alone."),
+    "parity": ("parity.__main__", "Prove that the fast cache is the specification."),
+    "train-policy": ("fade_fast.hf.train_policy", "Train the learned eviction policy."),
+}
+BENCHES = {"generate": "benchmarks.generate", "attention": "benchmarks.decode_attention"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is there for --help."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    top = Parser(prog="fade", description="A KV cache in tiers for Hugging Face models.")
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary, _, more = module.__doc__.partition("\n")
+        module.add_arguments(
+            commands.add_parser(
+                name,
+                help=summary,
+                description=summary,
+                epilog=more.strip("\n") or None,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )  # fmt: skip
+        )
+    for name, (_, summary) in PASSED.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; bad arguments raise `SystemExit(2)`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv and argv[0] in PASSED:
+            return pass_on(argv[0], argv[1:])
+        args = parser().parse_args(argv)
+        return COMMANDS[args.command].run(args) or 0
+    except LoadError as error:
+        print(f"fade {argv[0]}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def pass_on(command: str, argv: list[str]) -> int:
+    """Run a command of its own; `LoadError` if its module, or one that it needs, is not installed."""
+    name, shown = PASSED[command][0], f"fade {command}"
+    if command == "bench" and argv and argv[0] in BENCHES:
+        name, shown, argv = BENCHES[argv[0]], f"{shown} {argv[0]}", argv[1:]
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        if name == missing or name.startswith(f"{missing}."):
+            raise LoadError(f"{name} is not part of this installation: run it from a clone") from error
+        raise LoadError(f"{name} needs {missing}, which is not installed") from error
+    before, sys.argv = sys.argv, [shown, *argv]  # argparse names a command by it
+    try:
+        return module.main(argv) or 0
+    finally:
+        sys.argv = before

@@ -1,0 +1,117 @@
+"""Answer a prompt, or questions about a stored document.
+
+fade generate --document book.txt --save book.fade        read it once
+fade generate --resume book.fade --prompt "Who died?"     ask, in another process
+"""
+
+import argparse
+import contextlib
+import time
+
+from ..hf.create import create_cache
+from ..hf.loading import LoadError, load, quiet
+from ..saved.files import write_json
+from . import options, session
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fade generate`."""
+    options.add_model(parser)
+    options.add_config(parser)
+    parser.add_argument("--document", type=options.text_file, metavar="FILE", help="UTF-8 text to read first")
+    parser.add_argument("--prompt", metavar="TEXT", help="what to ask")
+    parser.add_argument("--prompt-file", type=options.text_file, metavar="FILE", help="the same, from a file")
+    options.add_new_tokens(parser)
+    parser.add_argument("--save", type=options.writable, metavar="FILE", help="store the cache of --document")
+    parser.add_argument("--resume", type=options.readable, metavar="FILE", help="begin with a stored cache")
+    parser.add_argument(
+        "--compare", action="store_true", help="with --resume: also read everything afresh, and compare"
+    )
+    parser.add_argument(
+        "--codebooks",
+        type=options.readable,
+        metavar="FILE",
+        help="that train-codebook wrote, for --config quant_backend=product",
+    )
+    parser.add_argument(
+        "--telemetry", type=options.writable, metavar="FILE", help="append events as JSON lines"
+    )
+    options.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read, save, answer; prints the answer, and what it took."""
+    question = args.prompt or args.prompt_file
+    _check(args, question)
+    quiet()
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    started = time.perf_counter()
+    try:
+        if args.resume:
+            cache, read = session.resume(args.resume, model, args.codebooks)
+        else:
+            cache = create_cache(model, args.config, codebooks=args.codebooks)
+            read, _ = session.encode(tokenizer, args.document or "", question or "")
+    except ValueError as error:
+        raise LoadError(str(error)) from error
+    with cache.listen(args.telemetry) if args.telemetry else contextlib.nullcontext():
+        if not args.resume and read.shape[1]:
+            session.prefill(model, cache, read)
+        found = dict(
+            model=model.name_or_path, read_tokens=read.shape[1], read_s=time.perf_counter() - started
+        )
+        memory = cache.memory()
+        how = f"loaded from {args.resume}" if args.resume else "read"
+        print(f"{read.shape[1]} tokens {how} in {found['read_s']:.2f} s; {memory.allocated / 1e6:.2f} MB")
+        if args.save:
+            cache.save(args.save, read)
+            found |= dict(file_bytes=args.save.stat().st_size)
+            print(f"saved to {args.save}: {found['file_bytes'] / 1e6:.2f} MB")
+        if question:
+            _, rest = session.encode(tokenizer, "", question)
+            found |= _answer(args, model, tokenizer, cache, read, rest, found["read_s"])
+    if args.json:
+        write_json(args.json, found)
+
+
+def _check(args: argparse.Namespace, question: str | None) -> None:
+    """Refuse options that contradict each other, before any work."""
+    if args.prompt and args.prompt_file:
+        raise LoadError("--prompt and --prompt-file: give one of them")
+    if args.resume and args.document:
+        raise LoadError("--resume has a document: leave out --document")
+    if args.save and not args.document:
+        raise LoadError("--save stores what was read of a --document")
+    if args.compare and not args.resume:
+        raise LoadError("--compare needs --resume")
+    if not question and not args.save:
+        raise LoadError("nothing to do: give a --prompt, or a --document to --save")
+
+
+def _answer(args, model, tokenizer, cache, read, rest, read_s: float) -> dict:
+    """Answer, say how long it took, and compare with a fresh cache if that is asked for."""
+    ids = session.joined(read, rest)
+    given = session.answer(model, cache, ids, args.max_new_tokens)
+    text = tokenizer.decode(given.tokens, skip_special_tokens=True)
+    first = read_s + given.first_token_s
+    print(f"\n{text}\n")
+    print(f"first token after {first:.2f} s, {_speed(given)}")
+    found = dict(
+        new_tokens=len(given.tokens), first_token_s=first, tokens_per_s=given.tokens_per_s, text=text
+    )
+    if args.compare:
+        started = time.perf_counter()
+        fresh = create_cache(model, cache.fade_config, codebooks=args.codebooks)
+        session.prefill(model, fresh, read)
+        again = session.answer(model, fresh, ids, args.max_new_tokens)
+        fresh_s = time.perf_counter() - started - again.decode_s
+        same = again.tokens == given.tokens
+        print(f"afresh: first token after {fresh_s:.2f} s, {'the same' if same else 'other'} tokens")
+        found |= dict(fresh_first_token_s=fresh_s, same=same)
+    return found
+
+
+def _speed(given: session.Answer) -> str:
+    if given.tokens_per_s is None:
+        return f"{len(given.tokens)} new token"
+    return f"{len(given.tokens)} new tokens, {given.tokens_per_s:.1f} a second"

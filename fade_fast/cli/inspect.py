@@ -1,0 +1,36 @@
+"""Print what a saved cache holds.
+
+Its tensors are not read, and so not verified.
+"""
+
+import argparse
+
+from ..hf.loading import LoadError
+from ..saved import checkpoint, snapshot
+from ..saved.files import write_json
+from . import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fade inspect`."""
+    parser.add_argument("file", type=options.readable, metavar="FILE", help="what cache.save() wrote")
+    parser.add_argument(
+        "--json", type=options.writable, metavar="FILE", help="write the snapshot there as well"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the snapshot of a file."""
+    try:
+        header, shapes = checkpoint.read_header(args.file)
+        found = snapshot.of_file(args.file)
+    except ValueError as error:
+        raise LoadError(str(error)) from error
+    model = {name: value for name, value in header["model"].items() if value is not None}
+    print(f"{args.file}: {args.file.stat().st_size:,} bytes, version {header['version']}")
+    print("model: " + ", ".join(f"{name} {value}" for name, value in model.items()))
+    if checkpoint.TOKENS in shapes:
+        print(f"token ids: {list(shapes[checkpoint.TOKENS][0])}")
+    print(snapshot.text(found))
+    if args.json:
+        write_json(args.json, found | dict(model=header["model"]))

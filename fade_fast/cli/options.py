@@ -1,0 +1,109 @@
+"""Options that the subcommands of `fade` share, and what their values may be."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from fade_ref.config import PRESETS, FadeConfig
+
+from ..hf.loading import DTYPES, HUB_ID
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model, --device, --dtype: what `loading.load` takes."""
+    parser.add_argument("--model", help=f"hub id or folder (default: {HUB_ID}, found online or offline)")
+    parser.add_argument("--device", type=device, help="default: cuda if available, else cpu")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is bf16 (default)")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """--config, one configuration."""
+    parser.add_argument(
+        "--config", type=config, default="safe", metavar="PRESET",
+        help=f"one of {', '.join(PRESETS)} (default: safe); or FIELD=VALUE,... of FadeConfig",
+    )  # fmt: skip
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json, for figures."""
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the figures there as well")
+
+
+def add_new_tokens(parser: argparse.ArgumentParser) -> None:
+    """--max-new-tokens."""
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default: 64")
+
+
+def preset(name: str) -> str:
+    """The name of a preset."""
+    try:
+        FadeConfig.preset(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
+def config(text: str) -> FadeConfig:
+    """A preset, or fields of a `FadeConfig`.
+
+    >>> config("int4_budget=400,eviction_policy=h2o") == FadeConfig(int4_budget=400, eviction_policy="h2o")
+    True
+    """
+    if "=" not in text:
+        return FadeConfig.preset(preset(text))
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return FadeConfig(**{name: _value(value) for name, value in pairs})
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def _value(text: str) -> int | str | None:
+    if text == "None":
+        return None
+    return int(text) if text.removeprefix("-").isdecimal() else text
+
+
+def text_file(path: str) -> str:
+    """The text of a UTF-8 file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"cannot read {path}: {why}") from error
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{path} is empty")
+    return text
+
+
+def readable(path: str) -> Path:
+    """A file that is there."""
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"cannot read {path}: no such file")
+    return Path(path)
+
+
+def writable(path: str) -> Path:
+    """A file that can be written; checked before the work, not after it."""
+    where = Path(path)
+    if where.is_dir() or not os.access(where.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written")
+    return where
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: an integer of at least 1 is allowed")
+    return int(text)
+
+
+def device(name: str) -> str:
+    """The name of a device."""
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{name!r} is not the name of a device") from error
+    return name

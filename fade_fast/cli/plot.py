@@ -1,0 +1,40 @@
+"""Draw tokens by tier: over time, or as a map.
+
+Over time from telemetry; which token is in which tier from a saved cache or a snapshot.
+"""
+
+import argparse
+
+from ..hf.loading import LoadError
+from ..saved.files import whole
+from . import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fade plot`."""
+    parser.add_argument(
+        "file", type=options.readable, metavar="FILE",
+        help="events (JSON lines), a saved cache, or a snapshot (JSON)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=options.writable, metavar="IMAGE", help="PNG, PDF or SVG (default: FILE.png)"
+    )
+    parser.add_argument(
+        "--row", type=int, default=0, metavar="N", help="of the batch, in a tier map (default: 0)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw one file."""
+    try:
+        from . import plots
+    except ModuleNotFoundError as error:
+        raise LoadError(f'drawing needs {error.name}: pip install "fade[plot]"') from error
+    out = args.out or args.file.with_name(args.file.name + ".png")
+    try:
+        figure = plots.of_file(args.file, args.row)
+        with whole(out) as written:
+            figure.savefig(written, dpi=120, bbox_inches="tight")
+    except (ValueError, OSError) as error:
+        raise LoadError(str(error)) from error
+    print(out)

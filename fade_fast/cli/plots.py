@@ -1,0 +1,102 @@
+"""Pictures of a cache: tokens by tier over time, and which token is in which tier. Needs matplotlib."""
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ..saved import snapshot, telemetry
+
+COLOURS = dict(
+    FP16="#1f4e79", INT8="#2e86ab", INT4="#58b09c", INT3="#a8c256", INT2="#f3a712", EVICTED="#d9d9d9"
+)
+OTHER = "#8f6593"  # keys and values of different widths
+
+
+def of_file(path: str | os.PathLike, row: int = 0) -> Figure:
+    """The picture that fits a file: events, a saved cache, or a snapshot as JSON.
+
+    Raises `ValueError` for anything else, and for a batch without row `row`.
+    """
+    start = Path(path).open("rb").read(4096)
+    if b'"event"' in start.partition(b"\n")[0]:
+        return over_time(telemetry.read(path))
+    if start.lstrip().startswith(b"{"):
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or "layers" not in found:
+            raise ValueError(f"{path} is JSON, but no snapshot of a cache")
+    else:
+        found = snapshot.of_file(path, positions=True)
+    return tier_map(found, row)
+
+
+def over_time(events: list[dict]) -> Figure:
+    """Tokens in each tier by columns seen, all rows together, mean over layers.
+
+    What is in the model's own dtype is what is left over, padding included.
+    """
+    columns, series = tokens_over_time(events)
+    if not columns:
+        raise ValueError("these events hold no demotion: nothing was compressed")
+    figure = Figure(figsize=(8, 4))
+    axes = figure.subplots()
+    colours = [COLOURS.get(name, OTHER) for name in series]
+    heights = [[0.0, *counts] for counts in series.values()]
+    axes.stackplot([0, *columns], *heights, labels=series, colors=colours)
+    axes.set(xlabel="columns seen", ylabel="tokens of a layer", xlim=(0, columns[-1]), ylim=(0, None))
+    axes.legend(loc="upper left", frameon=False)
+    return figure
+
+
+def tokens_over_time(events: list[dict]) -> tuple[list[int], dict[str, list[float]]]:
+    """Columns seen at each demotion, and tokens in each tier after it, mean over layers."""
+    held: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    rows, points = 1, {}
+    for event in events:
+        tiers = held[event["layer"]] if "layer" in event else None
+        if event["event"] == "plan":
+            tiers.update(event["kept"])
+        elif event["event"] == "eviction":
+            tiers["EVICTED"] = event["total"]
+        elif event["event"] == "demotion":
+            rows = event["rows"]
+            if not event["planned"]:
+                tiers[event["into"]] += event["tokens"]
+        if event["event"] in ("demotion", "eviction"):
+            points[event["seen"]] = [dict(x) for x in held.values()], rows
+    names = dict.fromkeys(name for layers, _ in points.values() for x in layers for name in x)
+    order = [name for name in ("INT8", "INT4", "INT3", "INT2") if name in names]
+    order = ["FP16", *(n for n in names if n not in COLOURS), *order] + ["EVICTED"] * ("EVICTED" in names)
+    columns, series = sorted(points), {name: [] for name in order}
+    for seen in columns:
+        layers, rows = points[seen]
+        mean = {name: sum(x.get(name, 0) for x in layers) / len(layers) for name in order[1:]}
+        series["FP16"].append(max(0.0, rows * seen - sum(mean.values())))
+        for name, n in mean.items():
+            series[name].append(n)
+    return columns, series
+
+
+def tier_map(found: dict, row: int = 0) -> Figure:
+    """Which tier holds which position, a line a layer, of one row of the batch."""
+    tiered = [layer for layer in found["layers"] if layer["kind"] == snapshot.TIERED and layer["tiers"]]
+    if not tiered or any("positions" not in tier for layer in tiered for tier in layer["tiers"].values()):
+        raise ValueError("there are no positions to draw: the cache is empty, or they were left out")
+    if not 0 <= row < found["batch"]:
+        raise ValueError(f"row {row}: from 0 to {found['batch'] - 1} is possible")
+    figure = Figure(figsize=(8, 1.2 + 0.18 * len(tiered)))
+    axes = figure.subplots()
+    labelled = set()
+    for y, layer in enumerate(tiered):
+        axes.broken_barh([(0, found["length"])], (y, 0.9), color=COLOURS["EVICTED"])
+        for name, tier in layer["tiers"].items():
+            spans = [(start, stop - start) for start, stop in tier["positions"][row]]
+            label = None if name in labelled else name
+            labelled.add(name)
+            axes.broken_barh(spans, (y, 0.9), color=COLOURS.get(name, OTHER), label=label)
+    axes.set(xlabel="position", ylabel="layer", xlim=(0, found["length"]), ylim=(len(tiered), 0))
+    axes.set_yticks([0.45, len(tiered) - 0.55], [tiered[0]["layer"], tiered[-1]["layer"]])
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, frameon=False, title="grey: not held")
+    return figure

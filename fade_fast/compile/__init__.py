@@ -1,0 +1,1 @@
+"""How kernels are compiled. All other folders take compiled functions from here."""

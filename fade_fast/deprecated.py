@@ -1,0 +1,94 @@
+"""Old import paths of public names. Each still works, and warns that the path is deprecated."""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+
+PACKAGE = __package__
+#: Old modules of this package, and the modules that hold their public names now.
+MOVED = {
+    "attach": "hf.attach",
+    "attention": "hf.attention",
+    "buffers": "cache.buffers",
+    "calls": "hf.generate",
+    "capture": "cache.cuda_graph",
+    "check": "hf.check",
+    "checkpoint": "saved.checkpoint",
+    "codebooks": "hf.codebooks",
+    "coded": "cache.product_store",
+    "create": "hf.create",
+    "entry": "hf.entry",
+    "files": "saved.files",
+    "gradient": "hf.gradient",
+    "guard": "cache.guard",
+    "importance": "policies.scores",
+    "kernels.coded": "kernels.product_decode",
+    "kernels.compile": "compile.compiled",
+    "kernels.exact": "kernels.dense",
+    "kernels.rows": "compile.small_matmul",
+    "kernels.step": "kernels.decode",
+    "layer": "cache.layer",
+    "loading": "hf.loading",
+    "masks": "cache.masks",
+    "middle": "cache.store",
+    "models": "hf.models",
+    "plan": "policies.plan",
+    "prompts": "hf.prompts",
+    "rope_probe": "hf.rope_probe",
+    "snapshot": "saved.snapshot",
+    "stepper": "cache.decode_graph",
+    "telemetry": "saved.telemetry",
+    "timeline": "cache.positions",
+    "train_policy": "hf.train_policy",
+    "undisturbed": "hf.undisturbed",
+    "verify": "hf.verify",
+    "versions": "hf.versions",
+}
+#: Modules that became packages. Their old names are looked up here.
+PACKAGES = {"cache": "hf.cache"}
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(
+        f"{PACKAGE}.{old} moved to {PACKAGE}.{new}; the old path will be removed",
+        DeprecationWarning,
+        stacklevel=3,  # frames of importlib are not counted
+    )
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the old modules. Importing one gives the new module itself."""
+
+    def find_spec(self, fullname, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+        old = fullname.removeprefix(f"{PACKAGE}.")
+        return importlib.util.spec_from_loader(fullname, self) if old != fullname and old in MOVED else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module) -> None:
+        old = module.__name__.removeprefix(f"{PACKAGE}.")
+        _warn(old, MOVED[old])
+        sys.modules[module.__name__] = importlib.import_module(f"{PACKAGE}.{MOVED[old]}")
+
+
+def _attribute_of(package: str):
+    def __getattr__(name: str):
+        new = PACKAGES[package]
+        if not name.startswith("_") and hasattr(module := importlib.import_module(f"{PACKAGE}.{new}"), name):
+            _warn(f"{package}.{name}", f"{new}.{name}")
+            return getattr(module, name)
+        raise AttributeError(f"module {PACKAGE}.{package!r} has no attribute {name!r}")
+
+    return __getattr__
+
+
+def install() -> None:
+    """Let the old paths be imported."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+    for package in PACKAGES:
+        importlib.import_module(f"{PACKAGE}.{package}").__getattr__ = _attribute_of(package)

@@ -1,0 +1,414 @@
+"""`TieredKVCache`: the cache that goes into `model.generate(cache=...)`."""
+
+import copy
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticSlidingWindowLayer,
+)
+
+from fade_ref.config import FadeConfig
+
+from ..cache.decode_graph import Stepper
+from ..cache.guard import Guard, guarded, reading
+from ..cache.layer import TieredLayer
+from ..cache.positions import Timeline
+from ..cache.store import CODECS
+from ..kernels import rotated
+from ..policies import plan, scores
+from ..saved import checkpoint, snapshot, telemetry
+from .attention import NAME
+from .codebooks import Codebooks, given
+from .models import attention_modules, execution_device, fingerprint, text_config, unwrapped
+from .prompts import SeenTokens
+from .rope_probe import RopeProbe
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a cache weighs, in bytes, and how many tokens it keeps in which tier.
+
+    Attributes:
+        allocated: every distinct storage the cache holds, spare capacity included. The ids seen, 4 bytes a
+            token on the host, are left out.
+        packed: what the live tokens need, means of keys and codebooks included.
+        dense: what `DynamicCache` would hold for the same logical tokens.
+        tokens: tokens by tier, "EVICTED" included, summed over the batch, of one tiered layer (the
+            mean over layers where they differ).
+    """
+
+    allocated: int
+    packed: int
+    dense: int
+    tokens: dict[str, float]
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the cache is than an uncompressed one: dense / allocated."""
+        return self.dense / self.allocated if self.allocated else 1.0
+
+
+class TieredKVCache(Cache):
+    """A `transformers` cache whose full-attention layers keep their tokens in tiers.
+
+    Make one with `fade_fast.create_cache(model)`. Layers of other kinds (sliding window, linear
+    attention, shared) keep the classes that `DynamicCache` gives them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: FadeConfig,
+        max_length: int | None = None,
+        policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
+        codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
+    ):
+        model = unwrapped(model)
+        model_config = text_config(model)
+        if config.eviction_policy not in plan.SUPPORTED:
+            raise ValueError(
+                f"eviction_policy={config.eviction_policy!r}: one of {', '.join(plan.SUPPORTED)} is "
+                "supported inside generate()"
+            )
+        if config.quant_backend not in CODECS or config.plan_scope not in plan.SCOPES:
+            raise ValueError(
+                f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: 'rotated' or "
+                f"'product', and one of {', '.join(plan.SCOPES)}, are supported inside generate()"
+            )
+        if (config.quant_backend == "product") != (codebooks is not None):
+            what = "missing" if codebooks is None else "given"
+            raise ValueError(
+                f"quant_backend={config.quant_backend!r}, codebooks {what}: 'product' needs them, "
+                "others take none"
+            )
+        if config.plan_scope == "head" and config.eviction_policy == "adaptive":
+            raise ValueError(
+                "plan_scope='head' with eviction_policy='adaptive': heads would keep different numbers of "
+                "tokens, which the buffers of a layer cannot hold; every other policy is supported"
+            )
+        if config.plan_scope == "head" and config.contiguous and config.int2_budget != 0:
+            raise ValueError(
+                f"plan_scope='head' with int2_budget={config.int2_budget} and contiguous positions: heads "
+                'would read a slot at different positions; int2_budget=0 or positions="original" is supported'
+            )
+        weights = None
+        if config.eviction_policy == "learned":
+            weights = scores.load(scores.SHIPPED if policy_weights is None else policy_weights)
+        elif policy_weights is not None:
+            raise ValueError(
+                f"eviction_policy={config.eviction_policy!r}, policy_weights given: 'learned' has weights, "
+                "others take none"
+            )
+        replaceable = model_config._attn_implementation == NAME or model._can_set_attn_implementation()
+        if scores.observer(config, weights) and not replaceable:
+            raise ValueError(
+                f"eviction_policy={config.eviction_policy!r} ranks by attention, but {type(model).__name__} "
+                f"does not let its attention be replaced: {', '.join(plan.SCORES)} are supported for it"
+            )
+        if config.evicts and not model._can_set_attn_implementation():
+            raise ValueError(
+                f"{type(model).__name__} does not dispatch its attention, whose masks and biases would count "
+                "evicted tokens: use a configuration that keeps every token"
+            )
+        self.fade_config, self.timeline, self.seen = config, Timeline(), SeenTokens()
+        self.fingerprint = fingerprint(model)
+        self.began: dict[int, int] = {}  # by thread: tokens held when its forward pass began
+        # Captured steps keep their counters on one device, so all layers must be there.
+        on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
+        on_gpu &= len({p.device for p in model.parameters()}) == 1
+        self.stepper, self.guard = Stepper(self.timeline, compileable=on_gpu), Guard()
+        self._matrices: dict[tuple, Tensor] = {}
+        self.codebooks: str | None = None  # their digest
+
+        def dispatches() -> bool:
+            return model_config._attn_implementation == NAME
+
+        layers, books = list(DynamicCache(config=model_config).layers), {}
+        modules = attention_modules(model)
+        #: Device of each layer's keys, which is not that of its weights if they are offloaded.
+        self.homes = [
+            i in modules and execution_device(modules[i]) or model.device for i in range(len(layers))
+        ]
+        ropes = RopeProbe(model) if config.contiguous else None
+        if codebooks is not None:
+            codebooks = given(codebooks, model)
+            books = codebooks.by_layer([i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
+            self.codebooks = codebooks.digest
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                rope = ropes.find(i) if ropes else None
+                observer = scores.observer(config, weights, i, len(layers))
+                layers[i] = TieredLayer(
+                    config, self.stepper, rope, self._rotation, dispatches, max_length, observer, books.get(i)
+                )
+                layers[i].model_config, layers[i].layer_idx = model_config, i
+                layers[i].guard, layers[i].abandon = self.guard, self._abandon
+                layers[i].shared = bool(getattr(model_config, "num_kv_shared_layers", 0))
+            elif type(layer) is DynamicSlidingWindowLayer and on_gpu:
+                layers[i] = static_window(layer.sliding_window)
+        if not any(isinstance(layer, TieredLayer) for layer in layers):
+            kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
+            raise ValueError(
+                f"{type(model).__name__} has no layer whose cache could be tiered: no full-attention "
+                f"layer that caches keys and values alone. transformers gives its layers {kinds}"
+            )
+        self.stepper.captures = all(isinstance(layer, TieredLayer) for layer in layers)
+        super().__init__(layers=layers)
+
+    def __deepcopy__(self, memo: dict) -> "TieredKVCache":
+        """An independent copy for the same model: its configuration, rotary modules, codebooks are shared."""
+        for layer in self.tiered:
+            for shared in (layer.model_config, layer.rope, layer.telemetry, *(layer.books or ())):
+                memo[id(shared)] = shared
+        for graph in (self.stepper.demotion, self.stepper.order):
+            memo[id(graph)] = None  # a captured graph cannot be copied
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.stepper.clear()  # captured steps of this cache must not become the twin's
+        for layer in twin.tiered:
+            layer.telemetry = None
+        return twin
+
+    def __reduce__(self):
+        raise TypeError(
+            "a TieredKVCache can be neither pickled nor copied shallowly: cache.save(path) and "
+            "fade_fast.load_cache(path, model) take it to another process, copy.deepcopy(cache) copies "
+            "it here"
+        )
+
+    def _rotation(self, dim: int, device) -> Tensor:
+        """The codec's matrix and the sum of its rows, float32: one for all layers of a head_dim."""
+        key = (dim, str(device))
+        if key not in self._matrices:
+            self._matrices[key] = rotated.with_sum(rotated.rotation(dim)).float().to(device)
+        return self._matrices[key]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first tiered layer."""
+        return self.homes[self.layers.index(self.tiered[0])]
+
+    @property
+    def tiered(self) -> list[TieredLayer]:
+        """The tiered layers, in order."""
+        return [layer for layer in self.layers if isinstance(layer, TieredLayer)]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Logical length: tokens seen, whatever became of them."""
+        layer = self.layers[layer_idx]
+        return layer.get_seq_length() if isinstance(layer, TieredLayer) else super().get_seq_length(layer_idx)
+
+    def _abandon(self, start: int) -> None:
+        """Take back a step from column `start` on, which failed halfway: the layers before have its tokens.
+
+        Where that cannot be, the next step is refused: the step was long and came after others, so that
+        some layers have compressed what it brought; or layers of transformers cannot take it back.
+        """
+        if not start:
+            self.reset()
+            return
+        ahead = [layer for layer in self.layers if layer.get_seq_length() > start]
+        kinds = (TieredLayer, DynamicSlidingWindowLayer)
+        fits = all(
+            layer.croppable >= layer.length - start for layer in ahead if isinstance(layer, TieredLayer)
+        )
+        if not fits or not all(isinstance(layer, kinds) for layer in self.layers):
+            self.tiered[0].failed = True
+            return
+        try:
+            for layer in sorted(ahead, key=lambda layer: isinstance(layer, TieredLayer)):
+                layer.crop(start - layer.get_seq_length())
+        except RuntimeError:  # a sliding window that has moved on
+            self.tiered[0].failed = True
+            return
+        self._cropped(self.timeline.length - start)
+        self.stepper.touch()
+
+    def _cropped(self, n: int) -> None:
+        """What the layers share: the newest `n` columns are gone, which they have cropped."""
+        self.timeline.crop(n)
+        self.seen.crop(self.timeline.length)
+        self.stepper.crop(n)
+        if self.timeline.has_holes:
+            held = bool((self.timeline.newest() >= self.fade_config.n_sink - 1).all())
+            for layer in self.tiered:
+                layer.sinks_placed &= held
+
+    @guarded
+    def reset(self) -> None:
+        """Forget every token; the next ones may have another batch size, dtype or device."""
+        super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # transformers before 5.18 only zeroes them
+                layer.keys, layer.values, layer.is_initialized = None, None, False
+        self.timeline.clear()
+        self.seen.set(None)
+        self.stepper.clear()
+
+    @guarded
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses.
+
+        To remove all is to `reset()`. What policies counted of the attention of these tokens stays counted,
+        but for a step that generate() takes back (`TieredLayer.record_past`).
+        """
+        self.tiered[0].check_whole()
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        most = min(layer.croppable for layer in self.tiered)
+        for layer in self.layers if tokens_to_remove else ():
+            moved_on = getattr(layer, "cumulative_length_int", 0) > getattr(layer, "max_cache_len", 0)
+            if type(layer) is StaticSlidingWindowLayer and moved_on:
+                raise ValueError(
+                    f"crop({tokens_to_remove}): a sliding window of {layer.max_cache_len} tokens has "
+                    "moved on, and what fell out of it cannot come back"
+                )
+        if not -most <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): from {-most} to 0 is possible, the newest {most} tokens being "
+                "uncompressed"
+            )
+        if tokens_to_remove == -1 and self.tiered[0].record_past:
+            self.stepper.uncount()
+        super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            self._cropped(-tokens_to_remove)
+            if not self.timeline.length:
+                self.reset()
+
+    @guarded
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was: int64 [B]."""
+        self._check_rows(beam_idx, same=True)
+        self.stepper.reorder(beam_idx, self._reorder)
+        if not self.stepper.within:  # a beam search must not wait for indices
+            self.seen.select_rows(beam_idx)
+
+    def _reorder(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.timeline.select_rows(beam_idx)
+
+    @guarded
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep rows `indices` [B'], in that order."""
+        self._check_rows(indices)
+        for layer in self.layers:
+            if isinstance(layer, TieredLayer):
+                layer.select_rows(indices)
+            else:
+                layer.batch_select_indices(indices)
+        self.timeline.select_rows(indices)
+        self.seen.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, in place."""
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise ValueError(f"repeats={repeats!r}: an integer of at least 1 is allowed")
+        if self.timeline.length:
+            self.batch_select_indices(torch.arange(self.timeline.batch).repeat_interleave(repeats))
+
+    def _check_rows(self, index: Tensor, same: bool = False) -> None:
+        """Refuse an index of no rows, or (`same`) of another number of them; on a GPU it is not read."""
+        self.tiered[0].check_whole()
+        if not self.timeline.length:
+            return
+        batch = self.timeline.batch
+        fits = isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int64, torch.int32)
+        fits = fits and len(index) > 0 and (not same or len(index) == batch)
+        if not fits or not index.is_cuda and not 0 <= int(index.min()) <= int(index.max()) < batch:
+            number = f"{batch} numbers" if same else "numbers"
+            raise ValueError(f"rows {index}: a tensor of {number} from 0 to {batch - 1} is allowed")
+
+    @reading
+    def memory(self) -> Memory:
+        """What the cache weighs now. Blocks whose demotion was due are demoted first.
+
+        Raises `RuntimeError` while another thread is in a step.
+        """
+        self.tiered[0].check_whole()
+        for layer in self.tiered:
+            layer.settle()
+        held = [x for layer in self.layers for x in tensors(layer)] + self.timeline.tensors()
+        held += self.stepper.kept
+        rest = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
+        other = sum(x.nbytes for layer in rest for x in tensors(layer))
+        sizes = [snapshot.sizes(layer) for layer in self.tiered]
+        names = [tier for _, _, tokens in sizes for tier in tokens]
+        tokens = {n: sum(t.get(n, 0) for _, _, t in sizes) / len(sizes) for n in dict.fromkeys(names)}
+        return Memory(
+            allocated=storage_bytes(held),
+            packed=other + sum(packed for packed, _, _ in sizes),
+            dense=other + sum(dense for _, dense, _ in sizes),
+            tokens={n: int(x) if x == int(x) else x for n, x in tokens.items()},
+        )
+
+    @reading
+    def save(self, path: str | os.PathLike, tokens: Tensor | None = None) -> None:
+        """Write the cache to a file, whole or not at all; `load_cache` reads it.
+
+        `tokens`, an integer tensor, travels along: the ids that were fed, which a cache does not know, for
+        `checkpoint.read_tokens`.
+
+        Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
+        """
+        self.tiered[0].check_whole()
+        checkpoint.save(self, path, tokens)
+
+    @reading
+    def state_dict(self) -> tuple[dict[str, Tensor], dict]:
+        """Tensors, cloned, and what else the cache knows, for people who store it themselves."""
+        self.tiered[0].check_whole()
+        return checkpoint.state_dict(self)
+
+    @guarded
+    def load_state_dict(self, tensors: dict[str, Tensor], known: dict) -> None:
+        """Fill this cache, which must be empty, with what `state_dict` gave.
+
+        Raises `ValueError`, and leaves the cache empty, if they do not fit; `TypeError` for other things.
+        """
+        checkpoint.load_state_dict(self, tensors, known)
+
+    def listen(self, sink) -> telemetry.Listener:
+        """Tell `sink` of demotions, plans, evictions, renumbering, growth and compilation from now on.
+
+        `telemetry.py` says what the events hold. A sink is a path, to which lines of JSON are appended; a
+        `logging.Logger`; or a function of an event. Close the result, or use it in a `with` block.
+        Raises `TypeError` for another sink, `OSError` as the system does.
+        """
+        return telemetry.listen(self.tiered, self.tiered[0].telemetry, sink)
+
+    def describe(self) -> str:
+        """A text saying what each layer keeps, and how."""
+        return snapshot.text(snapshot.of(self, positions=False))
+
+    @reading
+    def snapshot(self) -> dict:
+        """The same and more as JSON has it: each layer's tiers, positions and bytes; see `snapshot.py`."""
+        return snapshot.of(self)
+
+
+def static_window(window: int) -> StaticSlidingWindowLayer:
+    """transformers' layer of a sliding window in a buffer of fixed size.
+
+    By `window + 1` as the most tokens it may see, it knows that the window moves, and that tokens which
+    fell out cannot come back; the buffer has `window` slots all the same.
+    """
+    return StaticSlidingWindowLayer(window + 1, window)
+
+
+def storage_bytes(held: list[Tensor]) -> int:
+    """Bytes of every distinct storage behind some tensors."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}.values())
+
+
+def tensors(layer) -> list[Tensor]:
+    """Tensors a cache layer of any class holds."""
+    if isinstance(layer, TieredLayer):
+        return layer.tensors()
+    return [x for x in vars(layer).values() if isinstance(x, Tensor)]

@@ -1,0 +1,194 @@
+"""What a tiered cache would make of a model, before anything is attached or generated."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from fade_ref.config import FadeConfig
+
+from ..cache.layer import TieredLayer
+from .attach import verified
+from .cache import TieredKVCache
+from .models import attention_modules, unwrapped
+from .versions import untested
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer of a model's cache.
+
+    Attributes:
+        index: its place in the cache.
+        tiered: whether it is compressed.
+        text: its codec, or why it stays as it is.
+    """
+
+    index: int
+    tiered: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """What `create_cache(model, config)` would do; `print` it.
+
+    Attributes:
+        model: the model's class.
+        refused: why there is no cache for it; empty if there is one.
+        untried: why it could not be compared with its own attention; empty if it was.
+        layers: one by one.
+        decode: "packed", where attention reads compressed tokens as they are, or "dense".
+        length: tokens of a row that the sizes below are for.
+        dense, packed: bytes of the tiered layers, uncompressed and compressed, batch size 1.
+    """
+
+    model: str
+    refused: str = ""
+    untried: str = ""
+    layers: tuple[LayerCheck, ...] = ()
+    decode: str = "dense"
+    length: int = 0
+    dense: int = 0
+    packed: int = 0
+
+    @property
+    def served(self) -> bool:
+        """Whether a cache can be made."""
+        return not self.refused
+
+    def __str__(self) -> str:
+        if self.refused:
+            return "\n".join(x for x in (f"{self.model}: refused: {self.refused}", untested()) if x)
+        tiered = sum(layer.tiered for layer in self.layers)
+        how = {
+            "packed": "decoding reads compressed tokens as they are",
+            "dense": "decoding reads dense keys and values: memory is saved between steps, time is not",
+        }[self.decode]
+        lines = [
+            f"{self.model}: {tiered} of {len(self.layers)} layers are tiered; {how}",
+            f"at {self.length:,} tokens their {self.dense:,} bytes become {self.packed:,}, "
+            f"{self.dense / self.packed:.2f} times fewer",
+        ]
+        lines += [f"not verified: {self.untried}"] if self.untried else []
+        lines += [text] if (text := untested()) else []
+        return "\n".join(lines + [f"layer {layer.index}: {layer.text}" for layer in self.layers])
+
+
+def check_model(
+    model: PreTrainedModel | PreTrainedConfig,
+    config: str | FadeConfig = "safe",
+    *,
+    length: int = 8192,
+    codebooks=None,
+) -> ModelCheck:
+    """What `create_cache(model, config)` would do, without doing it: the model is left as it is.
+
+    The model is run over 72 random tokens, as `attach` does, so that both refuse the same models.
+
+    Args:
+        model: a decoder of transformers; or its configuration, of which a model with random weights
+            is made on the CPU, so that only small ones are practical.
+        config: a preset or a `FadeConfig`.
+        length: tokens for which to predict memory.
+        codebooks: as `create_cache` takes them.
+
+    Raises:
+        ValueError: an unknown preset, a configuration without a decoder class, or `length` < 1.
+        TypeError: `model` or `config` is of another type.
+    """
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"length={length}: an integer of at least 1 is allowed")
+    config = FadeConfig.preset(config) if isinstance(config, str) else config
+    if not isinstance(config, FadeConfig):
+        raise TypeError(f"config must be the name of a preset or a FadeConfig, not {type(config).__name__}")
+    if isinstance(model, PreTrainedConfig):
+        model = AutoModelForCausalLM.from_config(model)
+    model = unwrapped(model)
+    name = type(model).__name__
+    try:
+        cache = TieredKVCache(model, config, codebooks=codebooks)
+        verification = verified(model)
+        if verification.refused:
+            raise ValueError(verification.refused)
+        modules, sizes = attention_modules(model), {}
+        for i, layer in enumerate(cache.layers):
+            if isinstance(layer, TieredLayer):
+                shape = verification.shapes.get(i)
+                heads, dim = (
+                    (shape.heads, shape.key_dim) if shape else _shape(modules.get(i), layer.model_config)
+                )
+                sizes[i] = _bytes(layer, heads, dim, model.dtype, length)
+    except ValueError as error:
+        return ModelCheck(name, refused=str(error))
+    layers = tuple(
+        LayerCheck(i, i in sizes, _codec(config) if i in sizes else _reason(layer))
+        for i, layer in enumerate(cache.layers)
+    )
+    return ModelCheck(
+        name,
+        untried=verification.untried,
+        layers=layers,
+        decode="packed" if model._can_set_attn_implementation() else "dense",
+        length=length,
+        dense=sum(dense for dense, _ in sizes.values()),
+        packed=sum(packed for _, packed in sizes.values()),
+    )
+
+
+def _codec(config: FadeConfig) -> str:
+    if not config.compresses:
+        return "tiered, but every token stays in the model's dtype (recent_window=None)"
+    if config.quant_backend == "product":
+        return "tiered: product-quantised"
+    text = f"tiered: keys at {config.middle_k_bits} bits, values at {config.middle_v_bits}"
+    if not config.evicts:
+        return f"{text}, {config.quant_backend}"
+    kept = config.int4_budget + config.int2_budget
+    return f"{text}, {config.quant_backend}; of the middle at most {kept} tokens are kept"
+
+
+def _reason(layer) -> str:
+    if getattr(layer, "is_sliding", False):
+        return "kept as it is: a sliding window bounds it already"
+    if getattr(layer, "is_linear", False) or "Linear" in type(layer).__name__:
+        return "kept as it is: linear attention has a state of fixed size"
+    return f"kept as it is: {type(layer).__name__} of transformers"
+
+
+def _shape(attention, config) -> tuple[int, int]:
+    """(KV heads, head_dim) of a layer as the configuration has them, for a model that cannot be run."""
+    heads = config.num_attention_heads
+    names = ("head_dim", "head_size")
+    dim = next((getattr(attention, n) for n in names if isinstance(getattr(attention, n, None), int)), None)
+    dim = dim or config.hidden_size // heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1, dim
+    return getattr(config, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None) or heads, dim
+
+
+def _bytes(layer: TieredLayer, heads: int, dim: int, dtype: torch.dtype, length: int) -> tuple[int, int]:
+    """(dense, packed) bytes of a layer at a length, from a few blocks that are really encoded."""
+    config, token = layer.config, heads * 2 * dim * dtype.itemsize
+    dense = length * token
+    if not config.compresses:
+        return dense, dense
+    due = max(0, length - config.n_sink - config.recent_window) // config.block_size * config.block_size
+    zeros = torch.zeros(1, heads, config.block_size, dim, dtype=dtype)
+    layer.lazy_initialization(zeros, zeros)
+    layer.timeline.extend(0, None, 1, config.block_size, zeros.device)
+    layer.middle.demote(zeros, zeros, 0, config.block_size, layer.arrive(config.block_size))
+    records = [tier.records.record_bytes for tier in layer.middle.tiers]
+    means, books = layer.middle.means, sum(book.nbytes for book in layer.books or ())
+    mean = means["mean"].nbytes if means is not None and means.count else 0
+    layer.reset()
+    layer.timeline.clear()
+    kept = [due]
+    if config.int4_budget is not None:
+        kept[0] = min(due, config.int4_budget)
+        rest = due - kept[0]
+        kept.append(rest if config.int2_budget is None else min(rest, config.int2_budget))
+    packed = (length - due) * token + sum(n * size for n, size in zip(kept, records))
+    if not config.moves:
+        mean *= due // config.block_size
+    return dense, packed + (mean if due else 0) + books

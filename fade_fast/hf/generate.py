@@ -1,0 +1,330 @@
+"""How generate() works with a tiered cache: what `attach` changes of it, in one place.
+
+| hook | why | undone by |
+|---|---|---|
+| `model.generate` | checks the prompt, names the cache as this version does, remembers ids | detach |
+| `model.generate_batch`, `.init_continuous_batching` | have a cache of their own: refused | detach |
+| `model.get_compiled_call` | demotions and counters around the compiled step; captures it | detach |
+| `model._valid_auto_compile_criteria` | whether steps are compiled; eager ones do not run ahead | detach |
+| `model._beam_search_has_unfinished_sequences` | the next call is a step of a beam search | detach |
+| `model._get_candidate_generator` | the next calls check drafts | detach |
+| `model._compiled_call_impl` | compiles steps of beams and drafts, which generate() calls plainly | detach |
+| `DeferredStopCheck.is_supported` | lets generate() run a step ahead on CUDA | the end of each generate() |
+
+Tested with transformers 5.17 to 5.24. Names that begin with an underscore carry no promise. So a hook that
+is never reached although it should have been is noticed, and said once (`_notice`): the text is right then,
+but slow.
+"""
+
+import contextlib
+import functools
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+
+import torch
+import transformers
+from transformers import CompileConfig, PreTrainedModel
+from transformers.generation import utils as generation
+
+from ..cache.cuda_graph import Captured
+from ..cache.decode_graph import Stepper
+from ..cache.guard import plainly
+from ..compile.compiled import row_products, uncaptured
+from .models import CACHE_NAME, named_cache, text_config
+from .prompts import Prompt
+
+#: What generate() asks in beam search, and nowhere else: after each step, whether there will be another.
+QUESTION = "_beam_search_has_unfinished_sequences"
+#: What it asks before it samples or decodes greedily: whether to compile the steps.
+CRITERIA = "_valid_auto_compile_criteria"
+#: What it asks for once in assisted decoding, and nowhere else: what drafts tokens.
+DRAFTER = "_get_candidate_generator"
+#: What it asks for to compile a step.
+COMPILED = "get_compiled_call"
+
+
+def attach(model: PreTrainedModel, replaced: dict) -> None:
+    """Put the hooks of the table above on a model; what others had put there goes into `replaced`, by "
+    "name."""
+    hooks = {
+        "generate": generate,
+        "generate_batch": _refuse_batching,
+        "init_continuous_batching": _refuse_batching,
+        COMPILED: compiled_call,
+        QUESTION: _unfinished,
+        CRITERIA: _compiles,
+        DRAFTER: _drafter,
+    }
+    for name, hook in hooks.items():
+        before = model.__dict__.get(name)
+        if not hasattr(type(model), name) or _is_hook(before):
+            continue
+        if before is not None:
+            replaced[name] = before
+        # A partial function is pickled and copied with the model; a bound method could not be.
+        model.__dict__[name] = functools.partial(hook, model)
+    if model._compiled_call_impl is None:  # what `model.compile()` sets
+        model._compiled_call_impl = functools.partial(_call, model)
+
+
+def detach(model: PreTrainedModel, replaced: dict) -> None:
+    """Undo `attach`; what others have put in the place of a hook since then stays."""
+    for name, hook in list(model.__dict__.items()):
+        if _is_hook(hook):
+            del model.__dict__[name]
+            if name in replaced:
+                model.__dict__[name] = replaced[name]
+    model.__dict__.pop("_fade_searching", None)
+
+
+def _is_hook(x) -> bool:
+    return isinstance(x, functools.partial) and x.func in _HOOKS
+
+
+# -- generate()
+
+
+def generate(model: PreTrainedModel, *args, **kwargs):
+    """`model.generate(...)`: with a tiered cache, checked before and noted after."""
+    attachment = model.__dict__.get("_fade")
+    call = attachment and attachment.replaced.get("generate")  # by another library
+    call = call or functools.partial(type(model).generate, model)
+    name, cache = named_cache(kwargs)
+    stepper = getattr(cache, "stepper", None)
+    if not isinstance(stepper, Stepper):
+        return call(*args, **kwargs)
+    # The installed version knows the cache by one name, users by two.
+    kwargs[CACHE_NAME] = kwargs.pop(name)
+    prompt = Prompt.of(model, cache, args, kwargs)
+    prompt.check()
+    stepper.open_text(hooked=all(hasattr(type(model), name) for name in (CRITERIA, COMPILED)))
+    stepper.asked = prompt.options
+    try:
+        with _deferred_checks():
+            output = call(*args, **kwargs)
+    finally:
+        stepper.close_text()
+        if stepper.reordered:  # by beam search: rows are no longer those that were noted
+            cache.seen.set(None)
+    prompt.remember(output)
+    _notice(stepper)
+    return output
+
+
+_noticed: set[str] = set()  # warnings that were given
+
+
+def _notice(stepper: Stepper) -> None:
+    """Say, once, which hook a text did not come by although it should have."""
+    reached, missed = stepper.reached, None
+    if not stepper.compileable or "declined" in reached:
+        return
+    if stepper.eager_steps > 2 and "step" not in reached:
+        missed = f"steps are not captured: {stepper.eager_steps} decode steps came by none of our hooks"
+    elif stepper.steps > 2 and stepper.runs_ahead and not reached & {"ahead", "drafts", "search"}:
+        missed = "generate() waits for each step: it did not ask whether it may run ahead"
+    if missed and missed not in _noticed:
+        _noticed.add(missed)
+        warnings.warn(
+            f"{missed}. The text is right, but slow: transformers {transformers.__version__} is unlike the "
+            "versions that fade_fast was tested with",
+            stacklevel=4,
+        )
+
+
+def _refuse_batching(model: PreTrainedModel, *args, **kwargs):
+    raise ValueError(
+        "continuous batching has a cache of its own, and the attention of this model is fade_fast's: call "
+        "fade_fast.detach(model) first"
+    )
+
+
+# -- compiled steps
+
+
+def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, plain=None):
+    """What generate() gets for `model.get_compiled_call`: the compiled step, with its surroundings.
+
+    `plain`: what runs a step that is not compiled; None for the model.
+    """
+    if plain is None:  # not through `_call`, which would compile the step once more
+        plain = model._call_impl if _is_hook(model._compiled_call_impl) else model
+    made = functools.partial(type(model).get_compiled_call, model)
+
+    @functools.cache
+    def ours(stepper: Stepper) -> bool:
+        """Whether the cache is of this model; attention refuses others."""
+        return stepper.layers[0].model_config is text_config(model)
+
+    @functools.cache
+    def step_of(stepper: Stepper):
+        """The compiled step, a function of the epoch and the arguments."""
+
+        def otherwise():
+            stepper.captures = False  # later calls of generate() need not try
+            return made(compile_config)
+
+        config = uncaptured(compile_config or CompileConfig(), model.device) if stepper.captures else None
+        compiled = row_products()(made(config or compile_config))
+        return Captured(compiled, otherwise) if config else lambda epoch, arguments: compiled(**arguments)
+
+    def call(*args, **kwargs):
+        stepper = _stepper(kwargs)
+        if stepper is None:
+            return made(compile_config)(*args, **kwargs)
+        stepper.reached.add("step")
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        usual = not args and tokens is not None and ours(stepper)
+        if usual and tokens.shape[1] == 1 and stepper.drafts() is not None:
+            # The last step of a text has no drafts: by itself it is not worth a graph of one column.
+            usual, stepper.undrafted = stepper.undrafted, True
+        with stepper.layers[0].guard:
+            with plainly():
+                ready = usual and stepper.begin(tokens.shape[1], tokens.shape[0])
+            if not ready:
+                return plain(*args, **kwargs)
+            new = tokens.shape[1]
+            if new > 1:
+                kwargs = _of_any_length(kwargs, tokens)
+            step = step_of(stepper)
+            try:
+                output = step(stepper.epoch, kwargs)
+            except BaseException:
+                stepper.active = False
+                raise
+            stepper.end(new)
+            stepper.replays = getattr(step, "replays", 0)
+            return output
+
+    return call
+
+
+def _of_any_length(arguments: dict, tokens: torch.Tensor) -> dict:
+    """The arguments of a step of several tokens [B, q], for a graph that is compiled once for any q."""
+    batch, new = tokens.shape[:2]
+    if arguments.get("attention_mask") is None:  # or the model would make one, by the length of the cache
+        arguments = arguments | {"attention_mask": _causal(batch, new, tokens.device)}
+    if arguments.get("logits_to_keep") == new:
+        arguments = arguments | {"logits_to_keep": 0}  # all, by a number that is the same for any q
+    for x in arguments.values():
+        for dim, length in enumerate(x.shape if isinstance(x, torch.Tensor) else ()):
+            if length == new:
+                torch._dynamo.maybe_mark_dynamic(x, dim)
+    return arguments
+
+
+@functools.lru_cache(maxsize=64)
+def _causal(batch: int, new: int, device: torch.device) -> torch.Tensor:
+    """What `new` columns see of each other, bool [B, 1, q, q]; kept, so that no step allocates it."""
+    with plainly():
+        return torch.ones(batch, 1, new, new, dtype=torch.bool, device=device).tril()
+
+
+# -- whether there is another step
+
+
+_ahead = threading.Lock()  # of what follows
+_deferring = 0  # texts under way
+
+
+@contextlib.contextmanager
+def _deferred_checks() -> Iterator[None]:
+    """Inside, generate() asks one step late whether a text is over, if its tiered cache captures steps.
+
+    Otherwise it waits for each step before it prepares the next, and the GPU then waits for Python: half a
+    millisecond of nine on an H100. Transformers can run a step ahead, and undo it by `crop`, but does so on
+    one kind of device only; other caches are left to it.
+    """
+    global _deferring
+    late = getattr(generation, "DeferredStopCheck", None)
+    if late is None:
+        yield
+        return
+    with _ahead:
+        _deferring += 1
+        if _deferring == 1:
+            _is_supported.theirs = late.__dict__["is_supported"]
+            late.is_supported = staticmethod(_is_supported)
+    try:
+        yield
+    finally:
+        with _ahead:
+            _deferring -= 1
+            if not _deferring:
+                late.is_supported = _is_supported.theirs
+
+
+def _is_supported(device, cache, *args, is_assistant=False, **kwargs):
+    """The answer of transformers, but for our caches: yes, where steps are captured."""
+    stepper = getattr(cache, "stepper", None)
+    if isinstance(stepper, Stepper):
+        stepper.reached.add("ahead")
+        if stepper.runs_ahead:
+            return not is_assistant
+    return _is_supported.theirs.__func__(device, cache, *args, is_assistant=is_assistant, **kwargs)
+
+
+def _compiles(model: PreTrainedModel, model_kwargs: dict, generation_config) -> bool:
+    """The answer of transformers, which the cache is told: eager steps do not run ahead."""
+    answer = getattr(type(model), CRITERIA)(model, model_kwargs, generation_config)
+    if stepper := _stepper(model_kwargs):
+        stepper.compiled = answer
+        if not answer:
+            stepper.reached.add("declined")
+    return answer
+
+
+# -- beam search and assisted decoding, which generate() does not compile
+
+
+def _unfinished(model: PreTrainedModel, *args, **kwargs) -> bool:
+    """The answer of transformers; the next step, if there is one, is a search's."""
+    model._fade_searching = bool(getattr(type(model), QUESTION)(*args, **kwargs))
+    return model._fade_searching
+
+
+def _drafter(model: PreTrainedModel, generation_config, *args, **kwargs):
+    """What drafts tokens; as long as it lives, the steps of the cache check them."""
+    made = getattr(type(model), DRAFTER)(model, generation_config, *args, **kwargs)
+    asked = kwargs.get("model_kwargs", {})
+    if stepper := _stepper(asked):
+        cache = named_cache(asked)[1]
+        length = cache.get_seq_length()
+        if length:  # transformers would append the prompt, of a DynamicCache, too
+            warnings.warn(
+                "assisted decoding reads the whole prompt again: "
+                f"the {length} tokens that the cache holds are dropped first",
+                stacklevel=2,
+            )
+            cache.reset()
+        stepper.drafts = weakref.ref(made)
+        stepper.undrafted = False
+        stepper.reached.add("drafts")
+    return made
+
+
+def _call(model: PreTrainedModel, *args, **kwargs):
+    """`model(...)`, compiled in beam search and in assisted decoding."""
+    if not torch.compiler.is_compiling():
+        stepper, searching = _stepper(kwargs), model.__dict__.pop("_fade_searching", False)
+        if stepper and (searching or stepper.drafts() is not None):
+            asked = stepper.asked
+            wanted = stepper.captures and not asked.get("disable_compile")
+            stepper.reached.add("search" if wanted else "declined")
+            if wanted and stepper.compileable:
+                if stepper.search is None:
+                    stepper.search = compiled_call(model, asked.get("compile_config"), model._call_impl)
+                return stepper.search(*args, **kwargs)
+    return model._call_impl(*args, **kwargs)
+
+
+def _stepper(arguments: dict) -> Stepper | None:
+    """The stepper of the tiered cache among arguments; None without one."""
+    stepper = getattr(named_cache(arguments)[1], "stepper", None)
+    return stepper if isinstance(stepper, Stepper) else None
+
+
+_HOOKS = {generate, _refuse_batching, compiled_call, _unfinished, _compiles, _drafter, _call}

@@ -1,0 +1,162 @@
+"""Whether a prompt goes on where a cache ends: checked before generate() begins, and noted afterwards.
+
+transformers feeds what a prompt has beyond the length of the cache, whatever the cache holds. So an edited
+history, another text, or a shorter one would be appended to a text that is not its own.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from ..cache import masks
+
+#: Options of generate() that matter to a cache.
+OPTIONS = ("use_cache", "output_attentions", "disable_compile", "compile_config")
+
+
+class SeenTokens:
+    """Ids of the tokens that a cache holds, as far as generate() showed them: int32 [B, n] on the host.
+
+    The first n columns of the cache are known; tokens that were fed otherwise are not. Ids of padding mean
+    nothing.
+    """
+
+    def __init__(self):
+        self.ids: Tensor | None = None
+
+    @property
+    def known(self) -> int:
+        """n."""
+        return 0 if self.ids is None else self.ids.shape[1]
+
+    def set(self, ids: Tensor | None) -> None:
+        """Remember ids [B, n], or nothing."""
+        self.ids = None if ids is None else ids.to("cpu", torch.int32)
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` columns."""
+        if length < self.known:
+            self.ids = self.ids[:, :length].clone() if length else None
+
+    def select_rows(self, index: Tensor) -> None:
+        """Rows `index` [B'] take the places of the rows there were."""
+        if self.ids is not None:
+            self.ids = self.ids[index.to("cpu", torch.int64)]
+
+    def shared(self, ids: Tensor, real: Tensor | None) -> int:
+        """How many leading columns of ids [B, m] agree with what is known; padding (not `real`) agrees."""
+        count = min(self.known, ids.shape[1])
+        if not count:
+            return 0
+        differs = self.ids[:, :count] != ids[:, :count].to("cpu", torch.int32)
+        if real is not None:
+            differs &= real[:, :count].cpu()
+        columns = differs.any(0)
+        return int(columns.int().argmax()) if columns.any() else count
+
+
+def common_prefix(cache, ids: Tensor) -> int:
+    """How many leading tokens of `ids` [B, n] a cache can keep; at most n - 1, for one must be fed.
+
+    `cache.crop(common_prefix(cache, ids) - cache.get_seq_length())` makes the cache end there, if the tokens
+    beyond are still uncompressed. Only tokens that generate() fed or chose are known, and those that
+    `load_cache` found ids of.
+
+    Raises `ValueError` for ids of another number of rows.
+    """
+    rows = cache.timeline.batch if cache.get_seq_length() else ids.shape[0]
+    if ids.dim() != 2 or ids.shape[0] != rows:
+        raise ValueError(f"ids of shape {tuple(ids.shape)}: [{rows}, n] is allowed for this cache")
+    return min(cache.seen.shared(ids, cache.timeline.real()), max(0, ids.shape[1] - 1))
+
+
+@dataclass
+class Prompt:
+    """What generate() is given: ids [B, n], mask [B, m], and `OPTIONS`; None where there are none."""
+
+    cache: Cache
+    ids: Tensor | None
+    mask: Tensor | None
+    embedded: bool
+    options: dict
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, cache: Cache, args: tuple, kwargs: dict) -> "Prompt":
+        """Find them among the arguments of `model.generate`."""
+        given = args[0] if args else kwargs.get("inputs")
+        ids = kwargs.get("input_ids", given)
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            ids = None
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        config = args[1] if len(args) > 1 else kwargs.get("generation_config") or model.generation_config
+        options = {name: kwargs.get(name, getattr(config, name, None)) for name in OPTIONS}
+        return cls(cache, ids, mask, kwargs.get("inputs_embeds") is not None, options)
+
+    def check(self) -> None:
+        """Refuse, with `ValueError`, what does not go on where the cache ends; warn of what gets lost."""
+        if self.options["use_cache"] is False:
+            raise ValueError(
+                "use_cache=False with a cache would feed every token again: pass use_cache=True to generate()"
+            )
+        if self.options["output_attentions"]:
+            warnings.warn(
+                "output_attentions=True: attention over a tiered cache forms no weights, so those of tiered "
+                "layers are missing. For weights, call fade_fast.detach(model), and generate with "
+                "attn_implementation='eager' and another cache",
+                stacklevel=4,
+            )
+        held = self.cache.get_seq_length()
+        if not held or self.embedded:
+            return
+        timeline = self.cache.timeline
+        if self.mask is None and timeline.has_holes:
+            raise ValueError(
+                "the cache holds rows with padding: pass the attention_mask of all tokens, cached ones "
+                "included"
+            )
+        mask, ids = self._per_row(self.mask), self._per_row(self.ids)
+        whole = ids is not None and (mask is None or mask.shape[1] == ids.shape[1])
+        if whole and ids.shape[1] <= held:
+            raise ValueError(
+                f"the prompt has {ids.shape[1]} tokens, but the cache holds {held} already: a new text "
+                "needs a "
+                "new cache, or reset(). To go on with a text, pass all of it, cached tokens included; to "
+                "change its end, crop() the cache to common_prefix(cache, ids) first"
+            )
+        if mask is not None:
+            new = mask.shape[1] - held if whole or ids is None else ids.shape[1]
+            masks.check(mask, mask.shape[0], new, timeline.positions)
+        if whole and ids.shape[0] == timeline.batch:
+            shared, known = self.cache.seen.shared(ids, timeline.real()), self.cache.seen.known
+            if shared < min(known, held):
+                raise ValueError(
+                    f"the prompt differs from the {held} cached tokens at token {shared}: a new text "
+                    f"needs a new cache, or reset(). To go on from what both share, crop the cache first: "
+                    f"cache.crop({shared - held}), if tokens from {shared} on are still uncompressed"
+                )
+
+    def _per_row(self, x: Tensor | None) -> Tensor | None:
+        """A row of `x` for each row of the cache, which may hold several beams or samples of one."""
+        rows = self.cache.timeline.batch
+        if x is not None and x.shape[0] != rows and rows % x.shape[0] == 0:
+            return x.repeat_interleave(rows // x.shape[0], dim=0)
+        return x
+
+    def remember(self, output) -> None:
+        """Note the ids that the cache has come to hold, given what generate() returned."""
+        held, seen = self.cache.get_seq_length(), self.cache.seen
+        text = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
+        if not held or self.ids is None or self.embedded or text is None:
+            return
+        if self.mask is not None and self.mask.shape[1] != self.ids.shape[1]:  # only what is new was passed
+            before = self.mask.shape[1] - self.ids.shape[1]
+            if seen.known < before:
+                return
+            text = torch.cat((seen.ids[:, :before], text.to("cpu", torch.int32)), dim=1)
+        if self.cache.stepper.reordered or text.shape[0] != self.cache.timeline.batch:
+            text = self._per_row(self.ids)  # rows are no longer those of the text
+        seen.set(text[:, :held] if text.shape[0] == self.cache.timeline.batch else None)

@@ -1,0 +1,170 @@
+"""How a model rotates its keys, found by running it: not by its code, and not by names of parameters.
+
+A model is run over a few tokens under an attention function that notes the keys it is given and answers
+with zeros. So hidden states do not depend on positions, and keys of two runs differ by their rotation alone.
+"""
+
+import contextvars
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ..kernels.rope import rotate
+from .models import execution_device, vocabulary
+from .undisturbed import undisturbed
+
+NAME = "fade probe"  # what the function that notes keys is registered as in transformers
+POSITIONS = (0, 1, 7)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How a model rotates the keys of one layer.
+
+    `source` and `buffer` say where the frequencies are. They are read at every use, because
+    dynamic and long RoPE replace them while the model runs.
+    """
+
+    source: nn.Module
+    buffer: str
+    interleaved: bool
+
+    def inv_freq(self) -> Tensor:
+        """[d / 2] float32, radians a position."""
+        return getattr(self.source, self.buffer)
+
+
+class _Still(nn.Module):
+    """Frequencies of a layer without RoPE: renumbering leaves its keys as they are."""
+
+    def __init__(self, like: Tensor):
+        super().__init__()
+        self.register_buffer("inv_freq", torch.zeros_like(like), persistent=False)
+
+
+class RopeProbe:
+    """What the keys of a model's layers are before and after RoPE.
+
+    Attributes:
+        model: see above.
+        still, moved: keys [1, H, n, D] by layer index, all tokens at position 0, and at `POSITIONS`.
+        failure: why the model could not be run; None if it could.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.failure = model, None
+        self.still: dict[int, Tensor] = {}
+        self.moved: dict[int, Tensor] = {}
+        if _unsuited(model):
+            return
+        with undisturbed(model):
+            try:
+                model.set_attn_implementation(NAME)
+                self.still = _keys(model, [0] * len(POSITIONS))
+                self.moved = _keys(model, list(POSITIONS))
+            except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
+                self.failure = f"{type(error).__name__}: {error}"
+            # Long RoPE replaces frequencies while it runs: these are those of the keys.
+            self._inv_freq = {name: x.clone() for name, _, x in _frequencies(model)}
+
+    def find(self, layer_idx: int) -> Rope:
+        """How the keys of a layer are rotated.
+
+        Raises `ValueError` if its tokens cannot be renumbered: the model has no rotary embedding, one of no
+        known style, or one whose frequencies change while the text grows; or it could not be run.
+        """
+        if why := _unsuited(self.model):
+            raise self._refusal(layer_idx, why)
+        if self.failure:
+            raise self._refusal(layer_idx, f"its keys could not be probed, {self.failure}")
+        if layer_idx not in self.moved:
+            raise self._refusal(layer_idx, "its keys could not be probed, they reached no attention function")
+        still, moved = self.still[layer_idx].float(), self.moved[layer_idx].float()
+        candidates = _frequencies(self.model)
+        if still.shape != moved.shape:
+            raise self._refusal(layer_idx, "its keys could not be probed, their shape depends on positions")
+        position = torch.tensor([POSITIONS], device=still.device)[:, None]
+        near = 4e-2 if self.still[layer_idx].dtype.itemsize < 4 else 1e-4
+        if torch.equal(still, moved):
+            if not candidates:
+                raise self._refusal(layer_idx, "it has no rotary embedding")
+            return Rope(_Still(candidates[0][2]), "inv_freq", False)
+        if not candidates:
+            raise self._refusal(layer_idx, "it has no rotary embedding")
+        errors = {}
+        for name, source, _ in candidates:
+            inv_freq = self._inv_freq[name].to(still.device)
+            for interleaved in (False, True) if 2 * len(inv_freq) <= still.shape[-1] else ():
+                error = (rotate(still, position, inv_freq, interleaved) - moved).norm() / still.norm()
+                errors[error.item()] = Rope(source, name.rpartition(".")[2], interleaved)
+        if not errors or min(errors) > near:
+            raise self._refusal(layer_idx, "its rotary embedding is of no known style")
+        return errors[min(errors)]
+
+    def _refusal(self, layer_idx: int, why: str) -> ValueError:
+        return ValueError(
+            f"layer {layer_idx} of {type(self.model).__name__} cannot be renumbered ({why}): "
+            'evict with positions="original", or use a configuration that keeps every token'
+        )
+
+
+def _unsuited(model: PreTrainedModel) -> str:
+    """Why tokens of a model cannot be renumbered, as its configuration says; empty if it does not."""
+    text = model.config.get_text_config(decoder=True)
+    parameters = getattr(text, "rope_parameters", None) or {}
+    kinds = [parameters, *(x for x in parameters.values() if isinstance(x, dict))]
+    if any(kind.get("rope_type") == "dynamic" for kind in kinds):
+        return "dynamic RoPE changes its frequencies while the text grows"
+    if text is not model.config and any("mrope_section" in kind for kind in kinds):
+        return "images take fewer positions than tokens"
+    return ""
+
+
+def _frequencies(model: PreTrainedModel) -> list[tuple[str, nn.Module, Tensor]]:
+    """Name, module and value of every buffer of a decoder that could be RoPE's frequencies."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return [
+        (f"{path}.{name}", module, x)
+        for path, module in decoder.named_modules()
+        for name, x in module._buffers.items()
+        if name.endswith("inv_freq") and not name.startswith("original") and x is not None and x.dim() == 1
+    ]
+
+
+_heard: contextvars.ContextVar[dict[int, Tensor]] = contextvars.ContextVar("heard")
+
+
+def _keys(model: PreTrainedModel, positions: list[int]) -> dict[int, Tensor]:
+    """Keys [1, H, n, D] of each layer, of the same tokens at other positions."""
+    embedding = model.get_input_embeddings()
+    device = execution_device(embedding) or model.device
+    ids = torch.arange(3, 3 + len(positions), device=device)[None] % vocabulary(model)
+    inputs = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=torch.tensor([positions], device=device),
+        use_cache=False,
+    )
+    heard: dict[int, Tensor] = {}
+    token = _heard.set(heard)
+    try:
+        type(model).forward(model, **inputs)  # the class's: calls of the model may be hooked, or compiled
+    finally:
+        _heard.reset(token)
+    return heard
+
+
+def _note(module, query, key, value, attention_mask, *args, **kwargs) -> tuple[Tensor, None]:
+    """Attention that notes the keys of a layer, the first time, and attends nothing."""
+    index = getattr(module, "layer_idx", None)
+    if isinstance(index, int):
+        _heard.get().setdefault(index, key.detach().clone())
+    batch, heads, new, _ = query.shape
+    return query.new_zeros(batch, new, heads, value.shape[-1]), None
+
+
+AttentionInterface.register(NAME, _note)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,70 @@
+"""Run a model to learn about it, and leave it as it was."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..compile.compiled import FUSED_ON
+
+SMALL = 1 << 16  # numbers of a buffer that is no weight
+
+
+@contextlib.contextmanager
+def undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Eager and deterministic inside; afterwards every module and configuration is as it was before.
+
+    Restored are modes, attributes and buffers of all modules, the random state, and which attention function
+    each configuration names.
+    """
+    # Dynamic RoPE replaces its frequencies, vision-language models keep what they know of positions.
+    held = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
+    # Long RoPE writes in place.
+    values = {x: x.clone() for x in model.buffers() if x.numel() <= SMALL and not x.is_meta}
+    names = attention_names(model)
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    fused = set(FUSED_ON)
+    with (
+        torch.random.fork_rng(devices=sorted(devices, key=str)),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        try:
+            FUSED_ON.clear()  # nothing is compiled for a few tokens
+            model.eval()
+            yield
+        finally:
+            FUSED_ON.update(fused)
+            restore_attention(names)
+            for module, attributes, buffers in held:
+                for name in module.__dict__.keys() - attributes.keys():
+                    del module.__dict__[name]
+                module.__dict__.update(attributes)
+                for name in module._buffers.keys() - buffers.keys():
+                    del module._buffers[name]
+                module._buffers.update(buffers)
+            for buffer, value in values.items():
+                buffer.copy_(value)
+
+
+#: Where a configuration of transformers keeps the name of its attention function.
+KEPT_AT = "_attn_implementation_internal"
+
+
+def attention_names(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
+    """Which attention function each configuration of a model names, those of its parts included."""
+    waiting = [model.config, *(m.config for m in model.modules() if isinstance(m, PreTrainedModel))]
+    found: dict[int, PreTrainedConfig] = {}
+    while waiting:
+        config = waiting.pop()
+        if isinstance(config, PreTrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            waiting += [getattr(config, name, None) for name in config.sub_configs]
+    return [(config, getattr(config, KEPT_AT, None)) for config in found.values()]
+
+
+def restore_attention(names: list[tuple[PreTrainedConfig, str | None]]) -> None:
+    """Give configurations back what `attention_names` found."""
+    for config, name in names:
+        setattr(config, KEPT_AT, name)

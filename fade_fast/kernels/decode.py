@@ -1,0 +1,367 @@
+"""Attention of a short step over all tiers of a layer: from the query to the output, in one graph.
+
+Compiled, it is three kernels and four a tier:
+
+1. the query against one table: the codec's rotation, the uncompressed keys and the tiers' key means;
+2. the row maximum and the sum of weights of the uncompressed keys;
+3. scores, statistics, sums and join of each tier (`packed.py`);
+4. the weights against uncompressed values, and the tiers' sums against the rotation back.
+
+Nothing is concatenated in memory: the first product reads its table, and the last its operands, from
+where the parts lie.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..compile.compiled import Compiled, Tiles, fuses, marker, more_rows, rounded, step_tiles, tier_tiles
+from . import packed
+from .packed import LOG2E, Decoder, Queries, Slots, wide, written
+from .rotated import Packed, is_uniform
+
+LOWEST = -3.0e38  # stands for -inf where -inf less -inf would be NaN
+MOST_ROWS = 64  # most query rows of a KV head that the compiled twin is made for
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor,
+    matrix: Tensor,
+    tiers: list[Slots],
+    *,
+    bits: list[tuple[int, int]],
+    spans: list[int],
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    interleaved: bool = False,
+    mass: list[Tensor] | None = None,
+) -> Tensor:
+    """Attention output [B, q, Hq, D] in the dtype of the query.
+
+    Args:
+        query: [B, Hq, q, D]; Hq a multiple of H.
+        keys, values: [B, H, E, D], uncompressed.
+        seen: bool [B, 1 or q, E], which of them each query sees.
+        matrix: float32 [D + 1, D], the codec's rotation and, below it, the sum of its rows.
+        tiers: buffers of each tier at full capacity, all of [B, H, capacity, ...].
+        bits: widths of keys and values of each tier.
+        spans: how many slots of each tier are read: all that `valid` may allow, as `packed.bucket`
+            rounds them. One compiled twin serves all spans below the capacity.
+        scaling, softcap: of scores.
+        s_aux: [Hq], scores of learned attention sinks, or None.
+        inv_freq: [d / 2], where tiers have `read_at`; `interleaved` is the style of its pairs.
+        mass: where to write what the policies count, or None: float32 [B, H, E] and, a tier,
+            [B, H, capacity], the attention probabilities summed over query rows, 0 past the span.
+
+    On CUDA, for two-byte dtypes and up to `MOST_ROWS` rows, products run in float16 (relative error
+    below 2e-3, bfloat16 output apart) in one compiled graph; elsewhere tile by tile in float32, or in
+    float64 if the query is.
+
+    Raises `ValueError` for shapes, dtypes, devices and spans that do not fit together.
+    """
+    _check(query, keys, values, seen, matrix, tiers, bits, spans, s_aux, inv_freq, mass or [])
+    new, columns = query.shape[2], rounded(query.shape[2])
+    # Queries that are ignored afterwards, unless `mass` would count them.
+    fits = fuses(query) and not mass and query.shape[1] // keys.shape[1] * columns <= MOST_ROWS
+    if fits and new > 1:  # contiguous, for one twin to serve those that are and those that are not
+        query, seen = more_rows(query, columns).contiguous(), more_rows(seen, columns)
+        tiers = [slots._replace(valid=more_rows(slots.valid, columns)) for slots in tiers]
+    flat = [x for slots in tiers for x in _to_list(slots)]
+    output = torch.ops.fade.attend(
+        query, keys, values, seen, matrix, flat, s_aux, inv_freq, mass or [],
+        [b for pair in bits for b in pair], spans, [slots.per_mean for slots in tiers],
+        scaling, softcap, interleaved,
+    )  # fmt: skip
+    return output if output.shape[1] == new else output.narrow(1, 0, new).contiguous()
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check(query, keys, values, seen, matrix, tiers, bits, spans, s_aux, inv_freq, mass) -> None:
+    """Refuse what would be misread. Looks at no number, so that the host waits for nothing."""
+    if query.dim() != 4 or keys.dim() != 4:
+        sizes = f"{list(query.shape)} and {list(keys.shape)}"
+        raise ValueError(f"query and keys are {sizes}; allowed: [B, Hq, q, D] and [B, H, E, D]")
+    (batch, q_heads, new, dim), (heads, length), on = query.shape, keys.shape[1:3], query.device
+    if dim % 2 or not dim:
+        raise ValueError(f"head_dim is {dim}; allowed: an even number")
+    if min(batch, heads, new, length) < 1 or q_heads < heads or q_heads % heads:
+        sizes = f"{list(query.shape)} and keys {list(keys.shape)}"
+        raise ValueError(f"query is {sizes}; allowed: no empty axis, and a multiple of {heads} query heads")
+    if query.dtype not in FLOATS:
+        raise ValueError(f"query is {query.dtype}; allowed: {', '.join(map(str, FLOATS))}")
+    for name, x in dict(keys=keys, values=values).items():
+        _expect(name, x, (batch, heads, length, dim), FLOATS, on)
+    rows = 1 if new == 1 else (1, new)  # the numbers of rows a mask may have
+    _expect("seen", seen, (batch, rows, length), (torch.bool,), on)
+    _expect("matrix", matrix, (dim + 1, dim), (torch.float32,), on)
+    if s_aux is not None:
+        _expect("s_aux", s_aux, (q_heads,), FLOATS, on)
+    if not len(tiers) == len(bits) == len(spans):
+        raise ValueError(f"{len(tiers)} tiers, {len(bits)} pairs of bits, {len(spans)} spans: one of each")
+    for i, (slots, pair, span) in enumerate(zip(tiers, bits, spans)):
+        _check_tier(f"tiers[{i}]", slots, pair, span, (batch, heads, dim), rows, on)
+    if any(slots.read_at is not None for slots in tiers):
+        if inv_freq is None:
+            raise ValueError("inv_freq is None; allowed with a tier that has `read_at`: a tensor")
+        _expect("inv_freq", inv_freq, (tuple(range(1, dim // 2 + 1)),), FLOATS, on)
+    if mass and len(mass) != 1 + len(tiers):
+        raise ValueError(f"mass has {len(mass)} tensors; allowed: {1 + len(tiers)}, one more than tiers")
+    lengths = [length, *(slots.keys.codes.shape[2] for slots in tiers)]
+    for i, (x, n) in enumerate(zip(mass, lengths)):
+        _expect(f"mass[{i}]", x, (batch, heads, n), (torch.float32, torch.float64), on)
+
+
+def _check_tier(name: str, slots: Slots, bits: tuple[int, int], span: int, sizes, rows, device) -> None:
+    batch, heads, dim = sizes
+    if len(bits) != 2 or any(b not in (8, 4, 3, 2) or b * dim % 8 for b in bits):
+        allowed = "two of 8, 4, 3 and 2, whose codes fill whole bytes"
+        raise ValueError(f"{name} has bits {tuple(bits)} at head_dim {dim}; allowed: {allowed}")
+    capacity = slots.valid.shape[-1] if slots.valid.dim() else 0
+    if not 1 <= span <= capacity:
+        raise ValueError(f"{name} has span {span}; allowed: 1 to its capacity, {capacity}")
+    for side, packed_, b in zip(("keys", "values"), (slots.keys, slots.values), bits):
+        shape = (capacity, b * dim // 8) if side == "keys" else (b * dim // 8, capacity)
+        _expect(f"{name}.{side}.codes", packed_.codes, (batch, heads, *shape), (torch.uint8,), device)
+        _expect(f"{name}.{side}.scale", packed_.scale, (batch, heads, capacity), (torch.float16,), device)
+        if (packed_.zero is not None) != is_uniform(b):
+            allowed = "a tensor" if is_uniform(b) else "None"
+            raise ValueError(f"{name}.{side}.zero is {type(packed_.zero).__name__}; allowed: {allowed}")
+        if packed_.zero is not None:
+            _expect(f"{name}.{side}.zero", packed_.zero, (batch, heads, capacity), (torch.float16,), device)
+    _expect(f"{name}.valid", slots.valid, (batch, rows, capacity), (torch.bool,), device)
+    _expect(f"{name}.bound", slots.bound, (batch, heads), FLOATS, device)
+    means = slots.means.shape[2] if slots.means.dim() == 4 else 0
+    _expect(f"{name}.means", slots.means, (batch, heads, means, dim), FLOATS, device)
+    if slots.per_mean < 1 or means != 1 and means * slots.per_mean < span:
+        has = f"{means} means of {slots.per_mean} slots each"
+        raise ValueError(f"{name} has {has}; allowed: as many as {span} slots need, or one for all")
+    if slots.read_at is not None:
+        _expect(f"{name}.read_at", slots.read_at, (batch, 1, capacity), (torch.int32, torch.int64), device)
+
+
+def _expect(name: str, x: Tensor, shape: tuple, dtypes: tuple, device) -> None:
+    """`ValueError` unless `x` is such a tensor; a tuple in `shape` lists the lengths that are allowed."""
+    fits = x.dim() == len(shape) and all(
+        n in m if isinstance(m, tuple) else n == m for n, m in zip(x.shape, shape)
+    )
+    if not fits or x.dtype not in dtypes or x.device != device:
+        sizes = [f"{m[0]} to {m[-1]}" if isinstance(m, tuple) else str(m) for m in shape]
+        allowed = f"[{', '.join(sizes)}], {' or '.join(map(str, dtypes))}, on {device}"
+        raise ValueError(f"{name} is {list(x.shape)}, {x.dtype}, on {x.device}; allowed: {allowed}")
+
+
+@torch.library.custom_op("fade::attend", mutates_args={"mass"})
+def _operator(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor,
+    matrix: Tensor,
+    tiers: list[Tensor | None],
+    s_aux: Tensor | None,
+    inv_freq: Tensor | None,
+    mass: list[Tensor],
+    bits: list[int],
+    spans: list[int],
+    per_mean: list[int],
+    scaling: float,
+    softcap: float | None,
+    interleaved: bool,
+) -> Tensor:
+    """`attend` as one operator, which a larger compiled graph need not look into."""
+    batch, q_heads, new, dim = query.shape
+    rows, heads = max(2, q_heads // keys.shape[1] * new), batch * keys.shape[1]
+    pairs = tuple(zip(bits[::2], bits[1::2]))
+    options = dict(bits=pairs, scaling=scaling, softcap=softcap, interleaved=interleaved)
+    slots = [_from_list(tiers[i * FLAT : (i + 1) * FLAT], n) for i, n in enumerate(per_mean)]
+    args = (query, keys, values, seen, matrix, slots, s_aux, inv_freq, mass)
+    if not (fuses(query) and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
+        return _attend(*_of_span(args, spans), chunks=None, **options)
+    chunks = _chunks_of(heads, spans, rows, pairs)
+    blocks = [span // chunk for span, chunk in zip(spans, chunks)]
+
+    def pinned() -> Tiles:
+        out = step_tiles(heads, rows, keys.shape[2], sum(map(_means, slots, spans)), dim)
+        for n, chunk, pair in zip(blocks, chunks, pairs):
+            widths = tuple(packed.field_width(b, dim) for b in pair)
+            out |= tier_tiles(heads, rows, n, chunk, pair, widths, dim)
+        return out
+
+    # The compiler ties a length for good to 1, and to the size of a buffer that is read to its end.
+    ends = (n == 1 or span == s.valid.shape[2] for n, span, s in zip(blocks, spans, slots))
+    whole = tuple(spans) if any(ends) else None
+    markers = [] if whole else [marker(n) for n in blocks]
+    return _compiled(markers, pinned, *args, chunks=chunks, spans=whole, **options)
+
+
+@_operator.register_fake
+def _(query, *args):
+    batch, q_heads, new, dim = query.shape
+    return query.new_empty(batch, new, q_heads, dim)
+
+
+def _chunks_of(heads: int, spans: list[int], rows: int, bits) -> tuple[int, ...]:
+    """Chunks of each tier of the compiled twin; slots beyond the last whole one would be left out."""
+    chunks = tuple(packed.chunk_of(heads, n, rows, b[1]) for n, b in zip(spans, bits))
+    if any(n % chunk for n, chunk in zip(spans, chunks)):
+        raise ValueError(f"spans are {spans}; allowed: as `packed.bucket` rounds, multiples of {chunks}")
+    return chunks
+
+
+FLAT = 10  # tensors of a `Slots`
+
+
+def _to_list(slots: Slots) -> list[Tensor | None]:
+    return [*slots.keys, *slots.values, slots.bound, slots.means, slots.valid, slots.read_at]
+
+
+def _from_list(tensors: list[Tensor | None], per_mean: int) -> Slots:
+    keys, values, (bound, means, valid, read_at) = tensors[:3], tensors[3:6], tensors[6:]
+    return Slots(Packed(*keys), Packed(*values), bound, means, valid, per_mean, read_at)
+
+
+def _means(slots: Slots, span: int) -> int:
+    """Rows that a tier adds to the table of the first product."""
+    return 0 if slots.read_at is not None else min(slots.means.shape[2], -(-span // slots.per_mean))
+
+
+def _of_span(args: tuple, spans: list) -> tuple:
+    """The arguments with flat tiers, cut to their spans."""
+    tiers = [slots.flat().narrow(0, span) for slots, span in zip(args[5], spans)]
+    return *args[:5], tiers, *args[6:]
+
+
+def _twin(markers, *args, chunks, spans, **options) -> Tensor:
+    """What is compiled: without `spans`, the number of chunks of a tier is data, the length of a marker."""
+    spans = spans or [(marker.shape[0] - 1) * chunk for marker, chunk in zip(markers, chunks)]
+    return _attend(*_of_span(args, spans), chunks=chunks, **options)
+
+
+def _attend(
+    query, keys, values, seen, matrix, tiers, s_aux, inv_freq, mass,
+    *, bits, chunks, scaling, softcap, interleaved,
+) -> Tensor:  # fmt: skip
+    """`attend` over flat tiers: in `chunks`, all at once in float16; without them tile by tile."""
+    batch, q_heads, new, dim = query.shape
+    heads, length = keys.shape[1:3]
+    dtype = torch.float16 if chunks else torch.promote_types(query.dtype, torch.float32)
+    real = q_heads // heads * new
+    plain = query.to(dtype).reshape(batch * heads, real, dim)
+    plain = plain.expand(-1, 2, -1) if real == 1 else plain  # one column would not run on tensor cores
+    rows = plain.shape[1]
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    seen = _for_rows(seen, rows).unsqueeze(1).expand(-1, heads, -1, -1).flatten(0, 1).mT  # [N, E, 1 or R]
+    tiers = [slots._replace(valid=_for_rows(slots.valid, rows)) for slots in tiers]
+
+    table = [matrix.expand(batch * heads, -1, -1), keys]
+    table += [slots.means for slots in tiers if slots.read_at is None]
+    table = torch.cat([x.to(dtype) for x in table], dim=1)
+    # Halves: see `packed.fields`.
+    halves = [torch.bmm(t, q.mT).to(wide(dtype)) for t, q in zip(table.chunk(2, -1), plain.chunk(2, -1))]
+    found = written((halves[0] + halves[1]) * scaling)
+    plain = plain.to(wide(dtype)) * scaling
+
+    scores = found.narrow(1, dim + 1, length)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = torch.where(seen, scores, LOWEST)
+    top = written(scores.amax(1))  # of few tokens the compiler would unroll it into the last product
+    if s_aux is not None:
+        learned = _rows_of(s_aux.to(wide(dtype)), batch, heads, rows)
+        top = torch.maximum(top, learned)
+    top = torch.where(top > LOWEST / 2, top, 0.0)
+    weights = torch.where(seen, torch.exp2((scores - top.unsqueeze(1)) * LOG2E), 0.0)
+    total = weights.sum(1)
+    if s_aux is not None:
+        total = total + torch.exp2((learned - top) * LOG2E)
+
+    turned = found.narrow(1, 0, dim).mT
+    # A sum rounded to float32 would show in float64.
+    queries = Queries(plain, turned, found.select(1, dim) if chunks else turned.sum(-1), top)
+    decoder = None if inv_freq is None else Decoder(matrix.narrow(0, 0, dim), inv_freq, interleaved)
+    partials, kept, start = [], [], dim + 1 + length
+    for i, slots in enumerate(tiers):
+        own, bias = decoder, None
+        if slots.read_at is None:
+            own, bias = None, found.narrow(1, start, slots.means.shape[1]).mT
+            start += slots.means.shape[1]
+        options = dict(bits=bits[i], softcap=softcap)
+        if chunks:
+            *partial, scores_of = packed.attend_chunks(
+                queries, bias, slots, own, chunk=chunks[i], dtype=dtype, **options
+            )
+            kept.append(scores_of)
+        else:
+            acc, *rest = packed.attend(queries, bias, slots, own, **options)
+            partial = [acc.mT], *(x.unsqueeze(1) for x in rest)
+            kept.append((bias, own))
+        partials.append(partial)
+
+    # Statistics have one row, or are the last tier's, as wide as its sums: so the last join ends in this.
+    stats = [(top.unsqueeze(1), total.unsqueeze(1))]
+    stats += [(t.narrow(1, 0, 1), n.narrow(1, 0, 1)) for _, t, n in partials[:-1]]
+    stats += [(t, n) for _, t, n in partials[-1:]]
+    best = functools.reduce(torch.maximum, [t for t, _ in stats])
+    shrink = [torch.exp2((t - best) * LOG2E) for t, _ in stats]
+    whole = sum(n * by for (_, n), by in zip(stats, shrink))
+    share = 1 / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+    factors = [written(by * share).narrow(1, 0, 1) for by in shrink[: max(1, len(partials))]]
+
+    # Values that no query sees may be NaN, and 0 * NaN is NaN.
+    above = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0).to(dtype)
+    weights = weights * factors[0]
+    left = F.pad(weights, (0, 0, 0, dim))
+    below = matrix.narrow(0, 0, dim).to(dtype)
+    right = F.pad(above, (0, 0, 0, dim)) + F.pad(below, (0, 0, length, 0))
+    for i, (parts, _, _) in enumerate(partials):
+        before = length
+        if i + 1 < len(partials):
+            parts = [written(part) * factors[i + 1] for part in parts]
+        else:
+            parts = [written(part * shrink[-1] * share) for part in parts]
+        for part in packed.channels(parts, bits[i][1]) if chunks else parts:
+            left = left + F.pad(part, (0, 0, before, length + dim - before - part.shape[1]))
+            before += part.shape[1]
+    output = written(torch.bmm(left.to(dtype).mT, right).to(query.dtype))
+    output = output.narrow(1, 0, real).reshape(batch, q_heads, new, dim)
+    if mass:
+        # Written by the last join; or each token would take logarithms anew.
+        level = written((top.unsqueeze(1) - best) * LOG2E + torch.log2(share)).select(1, 0).narrow(1, 0, real)
+        mass[0].copy_(weights.narrow(2, 0, real).sum(2).unflatten(0, (batch, heads)))
+        for i, (slots, counts) in enumerate(zip(tiers, mass[1:])):
+            if chunks:
+                counted = packed.probabilities(kept[i], level)
+            else:
+                counted = packed.probabilities_by_tile(
+                    queries, kept[i][0], slots, kept[i][1], level, bits=bits[i][0], softcap=softcap
+                )
+            rest = counted.new_zeros(batch * heads, counts.shape[2] - counted.shape[1])
+            counts.copy_(torch.cat((counted, rest), dim=1).unflatten(0, (batch, heads)))
+    return output.transpose(1, 2).contiguous()
+
+
+def _for_rows(seen: Tensor, rows: int) -> Tensor:
+    """bool [B, 1 or q, n] for the query rows of a KV head: [B, 1 or R, n]."""
+    batch, new, length = seen.shape
+    if new == 1:
+        return seen
+    return seen.unsqueeze(1).expand(-1, rows // new, -1, -1).reshape(batch, rows, length)
+
+
+def _rows_of(x: Tensor, batch: int, heads: int, rows: int) -> Tensor:
+    """[Hq], one number a query head, for the query rows of each KV head: [N, R]."""
+    group = x.shape[0] // heads
+    x = x.reshape(1, heads, group, 1).expand(batch, -1, -1, -(-rows // group))
+    return x.reshape(batch * heads, -1)
+
+
+_compiled = Compiled(_twin)

@@ -1,0 +1,109 @@
+"""The FP16 tier: attention over keys and values kept in the model's own dtype."""
+
+import torch
+from torch import Tensor
+
+from ..compile.compiled import TOGETHER, Compiled, fuses, more_rows, rounded
+from .merge import Partial, empty, merge, soften
+
+TAIL = 1024  # columns beyond those settled, at most, less a few
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap=None) -> Partial:
+    """Partial attention over uncompressed keys.
+
+    Args:
+        query: [B, H, R, D], scaled, in the dtype to compute in (float32 or float64).
+        keys, values: [B, H, n, D], any floating dtype.
+        visible: bool, broadcastable to [B, H, R, n].
+        softcap: see `merge.soften`.
+    """
+    if not keys.shape[2]:
+        return empty(query)
+    scores = query @ keys.to(query.dtype).mT
+    weights, top, total = soften(scores, visible, softcap)
+    return Partial(weights @ values.to(query.dtype), top, total)
+
+
+def store(keys: Tensor, values: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
+    """Write columns [B, H, q, D] into slots `slot` (int64, [q]) of keys and values [B, H, capacity, D]."""
+    if fuses(keys) and len(slot) == 1:  # several come in too many numbers to compile for each
+        _compiled_store([], dict, keys, values, slot, key, value)
+    else:
+        _store([], keys, values, slot, key, value)
+
+
+def _store(markers, keys, values, slot, key, value) -> None:
+    keys.index_copy_(2, slot, key)
+    values.index_copy_(2, slot, value)
+
+
+@torch.library.custom_op("fade::attend_long", mutates_args=())
+def attend_long(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, settled: int, scaling: float
+) -> Tensor:
+    """Attention of a short step over many uncompressed columns, [B, q, Hq, D].
+
+    The first `settled` columns, all visible, go to FlashAttention; at most `2 * TAIL` further ones, of
+    which `seen` [B, 1 or q, capacity] says which are visible, are merged with its result.
+
+    An operator, as all that is compiled inside another: without its own dispatch, the compiled twin
+    would see tensors of other dispatch keys at its second call, and be compiled again.
+
+    Args:
+        query: [B, Hq, q, D]. keys, values: [B, H, capacity, D].
+    """
+    heads, length = keys.shape[1], min(2 * TAIL, keys.shape[2] - settled)
+    first = [x.narrow(2, 0, settled) for x in (keys, values)]
+    last = [x.narrow(2, settled, length) for x in (keys, values)]
+    seen = seen.narrow(2, settled, length)
+    if query.is_cuda and query.dtype.itemsize == 2:  # FlashAttention takes no others
+        flash = torch.ops.aten._scaled_dot_product_flash_attention(query, *first, scale=scaling)
+        return _tail_operator(query, *flash[:2], *last, seen, scaling)
+    rows = query.unflatten(1, (heads, -1)).flatten(2, 3).to(torch.promote_types(query.dtype, torch.float32))
+    part = attend(rows * scaling, *first, torch.ones_like(seen[:, :1, None, :1]))
+    output, lse = merge([part]), part.top + part.total.log()
+    return _tail_operator(
+        query, output.reshape(query.shape), lse.reshape(query.shape[:3]), *last, seen, scaling
+    )
+
+
+@attend_long.register_fake
+def _(query, *args):
+    batch, heads, new, dim = query.shape
+    return query.new_empty(batch, new, heads, dim)
+
+
+@torch.library.custom_op("fade::attend_tail", mutates_args=())
+def _tail_operator(
+    query: Tensor, output: Tensor, lse: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float
+) -> Tensor:
+    if fuses(query):
+        new, columns = query.shape[2], rounded(query.shape[2])
+        if new > 1:  # see `step.attend`
+            query, output, seen = (more_rows(x, columns).contiguous() for x in (query, output, seen))
+            lse = more_rows(lse.unsqueeze(-1), columns).squeeze(-1).contiguous()
+        found = _compiled([], dict, query, output, lse, keys, values, seen, scaling=scaling)
+        return found if columns == new else found.narrow(1, 0, new).contiguous()
+    return _with_tail(query, output, lse, keys, values, seen, scaling)
+
+
+_tail_operator.register_fake(attend_long._abstract_fn)
+
+
+def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor:
+    """Attention over keys of which `output` and `lse` [B, Hq, q] are known, and these."""
+    shape, heads = query.shape, keys.shape[1]
+    rows = lambda x: x.unflatten(1, (heads, -1)).flatten(2, 3)  # noqa: E731
+    wide = torch.promote_types(query.dtype, torch.float32)
+    known = Partial(rows(output).to(wide), rows(lse.unsqueeze(-1))[..., 0].to(wide), 1.0)
+    known = known._replace(total=torch.ones_like(known.top))
+    values = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0)  # padding may be NaN
+    seen = seen if seen.shape[1] == 1 else seen.repeat(1, shape[1] // heads, 1)
+    tail = attend(rows(query).to(wide) * scaling, keys, values, seen.unsqueeze(1))
+    return merge([known, tail]).reshape(shape).to(query.dtype).transpose(1, 2).contiguous()
+
+
+_compiled_store = Compiled(_store, options=TOGETHER)
+# With a library's products: here they are few and small, and choosing tiles would take longer.
+_compiled = Compiled(lambda markers, *args, scaling: _with_tail(*args, scaling), options={})

@@ -1,0 +1,280 @@
+"""A cache as a file: safetensors with a JSON header, nothing that could run code.
+
+What is stored are the slots in use, as they are in memory, so that decoding goes on to the bit. What
+follows from the configuration (the codec's rotation, capacities, captured steps) is made anew. Of codebooks
+only the digest is stored: whoever loads codes must have them.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
+
+from ..cache.layer import TieredLayer
+from ..cache.positions import Timeline
+from ..cache.store import PlannedMiddle
+from .files import whole
+
+VERSION = 3
+TOKENS = "tokens"  # name of a tensor of ids that goes with a cache, but is none of it
+
+
+def state_dict(cache: Cache) -> tuple[dict[str, Tensor], dict]:
+    """Every tensor of a `TieredKVCache`, cloned, and what else it knows, as JSON would have it.
+
+    Names are "timeline" and "{layer}.{part}.{field}"; shapes are those in memory, cut to what is in use.
+
+    Raises `ValueError` for a layer of a kind that cannot be stored.
+    """
+    tensors = {"timeline": cache.timeline.positions} if cache.timeline.length else {}
+    layers = []
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, TieredLayer):
+            layer.settle()
+            parts, known = _of_tiered(layer)
+        elif type(layer) in SLIDING:
+            parts, known = _of_sliding(layer)
+        else:
+            raise ValueError(f"layer {i} is a {type(layer).__name__}, which cannot be stored")
+        tensors |= {f"{i}.{name}": x for name, x in parts.items()}
+        layers.append(dict(kind=_kind(layer)) | known)
+    known = dict(config=dataclasses.asdict(cache.fade_config), holes=cache.timeline.has_holes, layers=layers)
+    if cache.codebooks is not None:
+        known["codebooks"] = cache.codebooks
+    return {name: x.detach().clone().contiguous() for name, x in tensors.items()}, known
+
+
+def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> None:
+    """Fill an empty cache with what `state_dict` gave; tensors are copied to the model's device.
+
+    Raises `ValueError`, before anything is changed, if the cache is not empty, has another
+    configuration or other layers, or a tensor is missing, left over, or of a wrong shape; `TypeError` for
+    other things than `state_dict` gives.
+    """
+    layers = known.get("layers") if isinstance(known, dict) else None
+    whole = isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers)
+    if not isinstance(tensors, dict) or not whole or not {"config", "holes"} <= known.keys():
+        raise TypeError("load_state_dict takes what state_dict gives: a dict of tensors, and one of the rest")
+    if cache.timeline.length:
+        raise ValueError("the cache is not empty: reset() it first")
+    if known["config"] != dataclasses.asdict(cache.fade_config):
+        raise ValueError(f"the stored configuration is {known['config']}, the cache's {cache.fade_config}")
+    if known.get("codebooks") != cache.codebooks:
+        raise ValueError("what is stored are codes of other codebooks than the cache's")
+    kinds, ours = (
+        [layer.get("kind") for layer in layers],
+        [_kind(layer) for layer in cache.layers],
+    )
+    if kinds != ours:
+        raise ValueError(f"the stored layers are {kinds}, the cache's {ours}")
+    rest = dict(tensors)
+    position = rest.pop("timeline", None)
+    own = [{} for _ in cache.layers]
+    for name in list(rest):
+        index, _, part = name.partition(".")
+        if not index.isdigit() or int(index) >= len(own):
+            raise ValueError(f"tensor {name!r} belongs to no layer")
+        own[int(index)][part] = rest.pop(name)
+    homes = cache.homes
+    try:
+        for i, (layer, parts, about) in enumerate(zip(cache.layers, own, layers)):
+            parts = {name: x.to(homes[i]) for name, x in parts.items()}
+            if isinstance(layer, TieredLayer):
+                _fill_tiered(layer, parts, about)
+            elif parts:
+                _fill_sliding(layer, parts, about)
+            if parts:
+                raise ValueError(f"tensors without a place: {', '.join(parts)}")
+        if position is not None:
+            _fill_timeline(cache.timeline, position.to(cache.device), known["holes"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        cache.reset()
+        raise ValueError(f"what is stored does not fit the cache: {error}") from error
+
+
+def save(cache: Cache, path: str | os.PathLike, token_ids: Tensor | None = None) -> None:
+    """Write a cache to a file, whole or not at all: a file that was there survives a crash.
+
+    `token_ids`, an integer tensor, is stored beside it as int32, for `read_tokens`.
+
+    Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
+    """
+    if token_ids is not None:
+        if not isinstance(token_ids, Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError("tokens are an integer tensor: the ids that were fed")
+    tensors, known = state_dict(cache)
+    if token_ids is not None:
+        tensors[TOKENS] = token_ids.to(torch.int32).contiguous()
+    header = dict(version=VERSION, model=cache.fingerprint, **known)
+    header["digest"] = _digest(tensors, header)
+    with whole(path) as written:
+        save_file(tensors, written, metadata={"fade": json.dumps(header)})
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the header of a file that `save` wrote.
+
+    Raises `FileNotFoundError`, and `ValueError` for what is no such file, damaged, or newer.
+    """
+    with _opened(path) as (header, file):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    digest = header.pop("digest", None)
+    if digest != _digest(tensors, header):
+        raise ValueError(f"{path} is damaged: its content is not what was written")
+    tensors.pop(TOKENS, None)
+    return tensors, header
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict, dict[str, tuple[tuple[int, ...], int]]]:
+    """The header of such a file, and shape and bytes of each tensor; none is read, so none is verified.
+
+    Raises as `read` does.
+    """
+    with _opened(path) as (header, file):
+        found = {}
+        for name in file.keys():
+            part = file.get_slice(name)
+            shape = tuple(part.get_shape())
+            found[name] = (shape, torch.Size(shape).numel() * BYTES[part.get_dtype()])
+        return header, found
+
+
+def read_tensors(path: str | os.PathLike, names: list[str]) -> dict[str, Tensor]:
+    """Some tensors of such a file, not verified. Raises as `read` does."""
+    with _opened(path) as (_, file):
+        return {name: file.get_tensor(name) for name in names}
+
+
+def read_tokens(path: str | os.PathLike) -> Tensor | None:
+    """The token ids that were stored beside a cache, int64; None if there were none. Raises as `read`."""
+    with _opened(path) as (_, file):
+        return file.get_tensor(TOKENS).long() if TOKENS in file.keys() else None
+
+
+#: Bytes of a number, by the name that safetensors has for its type.
+BYTES = dict(F64=8, F32=4, F16=2, BF16=2, I64=8, I32=4, U8=1, BOOL=1)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike):
+    """Header and file, for reading; whatever is wrong with it becomes a `ValueError`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["fade"])
+            if not isinstance(header, dict):
+                raise ValueError("its header is no object")
+            if header.get("version") == VERSION:
+                yield header, file
+                return
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a stored cache, or is damaged: {error}") from error
+    raise ValueError(f"{path} has version {header.get('version')}; {VERSION} is understood here")
+
+
+def _digest(tensors: dict[str, Tensor], header: dict) -> str:
+    """SHA-256 over the header, and names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        x = tensors[name].contiguous().cpu()
+        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        digest.update(x.flatten().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+    return digest.hexdigest()
+
+
+def _of_tiered(layer: TieredLayer) -> tuple[dict[str, Tensor], dict]:
+    if not layer.length:
+        return {}, dict(length=0)
+    parts = {f"exact.{name}": layer.exact[name] for name in layer.exact.fields}
+    if layer.sink_keys is not None:
+        parts["sink_keys"] = layer.sink_keys
+    if layer.observer is not None:
+        parts |= {f"observer.{i}": x for i, x in enumerate(layer.observer.tensors())}
+    middle = layer.middle
+    if middle is not None:
+        for i, tier in enumerate(middle.tiers):
+            parts |= {f"tier{i}.{name}": tier.records[name] for name in tier.records.fields}
+            if tier.bound is not None:
+                parts[f"tier{i}.bound"] = tier.bound
+        if middle.means is not None:
+            parts["means"] = middle.means["mean"]
+        if isinstance(middle, PlannedMiddle) and middle.evicted is not None:
+            parts |= dict(evicted=middle.evicted, demoted=middle._demoted)
+    return parts, dict(length=layer.length, sinks_placed=layer.sinks_placed)
+
+
+#: Layers of transformers with a sliding window, which keep it as it comes or, on a GPU, in a fixed buffer.
+SLIDING = (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
+
+
+def _kind(layer) -> str:
+    """What a stored layer is called: alike for both classes of a sliding window."""
+    return SLIDING[0].__name__ if type(layer) in SLIDING else type(layer).__name__
+
+
+def _of_sliding(layer) -> tuple[dict[str, Tensor], dict]:
+    length, parts = layer.get_seq_length(), {}
+    if layer.is_initialized:
+        parts = dict(keys=layer.keys, values=layer.values)
+    if parts and type(layer) is StaticSlidingWindowLayer:
+        # What lies in front of a full buffer falls out before it is read again.
+        window = layer.max_cache_len
+        held = slice(1, None) if length >= window else slice(0, length)
+        parts = {name: x[:, :, held] for name, x in parts.items()}
+    return parts, dict(cumulative_length=length)
+
+
+def _fill_sliding(layer, parts: dict[str, Tensor], about: dict) -> None:
+    length, keys, values = about["cumulative_length"], parts.pop("keys"), parts.pop("values")
+    layer.lazy_initialization(keys, values)
+    if type(layer) is DynamicSlidingWindowLayer:
+        layer.keys, layer.values, layer.cumulative_length = keys.clone(), values.clone(), length
+        return
+    window = layer.max_cache_len
+    kept = min(length, window - 1)
+    start = 1 if length >= window else 0
+    for buffer, x in ((layer.keys, keys), (layer.values, values)):
+        buffer[:, :, start : start + kept] = x[:, :, x.shape[2] - kept :]
+    layer.cumulative_length.fill_(length)
+    layer.cumulative_length_int = length
+
+
+def _fill_tiered(layer: TieredLayer, parts: dict[str, Tensor], about: dict) -> None:
+    if not about["length"]:
+        return
+    keys, values = parts["exact.key"], parts["exact.value"]
+    layer.check(keys, values, least=0)
+    layer.lazy_initialization(keys, values)
+    layer.exact.append(**{name: parts.pop(f"exact.{name}") for name in layer.exact.fields})
+    for i, x in enumerate(layer.observer.tensors() if layer.observer else ()):
+        x.copy_(parts.pop(f"observer.{i}"))
+    layer.length, layer.sinks_placed = about["length"], about["sinks_placed"]
+    layer.sink_keys = parts.pop("sink_keys", None)
+    middle = layer.middle
+    if middle is None:
+        return
+    for i, tier in enumerate(middle.tiers):
+        fields = {name: parts.pop(f"tier{i}.{name}") for name in tier.records.fields}
+        tier.append(**fields)
+        if tier.bound is not None:
+            tier.bound.copy_(parts.pop(f"tier{i}.bound"))
+    if middle.means is not None:
+        middle.means.reserve(-(-middle.tiers[0].records.capacity // middle.per_mean))
+        middle.means.append(mean=parts.pop("means"))
+    if "evicted" in parts:
+        middle.evicted, middle._demoted = parts.pop("evicted"), parts.pop("demoted")
+
+
+def _fill_timeline(timeline: Timeline, position: Tensor, holes: bool) -> None:
+    timeline.buffer = position[:, :0].clone()
+    timeline.reserve(position.shape[1])
+    timeline.buffer[:, : position.shape[1]] = position
+    timeline.length, timeline.has_holes = position.shape[1], holes

@@ -1,0 +1,192 @@
+"""What a cache holds, layer by layer: of a live one or of a saved one, as JSON has it or as text.
+
+A snapshot is a dict of `version`, `length` (columns seen), `batch`, `tokens` (seen, padding left out; of a
+file None), `config`, `allocated`, `packed` and `dense` (bytes, as `cache.memory()` has them; a file is
+`packed` only) and `layers`. A layer has `layer`, `kind` ("tiered", or the class of transformers that keeps
+it as it is), `bytes`, and if it is tiered `tiers`, by name: `slots` or `tokens` over all rows, `bytes`, and
+on request `positions`, the logical positions held, for each row as ranges [first, last + 1].
+"""
+
+import dataclasses
+import os
+
+import torch
+from torch import Tensor
+
+from fade_ref.config import FadeConfig
+from fade_ref.tiers import Tier
+
+from ..cache.layer import TieredLayer
+from ..cache.store import tier_names
+from . import checkpoint
+
+VERSION = 1
+TIERED = "tiered"
+
+
+def sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
+    """(packed bytes, dense bytes, tokens by tier) of a tiered layer."""
+    if not layer.is_initialized:
+        return 0, 0, {}
+    batch, heads = layer.exact["key"].shape[:2]
+    vector = layer.exact["key"].shape[3] * layer.exact["key"].element_size()
+    seen = int((layer.timeline.positions >= 0).sum())
+    tokens = {Tier.FP16.name: int((layer.exact_positions() >= 0).sum())}
+    packed = tokens["FP16"] * layer.exact.record_bytes
+    if layer.middle is not None:
+        for tier in layer.middle.tiers:
+            tokens[tier.name] = int((layer.middle.position(tier) >= 0).sum())
+            packed += tokens[tier.name] * tier.records.record_bytes
+        means = layer.middle.means
+        packed += means["mean"].nbytes if means is not None and means.count else 0
+        packed += sum(book.nbytes for book in layer.books or ())
+        tokens[Tier.EVICTED.name] = seen - sum(tokens.values())
+    return packed, batch * layer.length * heads * 2 * vector, tokens
+
+
+def of(cache, positions: bool = True) -> dict:
+    """Snapshot of a live cache; blocks whose demotion is due are demoted first."""
+    memory = cache.memory()
+    layers = []
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, TieredLayer):
+            layers.append(_of_tiered(i, layer, positions))
+        else:
+            held = [x for x in vars(layer).values() if isinstance(x, Tensor)]
+            layers.append(dict(layer=i, kind=type(layer).__name__, bytes=sum(x.nbytes for x in held)))
+    timeline = cache.timeline
+    return dict(
+        version=VERSION,
+        length=timeline.length,
+        batch=timeline.batch if timeline.length else 0,
+        tokens=int((timeline.positions >= 0).sum()) if timeline.length else 0,
+        config=dataclasses.asdict(cache.fade_config),
+        allocated=memory.allocated,
+        packed=memory.packed,
+        dense=memory.dense,
+        layers=layers,
+    )
+
+
+def _of_tiered(index: int, layer: TieredLayer, positions: bool) -> dict:
+    packed, dense, tokens = sizes(layer)
+    found = dict(layer=index, kind=TIERED, bytes=packed, dense=dense, tiers={})
+    if not layer.is_initialized:
+        return found
+    records = {Tier.FP16.name: (layer.exact.record_bytes, layer.exact_positions)}
+    for tier in layer.middle.tiers if layer.middle is not None else ():
+        records[tier.name] = (tier.records.record_bytes, lambda tier=tier: layer.middle.position(tier))
+    for name, (size, position) in records.items():
+        found["tiers"][name] = dict(tokens=tokens[name], bytes=tokens[name] * size)
+        if positions:
+            found["tiers"][name]["positions"] = ranges(position())
+    found["evicted"] = tokens.get(Tier.EVICTED.name, 0)
+    return found
+
+
+def of_file(path: str | os.PathLike, positions: bool = False) -> dict:
+    """Snapshot of a saved cache, from its header alone; with `positions`, from those tensors, too.
+
+    What is in the file is not verified, as `load_cache` does. Raises as `checkpoint.read_header`.
+    """
+    try:
+        return _of_file(path, positions)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is not a stored cache, or is damaged: {error!r}") from error
+
+
+def _of_file(path: str | os.PathLike, positions: bool) -> dict:
+    header, shapes = checkpoint.read_header(path)
+    config = FadeConfig(**header["config"])
+    names = {f"tier{i}": name for i, name in enumerate(tier_names(config))}
+    layers, batch = [], 0
+    for i, about in enumerate(header["layers"]):
+        own = {n.partition(".")[2]: x for n, x in shapes.items() if n.startswith(f"{i}.")}
+        layer = dict(layer=i, kind=about["kind"], bytes=sum(size for _, size in own.values()))
+        if about["kind"] == TieredLayer.__name__:
+            layer |= dict(kind=TIERED, tiers={})
+            for part, name in dict(exact=Tier.FP16.name, **names).items():
+                fields = {n: x for n, x in own.items() if n.startswith(f"{part}.")}
+                keys = own.get("exact.key" if part == "exact" else f"{part}.key_codes")
+                if keys is not None:
+                    batch = keys[0][0]
+                    slots = batch * keys[0][2]
+                    layer["tiers"][name] = dict(slots=slots, bytes=sum(size for _, size in fields.values()))
+        layers.append(layer)
+    found = dict(
+        version=VERSION,
+        length=max((about.get("length", 0) for about in header["layers"]), default=0),
+        batch=batch,
+        tokens=None,
+        config=header["config"],
+        packed=sum(size for _, size in shapes.values()),
+        layers=layers,
+    )
+    if positions and "timeline" in shapes:
+        _add_positions(path, found, config, shapes)
+    return found
+
+
+def _add_positions(path, found: dict, config: FadeConfig, shapes: dict) -> None:
+    """Positions of the tiers of a saved cache, worked out as its layers would."""
+    kept = [name for name in shapes if name == "timeline" or name.endswith(".position")]
+    tensors = checkpoint.read_tensors(path, kept)
+    columns = tensors["timeline"]
+    found["tokens"] = int((columns >= 0).sum())
+    names = tier_names(config)
+    for layer in found["layers"]:
+        if layer["kind"] != TIERED or not layer["tiers"]:
+            continue
+        tiers, rows = layer["tiers"], found["batch"]
+        recent = max(0, tiers["FP16"]["slots"] // rows - config.n_sink)
+        late = columns[:, columns.shape[1] - recent :]
+        exact = torch.cat((columns.masked_fill(columns >= config.n_sink, -1), late), -1)
+        tiers["FP16"]["positions"] = ranges(exact[:, None])
+        for i, name in enumerate(names if config.compresses else ()):
+            at = tensors.get(f"{layer['layer']}.tier{i}.position")
+            if at is None:  # never moved: every column between the sinks and the recent ones
+                at = columns[:, None, config.n_sink : columns.shape[1] - recent]
+                at = at.masked_fill(at < config.n_sink, -1)
+            tiers[name]["positions"] = ranges(at)
+
+
+def ranges(position: Tensor) -> list[list[list[int]]]:
+    """Positions [B, 1, n], negative where there is none, as sorted ranges [first, last + 1] for each row.
+
+    >>> ranges(torch.tensor([[[7, 0, 1, -1, 2, 6]]]))
+    [[[0, 3], [6, 8]]]
+    """
+    found = []
+    for row in position[:, 0].cpu():
+        held = row[row >= 0].unique()
+        if not len(held):
+            found.append([])
+            continue
+        cuts = (held.diff() != 1).nonzero()[:, 0] + 1
+        found.append([[int(x[0]), int(x[-1]) + 1] for x in torch.tensor_split(held, cuts.tolist())])
+    return found
+
+
+def text(snapshot: dict) -> str:
+    """A snapshot in words, a line a layer."""
+    config = FadeConfig(**snapshot["config"])
+    lines = [f"TieredKVCache, {snapshot['length']} tokens seen, {config}"]
+    if "allocated" in snapshot and snapshot["allocated"]:
+        ratio = snapshot["dense"] / snapshot["allocated"]
+        lines.append(
+            f"{snapshot['allocated']:,} bytes allocated, {snapshot['packed']:,} needed, "
+            f"{snapshot['dense']:,} if uncompressed: {ratio:.2f} times smaller"
+        )
+    elif "allocated" not in snapshot:
+        lines.append(f"{snapshot['packed']:,} bytes of tensors, batch of {snapshot['batch']}")
+    for layer in snapshot["layers"]:
+        if layer["kind"] != TIERED:
+            lines.append(f"layer {layer['layer']}: {layer['kind']} of transformers, not compressed")
+            continue
+        held = [f"{x.get('tokens', x.get('slots'))} {name}" for name, x in layer["tiers"].items()]
+        held += [f"{layer['evicted']} EVICTED"] if layer.get("evicted") else []
+        of = f" of {layer['dense']:,}" if "dense" in layer else ""
+        lines.append(
+            f"layer {layer['layer']}: tiered: {', '.join(held) or 'empty'}; {layer['bytes']:,}{of} bytes"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,357 @@
+"""What a cache does, as events: to a JSON-lines file, to Python's logging, or to a function of yours.
+
+    with cache.listen("events.jsonl"):
+        model.generate(..., **{CACHE_NAME: cache})
+
+Events are flat dicts that JSON can hold. All have `event`, one of `KINDS`, and `time`, seconds since 1970;
+all but `recompilation` have `layer`, the model's, and `seen`, the columns the layer has seen. Beside them:
+
+demotion       columns, from column `first` on, left the recent region: `columns` in each row, `tokens` real
+               ones over all rows, `bytes_before` uncompressed and `bytes_after`, by which the middle grew
+               (slots of padding included), and `seconds` of the host; of `rows` of the batch. The
+               tier that new tokens enter is `into`; if there is a plan (`planned`), it decides
+plan           what the policy decided: `candidates` a row, `kept` tokens by tier and `evicted` (all of them
+               over all rows; with plan_scope "layer", of one plan), and of their scores `score_min`,
+               `score_mean`, `score_max` and `score_kept`, the least that was kept
+eviction       `tokens` dropped by this plan, over all rows, and `total`, dropped so far
+renumbering    `tokens` that are read at another position than before, sinks included, and `shift`, the
+               furthest that one moved
+growth         `buffer` has room for `after` slots instead of `before`; `bytes` over all rows
+recompilation  torch.compile compiled a graph in this process: its `compile_id`, whether it had compiled it
+               before (`again`), and `seconds`
+
+Where nothing listens, a layer looks at one attribute. Where something does, numbers that lie on a GPU are
+copied without waiting for them, and an event is handed on, in order, at the end of the first step that
+finds them there; `Listener.flush()` and `close()` wait. A sink that raises is dropped with a warning:
+the cache goes on.
+"""
+
+import functools
+import json
+import logging
+import math
+import os
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._dynamo.callback import callback_handler
+
+from fade_ref.tiers import Tier
+
+from ..cache.positions import HOLE
+
+KINDS = ("demotion", "plan", "eviction", "renumbering", "growth", "recompilation")
+Sink = Callable[[dict], None]
+
+
+class JsonLines:
+    """A sink that appends each event to a file, as a line of JSON; whole lines only reach the file.
+
+    Raises `OSError` as the system does.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.file = open(path, "ab", buffering=0)
+
+    def __call__(self, event: dict) -> None:
+        self.file.write(json.dumps(event).encode() + b"\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Logged:
+    """A sink that hands each event to a logger: the kind is the message, the rest is in `record.fade`."""
+
+    def __init__(self, logger: logging.Logger, level: int = logging.INFO):
+        self.logger, self.level = logger, level
+
+    def __call__(self, event: dict) -> None:
+        rest = {name: x for name, x in event.items() if name not in ("event", "time")}
+        said = " ".join(f"{name}={x}" for name, x in rest.items())
+        self.logger.log(self.level, "%s %s", event["event"], said, extra={"fade": event})
+
+
+def read(path: str | os.PathLike) -> list[dict]:
+    """The events of a file that `JsonLines` wrote; a last line without its end is left out.
+
+    Raises `ValueError` for what is no such file, `OSError` as the system does.
+    """
+    found = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            event = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: no JSON ({error})") from error
+        if not isinstance(event, dict) or event.get("event") not in KINDS:
+            raise ValueError(f"{path}, line {number}: no event of a cache")
+        found.append(event)
+    return found
+
+
+class Listener:
+    """What `cache.listen` gives: `close()` it, or use it in a `with` block."""
+
+    def __init__(self, hub: "Telemetry", sink: Sink):
+        self.hub, self.sink = hub, sink
+
+    def flush(self) -> None:
+        """Hand on every event there is, waiting for numbers still on their way from a GPU."""
+        self.hub.deliver(wait=True)
+
+    def close(self) -> None:
+        """Hand on what is left, and listen no longer."""
+        self.flush()
+        self.hub.drop(self.sink)
+
+    def __enter__(self) -> "Listener":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def listen(layers, hub: "Telemetry | None", sink) -> Listener:
+    """Let `sink` hear of tiered `layers`, which may have a `hub` already.
+
+    Args:
+        sink: a path, to which `JsonLines` writes; a `logging.Logger`; or a function of an event.
+
+    Raises `TypeError` for another sink, `OSError` as the system does.
+    """
+    if isinstance(sink, (str, os.PathLike)):
+        sink = JsonLines(sink)
+    elif isinstance(sink, logging.Logger):
+        sink = Logged(sink)
+    elif not callable(sink):
+        raise TypeError(f"a sink is a path, a Logger or a function, not {type(sink).__name__}")
+    hub = Telemetry(layers) if hub is None else hub
+    hub.add(sink)
+    return Listener(hub, sink)
+
+
+class Telemetry:
+    """Events of one cache, between its layers, which hold this while anything listens, and the sinks."""
+
+    def __init__(self, layers):
+        self.layers, self.sinks = layers, []
+        self._waiting: deque[tuple[dict, Callable[[bool], bool]]] = deque()
+        self._capacity: dict[tuple, tuple[int, int]] = {}
+        self._compiling = 0.0
+
+    # -- who listens
+
+    def add(self, sink: Sink) -> None:
+        """Let a sink hear of what happens from now on."""
+        if not self.sinks:
+            for layer in self.layers:
+                layer.telemetry = self
+                self._grown(layer)
+            callback_handler.register_start_callback(self._compile_starts)
+            callback_handler.register_end_callback(self._compile_ends)
+        self.sinks.append(sink)
+
+    def drop(self, sink: Sink) -> None:
+        """Stop telling a sink; with the last one, layers forget this."""
+        if sink not in self.sinks:
+            return
+        self.sinks.remove(sink)
+        if isinstance(sink, JsonLines):
+            sink.close()
+        if not self.sinks:
+            for layer in self.layers:
+                layer.telemetry = None
+            callback_handler.remove_start_callback(self._compile_starts)
+            callback_handler.remove_end_callback(self._compile_ends)
+
+    def emit(
+        self, kind: str, counts: dict, later: dict[str, Tensor] | None = None, nonzero: str = ""
+    ) -> None:
+        """Queue an event of known `counts` and of numbers that a device has.
+
+        It is left out if the number that `nonzero` names is 0.
+        """
+        event = dict(event=kind, time=time.time()) | counts
+        arrived = _fetch(event, later) if later else lambda wait: True
+        self._waiting.append((event, arrived, nonzero))
+
+    def deliver(self, wait: bool = False) -> None:
+        """Hand on the oldest events, as far as their numbers have arrived; `wait`: all of them."""
+        while self._waiting and self._waiting[0][1](wait):
+            event, _, nonzero = self._waiting.popleft()
+            if nonzero and not event[nonzero]:
+                continue
+            for sink in list(self.sinks):
+                try:
+                    sink(event)
+                except Exception as error:
+                    warnings.warn(f"{sink} is told no more of a cache: {error!r}", stacklevel=2)
+                    self.drop(sink)
+
+    # -- what layers report
+
+    def stored(self, layer) -> None:
+        """A layer has stored columns, demoted some, or made room."""
+        for buffer, before, after, size in self._grown(layer):
+            self.emit("growth", _of(layer) | dict(buffer=buffer, before=before, after=after, bytes=size))
+        self.deliver()
+
+    def demotion(self, layer, columns: int, first: int) -> Callable[[], None]:
+        """A layer is about to demote `columns` columns from `first` on; call the result when it has."""
+        middle, start = layer.middle, time.perf_counter()
+        size, evicted = _bytes(middle), middle.evicted
+        evicted = evicted if evicted is None else evicted.clone()  # it is counted on in place
+        moves = layer.config.contiguous and layer.config.evicts
+        places = _places(layer, seen=layer.timeline.length) if moves else None
+        middle.planned = functools.partial(self._plan, layer)
+
+        def done() -> None:
+            seconds, middle.planned = time.perf_counter() - start, None
+            batch = layer.timeline.batch
+            counts = dict(first=first, columns=columns, tokens=batch * columns)
+            counts |= dict(rows=batch, into=middle.tiers[0].name, planned=layer.config.moves)
+            counts |= dict(bytes_before=counts["tokens"] * layer.exact.record_bytes)
+            counts |= dict(bytes_after=_bytes(middle) - size, seconds=seconds)
+            later = {}
+            if layer.timeline.has_holes:
+                later["tokens"] = (middle.column_positions(first, columns) != HOLE).sum()
+            self.emit("demotion", _of(layer) | counts, later)
+            if middle.evicted is not None and layer.config.evicts:
+                self._dropped(layer, evicted, places)
+
+        return done
+
+    def _plan(self, layer, scores: Tensor, position: Tensor, tiers: Tensor) -> None:
+        """A plan: its candidates' scores and positions, and their tiers, [B or 1, P, n] of P plans a row.
+
+        All plans of a row keep as many, and a token counts once.
+        """
+        real, plans = (position >= 0).expand(tiers.shape), tiers.shape[1]
+        kept = real & (tiers != Tier.EVICTED)
+        names = {tier.tier: tier.name for tier in layer.middle.tiers}
+        later = {f"kept {name}": (tiers == tier).sum() // plans for tier, name in names.items()}
+        known = real & scores.isfinite()
+        later |= dict(
+            evicted=(real & ~kept).sum() // plans,
+            score_min=scores.masked_fill(~known, torch.inf).amin(),
+            score_mean=scores.masked_fill(~known, 0).sum() / known.sum(),
+            score_max=scores.masked_fill(~known, -torch.inf).amax(),
+            score_kept=scores.masked_fill(~(known & kept), torch.inf).amin(),
+        )
+        self.emit("plan", _of(layer) | dict(candidates=position.shape[-1]), later)
+
+    def _dropped(self, layer, before: Tensor | None, places: Tensor | None) -> None:
+        """What follows from a plan that evicts."""
+        evicted = layer.middle.evicted
+        new = evicted if before is None else evicted - before
+        self.emit("eviction", _of(layer), dict(tokens=new.sum(), total=evicted.sum()), nonzero="tokens")
+        if places is None:
+            return
+        after = _places(layer, seen=places.shape[-1])
+        moved = torch.where((after < 0) | (places < 0), 0, (after - places).abs())
+        later = dict(tokens=(moved > 0).sum(), shift=moved.amax())
+        self.emit("renumbering", _of(layer), later, nonzero="tokens")
+
+    def _grown(self, layer) -> list[tuple[str, int, int, int]]:
+        """Buffers with more room than when this was last asked: name, slots before and after, bytes."""
+        found = []
+        for name, held, capacity, slot in _buffers(layer):
+            key = None if name == "timeline" else layer.index
+            owner, before = self._capacity.get((key, name), (0, 0))
+            before = before if owner == id(held) and before <= capacity else 0
+            self._capacity[key, name] = id(held), capacity
+            if capacity > before:
+                found.append((name, before, capacity, capacity * slot))
+        return found
+
+    # -- compilation, which is the process's, not a cache's
+
+    def _compile_starts(self, args) -> None:
+        self._compiling = time.perf_counter()
+
+    def _compile_ends(self, args) -> None:
+        again = not str(args.compile_id).endswith("/0")
+        seconds = time.perf_counter() - self._compiling
+        self.emit("recompilation", dict(compile_id=str(args.compile_id), again=again, seconds=seconds))
+
+
+def _of(layer) -> dict:
+    return dict(layer=layer.index if layer.layer_idx is None else layer.layer_idx, seen=layer.length)
+
+
+def _bytes(middle) -> int:
+    """Bytes of the slots in use."""
+    rows = middle.tiers[0].records.tensors["key_codes"].shape[0]
+    return sum(x.count * x.record_bytes for x in middle.buffers().values()) * rows
+
+
+def _buffers(layer) -> list[tuple[str, object, int, int]]:
+    """Name, owner, slots there is room for and bytes of one, over all rows, of what a layer fills."""
+    timeline = layer.timeline
+    found = []
+    if timeline.buffer is not None:
+        found.append(("timeline", timeline, timeline.buffer.shape[1], timeline.batch * 4))
+    if not layer.is_initialized:
+        return found
+    held = {"exact": layer.exact}
+    if layer.middle is not None:
+        held |= layer.middle.buffers()
+    rows = layer.exact["key"].shape[0]
+    return found + [(name, x, x.capacity, rows * x.record_bytes) for name, x in held.items()]
+
+
+def _places(layer, seen: int) -> Tensor:
+    """Where each token is read, [B, seen] by its logical position; -1 of those dropped.
+
+    Those that are still uncompressed are read where they stand.
+    """
+    middle, sinks = layer.middle, layer.config.n_sink
+    rows, device = layer.timeline.batch, layer.timeline.buffer.device
+    demoted = middle._demoted if middle.evicted is not None else torch.zeros(rows, 1, device=device)
+    turn = middle.evicted if middle.evicted is not None else demoted
+    own = torch.arange(seen, device=device).expand(rows, seen)
+    at = torch.where(own < sinks, own + turn.long(), own)
+    at = at.masked_fill((own >= sinks) & (own < sinks + demoted), -1)
+    at = torch.nn.functional.pad(at, (0, 1))  # one more place, for slots that hold no token
+    for tier in middle.tiers:
+        if tier.records.count:
+            position = middle.position(tier)[:, 0].long()
+            index = torch.where(position == HOLE, seen, position)
+            at.scatter_(1, index, middle.read_at(tier)[:, 0].long())
+    return at[:, :seen]
+
+
+def _fetch(event: dict, later: dict[str, Tensor]) -> Callable[[bool], bool]:
+    """Bring numbers to the host without waiting; the result says whether they are in the event."""
+    names, found = list(later), torch.stack([x.double() for x in later.values()])
+    whole = {name for name, x in later.items() if not x.is_floating_point()}
+
+    def fill(values: list[float]) -> bool:
+        for name, x in zip(names, values):
+            number = int(x) if name in whole else x if math.isfinite(x) else None
+            group, _, part = name.partition(" ")
+            if part:
+                event.setdefault(group, {})[part] = number
+            else:
+                event[group] = number
+        return True
+
+    if not found.is_cuda:
+        fill(found.tolist())
+        return lambda wait: True
+    host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+    host.copy_(found, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+
+    def arrived(wait: bool) -> bool:
+        if wait:
+            ready.synchronize()
+        return (wait or ready.query()) and fill(host.tolist())
+
+    return arrived
