@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fade_fast.cache.positions import Timeline
-from fade_fast.cache.store import NEVER, PinnedMiddle
-from fade_fast.compile.compiled import Compiled, marker, tier_tiles
+from fade_fast.cache.positions import TokenPositions
+from fade_fast.cache.store import NEVER, AppendStore
+from fade_fast.compile.compiled import Compiled, dynamic_size, tier_tiles
 from fade_fast.kernels import decode, packed, rotated
-from fade_fast.kernels.packed import Queries, Slots
+from fade_fast.kernels.packed import Queries, TierView
 from fade_fast.kernels.rope import rotate
 from fade_fast.kernels.rotated import Packed
 from fade_fast.saved.files import write_json
@@ -153,9 +153,9 @@ class Result:
 # -- what is measured
 
 
-def tier_kernels(markers, queries: Queries, bias: Tensor, slots: Slots, *, chunk, bits, dtype):
+def tier_kernels(dynamic_sizes, queries: Queries, bias: Tensor, slots: TierView, *, chunk, bits, dtype):
     """The kernels of a tier by themselves, between what the step does before and after."""
-    flat = slots.flat().narrow(0, (markers[0].shape[0] - 1) * chunk)
+    flat = slots.flat().narrow(0, (dynamic_sizes[0].shape[0] - 1) * chunk)
     bias = bias.narrow(-1, 0, flat.means.shape[1])
     options = dict(chunk=chunk, bits=bits, softcap=None, dtype=dtype)
     return packed.attend_chunks(queries, bias, flat, None, **options)[:3]
@@ -183,14 +183,14 @@ class Problem:
         self.tiers = [self._tier(bits, n) for bits, n in case.tiers]
         self.options = dict(
             bits=[(bits, bits) for bits, _ in case.tiers],
-            spans=[self._span(n, x) for (_, n), x in zip(case.tiers, self.tiers)],
+            slots_read=[self._span(n, x) for (_, n), x in zip(case.tiers, self.tiers)],
             scaling=d**-0.5,
         )
         if case.evicts:
             self.options["inv_freq"] = 1e4 ** (-torch.arange(0, d, 2, device=device) / d)
 
-    def _tier(self, bits: int, length: int) -> Slots:
-        """A tier with room as `MiddleTier` has it on CUDA; slots beyond `length` hold tokens nobody sees."""
+    def _tier(self, bits: int, length: int) -> TierView:
+        """A tier with room as `StoredTier` has it on CUDA; slots beyond `length` hold tokens nobody sees."""
         b, h, d = self.case.batch, self.case.heads, self.case.head_dim
         size = packed.whole(b * h, length)
         size += packed.spare(size)
@@ -212,11 +212,11 @@ class Problem:
         if self.case.evicts:
             at = torch.arange(size, dtype=torch.int32, device=self.device).expand(b, 1, -1).contiguous()
         values = values._replace(codes=values.codes.mT.contiguous())
-        return Slots(keys, values, values.scale.float().amax(-1), means, valid, per, at)
+        return TierView(keys, values, values.scale.float().amax(-1), means, valid, per, at)
 
     @staticmethod
-    def _span(length: int, slots: Slots) -> int:
-        """Slots that are read, as `MiddleTier` has it on CUDA."""
+    def _span(length: int, slots: TierView) -> int:
+        """Slots that are read, as `StoredTier` has it on CUDA."""
         heads = slots.bound.numel()
         return min(packed.bucket(heads, length), packed.longest(heads, slots.valid.shape[-1]))
 
@@ -229,7 +229,7 @@ class Problem:
         (slots,) = self.tiers
         valid = torch.arange(slots.valid.shape[-1], device=self.device) < length
         self.tiers = [slots._replace(valid=valid.expand_as(slots.valid).contiguous())]
-        self.options["spans"] = [self._span(length, slots)]
+        self.options["slots_read"] = [self._span(length, slots)]
 
     def mass(self) -> list[Tensor]:
         """Where `attend` can write probabilities."""
@@ -250,16 +250,16 @@ class Problem:
 
     def tier(self, queries: Queries, bias: Tensor):
         """The kernels of the first tier alone: compiled on CUDA, in float32 elsewhere."""
-        slots, bits, span = self.tiers[0], self.options["bits"][0], self.options["spans"][0]
+        slots, bits, num_read = self.tiers[0], self.options["bits"][0], self.options["slots_read"][0]
         heads, rows, d = queries.plain.shape
-        chunk = packed.chunk_of(heads, span, rows, bits[1])
-        markers = [marker(span // chunk)]
-        args = markers, queries, bias, slots
+        chunk = packed.chunk_of(heads, num_read, rows, bits[1])
+        dynamic_sizes = [dynamic_size(num_read // chunk)]
+        args = dynamic_sizes, queries, bias, slots
         if self.device != "cuda":
             return tier_kernels(*args, chunk=chunk, bits=bits, dtype=torch.float32)
         widths = tuple(packed.field_width(b, d) for b in bits)
-        pinned = lambda: tier_tiles(heads, rows, span // chunk, chunk, bits, widths, d)  # noqa: E731
-        args = markers, pinned, queries, bias, slots
+        pinned = lambda: tier_tiles(heads, rows, num_read // chunk, chunk, bits, widths, d)  # noqa: E731
+        args = dynamic_sizes, pinned, queries, bias, slots
         return compiled_tier(*args, chunk=chunk, bits=bits, dtype=torch.float16)
 
     # -- against float64
@@ -363,10 +363,10 @@ def encoding(device: str, length: int, hidden: int = 4096, inner: int = 14336, l
     The estimate is FlashAttention and the products with the layers' weights alone, so that the share is an
     upper bound.
     """
-    config, timeline, heads, d = FadeConfig.safe(), Timeline(), 8, 128
-    timeline.extend(0, None, 1, length, device)
+    config, token_positions, heads, d = FadeConfig.safe(), TokenPositions(), 8, 128
+    token_positions.extend(0, None, 1, length, device)
     table = rotated.with_sum(rotated.rotation(d)).float().to(device)
-    middle = PinnedMiddle(config, timeline, None, table, 1, heads)
+    middle = AppendStore(config, token_positions, None, table, 1, heads)
     middle.reserve(length)
     random = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
     query, keys, values = (random(1, n, length, d) for n in (4 * heads, heads, heads))

@@ -421,7 +421,9 @@ def measure(
     elif fill != "random":
         result.cold_s = first
     if clock.cuda and isinstance(cache, TieredKVCache):
-        result.captured = cache.stepper.replays if cache.stepper.captures else cache.stepper.steps
+        result.captured = (
+            cache.decode_graph.replays if cache.decode_graph.captures else cache.decode_graph.steps
+        )
         if result.captured < len(steps) / 2:
             result.failed = f"not captured: {result.captured} of {len(steps)} steps"
             return result

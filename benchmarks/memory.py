@@ -78,8 +78,8 @@ def fill(model, cache, length: int, dtype=torch.bfloat16, step: int | None = Non
             heads, dim = key_shape(model, i)
             keys = torch.randn(1, heads, new, dim, generator=generator, device=model.device, dtype=dtype)
             if isinstance(layer, TieredLayer):  # as its attention function does
-                layer.settle()
-                layer.timeline.extend(start, None, 1, new, keys.device)
+                layer.demote_due_blocks()
+                layer.token_positions.extend(start, None, 1, new, keys.device)
                 layer.store(keys, keys, attended=True)
             else:  # a sliding layer's view of a long step holds all of it, until the next step comes
                 for part in keys.split([new - 1, 1] if new > 1 else [1], dim=2):

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, QuantizedCache
 
 import fade_fast
 from fade_fast.cache.layer import TieredLayer
-from fade_fast.cache.positions import HOLE
+from fade_fast.cache.positions import PAD
 from fade_fast.compile import compiled as compiling
 from fade_fast.hf.cache import TieredKVCache, storage_bytes, tensors
 from fade_fast.hf.models import text_config
@@ -205,13 +205,13 @@ def eager(wanted: bool = True) -> Iterator[None]:
 
     They compute the same (`python -m parity`), and a run of many shapes spends no minutes on compilation.
     """
-    held = set(compiling.FUSED_ON)
+    held = set(compiling.COMPILED_ON)
     if wanted:
-        compiling.FUSED_ON.clear()
+        compiling.COMPILED_ON.clear()
     try:
         yield
     finally:
-        compiling.FUSED_ON.update(held)
+        compiling.COMPILED_ON.update(held)
 
 
 # -- what a cache holds
@@ -226,9 +226,9 @@ def compressed_tokens(cache: Cache) -> torch.Tensor | float:
     if isinstance(cache, TieredKVCache):
         found = [torch.zeros((), device=cache.device)]
         for layer in cache.tiered:
-            layer.settle()
+            layer.demote_due_blocks()
             held = layer.held_tiers()
-            found += [(layer.middle.position(tier) != HOLE).sum(-1).float().mean() for tier in held]
+            found += [(layer.middle.position(tier) != PAD).sum(-1).float().mean() for tier in held]
         return torch.stack(found).sum() / len(cache.tiered)
     found = [0]
     for layer in cache.layers:
@@ -241,12 +241,12 @@ def evicted_tokens(cache: Cache) -> float:
     """Tokens a row that are gone, mean over rows and layers."""
     if not isinstance(cache, TieredKVCache):
         return 0.0
-    return cache.memory().tokens.get("EVICTED", 0) / cache.timeline.batch
+    return cache.memory().tokens.get("EVICTED", 0) / cache.token_positions.batch
 
 
 def held_tensors(cache: Cache) -> list[torch.Tensor]:
     """Every tensor a cache of any class holds, those inside quantised ones included."""
-    found = cache.timeline.tensors() if isinstance(cache, TieredKVCache) else []
+    found = cache.token_positions.tensors() if isinstance(cache, TieredKVCache) else []
     for layer in cache.layers:
         found += tensors(layer) if isinstance(layer, TieredLayer) else list(_inside(vars(layer)))
     return found

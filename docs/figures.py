@@ -33,7 +33,9 @@ from fade_ref.tiers import Tier
 
 HERE = Path(__file__).resolve().parent
 WIKITEXT = HERE.parents[1] / "shared/data/wikitext-2/test.txt"
-QUESTION = "Tell me how a lighthouse works, who keeps it, and what a night there is like."
+BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES = (
+    "Tell me how a lighthouse works, who keeps it, and what a night there is like."
+)
 SMALL = {"recent_window": 32, "block_size": 16, "int4_budget": 64, "int2_budget": 64}
 NEW_TOKENS = 320
 LAYER = 10  # whose keys and attention the figures of one layer show
@@ -101,7 +103,9 @@ class Lab:
     def life(self) -> tuple[dict, LayerCache]:
         """The tier of every token at every step under two policies, and the second one's cache."""
         if self._life is None:
-            inputs = demo.encode_prompt(self.model, self.tokenizer, QUESTION, NEW_TOKENS)
+            inputs = demo.encode_prompt(
+                self.model, self.tokenizer, BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES, NEW_TOKENS
+            )
             ids, by_position = _generate(self.model, inputs)
             by_attention, spec = self._replay(ids, inputs.input_ids.shape[1])
             data = {
@@ -145,7 +149,7 @@ def _generate(model, inputs) -> tuple[Tensor, list[Tensor]]:
         def put(self, value):
             if not layer.length:
                 return
-            layer.settle()
+            layer.demote_due_blocks()
             now = torch.full((layer.length,), int(Tier.EVICTED))
             held = [(Tier.FP16, layer.exact_positions())]
             held += [(t.tier, layer.middle.position(t)) for t in layer.middle.tiers]

@@ -193,7 +193,7 @@ class LayerCache:
         first, blocks = self.boundary, (recent - c.recent_window) // c.block_size
         self.boundary += blocks * c.block_size
         for row in (row for rows in self.rows for row in rows):
-            if c.moves:
+            if c.relocatable:
                 self._fix_mean(row, self._between(row, first, self.boundary))
                 continue
             for start in range(first, self.boundary, c.block_size):
@@ -201,7 +201,7 @@ class LayerCache:
                 mean = self._mean(block)
                 for token in block:
                     self._put(token, self.first_tier, mean)
-        if c.moves:
+        if c.relocatable:
             self._replan()
 
     def _between(self, row: Row, first: int, stop: int) -> list[Token]:

@@ -27,7 +27,7 @@ class FadeConfig:
         recent_window: newest tokens kept in the model's own dtype; `None` keeps all of them, which
             switches compression off.
         block_size: tokens that leave the recent region together. One key mean is stored a block
-            where tokens never move (see `moves`).
+            where tokens never move (see `relocatable`).
         int4_budget: most tokens the first middle tier holds, best score first; `None`: no limit.
             Its width is `middle_k_bits` / `middle_v_bits`, 4 unless you say otherwise.
         int2_budget: most tokens of the second, 2-bit tier; `None`: no limit. Needs a finite
@@ -81,7 +81,7 @@ class FadeConfig:
                 f"recent_window=None (no compression) contradicts int4_budget={self.int4_budget}: "
                 "no token would ever reach the middle"
             )
-        if self.quant_backend == "channel" and self.moves:
+        if self.quant_backend == "channel" and self.relocatable:
             raise ValueError(
                 "quant_backend='channel' quantises keys in blocks of tokens that cannot be moved: "
                 "it needs int4_budget=None"
@@ -91,7 +91,7 @@ class FadeConfig:
 
     def _product(self) -> None:
         """What goes with codebooks: tokens that stay where they are, as they are."""
-        if self.moves:
+        if self.relocatable:
             raise ValueError(
                 "quant_backend='product' has one tier, which keeps every token: "
                 f"int4_budget={self.int4_budget} contradicts it, None is allowed"
@@ -128,7 +128,7 @@ class FadeConfig:
         return self.recent_window is not None
 
     @property
-    def moves(self) -> bool:
+    def relocatable(self) -> bool:
         """Whether a middle token can change tier or slot, so that each must be a movable record."""
         return self.int4_budget is not None
 

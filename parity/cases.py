@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fade_fast
-from fade_fast.cache.layer import Arrival, TieredLayer
+from fade_fast.cache.layer import PendingKV, TieredLayer
 from fade_fast.hf.attention import attention
 from fade_fast.kernels import product as tables
 from fade_fast.kernels import rotated
@@ -202,7 +202,7 @@ def mirror(layer: TieredLayer, spec: LayerCache) -> LayerCache:
     shape = len(spec.rows), layer.heads, spec.head_dim
     twin = LayerCache(layer.config, *shape, spec.rope, spec.terms, **options)
     twin.columns, twin.boundary = layer.length, layer.length - layer.recent
-    positions = layer.timeline.positions.cpu()
+    positions = layer.token_positions.logical.cpu()
     exact = layer.exact_positions()[:, 0].tolist()
     keys = layer.exact["key"] if layer.sink_keys is None else _original_keys(layer)
     dense = [x.double().cpu() for x in (keys, layer.exact["value"])]
@@ -347,7 +347,7 @@ def trace(
             valid[0, : (holes or {}).get(i, 0)] = False
             hole = ~valid[:, None, :, None]
             keys, values = keys.masked_fill(hole, torch.nan), values.masked_fill(hole, torch.nan)  # poison
-            layer.settle()
+            layer.demote_due_blocks()
             twin = mirror(layer, spec) if layer.length else spec
             attended = layer.middle.count if layer.has_middle else 0
             exact = twin.step(query, keys, values, valid) if twin is not spec else None
@@ -360,12 +360,12 @@ def trace(
             mask = None if mask is None else causal & valid[:, None, None, :]
             query, keys, values = (x.to(shape.device) for x in (query, keys, values))
             layer.check(keys, values)
-            arrival = Arrival(layer, keys, values)
+            arrival = PendingKV(layer, keys, values)
             mask = None if mask is None else mask.to(shape.device)
             ours = attention(module, query, arrival, arrival, mask, **asked)[0].transpose(1, 2).cpu()
             real = valid[:, None, :, None].expand_as(exact)
             error = relative_error(ours[real], exact[real]) if real.any() else 0.0
-            layer.settle()
+            layer.demote_due_blocks()
         else:
             error, attended = 0.0, 0
             before = before if count[0] == "crop" else {}
@@ -403,7 +403,7 @@ def _change(cache, spec: LayerCache, what: str, how) -> None:
         cache.batch_repeat_interleave(how)
     else:
         spec.reorder(how)
-        rows = torch.tensor(how, device=cache.timeline.buffer.device)
+        rows = torch.tensor(how, device=cache.token_positions.buffer.device)
         cache.reorder_cache(rows) if what == "reorder" else cache.batch_select_indices(rows)
 
 

@@ -35,7 +35,7 @@ def wanted(choice: str, marked: bool) -> bool:
 @contextmanager
 def allowed(yes: bool) -> Iterator[Twins]:
     """Let twins run where fade_fast would compile them, or nowhere; tells which ran."""
-    found, before, call = Twins(), compiling.FUSED_ON, compiling.Compiled._call
+    found, before, call = Twins(), compiling.COMPILED_ON, compiling.Compiled._call
 
     def watched(self, key, *args):
         start, new = time.perf_counter(), key not in self.graphs
@@ -45,14 +45,14 @@ def allowed(yes: bool) -> Iterator[Twins]:
         found.seconds += time.perf_counter() - start if new else 0.0
         return result
 
-    compiling.FUSED_ON = before if yes else set()
+    compiling.COMPILED_ON = before if yes else set()
     compiling.Compiled._call = watched
     try:
         yield found
     finally:
-        compiling.FUSED_ON, compiling.Compiled._call = before, call
+        compiling.COMPILED_ON, compiling.Compiled._call = before, call
 
 
 def fused(device: str) -> bool:
     """Whether functions of tensors on `device` run compiled at the moment."""
-    return torch.device(device).type in compiling.FUSED_ON
+    return torch.device(device).type in compiling.COMPILED_ON

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..compile.compiled import fuses
+from ..compile.compiled import use_compiled
 
 #: A full buffer grows by this fraction of itself, in whole steps. So to append a token costs a constant,
 #: at most that of copying 256, little beside reading all of them at every step; and hardly a slot is spare.
@@ -89,7 +89,7 @@ class Buffers:
     @property
     def fused(self) -> bool:
         """Whether compiled kernels read this, for which a capacity should last."""
-        return fuses(next(iter(self.tensors.values())))
+        return use_compiled(next(iter(self.tensors.values())))
 
     @property
     def record_bytes(self) -> int:

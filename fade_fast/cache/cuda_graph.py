@@ -28,13 +28,13 @@ class Captured:
     def __init__(self, compiled: Callable[..., ModelOutput], otherwise: Callable[[], Callable]):
         """`otherwise` makes what is called instead if `compiled` cannot be captured."""
         self.compiled, self.otherwise, self.refused = compiled, otherwise, False
-        self.epoch, self.recordings, self.replays = 0, [], 0
+        self.graph_id, self.recordings, self.replays = 0, [], 0
 
-    def __call__(self, epoch: int, arguments: dict) -> ModelOutput:
+    def __call__(self, graph_id: int, arguments: dict) -> ModelOutput:
         if self.refused:
             return self.compiled(**arguments)
-        if epoch != self.epoch:
-            self.epoch, self.recordings = epoch, []
+        if graph_id != self.graph_id:
+            self.graph_id, self.recordings = graph_id, []
         leaves, structure = tree_flatten(arguments)
         kind = structure, [_kind(x) for x in leaves]
         recording = next((x for x in self.recordings if x.kind == kind), None)

@@ -21,19 +21,21 @@ from torch import Tensor
 from ..kernels import dense
 from .buffers import copy_all, take_rows
 from .cuda_graph import record
-from .guard import plainly
-from .positions import HOLE
+from .guard import without_autocast
+from .positions import PAD
 
-SHORT = 16  # most columns of a step that are stored before they are attended
-ROOM = 1024  # columns a buffer that grows with the text has free when it is made
+MAX_DECODE_TOKENS = 16  # most columns of a step that are stored before they are attended
+MIN_SPARE_SLOTS = 1024  # columns a buffer that grows with the text has free when it is made
 AHEAD_ON = {"cuda"}  # types of devices for which generate() need not wait before it prepares the next step
-SETTLED = 4096  # from this many uncompressed columns on, all but the newest are left to FlashAttention
+MIN_FLASH_PREFIX = (
+    4096  # from this many uncompressed columns on, all but the newest are left to FlashAttention
+)
 
-_epochs = itertools.count(2)  # the compiler makes constants of 0 and 1
-_steppers: "weakref.WeakValueDictionary[int, Stepper]" = weakref.WeakValueDictionary()
+_graph_ids = itertools.count(2)  # the compiler makes constants of 0 and 1
+_graphs: "weakref.WeakValueDictionary[int, DecodeGraph]" = weakref.WeakValueDictionary()
 
 
-class Stepper:
+class DecodeGraph:
     """What the captured steps of one cache share.
 
     Attributes:
@@ -57,8 +59,8 @@ class Stepper:
         kept: what policies had counted before the newest step, if that may be taken back.
     """
 
-    def __init__(self, timeline, compileable: bool):
-        self.timeline, self.layers, self.active = timeline, [], False
+    def __init__(self, token_positions, compileable: bool):
+        self.token_positions, self.layers, self.active = token_positions, [], False
         self.compileable, self.compiled, self.captures = compileable, False, False
         self.drafts, self.asked, self.undrafted = (lambda: None), {}, False
         self.open_text(hooked=False)
@@ -72,12 +74,12 @@ class Stepper:
 
     def clear(self) -> None:
         """Forget the epoch, and with it every tensor that only a captured graph needs."""
-        self.marker: Tensor | None = None
-        self.settled = 0  # columns left to FlashAttention
+        self.dynamic_size: Tensor | None = None
+        self.flash_prefix = 0  # columns left to FlashAttention
         self._held: list[Tensor] = []
         self._spans: list[list[int]] = []
         self._frequencies: Tensor | None = None
-        self.epoch, self._stale = 0, True
+        self.graph_id, self._stale = 0, True
         self._demotions, self.demotion, self.order = 0, None, None
         self.search: Callable | None = None
         self.kept: list[Tensor] = []
@@ -102,18 +104,18 @@ class Stepper:
     def begin(self, new: int, batch: int) -> bool:
         """Prepare for a step of `new` columns; False if it has to run outside the graph."""
         first = self.layers[0]
-        most = 1 if first.observer or self.drafts() is None else SHORT
-        if not 1 <= new <= most or not first.can_step or self.timeline.batch != batch:
+        most = 1 if first.observer or self.drafts() is None else MAX_DECODE_TOKENS
+        if not 1 <= new <= most or not first.can_step or self.token_positions.batch != batch:
             return False
-        if first.due:
+        if first.demotion_due:
             self._demote()
-        room = 1 if new == 1 else SHORT  # the next draft may be longer
+        room = 1 if new == 1 else MAX_DECODE_TOKENS  # the next draft may be longer
         if first.exact.count + room > first.exact.capacity:
             for layer in self.layers:
                 layer.make_room(room)
             self.touch()
-        if self.timeline.room < room:
-            self.timeline.reserve(self.timeline.length + room)
+        if self.token_positions.room < room:
+            self.token_positions.reserve(self.token_positions.length + room)
             self.touch()
         if self._stale or self._outgrown() or first.frequencies is not self._frequencies:
             self._renew()
@@ -123,7 +125,7 @@ class Stepper:
     def end(self, new: int) -> None:
         """Count the `new` columns that the step has stored."""
         self._shift(new)
-        self._counted = self.timeline.length
+        self._counted = self.token_positions.length
         self._at = self._sees = None
         self.steps += 1
         self.active = False
@@ -133,7 +135,7 @@ class Stepper:
         for layer in self.layers:
             layer.exact.count += columns
             layer.length += columns
-        self.timeline.length += columns
+        self.token_positions.length += columns
 
     def _demote(self) -> None:
         """Demote what is due in every layer: a few hundred small kernels a layer, which wait for Python.
@@ -142,12 +144,12 @@ class Stepper:
         buffers is an ordinary one, for what has yet to be compiled. Columns beyond the block that is due
         (drafts are several) are not there for the graph, which moves all there is room for.
         """
-        if self._stale or not self._demotions or not all(layer.repeats for layer in self.layers):
+        if self._stale or not self._demotions or not all(layer.can_replay_demotion for layer in self.layers):
             for layer in self.layers:
-                layer.settle()
+                layer.demote_due_blocks()
             self._demotions += 1
             return
-        beyond = self.layers[0].beyond
+        beyond = self.layers[0].num_past_threshold
         self.column.sub_(beyond)
         self._shift(-beyond)
         try:
@@ -156,7 +158,7 @@ class Stepper:
             else:
                 if self.demotion:
                     for layer in self.layers:
-                        layer.repeat()
+                        layer.count_replayed_demotion()
                 else:
                     self.demotion, _ = record(self._demote_by_cursor)
                 self.demotion.replay()
@@ -168,25 +170,28 @@ class Stepper:
         if beyond:
             self.column.add_(beyond)
             self.slot.add_(beyond)
-            real = self.timeline.positions[:, -beyond:] != HOLE
+            real = self.token_positions.logical[:, -beyond:] != PAD
             self.seen.narrow(2, self.layers[0].exact.count - beyond, beyond).copy_(real[:, None])
 
     def _demote_by_cursor(self) -> None:
         """The same by tensors of fixed addresses, and all that graphs read brought up to date."""
-        self.timeline.cursor, self.timeline.latest = self.column, self.newest
+        self.token_positions.cursor, self.token_positions.latest = self.column, self.newest
         try:
             for layer in self.layers:
-                layer.settle()
+                layer.demote_due_blocks()
             self._refresh()
         finally:
-            self.timeline.cursor = self.timeline.latest = None
+            self.token_positions.cursor = self.token_positions.latest = None
         self._stale = False
 
     def _outgrown(self) -> bool:
         """Whether columns have gone, or too many come, since FlashAttention's part was settled."""
         first = self.layers[0]
-        now = 0 if self.timeline.has_holes else first.settled_columns()
-        return bool(now) != bool(self.settled) or not self.settled <= now < self.settled + dense.TAIL
+        now = 0 if self.token_positions.has_padding else first.flash_prefix_len()
+        return (
+            bool(now) != bool(self.flash_prefix)
+            or not self.flash_prefix <= now < self.flash_prefix + dense.TAIL
+        )
 
     def touch(self, stored: bool = False) -> None:
         """Say that columns changed other than by a step, or (`stored`) came so, which ends a search."""
@@ -198,13 +203,13 @@ class Stepper:
 
     def uncount(self) -> None:
         """Take back what the newest step counted, if that is known."""
-        if self.kept and self._counted == self.timeline.length:
+        if self.kept and self._counted == self.token_positions.length:
             copy_all(zip(self._counts, self.kept))
 
     def crop(self, n: int) -> None:
         """Go on before the newest `n` columns, which the cache has cropped."""
         self._counted = 0
-        if self._stale or self.timeline.has_holes:
+        if self._stale or self.token_positions.has_padding:
             self.touch()
             return
         for counter in (self.slot, self.column, self.newest):
@@ -235,7 +240,9 @@ class Stepper:
         """The same, and all that graphs read brought up to date."""
         select(index)
         own = [self.newest, self.real, self.seen]
-        own += [x for layer in self.layers for slots in layer.frozen for x in (slots.valid, slots.read_at)]
+        own += [
+            x for layer in self.layers for slots in layer.static_views for x in (slots.valid, slots.read_at)
+        ]
         pending = []
         for x in own:
             if x is not None:
@@ -244,14 +251,14 @@ class Stepper:
 
     def _renew(self) -> None:
         """Bring what graphs read up to date, in a new epoch if anything that they have baked in changed."""
-        held = [x for layer in self.layers for x in layer.baked()] + self.timeline.tensors()
-        spans = [layer.spans() for layer in self.layers]
+        held = [x for layer in self.layers for x in layer.static_inputs()] + self.token_positions.tensors()
+        slots_read = [layer.slots_read() for layer in self.layers]
         stayed = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held))
-        if stayed and spans == self._spans and not self._outgrown():
+        if stayed and slots_read == self._spans and not self._outgrown():
             self._refresh()
         else:
             self._demotions = self._demotions if stayed else 0
-            self._held, self._spans, self._frequencies = held, spans, self.layers[0].frequencies
+            self._held, self._spans, self._frequencies = held, slots_read, self.layers[0].frequencies
             self._open()
 
     def _open(self) -> None:
@@ -260,35 +267,35 @@ class Stepper:
         device, capacity = first.device, first.exact.capacity
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
-        self.newest = torch.zeros(self.timeline.batch, dtype=torch.int32, device=device)
-        self.real = torch.ones(self.timeline.batch, dtype=torch.bool, device=device)
-        self.seen = torch.zeros(self.timeline.batch, 1, capacity, dtype=torch.bool, device=device)
+        self.newest = torch.zeros(self.token_positions.batch, dtype=torch.int32, device=device)
+        self.real = torch.ones(self.token_positions.batch, dtype=torch.bool, device=device)
+        self.seen = torch.zeros(self.token_positions.batch, 1, capacity, dtype=torch.bool, device=device)
         for layer in self.layers:
-            layer.freeze()
-        self.settled = first.settled_columns() if not self.timeline.has_holes else 0
+            layer.allocate_static_inputs()
+        self.flash_prefix = first.flash_prefix_len() if not self.token_positions.has_padding else 0
         ahead = self.layers if first.observer and self.runs_ahead else []
         self._counts = [x for layer in ahead for fields in layer.observed() for x in fields.values()]
         self.kept = [torch.empty_like(x) for x in self._counts]
         self._refresh()
         self.demotion, self.order = None, None
-        _steppers.pop(self.epoch, None)
-        self.epoch = next(_epochs)
-        _steppers[self.epoch] = self
-        self.marker = torch.empty(1, dtype=torch.uint8, device=device).expand(self.epoch)
-        torch._dynamo.mark_dynamic(self.marker, 0)
+        _graphs.pop(self.graph_id, None)
+        self.graph_id = next(_graph_ids)
+        _graphs[self.graph_id] = self
+        self.dynamic_size = torch.empty(1, dtype=torch.uint8, device=device).expand(self.graph_id)
+        torch._dynamo.mark_dynamic(self.dynamic_size, 0)
 
     def _refresh(self) -> None:
         """Bring the tensors that graphs read up to date."""
-        first, timeline = self.layers[0], self.timeline
+        first, token_positions = self.layers[0], self.token_positions
         self.slot.fill_(first.exact.count)
-        if timeline.cursor is None:
-            self.column.fill_(timeline.length)
-            self.newest.copy_(timeline.positions.amax(-1))  # the newest column may be padding
-        held = first.exact_positions() != HOLE
+        if token_positions.cursor is None:
+            self.column.fill_(token_positions.length)
+            self.newest.copy_(token_positions.logical.amax(-1))  # the newest column may be padding
+        held = first.exact_positions() != PAD
         self.seen.zero_()
         self.seen[:, :, : held.shape[-1]] = held
         for layer in self.layers:
-            layer.thaw()
+            layer.refresh_static_inputs()
 
     # -- inside a step
 
@@ -305,19 +312,19 @@ class Stepper:
         keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
         if index >= 0:
             dense.store(keys, values, self._at, key, value)
-        tally = layer.tally()
-        if self.settled and softcap is None and s_aux is None:
-            output = dense.attend_long(query, keys, values, self._sees, self.settled, scaling)
+        attention_sums = layer.attention_sums()
+        if self.flash_prefix and softcap is None and s_aux is None:
+            output = dense.attend_long(query, keys, values, self._sees, self.flash_prefix, scaling)
         else:
             output = layer.attend(
-                query, keys, values, self._sees, layer.frozen,
-                scaling=scaling, softcap=softcap, s_aux=s_aux, mass=tally,
+                query, keys, values, self._sees, layer.static_views,
+                scaling=scaling, softcap=softcap, s_aux=s_aux, mass=attention_sums,
             )  # fmt: skip
-        if tally:
-            sees = [self.seen, *(slots.valid for slots in layer.frozen)]
+        if attention_sums:
+            sees = [self.seen, *(slots.valid for slots in layer.static_views)]
             slot = self.slot if index >= 0 else None
             group = query.shape[1] // key.shape[1]
-            layer.observer.add_step(layer.observed(), tally, sees, self.real, group, slot)
+            layer.observer.add_step(layer.observed(), attention_sums, sees, self.real, group, slot)
         if index == len(self.layers) - 1:
             self.slot.add_(query.shape[2])
             self.column.add_(query.shape[2])
@@ -331,19 +338,19 @@ class Stepper:
         self._at, self._sees = self.slot, self.seen
         self.real.fill_(True) if mask is None else self.real.copy_(mask[:, 0, -1, -1])
         self.newest.add_(self.real)
-        place = torch.where(self.real, self.newest, HOLE)
-        self.timeline.buffer.index_copy_(1, self.column, place[:, None])
+        place = torch.where(self.real, self.newest, PAD)
+        self.token_positions.buffer.index_copy_(1, self.column, place[:, None])
         self.seen.index_copy_(2, self.slot, self.real[:, None, None])
 
     def _advance_by(self, mask: Tensor | None, new: int) -> None:
         """The same for several columns, of which each sees no later one."""
-        batch, device = self.timeline.batch, self.slot.device
+        batch, device = self.token_positions.batch, self.slot.device
         real = torch.ones(batch, new, dtype=torch.bool, device=device)
         if mask is not None:
             real = mask.diagonal(dim1=-2, dim2=-1)[:, 0]
         steps = torch.arange(new, device=device)
         place = self.newest[:, None] + real.cumsum(-1, dtype=torch.int32)
-        self.timeline.buffer.index_copy_(1, self.column + steps, place.masked_fill(~real, HOLE))
+        self.token_positions.buffer.index_copy_(1, self.column + steps, place.masked_fill(~real, PAD))
         self.newest.add_(real.sum(-1, dtype=torch.int32))
         self._at = self.slot + steps
         self.seen.index_copy_(2, self._at, real[:, None])
@@ -356,19 +363,19 @@ def step_operator(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    epoch: int,
+    graph_id: int,
     index: int,
     scaling: float,
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """Attention of one layer in a decode step, [B, 1, Hq, D]; see `Stepper.run`.
+    """Attention of one layer in a decode step, [B, 1, Hq, D]; see `DecodeGraph.run`.
 
     What it changes, the cache's own buffers, is hidden from the compiler, for which an epoch's operator
     is a function of its arguments; the layers' order follows from their data.
     """
-    with plainly():
-        return _steppers[epoch].run(index, query, key, value, mask, scaling, softcap, s_aux)
+    with without_autocast():
+        return _graphs[graph_id].run(index, query, key, value, mask, scaling, softcap, s_aux)
 
 
 @step_operator.register_fake

@@ -68,7 +68,7 @@ class _Reading:
         self._guard.leave()
 
 
-def plainly() -> contextlib.AbstractContextManager:
+def without_autocast() -> contextlib.AbstractContextManager:
     """Where a cache works: without inference mode, and without autocast.
 
     A tensor made in inference mode could not be written to outside of it, and the next call may come from
@@ -87,12 +87,12 @@ def plainly() -> contextlib.AbstractContextManager:
     return modes
 
 
-def guarded(method):
+def single_threaded(method):
     """A method that works on a cache: one thread at a time, by the `guard` of its object."""
 
     @functools.wraps(method)
     def inside(self, *args, **kwargs):
-        with self.guard, plainly():
+        with self.guard, without_autocast():
             return method(self, *args, **kwargs)
 
     return inside
@@ -103,7 +103,7 @@ def reading(method):
 
     @functools.wraps(method)
     def inside(self, *args, **kwargs):
-        with self.guard.reading, plainly():
+        with self.guard.reading, without_autocast():
             return method(self, *args, **kwargs)
 
     return inside

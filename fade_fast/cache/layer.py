@@ -17,22 +17,22 @@ from transformers.cache_utils import CacheLayerMixin
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import packed_bytes
 
-from ..compile.compiled import fuses
+from ..compile.compiled import use_compiled
 from ..hf.rope_probe import Rope
 from ..kernels import decode, product_decode
-from ..kernels.packed import Slots
+from ..kernels.packed import TierView
 from ..kernels.rope import rotate
 from ..policies.scores import Observer
 from ..saved.telemetry import Telemetry
 from .buffers import Buffers, Field, copy_all, take, take_rows
-from .decode_graph import ROOM, SETTLED, SHORT, Stepper
-from .guard import Guard, guarded
-from .product_store import CodedMiddle
-from .store import HOLE, Middle, MiddleTier, PinnedMiddle, PlannedMiddle
+from .decode_graph import MAX_DECODE_TOKENS, MIN_FLASH_PREFIX, MIN_SPARE_SLOTS, DecodeGraph
+from .guard import Guard, single_threaded
+from .product_store import ProductStore
+from .store import PAD, AppendStore, BudgetStore, CompressedStore, StoredTier
 
 
 @dataclass(frozen=True, eq=False)
-class Arrival:
+class PendingKV:
     """What `update` hands to the attention function in the place of keys, and of values."""
 
     layer: "TieredLayer"
@@ -57,7 +57,7 @@ class Arrival:
         """Whether the attention module that reads this is not the one whose keys these are."""
         return getattr(module, "layer_idx", self.layer.layer_idx) != self.layer.layer_idx
 
-    def to(self, *args, **kwargs) -> "Arrival":
+    def to(self, *args, **kwargs) -> "PendingKV":
         """Nothing moves: some models ask for the device that the keys are on already."""
         return self
 
@@ -83,7 +83,9 @@ class TieredLayer(CacheLayerMixin):
     """
 
     guard: Guard  # one for all layers of a cache
-    abandon: Callable[[int], None]  # takes back a step from column `start` on, which failed in this layer
+    rollback_step: Callable[
+        [int], None
+    ]  # takes back a step from column `start` on, which failed in this layer
     is_sliding = False
     is_croppable = True
     record_past = False  # whether generate() may take back a step, with all that it counted
@@ -95,33 +97,33 @@ class TieredLayer(CacheLayerMixin):
     def __init__(
         self,
         config: FadeConfig,
-        stepper: Stepper,
+        decode_graph: DecodeGraph,
         rope: Rope | None,
         rotations,
         dispatches,
         max_length: int | None,
         observer: Observer | None = None,
-        books: tuple[Tensor, Tensor] | None = None,
+        codebooks: tuple[Tensor, Tensor] | None = None,
     ):
         super().__init__()
-        self.stepper, self.index, self.number = stepper, len(stepper.layers), next(_numbers)
+        self.decode_graph, self.index, self.number = decode_graph, len(decode_graph.layers), next(_numbers)
         by_number[self.number] = self
-        stepper.layers.append(self)
-        timeline = stepper.timeline
-        self.config, self.timeline, self.rope = config, timeline, rope
+        decode_graph.layers.append(self)
+        token_positions = decode_graph.token_positions
+        self.config, self.token_positions, self.rope = config, token_positions, rope
         self._rotations, self._dispatches, self._max_length = rotations, dispatches, max_length
-        self.observer, self.books = observer, books
+        self.observer, self.codebooks = observer, codebooks
         self.guard = Guard()
-        self.abandon = lambda start: None
+        self.rollback_step = lambda start: None
         self._clear()
 
     def _clear(self) -> None:
         self.length = 0
         self.exact: Buffers | None = None  # sinks, then recent columns
-        self.middle: Middle | None = None
+        self.middle: CompressedStore | None = None
         self.sinks_placed = False
         self.sink_keys: Tensor | None = None  # as they came; `exact` holds them as they are read
-        self.frozen: list[Slots] = []  # what captured steps read of the tiers
+        self.static_views: list[TierView] = []  # what captured steps read of the tiers
         self.failed = False  # whether a step stopped halfway, and could not be taken back
         self.is_initialized = False
 
@@ -134,23 +136,23 @@ class TieredLayer(CacheLayerMixin):
         self.dtype, self.device = keys.dtype, keys.device
         fields = dict.fromkeys(("key", "value"), Field((dim,), keys.dtype, heads))
         if self.observer:
-            self.observer.start(heads, keys.dtype, keys.device)
+            self.observer.allocate(heads, keys.dtype, keys.device)
             fields |= self.observer.fields
         self.exact = Buffers(fields, 1, batch, keys.device)
         if c.compresses:
-            kind = PlannedMiddle if c.moves else PinnedMiddle
-            if self.books is not None:
-                self.books = tuple(book.to(keys.device) for book in self.books)
-                kind = functools.partial(CodedMiddle, self.books)
+            kind = BudgetStore if c.relocatable else AppendStore
+            if self.codebooks is not None:
+                self.codebooks = tuple(book.to(keys.device) for book in self.codebooks)
+                kind = functools.partial(ProductStore, self.codebooks)
             table = self._rotations(dim, keys.device)
-            self.middle = kind(c, self.timeline, self.rope, table, batch, heads, self.observer)
+            self.middle = kind(c, self.token_positions, self.rope, table, batch, heads, self.observer)
             # All that the region ever holds, unless the window is longer than this text.
             room = min(c.n_sink + c.recent_window + c.block_size, keys.shape[2] + c.block_size)
             leaving = max(0, (most or 0) - c.n_sink - c.recent_window)
             self.middle.reserve(leaving // c.block_size * c.block_size)
             most = room if most is None else min(room, most)
-            if fuses(keys):  # one shape for all steps
-                most = min(c.n_sink + c.recent_window + c.block_size, max(SETTLED, room))
+            if use_compiled(keys):  # one shape for all steps
+                most = min(c.n_sink + c.recent_window + c.block_size, max(MIN_FLASH_PREFIX, room))
         self.exact.reserve(most or 0)
         self.is_initialized = True
 
@@ -163,46 +165,53 @@ class TieredLayer(CacheLayerMixin):
         if torch.is_autocast_enabled(keys.device.type):  # what is stored has one dtype
             dtype = self.dtype if self.is_initialized else torch.get_autocast_dtype(keys.device.type)
             keys, values = keys.to(dtype), values.to(dtype)
-        if self.stepper.active or torch.compiler.is_compiling() and self._dispatches():
-            arrival = Arrival(self, keys, values)  # which attention checks, within a compiled graph
+        if self.decode_graph.active or torch.compiler.is_compiling() and self._dispatches():
+            arrival = PendingKV(self, keys, values)  # which attention checks, within a compiled graph
             return arrival, arrival
         return self._update(keys, values)
 
     @torch.compiler.disable
-    @guarded
+    @single_threaded
     def _update(self, keys: Tensor, values: Tensor):
         self.check(keys, values)
         self.check_whole()
         if self._dispatches():
-            arrival = Arrival(self, keys, values)
+            arrival = PendingKV(self, keys, values)
             return arrival, arrival
         if self.observer:
             raise ValueError(
                 f"eviction_policy={self.config.eviction_policy!r} ranks by attention, which this model's "
                 "own attention function does not tell: fade_fast.attach(model) replaces it"
             )
-        if self.config.evicts and not self.shows_survivors or self.config.moves and self.timeline.has_holes:
+        if (
+            self.config.evicts
+            and not self.shows_survivors
+            or self.config.relocatable
+            and self.token_positions.has_padding
+        ):
             raise ValueError(
                 "this cache evicts or moves tokens, and masks of the model's own attention would count "
                 "columns: fade_fast.attach(model) brings ours back"
             )
         start = self.length
         try:
-            self.settle()
+            self.demote_due_blocks()
             both = (keys, values)
             if start:
                 both = tuple(torch.cat(parts, dim=2) for parts in zip(self.dense(), both))
-            self.timeline.extend(start, None, keys.shape[0], keys.shape[2], keys.device)
-            self.store(keys, values, attended=keys.shape[2] > SHORT)  # drafts may be cropped again
+            self.token_positions.extend(start, None, keys.shape[0], keys.shape[2], keys.device)
+            self.store(
+                keys, values, attended=keys.shape[2] > MAX_DECODE_TOKENS
+            )  # drafts may be cropped again
         except BaseException:
-            self.abandon(start)
+            self.rollback_step(start)
             raise
         return both
 
     def check_whole(self) -> None:
         """Refuse, with `RuntimeError`, what begins while a step has not ended; the first layer knows."""
-        last = self.stepper.layers[-1]
-        if self is self.stepper.layers[0] and (self.failed or self.length != last.length):
+        last = self.decode_graph.layers[-1]
+        if self is self.decode_graph.layers[0] and (self.failed or self.length != last.length):
             raise RuntimeError(
                 f"a step has not ended: the first layer has seen {self.length} tokens, the last {last.length}"
                 "; another thread is at it, or it failed halfway: reset() the cache, or load it again"
@@ -232,10 +241,10 @@ class TieredLayer(CacheLayerMixin):
                     f"(batch, KV heads, head_dim, dtype, device) is {ours} in this cache but {theirs} "
                     "in these keys: reset() the cache first, or use it with the model it was made for"
                 )
-        elif self.timeline.length and self.timeline.batch != keys.shape[0]:
+        elif self.token_positions.length and self.token_positions.batch != keys.shape[0]:
             raise ValueError(f"{keys.shape[0]} rows do not fit a cache of {self.timeline.batch}")
-        elif self.books is not None:
-            for side, book in zip(("keys", "values"), self.books):
+        elif self.codebooks is not None:
+            for side, book in zip(("keys", "values"), self.codebooks):
                 if book.shape[0] * book.shape[2] != keys.shape[3]:
                     raise ValueError(
                         f"layer {self.layer_idx} has {side} of {keys.shape[3]} channels, its codebook is for "
@@ -256,7 +265,7 @@ class TieredLayer(CacheLayerMixin):
         """
         if self._dispatches():
             return query_length, self.length
-        self.settle()  # what is due is evicted before the keys are read
+        self.demote_due_blocks()  # what is due is evicted before the keys are read
         held = self.length - (self.evicted_columns if self.is_initialized else 0)
         return held + query_length, self.length - held
 
@@ -315,7 +324,7 @@ class TieredLayer(CacheLayerMixin):
     def _map(self, function) -> None:
         if not self.is_initialized:
             return
-        self.stepper.touch()
+        self.decode_graph.touch()
         self.exact.map(function)
         if self.sink_keys is not None:
             self.sink_keys = function(self.sink_keys)
@@ -325,7 +334,7 @@ class TieredLayer(CacheLayerMixin):
     def tensors(self) -> list[Tensor]:
         """Every tensor the layer holds."""
         if not self.is_initialized:
-            return [*(self.books or ())]
+            return [*(self.codebooks or ())]
         found = list(self.exact.tensors.values())
         if self.sink_keys is not None:
             found.append(self.sink_keys)
@@ -356,9 +365,9 @@ class TieredLayer(CacheLayerMixin):
 
     @torch.no_grad()  # what is stored is data: gradients end here
     def store(
-        self, keys: Tensor, values: Tensor, attended: bool, received: dict[str, Tensor] | None = None
+        self, keys: Tensor, values: Tensor, attended: bool, attention_stats: dict[str, Tensor] | None = None
     ) -> None:
-        """Take in the columns of a step, which the timeline knows already; `settle` comes first.
+        """Take in the columns of a step, which the timeline knows already; `demote_due_blocks` comes first.
 
         Args:
             keys, values: [B, H, q, D], keys after RoPE; 0 in padding slots.
@@ -368,39 +377,41 @@ class TieredLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self.stepper.touch(stored=True)
+        self.decode_graph.touch(stored=True)
         before = self.length, self.exact.count, self.sinks_placed
         try:
-            self._store(keys, values, attended, received)
+            self._store(keys, values, attended, attention_stats)
         except BaseException:
             self.length, self.exact.count, self.sinks_placed = before
             raise
         if self.telemetry:
             self.telemetry.stored(self)
 
-    def _store(self, keys: Tensor, values: Tensor, attended: bool, received) -> None:
+    def _store(self, keys: Tensor, values: Tensor, attended: bool, attention_stats) -> None:
         start, new = self.length, keys.shape[2]
         sinks = max(0, min(new, self.config.n_sink - start))
         recent = self.recent
         self.length += new
-        columns = dict(key=keys, value=values) | (self.arrive(new) if received is None else received)
-        surplus = self._surplus(recent + new - sinks) if attended else 0
-        needed, most = self.exact.count + new - surplus, self._most_exact() or 0
-        if fuses(keys) and most - SHORT < needed <= most:  # a draft, and others to come
+        columns = dict(key=keys, value=values) | (
+            self.arrive(new) if attention_stats is None else attention_stats
+        )
+        num_overflow = self._num_overflow(recent + new - sinks) if attended else 0
+        needed, most = self.exact.count + new - num_overflow, self._most_exact() or 0
+        if use_compiled(keys) and most - MAX_DECODE_TOKENS < needed <= most:  # a draft, and others to come
             self.exact.reserve(most)
-        self.exact.make_room(new - surplus, self.exact.count)
+        self.exact.make_room(new - num_overflow, self.exact.count)
         self.exact.append(**self._cut(columns, 0, sinks))
-        if self.timeline.has_holes and not self.sinks_placed:
+        if self.token_positions.has_padding and not self.sinks_placed:
             self._place_sinks(keys, values, start)
         columns = self._cut(columns, sinks, new)
-        if surplus:
+        if num_overflow:
             older, first = self._held(self.exact.count - recent, self.exact.count), self.length - new + sinks
             if recent:
                 axes = {name: field.axis for name, field in self.exact.fields.items()}
                 columns = {name: torch.cat((older[name], x), axes[name]) for name, x in columns.items()}
-            self._demote(self._cut(columns, 0, surplus), first - recent)
+            self._demote(self._cut(columns, 0, num_overflow), first - recent)
             self.exact.count -= recent
-            columns = self._cut(columns, surplus, recent + new - sinks)
+            columns = self._cut(columns, num_overflow, recent + new - sinks)
         self.exact.append(**columns)
 
     def arrive(self, count: int) -> dict[str, Tensor]:
@@ -416,43 +427,43 @@ class TieredLayer(CacheLayerMixin):
         """Slots `start` to `stop` of the uncompressed region, every field."""
         return self._cut(self.exact.tensors, start, stop)
 
-    @guarded
+    @single_threaded
     @torch.no_grad()
-    def settle(self) -> bool:
+    def demote_due_blocks(self) -> bool:
         """Demote the blocks that a step read from the recent buffers, and pushed out of them.
 
         This waits for the next step, so that tokens cropped in between (assisted decoding) leave
         no trace. Returns whether any block was due.
         """
-        surplus = self._surplus(self.recent) if self.is_initialized else 0
-        if surplus:
-            self.stepper.touch()
+        num_overflow = self._num_overflow(self.recent) if self.is_initialized else 0
+        if num_overflow:
+            self.decode_graph.touch()
             start = self.exact.count - self.recent
-            remove = self.exact.removal(start, surplus, whole=self.timeline.cursor is not None)
-            self._demote(self._held(start, start + surplus), self.length - self.recent)
+            remove = self.exact.removal(start, num_overflow, whole=self.token_positions.cursor is not None)
+            self._demote(self._held(start, start + num_overflow), self.length - self.recent)
             remove()
             if self.telemetry:
                 self.telemetry.stored(self)
-        return surplus > 0
+        return num_overflow > 0
 
     @property
-    def repeats(self) -> bool:
-        """Whether `settle` would do what it did last time, so that a graph of that can be replayed."""
+    def can_replay_demotion(self) -> bool:
+        """Whether the next demotion can replay the captured graph of the last one."""
         block = self.config.block_size
-        steady = self._surplus(self.recent) == block and not (self.observer or self.telemetry)
-        return steady and self.middle.repeats(block)
+        steady = self._num_overflow(self.recent) == block and not (self.observer or self.telemetry)
+        return steady and self.middle.can_replay_demotion(block)
 
     @property
-    def beyond(self) -> int:
+    def num_past_threshold(self) -> int:
         """Recent columns beyond those with which a block becomes due."""
         return self.recent - self.config.recent_window - self.config.block_size
 
-    def repeat(self) -> None:
+    def count_replayed_demotion(self) -> None:
         """Count what such a replay has demoted."""
         self.exact.count -= self.config.block_size
-        self.middle.repeat(self.config.block_size)
+        self.middle.count_replayed_demotion(self.config.block_size)
 
-    def _surplus(self, recent: int) -> int:
+    def _num_overflow(self, recent: int) -> int:
         """How many of `recent` columns have to leave: whole blocks."""
         c = self.config
         if not c.compresses or recent < c.recent_window + c.block_size:
@@ -461,14 +472,14 @@ class TieredLayer(CacheLayerMixin):
 
     def _place_sinks(self, keys: Tensor, values: Tensor, start: int) -> None:
         """Put each row's first real tokens into its sink slots, from which padding shifted them."""
-        new = self.timeline.positions[:, start : self.length]
+        new = self.token_positions.logical[:, start : self.length]
         for slot in range(min(self.length, self.config.n_sink)):
             hit = new == slot
             here, column = hit.any(-1)[:, None, None], hit.int().argmax(-1)[:, None, None]
             for name, x in (("key", keys), ("value", values)):
                 stored = self.exact[name][:, :, slot]
                 stored.copy_(torch.where(here, take(x, column)[:, :, 0], stored))
-        self.sinks_placed = bool((self.timeline.newest() >= self.config.n_sink - 1).all())
+        self.sinks_placed = bool((self.token_positions.newest() >= self.config.n_sink - 1).all())
 
     def _demote(self, columns: dict[str, Tensor], first: int) -> None:
         """Hand columns `first` onwards to the middle, given every field of them."""
@@ -477,9 +488,9 @@ class TieredLayer(CacheLayerMixin):
             if self.config.contiguous and evicted is not None:
                 self._turn_sinks(self.middle.evicted, evicted)
 
-        received = {name: x for name, x in columns.items() if name not in ("key", "value")}
+        attention_stats = {name: x for name, x in columns.items() if name not in ("key", "value")}
         done = self.telemetry and self.telemetry.demotion(self, columns["key"].shape[2], first)
-        self.middle.demote(columns["key"], columns["value"], first, self.length, received, turn)
+        self.middle.demote(columns["key"], columns["value"], first, self.length, attention_stats, turn)
         if done:
             done()
 
@@ -506,18 +517,18 @@ class TieredLayer(CacheLayerMixin):
     @property
     def is_compileable(self) -> bool:
         """Whether generate() may compile the decode step: on a GPU, where that pays, and if it asks us."""
-        return self.stepper.compileable and self.stepper.hooked
+        return self.decode_graph.compileable and self.decode_graph.hooked
 
     @property
     def can_step(self) -> bool:
         """Whether a column can come by a captured step: the sinks are in their places."""
-        placed = self.sinks_placed or not self.timeline.has_holes
+        placed = self.sinks_placed or not self.token_positions.has_padding
         return self.is_initialized and self.length >= max(1, self.config.n_sink) and placed
 
     @property
-    def due(self) -> bool:
+    def demotion_due(self) -> bool:
         """Whether a block has to leave the recent region, of this layer or, if that failed, of the last."""
-        return self._surplus(max(self.recent, self.stepper.layers[-1].recent)) > 0
+        return self._num_overflow(max(self.recent, self.decode_graph.layers[-1].recent)) > 0
 
     @property
     def frequencies(self) -> Tensor | None:
@@ -527,7 +538,7 @@ class TieredLayer(CacheLayerMixin):
     def make_room(self, new: int) -> None:
         """See to it that `new` columns fit into the uncompressed buffers."""
         count, most = self.exact.count, self._most_exact() or self._max_length
-        doubled = max(2 * count, count + ROOM)
+        doubled = max(2 * count, count + MIN_SPARE_SLOTS)
         self.exact.reserve(max(count + new, doubled if most is None else min(most, doubled)))
         if self.telemetry:
             self.telemetry.stored(self)
@@ -535,17 +546,17 @@ class TieredLayer(CacheLayerMixin):
     def _most_exact(self) -> int | None:
         """Uncompressed tokens there may be within a step, drafts included; None without compression."""
         c = self.config
-        return c.n_sink + c.recent_window + c.block_size + SHORT if c.compresses else None
+        return c.n_sink + c.recent_window + c.block_size + MAX_DECODE_TOKENS if c.compresses else None
 
-    def held_tiers(self) -> list[MiddleTier]:
+    def held_tiers(self) -> list[StoredTier]:
         """Tiers that hold a token."""
         return [t for t in self.middle.tiers if t.records.count] if self.has_middle else []
 
-    def spans(self) -> list[int]:
+    def slots_read(self) -> list[int]:
         """Slots that a step reads of each."""
-        return [tier.span for tier in self.held_tiers()]
+        return [tier.num_read for tier in self.held_tiers()]
 
-    def baked(self) -> list[Tensor]:
+    def static_inputs(self) -> list[Tensor]:
         """Tensors that captured steps know by their addresses."""
         found = [self.table, *self.exact.tensors.values()]  # made here, not in a graph's memory
         found += self.observer.tensors() if self.observer else []
@@ -565,37 +576,37 @@ class TieredLayer(CacheLayerMixin):
             return {}
         return dict(inv_freq=self.frequencies, interleaved=self.rope.interleaved)
 
-    def attend(self, query, keys, values, seen: Tensor, slots: list[Slots], mass, **terms) -> Tensor:
+    def attend(self, query, keys, values, seen: Tensor, slots: list[TierView], mass, **terms) -> Tensor:
         """Attention of a short step, [B, q, Hq, D], given `slots` of the tiers that hold a token; the rest is
         as `step.attend` takes it."""
-        if slots and self.books is not None:  # `mass` is of policies, which go with budgets
+        if slots and self.codebooks is not None:  # `mass` is of policies, which go with budgets
             return product_decode.attend(
-                query, keys, values, seen, *slots, *self.spans(), self.books, **terms
+                query, keys, values, seen, *slots, *self.slots_read(), self.codebooks, **terms
             )
         bits = [tier.bits for tier in self.held_tiers()]
         return decode.attend(
             query, keys, values, seen, self.table, slots,
-            bits=bits, spans=self.spans(), mass=mass, **terms, **self.rope_options(),
+            bits=bits, slots_read=self.slots_read(), mass=mass, **terms, **self.rope_options(),
         )  # fmt: skip
 
-    def freeze(self) -> None:
+    def allocate_static_inputs(self) -> None:
         """Make the tensors that captured steps read beside the buffers."""
-        self.frozen = [self.middle.slots(tier) for tier in self.held_tiers()]
+        self.static_views = [self.middle.view(tier) for tier in self.held_tiers()]
 
-    def thaw(self) -> None:
+    def refresh_static_inputs(self) -> None:
         """Bring those tensors up to date."""
-        for tier, frozen in zip(self.held_tiers(), self.frozen):
-            self.middle.thaw(tier, frozen)
+        for tier, frozen in zip(self.held_tiers(), self.static_views):
+            self.middle.refresh_static_inputs(tier, frozen)
 
-    def settled_columns(self) -> int:
+    def flash_prefix_len(self) -> int:
         """How many columns, the first ones, can be left to FlashAttention: whole, and not the newest."""
-        if self.has_middle or self.exact.count < SETTLED or self.observer:  # it tells no weights
+        if self.has_middle or self.exact.count < MIN_FLASH_PREFIX or self.observer:  # it tells no weights
             return 0
         return self.exact.count // 256 * 256
 
     # -- the attention that tokens receive
 
-    def tally(self) -> list[Tensor]:
+    def attention_sums(self) -> list[Tensor]:
         """What `step.attend` counts a step in: one tensor for the uncompressed slots and one a tier,
         [B, H, capacity], or none where nothing asks."""
         if not self.observer:
@@ -611,32 +622,36 @@ class TieredLayer(CacheLayerMixin):
         return [{name: x.tensors[name] for name in self.observer.fields} for x in held]
 
     @torch.no_grad()
-    def count(self, tally: list[Tensor], group: int, seen: list[Tensor]) -> None:
+    def count(self, attention_sums: list[Tensor], group: int, seen: list[Tensor]) -> None:
         """Add what a step counted, given for the same slots what its queries saw.
 
         Args:
             tally: see there; sums over the query rows of a KV head, `group` heads.
             seen: bool [B, 1 or q, n]; n may be less than the capacity.
         """
-        for fields, sums, sees in zip(self.observed(), tally, seen):
+        for fields, sums, sees in zip(self.observed(), attention_sums, seen):
             n = sees.shape[-1]
-            shares = (sums[..., :n] / group).unsqueeze(2)
-            self.observer.add({k: x[..., :n] for k, x in fields.items()}, shares, sees.unsqueeze(1))
+            probs = (sums[..., :n] / group).unsqueeze(2)
+            self.observer.add({k: x[..., :n] for k, x in fields.items()}, probs, sees.unsqueeze(1))
         self.observer.advance(seen[0].shape[1])
 
     # -- what attention reads
 
     def exact_positions(self) -> Tensor:
-        """Logical positions of the sinks and recent columns, [B, 1, n] int32, or `HOLE`."""
+        """Logical positions of the sinks and recent columns, [B, 1, n] int32, or `PAD`."""
         sinks = min(self.length, self.config.n_sink)
         slots = torch.arange(sinks, dtype=torch.int32, device=self.device)
         # A long step is in the timeline before it is stored: its tokens are in no sink slot yet.
-        whole = self.length in (0, self.timeline.length)
-        newest = self.timeline.newest() if whole else self.timeline.positions[:, : self.length].amax(-1)
+        whole = self.length in (0, self.token_positions.length)
+        newest = (
+            self.token_positions.newest()
+            if whole
+            else self.token_positions.logical[:, : self.length].amax(-1)
+        )
         here = slots <= newest[:, None]
-        recent = self.timeline.at(self.length - self.recent, self.recent)
-        recent = recent.masked_fill(recent < self.config.n_sink, HOLE)
-        return torch.cat((torch.where(here, slots, HOLE), recent), dim=-1)[:, None]
+        recent = self.token_positions.at(self.length - self.recent, self.recent)
+        recent = recent.masked_fill(recent < self.config.n_sink, PAD)
+        return torch.cat((torch.where(here, slots, PAD), recent), dim=-1)[:, None]
 
     def exact_read_at(self) -> Tensor:
         """Positions [B, 1, n] at which these columns are read: sinks move on by the tokens evicted."""
@@ -644,7 +659,7 @@ class TieredLayer(CacheLayerMixin):
         if not self.config.contiguous or self.middle is None or self.middle.evicted is None:
             return position
         sinks = position[..., : self.config.n_sink]
-        moved = torch.where(sinks == HOLE, HOLE, sinks + self.middle.evicted[..., None])
+        moved = torch.where(sinks == PAD, PAD, sinks + self.middle.evicted[..., None])
         return torch.cat((moved, position[..., sinks.shape[-1] :]), dim=-1)
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -664,9 +679,11 @@ class TieredLayer(CacheLayerMixin):
         if len(middle) > 1:
             k, v = take(k, order), take(v, order)
         found = [torch.cat((x[:, :, :sinks], m, x[:, :, sinks:]), dim=2) for x, m in ((keys, k), (values, v))]
-        if self.timeline.has_holes and not self.config.moves:  # sinks, back in the columns they came in
+        if (
+            self.token_positions.has_padding and not self.config.relocatable
+        ):  # sinks, back in the columns they came in
             for slot in range(sinks):
-                here = (self.timeline.positions[:, None, : self.length] == slot)[..., None]
+                here = (self.token_positions.logical[:, None, : self.length] == slot)[..., None]
                 exact = (x[:, :, slot : slot + 1] for x in (keys, values))
                 found = [torch.where(here, e, x) for e, x in zip(exact, found)]
         return tuple(found)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-PADDING = -1  # position of a padding token
+PAD = -1  # position of a padding token
 ROWS = 1024  # query tokens of a mask compared at a time
 
 
@@ -62,7 +62,7 @@ class MaskReader:
         Args:
             mask: bool [B or 1, 1, q, q] over the tokens of the step, or [B or 1, 1, q, start + q]; or None.
             batch: B.
-            positions: int32 [B, start or more], positions of the cached tokens, `PADDING` for padding.
+            positions: int32 [B, start or more], positions of the cached tokens, `PAD` for padding.
 
         Raises `ValueError` for another shape or dtype, and where the part over cached tokens does not show
         exactly those that are real.
@@ -120,14 +120,14 @@ def _check_padding(mask: Tensor, new: int, positions: Tensor | None) -> None:
             f"cover all {past + new}"
         )
     if past and mask.shape[0] == positions.shape[0]:
-        differs = (mask[:, :past] != 0) != (positions != PADDING)
+        differs = (mask[:, :past] != 0) != (positions != PAD)
         if differs.any():
             _refuse(differs)
 
 
 def _check_past(shown: Tensor, given: Tensor, positions: Tensor) -> None:
     """Refuse what tokens are shown of the past [B, 1, q, past], unless it is what is real there."""
-    differs = (shown != (positions != PADDING)[:, None, None, :]) & given.any(-1, keepdim=True)
+    differs = (shown != (positions != PAD)[:, None, None, :]) & given.any(-1, keepdim=True)
     if differs.any():
         _refuse(differs.any(2)[:, 0])
 

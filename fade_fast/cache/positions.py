@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from .buffers import take_rows
-from .masks import PADDING as HOLE
-from .masks import MaskReader
+from .masks import PAD, MaskReader
 
 STEP = 256  # columns allocated at a time
 
 
-class Timeline:
+class TokenPositions:
     """Positions of a cache's columns.
 
-    `positions` [B, length] int32: the token's index among the real tokens of its row, or `HOLE`.
-    `length`: columns seen, the cache's logical length. `buffer`: what `positions` is a view of.
+    `logical` [B, length] int32: the token's index among the real tokens of its row, or `PAD`.
+    `length`: columns seen, the cache's logical length. `buffer`: what `logical` is a view of.
     `cursor`: the length as a tensor, int64 [1], while a graph is captured in which columns must be found
     anew at every replay; `latest` then is what `newest()` gives. None otherwise.
     `masks`: reads those of steps.
@@ -34,11 +33,11 @@ class Timeline:
         """Forget every column, and the batch size."""
         self.buffer: Tensor | None = None
         self.length = 0
-        self.has_holes = False
+        self.has_padding = False
         self._judged = (-1, False)
 
     @property
-    def positions(self) -> Tensor:
+    def logical(self) -> Tensor:
         return self.buffer[:, : self.length]
 
     def index(self, first: int, count: int) -> Tensor:
@@ -49,7 +48,7 @@ class Timeline:
     def at(self, first: int, count: int) -> Tensor:
         """Positions of columns `first` to `first + count`, [B, count]."""
         if self.cursor is None:
-            return self.positions[:, first : first + count]
+            return self.logical[:, first : first + count]
         return self.buffer.index_select(1, self.index(first, count))
 
     @property
@@ -74,11 +73,11 @@ class Timeline:
             new = last[:, None] + torch.arange(1, count + 1, dtype=torch.int32, device=device)
         else:
             new = last[:, None] + valid.to(torch.int32).cumsum(-1, dtype=torch.int32)
-            new = new.masked_fill(~valid, HOLE)
-            self.has_holes = True
+            new = new.masked_fill(~valid, PAD)
+            self.has_padding = True
         needed = self.length + count
         if self.buffer is None:
-            self.buffer = new.new_full((batch, 0), HOLE)
+            self.buffer = new.new_full((batch, 0), PAD)
         self.reserve(needed)
         self.buffer[:, self.length : needed] = new
         self.length = needed
@@ -91,7 +90,7 @@ class Timeline:
 
     def real(self) -> Tensor | None:
         """Which columns are no padding, bool [B, length]; None if none is."""
-        return self.positions != HOLE if self.has_holes else None
+        return self.logical != PAD if self.has_padding else None
 
     def reserve(self, columns: int) -> None:
         """Make room for `columns` in all, and more if there is too little: on a GPU twice as many."""
@@ -99,8 +98,8 @@ class Timeline:
             return
         spare = columns if self.buffer.is_cuda else columns // 64
         capacity = -(-(columns + spare) // STEP) * STEP
-        grown = self.buffer.new_full((self.batch, capacity), HOLE)
-        grown[:, : self.length] = self.positions
+        grown = self.buffer.new_full((self.batch, capacity), PAD)
+        grown[:, : self.length] = self.logical
         self.buffer = grown
 
     def newest(self) -> Tensor:
@@ -113,7 +112,7 @@ class Timeline:
             return torch.full((batch,), -1, dtype=torch.int32, device=device)
         if self.cursor is not None:
             return self.latest
-        return self.positions.amax(-1) if self.has_holes else self.positions[:, -1]
+        return self.logical.amax(-1) if self.has_padding else self.logical[:, -1]
 
     def crop(self, n: int) -> None:
         """Forget the newest `n` columns."""

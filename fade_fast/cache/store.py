@@ -1,8 +1,8 @@
 """The middle of a layer: tokens in tiers, between the sinks and the recent ones.
 
-`PinnedMiddle` keeps every token in the slot it got, `PlannedMiddle` lets tokens compete for
+`AppendStore` keeps every token in the slot it got, `BudgetStore` lets tokens compete for
 budgets. Both hold a token as one record that depends on no other token, so that moving it is a
-gather of bytes. `coded.CodedMiddle` is pinned too, and product-quantised.
+gather of bytes. `coded.ProductStore` is pinned too, and product-quantised.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from fade_ref.tiers import INTEGER_TIERS, Tier, packed_bytes
 
 from ..hf.rope_probe import Rope
 from ..kernels import rotated
-from ..kernels.packed import Slots, bucket, longest, roomy, spare, whole
+from ..kernels.packed import TierView, bucket, longest, roomy, spare, whole
 from ..kernels.rope import rotate
 from ..kernels.rotated import Packed
 from ..policies import plan
 from ..policies.scores import Observer
 from .buffers import Buffers, Field, along, take
-from .positions import HOLE, Timeline
+from .positions import PAD, TokenPositions
 
 CODECS = ("rotated", "product")  # that a middle can have
 #: Codes that are stored tokens last, [B, H, bytes, n]: attention sums values over tokens, and so reads
@@ -39,7 +39,7 @@ NEVER = 1 << 30  # slots until the next mean, where there is one for all
 
 
 @dataclass
-class MiddleTier:
+class StoredTier:
     """One tier: the widths of its keys and values, and its records; tier PQ has neither widths nor scales."""
 
     tier: Tier
@@ -54,7 +54,7 @@ class MiddleTier:
         return tier_name(self.bits) if self.bits else self.tier.name
 
     @property
-    def span(self) -> int:
+    def num_read(self) -> int:
         """Slots a kernel runs over: those in use, and on CUDA some more, for few different lengths."""
         if not self.records.fused:
             return self.records.count
@@ -82,8 +82,8 @@ class MiddleTier:
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all; on CUDA for a span that holds them."""
         if self.records.fused and tokens:
-            span = whole(self._heads, tokens)
-            tokens = span + spare(span)
+            num_read = whole(self._heads, tokens)
+            tokens = num_read + spare(num_read)
         self.records.reserve(tokens)
 
     def make_room(self, fields: dict[str, Tensor], held: int) -> None:
@@ -155,7 +155,7 @@ def record(keys: Packed, values: Packed) -> dict[str, Tensor]:
 def key_mean(keys: Tensor, position: Tensor | None) -> Tensor:
     """Mean of the real tokens of each group: keys [B, H, G, n, D] to fp16 [B, H, G, D].
 
-    `position` [B, 1, G, n]: `HOLE` marks what does not count; None: all count. A group without a real
+    `position` [B, 1, G, n]: `PAD` marks what does not count; None: all count. A group without a real
     token has mean 0. Summed in float64, so that the order of the sum leaves no trace in the fp16 result,
     and a few groups at a time, for PyTorch makes a float64 copy of what it sums.
     """
@@ -169,13 +169,13 @@ def _key_mean(keys: Tensor, position: Tensor | None) -> Tensor:
     if position is None:
         mean = keys.sum(-2, dtype=torch.float64) / keys.shape[-2]
     else:
-        real = (position != HOLE)[..., None]
+        real = (position != PAD)[..., None]
         total = keys.masked_fill(~real, 0).sum(-2, dtype=torch.float64)
         mean = total / real.sum(-2).clamp_min(1)
     return mean.clamp(-rotated.LARGEST, rotated.LARGEST).half()
 
 
-class Middle(ABC):
+class CompressedStore(ABC):
     """What all kinds of middle share.
 
     Args:
@@ -190,7 +190,7 @@ class Middle(ABC):
     def __init__(
         self,
         config: FadeConfig,
-        timeline: Timeline,
+        token_positions: TokenPositions,
         rope: Rope | None,
         table: Tensor,
         batch: int,
@@ -199,9 +199,9 @@ class Middle(ABC):
     ):
         self.observer = observer
         self.plans = heads if config.plan_scope == "head" else 1  # that a row has
-        self.config, self.timeline, self.rope, self.table = config, timeline, rope, table
+        self.config, self.token_positions, self.rope, self.table = config, token_positions, rope, table
         self.matrix = table[: table.shape[1]]
-        self.tiers: list[MiddleTier] = []
+        self.tiers: list[StoredTier] = []
         self.means: Buffers | None = None  # of keys, where the codec takes them off
         self._open(batch, heads)
 
@@ -221,7 +221,7 @@ class Middle(ABC):
             least = rotated.SMALLEST_SCALE
             bound = torch.full((batch, heads), least, dtype=torch.float32, device=device)
             self.tiers.append(
-                MiddleTier(tier, bits, Buffers(fields, self.step, batch, device), bound, budget)
+                StoredTier(tier, bits, Buffers(fields, self.step, batch, device), bound, budget)
             )
         self.means = Buffers({"mean": Field((dim,), torch.float16, heads)}, 1, batch, device)
 
@@ -244,7 +244,7 @@ class Middle(ABC):
         values: Tensor,
         first: int,
         seen: int,
-        received: dict[str, Tensor],
+        attention_stats: dict[str, Tensor],
         ready: Callable[[Tensor | None], None] = lambda evicted: None,
     ) -> None:
         """Take in columns `first` onwards: keys after RoPE and values, [B, H, n, D].
@@ -268,16 +268,16 @@ class Middle(ABC):
             raise
 
     @abstractmethod
-    def position(self, tier: MiddleTier) -> Tensor:
-        """Logical position of each slot in use, [B, 1, n] int32; `HOLE` where there is no token."""
+    def position(self, tier: StoredTier) -> Tensor:
+        """Logical position of each slot in use, [B, 1, n] int32; `PAD` where there is no token."""
 
-    def places(self, tier: MiddleTier) -> Tensor:
+    def places(self, tier: StoredTier) -> Tensor:
         """The same, [B, H, n] where heads have plans of their own: then their tokens differ, but not which
         slots hold one."""
         return self.position(tier)
 
     @abstractmethod
-    def read_at(self, tier: MiddleTier) -> Tensor:
+    def read_at(self, tier: StoredTier) -> Tensor:
         """Position at which RoPE reads each slot, where `config.contiguous`."""
 
     @abstractmethod
@@ -289,15 +289,15 @@ class Middle(ABC):
         means = {} if self.means is None else {"means": self.means}
         return {tier.name: tier.records for tier in self.tiers} | means
 
-    def slots(self, tier: MiddleTier, seen: Tensor | None = None) -> Slots:
+    def view(self, tier: StoredTier, seen: Tensor | None = None) -> TierView:
         """What kernels read of a tier: its buffers at full capacity.
 
         `seen`: bool [B, 1 or R, n], for the slots in use; None: those that hold a token.
         """
         capacity = tier.records.capacity
-        seen = self.position(tier) != HOLE if seen is None else seen
+        seen = self.position(tier) != PAD if seen is None else seen
         pad = lambda x: torch.nn.functional.pad(x, (0, capacity - x.shape[-1]))  # noqa: E731
-        return Slots(
+        return TierView(
             tier.buffers("key"),
             tier.buffers("value"),
             tier.bound,
@@ -307,22 +307,22 @@ class Middle(ABC):
             pad(self.read_at(tier)) if self.config.contiguous else None,
         )
 
-    def thaw(self, tier: MiddleTier, frozen: Slots) -> None:
+    def refresh_static_inputs(self, tier: StoredTier, static_view: TierView) -> None:
         """Bring a tier's `slots`, as they were, up to date."""
-        for stale, fresh in zip(frozen[-3:], self.slots(tier)[-3:]):
+        for stale, fresh in zip(static_view[-3:], self.view(tier)[-3:]):
             if isinstance(stale, Tensor):
                 stale.copy_(fresh)
 
     @abstractmethod
-    def repeats(self, new: int) -> bool:
+    def can_replay_demotion(self, new: int) -> bool:
         """Whether to demote `new` more columns does what the last time did, slots apart: the same tensors
         of the same shapes, and nothing that the host must know."""
 
     @abstractmethod
-    def repeat(self, new: int) -> None:
+    def count_replayed_demotion(self, new: int) -> None:
         """Count what a captured graph has demoted: `new` columns."""
 
-    def decode_keys(self, tier: MiddleTier, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def decode_keys(self, tier: StoredTier, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Keys of slots `start` to `stop`, [B, H, n, D] of `dtype`, as they are read."""
         packed, mean = tier.packed("key", start, stop), self.mean(start, stop)
         keys = rotated.decode(packed, mean, self.matrix, tier.bits[0], dtype)
@@ -331,7 +331,7 @@ class Middle(ABC):
         at = self.read_at(tier)[..., start:stop]
         return rotate(keys, at, self.rope.inv_freq(), self.rope.interleaved)
 
-    def decode_values(self, tier: MiddleTier, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def decode_values(self, tier: StoredTier, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Values of slots `start` to `stop`, [B, H, n, D] of `dtype`."""
         return rotated.decode(tier.packed("value", start, stop), None, self.matrix, tier.bits[1], dtype)
 
@@ -354,8 +354,8 @@ class Middle(ABC):
 
     def column_positions(self, first: int, count: int) -> Tensor:
         """Positions [B, 1, count] of columns; sinks do not belong to the middle and are holes."""
-        position = self.timeline.at(first, count)[:, None]
-        return position.masked_fill(position < self.config.n_sink, HOLE)
+        position = self.token_positions.at(first, count)[:, None]
+        return position.masked_fill(position < self.config.n_sink, PAD)
 
     def before_rope(self, keys: Tensor, position: Tensor) -> Tensor:
         """Keys as they are encoded: rotated back to position 0 where survivors are renumbered."""
@@ -367,7 +367,7 @@ class Middle(ABC):
         return record(*rotated.encode_both(keys, values, mean, self.matrix, bits, recurs))
 
 
-class PinnedMiddle(Middle):
+class AppendStore(CompressedStore):
     """A middle without budgets: the token of column c stays in slot c - n_sink for ever.
 
     So positions need not be stored, and each block has a mean of its own.
@@ -392,15 +392,15 @@ class PinnedMiddle(Middle):
         if self.means is not None:
             self.means.reserve(-(-self.tiers[0].records.capacity // self.step))
 
-    def demote(self, keys, values, first, seen, received, ready=lambda evicted: None):
+    def demote(self, keys, values, first, seen, attention_stats, ready=lambda evicted: None):
         position = self.column_positions(first, keys.shape[2])
         keys = self.before_rope(keys, position)
         blocks = (keys.shape[2] // self.step, self.step)
-        real = position.unflatten(2, blocks) if self.timeline.has_holes else None
+        real = position.unflatten(2, blocks) if self.token_positions.has_padding else None
         mean = key_mean(keys.unflatten(2, blocks), real)
         fields, at, block = self.encode(keys, values, mean, self.tiers[0].bits), None, None
-        if self.timeline.cursor is not None:
-            at = self.timeline.index(first, keys.shape[2]) - self.config.n_sink
+        if self.token_positions.cursor is not None:
+            at = self.token_positions.index(first, keys.shape[2]) - self.config.n_sink
             block = at[:: self.step] // self.step
         with self._whole():
             self.tiers[0].append(at, **fields)
@@ -408,26 +408,28 @@ class PinnedMiddle(Middle):
             self.means.append(block, mean=mean)
             ready(None)
 
-    def repeats(self, new: int) -> bool:
+    def can_replay_demotion(self, new: int) -> bool:
         tier = self.tiers[0]
         needed = tier.records.count + new
-        return 0 < tier.records.count and needed <= tier.span and self.means.capacity * self.step >= needed
+        return (
+            0 < tier.records.count and needed <= tier.num_read and self.means.capacity * self.step >= needed
+        )
 
-    def repeat(self, new: int) -> None:
+    def count_replayed_demotion(self, new: int) -> None:
         self.tiers[0].records.count += new
         self.means.count += new // self.step
 
-    def thaw(self, tier: MiddleTier, frozen: Slots) -> None:
-        if self.timeline.cursor is None:
-            super().thaw(tier, frozen)
+    def refresh_static_inputs(self, tier: StoredTier, static_view: TierView) -> None:
+        if self.token_positions.cursor is None:
+            super().refresh_static_inputs(tier, static_view)
             return
         first = self.config.n_sink + tier.records.count - self.step  # only the last block is new
-        position, at = self.column_positions(first, self.step), self.timeline.index(first, self.step)
-        frozen.valid.index_copy_(-1, at - self.config.n_sink, position != HOLE)
-        if frozen.read_at is not None:
-            frozen.read_at.index_copy_(-1, at - self.config.n_sink, position)
+        position, at = self.column_positions(first, self.step), self.token_positions.index(first, self.step)
+        static_view.valid.index_copy_(-1, at - self.config.n_sink, position != PAD)
+        if static_view.read_at is not None:
+            static_view.read_at.index_copy_(-1, at - self.config.n_sink, position)
 
-    def position(self, tier: MiddleTier) -> Tensor:
+    def position(self, tier: StoredTier) -> Tensor:
         return self.column_positions(self.config.n_sink, tier.records.count)
 
     read_at = position
@@ -437,7 +439,7 @@ class PinnedMiddle(Middle):
         return blocks.repeat_interleave(self.step, dim=2).narrow(2, start % self.step, stop - start)
 
 
-class PlannedMiddle(Middle):
+class BudgetStore(CompressedStore):
     """A middle with budgets: survivors move, so each stores its position.
 
     The mean is fixed at the first demotion, once for all, and means the same for every token.
@@ -469,32 +471,32 @@ class PlannedMiddle(Middle):
             tier.reserve(tokens if budget is None else min(budget, tokens))
         self.means.reserve(1)
 
-    def repeats(self, new: int) -> bool:
+    def can_replay_demotion(self, new: int) -> bool:
         held = [tier.records.count for tier in self.tiers]
         full = min(held) > 0 and plan.sizes(self.config, held, new) == held
         # With padding as many stay as the fullest row has, which the host must look at.
-        return full and not self.timeline.has_holes
+        return full and not self.token_positions.has_padding
 
-    def repeat(self, new: int) -> None:
+    def count_replayed_demotion(self, new: int) -> None:
         """Nothing is left to count: full tiers stay full."""
 
-    def demote(self, keys, values, first, seen, received, ready=lambda evicted: None):
+    def demote(self, keys, values, first, seen, attention_stats, ready=lambda evicted: None):
         with self._whole():
-            self._demote(keys, values, first, seen, received, ready)
+            self._demote(keys, values, first, seen, attention_stats, ready)
 
-    def _demote(self, keys, values, first, seen, received, ready):
+    def _demote(self, keys, values, first, seen, attention_stats, ready):
         position = self.column_positions(first, keys.shape[2])
         held = [t for t in self.tiers if t.records.count]
-        spent = [torch.full_like(t.records["position"], t is not self.tiers[0]) for t in held]
+        already_int2 = [torch.full_like(t.records["position"], t is not self.tiers[0]) for t in held]
         new = position.expand(-1, self.plans, -1)
         candidates = plan.Candidates(
             torch.cat([t.records["position"] for t in held] + [new], -1),
             self._newest(seen)[:, None, None],
-            torch.cat([*spent, torch.zeros_like(new)], -1).bool(),
+            torch.cat([*already_int2, torch.zeros_like(new)], -1).bool(),
             functools.partial(self._candidate_keys, held, keys),
             self.observer,
             {
-                name: torch.cat([t.records[name] for t in held] + [received[name]], field.axis)
+                name: torch.cat([t.records[name] for t in held] + [attention_stats[name]], field.axis)
                 for name, field in self._observed.items()
             },
             self.planned,
@@ -503,18 +505,19 @@ class PlannedMiddle(Middle):
         keys = self.before_rope(keys, position)
         self._fix_mean(keys, position)
         sizes = plan.sizes(self.config, [t.records.count for t in self.tiers], position.shape[-1])
-        sizes = [None] * len(self.tiers) if sizes is None or self.timeline.has_holes else sizes
+        sizes = [None] * len(self.tiers) if sizes is None or self.token_positions.has_padding else sizes
         chosen = [plan.kept(tiers, order, t.tier, n) for t, n in zip(self.tiers, sizes)]
         chosen = [tuple(x.expand(len(position), -1, -1) for x in pair) for pair in chosen]
         survivors = [self._collect(t, index, keys, values) for t, (index, _) in zip(self.tiers, chosen)]
-        places = [candidates.position.gather(-1, index).masked_fill(~real, HOLE) for index, real in chosen]
+        places = [candidates.position.gather(-1, index).masked_fill(~real, PAD) for index, real in chosen]
         demoted, evicted = self._counts(position, places)
         read_at = self._renumber(places, evicted)
         records = []
         for fields, place, at, (index, _) in zip(survivors, places, read_at, chosen):
             own = {"read_at": at} if self.config.contiguous else {}
             own |= {
-                name: take(x, index, self._observed[name].axis) for name, x in candidates.received.items()
+                name: take(x, index, self._observed[name].axis)
+                for name, x in candidates.attention_stats.items()
             }
             records.append(dict(**fields, position=place, **own))
         for tier, fields in zip(self.tiers, records):
@@ -530,11 +533,11 @@ class PlannedMiddle(Middle):
 
     def _newest(self, seen: int) -> Tensor:
         """Position of each row's newest token of the first `seen` columns, [B] int32."""
-        if seen == self.timeline.length:
-            return self.timeline.newest()
-        return self.timeline.positions[:, :seen].amax(-1)
+        if seen == self.token_positions.length:
+            return self.token_positions.newest()
+        return self.token_positions.logical[:, :seen].amax(-1)
 
-    def _candidate_keys(self, held: list[MiddleTier], keys: Tensor) -> Tensor:
+    def _candidate_keys(self, held: list[StoredTier], keys: Tensor) -> Tensor:
         """Keys of the tokens of some tiers and of new ones, as they are read: [B, H, n, D]."""
         wide = torch.promote_types(keys.dtype, torch.float32)
         decoded = [self.decode_keys(tier, 0, tier.records.count, wide) for tier in held]
@@ -542,7 +545,7 @@ class PlannedMiddle(Middle):
 
     def _fix_mean(self, keys: Tensor, position: Tensor) -> None:
         """Fix each row's mean at the first demotion that brings it a real token."""
-        if self.means.count and not self.timeline.has_holes:
+        if self.means.count and not self.token_positions.has_padding:
             return
         new = key_mean(keys[:, :, None], position[:, :, None])
         if not self.means.count:
@@ -551,7 +554,7 @@ class PlannedMiddle(Middle):
             unset = (self._demoted == 0)[:, :, None, None]
             self.means["mean"].copy_(torch.where(unset, new, self.means["mean"]))
 
-    def _collect(self, tier: MiddleTier, index: Tensor, keys: Tensor, values: Tensor) -> dict:
+    def _collect(self, tier: StoredTier, index: Tensor, keys: Tensor, values: Tensor) -> dict:
         """Records of the candidates `index`: moved if `tier` holds them already, else encoded."""
         offset = sum(t.records.count for t in self.tiers)
         new = (index - offset).clamp_min(0)
@@ -586,7 +589,7 @@ class PlannedMiddle(Middle):
         """Real tokens demoted and dropped so far, [B, 1] each."""
         demoted = (position.amax(-1) + 1 - self.config.n_sink).clamp_min(0)
         demoted = demoted if self._demoted is None else torch.maximum(self._demoted, demoted)
-        live = sum((place != HOLE).sum(-1, dtype=torch.int32) for place in places)
+        live = sum((place != PAD).sum(-1, dtype=torch.int32) for place in places)
         return demoted, demoted - live[:, :1]  # every head has as many
 
     def _renumber(self, places: list[Tensor], evicted: Tensor) -> list[Tensor]:
@@ -597,17 +600,17 @@ class PlannedMiddle(Middle):
         """
         live = torch.cat(places, dim=-1)
         last = torch.iinfo(live.dtype).max
-        order = live.masked_fill(live == HOLE, last).argsort(dim=-1, stable=True)
+        order = live.masked_fill(live == PAD, last).argsort(dim=-1, stable=True)
         rank = order.argsort(dim=-1).to(torch.int32) + self.config.n_sink + evicted[..., None]
-        return list(rank.masked_fill(live == HOLE, HOLE).split([p.shape[-1] for p in places], dim=-1))
+        return list(rank.masked_fill(live == PAD, PAD).split([p.shape[-1] for p in places], dim=-1))
 
-    def position(self, tier: MiddleTier) -> Tensor:
+    def position(self, tier: StoredTier) -> Tensor:
         return tier.records["position"][:, :1]
 
-    def places(self, tier: MiddleTier) -> Tensor:
+    def places(self, tier: StoredTier) -> Tensor:
         return tier.records["position"]
 
-    def read_at(self, tier: MiddleTier) -> Tensor:
+    def read_at(self, tier: StoredTier) -> Tensor:
         return tier.records["read_at"][:, :1]  # in one tier, all heads read slot i at the same position
 
     def mean(self, start: int, stop: int) -> Tensor:

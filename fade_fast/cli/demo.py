@@ -26,7 +26,7 @@ from .session import Stopwatch
 PROMPT_TOKENS = 3000
 # Chapters of Python's language reference in plain prose; `pydoc` ships them with every CPython.
 CHAPTERS = ("objects", "execmodel", "import", "dynamic-features", "attribute-access", "customization")
-QUESTION = "Summarise the text above in a few sentences, in your own words."
+BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES = "Summarise the text above in a few sentences, in your own words."
 BASELINE = "DynamicCache"
 
 
@@ -119,11 +119,11 @@ def encode_prompt(
     if text is None:
         reach = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT_TOKENS * 2
         most = min(PROMPT_TOKENS, reach - max_new_tokens - 16)  # cut text may encode to a few tokens more
-        room = most - len(_chat(tokenizer, QUESTION).input_ids[0])
+        room = most - len(_chat(tokenizer, BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES).input_ids[0])
         if room <= 0:
             raise LoadError(f"the model reads {reach} tokens at most: too few for {max_new_tokens} new ones")
         start = tokenizer(built_in_text(), add_special_tokens=False, verbose=False).input_ids[:room]
-        text = f"{tokenizer.decode(start)}\n\n{QUESTION}"
+        text = f"{tokenizer.decode(start)}\n\n{BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES}"
     return _chat(tokenizer, text)
 
 

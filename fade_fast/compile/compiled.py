@@ -23,7 +23,7 @@ from .small_matmul import LEAST, RowProducts, few_tile, of_few_rows, tile
 #: Without `native_matmul`, a batched product cannot take its operand from arithmetic on bytes. With
 #: `shape_padding`, Inductor benchmarks at compile time whether to pad 4 query rows to 8; where it does,
 #: nothing fuses. A split reduction would write the scores' statistics in two kernels. The thresholds leave
-#: it to `packed.written` where one kernel ends and the next begins.
+#: it to `packed.force_materialize` where one kernel ends and the next begins.
 OPTIONS = {
     "triton.native_matmul": True,
     "shape_padding": False,
@@ -129,12 +129,12 @@ def _power_of_two(n: int) -> int:
 
 
 #: Types of devices on which twins run.
-FUSED_ON = {"cuda"}
+COMPILED_ON = {"cuda"}
 
 
-def fuses(x: Tensor) -> bool:
+def use_compiled(x: Tensor) -> bool:
     """Whether functions of tensors like `x` run as their compiled twins."""
-    return x.device.type in FUSED_ON
+    return x.device.type in COMPILED_ON
 
 
 def rounded(columns: int) -> int:
@@ -148,14 +148,14 @@ def more_rows(x: Tensor, rows: int) -> Tensor:
 
 
 @functools.cache
-def marker(n: int) -> Tensor:
+def dynamic_size(n: int) -> Tensor:
     """A tensor that says `n` by its length, so that a compiled graph need not know it.
 
     One more than n, for the compiler makes constants of 0 and 1.
     """
-    marker = torch.empty(1, dtype=torch.uint8).expand(n + 1)
-    torch._dynamo.mark_dynamic(marker, 0)
-    return marker
+    dynamic_size = torch.empty(1, dtype=torch.uint8).expand(n + 1)
+    torch._dynamo.mark_dynamic(dynamic_size, 0)
+    return dynamic_size
 
 
 def uncaptured(config, device: torch.device):
@@ -180,8 +180,8 @@ class Compiled:
         self.function, self.options = function, APART | options
         self.graphs: dict[tuple, tuple[Callable, types.CodeType]] = {}  # and what the compiler knows each by
 
-    def __call__(self, markers: list[Tensor], pinned: Callable[[], Tiles], *args, **constants):
-        """Call the twin on `args`, and `markers`, tensors whose length may differ between calls."""
+    def __call__(self, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], *args, **constants):
+        """Call the twin on `args`, and `dynamic_sizes`, tensors whose length may differ between calls."""
         shapes = tuple(
             (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
             for x in tree_leaves(args)
@@ -192,9 +192,9 @@ class Compiled:
         # Inside the first call of another compiled graph, tensors show other dispatch keys than in later
         # ones; the twin would then be compiled again, and where that graph is being captured, it cannot.
         with torch._C._ForceDispatchKeyGuard(*PLAIN):
-            return self._call(key, markers, pinned, args, constants)
+            return self._call(key, dynamic_sizes, pinned, args, constants)
 
-    def _call(self, key: tuple, markers: list[Tensor], pinned: Callable[[], Tiles], args, constants):
+    def _call(self, key: tuple, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], args, constants):
         if key not in self.graphs:
             tiles = pinned()
             own = _own(self.function, constants)
@@ -206,10 +206,10 @@ class Compiled:
                 torch._dynamo.config.patch(automatic_dynamic_shapes=False),  # but for the markers
                 symbolic_shapes.patch(use_duck_shape=False),  # equal lengths may part later
             ):
-                result = graph(markers, *args)
+                result = graph(dynamic_sizes, *args)
             self.graphs[key] = graph, own.__code__
             return result
-        return self.graphs[key][0](markers, *args)
+        return self.graphs[key][0](dynamic_sizes, *args)
 
 
 def _own(function: Callable, constants: dict) -> Callable:

@@ -49,7 +49,7 @@ class RowProducts(CustomGraphPass):
     """
 
     def __call__(self, graph: Graph) -> None:
-        aten, written = torch.ops.aten, {}
+        aten, force_materialize = torch.ops.aten, {}
 
         def call(op, *args) -> Node:
             node = graph.call_function(op, args)
@@ -66,13 +66,15 @@ class RowProducts(CustomGraphPass):
             while source.target in (aten.view.default, aten.reshape.default):  # each product has its own
                 source = source.args[0]
             with graph.inserting_before(node):
-                # As `packed.written`: or each result would compute the row anew.
-                if source not in written:
+                # As `packed.force_materialize`: or each result would compute the row anew.
+                if source not in force_materialize:
                     like = row.meta["val"]
-                    written[source] = call(
+                    force_materialize[source] = call(
                         aten.as_strided.default, row, list(like.shape), list(like.stride())
                     )
-                terms = call(aten.mul.Tensor, call(aten.unsqueeze.default, written[source], 2), matrix)
+                terms = call(
+                    aten.mul.Tensor, call(aten.unsqueeze.default, force_materialize[source], 2), matrix
+                )
                 out = call(aten.sum.dim_IntList, terms, [1])
                 for x in bias:
                     out = call(aten.add.Tensor, out, x)

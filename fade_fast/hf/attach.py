@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from fade_ref.config import FadeConfig
 
-from ..cache.guard import plainly
+from ..cache.guard import without_autocast
 from . import entry, generate, versions
 from .attention import NAME
 from .cache import TieredKVCache
@@ -102,7 +102,7 @@ def verified(model: PreTrainedModel) -> Verification:
         TieredKVCache(model, plain)
     except ValueError as refusal:
         return Verification(refused=str(refusal))
-    with plainly():
+    with without_autocast():
         found = compare(model, NAME, own, lambda: TieredKVCache(model, plain))
     if not found.untried:  # perhaps it can be run later
         _verified[model] = own, found

@@ -15,11 +15,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ..cache.decode_graph import SHORT
-from ..cache.guard import plainly
-from ..cache.layer import Arrival, TieredLayer, by_number
-from ..cache.positions import HOLE
-from ..compile.compiled import fuses
+from ..cache.decode_graph import MAX_DECODE_TOKENS
+from ..cache.guard import without_autocast
+from ..cache.layer import PendingKV, TieredLayer, by_number
+from ..cache.positions import PAD
+from ..compile.compiled import use_compiled
 from ..kernels import dense, flash, packed
 from ..kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
 from .gradient import REASON, without_gradient
@@ -50,8 +50,8 @@ def attention(
 
     Args:
         query: [B, Hq, q, D].
-        key, value: an `Arrival` from a tiered layer, or tensors [B, H, n, D] from any other.
-        attention_mask: for an `Arrival`, what `masks.MaskReader` reads; for tensors, what `sdpa` takes.
+        key, value: an `PendingKV` from a tiered layer, or tensors [B, H, n, D] from any other.
+        attention_mask: for an `PendingKV`, what `masks.MaskReader` reads; for tensors, what `sdpa` takes.
         dropout: probability; only over tensors.
         scaling: of the scores; None is D ** -0.5.
         softcap, sliding_window, s_aux: as Gemma 2, Mistral and gpt-oss pass them.
@@ -62,8 +62,8 @@ def attention(
     over cached tokens, and for a window in a captured step.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not isinstance(key, Arrival):
-        terms = Terms(scaling, softcap, sliding_window, s_aux)
+    if not isinstance(key, PendingKV):
+        terms = ScoreOptions(scaling, softcap, sliding_window, s_aux)
         kwargs["dropout"] = dropout
         return _attend_tensors(module, query, key, value, attention_mask, terms, **kwargs), None
     if dropout:
@@ -71,17 +71,17 @@ def attention(
             f"dropout={dropout} in attention over a tiered cache: call model.eval(), or set "
             "attention_dropout of the configuration to 0"
         )
-    stepper = key.layer.stepper
+    decode_graph = key.layer.decode_graph
     if torch.is_autocast_enabled(query.device.type):
         query = query.to(key.dtype)
-    if stepper.active:
+    if decode_graph.active:
         if sliding_window is not None:  # what a captured step sees is fixed, but for the newest column
             raise ValueError(
                 f"sliding_window={sliding_window} for a layer with full attention, in a captured step: "
                 "generate(..., disable_compile=True) takes ordinary ones"
             )
         output = torch.ops.fade.step(
-            query, key.keys, key.values, attention_mask, stepper.marker.shape[0],
+            query, key.keys, key.values, attention_mask, decode_graph.dynamic_size.shape[0],
             -1 - key.layer.index if key.of_another(module) else key.layer.index,
             scaling, softcap, s_aux,
         )  # fmt: skip
@@ -130,7 +130,7 @@ def eager_step(
         layer.check(keys, values)
         layer.check_whole()
     module = _Module(layer.model_config, layer_idx, query.shape[1] // keys.shape[1])
-    arrival = Arrival(layer, keys, values)
+    arrival = PendingKV(layer, keys, values)
     return _attend(module, query, arrival, mask, scaling, softcap, window, s_aux)[0].contiguous()
 
 
@@ -151,14 +151,14 @@ def _whole(attend):
     """Attention that lets one thread in, and takes its step back from all layers if it fails."""
 
     @functools.wraps(attend)
-    def inside(module, query: Tensor, key: Arrival, *args, **kwargs):
+    def inside(module, query: Tensor, key: PendingKV, *args, **kwargs):
         layer = key.layer
         start = layer.length - (key.keys.shape[2] if key.of_another(module) else 0)
-        with layer.guard, plainly():
+        with layer.guard, without_autocast():
             try:
                 return attend(module, query, key, *args, **kwargs)
             except BaseException:
-                layer.abandon(start)
+                layer.rollback_step(start)
                 raise
 
     return inside
@@ -166,9 +166,9 @@ def _whole(attend):
 
 @torch.compiler.disable
 @_whole
-def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, sliding_window, s_aux, **kwargs):
+def _attend(module, query, key: PendingKV, attention_mask, scaling, softcap, sliding_window, s_aux, **kwargs):
     """Attention outside captured steps, and the storing of what arrived."""
-    terms = Terms(scaling, softcap, sliding_window, s_aux)
+    terms = ScoreOptions(scaling, softcap, sliding_window, s_aux)
     layer, keys, values = key.layer, key.keys, key.values
     if layer.model_config is not module.config:
         raise ValueError(ANOTHER)
@@ -183,62 +183,62 @@ def _attend(module, query, key: Arrival, attention_mask, scaling, softcap, slidi
         raise ValueError(
             f"{new} queries come with {keys.shape[2]} keys: a tiered cache cannot serve cross-attention"
         )
-    timeline = layer.timeline
-    mask = timeline.masks.read(attention_mask, query.shape[0], new, start, timeline.buffer)
+    token_positions = layer.token_positions
+    mask = token_positions.masks.read(attention_mask, query.shape[0], new, start, token_positions.buffer)
     real, own = mask.real, mask.own if start or layer.observer else None
-    if real is not None and timeline.all_real(start, real):
+    if real is not None and token_positions.all_real(start, real):
         real = None  # as generate() masks the steps of caches it may compile, and where there is a window
         attention_mask = None if new == 1 else attention_mask
-    if own is not None and timeline.has_holes and not layer.sinks_placed:
+    if own is not None and token_positions.has_padding and not layer.sinks_placed:
         raise ValueError(
             "a mask that is not causal, in a batch with padding whose first real tokens have just come: "
             "feed a few tokens first"
         )
     if real is not None:  # a NaN in a padding slot must not reach a real token
         keys, values = (x.masked_fill(~real[:, None, :, None], 0) for x in (keys, values))
-    layer.settle()
-    timeline.extend(start, real, query.shape[0], new, query.device)
+    layer.demote_due_blocks()
+    token_positions.extend(start, real, query.shape[0], new, query.device)
     if not start:
         output = _attend_tensors(module, query, keys, values, attention_mask, terms, **kwargs)
-        received = _observe_first(query, layer, keys, values, terms, own)
-        layer.store(keys, values, attended=True, received=received)
+        attention_stats = _observe_first(query, layer, keys, values, terms, own)
+        layer.store(keys, values, attended=True, attention_stats=attention_stats)
         return output, None
-    if new <= SHORT and not layer.index:
-        layer.stepper.eager_steps += 1
+    if new <= MAX_DECODE_TOKENS and not layer.index:
+        layer.decode_graph.eager_steps += 1
     with torch.no_grad():
         output = _attend_cached(module, query, layer, keys, values, start, terms, own, **kwargs)
     return without_gradient(output, query, key.keys, key.values), None
 
 
 def _attend_cached(
-    module, query, layer: TieredLayer, keys, values, start: int, terms: "Terms", own, **kwargs
+    module, query, layer: TieredLayer, keys, values, start: int, terms: "ScoreOptions", own, **kwargs
 ) -> Tensor:
     """Attention of a step from column `start` > 0 on, over all there is, and the storing of its tokens."""
     new = query.shape[2]
     if not layer.has_middle and terms.plain and not layer.observer:
         layer.store(keys, values, attended=False)
-        rows = Rows(query, layer, start, terms, own)
+        rows = AttentionQuery(query, layer, start, terms, own)
         mask = None
-        if new > 1 or layer.timeline.has_holes or terms.window is not None:
+        if new > 1 or layer.token_positions.has_padding or terms.window is not None:
             mask = rows.sees_exact()
         keys, values = layer.exact["key"], layer.exact["value"]
         return _sdpa(module, query, keys, values, mask, terms, **kwargs | dict(is_causal=False))
-    if new <= SHORT:
+    if new <= MAX_DECODE_TOKENS:
         layer.store(keys, values, attended=False)
-        return Rows(query, layer, start, terms, own).attend()
-    received = layer.arrive(new)
-    rows = Rows(query[:, :, :1], layer, start, terms, own)
+        return AttentionQuery(query, layer, start, terms, own).attend()
+    attention_stats = layer.arrive(new)
+    rows = AttentionQuery(query[:, :, :1], layer, start, terms, own)
     size = BLOCK if rows.flashes else ROWS
     output = torch.cat(
         [
-            Rows(part, layer, start + i * size, terms, _rows_of(own, i * size, size)).attend_beside(
-                start, keys, values, received
+            AttentionQuery(part, layer, start + i * size, terms, _rows_of(own, i * size, size)).attend_beside(
+                start, keys, values, attention_stats
             )
             for i, part in enumerate(query.split(size, dim=2))
         ],
         dim=1,
     )
-    layer.store(keys, values, attended=not layer.shared, received=received)
+    layer.store(keys, values, attended=not layer.shared, attention_stats=attention_stats)
     return output
 
 
@@ -248,7 +248,7 @@ def _rows_of(own: Tensor | None, start: int, count: int) -> Tensor | None:
 
 
 def _observe_first(
-    query, layer: TieredLayer, keys, values, terms: "Terms", own: Tensor | None
+    query, layer: TieredLayer, keys, values, terms: "ScoreOptions", own: Tensor | None
 ) -> dict[str, Tensor] | None:
     """What the tokens of a first step receive, whose output `sdpa` gave: scores again, in tiles, of
     those queries that can make a difference. None where nothing asks."""
@@ -258,15 +258,15 @@ def _observe_first(
         layer.lazy_initialization(keys, values)
     new = query.shape[2]
     first = max(0, new - (layer.observer.horizon or new))
-    received = layer.arrive(new)
+    attention_stats = layer.arrive(new)
     for i, part in enumerate(query[:, :, first:].split(ROWS, dim=2)):
         shown = _rows_of(own, first + i * ROWS, ROWS)
-        Rows(part, layer, first + i * ROWS, terms, shown).observe(0, keys, received)
-    return received
+        AttentionQuery(part, layer, first + i * ROWS, terms, shown).observe(0, keys, attention_stats)
+    return attention_stats
 
 
 def _read_again(
-    module, query: Tensor, key: Arrival, attention_mask: Tensor | None, terms: "Terms", **kwargs
+    module, query: Tensor, key: PendingKV, attention_mask: Tensor | None, terms: "ScoreOptions", **kwargs
 ) -> Tensor:
     """Attention over a layer whose columns of this step are stored already, [B, q, Hq, D].
 
@@ -276,27 +276,35 @@ def _read_again(
     new, arrived = query.shape[2], keys.shape[2]
     start, first = layer.length - new, layer.length - arrived
     if attention_mask is not None and new == arrived:
-        mask = layer.timeline.masks.read(attention_mask, query.shape[0], new, first, layer.timeline.buffer)
+        mask = layer.token_positions.masks.read(
+            attention_mask, query.shape[0], new, first, layer.token_positions.buffer
+        )
         own = mask.own
     else:
         own = None
     with torch.no_grad() if first else contextlib.nullcontext():
         if first:
-            parts = enumerate(query.split(SHORT, dim=2))
+            parts = enumerate(query.split(MAX_DECODE_TOKENS, dim=2))
             rows = (
-                Rows(part, layer, start + i * SHORT, terms, _rows_of(own, i * SHORT, SHORT))
+                AttentionQuery(
+                    part,
+                    layer,
+                    start + i * MAX_DECODE_TOKENS,
+                    terms,
+                    _rows_of(own, i * MAX_DECODE_TOKENS, MAX_DECODE_TOKENS),
+                )
                 for i, part in parts
             )
             output = torch.cat([row.attend() for row in rows], dim=1)
         else:
-            position = layer.timeline.positions[:, None]
-            keys, values = (x.masked_fill((position == HOLE)[..., None], 0) for x in (keys, values))
-            seen = own if own is not None else Rows(query, layer, start, terms).sees(position)
+            position = layer.token_positions.logical[:, None]
+            keys, values = (x.masked_fill((position == PAD)[..., None], 0) for x in (keys, values))
+            seen = own if own is not None else AttentionQuery(query, layer, start, terms).sees(position)
             output = _attend_tensors(module, query, keys, values, seen, terms, **kwargs)
     return without_gradient(output, query, key.keys, key.values) if first else output
 
 
-class Terms:
+class ScoreOptions:
     """What a model asks of its scores: scaling, softcap, sliding window and attention sinks."""
 
     def __init__(self, scaling, softcap=None, window=None, s_aux=None):
@@ -308,7 +316,7 @@ class Terms:
         return self.softcap is None and self.s_aux is None
 
 
-class Rows:
+class AttentionQuery:
     """The queries of a step, or of a part of one, and what they see of a layer.
 
     Args:
@@ -323,7 +331,7 @@ class Rows:
     """
 
     def __init__(
-        self, query: Tensor, layer: TieredLayer, start: int, terms: Terms, own: Tensor | None = None
+        self, query: Tensor, layer: TieredLayer, start: int, terms: ScoreOptions, own: Tensor | None = None
     ):
         self.raw, self.shape, self.dtype, self.layer, self.terms = (
             query,
@@ -335,7 +343,7 @@ class Rows:
         self.start, self.stop, self.own = start, start + query.shape[2], own
         wide = torch.promote_types(query.dtype, torch.float32)
         self.query = of_rows(query.to(wide) * terms.scaling, layer.heads)
-        self.positions = layer.timeline.positions[:, None, self.start : self.stop, None]
+        self.positions = layer.token_positions.logical[:, None, self.start : self.stop, None]
 
     def exact_at(self) -> Tensor:
         """Positions [B, 1, n] of uncompressed keys, where they are read if a window counts distances."""
@@ -353,7 +361,7 @@ class Rows:
         of survivors that were renumbered lie side by side.
         """
         position = position[:, :, None]
-        seen = (position != HOLE) & (position <= self.positions)
+        seen = (position != PAD) & (position <= self.positions)
         if self.terms.window is not None:
             seen &= position > self.positions - self.terms.window
         return seen
@@ -370,7 +378,7 @@ class Rows:
         """Which of the step's own tokens `start` to `stop` each query sees; `first` is the step's column."""
         if self.own is not None:
             return self.own[..., start:stop]
-        return self.sees(self.layer.timeline.positions[:, None, first + start : first + stop])
+        return self.sees(self.layer.token_positions.logical[:, None, first + start : first + stop])
 
     def reach(self, first: int) -> int:
         """How many of the step's own tokens, from column `first` on, any of these queries may see."""
@@ -382,24 +390,24 @@ class Rows:
         keys, values, seen = layer.exact["key"], layer.exact["value"], self.sees_exact()
         group, observer = self.shape[1] // layer.heads, layer.observer
         counts = observer is not None and (self.shape[2] == 1 or observer.additive)
-        tally = layer.tally() if counts else []
-        if fuses(keys) or tally:  # one shape for as long as the buffers last
+        attention_sums = layer.attention_sums() if counts else []
+        if use_compiled(keys) or attention_sums:  # one shape for as long as the buffers last
             keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
             seen = torch.nn.functional.pad(seen, (0, keys.shape[2] - seen.shape[-1]))
         sees = [self.sees(self.tier_at(tier))[:, 0] for tier in tiers]
         output = layer.attend(
             self.raw, keys, values, seen[:, 0],
-            [layer.middle.slots(tier, x) for tier, x in zip(tiers, sees)],
-            scaling=terms.scaling, softcap=terms.softcap, s_aux=terms.s_aux, mass=tally,
+            [layer.middle.view(tier, x) for tier, x in zip(tiers, sees)],
+            scaling=terms.scaling, softcap=terms.softcap, s_aux=terms.s_aux, mass=attention_sums,
         )  # fmt: skip
         if counts:
-            layer.count(tally, group, [seen[:, 0], *sees])
+            layer.count(attention_sums, group, [seen[:, 0], *sees])
         elif observer:
             self.observe()
         return output
 
     def attend_beside(
-        self, first: int, keys: Tensor, values: Tensor, received: dict[str, Tensor] | None = None
+        self, first: int, keys: Tensor, values: Tensor, attention_stats: dict[str, Tensor] | None = None
     ) -> Tensor:
         """The same for a long step, whose own `keys` and `values`, from column `first` on, lie beside.
 
@@ -412,22 +420,22 @@ class Rows:
             partials.append(sinks(self.query, self.terms.s_aux))
         whole = functools.reduce(combine, partials)
         if layer.observer:
-            level = (whole.top + whole.total.log()).unflatten(2, (-1, self.shape[2]))
+            level = (whole.row_max + whole.row_sum.log()).unflatten(2, (-1, self.shape[2]))
             for i, (part, own) in enumerate(zip(self.raw.split(ROWS, dim=2), level.split(ROWS, dim=-1))):
                 shown = _rows_of(self.own, i * ROWS, ROWS)
-                rows = Rows(part, layer, self.start + i * ROWS, self.terms, shown)
-                if rows.stop > layer.timeline.length - (layer.observer.horizon or rows.stop):
-                    rows.observe(first, keys, received, [own.flatten(2)])
+                rows = AttentionQuery(part, layer, self.start + i * ROWS, self.terms, shown)
+                if rows.stop > layer.token_positions.length - (layer.observer.horizon or rows.stop):
+                    rows.observe(first, keys, attention_stats, [own.flatten(2)])
         return of_heads(merge([whole]), self.shape).to(self.dtype)
 
     @property
     def flashes(self) -> bool:
         """Whether FlashAttention can do it: if nothing hides what came before, no padding and no window."""
         layer, terms = self.layer, self.terms
-        hides = self.own is not None or layer.timeline.has_holes
+        hides = self.own is not None or layer.token_positions.has_padding
         if hides or terms.window is not None or terms.softcap is not None:
             return False
-        real = ((layer.middle.position(tier) != HOLE).all() for tier in layer.held_tiers())
+        real = ((layer.middle.position(tier) != PAD).all() for tier in layer.held_tiers())
         return flash.takes(self.raw, layer.exact["key"]) and all(real)
 
     def _flash(self, first: int, keys: Tensor, values: Tensor) -> list[Partial]:
@@ -455,7 +463,7 @@ class Rows:
         layer = self.layer
         partials = [self._exact(layer.exact["key"], layer.exact["value"], self.sees(self.exact_at()))]
         for tier in layer.held_tiers():
-            partials.append(self._coded(tier) if layer.books else self._tier(tier, partials[0].top))
+            partials.append(self._coded(tier) if layer.codebooks else self._tier(tier, partials[0].row_max))
         for span in _spans(self.reach(first)):
             tile = slice(*span)
             partials.append(self._exact(keys[:, :, tile], values[:, :, tile], self.sees_step(first, *span)))
@@ -466,7 +474,7 @@ class Rows:
         self,
         first: int = 0,
         keys: Tensor | None = None,
-        received: dict[str, Tensor] | None = None,
+        attention_stats: dict[str, Tensor] | None = None,
         normalisers: list[Tensor] | None = None,
     ) -> None:
         """Add these queries' attention to what the tokens received; in tiles, as `attend_beside`.
@@ -478,15 +486,15 @@ class Rows:
         """
         observer, new = self.layer.observer, self.shape[2]
         if normalisers is None:
-            tiles = self._tiles(first, keys, received)
+            tiles = self._tiles(first, keys, attention_stats)
             normalisers = [self._scores(key, seen).logsumexp(-1) for key, seen, _ in tiles]
             if self.terms.s_aux is not None:
-                normalisers.append(sinks(self.query, self.terms.s_aux).top)
+                normalisers.append(sinks(self.query, self.terms.s_aux).row_max)
         total = functools.reduce(torch.logaddexp, normalisers)
         total = torch.where(total.isfinite(), total, 0.0).unsqueeze(-1)  # a query that sees nothing
-        for key, seen, fields in self._tiles(first, keys, received):
-            shares = (self._scores(key, seen) - total).exp().unflatten(2, (-1, new)).mean(2)
-            observer.add(fields, shares, seen)
+        for key, seen, fields in self._tiles(first, keys, attention_stats):
+            probs = (self._scores(key, seen) - total).exp().unflatten(2, (-1, new)).mean(2)
+            observer.add(fields, probs, seen)
         observer.advance(new)
 
     def _scores(self, keys: Tensor, seen: Tensor) -> Tensor:
@@ -496,7 +504,7 @@ class Rows:
             scores = self.terms.softcap * torch.tanh(scores / self.terms.softcap)
         return scores.masked_fill_(~self._fold(seen), -torch.inf)
 
-    def _tiles(self, first: int, keys, received) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    def _tiles(self, first: int, keys, attention_stats) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
         """Keys as they are read, what the queries see of them, and the observer's fields, of all in reach."""
         layer, dtype = self.layer, self.query.dtype
         names, exact_seen = (
@@ -512,7 +520,7 @@ class Rows:
                 seen = self.sees(self.tier_at(tier)[..., start:stop])
                 yield layer.middle.decode_keys(tier, start, stop, dtype), seen, fields
         for start, stop in _spans(self.reach(first) if keys is not None else 0):
-            fields = {n: received[n][..., start:stop] for n in names}
+            fields = {n: attention_stats[n][..., start:stop] for n in names}
             yield keys[:, :, start:stop], self.sees_step(first, start, stop), fields
 
     def _fold(self, seen: Tensor) -> Tensor:
@@ -532,21 +540,23 @@ class Rows:
             whole = combine(whole, self._exact(keys, values, self.sees(position[..., slice(*span)])))
         return whole
 
-    def _tier(self, tier, near: Tensor) -> Partial:
+    def _tier(self, tier, score_reference: Tensor) -> Partial:
         """Partial over one tier of the middle, which is never dense; `near` is a likely top score."""
         layer, shape = self.layer, self.query.shape[:2]
         middle, matrix = layer.middle, layer.middle.matrix.to(self.query.dtype)
         position = self.tier_at(tier)
-        seen = self._fold(self.sees(position))[:, 0] if self.terms.window else (position != HOLE)
-        slots = middle.slots(tier, seen).flat().narrow(0, tier.records.count)
-        query, near = self.query.flatten(0, 1), near.flatten(0, 1)
-        near = near.masked_fill(near <= torch.finfo(near.dtype).min, 0.0)
+        seen = self._fold(self.sees(position))[:, 0] if self.terms.window else (position != PAD)
+        slots = middle.view(tier, seen).flat().narrow(0, tier.records.count)
+        query, score_reference = self.query.flatten(0, 1), score_reference.flatten(0, 1)
+        score_reference = score_reference.masked_fill(
+            score_reference <= torch.finfo(score_reference.dtype).min, 0.0
+        )
         turned, decoder, bias = query @ matrix.mT, None, None
         if layer.config.contiguous:
             decoder = packed.Decoder(matrix, layer.rope.inv_freq(), layer.rope.interleaved)
         else:
             bias = query @ slots.means.to(query.dtype).mT
-        queries = packed.Queries(query, turned, turned.sum(-1), near)
+        queries = packed.Queries(query, turned, turned.sum(-1), score_reference)
         part = packed.attend(queries, bias, slots, decoder, tier.bits, self.terms.softcap)
         part = part._replace(acc=part.acc @ matrix)
         return Partial(*(x.unflatten(0, shape) for x in part))
@@ -558,12 +568,12 @@ def _spans(count: int, tile: int | None = None) -> list[tuple[int, int]]:
     return [(i, min(i + tile, count)) for i in range(0, count, tile)]
 
 
-def _sdpa(module, query, keys, values, mask, terms: Terms, **kwargs) -> Tensor:
+def _sdpa(module, query, keys, values, mask, terms: ScoreOptions, **kwargs) -> Tensor:
     asked = dict(scaling=terms.scaling, sliding_window=terms.window)
     return sdpa_attention_forward(module, query, keys, values, mask, **kwargs | asked)[0]
 
 
-def _attend_tensors(module, query, keys, values, mask, terms: Terms, **kwargs) -> Tensor:
+def _attend_tensors(module, query, keys, values, mask, terms: ScoreOptions, **kwargs) -> Tensor:
     """Attention over plain tensors: `sdpa`, or our own where `sdpa` lacks what the model asks for."""
     if terms.plain:
         return _sdpa(module, query, keys, values, mask, terms, **kwargs)

@@ -16,10 +16,10 @@ from transformers.cache_utils import (
 
 from fade_ref.config import FadeConfig
 
-from ..cache.decode_graph import Stepper
-from ..cache.guard import Guard, guarded, reading
+from ..cache.decode_graph import DecodeGraph
+from ..cache.guard import Guard, reading, single_threaded
 from ..cache.layer import TieredLayer
-from ..cache.positions import Timeline
+from ..cache.positions import TokenPositions
 from ..cache.store import CODECS
 from ..kernels import rotated
 from ..policies import plan, scores
@@ -117,13 +117,13 @@ class TieredKVCache(Cache):
                 f"{type(model).__name__} does not dispatch its attention, whose masks and biases would count "
                 "evicted tokens: use a configuration that keeps every token"
             )
-        self.fade_config, self.timeline, self.seen = config, Timeline(), SeenTokens()
+        self.fade_config, self.token_positions, self.seen = config, TokenPositions(), SeenTokens()
         self.fingerprint = fingerprint(model)
         self.began: dict[int, int] = {}  # by thread: tokens held when its forward pass began
         # Captured steps keep their counters on one device, so all layers must be there.
         on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
         on_gpu &= len({p.device for p in model.parameters()}) == 1
-        self.stepper, self.guard = Stepper(self.timeline, compileable=on_gpu), Guard()
+        self.decode_graph, self.guard = DecodeGraph(self.token_positions, compileable=on_gpu), Guard()
         self._matrices: dict[tuple, Tensor] = {}
         self.codebooks: str | None = None  # their digest
 
@@ -146,10 +146,17 @@ class TieredKVCache(Cache):
                 rope = ropes.find(i) if ropes else None
                 observer = scores.observer(config, weights, i, len(layers))
                 layers[i] = TieredLayer(
-                    config, self.stepper, rope, self._rotation, dispatches, max_length, observer, books.get(i)
+                    config,
+                    self.decode_graph,
+                    rope,
+                    self._rotation,
+                    dispatches,
+                    max_length,
+                    observer,
+                    books.get(i),
                 )
                 layers[i].model_config, layers[i].layer_idx = model_config, i
-                layers[i].guard, layers[i].abandon = self.guard, self._abandon
+                layers[i].guard, layers[i].rollback_step = self.guard, self._rollback_step
                 layers[i].shared = bool(getattr(model_config, "num_kv_shared_layers", 0))
             elif type(layer) is DynamicSlidingWindowLayer and on_gpu:
                 layers[i] = static_window(layer.sliding_window)
@@ -159,19 +166,19 @@ class TieredKVCache(Cache):
                 f"{type(model).__name__} has no layer whose cache could be tiered: no full-attention "
                 f"layer that caches keys and values alone. transformers gives its layers {kinds}"
             )
-        self.stepper.captures = all(isinstance(layer, TieredLayer) for layer in layers)
+        self.decode_graph.captures = all(isinstance(layer, TieredLayer) for layer in layers)
         super().__init__(layers=layers)
 
     def __deepcopy__(self, memo: dict) -> "TieredKVCache":
         """An independent copy for the same model: its configuration, rotary modules, codebooks are shared."""
         for layer in self.tiered:
-            for shared in (layer.model_config, layer.rope, layer.telemetry, *(layer.books or ())):
+            for shared in (layer.model_config, layer.rope, layer.telemetry, *(layer.codebooks or ())):
                 memo[id(shared)] = shared
-        for graph in (self.stepper.demotion, self.stepper.order):
+        for graph in (self.decode_graph.demotion, self.decode_graph.order):
             memo[id(graph)] = None  # a captured graph cannot be copied
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        twin.stepper.clear()  # captured steps of this cache must not become the twin's
+        twin.decode_graph.clear()  # captured steps of this cache must not become the twin's
         for layer in twin.tiered:
             layer.telemetry = None
         return twin
@@ -205,7 +212,7 @@ class TieredKVCache(Cache):
         layer = self.layers[layer_idx]
         return layer.get_seq_length() if isinstance(layer, TieredLayer) else super().get_seq_length(layer_idx)
 
-    def _abandon(self, start: int) -> None:
+    def _rollback_step(self, start: int) -> None:
         """Take back a step from column `start` on, which failed halfway: the layers before have its tokens.
 
         Where that cannot be, the next step is refused: the step was long and came after others, so that
@@ -228,31 +235,31 @@ class TieredKVCache(Cache):
         except RuntimeError:  # a sliding window that has moved on
             self.tiered[0].failed = True
             return
-        self._cropped(self.timeline.length - start)
-        self.stepper.touch()
+        self._cropped(self.token_positions.length - start)
+        self.decode_graph.touch()
 
     def _cropped(self, n: int) -> None:
         """What the layers share: the newest `n` columns are gone, which they have cropped."""
-        self.timeline.crop(n)
-        self.seen.crop(self.timeline.length)
-        self.stepper.crop(n)
-        if self.timeline.has_holes:
-            held = bool((self.timeline.newest() >= self.fade_config.n_sink - 1).all())
+        self.token_positions.crop(n)
+        self.seen.crop(self.token_positions.length)
+        self.decode_graph.crop(n)
+        if self.token_positions.has_padding:
+            held = bool((self.token_positions.newest() >= self.fade_config.n_sink - 1).all())
             for layer in self.tiered:
                 layer.sinks_placed &= held
 
-    @guarded
+    @single_threaded
     def reset(self) -> None:
         """Forget every token; the next ones may have another batch size, dtype or device."""
         super().reset()
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):  # transformers before 5.18 only zeroes them
                 layer.keys, layer.values, layer.is_initialized = None, None, False
-        self.timeline.clear()
+        self.token_positions.clear()
         self.seen.set(None)
-        self.stepper.clear()
+        self.decode_graph.clear()
 
-    @guarded
+    @single_threaded
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses.
 
@@ -275,26 +282,26 @@ class TieredKVCache(Cache):
                 "uncompressed"
             )
         if tokens_to_remove == -1 and self.tiered[0].record_past:
-            self.stepper.uncount()
+            self.decode_graph.uncount()
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self._cropped(-tokens_to_remove)
-            if not self.timeline.length:
+            if not self.token_positions.length:
                 self.reset()
 
-    @guarded
+    @single_threaded
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was: int64 [B]."""
         self._check_rows(beam_idx, same=True)
-        self.stepper.reorder(beam_idx, self._reorder)
-        if not self.stepper.within:  # a beam search must not wait for indices
+        self.decode_graph.reorder(beam_idx, self._reorder)
+        if not self.decode_graph.within:  # a beam search must not wait for indices
             self.seen.select_rows(beam_idx)
 
     def _reorder(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.timeline.select_rows(beam_idx)
+        self.token_positions.select_rows(beam_idx)
 
-    @guarded
+    @single_threaded
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep rows `indices` [B'], in that order."""
         self._check_rows(indices)
@@ -303,22 +310,22 @@ class TieredKVCache(Cache):
                 layer.select_rows(indices)
             else:
                 layer.batch_select_indices(indices)
-        self.timeline.select_rows(indices)
+        self.token_positions.select_rows(indices)
         self.seen.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, in place."""
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"repeats={repeats!r}: an integer of at least 1 is allowed")
-        if self.timeline.length:
-            self.batch_select_indices(torch.arange(self.timeline.batch).repeat_interleave(repeats))
+        if self.token_positions.length:
+            self.batch_select_indices(torch.arange(self.token_positions.batch).repeat_interleave(repeats))
 
     def _check_rows(self, index: Tensor, same: bool = False) -> None:
         """Refuse an index of no rows, or (`same`) of another number of them; on a GPU it is not read."""
         self.tiered[0].check_whole()
-        if not self.timeline.length:
+        if not self.token_positions.length:
             return
-        batch = self.timeline.batch
+        batch = self.token_positions.batch
         fits = isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int64, torch.int32)
         fits = fits and len(index) > 0 and (not same or len(index) == batch)
         if not fits or not index.is_cuda and not 0 <= int(index.min()) <= int(index.max()) < batch:
@@ -333,9 +340,9 @@ class TieredKVCache(Cache):
         """
         self.tiered[0].check_whole()
         for layer in self.tiered:
-            layer.settle()
-        held = [x for layer in self.layers for x in tensors(layer)] + self.timeline.tensors()
-        held += self.stepper.kept
+            layer.demote_due_blocks()
+        held = [x for layer in self.layers for x in tensors(layer)] + self.token_positions.tensors()
+        held += self.decode_graph.kept
         rest = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
         other = sum(x.nbytes for layer in rest for x in tensors(layer))
         sizes = [snapshot.sizes(layer) for layer in self.tiered]
@@ -366,7 +373,7 @@ class TieredKVCache(Cache):
         self.tiered[0].check_whole()
         return checkpoint.state_dict(self)
 
-    @guarded
+    @single_threaded
     def load_state_dict(self, tensors: dict[str, Tensor], known: dict) -> None:
         """Fill this cache, which must be empty, with what `state_dict` gave.
 

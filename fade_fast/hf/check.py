@@ -176,19 +176,19 @@ def _bytes(layer: TieredLayer, heads: int, dim: int, dtype: torch.dtype, length:
     due = max(0, length - config.n_sink - config.recent_window) // config.block_size * config.block_size
     zeros = torch.zeros(1, heads, config.block_size, dim, dtype=dtype)
     layer.lazy_initialization(zeros, zeros)
-    layer.timeline.extend(0, None, 1, config.block_size, zeros.device)
+    layer.token_positions.extend(0, None, 1, config.block_size, zeros.device)
     layer.middle.demote(zeros, zeros, 0, config.block_size, layer.arrive(config.block_size))
     records = [tier.records.record_bytes for tier in layer.middle.tiers]
-    means, books = layer.middle.means, sum(book.nbytes for book in layer.books or ())
+    means, books = layer.middle.means, sum(book.nbytes for book in layer.codebooks or ())
     mean = means["mean"].nbytes if means is not None and means.count else 0
     layer.reset()
-    layer.timeline.clear()
+    layer.token_positions.clear()
     kept = [due]
     if config.int4_budget is not None:
         kept[0] = min(due, config.int4_budget)
         rest = due - kept[0]
         kept.append(rest if config.int2_budget is None else min(rest, config.int2_budget))
     packed = (length - due) * token + sum(n * size for n, size in zip(kept, records))
-    if not config.moves:
+    if not config.relocatable:
         mean *= due // config.block_size
     return dense, packed + (mean if due else 0) + books

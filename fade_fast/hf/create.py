@@ -96,6 +96,11 @@ def load_cache(
     cache = create_cache(model, config, codebooks=codebooks, **options)
     cache.load_state_dict(tensors, header)
     ids = checkpoint.read_tokens(path)
-    if ids is not None and ids.dim() == 2 and cache.timeline.length and len(ids) == cache.timeline.batch:
-        cache.seen.set(ids[:, : cache.timeline.length])
+    if (
+        ids is not None
+        and ids.dim() == 2
+        and cache.token_positions.length
+        and len(ids) == cache.token_positions.batch
+    ):
+        cache.seen.set(ids[:, : cache.token_positions.length])
     return cache

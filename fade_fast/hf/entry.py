@@ -22,7 +22,7 @@ def before(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, di
     if not isinstance(cache, TieredKVCache):
         return None
     changed = _renamed(model, cache, kwargs)
-    if torch.compiler.is_compiling() or cache.stepper.active:
+    if torch.compiler.is_compiling() or cache.decode_graph.active:
         return (args, changed) if changed is not kwargs else None
     if kwargs.get("use_cache") is False:
         raise ValueError(
@@ -47,7 +47,7 @@ def after(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
         return
     cache = cache_in((*kwargs.values(), *args))
     start = cache.began.pop(threading.get_ident(), None) if isinstance(cache, TieredKVCache) else None
-    if start is None or cache.stepper.active:
+    if start is None or cache.decode_graph.active:
         return
     tokens = _tokens(args, kwargs)
     if tokens is not None and tokens.shape[1] and cache.get_seq_length() == start:
@@ -77,17 +77,22 @@ def _tokens(args: tuple, kwargs: dict) -> Tensor | None:
 def _check_mask(model: PreTrainedModel, cache: TieredKVCache, mask, tokens: Tensor) -> None:
     """Refuse a mask that the cache cannot obey; generate() checks its own once, at its beginning."""
     new = tokens.shape[1]
-    if cache.stepper.within and new == 1:
+    if cache.decode_graph.within and new == 1:
         return
-    timeline = cache.timeline
+    token_positions = cache.token_positions
     if model.config._attn_implementation != NAME:
         return  # the model's own attention obeys masks
     if isinstance(mask, dict):  # by kind of layer
         mask = mask.get("full_attention")
-    positions = timeline.positions if timeline.length else None
+    positions = token_positions.logical if token_positions.length else None
     if isinstance(mask, Tensor):
         masks.check(mask, tokens.shape[0], new, positions)
-    elif mask is None and timeline.length and timeline.has_holes and not cache.stepper.within:
+    elif (
+        mask is None
+        and token_positions.length
+        and token_positions.has_padding
+        and not cache.decode_graph.within
+    ):
         raise ValueError(
             "the cache holds rows with padding: pass the attention_mask of all tokens, cached ones included"
         )

@@ -29,20 +29,20 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.generation import utils as generation
 
 from ..cache.cuda_graph import Captured
-from ..cache.decode_graph import Stepper
-from ..cache.guard import plainly
+from ..cache.decode_graph import DecodeGraph
+from ..cache.guard import without_autocast
 from ..compile.compiled import row_products, uncaptured
 from .models import CACHE_NAME, named_cache, text_config
 from .prompts import Prompt
 
 #: What generate() asks in beam search, and nowhere else: after each step, whether there will be another.
-QUESTION = "_beam_search_has_unfinished_sequences"
+BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES = "_beam_search_has_unfinished_sequences"
 #: What it asks before it samples or decodes greedily: whether to compile the steps.
-CRITERIA = "_valid_auto_compile_criteria"
+VALID_AUTO_COMPILE_CRITERIA = "_valid_auto_compile_criteria"
 #: What it asks for once in assisted decoding, and nowhere else: what drafts tokens.
-DRAFTER = "_get_candidate_generator"
+GET_CANDIDATE_GENERATOR = "_get_candidate_generator"
 #: What it asks for to compile a step.
-COMPILED = "get_compiled_call"
+GET_COMPILED_CALL = "get_compiled_call"
 
 
 def attach(model: PreTrainedModel, replaced: dict) -> None:
@@ -52,10 +52,10 @@ def attach(model: PreTrainedModel, replaced: dict) -> None:
         "generate": generate,
         "generate_batch": _refuse_batching,
         "init_continuous_batching": _refuse_batching,
-        COMPILED: compiled_call,
-        QUESTION: _unfinished,
-        CRITERIA: _compiles,
-        DRAFTER: _drafter,
+        GET_COMPILED_CALL: compiled_call,
+        BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES: _unfinished,
+        VALID_AUTO_COMPILE_CRITERIA: _compiles,
+        GET_CANDIDATE_GENERATOR: _drafter,
     }
     for name, hook in hooks.items():
         before = model.__dict__.get(name)
@@ -92,38 +92,40 @@ def generate(model: PreTrainedModel, *args, **kwargs):
     call = attachment and attachment.replaced.get("generate")  # by another library
     call = call or functools.partial(type(model).generate, model)
     name, cache = named_cache(kwargs)
-    stepper = getattr(cache, "stepper", None)
-    if not isinstance(stepper, Stepper):
+    decode_graph = getattr(cache, "decode_graph", None)
+    if not isinstance(decode_graph, DecodeGraph):
         return call(*args, **kwargs)
     # The installed version knows the cache by one name, users by two.
     kwargs[CACHE_NAME] = kwargs.pop(name)
     prompt = Prompt.of(model, cache, args, kwargs)
     prompt.check()
-    stepper.open_text(hooked=all(hasattr(type(model), name) for name in (CRITERIA, COMPILED)))
-    stepper.asked = prompt.options
+    decode_graph.open_text(
+        hooked=all(hasattr(type(model), name) for name in (VALID_AUTO_COMPILE_CRITERIA, GET_COMPILED_CALL))
+    )
+    decode_graph.asked = prompt.options
     try:
         with _deferred_checks():
             output = call(*args, **kwargs)
     finally:
-        stepper.close_text()
-        if stepper.reordered:  # by beam search: rows are no longer those that were noted
+        decode_graph.close_text()
+        if decode_graph.reordered:  # by beam search: rows are no longer those that were noted
             cache.seen.set(None)
     prompt.remember(output)
-    _notice(stepper)
+    _notice(decode_graph)
     return output
 
 
 _noticed: set[str] = set()  # warnings that were given
 
 
-def _notice(stepper: Stepper) -> None:
+def _notice(decode_graph: DecodeGraph) -> None:
     """Say, once, which hook a text did not come by although it should have."""
-    reached, missed = stepper.reached, None
-    if not stepper.compileable or "declined" in reached:
+    reached, missed = decode_graph.reached, None
+    if not decode_graph.compileable or "declined" in reached:
         return
-    if stepper.eager_steps > 2 and "step" not in reached:
-        missed = f"steps are not captured: {stepper.eager_steps} decode steps came by none of our hooks"
-    elif stepper.steps > 2 and stepper.runs_ahead and not reached & {"ahead", "drafts", "search"}:
+    if decode_graph.eager_steps > 2 and "step" not in reached:
+        missed = f"steps are not captured: {decode_graph.eager_steps} decode steps came by none of our hooks"
+    elif decode_graph.steps > 2 and decode_graph.runs_ahead and not reached & {"ahead", "drafts", "search"}:
         missed = "generate() waits for each step: it did not ask whether it may run ahead"
     if missed and missed not in _noticed:
         _noticed.add(missed)
@@ -154,49 +156,51 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
     made = functools.partial(type(model).get_compiled_call, model)
 
     @functools.cache
-    def ours(stepper: Stepper) -> bool:
+    def ours(decode_graph: DecodeGraph) -> bool:
         """Whether the cache is of this model; attention refuses others."""
-        return stepper.layers[0].model_config is text_config(model)
+        return decode_graph.layers[0].model_config is text_config(model)
 
     @functools.cache
-    def step_of(stepper: Stepper):
+    def step_of(decode_graph: DecodeGraph):
         """The compiled step, a function of the epoch and the arguments."""
 
         def otherwise():
-            stepper.captures = False  # later calls of generate() need not try
+            decode_graph.captures = False  # later calls of generate() need not try
             return made(compile_config)
 
-        config = uncaptured(compile_config or CompileConfig(), model.device) if stepper.captures else None
+        config = (
+            uncaptured(compile_config or CompileConfig(), model.device) if decode_graph.captures else None
+        )
         compiled = row_products()(made(config or compile_config))
-        return Captured(compiled, otherwise) if config else lambda epoch, arguments: compiled(**arguments)
+        return Captured(compiled, otherwise) if config else lambda graph_id, arguments: compiled(**arguments)
 
     def call(*args, **kwargs):
-        stepper = _stepper(kwargs)
-        if stepper is None:
+        decode_graph = _stepper(kwargs)
+        if decode_graph is None:
             return made(compile_config)(*args, **kwargs)
-        stepper.reached.add("step")
+        decode_graph.reached.add("step")
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        usual = not args and tokens is not None and ours(stepper)
-        if usual and tokens.shape[1] == 1 and stepper.drafts() is not None:
+        usual = not args and tokens is not None and ours(decode_graph)
+        if usual and tokens.shape[1] == 1 and decode_graph.drafts() is not None:
             # The last step of a text has no drafts: by itself it is not worth a graph of one column.
-            usual, stepper.undrafted = stepper.undrafted, True
-        with stepper.layers[0].guard:
-            with plainly():
-                ready = usual and stepper.begin(tokens.shape[1], tokens.shape[0])
+            usual, decode_graph.undrafted = decode_graph.undrafted, True
+        with decode_graph.layers[0].guard:
+            with without_autocast():
+                ready = usual and decode_graph.begin(tokens.shape[1], tokens.shape[0])
             if not ready:
                 return plain(*args, **kwargs)
             new = tokens.shape[1]
             if new > 1:
                 kwargs = _of_any_length(kwargs, tokens)
-            step = step_of(stepper)
+            step = step_of(decode_graph)
             try:
-                output = step(stepper.epoch, kwargs)
+                output = step(decode_graph.graph_id, kwargs)
             except BaseException:
-                stepper.active = False
+                decode_graph.active = False
                 raise
-            stepper.end(new)
-            stepper.replays = getattr(step, "replays", 0)
+            decode_graph.end(new)
+            decode_graph.replays = getattr(step, "replays", 0)
             return output
 
     return call
@@ -219,7 +223,7 @@ def _of_any_length(arguments: dict, tokens: torch.Tensor) -> dict:
 @functools.lru_cache(maxsize=64)
 def _causal(batch: int, new: int, device: torch.device) -> torch.Tensor:
     """What `new` columns see of each other, bool [B, 1, q, q]; kept, so that no step allocates it."""
-    with plainly():
+    with without_autocast():
         return torch.ones(batch, 1, new, new, dtype=torch.bool, device=device).tril()
 
 
@@ -259,21 +263,21 @@ def _deferred_checks() -> Iterator[None]:
 
 def _is_supported(device, cache, *args, is_assistant=False, **kwargs):
     """The answer of transformers, but for our caches: yes, where steps are captured."""
-    stepper = getattr(cache, "stepper", None)
-    if isinstance(stepper, Stepper):
-        stepper.reached.add("ahead")
-        if stepper.runs_ahead:
+    decode_graph = getattr(cache, "decode_graph", None)
+    if isinstance(decode_graph, DecodeGraph):
+        decode_graph.reached.add("ahead")
+        if decode_graph.runs_ahead:
             return not is_assistant
     return _is_supported.theirs.__func__(device, cache, *args, is_assistant=is_assistant, **kwargs)
 
 
 def _compiles(model: PreTrainedModel, model_kwargs: dict, generation_config) -> bool:
     """The answer of transformers, which the cache is told: eager steps do not run ahead."""
-    answer = getattr(type(model), CRITERIA)(model, model_kwargs, generation_config)
-    if stepper := _stepper(model_kwargs):
-        stepper.compiled = answer
+    answer = getattr(type(model), VALID_AUTO_COMPILE_CRITERIA)(model, model_kwargs, generation_config)
+    if decode_graph := _stepper(model_kwargs):
+        decode_graph.compiled = answer
         if not answer:
-            stepper.reached.add("declined")
+            decode_graph.reached.add("declined")
     return answer
 
 
@@ -282,15 +286,15 @@ def _compiles(model: PreTrainedModel, model_kwargs: dict, generation_config) -> 
 
 def _unfinished(model: PreTrainedModel, *args, **kwargs) -> bool:
     """The answer of transformers; the next step, if there is one, is a search's."""
-    model._fade_searching = bool(getattr(type(model), QUESTION)(*args, **kwargs))
+    model._fade_searching = bool(getattr(type(model), BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES)(*args, **kwargs))
     return model._fade_searching
 
 
 def _drafter(model: PreTrainedModel, generation_config, *args, **kwargs):
     """What drafts tokens; as long as it lives, the steps of the cache check them."""
-    made = getattr(type(model), DRAFTER)(model, generation_config, *args, **kwargs)
+    made = getattr(type(model), GET_CANDIDATE_GENERATOR)(model, generation_config, *args, **kwargs)
     asked = kwargs.get("model_kwargs", {})
-    if stepper := _stepper(asked):
+    if decode_graph := _stepper(asked):
         cache = named_cache(asked)[1]
         length = cache.get_seq_length()
         if length:  # transformers would append the prompt, of a DynamicCache, too
@@ -300,31 +304,31 @@ def _drafter(model: PreTrainedModel, generation_config, *args, **kwargs):
                 stacklevel=2,
             )
             cache.reset()
-        stepper.drafts = weakref.ref(made)
-        stepper.undrafted = False
-        stepper.reached.add("drafts")
+        decode_graph.drafts = weakref.ref(made)
+        decode_graph.undrafted = False
+        decode_graph.reached.add("drafts")
     return made
 
 
 def _call(model: PreTrainedModel, *args, **kwargs):
     """`model(...)`, compiled in beam search and in assisted decoding."""
     if not torch.compiler.is_compiling():
-        stepper, searching = _stepper(kwargs), model.__dict__.pop("_fade_searching", False)
-        if stepper and (searching or stepper.drafts() is not None):
-            asked = stepper.asked
-            wanted = stepper.captures and not asked.get("disable_compile")
-            stepper.reached.add("search" if wanted else "declined")
-            if wanted and stepper.compileable:
-                if stepper.search is None:
-                    stepper.search = compiled_call(model, asked.get("compile_config"), model._call_impl)
-                return stepper.search(*args, **kwargs)
+        decode_graph, searching = _stepper(kwargs), model.__dict__.pop("_fade_searching", False)
+        if decode_graph and (searching or decode_graph.drafts() is not None):
+            asked = decode_graph.asked
+            wanted = decode_graph.captures and not asked.get("disable_compile")
+            decode_graph.reached.add("search" if wanted else "declined")
+            if wanted and decode_graph.compileable:
+                if decode_graph.search is None:
+                    decode_graph.search = compiled_call(model, asked.get("compile_config"), model._call_impl)
+                return decode_graph.search(*args, **kwargs)
     return model._call_impl(*args, **kwargs)
 
 
-def _stepper(arguments: dict) -> Stepper | None:
+def _stepper(arguments: dict) -> DecodeGraph | None:
     """The stepper of the tiered cache among arguments; None without one."""
-    stepper = getattr(named_cache(arguments)[1], "stepper", None)
-    return stepper if isinstance(stepper, Stepper) else None
+    decode_graph = getattr(named_cache(arguments)[1], "decode_graph", None)
+    return decode_graph if isinstance(decode_graph, DecodeGraph) else None
 
 
 _HOOKS = {generate, _refuse_batching, compiled_call, _unfinished, _compiles, _drafter, _call}

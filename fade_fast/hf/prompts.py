@@ -67,10 +67,10 @@ def common_prefix(cache, ids: Tensor) -> int:
 
     Raises `ValueError` for ids of another number of rows.
     """
-    rows = cache.timeline.batch if cache.get_seq_length() else ids.shape[0]
+    rows = cache.token_positions.batch if cache.get_seq_length() else ids.shape[0]
     if ids.dim() != 2 or ids.shape[0] != rows:
         raise ValueError(f"ids of shape {tuple(ids.shape)}: [{rows}, n] is allowed for this cache")
-    return min(cache.seen.shared(ids, cache.timeline.real()), max(0, ids.shape[1] - 1))
+    return min(cache.seen.shared(ids, cache.token_positions.real()), max(0, ids.shape[1] - 1))
 
 
 @dataclass
@@ -112,8 +112,8 @@ class Prompt:
         held = self.cache.get_seq_length()
         if not held or self.embedded:
             return
-        timeline = self.cache.timeline
-        if self.mask is None and timeline.has_holes:
+        token_positions = self.cache.token_positions
+        if self.mask is None and token_positions.has_padding:
             raise ValueError(
                 "the cache holds rows with padding: pass the attention_mask of all tokens, cached ones "
                 "included"
@@ -129,9 +129,9 @@ class Prompt:
             )
         if mask is not None:
             new = mask.shape[1] - held if whole or ids is None else ids.shape[1]
-            masks.check(mask, mask.shape[0], new, timeline.positions)
-        if whole and ids.shape[0] == timeline.batch:
-            shared, known = self.cache.seen.shared(ids, timeline.real()), self.cache.seen.known
+            masks.check(mask, mask.shape[0], new, token_positions.logical)
+        if whole and ids.shape[0] == token_positions.batch:
+            shared, known = self.cache.seen.shared(ids, token_positions.real()), self.cache.seen.known
             if shared < min(known, held):
                 raise ValueError(
                     f"the prompt differs from the {held} cached tokens at token {shared}: a new text "
@@ -141,7 +141,7 @@ class Prompt:
 
     def _per_row(self, x: Tensor | None) -> Tensor | None:
         """A row of `x` for each row of the cache, which may hold several beams or samples of one."""
-        rows = self.cache.timeline.batch
+        rows = self.cache.token_positions.batch
         if x is not None and x.shape[0] != rows and rows % x.shape[0] == 0:
             return x.repeat_interleave(rows // x.shape[0], dim=0)
         return x
@@ -157,6 +157,6 @@ class Prompt:
             if seen.known < before:
                 return
             text = torch.cat((seen.ids[:, :before], text.to("cpu", torch.int32)), dim=1)
-        if self.cache.stepper.reordered or text.shape[0] != self.cache.timeline.batch:
+        if self.cache.decode_graph.reordered or text.shape[0] != self.cache.token_positions.batch:
             text = self._per_row(self.ids)  # rows are no longer those of the text
-        seen.set(text[:, :held] if text.shape[0] == self.cache.timeline.batch else None)
+        seen.set(text[:, :held] if text.shape[0] == self.cache.token_positions.batch else None)

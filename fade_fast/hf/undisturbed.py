@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..compile.compiled import FUSED_ON
+from ..compile.compiled import COMPILED_ON
 
 SMALL = 1 << 16  # numbers of a buffer that is no weight
 
@@ -24,18 +24,18 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     values = {x: x.clone() for x in model.buffers() if x.numel() <= SMALL and not x.is_meta}
     names = attention_names(model)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    fused = set(FUSED_ON)
+    fused = set(COMPILED_ON)
     with (
         torch.random.fork_rng(devices=sorted(devices, key=str)),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
     ):
         try:
-            FUSED_ON.clear()  # nothing is compiled for a few tokens
+            COMPILED_ON.clear()  # nothing is compiled for a few tokens
             model.eval()
             yield
         finally:
-            FUSED_ON.update(fused)
+            COMPILED_ON.update(fused)
             restore_attention(names)
             for module, attributes, buffers in held:
                 for name in module.__dict__.keys() - attributes.keys():

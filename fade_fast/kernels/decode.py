@@ -17,9 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compile.compiled import Compiled, Tiles, fuses, marker, more_rows, rounded, step_tiles, tier_tiles
+from ..compile.compiled import (
+    Compiled,
+    Tiles,
+    dynamic_size,
+    more_rows,
+    rounded,
+    step_tiles,
+    tier_tiles,
+    use_compiled,
+)
 from . import packed
-from .packed import LOG2E, Decoder, Queries, Slots, wide, written
+from .packed import LOG2E, Decoder, Queries, TierView, force_materialize, wide
 from .rotated import Packed, is_uniform
 
 LOWEST = -3.0e38  # stands for -inf where -inf less -inf would be NaN
@@ -32,10 +41,10 @@ def attend(
     values: Tensor,
     seen: Tensor,
     matrix: Tensor,
-    tiers: list[Slots],
+    tiers: list[TierView],
     *,
     bits: list[tuple[int, int]],
-    spans: list[int],
+    slots_read: list[int],
     scaling: float,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -52,7 +61,7 @@ def attend(
         matrix: float32 [D + 1, D], the codec's rotation and, below it, the sum of its rows.
         tiers: buffers of each tier at full capacity, all of [B, H, capacity, ...].
         bits: widths of keys and values of each tier.
-        spans: how many slots of each tier are read: all that `valid` may allow, as `packed.bucket`
+        slots_read: how many slots of each tier are read: all that `valid` may allow, as `packed.bucket`
             rounds them. One compiled twin serves all spans below the capacity.
         scaling, softcap: of scores.
         s_aux: [Hq], scores of learned attention sinks, or None.
@@ -66,17 +75,17 @@ def attend(
 
     Raises `ValueError` for shapes, dtypes, devices and spans that do not fit together.
     """
-    _check(query, keys, values, seen, matrix, tiers, bits, spans, s_aux, inv_freq, mass or [])
+    _check(query, keys, values, seen, matrix, tiers, bits, slots_read, s_aux, inv_freq, mass or [])
     new, columns = query.shape[2], rounded(query.shape[2])
     # Queries that are ignored afterwards, unless `mass` would count them.
-    fits = fuses(query) and not mass and query.shape[1] // keys.shape[1] * columns <= MOST_ROWS
+    fits = use_compiled(query) and not mass and query.shape[1] // keys.shape[1] * columns <= MOST_ROWS
     if fits and new > 1:  # contiguous, for one twin to serve those that are and those that are not
         query, seen = more_rows(query, columns).contiguous(), more_rows(seen, columns)
-        tiers = [slots._replace(valid=more_rows(slots.valid, columns)) for slots in tiers]
-    flat = [x for slots in tiers for x in _to_list(slots)]
+        tiers = [view._replace(valid=more_rows(view.valid, columns)) for view in tiers]
+    flat = [x for view in tiers for x in _to_list(view)]
     output = torch.ops.fade.attend(
         query, keys, values, seen, matrix, flat, s_aux, inv_freq, mass or [],
-        [b for pair in bits for b in pair], spans, [slots.per_mean for slots in tiers],
+        [b for pair in bits for b in pair], slots_read, [view.per_mean for view in tiers],
         scaling, softcap, interleaved,
     )  # fmt: skip
     return output if output.shape[1] == new else output.narrow(1, 0, new).contiguous()
@@ -85,7 +94,7 @@ def attend(
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _check(query, keys, values, seen, matrix, tiers, bits, spans, s_aux, inv_freq, mass) -> None:
+def _check(query, keys, values, seen, matrix, tiers, bits, slots_read, s_aux, inv_freq, mass) -> None:
     """Refuse what would be misread. Looks at no number, so that the host waits for nothing."""
     if query.dim() != 4 or keys.dim() != 4:
         sizes = f"{list(query.shape)} and {list(keys.shape)}"
@@ -105,30 +114,31 @@ def _check(query, keys, values, seen, matrix, tiers, bits, spans, s_aux, inv_fre
     _expect("matrix", matrix, (dim + 1, dim), (torch.float32,), on)
     if s_aux is not None:
         _expect("s_aux", s_aux, (q_heads,), FLOATS, on)
-    if not len(tiers) == len(bits) == len(spans):
-        raise ValueError(f"{len(tiers)} tiers, {len(bits)} pairs of bits, {len(spans)} spans: one of each")
-    for i, (slots, pair, span) in enumerate(zip(tiers, bits, spans)):
-        _check_tier(f"tiers[{i}]", slots, pair, span, (batch, heads, dim), rows, on)
-    if any(slots.read_at is not None for slots in tiers):
+    if not len(tiers) == len(bits) == len(slots_read):
+        counts = f"{len(tiers)} tiers, {len(bits)} pairs of bits, {len(slots_read)} slots_read"
+        raise ValueError(f"{counts}; allowed: one of each per tier")
+    for i, (view, pair, num_read) in enumerate(zip(tiers, bits, slots_read)):
+        _check_tier(f"tiers[{i}]", view, pair, num_read, (batch, heads, dim), rows, on)
+    if any(view.read_at is not None for view in tiers):
         if inv_freq is None:
             raise ValueError("inv_freq is None; allowed with a tier that has `read_at`: a tensor")
         _expect("inv_freq", inv_freq, (tuple(range(1, dim // 2 + 1)),), FLOATS, on)
     if mass and len(mass) != 1 + len(tiers):
         raise ValueError(f"mass has {len(mass)} tensors; allowed: {1 + len(tiers)}, one more than tiers")
-    lengths = [length, *(slots.keys.codes.shape[2] for slots in tiers)]
+    lengths = [length, *(view.keys.codes.shape[2] for view in tiers)]
     for i, (x, n) in enumerate(zip(mass, lengths)):
         _expect(f"mass[{i}]", x, (batch, heads, n), (torch.float32, torch.float64), on)
 
 
-def _check_tier(name: str, slots: Slots, bits: tuple[int, int], span: int, sizes, rows, device) -> None:
+def _check_tier(name: str, view: TierView, bits: tuple[int, int], num_read: int, sizes, rows, device) -> None:
     batch, heads, dim = sizes
     if len(bits) != 2 or any(b not in (8, 4, 3, 2) or b * dim % 8 for b in bits):
         allowed = "two of 8, 4, 3 and 2, whose codes fill whole bytes"
         raise ValueError(f"{name} has bits {tuple(bits)} at head_dim {dim}; allowed: {allowed}")
-    capacity = slots.valid.shape[-1] if slots.valid.dim() else 0
-    if not 1 <= span <= capacity:
-        raise ValueError(f"{name} has span {span}; allowed: 1 to its capacity, {capacity}")
-    for side, packed_, b in zip(("keys", "values"), (slots.keys, slots.values), bits):
+    capacity = view.valid.shape[-1] if view.valid.dim() else 0
+    if not 1 <= num_read <= capacity:
+        raise ValueError(f"{name} has span {num_read}; allowed: 1 to its capacity, {capacity}")
+    for side, packed_, b in zip(("keys", "values"), (view.keys, view.values), bits):
         shape = (capacity, b * dim // 8) if side == "keys" else (b * dim // 8, capacity)
         _expect(f"{name}.{side}.codes", packed_.codes, (batch, heads, *shape), (torch.uint8,), device)
         _expect(f"{name}.{side}.scale", packed_.scale, (batch, heads, capacity), (torch.float16,), device)
@@ -137,15 +147,15 @@ def _check_tier(name: str, slots: Slots, bits: tuple[int, int], span: int, sizes
             raise ValueError(f"{name}.{side}.zero is {type(packed_.zero).__name__}; allowed: {allowed}")
         if packed_.zero is not None:
             _expect(f"{name}.{side}.zero", packed_.zero, (batch, heads, capacity), (torch.float16,), device)
-    _expect(f"{name}.valid", slots.valid, (batch, rows, capacity), (torch.bool,), device)
-    _expect(f"{name}.bound", slots.bound, (batch, heads), FLOATS, device)
-    means = slots.means.shape[2] if slots.means.dim() == 4 else 0
-    _expect(f"{name}.means", slots.means, (batch, heads, means, dim), FLOATS, device)
-    if slots.per_mean < 1 or means != 1 and means * slots.per_mean < span:
-        has = f"{means} means of {slots.per_mean} slots each"
-        raise ValueError(f"{name} has {has}; allowed: as many as {span} slots need, or one for all")
-    if slots.read_at is not None:
-        _expect(f"{name}.read_at", slots.read_at, (batch, 1, capacity), (torch.int32, torch.int64), device)
+    _expect(f"{name}.valid", view.valid, (batch, rows, capacity), (torch.bool,), device)
+    _expect(f"{name}.bound", view.bound, (batch, heads), FLOATS, device)
+    means = view.means.shape[2] if view.means.dim() == 4 else 0
+    _expect(f"{name}.means", view.means, (batch, heads, means, dim), FLOATS, device)
+    if view.per_mean < 1 or means != 1 and means * view.per_mean < num_read:
+        has = f"{means} means of {view.per_mean} slots each"
+        raise ValueError(f"{name} has {has}; allowed: as many as {num_read} slots need, or one for all")
+    if view.read_at is not None:
+        _expect(f"{name}.read_at", view.read_at, (batch, 1, capacity), (torch.int32, torch.int64), device)
 
 
 def _expect(name: str, x: Tensor, shape: tuple, dtypes: tuple, device) -> None:
@@ -171,7 +181,7 @@ def _operator(
     inv_freq: Tensor | None,
     mass: list[Tensor],
     bits: list[int],
-    spans: list[int],
+    slots_read: list[int],
     per_mean: list[int],
     scaling: float,
     softcap: float | None,
@@ -182,25 +192,25 @@ def _operator(
     rows, heads = max(2, q_heads // keys.shape[1] * new), batch * keys.shape[1]
     pairs = tuple(zip(bits[::2], bits[1::2]))
     options = dict(bits=pairs, scaling=scaling, softcap=softcap, interleaved=interleaved)
-    slots = [_from_list(tiers[i * FLAT : (i + 1) * FLAT], n) for i, n in enumerate(per_mean)]
-    args = (query, keys, values, seen, matrix, slots, s_aux, inv_freq, mass)
-    if not (fuses(query) and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
-        return _attend(*_of_span(args, spans), chunks=None, **options)
-    chunks = _chunks_of(heads, spans, rows, pairs)
-    blocks = [span // chunk for span, chunk in zip(spans, chunks)]
+    view = [_from_list(tiers[i * FLAT : (i + 1) * FLAT], n) for i, n in enumerate(per_mean)]
+    args = (query, keys, values, seen, matrix, view, s_aux, inv_freq, mass)
+    if not (use_compiled(query) and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
+        return _attend(*_of_span(args, slots_read), chunks=None, **options)
+    chunks = _chunks_of(heads, slots_read, rows, pairs)
+    blocks = [num_read // chunk for num_read, chunk in zip(slots_read, chunks)]
 
     def pinned() -> Tiles:
-        out = step_tiles(heads, rows, keys.shape[2], sum(map(_means, slots, spans)), dim)
+        out = step_tiles(heads, rows, keys.shape[2], sum(map(_means, view, slots_read)), dim)
         for n, chunk, pair in zip(blocks, chunks, pairs):
             widths = tuple(packed.field_width(b, dim) for b in pair)
             out |= tier_tiles(heads, rows, n, chunk, pair, widths, dim)
         return out
 
     # The compiler ties a length for good to 1, and to the size of a buffer that is read to its end.
-    ends = (n == 1 or span == s.valid.shape[2] for n, span, s in zip(blocks, spans, slots))
-    whole = tuple(spans) if any(ends) else None
-    markers = [] if whole else [marker(n) for n in blocks]
-    return _compiled(markers, pinned, *args, chunks=chunks, spans=whole, **options)
+    ends = (n == 1 or num_read == s.valid.shape[2] for n, num_read, s in zip(blocks, slots_read, view))
+    whole = tuple(slots_read) if any(ends) else None
+    dynamic_sizes = [] if whole else [dynamic_size(n) for n in blocks]
+    return _compiled(dynamic_sizes, pinned, *args, chunks=chunks, slots_read=whole, **options)
 
 
 @_operator.register_fake
@@ -209,41 +219,43 @@ def _(query, *args):
     return query.new_empty(batch, new, q_heads, dim)
 
 
-def _chunks_of(heads: int, spans: list[int], rows: int, bits) -> tuple[int, ...]:
+def _chunks_of(heads: int, slots_read: list[int], rows: int, bits) -> tuple[int, ...]:
     """Chunks of each tier of the compiled twin; slots beyond the last whole one would be left out."""
-    chunks = tuple(packed.chunk_of(heads, n, rows, b[1]) for n, b in zip(spans, bits))
-    if any(n % chunk for n, chunk in zip(spans, chunks)):
-        raise ValueError(f"spans are {spans}; allowed: as `packed.bucket` rounds, multiples of {chunks}")
+    chunks = tuple(packed.chunk_of(heads, n, rows, b[1]) for n, b in zip(slots_read, bits))
+    if any(n % chunk for n, chunk in zip(slots_read, chunks)):
+        raise ValueError(f"spans are {slots_read}; allowed: as `packed.bucket` rounds, multiples of {chunks}")
     return chunks
 
 
-FLAT = 10  # tensors of a `Slots`
+FLAT = 10  # tensors of a `TierView`
 
 
-def _to_list(slots: Slots) -> list[Tensor | None]:
-    return [*slots.keys, *slots.values, slots.bound, slots.means, slots.valid, slots.read_at]
+def _to_list(view: TierView) -> list[Tensor | None]:
+    return [*view.keys, *view.values, view.bound, view.means, view.valid, view.read_at]
 
 
-def _from_list(tensors: list[Tensor | None], per_mean: int) -> Slots:
+def _from_list(tensors: list[Tensor | None], per_mean: int) -> TierView:
     keys, values, (bound, means, valid, read_at) = tensors[:3], tensors[3:6], tensors[6:]
-    return Slots(Packed(*keys), Packed(*values), bound, means, valid, per_mean, read_at)
+    return TierView(Packed(*keys), Packed(*values), bound, means, valid, per_mean, read_at)
 
 
-def _means(slots: Slots, span: int) -> int:
+def _means(view: TierView, num_read: int) -> int:
     """Rows that a tier adds to the table of the first product."""
-    return 0 if slots.read_at is not None else min(slots.means.shape[2], -(-span // slots.per_mean))
+    return 0 if view.read_at is not None else min(view.means.shape[2], -(-num_read // view.per_mean))
 
 
-def _of_span(args: tuple, spans: list) -> tuple:
+def _of_span(args: tuple, slots_read: list) -> tuple:
     """The arguments with flat tiers, cut to their spans."""
-    tiers = [slots.flat().narrow(0, span) for slots, span in zip(args[5], spans)]
+    tiers = [view.flat().narrow(0, num_read) for view, num_read in zip(args[5], slots_read)]
     return *args[:5], tiers, *args[6:]
 
 
-def _twin(markers, *args, chunks, spans, **options) -> Tensor:
-    """What is compiled: without `spans`, the number of chunks of a tier is data, the length of a marker."""
-    spans = spans or [(marker.shape[0] - 1) * chunk for marker, chunk in zip(markers, chunks)]
-    return _attend(*_of_span(args, spans), chunks=chunks, **options)
+def _of_dynamic_size(dynamic_sizes, *args, chunks, slots_read, **options) -> Tensor:
+    """What is compiled: without `slots_read`, the number of chunks of a tier is data, the length of a marker."""
+    slots_read = slots_read or [
+        (dynamic_size.shape[0] - 1) * chunk for dynamic_size, chunk in zip(dynamic_sizes, chunks)
+    ]
+    return _attend(*_of_span(args, slots_read), chunks=chunks, **options)
 
 
 def _attend(
@@ -260,21 +272,23 @@ def _attend(
     rows = plain.shape[1]
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     seen = _for_rows(seen, rows).unsqueeze(1).expand(-1, heads, -1, -1).flatten(0, 1).mT  # [N, E, 1 or R]
-    tiers = [slots._replace(valid=_for_rows(slots.valid, rows)) for slots in tiers]
+    tiers = [view._replace(valid=_for_rows(view.valid, rows)) for view in tiers]
 
     table = [matrix.expand(batch * heads, -1, -1), keys]
-    table += [slots.means for slots in tiers if slots.read_at is None]
+    table += [view.means for view in tiers if view.read_at is None]
     table = torch.cat([x.to(dtype) for x in table], dim=1)
     # Halves: see `packed.fields`.
     halves = [torch.bmm(t, q.mT).to(wide(dtype)) for t, q in zip(table.chunk(2, -1), plain.chunk(2, -1))]
-    found = written((halves[0] + halves[1]) * scaling)
+    found = force_materialize((halves[0] + halves[1]) * scaling)
     plain = plain.to(wide(dtype)) * scaling
 
     scores = found.narrow(1, dim + 1, length)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = torch.where(seen, scores, LOWEST)
-    top = written(scores.amax(1))  # of few tokens the compiler would unroll it into the last product
+    top = force_materialize(
+        scores.amax(1)
+    )  # of few tokens the compiler would unroll it into the last product
     if s_aux is not None:
         learned = _rows_of(s_aux.to(wide(dtype)), batch, heads, rows)
         top = torch.maximum(top, learned)
@@ -284,24 +298,24 @@ def _attend(
     if s_aux is not None:
         total = total + torch.exp2((learned - top) * LOG2E)
 
-    turned = found.narrow(1, 0, dim).mT
+    rotated = found.narrow(1, 0, dim).mT
     # A sum rounded to float32 would show in float64.
-    queries = Queries(plain, turned, found.select(1, dim) if chunks else turned.sum(-1), top)
+    queries = Queries(plain, rotated, found.select(1, dim) if chunks else rotated.sum(-1), top)
     decoder = None if inv_freq is None else Decoder(matrix.narrow(0, 0, dim), inv_freq, interleaved)
     partials, kept, start = [], [], dim + 1 + length
-    for i, slots in enumerate(tiers):
+    for i, view in enumerate(tiers):
         own, bias = decoder, None
-        if slots.read_at is None:
-            own, bias = None, found.narrow(1, start, slots.means.shape[1]).mT
-            start += slots.means.shape[1]
+        if view.read_at is None:
+            own, bias = None, found.narrow(1, start, view.means.shape[1]).mT
+            start += view.means.shape[1]
         options = dict(bits=bits[i], softcap=softcap)
         if chunks:
             *partial, scores_of = packed.attend_chunks(
-                queries, bias, slots, own, chunk=chunks[i], dtype=dtype, **options
+                queries, bias, view, own, chunk=chunks[i], dtype=dtype, **options
             )
             kept.append(scores_of)
         else:
-            acc, *rest = packed.attend(queries, bias, slots, own, **options)
+            acc, *rest = packed.attend(queries, bias, view, own, **options)
             partial = [acc.mT], *(x.unsqueeze(1) for x in rest)
             kept.append((bias, own))
         partials.append(partial)
@@ -314,7 +328,7 @@ def _attend(
     shrink = [torch.exp2((t - best) * LOG2E) for t, _ in stats]
     whole = sum(n * by for (_, n), by in zip(stats, shrink))
     share = 1 / whole.clamp_min(torch.finfo(whole.dtype).tiny)
-    factors = [written(by * share).narrow(1, 0, 1) for by in shrink[: max(1, len(partials))]]
+    factors = [force_materialize(by * share).narrow(1, 0, 1) for by in shrink[: max(1, len(partials))]]
 
     # Values that no query sees may be NaN, and 0 * NaN is NaN.
     above = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0).to(dtype)
@@ -325,24 +339,28 @@ def _attend(
     for i, (parts, _, _) in enumerate(partials):
         before = length
         if i + 1 < len(partials):
-            parts = [written(part) * factors[i + 1] for part in parts]
+            parts = [force_materialize(part) * factors[i + 1] for part in parts]
         else:
-            parts = [written(part * shrink[-1] * share) for part in parts]
+            parts = [force_materialize(part * shrink[-1] * share) for part in parts]
         for part in packed.channels(parts, bits[i][1]) if chunks else parts:
             left = left + F.pad(part, (0, 0, before, length + dim - before - part.shape[1]))
             before += part.shape[1]
-    output = written(torch.bmm(left.to(dtype).mT, right).to(query.dtype))
+    output = force_materialize(torch.bmm(left.to(dtype).mT, right).to(query.dtype))
     output = output.narrow(1, 0, real).reshape(batch, q_heads, new, dim)
     if mass:
         # Written by the last join; or each token would take logarithms anew.
-        level = written((top.unsqueeze(1) - best) * LOG2E + torch.log2(share)).select(1, 0).narrow(1, 0, real)
+        level = (
+            force_materialize((top.unsqueeze(1) - best) * LOG2E + torch.log2(share))
+            .select(1, 0)
+            .narrow(1, 0, real)
+        )
         mass[0].copy_(weights.narrow(2, 0, real).sum(2).unflatten(0, (batch, heads)))
-        for i, (slots, counts) in enumerate(zip(tiers, mass[1:])):
+        for i, (view, counts) in enumerate(zip(tiers, mass[1:])):
             if chunks:
                 counted = packed.probabilities(kept[i], level)
             else:
                 counted = packed.probabilities_by_tile(
-                    queries, kept[i][0], slots, kept[i][1], level, bits=bits[i][0], softcap=softcap
+                    queries, kept[i][0], view, kept[i][1], level, bits=bits[i][0], softcap=softcap
                 )
             rest = counted.new_zeros(batch * heads, counts.shape[2] - counted.shape[1])
             counts.copy_(torch.cat((counted, rest), dim=1).unflatten(0, (batch, heads)))
@@ -364,4 +382,4 @@ def _rows_of(x: Tensor, batch: int, heads: int, rows: int) -> Tensor:
     return x.reshape(batch * heads, -1)
 
 
-_compiled = Compiled(_twin)
+_compiled = Compiled(_of_dynamic_size)

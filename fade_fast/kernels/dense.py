@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..compile.compiled import TOGETHER, Compiled, fuses, more_rows, rounded
+from ..compile.compiled import TOGETHER, Compiled, more_rows, rounded, use_compiled
 from .merge import Partial, empty, merge, soften
 
 TAIL = 1024  # columns beyond those settled, at most, less a few
@@ -21,26 +21,26 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap
     if not keys.shape[2]:
         return empty(query)
     scores = query @ keys.to(query.dtype).mT
-    weights, top, total = soften(scores, visible, softcap)
-    return Partial(weights @ values.to(query.dtype), top, total)
+    weights, row_max, row_sum = soften(scores, visible, softcap)
+    return Partial(weights @ values.to(query.dtype), row_max, row_sum)
 
 
 def store(keys: Tensor, values: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
     """Write columns [B, H, q, D] into slots `slot` (int64, [q]) of keys and values [B, H, capacity, D]."""
-    if fuses(keys) and len(slot) == 1:  # several come in too many numbers to compile for each
+    if use_compiled(keys) and len(slot) == 1:  # several come in too many numbers to compile for each
         _compiled_store([], dict, keys, values, slot, key, value)
     else:
         _store([], keys, values, slot, key, value)
 
 
-def _store(markers, keys, values, slot, key, value) -> None:
+def _store(dynamic_sizes, keys, values, slot, key, value) -> None:
     keys.index_copy_(2, slot, key)
     values.index_copy_(2, slot, value)
 
 
 @torch.library.custom_op("fade::attend_long", mutates_args=())
 def attend_long(
-    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, settled: int, scaling: float
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, flash_prefix: int, scaling: float
 ) -> Tensor:
     """Attention of a short step over many uncompressed columns, [B, q, Hq, D].
 
@@ -53,16 +53,16 @@ def attend_long(
     Args:
         query: [B, Hq, q, D]. keys, values: [B, H, capacity, D].
     """
-    heads, length = keys.shape[1], min(2 * TAIL, keys.shape[2] - settled)
-    first = [x.narrow(2, 0, settled) for x in (keys, values)]
-    last = [x.narrow(2, settled, length) for x in (keys, values)]
-    seen = seen.narrow(2, settled, length)
+    heads, length = keys.shape[1], min(2 * TAIL, keys.shape[2] - flash_prefix)
+    first = [x.narrow(2, 0, flash_prefix) for x in (keys, values)]
+    last = [x.narrow(2, flash_prefix, length) for x in (keys, values)]
+    seen = seen.narrow(2, flash_prefix, length)
     if query.is_cuda and query.dtype.itemsize == 2:  # FlashAttention takes no others
         flash = torch.ops.aten._scaled_dot_product_flash_attention(query, *first, scale=scaling)
         return _tail_operator(query, *flash[:2], *last, seen, scaling)
     rows = query.unflatten(1, (heads, -1)).flatten(2, 3).to(torch.promote_types(query.dtype, torch.float32))
     part = attend(rows * scaling, *first, torch.ones_like(seen[:, :1, None, :1]))
-    output, lse = merge([part]), part.top + part.total.log()
+    output, lse = merge([part]), part.row_max + part.row_sum.log()
     return _tail_operator(
         query, output.reshape(query.shape), lse.reshape(query.shape[:3]), *last, seen, scaling
     )
@@ -78,7 +78,7 @@ def _(query, *args):
 def _tail_operator(
     query: Tensor, output: Tensor, lse: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float
 ) -> Tensor:
-    if fuses(query):
+    if use_compiled(query):
         new, columns = query.shape[2], rounded(query.shape[2])
         if new > 1:  # see `step.attend`
             query, output, seen = (more_rows(x, columns).contiguous() for x in (query, output, seen))
@@ -97,7 +97,7 @@ def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor
     rows = lambda x: x.unflatten(1, (heads, -1)).flatten(2, 3)  # noqa: E731
     wide = torch.promote_types(query.dtype, torch.float32)
     known = Partial(rows(output).to(wide), rows(lse.unsqueeze(-1))[..., 0].to(wide), 1.0)
-    known = known._replace(total=torch.ones_like(known.top))
+    known = known._replace(row_sum=torch.ones_like(known.row_max))
     values = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0)  # padding may be NaN
     seen = seen if seen.shape[1] == 1 else seen.repeat(1, shape[1] // heads, 1)
     tail = attend(rows(query).to(wide) * scaling, keys, values, seen.unsqueeze(1))
@@ -106,4 +106,4 @@ def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor
 
 _compiled_store = Compiled(_store, options=TOGETHER)
 # With a library's products: here they are few and small, and choosing tiles would take longer.
-_compiled = Compiled(lambda markers, *args, scaling: _with_tail(*args, scaling), options={})
+_compiled = Compiled(lambda dynamic_sizes, *args, scaling: _with_tail(*args, scaling), options={})

@@ -41,5 +41,5 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: 
         found = _aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, is_causal=causal, scale=scaling
         )
-    output, top = found[0], found[1].reshape(query.shape[0], heads, -1)
-    return Partial(of_rows(output.to(top.dtype), heads), top, torch.ones_like(top))
+    output, row_max = found[0], found[1].reshape(query.shape[0], heads, -1)
+    return Partial(of_rows(output.to(row_max.dtype), heads), row_max, torch.ones_like(row_max))

@@ -15,8 +15,8 @@ class Partial(NamedTuple):
     """
 
     acc: Tensor
-    top: Tensor
-    total: Tensor
+    row_max: Tensor
+    row_sum: Tensor
 
 
 def merge(partials: list[Partial]) -> Tensor:
@@ -24,13 +24,13 @@ def merge(partials: list[Partial]) -> Tensor:
 
     A row that saw no key at all gives 0, never NaN.
     """
-    top = torch.stack([p.top for p in partials]).amax(0)
-    acc, total = 0, 0
+    row_max = torch.stack([p.row_max for p in partials]).amax(0)
+    acc, row_sum = 0, 0
     for p in partials:
-        weight = torch.exp(p.top - top)
+        weight = torch.exp(p.row_max - row_max)
         acc = acc + p.acc * weight[..., None]
-        total = total + p.total * weight
-    return acc / total.clamp_min(torch.finfo(total.dtype).tiny)[..., None]
+        row_sum = row_sum + p.row_sum * weight
+    return acc / row_sum.clamp_min(torch.finfo(row_sum.dtype).tiny)[..., None]
 
 
 def empty(query: Tensor) -> Partial:
@@ -52,16 +52,20 @@ def of_heads(rows: Tensor, shape: torch.Size) -> Tensor:
 
 def sinks(query: Tensor, s_aux: Tensor) -> Partial:
     """Learned attention sinks (gpt-oss): one key a head of score `s_aux` [Hq] and value 0."""
-    top = s_aux.to(query.dtype).reshape(1, query.shape[1], -1, 1)
-    top = top.expand(*query.shape[:2], -1, query.shape[2] // top.shape[2]).reshape(query.shape[:3])
-    return Partial(torch.zeros_like(query), top, torch.ones_like(top))
+    row_max = s_aux.to(query.dtype).reshape(1, query.shape[1], -1, 1)
+    row_max = row_max.expand(*query.shape[:2], -1, query.shape[2] // row_max.shape[2]).reshape(
+        query.shape[:3]
+    )
+    return Partial(torch.zeros_like(query), row_max, torch.ones_like(row_max))
 
 
 def combine(one: Partial, other: Partial) -> Partial:
     """One partial over the keys of both, for loops over tiles."""
-    top = torch.maximum(one.top, other.top)
-    a, b = torch.exp(one.top - top), torch.exp(other.top - top)
-    return Partial(one.acc * a[..., None] + other.acc * b[..., None], top, one.total * a + other.total * b)
+    row_max = torch.maximum(one.row_max, other.row_max)
+    a, b = torch.exp(one.row_max - row_max), torch.exp(other.row_max - row_max)
+    return Partial(
+        one.acc * a[..., None] + other.acc * b[..., None], row_max, one.row_sum * a + other.row_sum * b
+    )
 
 
 def soften(scores: Tensor, visible: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,6 +82,6 @@ def soften(scores: Tensor, visible: Tensor, softcap: float | None) -> tuple[Tens
         scores = softcap * torch.tanh(scores / softcap)
     floor = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~visible, floor)
-    top = scores.amax(-1)
-    weights = torch.exp(scores - top[..., None]).masked_fill(~visible, 0.0)
-    return weights, top, weights.sum(-1)
+    row_max = scores.amax(-1)
+    weights = torch.exp(scores - row_max[..., None]).masked_fill(~visible, 0.0)
+    return weights, row_max, weights.sum(-1)

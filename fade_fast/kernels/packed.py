@@ -34,7 +34,7 @@ LONG = 1 << 14  # slots of a buffer in which a few more for alignment are not ma
 EAGER_TILE = 2048  # slots whose codes become numbers at a time where nothing is fused
 
 
-class Slots(NamedTuple):
+class TierView(NamedTuple):
     """What kernels read of a tier.
 
     Attributes:
@@ -57,7 +57,7 @@ class Slots(NamedTuple):
     per_mean: int
     read_at: Tensor | None = None
 
-    def flat(self) -> "Slots":
+    def flat(self) -> "TierView":
         keys, values = (
             Packed(*(None if x is None else x.flatten(0, 1) for x in side))
             for side in (self.keys, self.values)
@@ -66,7 +66,7 @@ class Slots(NamedTuple):
             keys=keys, values=values, bound=self.bound.flatten(0, 1), means=self.means.flatten(0, 1)
         )
 
-    def narrow(self, start: int, length: int) -> "Slots":
+    def narrow(self, start: int, length: int) -> "TierView":
         """Of a flat record, slots `start` to `start + length`; `start` is a whole number of means."""
         first, means = start // self.per_mean, -(-length // self.per_mean)
         if self.means.shape[1] == 1:
@@ -91,7 +91,7 @@ class Queries(NamedTuple):
     """
 
     plain: Tensor
-    turned: Tensor
+    rotated: Tensor
     total: Tensor
     reference: Tensor
 
@@ -106,11 +106,11 @@ class Decoder(NamedTuple):
 
 class Field(NamedTuple):
     """Codes as a matrix, one field of their bytes: `numbers` are unit * (code - centre), but in float16
-    unit * code, of which `lacks`, the centre, is still to be taken off."""
+    unit * code, of which `center_offset`, the centre, is still to be taken off."""
 
     numbers: Tensor
     unit: float
-    lacks: float
+    center_offset: float
 
 
 #: The fields of a byte, by bits a code: shift and width. Of the one-bit fields, see `rotated.thirds`.
@@ -131,13 +131,13 @@ def fields(codes: Tensor, bits: int, dtype: torch.dtype, axis: int) -> list[Fiel
     """
     out = []
     for shift, width in FIELDS[bits]:
-        unit, lacks = 1.0, center(width)
+        unit, center_offset = 1.0, center(width)
         if dtype == torch.float16:
             masked = codes if width == 8 else codes & ((2**width - 1) << shift)
             numbers, unit = masked.to(torch.int16).view(dtype), 2.0 ** (shift - 24)
         else:
-            numbers, lacks = ((codes >> shift) & (2**width - 1)).to(dtype) - lacks, 0.0
-        out += [Field(x, unit, lacks) for x in (numbers.chunk(2, axis) if width == 8 else [numbers])]
+            numbers, center_offset = ((codes >> shift) & (2**width - 1)).to(dtype) - center_offset, 0.0
+        out += [Field(x, unit, center_offset) for x in (numbers.chunk(2, axis) if width == 8 else [numbers])]
     return out
 
 
@@ -181,7 +181,7 @@ def finite(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(x.abs() <= 65504.0, x, 0.0)
 
 
-def written(x: Tensor) -> Tensor:
+def force_materialize(x: Tensor) -> Tensor:
     """`x`, at a place where a compiled kernel has to end and write it.
 
     To the compiler, a view by strides needs memory to view; without it, a consumer may compute `x` anew.
@@ -189,60 +189,60 @@ def written(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-def products(query: Queries, bias: Tensor, slots: Slots, *, bits, chunk, dtype) -> Tensor:
+def products(query: Queries, bias: Tensor, view: TierView, *, bits, chunk, dtype) -> Tensor:
     """Scores from codes, [Z, chunk, R]; `bias` [N, R, M] is what the keys' means add."""
-    codes, *rest = slots.keys
+    codes, *rest = view.keys
     blocks, sum_dtype = codes.shape[1] // chunk, wide(dtype)
     parts = fields(_cut(codes, chunk), bits, dtype, -1)
-    largest, lacks = parts[-1].unit, offset(bits, dtype)
+    largest, center_offset = parts[-1].unit, offset(bits, dtype)
     total = _chunks(query.total, blocks).unsqueeze(1)
     out = 0.0
-    for field, part in zip(parts, operands(query.turned, bits)):
+    for field, part in zip(parts, operands(query.rotated, bits)):
         part = part.to(dtype) * (largest / field.unit)
         out = out + torch.bmm(field.numbers, _chunks(part, blocks).mT).to(sum_dtype)
     scale, zero = (None if x is None else _cut(x, chunk).unsqueeze(-1).to(sum_dtype) for x in rest)
     if zero is None:
-        out = (out / largest - lacks * total) * scale
+        out = (out / largest - center_offset * total) * scale
     else:
-        if not lacks:  # codes as stored are counted from their zero, others from their centre
+        if not center_offset:  # codes as stored are counted from their zero, others from their centre
             zero = zero + center(bits) * scale
         out = out * (scale / largest) + zero * total
-    return out + _spread(bias.mT, slots.per_mean, blocks, chunk)
+    return out + _spread(bias.mT, view.per_mean, blocks, chunk)
 
 
-def decoded_products(query: Queries, decoder: Decoder, slots: Slots, *, bits, chunk, dtype) -> Tensor:
+def decoded_products(query: Queries, decoder: Decoder, view: TierView, *, bits, chunk, dtype) -> Tensor:
     """Scores [Z, chunk, R] of keys that are decoded, and rotated to where they are read."""
-    heads, length, _ = slots.keys.codes.shape
-    blocks, batch = length // chunk, slots.read_at.shape[0]
-    position = _cut(slots.read_at.squeeze(1), chunk)
-    codes = Packed(*(None if x is None else _cut(x, chunk) for x in slots.keys))
-    turned = dequantize(codes, bits, wide(dtype)).to(dtype)
+    heads, length, _ = view.keys.codes.shape
+    blocks, batch = length // chunk, view.read_at.shape[0]
+    position = _cut(view.read_at.squeeze(1), chunk)
+    codes = Packed(*(None if x is None else _cut(x, chunk) for x in view.keys))
+    rotated = dequantize(codes, bits, wide(dtype)).to(dtype)
     # Once for all heads, or each would take sines of its own.
-    angles = [written(x) for x in cos_sin(position, decoder.inv_freq, wide(dtype))]
-    factors = as_sum(*angles, turned.shape[-1], decoder.interleaved)
+    angles = [force_materialize(x) for x in cos_sin(position, decoder.inv_freq, wide(dtype))]
+    factors = as_sum(*angles, rotated.shape[-1], decoder.interleaved)
     width, keys = 2 * angles[0].shape[-1], 0.0
     # RoPE's two terms as two products: then it ends the kernel that decodes.
     for factor, swapped in zip(factors, (False, True)):
         to = (lambda x: swap(x, width, decoder.interleaved)) if swapped else lambda x: x
-        part = torch.bmm(turned, to(decoder.matrix).to(dtype).expand(turned.shape[0], -1, -1))
-        mean = _spread(to(slots.means).to(wide(dtype)), slots.per_mean, blocks, chunk)
+        part = torch.bmm(rotated, to(decoder.matrix).to(dtype).expand(rotated.shape[0], -1, -1))
+        mean = _spread(to(view.means).to(wide(dtype)), view.per_mean, blocks, chunk)
         factor = factor.unsqueeze(1).expand(-1, heads // batch, -1, -1).flatten(0, 1)
         keys = keys + (part.to(wide(dtype)) + mean) * factor
-    keys = written(keys.to(dtype))  # or the product would take sines of every tile it loads
+    keys = force_materialize(keys.to(dtype))  # or the product would take sines of every tile it loads
     halves = zip(keys.chunk(2, -1), query.plain.to(dtype).chunk(2, -1))  # see `fields`
     return sum(torch.bmm(k, _chunks(q, blocks).mT).to(wide(dtype)) for k, q in halves)
 
 
 def scores(
-    query: Queries, bias, slots: Slots, decoder: Decoder | None, *, bits, chunk, softcap, dtype
+    query: Queries, bias, view: TierView, decoder: Decoder | None, *, bits, chunk, softcap, dtype
 ) -> Tensor:
     """Scores in base 2, less the row's reference: [Z, R, chunk], -inf where there is no token."""
     options = dict(bits=bits, chunk=chunk, dtype=dtype)
     if decoder is None:
-        scores = products(query, bias, slots, **options)
+        scores = products(query, bias, view, **options)
     else:
-        scores = decoded_products(query, decoder, slots, **options)
-    reference, valid = query.reference, slots.valid
+        scores = decoded_products(query, decoder, view, **options)
+    reference, valid = query.reference, view.valid
     heads = reference.shape[0]
     blocks = scores.shape[0] // heads
     if softcap is not None:
@@ -253,7 +253,7 @@ def scores(
     batch, rows, _ = valid.shape
     seen = valid.reshape(batch, 1, rows, blocks, chunk).expand(-1, heads // batch, -1, -1, -1)
     scores = torch.where(seen.permute(3, 0, 1, 4, 2).reshape(-1, chunk, rows), scores, -torch.inf)
-    return written(scores.to(dtype).mT.clone(memory_format=torch.contiguous_format))
+    return force_materialize(scores.to(dtype).mT.clone(memory_format=torch.contiguous_format))
 
 
 def statistics(scores: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int):
@@ -287,9 +287,9 @@ def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> lis
     for field in fields(codes, bits, dtype, -2):
         product = torch.bmm(field.numbers, weights).to(wide(dtype))
         if dtype == torch.float16:
-            product = product * (1 / (field.unit * TOP)) - field.lacks * lean
+            product = product * (1 / (field.unit * TOP)) - field.center_offset * lean
             product = product * (1 / _shrink(bits, chunk))
-        out.append(written(product.to(dtype)))
+        out.append(force_materialize(product.to(dtype)))
     return out
 
 
@@ -330,13 +330,13 @@ def join(parts, top, total, shift, reference, bound, *, bits, chunk, dtype):
 
 
 def attend_chunks(
-    query: Queries, bias, slots: Slots, decoder: Decoder | None, *, bits, chunk, softcap, dtype
+    query: Queries, bias, view: TierView, decoder: Decoder | None, *, bits, chunk, softcap, dtype
 ):
     """All four steps on a flat record. Returns what `join` does, and the scores."""
     options = dict(chunk=chunk, dtype=dtype)
-    found = scores(query, bias, slots, decoder, bits=bits[0], softcap=softcap, **options)
-    codes, scale, zero = slots.values
-    bound = slots.bound.to(wide(dtype))
+    found = scores(query, bias, view, decoder, bits=bits[0], softcap=softcap, **options)
+    codes, scale, zero = view.values
+    bound = view.bound.to(wide(dtype))
     top, total, scaled, shift = statistics(found, scale, zero, bits=bits[1])
     parts = sums(found, top, scaled, codes, scale, bound, bits=bits[1], **options)
     return *join(parts, top, total, shift, query.reference, bound, bits=bits[1], **options), found
@@ -367,9 +367,9 @@ def _spread(x: Tensor, per_mean: int, blocks: int, chunk: int) -> Tensor:
     return _cut(x, chunk)
 
 
-def tiles(slots: Slots) -> list[tuple[int, int]]:
+def tiles(view: TierView) -> list[tuple[int, int]]:
     """`(start, length)` of the tiles that are attended one by one where nothing is fused."""
-    length, per = slots.keys.codes.shape[1], slots.per_mean
+    length, per = view.keys.codes.shape[1], view.per_mean
     tile = max(1, EAGER_TILE // per) * per
     return [(start, min(tile, length - start)) for start in range(0, length, tile)]
 
@@ -377,7 +377,7 @@ def tiles(slots: Slots) -> list[tuple[int, int]]:
 def attend(
     query: Queries,
     bias: Tensor,
-    slots: Slots,
+    view: TierView,
     decoder: Decoder | None,
     bits: tuple[int, int],
     softcap: float | None = None,
@@ -395,8 +395,8 @@ def attend(
     Returns a `Partial` with N for [B, H].
     """
     whole = empty(query.plain)
-    for start, length in tiles(slots):
-        tile = slots.narrow(start, length)
+    for start, length in tiles(view):
+        tile = view.narrow(start, length)
         parts, top, total, _ = attend_chunks(
             query, _near(bias, start, tile), tile, decoder,
             bits=bits, chunk=length, softcap=softcap, dtype=query.plain.dtype,
@@ -417,17 +417,17 @@ def probabilities(found: Tensor, level: Tensor) -> Tensor:
     return torch.exp2(scores).sum(1).unflatten(0, (blocks, heads)).transpose(0, 1).flatten(1)
 
 
-def probabilities_by_tile(query: Queries, bias, slots: Slots, decoder, level, *, bits, softcap) -> Tensor:
+def probabilities_by_tile(query: Queries, bias, view: TierView, decoder, level, *, bits, softcap) -> Tensor:
     """The same where scores are not kept: they are formed again."""
     out, options = [], dict(softcap=softcap, dtype=query.plain.dtype)
-    for start, length in tiles(slots):
-        tile = slots.narrow(start, length)
+    for start, length in tiles(view):
+        tile = view.narrow(start, length)
         found = scores(query, _near(bias, start, tile), tile, decoder, bits=bits, chunk=length, **options)
         out.append(probabilities(found, level))
     return torch.cat(out, dim=1)
 
 
-def _near(bias: Tensor | None, start: int, tile: Slots) -> Tensor | None:
+def _near(bias: Tensor | None, start: int, tile: TierView) -> Tensor | None:
     """The part of `bias` that a tile from slot `start` on needs."""
     if bias is None or bias.shape[-1] == 1:
         return bias
@@ -475,12 +475,12 @@ def _rounded(heads: int, length: int, step: int) -> int:
     return _rounded(heads, found, step) if found % chunk_of(heads, found, 1) else found
 
 
-def spare(slots: int) -> int:
+def spare(view: int) -> int:
     """Slots of a buffer on CUDA beyond the longest span: a graph would take a span of all for the capacity.
 
     In long buffers, so many that rows of value codes begin at multiples of a cache line: 3 % of a step.
     """
-    return 128 if slots >= LONG else 32
+    return 128 if view >= LONG else 32
 
 
 def longest(heads: int, capacity: int) -> int:

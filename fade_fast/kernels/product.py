@@ -86,19 +86,19 @@ def attend(
     for start in range(0, length, tile):
         s = slice(start, min(start + tile, length))
         scores = table.gather(-1, _by_part(key_codes[:, :, s], key_book, rows)).sum(-2)
-        weights, top, total = soften(scores, visible[..., s], softcap)
+        weights, row_max, row_sum = soften(scores, visible[..., s], softcap)
         if counting:
             index = _by_part(value_codes[:, :, s], value_book, rows)
             weights = weights.unsqueeze(-2).expand(index.shape)
             sums = torch.zeros_like(counts).scatter_add(-1, index, weights).flatten(-2)
         else:
             sums = weights @ decode(value_codes[:, :, s], value_codebook, query.dtype)
-        whole = combine(whole, Partial(sums, top, total))
+        whole = combine(whole, Partial(sums, row_max, row_sum))
     if not counting:
         return whole
     histogram = whole.acc.view_as(counts)
     acc = torch.einsum("bhrmk,hmkw->bhrmw", histogram, value_book).flatten(-2)
-    return Partial(acc, whole.top, whole.total)
+    return Partial(acc, whole.row_max, whole.row_sum)
 
 
 def counts_repeatably(x: Tensor) -> bool:

@@ -7,11 +7,11 @@ over tokens of centroids picked by their codes. Elsewhere `product.attend` goes 
 import torch
 from torch import Tensor
 
-from ..compile.compiled import Compiled, fuses, marker
+from ..compile.compiled import Compiled, dynamic_size, use_compiled
 from . import dense, product
 from .decode import MOST_ROWS
 from .merge import Partial, merge, of_heads, of_rows, sinks, soften
-from .packed import Slots, written
+from .packed import TierView, force_materialize
 
 UNIT = 128  # spans are multiples of this: see `packed.chunk_of`
 
@@ -21,9 +21,9 @@ def attend(
     keys: Tensor,
     values: Tensor,
     seen: Tensor,
-    slots: Slots,
-    span: int,
-    books: tuple[Tensor, Tensor],
+    view: TierView,
+    num_read: int,
+    codebooks: tuple[Tensor, Tensor],
     *,
     scaling: float,
     softcap: float | None = None,
@@ -46,14 +46,16 @@ def attend(
     fold = lambda x: x.repeat(1, rows.shape[2] // x.shape[1], 1)[:, None] if x.shape[1] > 1 else x[:, None]  # noqa: E731
     # Slots that no query sees may hold NaN, and 0 * NaN is NaN.
     values = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0)
-    valid = fold(slots.valid)
-    sides = [(x.codes, book) for x, book in zip((slots.keys, slots.values), books)]
-    fused = fuses(query) and query.dtype.itemsize == 2 and rows.shape[2] <= MOST_ROWS
-    if fused and UNIT <= span < valid.shape[-1] and span % UNIT == 0:
-        coded = _compiled([marker(span // UNIT)], dict, rows, *sides[0], *sides[1], valid, softcap=softcap)
+    valid = fold(view.valid)
+    sides = [(x.codes, book) for x, book in zip((view.keys, view.values), codebooks)]
+    fused = use_compiled(query) and query.dtype.itemsize == 2 and rows.shape[2] <= MOST_ROWS
+    if fused and UNIT <= num_read < valid.shape[-1] and num_read % UNIT == 0:
+        coded = _compiled(
+            [dynamic_size(num_read // UNIT)], dict, rows, *sides[0], *sides[1], valid, softcap=softcap
+        )
     else:
-        sides = [(codes.narrow(2, 0, span), book) for codes, book in sides]
-        coded = product.attend(rows, *sides[0], *sides[1], valid.narrow(-1, 0, span), softcap)
+        sides = [(codes.narrow(2, 0, num_read), book) for codes, book in sides]
+        coded = product.attend(rows, *sides[0], *sides[1], valid.narrow(-1, 0, num_read), softcap)
     partials = [dense.attend(rows, keys, values, fold(seen), softcap), coded]
     if s_aux is not None:
         partials.append(sinks(rows, s_aux))
@@ -61,21 +63,23 @@ def attend(
 
 
 def _look_up(
-    markers, query, key_codes, key_book, value_codes, value_book, visible, *, softcap: float | None
+    dynamic_sizes, query, key_codes, key_book, value_codes, value_book, visible, *, softcap: float | None
 ) -> Partial:
     """`product.attend` over the first `UNIT` times the marker's number of slots, all at once."""
-    span = (markers[0].shape[0] - 1) * UNIT
+    num_read = (dynamic_sizes[0].shape[0] - 1) * UNIT
     parts, centroids, width = key_book.shape
     batch, heads, rows = query.shape[:3]
     number = lambda n, *after: torch.arange(n, device=query.device).reshape(n, *(1 for _ in after))  # noqa: E731
     table = torch.einsum("bhrmw,mkw->bhrmk", query.unflatten(-1, (parts, width)), key_book.to(query.dtype))
-    code = key_codes.narrow(2, 0, span).long().clamp_max(centroids - 1).unsqueeze(2)  # [B, H, 1, n, m]
+    code = key_codes.narrow(2, 0, num_read).long().clamp_max(centroids - 1).unsqueeze(2)  # [B, H, 1, n, m]
     at = number(batch, *"hrnm"), number(heads, *"rnm"), number(rows, *"nm"), number(parts), code
-    weights, top, total = soften(written(table[at].sum(-1)), visible.narrow(-1, 0, span), softcap)
-    code = value_codes.narrow(2, 0, span).long().clamp_max(value_book.shape[1] - 1)  # [B, H, n, m]
+    weights, row_max, row_sum = soften(
+        force_materialize(table[at].sum(-1)), visible.narrow(-1, 0, num_read), softcap
+    )
+    code = value_codes.narrow(2, 0, num_read).long().clamp_max(value_book.shape[1] - 1)  # [B, H, n, m]
     picked = value_book.to(query.dtype)[number(len(value_book)), code].flatten(3)  # [B, H, n, D]
     # Or the exponential of a token would be taken for each of its elements.
-    return Partial((written(weights).unsqueeze(-1) * picked.unsqueeze(2)).sum(3), top, total)
+    return Partial((force_materialize(weights).unsqueeze(-1) * picked.unsqueeze(2)).sum(3), row_max, row_sum)
 
 
 _compiled = Compiled(_look_up, options={})

@@ -16,7 +16,7 @@ def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, interleaved: bool) -> 
         interleaved: whether pairs are channels (2i, 2i + 1) (Cohere, GLM) or (i, i + d / 2).
 
     """
-    return turn(x, *cos_sin(position, inv_freq, x.dtype), interleaved)
+    return apply_rope(x, *cos_sin(position, inv_freq, x.dtype), interleaved)
 
 
 def cos_sin(position: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -42,19 +42,19 @@ def as_sum(cos: Tensor, sin: Tensor, dim: int, interleaved: bool) -> tuple[Tenso
 
 def swap(x: Tensor, width: int, interleaved: bool) -> Tensor:
     """The first `width` channels of x [..., D] with both of each pair in the other's place."""
-    turned, rest = x.split((width, x.shape[-1] - width), dim=-1)
-    turned = turned.unflatten(-1, (-1, 2) if interleaved else (2, -1)).flip(-1 if interleaved else -2)
-    return torch.cat((turned.flatten(-2), rest), dim=-1) if rest.shape[-1] else turned.flatten(-2)
+    rotated, rest = x.split((width, x.shape[-1] - width), dim=-1)
+    rotated = rotated.unflatten(-1, (-1, 2) if interleaved else (2, -1)).flip(-1 if interleaved else -2)
+    return torch.cat((rotated.flatten(-2), rest), dim=-1) if rest.shape[-1] else rotated.flatten(-2)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """`rotate`, given cosine and sine."""
     width = 2 * cos.shape[-1]
-    turned, rest = x.split((width, x.shape[-1] - width), dim=-1)
+    rotated, rest = x.split((width, x.shape[-1] - width), dim=-1)
     if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
+        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     else:
-        a, b = turned.chunk(2, dim=-1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return torch.cat((turned, rest), dim=-1)
+        a, b = rotated.chunk(2, dim=-1)
+        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((rotated, rest), dim=-1)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..compile.compiled import Compiled, fuses
+from ..compile.compiled import Compiled, use_compiled
 
 #: Distances of the levels of N(0, 1), by bits; `fade_ref.quantize.levels(bits, "linear")` derives them.
 STEPS = {3: 0.5860194414434866, 2: 0.995686685943507}
@@ -148,10 +148,10 @@ def encode_both(
     sizes, the last one padded, so that a few graphs serve prompts of all lengths.
     """
     (batch, heads, length, dim), means = keys.shape, mean.shape[2]
-    if recurs and fuses(keys) and 0 < length <= SMALL:
+    if recurs and use_compiled(keys) and 0 < length <= SMALL:
         return _compiled([], dict, keys, values, mean, matrix, bits=bits)
     each = length // means if means > 1 else 1  # a tile has whole groups
-    pads = fuses(keys) and length > SMALL
+    pads = use_compiled(keys) and length > SMALL
     parts = []
     for start, stop, size in _tiles(length, MOST // (batch * heads * dim) if pads else None, each):
         groups = mean if means == 1 else mean[:, :, start // each : stop // each]
@@ -196,7 +196,7 @@ def _join(parts: tuple) -> Tensor | None:
     return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, dim=2)
 
 
-def _encode_both(markers, keys, values, mean, matrix, *, bits) -> tuple[Packed, Packed]:
+def _encode_both(dynamic_sizes, keys, values, mean, matrix, *, bits) -> tuple[Packed, Packed]:
     groups = keys.unflatten(2, (mean.shape[2], keys.shape[2] // mean.shape[2]))
     sides = encode(groups, mean.unsqueeze(3), matrix, bits[0]), encode(values, None, matrix, bits[1])
     return Packed(*(x if x is None else x.flatten(2, 3) for x in sides[0])), sides[1]

@@ -35,7 +35,7 @@ def plan(
     int4_budget: int | None,
     int2_budget: int | None,
     first: Tier,
-    spent: Tensor | None = None,
+    already_int2: Tensor | None = None,
     adaptive: bool = False,
 ) -> Tensor:
     """Tier codes of the middle, int8 of the shape of `scores` [..., n].
@@ -57,9 +57,9 @@ def plan(
     high, low = (n if budget is None else budget for budget in (int4_budget, int2_budget))
     if adaptive and int4_budget is not None:
         high, low = _earned(scores, position, int4_budget, int2_budget)
-    spent = torch.zeros_like(position, dtype=torch.bool) if spent is None else spent
+    already_int2 = torch.zeros_like(position, dtype=torch.bool) if already_int2 is None else already_int2
     real = position >= 0
-    finer = (rank(scores, position.masked_fill(spent, -1)) < high) & ~spent & real
+    finer = (rank(scores, position.masked_fill(already_int2, -1)) < high) & ~already_int2 & real
     coarser = (rank(scores, position.masked_fill(finer, -1)) < low) & ~finer & real
     tiers = torch.full_like(position, Tier.EVICTED, dtype=torch.int8)
     return tiers.masked_fill_(finer, first).masked_fill_(coarser, Tier.INT2)
@@ -126,10 +126,10 @@ class Candidates:
 
     position: Tensor
     now: Tensor
-    spent: Tensor
+    already_int2: Tensor
     keys: Callable[[], Tensor]
     observer: Observer | None = None
-    received: dict[str, Tensor] = field(default_factory=dict)
+    attention_stats: dict[str, Tensor] = field(default_factory=dict)
     planned: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
 
@@ -165,7 +165,7 @@ def scores(policy: str, c: Candidates, scope: str = "sequence") -> Tensor:
     if policy not in SUPPORTED:
         raise ValueError(f"eviction_policy={policy!r}: one of {', '.join(SUPPORTED)} is supported here")
     score = SCORES.get(policy)
-    found = score(c) if score else c.observer.worth(c.received, c.position, c.now)
+    found = score(c) if score else c.observer.score_candidates(c.attention_stats, c.position, c.now)
     if scope == "head":
         return found.expand(c.position.shape)
     # Sorted first: a sum in another order rounds differently, and that would break ties.
@@ -179,14 +179,18 @@ def choose(config: FadeConfig, c: Candidates, first: Tier) -> tuple[Tensor, Tens
     With plan_scope "layer" all rows share a plan, and both are [1, 1, n]: slot i must then be the same
     column in every row, and counts where any row has a token in it.
     """
-    found, position, spent = scores(config.eviction_policy, c, config.plan_scope), c.position, c.spent
+    found, position, already_int2 = (
+        scores(config.eviction_policy, c, config.plan_scope),
+        c.position,
+        c.already_int2,
+    )
     if config.plan_scope == "layer":
         real = position >= 0
         found = torch.where(real, found, 0.0).sum(0, keepdim=True) / real.sum(0, keepdim=True).clamp_min(1)
-        position, spent = position.amax(0, keepdim=True), spent.any(0, keepdim=True)
+        position, already_int2 = position.amax(0, keepdim=True), already_int2.any(0, keepdim=True)
     budgets = config.int4_budget, config.int2_budget
     adaptive = config.eviction_policy == "adaptive"
-    tiers = plan(found, position, *budgets, first, spent, adaptive)
+    tiers = plan(found, position, *budgets, first, already_int2, adaptive)
     if c.planned:
         c.planned(found, position, tiers)
     return tiers, position

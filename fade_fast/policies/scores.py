@@ -20,7 +20,7 @@ from torch import Tensor
 from fade_ref.config import FadeConfig
 
 from ..cache.buffers import Field
-from ..compile.compiled import TOGETHER, Compiled, fuses
+from ..compile.compiled import TOGETHER, Compiled, use_compiled
 
 ALPHA = 0.95  # decay of `Decayed` a query: fade-kv 1.1.0, tracker.py
 WINDOW = 64  # queries that SnapKV observes
@@ -59,12 +59,14 @@ class Observer(ABC):
         self.fields: dict[str, Field] = {}
 
     @abstractmethod
-    def start(self, heads: int, dtype: torch.dtype, device) -> None:
+    def allocate(self, heads: int, dtype: torch.dtype, device) -> None:
         """Learn the KV heads, and the dtype and device of the keys."""
 
     @staticmethod
     @abstractmethod
-    def rule(received: dict[str, Tensor], shares: Tensor, seen: Tensor, cursor: Tensor | None) -> None:
+    def update(
+        attention_stats: dict[str, Tensor], probs: Tensor, seen: Tensor, cursor: Tensor | None
+    ) -> None:
         """Count q queries, the oldest first, in place; every tile of tokens has its own call.
 
         Args:
@@ -74,9 +76,9 @@ class Observer(ABC):
             cursor: see there.
         """
 
-    def add(self, received: dict[str, Tensor], shares: Tensor, seen: Tensor) -> None:
+    def add(self, attention_stats: dict[str, Tensor], probs: Tensor, seen: Tensor) -> None:
         """Count queries by the `rule`."""
-        self.rule(received, shares, seen, self.cursor)
+        self.update(attention_stats, probs, seen, self.cursor)
 
     def add_step(
         self,
@@ -96,8 +98,8 @@ class Observer(ABC):
             slot: int64 [1], which of the uncompressed ones the step's own token took: its fields start
                 afresh. None if that was counted already.
         """
-        args, options = (buffers, sums, seen, real, self.cursor), dict(rule=self.rule, group=group)
-        if self.compiles and fuses(real):
+        args, options = (buffers, sums, seen, real, self.cursor), dict(update=self.update, group=group)
+        if self.compiles and use_compiled(real):
             _compiled([], dict, *args, slot, **options, fresh=tuple(self.fresh.items()))
         else:
             if slot is not None:
@@ -107,17 +109,17 @@ class Observer(ABC):
         self.advance(1)
 
     @abstractmethod
-    def score(self, received: dict[str, Tensor]) -> Tensor:
+    def score(self, attention_stats: dict[str, Tensor]) -> Tensor:
         """What each token received by itself, float64 [B, H, n], NaN where nothing is known."""
 
-    def worth(self, received: dict[str, Tensor], position: Tensor, now: Tensor) -> Tensor:
+    def score_candidates(self, attention_stats: dict[str, Tensor], position: Tensor, now: Tensor) -> Tensor:
         """What the policy ranks candidates by, as `score`; it may depend on who else is one.
 
         Args:
             received: the fields of all candidates.
             position: int32 [B, 1 or H, n], negative where there is none. now: [B, 1, 1], of the newest token.
         """
-        return self.score(received)
+        return self.score(attention_stats)
 
     def advance(self, queries: int) -> None:
         """Say that all tiles of `queries` queries have been added."""
@@ -145,18 +147,18 @@ class Summed(Observer):
     fresh = dict(mass=0.0, queries=0.0)
     additive = True
 
-    def start(self, heads, dtype, device):
+    def allocate(self, heads, dtype, device):
         wide = torch.promote_types(dtype, torch.float32)
         counts = Field((), torch.int32, heads if self.by_head else 1)
         self.fields = dict(mass=Field((), wide, heads), queries=counts)
 
     @staticmethod
-    def rule(received, shares, seen, cursor):
-        received["mass"].add_(shares.sum(2))
-        received["queries"].add_(seen.sum(2, dtype=torch.int32))
+    def update(attention_stats, probs, seen, cursor):
+        attention_stats["mass"].add_(probs.sum(2))
+        attention_stats["queries"].add_(seen.sum(2, dtype=torch.int32))
 
-    def score(self, received):
-        return received["mass"].double() / received["queries"].clamp_min(1)
+    def score(self, attention_stats):
+        return attention_stats["mass"].double() / attention_stats["queries"].clamp_min(1)
 
 
 class Decayed(Observer):
@@ -166,27 +168,27 @@ class Decayed(Observer):
     fresh = dict(ema=UNSEEN)
     horizon = 1024  # earlier queries weigh less than 0.95^1024 = 2e-23
 
-    def start(self, heads, dtype, device):
+    def allocate(self, heads, dtype, device):
         self.fields = dict(ema=Field((), torch.promote_types(dtype, torch.float32), heads))
 
     @staticmethod
-    def rule(received, shares, seen, cursor):
-        ema = received["ema"]
-        if shares.shape[2] == 1:
-            p, seen = shares[:, :, 0], seen[:, :, 0]
+    def update(attention_stats, probs, seen, cursor):
+        ema = attention_stats["ema"]
+        if probs.shape[2] == 1:
+            p, seen = probs[:, :, 0], seen[:, :, 0]
             later = ALPHA * ema + (1 - ALPHA) * p
             ema.copy_(torch.where(seen, torch.where(ema < 0, p, later), ema))
             return
         count = seen.cumsum(2)  # of the queries that saw it so far
         last = count[:, :, -1:]
         first = (count == 1) & (ema < 0).unsqueeze(2)
-        factor = ALPHA ** (last - count).to(shares.dtype) * torch.where(first, 1.0, 1 - ALPHA)
-        found = (shares * factor).masked_fill(~seen, 0.0).sum(2)
+        factor = ALPHA ** (last - count).to(probs.dtype) * torch.where(first, 1.0, 1 - ALPHA)
+        found = (probs * factor).masked_fill(~seen, 0.0).sum(2)
         last = last[:, :, 0]
         ema.copy_(torch.where(last > 0, ema.clamp_min(0) * ALPHA ** last.to(ema.dtype) + found, ema))
 
-    def score(self, received):
-        return received["ema"].double().clamp_min(0)
+    def score(self, attention_stats):
+        return attention_stats["ema"].double().clamp_min(0)
 
 
 class Windowed(Observer):
@@ -203,25 +205,25 @@ class Windowed(Observer):
         super().__init__()
         self.window = self.horizon = window  # `cursor` is the ring's oldest place
 
-    def start(self, heads, dtype, device):
+    def allocate(self, heads, dtype, device):
         dtype = torch.bfloat16 if dtype.itemsize == 2 else dtype
         self.fields = dict(window=Field((self.window,), dtype, heads, axis=-1))
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
 
     @staticmethod
-    def rule(received, shares, seen, cursor):
-        window, queries = received["window"], shares.shape[2]
+    def update(attention_stats, probs, seen, cursor):
+        window, queries = attention_stats["window"], probs.shape[2]
         skip = max(0, queries - window.shape[2])
         place = torch.arange(skip, queries, device=cursor.device)
         place = (cursor + place).remainder(window.shape[2])
-        rows = torch.where(seen, shares, UNSEEN)[:, :, skip:]
+        rows = torch.where(seen, probs, UNSEEN)[:, :, skip:]
         window.index_copy_(2, place, rows.to(window.dtype))
 
     def advance(self, queries):
         self.cursor.add_(queries).remainder_(self.window)
 
-    def score(self, received):
-        window = received["window"]
+    def score(self, attention_stats):
+        window = attention_stats["window"]
         seen = window >= 0
         return window.masked_fill(~seen, 0.0).sum(2, dtype=torch.float64) / seen.sum(2)
 
@@ -232,8 +234,8 @@ class Windowed(Observer):
 class Pooled(Windowed):
     """SnapKV (arXiv 2404.14469): the mean over the window, pooled over neighbours."""
 
-    def worth(self, received, position, now):
-        return pool_neighbours(self.score(received), position)
+    def score_candidates(self, attention_stats, position, now):
+        return pool_neighbours(self.score(attention_stats), position)
 
 
 class Learned(Summed):
@@ -251,12 +253,12 @@ class Learned(Summed):
             raise ValueError(f"policy_weights have names and shapes {found}: {MLP} are needed")
         self.weights, self.depth = weights, layer / max(layers - 1, 1)
 
-    def start(self, heads, dtype, device):
-        super().start(heads, dtype, device)
+    def allocate(self, heads, dtype, device):
+        super().allocate(heads, dtype, device)
         self.weights = {name: x.to(device) for name, x in self.weights.items()}
 
-    def worth(self, received, position, now):
-        w, x = self.weights, features(self.score(received), position, now, self.depth)
+    def score_candidates(self, attention_stats, position, now):
+        w, x = self.weights, features(self.score(attention_stats), position, now, self.depth)
         x = F.linear(x, w["net.0.weight"], w["net.0.bias"]).relu()
         x = F.linear(x, w["net.2.weight"], w["net.2.bias"]).relu()
         return F.linear(x, w["net.4.weight"], w["net.4.bias"]).sigmoid().squeeze(-1)
@@ -302,7 +304,7 @@ def observer(config: FadeConfig, weights: dict[str, Tensor] | None = None, layer
     `weights`, `layer` and `layers` are for the `learned` policy, see `Learned`.
     """
     make = OBSERVERS.get(config.eviction_policy)
-    if make is None or not config.moves:
+    if make is None or not config.relocatable:
         return None
     made = make(weights, layer, layers) if make is Learned else make()
     made.by_head = config.plan_scope == "head"
@@ -327,14 +329,16 @@ def pool_neighbours(scores: Tensor, position: Tensor, size: int = 5) -> Tensor:
     return torch.empty_like(pooled).scatter_(-1, order, pooled)
 
 
-def _add_step(markers, buffers, sums, seen, real, cursor, slot=None, *, rule, group, fresh=()) -> None:
+def _add_step(
+    dynamic_sizes, buffers, sums, seen, real, cursor, slot=None, *, update, group, fresh=()
+) -> None:
     real = real[:, None, None]
     if slot is not None:
         for name, value in fresh:
             own = buffers[0][name]  # not by `index_fill_`: that would be a kernel of its own
             own.copy_(torch.where(torch.arange(own.shape[-1], device=own.device) == slot, value, own))
-    for received, each, sees in zip(buffers, sums, seen):
-        rule(received, (each * real / group).unsqueeze(2), (sees & real).unsqueeze(1), cursor)
+    for attention_stats, each, sees in zip(buffers, sums, seen):
+        update(attention_stats, (each * real / group).unsqueeze(2), (sees & real).unsqueeze(1), cursor)
 
 
 _compiled = Compiled(_add_step, options=TOGETHER)

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 from ..cache.layer import TieredLayer
-from ..cache.positions import Timeline
-from ..cache.store import PlannedMiddle
+from ..cache.positions import TokenPositions
+from ..cache.store import BudgetStore
 from .files import whole
 
 VERSION = 3
@@ -33,11 +33,11 @@ def state_dict(cache: Cache) -> tuple[dict[str, Tensor], dict]:
 
     Raises `ValueError` for a layer of a kind that cannot be stored.
     """
-    tensors = {"timeline": cache.timeline.positions} if cache.timeline.length else {}
+    tensors = {"timeline": cache.token_positions.logical} if cache.token_positions.length else {}
     layers = []
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, TieredLayer):
-            layer.settle()
+            layer.demote_due_blocks()
             parts, known = _of_tiered(layer)
         elif type(layer) in SLIDING:
             parts, known = _of_sliding(layer)
@@ -45,7 +45,9 @@ def state_dict(cache: Cache) -> tuple[dict[str, Tensor], dict]:
             raise ValueError(f"layer {i} is a {type(layer).__name__}, which cannot be stored")
         tensors |= {f"{i}.{name}": x for name, x in parts.items()}
         layers.append(dict(kind=_kind(layer)) | known)
-    known = dict(config=dataclasses.asdict(cache.fade_config), holes=cache.timeline.has_holes, layers=layers)
+    known = dict(
+        config=dataclasses.asdict(cache.fade_config), holes=cache.token_positions.has_padding, layers=layers
+    )
     if cache.codebooks is not None:
         known["codebooks"] = cache.codebooks
     return {name: x.detach().clone().contiguous() for name, x in tensors.items()}, known
@@ -62,7 +64,7 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
     whole = isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers)
     if not isinstance(tensors, dict) or not whole or not {"config", "holes"} <= known.keys():
         raise TypeError("load_state_dict takes what state_dict gives: a dict of tensors, and one of the rest")
-    if cache.timeline.length:
+    if cache.token_positions.length:
         raise ValueError("the cache is not empty: reset() it first")
     if known["config"] != dataclasses.asdict(cache.fade_config):
         raise ValueError(f"the stored configuration is {known['config']}, the cache's {cache.fade_config}")
@@ -93,7 +95,7 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
             if parts:
                 raise ValueError(f"tensors without a place: {', '.join(parts)}")
         if position is not None:
-            _fill_timeline(cache.timeline, position.to(cache.device), known["holes"])
+            _fill_timeline(cache.token_positions, position.to(cache.device), known["holes"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         cache.reset()
         raise ValueError(f"what is stored does not fit the cache: {error}") from error
@@ -206,7 +208,7 @@ def _of_tiered(layer: TieredLayer) -> tuple[dict[str, Tensor], dict]:
                 parts[f"tier{i}.bound"] = tier.bound
         if middle.means is not None:
             parts["means"] = middle.means["mean"]
-        if isinstance(middle, PlannedMiddle) and middle.evicted is not None:
+        if isinstance(middle, BudgetStore) and middle.evicted is not None:
             parts |= dict(evicted=middle.evicted, demoted=middle._demoted)
     return parts, dict(length=layer.length, sinks_placed=layer.sinks_placed)
 
@@ -273,8 +275,8 @@ def _fill_tiered(layer: TieredLayer, parts: dict[str, Tensor], about: dict) -> N
         middle.evicted, middle._demoted = parts.pop("evicted"), parts.pop("demoted")
 
 
-def _fill_timeline(timeline: Timeline, position: Tensor, holes: bool) -> None:
-    timeline.buffer = position[:, :0].clone()
-    timeline.reserve(position.shape[1])
-    timeline.buffer[:, : position.shape[1]] = position
-    timeline.length, timeline.has_holes = position.shape[1], holes
+def _fill_timeline(token_positions: TokenPositions, position: Tensor, holes: bool) -> None:
+    token_positions.buffer = position[:, :0].clone()
+    token_positions.reserve(position.shape[1])
+    token_positions.buffer[:, : position.shape[1]] = position
+    token_positions.length, token_positions.has_padding = position.shape[1], holes

@@ -30,7 +30,7 @@ def sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
         return 0, 0, {}
     batch, heads = layer.exact["key"].shape[:2]
     vector = layer.exact["key"].shape[3] * layer.exact["key"].element_size()
-    seen = int((layer.timeline.positions >= 0).sum())
+    seen = int((layer.token_positions.logical >= 0).sum())
     tokens = {Tier.FP16.name: int((layer.exact_positions() >= 0).sum())}
     packed = tokens["FP16"] * layer.exact.record_bytes
     if layer.middle is not None:
@@ -39,7 +39,7 @@ def sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
             packed += tokens[tier.name] * tier.records.record_bytes
         means = layer.middle.means
         packed += means["mean"].nbytes if means is not None and means.count else 0
-        packed += sum(book.nbytes for book in layer.books or ())
+        packed += sum(book.nbytes for book in layer.codebooks or ())
         tokens[Tier.EVICTED.name] = seen - sum(tokens.values())
     return packed, batch * layer.length * heads * 2 * vector, tokens
 
@@ -54,12 +54,12 @@ def of(cache, positions: bool = True) -> dict:
         else:
             held = [x for x in vars(layer).values() if isinstance(x, Tensor)]
             layers.append(dict(layer=i, kind=type(layer).__name__, bytes=sum(x.nbytes for x in held)))
-    timeline = cache.timeline
+    token_positions = cache.token_positions
     return dict(
         version=VERSION,
-        length=timeline.length,
-        batch=timeline.batch if timeline.length else 0,
-        tokens=int((timeline.positions >= 0).sum()) if timeline.length else 0,
+        length=token_positions.length,
+        batch=token_positions.batch if token_positions.length else 0,
+        tokens=int((token_positions.logical >= 0).sum()) if token_positions.length else 0,
         config=dataclasses.asdict(cache.fade_config),
         allocated=memory.allocated,
         packed=memory.packed,

@@ -43,7 +43,7 @@ from torch._dynamo.callback import callback_handler
 
 from fade_ref.tiers import Tier
 
-from ..cache.positions import HOLE
+from ..cache.positions import PAD
 
 KINDS = ("demotion", "plan", "eviction", "renumbering", "growth", "recompilation")
 Sink = Callable[[dict], None]
@@ -207,19 +207,19 @@ class Telemetry:
         size, evicted = _bytes(middle), middle.evicted
         evicted = evicted if evicted is None else evicted.clone()  # it is counted on in place
         moves = layer.config.contiguous and layer.config.evicts
-        places = _places(layer, seen=layer.timeline.length) if moves else None
+        places = _places(layer, seen=layer.token_positions.length) if moves else None
         middle.planned = functools.partial(self._plan, layer)
 
         def done() -> None:
             seconds, middle.planned = time.perf_counter() - start, None
-            batch = layer.timeline.batch
+            batch = layer.token_positions.batch
             counts = dict(first=first, columns=columns, tokens=batch * columns)
-            counts |= dict(rows=batch, into=middle.tiers[0].name, planned=layer.config.moves)
+            counts |= dict(rows=batch, into=middle.tiers[0].name, planned=layer.config.relocatable)
             counts |= dict(bytes_before=counts["tokens"] * layer.exact.record_bytes)
             counts |= dict(bytes_after=_bytes(middle) - size, seconds=seconds)
             later = {}
-            if layer.timeline.has_holes:
-                later["tokens"] = (middle.column_positions(first, columns) != HOLE).sum()
+            if layer.token_positions.has_padding:
+                later["tokens"] = (middle.column_positions(first, columns) != PAD).sum()
             self.emit("demotion", _of(layer) | counts, later)
             if middle.evicted is not None and layer.config.evicts:
                 self._dropped(layer, evicted, places)
@@ -292,10 +292,12 @@ def _bytes(middle) -> int:
 
 def _buffers(layer) -> list[tuple[str, object, int, int]]:
     """Name, owner, slots there is room for and bytes of one, over all rows, of what a layer fills."""
-    timeline = layer.timeline
+    token_positions = layer.token_positions
     found = []
-    if timeline.buffer is not None:
-        found.append(("timeline", timeline, timeline.buffer.shape[1], timeline.batch * 4))
+    if token_positions.buffer is not None:
+        found.append(
+            ("timeline", token_positions, token_positions.buffer.shape[1], token_positions.batch * 4)
+        )
     if not layer.is_initialized:
         return found
     held = {"exact": layer.exact}
@@ -311,7 +313,7 @@ def _places(layer, seen: int) -> Tensor:
     Those that are still uncompressed are read where they stand.
     """
     middle, sinks = layer.middle, layer.config.n_sink
-    rows, device = layer.timeline.batch, layer.timeline.buffer.device
+    rows, device = layer.token_positions.batch, layer.token_positions.buffer.device
     demoted = middle._demoted if middle.evicted is not None else torch.zeros(rows, 1, device=device)
     turn = middle.evicted if middle.evicted is not None else demoted
     own = torch.arange(seen, device=device).expand(rows, seen)
@@ -321,7 +323,7 @@ def _places(layer, seen: int) -> Tensor:
     for tier in middle.tiers:
         if tier.records.count:
             position = middle.position(tier)[:, 0].long()
-            index = torch.where(position == HOLE, seen, position)
+            index = torch.where(position == PAD, seen, position)
             at.scatter_(1, index, middle.read_at(tier)[:, 0].long())
     return at[:, :seen]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fade_fast.kernels import decode, dense, merge, packed, rotated
-from fade_fast.kernels.packed import Slots
+from fade_fast.kernels.packed import TierView
 from fade_ref import attention as spec
 from fade_ref.rope import Rope, rotate
 from fade_ref.rotation import Record, RotatedCodec, qr_rotation
@@ -204,10 +204,10 @@ class Posed:
 
 def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     """Random numbers for a problem, and the specification's answer."""
-    spans = [n + min(p.beyond, p.spare) for n in p.lengths]
+    slots_read = [n + min(p.beyond, p.spare) for n in p.lengths]
     if p.fused:
-        spans = [packed.whole(p.batch * p.heads, n) for n in p.lengths]
-    spare = [(span - n + SPARE) if p.fused else p.spare for n, span in zip(p.lengths, spans)]
+        slots_read = [packed.whole(p.batch * p.heads, n) for n in p.lengths]
+    spare = [(num_read - n + SPARE) if p.fused else p.spare for n, num_read in zip(p.lengths, slots_read)]
     draw, total = Draw(seed), sum(p.lengths) + p.exact
     first = 50_000 if p.rope else 0  # large angles
     order = torch.stack([torch.randperm(sum(p.lengths), generator=draw.generator) for _ in range(p.batch)])
@@ -295,7 +295,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     table = rotated.with_sum(rotated.rotation(p.dim)).float()
     tiers = [decode._from_list([there(x) for x in decode._to_list(slots)], slots.per_mean) for slots in tiers]
     args = (*map(there, (query, keys, values, seen_exact, table)), tiers)
-    options = dict(bits=list(p.bits), spans=spans)
+    options = dict(bits=list(p.bits), slots_read=slots_read)
     options |= dict(scaling=terms.scaling, softcap=p.softcap, s_aux=there(s_aux))
     if p.rope:
         options |= dict(inv_freq=there(frequencies), interleaved=rope.interleaved)
@@ -323,7 +323,7 @@ def _side(draw: Draw, p: Problem, bits: int, length: int) -> Record:
 
 def _slots(
     p: Problem, sides: list[Record], means: Tensor, position: Tensor, seen: Tensor, free: int
-) -> Slots:
+) -> TierView:
     """Records in buffers of the fast package, with poison where no query sees a token."""
     pad = lambda x, value: torch.nn.functional.pad(x, (0, free), value=value)  # noqa: E731
     valid = pad(seen, False)
@@ -336,7 +336,7 @@ def _slots(
         out.append(rotated.Packed((codes if tokens_last else codes.mT).contiguous(), scale, zero))
     bound = pad(sides[1].scale, 0.0).amax(-1).float().clamp_min(rotated.SMALLEST_SCALE)
     read_at = pad(position, -1)[:, None].to(torch.int32) if p.rope else None
-    return Slots(*out, bound, means, valid, p.per_mean, read_at)
+    return TierView(*out, bound, means, valid, p.per_mean, read_at)
 
 
 # -- what is compared
@@ -370,7 +370,7 @@ def _queries(posed: Posed, p: Problem) -> packed.Queries:
     return packed.Queries(plain, turned, turned.sum(-1), plain[..., 0] * 0 + 0.25)
 
 
-def _bias_and_decoder(posed: Posed, queries: packed.Queries, slots: Slots):
+def _bias_and_decoder(posed: Posed, queries: packed.Queries, slots: TierView):
     if slots.read_at is None:
         return queries.plain @ slots.means.to(queries.plain.dtype).mT, None
     options, matrix = posed.options, posed.args[4][:-1]
@@ -381,7 +381,7 @@ def _compare(found: Found, posed: Posed, p: Problem, ours: merge.Partial, where:
     """A partial of the one tier, normalised, and its log-sum-exp."""
     exact = [torch.stack(x) for x in zip(*(part[0] for part in posed.parts))]
     acc = ours.acc.double() @ posed.args[4][:-1].double()
-    mine = [x.double().cpu().reshape(y.shape) for x, y in zip((acc, ours.top, ours.total), dense)]
+    mine = [x.double().cpu().reshape(y.shape) for x, y in zip((acc, ours.row_max, ours.total), dense)]
     for x, claim_of in ((0, "output"), (1, "log-sum-exp")):
         if x:
             a, b = (t[1] + t[2].log() for t in (mine, dense))
@@ -427,7 +427,7 @@ def _twin(found: Found, p: Problem, seed: int, where: str) -> None:
     posed = pose(p, seed, found.device)
     o, lengths = posed.options, [p.exact, *p.lengths]
     mass = [torch.full((p.batch, p.heads, n), torch.nan, device=found.device) for n in lengths]
-    args = decode._of_span((*posed.args, o["s_aux"], o.get("inv_freq"), mass), o["spans"])
+    args = decode._of_span((*posed.args, o["s_aux"], o.get("inv_freq"), mass), o["slots_read"])
     options = dict(bits=tuple(p.bits), scaling=o["scaling"], softcap=p.softcap)
     options["interleaved"] = o.get("interleaved", False)
     out = decode._attend(*args, chunks=(128,) * len(p.lengths), **options)
@@ -440,13 +440,13 @@ def _long(dim: int, group: int, dtype: torch.dtype):
     """One query over many uncompressed columns: some settled, all visible, and a tail with holes."""
 
     def run(found: Found, seed: int) -> None:
-        batch, heads, settled, capacity = 2, 2, 256, 600
+        batch, heads, flash_prefix, capacity = 2, 2, 256, 600
         for live in (257, 300, 600):
             draw = Draw(seed + live)
             query = draw.normal(batch, heads * group, 1, dim).to(dtype)
             keys, values = (draw.normal(batch, heads, capacity, dim).to(dtype) for _ in "kv")
             seen = draw.chance(0.8, batch, 1, capacity)
-            seen[..., :settled], seen[..., live:] = True, False
+            seen[..., :flash_prefix], seen[..., live:] = True, False
             seen[..., live - 1] = True
             size = float(query.norm(dim=-1).max() * keys.norm(dim=-1).max() * dim**-0.5)
             position = torch.arange(capacity).masked_fill(~seen[:, 0], -1)
@@ -457,7 +457,7 @@ def _long(dim: int, group: int, dtype: torch.dtype):
             hole = ~seen[:, :, :, None]
             keys, values = keys.masked_fill(hole, torch.nan), values.masked_fill(hole, torch.inf)
             there = [x.to(found.device) for x in (query, keys, values, seen)]
-            ours = dense.attend_long(*there, settled, dim**-0.5)
+            ours = dense.attend_long(*there, flash_prefix, dim**-0.5)
             limit = strain(dtype, size)
             found.near(
                 "attention", relative_error(ours, output), f"{live} columns", dtype=dtype, strain=limit

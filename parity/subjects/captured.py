@@ -81,7 +81,7 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
 
         def eagerly(**more):
             cache = fade_fast.create_cache(model, config, codebooks=books, verify=False)
-            cache.stepper.compileable = False
+            cache.decode_graph.compileable = False
             return cache, model.generate(
                 **inputs, **{CACHE_NAME: cache}, max_new_tokens=new, **options, **more
             )
@@ -101,22 +101,24 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
         compiling._compile_all_devices = True
         model.generation_config.compile_config = compiling  # what a beam search looks at
         cache = fade_fast.create_cache(model, config, codebooks=books, verify=False)
-        cache.stepper.compileable = True
-        begin, widths = cache.stepper.begin, []
-        cache.stepper.begin = lambda new, batch: widths.append(begin(new, batch) and new) or bool(widths[-1])
+        cache.decode_graph.compileable = True
+        begin, widths = cache.decode_graph.begin, []
+        cache.decode_graph.begin = lambda new, batch: (
+            widths.append(begin(new, batch) and new) or bool(widths[-1])
+        )
         ours = model.generate(**inputs, **{CACHE_NAME: cache}, max_new_tokens=new, **options)
         found.same("tokens generated", ours, expected)
         if drafted:
             found.holds("captured as a whole", max(widths) == DRAFT + 1, f"steps of {set(widths)}")
         if found.fused:
-            found.holds("captured as a whole", cache.stepper.captures, "refused")
-            found.holds("ends", ends is None or cache.stepper.runs_ahead, "not ahead")
+            found.holds("captured as a whole", cache.decode_graph.captures, "refused")
+            found.holds("ends", ends is None or cache.decode_graph.runs_ahead, "not ahead")
         for layer in (*cache.tiered, *eager.tiered):  # a step too many may have demoted what was due
-            layer.settle()
+            layer.demote_due_blocks()
         own = counters["stats"]["unique_graphs"] - (found.ran.new - twins)
         found.holds("one graph", own == 1 or drafted and own == 2, f"{own}")
         found.holds("one graph", not counters["graph_break"], "a graph break")
-        found.same("lengths", cache.timeline.positions, eager.timeline.positions)
+        found.same("lengths", cache.token_positions.logical, eager.token_positions.logical)
         claim = "captured, compiled" if found.fused else "captured"
         for i, (a, b) in enumerate(zip(cache.tiered, eager.tiered)):
             for side, x, y in zip(("keys", "values"), a.dense(), b.dense()):

@@ -142,11 +142,11 @@ class Talk:
                 self._change(*step)
                 continue
             start = self.cache.get_seq_length()
-            rows = self.cache.timeline.batch if self.cache.timeline.length else 2
+            rows = self.cache.token_positions.batch if self.cache.token_positions.length else 2
             own = ids[:rows, : start + step].to(self.model.device)
             mask = torch.ones_like(own)
             if start:  # what became of the padding, whatever rows and columns have changed places
-                mask[:, :start] = self.cache.timeline.positions >= 0
+                mask[:, :start] = self.cache.token_positions.logical >= 0
             else:
                 mask[0, : self.padding] = 0
             found = self.model(

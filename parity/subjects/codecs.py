@@ -212,7 +212,7 @@ def _requantize(bits, lower):
             half = [None if x is None else x.half().to(found.device) for x in spec[1:]]
             ours = rotated.Packed(spec.codes.to(found.device), *half)
             names = store.record(ours, ours)
-            twin = store.PlannedMiddle._requantize(None, names, (bits, bits), (lower, lower))
+            twin = store.BudgetStore._requantize(None, names, (bits, bits), (lower, lower))
             exact = high.requantize(spec, low)
             for side in ("key", "value"):
                 out = store.unrecord(twin, side)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import fade_fast
-from fade_fast.cache.layer import Arrival, TieredLayer
+from fade_fast.cache.layer import PendingKV, TieredLayer
 from fade_fast.hf.attention import attention
 from fade_fast.policies import plan, scores
 from fade_ref.cache import LayerCache
@@ -67,11 +67,11 @@ def _run(config: FadeConfig):
             exact = _plain(layer, query, keys, values, valid)
             mask = torch.ones(count, count, dtype=torch.bool, device=shape.device).tril()
             mask = None if valid.all() else mask & valid[:, None, None, :]
-            arrival = Arrival(layer, keys, values)
+            arrival = PendingKV(layer, keys, values)
             ours = attention(module, query, arrival, arrival, mask)[0].transpose(1, 2)
             real = valid[:, None, :, None].expand_as(ours)
             found.near("attention", relative_error(ours[real], exact[real].cpu()), f"step {i}")
-            layer.settle()
+            layer.demote_due_blocks()
             _same(found, layer, spec, f"step {i}")
         kept = [survivors(layer, 0, head) for head in range(shape.heads)]
         found.holds("tokens", len(kept[0]) == 10 + config.int2_budget, "budgets are used")
@@ -94,7 +94,7 @@ def _same(found: Found, layer: TieredLayer, spec: LayerCache, where: str) -> Non
 
 def _plain(layer: TieredLayer, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
     """Attention [B, Hq, q, D] over all that is held, decoded, and the step's own tokens."""
-    layer.settle()
+    layer.demote_due_blocks()
     seen = valid[:, None, None, :] & torch.ones(valid.shape[1], valid.shape[1]).bool().tril().to(valid.device)
     if layer.length:
         parts = [(layer.exact["key"], layer.exact["value"], layer.exact_positions() >= 0)]

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 import fade_fast
 import fade_fast.hf.attention as fast
-from fade_fast.cache.layer import Arrival
+from fade_fast.cache.layer import PendingKV
 from fade_fast.hf.models import CACHE_NAME
 from fade_ref.cache import LayerCache
 from fade_ref.rope import Rope
@@ -41,8 +41,8 @@ def logits(config, dtype, device, seed) -> Iterator[tuple[str, float]]:
         return seen[-1].transpose(1, 2), None
 
     def watch(module, query, key, value, mask, **kwargs):
-        if isinstance(key, Arrival):
-            layer.settle()
+        if isinstance(key, PendingKV):
+            layer.demote_due_blocks()
             twin = measure.mirror(layer, empty) if layer.length else copy.deepcopy(empty)
             seen.append(twin.step(*(x.cpu() for x in (query, key.keys, key.values))))
         return fast.attention(module, query, key, value, mask, **kwargs)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import fade_fast
-from fade_fast.cache.store import PlannedMiddle
+from fade_fast.cache.store import BudgetStore
 from fade_fast.hf.rope_probe import RopeProbe
 from fade_fast.kernels.rope import rotate
 from fade_ref import rope as spec
@@ -155,7 +155,7 @@ def _renumber(found: Found, seed: int):
         layer = types.SimpleNamespace(config=config)
         lost = evicted[:, None].int().to(found.device)
         tiers = [x.to(found.device) for x in (places[..., :9], places[..., 9:])]
-        ours = torch.cat(PlannedMiddle._renumber(layer, tiers, lost), dim=-1).cpu()
+        ours = torch.cat(BudgetStore._renumber(layer, tiers, lost), dim=-1).cpu()
         at = (rank + evicted[:, None]).gather(-1, places[:, 0].long().clamp_min(0))
         exact = at.masked_fill(places[:, 0] < 0, -1)
         found.same("tokens", ours[:, 0], exact, f"{total} tokens")

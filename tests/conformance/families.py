@@ -120,7 +120,7 @@ def rope(kind: str, **parameters) -> dict:
     return dict(rope_parameters=dict(rope_type=kind, rope_theta=10000.0, **parameters))
 
 
-SHORT = dict(max_position_embeddings=16)  # dynamic and long RoPE differ beyond
+MAX_DECODE_TOKENS = dict(max_position_embeddings=16)  # dynamic and long RoPE differ beyond
 LAYER_TYPES = dict(
     sliding=["sliding_attention", "full_attention"],
     linear=["linear_attention", "full_attention"],
@@ -157,7 +157,7 @@ _ALL = [
     Family(
         "Llama, dynamic RoPE beyond its length",
         "Llama",
-        SHORT | rope("dynamic", factor=4.0),
+        MAX_DECODE_TOKENS | rope("dynamic", factor=4.0),
         renumbers=DYNAMIC,
         state_of_batch=True,
         branches=True,

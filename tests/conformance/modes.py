@@ -238,7 +238,7 @@ def compiled(inputs: Callable) -> Callable[[Run], Tensor]:
         config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
         config._compile_all_devices = True
         cache = run.new_cache()
-        cache.stepper.compileable = True
+        cache.decode_graph.compileable = True
         for i, layer in enumerate(cache.layers):  # as create_cache() does on a GPU
             if type(layer) is DynamicSlidingWindowLayer:
                 cache.layers[i] = StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)

@@ -62,7 +62,7 @@ def test_keys_after_eviction_are_those_of_the_models_own_rotary(family):
         hook.remove()
         seen = torch.cat(hidden, dim=1)
         layer = cache.layers[index]
-        layer.settle()
+        layer.demote_due_blocks()
         keys, _, position = held(layer)
         order = position[0, 0].argsort()
         kept, length = position[0, 0][order].long(), layer.length

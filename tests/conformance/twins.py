@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fade_fast.hf.attention import Rows
+from fade_fast.hf.attention import AttentionQuery
 
 
 def held(layer) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,21 +20,27 @@ def held(layer) -> tuple[Tensor, Tensor, Tensor]:
 
 def _exact_positions(layer) -> Tensor:
     """Positions [B, 1, n] of what is not compressed: sinks that have come, and recent columns."""
-    positions, sinks = layer.timeline.positions[:, : layer.length], min(layer.length, layer.config.n_sink)
+    positions, sinks = (
+        layer.token_positions.logical[:, : layer.length],
+        min(layer.length, layer.config.n_sink),
+    )
     slots = torch.arange(sinks).expand(positions.shape[0], -1)
     slots = torch.where(slots <= positions.amax(-1, keepdim=True), slots, -1)
     recent = positions[:, layer.length - layer.recent :]
     return torch.cat((slots, torch.where(recent < layer.config.n_sink, -1, recent)), dim=-1)[:, None]
 
 
-def _plain(rows: Rows, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+def _plain(rows: AttentionQuery, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
     """Attention [B, q, Hq, D] over keys at logical positions; -1 is padding."""
     query, terms = rows.raw, rows.terms
     keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (keys, values))
     scores = query @ keys.mT * terms.scaling
     if terms.softcap is not None:
         scores = terms.softcap * torch.tanh(scores / terms.softcap)
-    here, there = rows.layer.timeline.positions[:, None, rows.start : rows.stop, None], position[:, :, None]
+    here, there = (
+        rows.layer.token_positions.logical[:, None, rows.start : rows.stop, None],
+        position[:, :, None],
+    )
     seen = (there >= 0) & (there <= here)
     if terms.window is not None:
         seen &= there > here - terms.window
@@ -57,7 +63,7 @@ def _attend(self) -> Tensor:
 
 
 def _attend_beside(self, first: int, keys: Tensor, values: Tensor, received=None) -> Tensor:
-    position = self.layer.timeline.positions[:, None, first:]
+    position = self.layer.token_positions.logical[:, None, first:]
     beside = (keys, values, position)
     return _plain(self, *(torch.cat(parts, dim=2) for parts in zip(held(self.layer), beside)))
 
@@ -65,5 +71,8 @@ def _attend_beside(self, first: int, keys: Tensor, values: Tensor, received=None
 @contextmanager
 def read_dense():
     """Inside, tiered caches are read through plain attention over dense keys and values."""
-    with mock.patch.object(Rows, "attend", _attend), mock.patch.object(Rows, "attend_beside", _attend_beside):
+    with (
+        mock.patch.object(AttentionQuery, "attend", _attend),
+        mock.patch.object(AttentionQuery, "attend_beside", _attend_beside),
+    ):
         yield

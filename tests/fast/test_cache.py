@@ -10,7 +10,7 @@ from transformers import FalconConfig, FalconForCausalLM, T5Config, T5ForConditi
 import fade_fast
 from fade_fast.cache import store
 from fade_fast.cache.buffers import copy_all, take_rows
-from fade_fast.cache.positions import HOLE
+from fade_fast.cache.positions import PAD
 from fade_fast.compile import compiled as compiling
 from fade_fast.hf.attention import NAME
 from fade_fast.hf.models import CACHE_NAME
@@ -137,7 +137,7 @@ def test_crop_leaves_no_trace(config):
         for layer in plain.tiered:  # by hand: the newest five columns never were
             layer.exact.count -= 5
             layer.length -= 5
-        plain.timeline.crop(5)
+        plain.token_positions.crop(5)
         assert cropped.get_seq_length() == plain.get_seq_length()
         torch.testing.assert_close(
             teacher_forced_step(model, cropped, 1), teacher_forced_step(model, plain, 1), rtol=0, atol=0
@@ -206,10 +206,10 @@ def test_detach_restores_and_plain_caches_work_attached():
 def test_means_do_not_depend_on_how_many_are_taken_at_once(at_once, monkeypatch):
     draw = torch.Generator().manual_seed(0)
     keys = torch.randn(2, 3, 41, 16, 8, generator=draw).bfloat16()
-    position = torch.where(torch.rand(2, 1, 41, 16, generator=draw) < 0.3, HOLE, 5)
-    position[0, 0, 3] = HOLE
+    position = torch.where(torch.rand(2, 1, 41, 16, generator=draw) < 0.3, PAD, 5)
+    position[0, 0, 3] = PAD
     monkeypatch.setattr(store, "SUMMED", at_once)
-    real = (position != HOLE)[..., None]
+    real = (position != PAD)[..., None]
     exact = keys.double().masked_fill(~real, 0).sum(-2) / real.sum(-2).clamp_min(1)
     assert torch.equal(store.key_mean(keys, position), exact.half())
     assert torch.equal(store.key_mean(keys, None), keys.double().mean(-2).half())
@@ -218,18 +218,18 @@ def test_means_do_not_depend_on_how_many_are_taken_at_once(at_once, monkeypatch)
 
 def test_more_rows_have_room_for_longer_chunks(monkeypatch):
     """On CUDA chunks grow with the batch; no span may then end before the tokens do."""
-    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
+    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
     monkeypatch.setattr(packed, "chunk_of", lambda heads, n, rows, bits=4: 16 if heads * n < 500 else 128)
-    for module, twin in ((rotated, rotated._encode_both), (decode, decode._twin)):
-        eager = lambda markers, pinned, *args, f=twin, **k: f(markers, *args, **k)  # noqa: E731
+    for module, twin in ((rotated, rotated._encode_both), (decode, decode._of_dynamic_size)):
+        eager = lambda dynamic_sizes, pinned, *args, f=twin, **k: f(dynamic_sizes, *args, **k)  # noqa: E731
         monkeypatch.setattr(module, "_compiled", eager)
     model = tiny_llama(dtype=torch.float16)
     cache = fade_fast.create_cache(model, SAFE, max_length=100)
     teacher_forced_step(model, cache, 96)
     tiers = [layer.middle.tiers[0] for layer in cache.tiered]
-    assert all(64 < tier.records.count <= tier.span < tier.records.capacity < 128 for tier in tiers)
+    assert all(64 < tier.records.count <= tier.num_read < tier.records.capacity < 128 for tier in tiers)
     cache.batch_repeat_interleave(5)
-    assert all(tier.records.count <= tier.span == 128 < tier.records.capacity for tier in tiers)
+    assert all(tier.records.count <= tier.num_read == 128 < tier.records.capacity for tier in tiers)
     with torch.no_grad():
         logits = model(torch.ones(5, 1, dtype=torch.long), **{CACHE_NAME: cache}).logits
     assert logits.isfinite().all() and torch.equal(logits, logits[:1].expand_as(logits))
@@ -238,12 +238,12 @@ def test_more_rows_have_room_for_longer_chunks(monkeypatch):
 @pytest.mark.parametrize("window, held, new, most", [(64, 131, 9, 148), (1 << 15, 5000, 9, 5100)])
 def test_room_for_a_draft_is_made_with_the_first(window, held, new, most, monkeypatch):
     """On CUDA, where addresses should last; a window longer than the text is not made room for at once."""
-    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
+    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
     model = tiny_llama(dtype=torch.float16)
     layer = fade_fast.create_cache(model, FadeConfig(recent_window=window), verify=False).tiered[0]
     x, capacities = torch.zeros(1, 2, held, 64, dtype=torch.float16), []
     for part in (x[:, :, :100], x[:, :, 100:], x[:, :, :new]):
-        layer.timeline.extend(layer.length, None, 1, part.shape[2], x.device)
+        layer.token_positions.extend(layer.length, None, 1, part.shape[2], x.device)
         layer.store(part, part, attended=False)
         capacities.append(layer.exact.capacity)
     assert held <= capacities[1] < held + new <= capacities[2] <= most

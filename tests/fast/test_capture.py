@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import fade_fast
 from fade_fast.cache import cuda_graph, decode_graph
 from fade_fast.cache.cuda_graph import Captured
-from fade_fast.cache.decode_graph import SHORT
+from fade_fast.cache.decode_graph import MAX_DECODE_TOKENS
 from fade_fast.compile.compiled import uncaptured
 from fade_fast.hf import generate
 from fade_fast.hf.cache import storage_bytes
@@ -73,7 +73,7 @@ def tapes(monkeypatch):
 
 
 def hold_the_same(cache, other):
-    assert torch.equal(cache.timeline.positions, other.timeline.positions)
+    assert torch.equal(cache.token_positions.logical, other.token_positions.logical)
     for ours, theirs in zip(cache.tiered, other.tiered):
         for a, b in zip(ours.dense(), theirs.dense()):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -117,7 +117,7 @@ def test_a_plain_generate_is_captured_on_a_gpu(name, options):
             **dict(do_sample=False) | options,
         )
     launches = sum(e.count for e in profile.key_averages() if e.key == "cudaGraphLaunch")
-    assert cache.stepper.replays > new - 10 and launches >= cache.stepper.replays
+    assert cache.decode_graph.replays > new - 10 and launches >= cache.decode_graph.replays
     assert name == "off" or compressed_tokens(cache) > 0
 
 
@@ -153,10 +153,10 @@ def test_beam_search_is_captured(tapes, name, padded):
     theirs, cache = new_cache(model, CONFIGS[name]), new_cache(model, CONFIGS[name])
     expected = eager(model, theirs, inputs, **options)
     assert not tapes
-    cache.stepper.compileable = True
+    cache.decode_graph.compileable = True
     orders = []
-    real = cache.stepper._reorder
-    cache.stepper._reorder = lambda index, select: (orders.append(index.tolist()), real(index, select))
+    real = cache.decode_graph._reorder
+    cache.decode_graph._reorder = lambda index, select: (orders.append(index.tolist()), real(index, select))
     assert torch.equal(eager(model, cache, inputs, **options), expected)
     assert sum(tape.replays for tape in tapes) > 20
     assert any(order != sorted(order) or len(set(order)) < 6 for order in orders)  # rows did move
@@ -187,7 +187,7 @@ def test_tensors_are_reordered_without_a_cast_or_a_copy_each(tapes, name):
     model = tiny_llama(dtype=torch.float64)
     cache = new_cache(model, CONFIGS[name])
     compiled(model, cache, prompt(30, batch=2), new=30)
-    assert compressed_tokens(cache) > 0 and not cache.stepper._stale
+    assert compressed_tokens(cache) > 0 and not cache.decode_graph._stale
     cache.seen.set(None)  # a beam search does not wait for ids
     with Copies() as seen:
         cache.reorder_cache(torch.tensor([1, 0], dtype=torch.int32))
@@ -212,21 +212,21 @@ def test_assisted_decoding_is_captured(tapes, name, padded):
     with drafts(model, text) as options:
         expected = eager(model, theirs, inputs, new=80, **options)
     assert not tapes
-    cache.stepper.compileable = True
-    begin, crop = cache.stepper.begin, cache.stepper.crop
+    cache.decode_graph.compileable = True
+    begin, crop = cache.decode_graph.begin, cache.decode_graph.crop
 
     def watched(new, batch):
         ready = begin(new, batch)
         widths.append((new, ready))
         return ready
 
-    cache.stepper.begin = watched
-    cache.stepper.crop = lambda n: (refused.append(n), crop(n))
+    cache.decode_graph.begin = watched
+    cache.decode_graph.crop = lambda n: (refused.append(n), crop(n))
     counters.clear()
     with drafts(model, text) as options:
         assert torch.equal(eager(model, cache, inputs, new=80, **options), expected)
     counting = cache.tiered[0].observer is not None
-    several = [ready for new, ready in widths if 1 < new <= SHORT]
+    several = [ready for new, ready in widths if 1 < new <= MAX_DECODE_TOKENS]
     assert len(several) > 10 and all(ready != counting for ready in several)
     assert len(widths) < 60 and len(set(refused)) > 2  # drafts were accepted, and refused
     assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
@@ -241,12 +241,12 @@ def test_the_last_step_of_a_text_is_not_compiled_for_itself(tapes):
     model, inputs = predictable(tiny_llama(dtype=torch.float64)), prompt(40)
     theirs, cache = new_cache(model, CONFIGS["int4"]), new_cache(model, CONFIGS["int4"])
     text = eager(model, theirs, inputs, new=42)
-    cache.stepper.compileable = True
+    cache.decode_graph.compileable = True
     for turn in range(2):
         counters.clear()
         with drafts(model, text, least=2) as options:
             assert torch.equal(eager(model, cache, inputs, new=42, **options), text)
-        assert cache.stepper.undrafted and counters["stats"]["unique_graphs"] == 1 - turn
+        assert cache.decode_graph.undrafted and counters["stats"]["unique_graphs"] == 1 - turn
         assert sum(tape.replays for tape in tapes) > turn
         cache.reset()
 
@@ -258,7 +258,7 @@ def test_a_model_drafts_for_another(tapes):
     options = dict(assistant_model=tiny_llama(dtype=torch.float64, layers=1), new=40)
     theirs, cache = new_cache(model, CONFIGS["int4"]), new_cache(model, CONFIGS["int4"])
     expected = eager(model, theirs, inputs, **options)
-    cache.stepper.compileable = True
+    cache.decode_graph.compileable = True
     assert torch.equal(eager(model, cache, inputs, **options), expected)
     assert sum(tape.replays for tape in tapes) > 5
     hold_the_same(cache, theirs)
@@ -272,7 +272,7 @@ def test_a_second_turn_with_drafts_begins_anew(tapes, name):
     for compileable in (False, True):
         caches = [new_cache(model, CONFIGS[name]) for _ in range(2)]
         for cache in caches:
-            cache.stepper.compileable = compileable
+            cache.decode_graph.compileable = compileable
         turn = eager(model, caches[0], inputs)
         turn = dict(input_ids=turn, attention_mask=torch.ones_like(turn))
         expected = eager(model, caches[1], turn, prompt_lookup_num_tokens=3)
@@ -287,17 +287,17 @@ def test_drafts_are_compiled_only_where_generate_checks_them(tapes):
     """Not where that is switched off, nor short steps of one's own afterwards."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(40)
     cache = new_cache(model, CONFIGS["int4"])
-    cache.stepper.compileable = True
+    cache.decode_graph.compileable = True
     lookup = dict(prompt_lookup_num_tokens=3)
     out = eager(model, cache, inputs, **lookup, disable_compile=True)
-    assert not tapes and cache.stepper.search is None
+    assert not tapes and cache.decode_graph.search is None
     cache.reset()
     assert torch.equal(eager(model, cache, inputs, **lookup), out)
-    assert tapes and cache.stepper.drafts() is None
+    assert tapes and cache.decode_graph.drafts() is None
     replays = sum(tape.replays for tape in tapes)
     with torch.no_grad():
         model(input_ids=out[:, -4:], **{CACHE_NAME: cache})
-    assert sum(tape.replays for tape in tapes) == replays and cache.stepper.search is None
+    assert sum(tape.replays for tape in tapes) == replays and cache.decode_graph.search is None
 
 
 class Stamp:
@@ -353,7 +353,7 @@ def test_a_step_too_many_leaves_no_trace(tapes, undone, name, padded, at=18):
     assert undone == ([] if waits else [1])
     assert cache.get_seq_length() == theirs.get_seq_length() == expected.shape[1] - 1
     for layer in (*cache.tiered, *theirs.tiered):  # the step may have demoted what was due
-        layer.settle()
+        layer.demote_due_blocks()
     hold_the_same(cache, theirs)
     for ours, other in zip(cache.tiered, theirs.tiered):
         for a, b in zip(ours.observed(), other.observed()) if ours.observer else ():
@@ -362,8 +362,8 @@ def test_a_step_too_many_leaves_no_trace(tapes, undone, name, padded, at=18):
                 torch.testing.assert_close(a[field][..., :n], b[field][..., :n], rtol=1e-9, atol=1e-9)
     counts = bool(cache.tiered[0].observer) and not waits
     if name != "off":  # whose compiled steps have more room
-        assert cache.memory().allocated == theirs.memory().allocated + storage_bytes(cache.stepper.kept)
-    assert bool(cache.stepper.kept) == counts
+        assert cache.memory().allocated == theirs.memory().allocated + storage_bytes(cache.decode_graph.kept)
+    assert bool(cache.decode_graph.kept) == counts
     again = dict(input_ids=torch.cat((expected, inputs["input_ids"][:, :7].clamp_min(1)), dim=1))
     again["attention_mask"] = torch.cat(
         (inputs["attention_mask"], torch.ones(2, again["input_ids"].shape[1] - 30).long()), dim=1
@@ -440,9 +440,9 @@ def test_cropping_by_hand_leaves_what_was_counted(tapes, undone):
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
     cache = new_cache(model, CONFIGS["h2o"])
     compiled(model, cache, inputs)
-    before = [x.clone() for x in cache.stepper._counts]
+    before = [x.clone() for x in cache.decode_graph._counts]
     cache.crop(-1)
-    assert before and all(map(torch.equal, before, cache.stepper._counts))
+    assert before and all(map(torch.equal, before, cache.decode_graph._counts))
 
 
 @pytest.mark.slow
@@ -452,7 +452,7 @@ def test_a_loop_of_ones_own_is_not_compiled(tapes):
     fade_fast.create_cache(first, CONFIGS["int4"])
     for model in (first, copy.deepcopy(first)):
         cache, ids = fade_fast.create_cache(model, CONFIGS["int4"]), prompt(30, batch=2)
-        cache.stepper.compileable = True
+        cache.decode_graph.compileable = True
         before = len(tapes)
         out = eager(model, cache, ids, num_beams=2, new=12)
         assert len(tapes) > before
@@ -474,12 +474,16 @@ def test_what_steps_read_follows_its_rows(name):
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=3, pads=(0, 9, 4))
     cache = new_cache(model, CONFIGS[name])
     compiled(model, cache, inputs)
-    own = cache.stepper
+    own = cache.decode_graph
     assert not own._stale and len(set(own.newest.tolist())) == 3
     cache.reorder_cache(torch.tensor([2, 2, 1]))
     assert not own._stale
     frozen = [
-        x for layer in own.layers for slots in layer.frozen for x in slots if isinstance(x, torch.Tensor)
+        x
+        for layer in own.layers
+        for slots in layer.static_views
+        for x in slots
+        if isinstance(x, torch.Tensor)
     ]
     held = [own.newest, own.seen, *frozen]
     found = [x.clone() for x in held]
@@ -490,10 +494,10 @@ def test_what_steps_read_follows_its_rows(name):
 def test_beam_search_is_not_compiled_where_that_is_switched_off(tapes):
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
     cache = new_cache(model, CONFIGS["int4"])
-    cache.stepper.compileable = True
+    cache.decode_graph.compileable = True
     model.generation_config.disable_compile = True
     eager(model, cache, inputs, num_beams=3)
-    assert not tapes and cache.stepper.search is None
+    assert not tapes and cache.decode_graph.search is None
 
 
 @pytest.mark.slow
@@ -541,11 +545,11 @@ def test_what_makes_a_call_of_another_kind(tapes):
         (2, dict(x=x, y=x)),
         (2, dict(x=x, y=1)),
     ]
-    for epoch, arguments in kinds:
+    for graph_id, arguments in kinds:
         before = len(tapes)
         for i in range(4):
             moved = arguments | dict(x=arguments["x"] + i)
-            assert torch.equal(call(epoch, moved).logits, Sum()(**moved).logits)
+            assert torch.equal(call(graph_id, moved).logits, Sum()(**moved).logits)
             assert len(tapes) == before + (i > 0)
         assert tapes[-1].replays == 3
 
@@ -617,7 +621,7 @@ def test_which_configurations_are_captured_here():
 
 def test_layers_that_count_in_python_are_left_to_inductor(tapes):
     """Transformers' sliding windows do, and a replay runs no Python."""
-    assert fade_fast.create_cache(tiny_llama()).stepper.captures
+    assert fade_fast.create_cache(tiny_llama()).decode_graph.captures
     sizes = dict(
         vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=4, head_dim=32,
         num_attention_heads=2, num_key_value_heads=1, sliding_window=8, pad_token_id=0,
@@ -625,6 +629,6 @@ def test_layers_that_count_in_python_are_left_to_inductor(tapes):
     )  # fmt: skip
     model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes)).eval()
     cache = fade_fast.create_cache(model, FadeConfig(recent_window=8, block_size=4))
-    assert not cache.stepper.captures
+    assert not cache.decode_graph.captures
     compiled(model, cache, prompt(30, batch=2))
     assert not tapes and compressed_tokens(cache) > 0

@@ -165,7 +165,7 @@ def test_a_copy_shares_codebooks_and_nothing_else():
     out = talk(cache, ids)
     twin = copy.deepcopy(cache)
     for ours, theirs in zip(cache.tiered, twin.tiered):
-        assert all(a is b for a, b in zip(ours.books, theirs.books))
+        assert all(a is b for a, b in zip(ours.codebooks, theirs.codebooks))
     shared = {x.data_ptr() for layer in cache.tiered for x in layer.tensors()}
     shared &= {x.data_ptr() for layer in twin.tiered for x in layer.tensors() if x.dtype == torch.uint8}
     assert not shared
@@ -258,7 +258,7 @@ class TestRefusals:
         ):
             with pytest.raises(ValueError, match=says):
                 FadeConfig(quant_backend="product", **wrong)
-        assert FadeConfig(quant_backend="product", positions="original").moves is False
+        assert FadeConfig(quant_backend="product", positions="original").relocatable is False
 
     def test_codebooks_and_configuration_go_together(self):
         model = tiny_llama()

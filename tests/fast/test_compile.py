@@ -28,10 +28,10 @@ def twin(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **k: real(f, **k) if "backend" in k else TRACE(f))
     torch._dynamo.reset()
     counters.clear()
-    return compiling.Compiled(lambda markers, x, *, factor: x * factor + len(markers[0]))
+    return compiling.Compiled(lambda dynamic_sizes, x, *, factor: x * factor + len(dynamic_sizes[0]))
 
 
-def marker(n: int) -> Tensor:
+def dynamic_size(n: int) -> Tensor:
     x = torch.empty(1).expand(n)
     torch._dynamo.mark_dynamic(x, 0)
     return x
@@ -43,12 +43,12 @@ def graphs() -> int:
 
 def test_one_graph_a_shape_and_constant(twin):
     for n in (5, 6, 9):
-        assert twin([marker(n)], dict, torch.ones(3), factor=2).eq(2 + n).all()
+        assert twin([dynamic_size(n)], dict, torch.ones(3), factor=2).eq(2 + n).all()
     assert graphs() == 1
     for x, factor in ((torch.ones(4), 2), (torch.ones(3), 3), (torch.ones(3, dtype=torch.float64), 2)):
-        assert twin([marker(5)], dict, x, factor=factor).eq(factor + 5).all()
+        assert twin([dynamic_size(5)], dict, x, factor=factor).eq(factor + 5).all()
     assert graphs() == 4
-    assert twin([marker(7)], dict, torch.ones(6)[::2], factor=2).eq(9).all()
+    assert twin([dynamic_size(7)], dict, torch.ones(6)[::2], factor=2).eq(9).all()
     assert graphs() == 5
 
 
@@ -57,7 +57,11 @@ def test_what_the_compiler_forgot_is_compiled_with_its_tiles(twin):
     pinned = []
     for _ in range(2):
         for n in (5, 6):
-            assert twin([marker(n)], lambda: pinned.append(1) or {}, torch.ones(3), factor=2).eq(2 + n).all()
+            assert (
+                twin([dynamic_size(n)], lambda: pinned.append(1) or {}, torch.ones(3), factor=2)
+                .eq(2 + n)
+                .all()
+            )
         torch._dynamo.reset()
     assert len(pinned) == 2 and len(twin.graphs) == 1
 
@@ -67,14 +71,14 @@ def test_no_second_graph_inside_another_compiled_one(twin):
 
     @torch.library.custom_op("fade_test::inner", mutates_args=())
     def inner(x: Tensor) -> Tensor:
-        return twin([marker(5)], dict, x + torch.zeros_like(x), factor=2)
+        return twin([dynamic_size(5)], dict, x + torch.zeros_like(x), factor=2)
 
     inner.register_fake(torch.empty_like)
     outer = TRACE(lambda x: inner(inner(x)) - 1)
     with torch.no_grad():
         for _ in range(3):
             assert outer(torch.ones(3)).eq(18).all()
-        twin([marker(5)], dict, torch.ones(3), factor=2)
+        twin([dynamic_size(5)], dict, torch.ones(3), factor=2)
     assert graphs() == 2
 
 
@@ -85,8 +89,8 @@ def test_no_second_graph_inside_another_compiled_one(twin):
 @pytest.mark.parametrize("name", slow_but(["int4", "int4, int2, evict", "h2o", "ema", "snapkv"], "h2o"))
 def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
     """A GPU's whole decode path traced on the CPU: every twin of every kernel is compiled once."""
-    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
-    monkeypatch.setattr(decode, "_compiled", compiling.Compiled(decode._twin))
+    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
+    monkeypatch.setattr(decode, "_compiled", compiling.Compiled(decode._of_dynamic_size))
     monkeypatch.setattr(rotated, "_compiled", compiling.Compiled(rotated._encode_both))
     monkeypatch.setattr(dense, "_compiled_store", compiling.Compiled(dense._store))
     monkeypatch.setattr(scores, "_compiled", compiling.Compiled(scores._add_step, compiling.TOGETHER))
@@ -108,17 +112,17 @@ def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
 @pytest.mark.slow
 def test_twin_of_long_uncompressed_texts(twin, monkeypatch):
     """The same for what FlashAttention leaves over; the settled part moves on, the twin stays."""
-    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
-    monkeypatch.setattr("fade_fast.cache.layer.SETTLED", 64)
+    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
+    monkeypatch.setattr("fade_fast.cache.layer.MIN_FLASH_PREFIX", 64)
     monkeypatch.setattr(dense, "TAIL", 256)
-    tail = compiling.Compiled(lambda markers, *args, scaling: dense._with_tail(*args, scaling))
+    tail = compiling.Compiled(lambda dynamic_sizes, *args, scaling: dense._with_tail(*args, scaling))
     monkeypatch.setattr(dense, "_compiled", tail)
     monkeypatch.setattr(dense, "_compiled_store", compiling.Compiled(dense._store))
     model = tiny_llama(dtype=torch.float32)
     inputs = prompt(600, batch=2)
     cache = fade_fast.create_cache(model, CONFIGS["off"], max_length=1500)
     found = captured(model, cache, inputs, new=300)
-    assert cache.stepper.settled >= 768
+    assert cache.decode_graph.flash_prefix >= 768
     assert len(tail.graphs) == len(dense._compiled_store.graphs) == 1 and graphs() == 3
     assert torch.equal(found, eager(model, fade_fast.create_cache(model, CONFIGS["off"]), inputs, new=300))
     found, expected = (drafted(run, model, CONFIGS["off"], prompt(600), 60) for run in (captured, eager))
@@ -140,8 +144,8 @@ def drafted(run, model, config, inputs, new):
 @pytest.mark.parametrize("name", ["int4", "int4, int2, evict"])
 def test_twins_inside_steps_that_check_drafts(name, twin, monkeypatch):
     """Steps of 2 to 8 columns, for which the model is compiled once, and attention for 2, 4 and 8."""
-    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
-    monkeypatch.setattr(decode, "_compiled", compiling.Compiled(decode._twin))
+    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
+    monkeypatch.setattr(decode, "_compiled", compiling.Compiled(decode._of_dynamic_size))
     monkeypatch.setattr(rotated, "_compiled", compiling.Compiled(rotated._encode_both))
     monkeypatch.setattr(dense, "_compiled_store", compiling.Compiled(dense._store))
     model = predictable(tiny_llama(dtype=torch.float16))
@@ -162,9 +166,9 @@ def test_counting_compiled_counts_the_same(name, twin, monkeypatch):
     sums = [torch.rand(2, 3, n, generator=draw) for n in (20, 48)]
     seen = [torch.rand(2, 1, n, generator=draw) < 0.7 for n in (20, 48)]
     for fused in (set(), {"cpu"}):
-        monkeypatch.setattr(compiling, "FUSED_ON", fused)
+        monkeypatch.setattr(compiling, "COMPILED_ON", fused)
         observer = scores.observer(CONFIGS[name])
-        observer.start(3, torch.float16, "cpu")
+        observer.allocate(3, torch.float16, "cpu")
         buffers = [observer.arrive(2, n, "cpu") for n in (20, 48)]
         for taken in (5, 6, 5):
             observer.add_step(buffers, sums, seen, torch.tensor([True, False]), 4, torch.tensor([taken]))
@@ -190,10 +194,10 @@ def test_three_graphs_encode_prompts_of_all_lengths(step, twin, monkeypatch):
         keys, values = whole[:, :, 4 : 4 + length], whole[:, :, -length:]
         mean = torch.randn(2, 3, length // step if step else 1, 16, generator=draw)
         args = keys, values, mean, matrix, (4, 2)
-        monkeypatch.setattr(compiling, "FUSED_ON", set())
+        monkeypatch.setattr(compiling, "COMPILED_ON", set())
         expected = rotated._encode_both([], *args[:-1], bits=(4, 2))
         several = rotated.encode_both(*args)
-        monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
+        monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
         for found in (several, rotated.encode_both(*args)):
             for x, y in zip(itertools.chain(*found), itertools.chain(*expected)):
                 assert x is y is None or torch.equal(x, y), length

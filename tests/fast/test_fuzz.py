@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fade_fast
-from fade_fast.cache.decode_graph import SHORT
+from fade_fast.cache.decode_graph import MAX_DECODE_TOKENS
 from fade_fast.cli import command
 from fade_fast.hf.cache import TieredKVCache
 from fade_fast.hf.models import CACHE_NAME
@@ -154,7 +154,7 @@ class Life:
         else:
             assert (found - expected).norm() <= 1e-6 * expected.norm()
             if (
-                n > SHORT or n == self.mask.shape[1]
+                n > MAX_DECODE_TOKENS or n == self.mask.shape[1]
             ):  # which of them demotes at once depends on how it is read
                 self.cache.memory(), self.twin.memory()
 
@@ -244,7 +244,7 @@ class Life:
             self.twin.memory()
         _, refused = attempt(actions[number])
         assert refused is not None, number
-        assert self.cache.timeline.length == self.mask.shape[1], number
+        assert self.cache.token_positions.length == self.mask.shape[1], number
 
     def check(self) -> None:
         memory, config = self.cache.memory(), self.config

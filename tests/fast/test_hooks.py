@@ -403,11 +403,11 @@ def test_steps_that_come_by_no_hook_are_noticed(unheard, monkeypatch):
     model, inputs = tiny_llama(), prompt(30)
     expected = generate(model, new_cache(model, SMALL), inputs, new=8)
     cache = new_cache(model, SMALL)
-    cache.stepper.compileable = True
-    for name in (hooks.COMPILED, hooks.CRITERIA):
+    cache.decode_graph.compileable = True
+    for name in (hooks.GET_COMPILED_CALL, hooks.VALID_AUTO_COMPILE_CRITERIA):
         del model.__dict__[name]
     monkeypatch.setattr(hooks, "_is_hook", lambda x: False)  # nor does the model put them back
-    monkeypatch.setattr(generation.GenerationMixin, hooks.CRITERIA, lambda *args: False)
+    monkeypatch.setattr(generation.GenerationMixin, hooks.VALID_AUTO_COMPILE_CRITERIA, lambda *args: False)
     with pytest.warns(UserWarning, match="steps are not captured: 7 decode steps came by none of our hooks"):
         assert torch.equal(generate(model, cache, inputs, new=8), expected)
     cache.reset()
@@ -420,7 +420,7 @@ def test_a_cache_is_not_compileable_where_our_hooks_are_missing(monkeypatch):
     """Or transformers would compile a step without what belongs around it."""
     model = tiny_llama()
     cache = new_cache(model, SMALL)
-    cache.stepper.compileable = True
+    cache.decode_graph.compileable = True
     assert not cache.is_compileable, "outside of generate()"
     seen = []
     real = type(model).prepare_inputs_for_generation
@@ -434,9 +434,9 @@ def test_a_cache_is_not_compileable_where_our_hooks_are_missing(monkeypatch):
     assert seen and all(seen)
     fade_fast.detach(model)
     seen.clear()
-    monkeypatch.setattr(hooks, "CRITERIA", "_a_name_of_a_later_version")
+    monkeypatch.setattr(hooks, "VALID_AUTO_COMPILE_CRITERIA", "_a_name_of_a_later_version")
     cache = new_cache(model, SMALL)
-    cache.stepper.compileable = True
+    cache.decode_graph.compileable = True
     generate(model, cache, prompt(30), new=3, disable_compile=True)
     assert seen and not any(seen)
 
@@ -449,14 +449,14 @@ MODES = [{}, dict(num_beams=2), dict(do_sample=True), dict(prompt_lookup_num_tok
 def test_steps_that_are_captured_or_declined_are_not_complained_about(unheard, options, disabled):
     model = tiny_llama()
     cache = new_cache(model, SMALL)
-    cache.stepper.compileable = True
+    cache.decode_graph.compileable = True
     more = dict(disable_compile=True) if disabled else compiling()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         if "num_beams" in options or "prompt_lookup_num_tokens" in options:
             model.generation_config.compile_config = more.get("compile_config")
         generate(model, cache, prompt(30), new=8, **options, **more)
-    assert (cache.stepper.steps > 0) == (not disabled)
+    assert (cache.decode_graph.steps > 0) == (not disabled)
     assert not hooks._noticed
 
 

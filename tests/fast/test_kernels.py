@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from fade_fast.compile import compiled as compiling
 from fade_fast.kernels import decode, packed, rotated
-from fade_fast.kernels.packed import Slots
+from fade_fast.kernels.packed import TierView
 from fade_fast.kernels.rotated import Packed
 from parity.tolerances import ATTENTION
 
@@ -34,7 +34,7 @@ def poison(x, hole):
     return torch.where(hole, bad[: x.numel()].reshape(x.shape), x)
 
 
-def tier(draw, valid, bits, heads, dim, per_mean=64, contiguous=False) -> Slots:
+def tier(draw, valid, bits, heads, dim, per_mean=64, contiguous=False) -> TierView:
     """Random codes; every number of a slot that no query sees is poisoned. `valid` [B, 1 or q, capacity]."""
     batch, _, capacity = valid.shape
     hole = ~valid.any(1, keepdim=True)
@@ -59,7 +59,7 @@ def tier(draw, valid, bits, heads, dim, per_mean=64, contiguous=False) -> Slots:
     at = None
     if contiguous:
         at = torch.randint(0, 100_000, (batch, 1, capacity), generator=draw, dtype=torch.int32)
-    return Slots(keys, values, bound, means, valid, per_mean, at)
+    return TierView(keys, values, bound, means, valid, per_mean, at)
 
 
 def problem(
@@ -86,7 +86,7 @@ def problem(
             valid = valid & (torch.arange(length) >= first)
         valid = torch.nn.functional.pad(valid, (0, capacity - length))
         tiers.append(tier(draw, valid, bits, heads, dim, per_mean, contiguous))
-    options = dict(bits=list(widths), spans=list(lengths), scaling=dim**-0.5, softcap=softcap)
+    options = dict(bits=list(widths), slots_read=list(lengths), scaling=dim**-0.5, softcap=softcap)
     options["s_aux"] = normal(heads * group) if sinks else None
     if contiguous:
         frequencies = 10_000.0 ** (-torch.arange(0, dim // 2, 2) / dim)  # a part of the channels turns
@@ -109,13 +109,13 @@ def turned(x, position, inv_freq, interleaved):
 
 def naive(
     query, keys, values, seen, matrix, tiers,
-    *, bits, spans, scaling, softcap=None, s_aux=None, inv_freq=None, interleaved=False,
+    *, bits, slots_read, scaling, softcap=None, s_aux=None, inv_freq=None, interleaved=False,
 ):  # fmt: skip
     """The output [B, q, Hq, D] and, a tier, the probabilities summed over queries: decode, then softmax."""
     batch, q_heads, new, _ = query.shape
     heads, matrix = keys.shape[1], matrix[:-1].double()
     keys, values, seen = [keys.double()], [values.double()], [seen]
-    for slots, (key_bits, value_bits), span in zip(tiers, bits, spans):
+    for slots, (key_bits, value_bits), num_read in zip(tiers, bits, slots_read):
         capacity = slots.valid.shape[-1]
         k = rotated.dequantize(slots.keys, key_bits, torch.float64) @ matrix
         each = torch.arange(capacity) // slots.per_mean % slots.means.shape[2]
@@ -125,7 +125,7 @@ def naive(
         codes = slots.values._replace(codes=slots.values.codes.mT)
         keys.append(k)
         values.append(rotated.dequantize(codes, value_bits, torch.float64) @ matrix)
-        seen.append(slots.valid & (torch.arange(capacity) < span))
+        seen.append(slots.valid & (torch.arange(capacity) < num_read))
     lengths = [x.shape[2] for x in keys]
     seen = torch.cat([x.expand(-1, new, -1) for x in seen], dim=-1)
     keys, values = torch.cat(keys, dim=2), torch.cat(values, dim=2)
@@ -233,7 +233,7 @@ def test_lengths_around_borders(length, per_mean):
         dtype=torch.float32,
     )
     found, _ = check(args, options)
-    wider, _ = check(args, options | dict(spans=[packed.whole(2, length)]))
+    wider, _ = check(args, options | dict(slots_read=[packed.whole(2, length)]))
     torch.testing.assert_close(found, wider, rtol=1e-5, atol=1e-6)
 
 
@@ -242,11 +242,11 @@ def test_buckets_are_whole_chunks_and_few():
     for heads in (1, 7, 8, 64, 69, 72, 224, 300, 1024):
         lengths = range(1, 20_000, 61)
         for length in lengths:
-            span = packed.bucket(heads, length)
-            assert length <= span == packed.bucket(heads, span)
-            assert all(span % packed.chunk_of(heads, span, rows) == 0 for rows in (1, 4, 5, 64))
+            num_read = packed.bucket(heads, length)
+            assert length <= num_read == packed.bucket(heads, num_read)
+            assert all(num_read % packed.chunk_of(heads, num_read, rows) == 0 for rows in (1, 4, 5, 64))
             longest, room = packed.whole(heads, length), packed.roomy(heads, length)
-            assert length <= longest <= room <= span and room <= max(longest, length * 9 // 8 + 2048)
+            assert length <= longest <= room <= num_read and room <= max(longest, length * 9 // 8 + 2048)
             assert room % packed.chunk_of(heads, room, 1) == longest % packed.chunk_of(heads, longest, 1) == 0
             assert packed.longest(heads, longest + packed.spare(longest)) == longest
         assert len({packed.bucket(heads, length) for length in lengths}) < 120
@@ -279,7 +279,7 @@ def test_a_tier_without_a_valid_slot():
     empty = tier(draw, torch.zeros(2, 1, 70, dtype=torch.bool), (4, 4), 2, 64)
     found, mass = check((*args[:5], [empty, args[5][1]]), options)
     assert not mass[1].any()
-    single = {name: x[1:] if name in ("bits", "spans") else x for name, x in options.items()}
+    single = {name: x[1:] if name in ("bits", "slots_read") else x for name, x in options.items()}
     torch.testing.assert_close(found, decode.attend(*args[:5], args[5][1:], **single), rtol=1e-12, atol=1e-14)
 
 
@@ -326,7 +326,7 @@ def test_opcheck(gathers):
     flat = [x for slots in tiers for x in decode._to_list(slots)]
     torch.library.opcheck(
         torch.ops.fade.attend.default,
-        (*args, flat, None, None, mass, [4, 4, 2, 2], options["spans"], [64, 64], 0.125, None, False),
+        (*args, flat, None, None, mass, [4, 4, 2, 2], options["slots_read"], [64, 64], 0.125, None, False),
     )
 
 
@@ -357,21 +357,23 @@ def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     heads, rows = 4, max(2, shape.get("group", 4) * shape.get("new", 1))
-    twin = compiling.Compiled(decode._twin)
+    twin = compiling.Compiled(decode._of_dynamic_size)
     sinks, frequencies = options["s_aux"], options.get("inv_freq")
     constants = {name: options.get(name) for name in ("scaling", "softcap")}
     constants |= dict(bits=tuple(bits), interleaved=False)
     for shorter in (0, 1, 3):
-        spans = [packed.roomy(heads, n) - 128 * shorter for n in options["spans"]]
-        chunks = decode._chunks_of(heads, spans, rows, bits)
-        assert chunks == (128,) * len(spans)
+        slots_read = [packed.roomy(heads, n) - 128 * shorter for n in options["slots_read"]]
+        chunks = decode._chunks_of(heads, slots_read, rows, bits)
+        assert chunks == (128,) * len(slots_read)
         mass = [torch.full((2, 2, n), math.nan) for n in (20, *capacities)]
         inputs = (*args, sinks, frequencies)
-        markers = [compiling.marker(span // chunk) for span, chunk in zip(spans, chunks)]
+        dynamic_sizes = [
+            compiling.dynamic_size(num_read // chunk) for num_read, chunk in zip(slots_read, chunks)
+        ]
         with torch.no_grad():
-            found = twin(markers, dict, *inputs, mass, chunks=chunks, spans=None, **constants)
-            eager = decode._attend(*decode._of_span((*inputs, []), spans), chunks=chunks, **constants)
-        expected, counted = naive(*args, **options | dict(spans=spans))
+            found = twin(dynamic_sizes, dict, *inputs, mass, chunks=chunks, slots_read=None, **constants)
+            eager = decode._attend(*decode._of_span((*inputs, []), slots_read), chunks=chunks, **constants)
+        expected, counted = naive(*args, **options | dict(slots_read=slots_read))
         assert distance(found, eager) <= 1e-3
         assert distance(found, expected) <= 0.02  # a CPU rounds sums of float16 products
         assert distance(torch.cat(mass, -1), torch.cat(counted, -1)) <= 0.05
@@ -383,7 +385,7 @@ def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
 def test_inductor_compiles_it_for_the_cpu():
     args, options = problem(10, new=2, lengths=(90,), dtype=torch.float32)
     constants = dict(bits=((4, 4),), chunks=None, scaling=options["scaling"], softcap=None, interleaved=False)
-    inputs = decode._of_span((*args, None, None, []), options["spans"])
+    inputs = decode._of_span((*args, None, None, []), options["slots_read"])
     with torch.no_grad():
         found = torch.compile(compiling._own(decode._attend, constants), fullgraph=True)(*inputs)
     assert distance(found, decode.attend(*args, **options).double()) <= 1e-6
@@ -447,13 +449,13 @@ REFUSED = {
     "seen is .*allowed: .2, 1, 9.": [of_arg(3, lambda x: x[0]), of_arg(3, lambda x: x.expand(-1, 2, -1))],
     "matrix is .64, 64.*allowed: .65, 64.": [of_arg(4, lambda x: x[:-1])],
     "matrix is .*torch.float64.*allowed.*torch.float32": [of_arg(4, lambda x: x.double())],
-    "1 tiers, 2 pairs of bits, 1 spans": [of_option(bits=[(4, 4)] * 2)],
-    "1 tiers, 1 pairs of bits, 0 spans": [of_option(spans=[])],
+    "1 tiers, 2 pairs of bits, 1 slots_read": [of_option(bits=[(4, 4)] * 2)],
+    "1 tiers, 1 pairs of bits, 0 slots_read": [of_option(slots_read=[])],
     "has bits .5, 4. .*8, 4, 3 and 2": [of_option(bits=[(5, 4)])],
     "has bits .4,. ": [of_option(bits=[(4,)])],
-    "span 151; allowed: 1 to its capacity, 150": [of_option(spans=[151])],
-    "span 0; allowed": [of_option(spans=[0])],
-    "span -1; allowed": [of_option(spans=[-1])],
+    "span 151; allowed: 1 to its capacity, 150": [of_option(slots_read=[151])],
+    "span 0; allowed": [of_option(slots_read=[0])],
+    "span -1; allowed": [of_option(slots_read=[-1])],
     "keys.codes is .*32.*allowed: .2, 2, 150, 64., torch.uint8": [of_option(bits=[(8, 4)])],
     "keys.codes is .*torch.int8": [of_tier(keys_codes=lambda x: x.to(torch.int8))],
     "values.codes is .*allowed: .2, 2, 32, 150.": [of_tier(values_codes=lambda x: x.mT)],

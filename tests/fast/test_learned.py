@@ -65,7 +65,7 @@ def test_weights_that_are_shipped():
     with safe_open(scores.SHIPPED, "pt") as file:
         made = file.metadata()
     assert made["features"] == "; ".join(scores.FEATURES)
-    assert made["made by"].startswith("python -m fade_fast.hf.train_policy --text ")
+    assert made["made by"].startswith("python -m fade_fast.train_policy --text ")
     assert {"model", "text", "examples", "target", "versions"} < made.keys() and "/" not in made["text"]
 
 

@@ -230,4 +230,4 @@ def test_right_padding_is_padding():
     together = step(model, cache, ids, real, 0)
     alone = step(model, new_cache(model, CONFIGS["int4"]), ids[1:, :20], None, 0)
     torch.testing.assert_close(together[1:, :20], alone, rtol=1e-9, atol=1e-9)
-    assert int((cache.timeline.positions[1] < 0).sum()) == 10
+    assert int((cache.token_positions.logical[1] < 0).sum()) == 10

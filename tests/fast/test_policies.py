@@ -42,7 +42,7 @@ def test_nothing_is_stored_where_nothing_asks(settings, monkeypatch):
     monkeypatch.delattr(scores.Observer, "arrive")
     generate(model, cache, prompt(60), new=30)
     assert fields(cache) == set() and all(layer.observer is None for layer in cache.tiered)
-    assert all(layer.tally() == [] for layer in cache.tiered)
+    assert all(layer.attention_sums() == [] for layer in cache.tiered)
 
 
 @pytest.mark.slow
@@ -170,13 +170,13 @@ def test_padding_between_captured_steps(policy):
         teacher_forced(model, cache, inputs, [40])
     expected = continued(model, caches[0], inputs, 40, [1] * 20)
     for column in range(40, 60):
-        assert caches[1].stepper.begin(1, 2)
+        assert caches[1].decode_graph.begin(1, 2)
         found = continued(model, caches[1], inputs, column, [1])[:, 0]
-        caches[1].stepper.end(1)
+        caches[1].decode_graph.end(1)
         real = inputs["attention_mask"][:, column].bool()
         torch.testing.assert_close(found[real], expected[real, column - 40], rtol=1e-9, atol=1e-9)
     for ours, theirs in zip(*(cache.tiered for cache in caches)):
-        ours.settle(), theirs.settle()
+        ours.demote_due_blocks(), theirs.demote_due_blocks()
         for row in range(2):
             a, b = _received(ours, row), _received(theirs, row)
             assert a.keys() == b.keys()

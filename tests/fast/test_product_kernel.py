@@ -69,7 +69,7 @@ def test_random_cases(seed):
     bound = 1e-12 if dtype == torch.float64 else 1e-5
     assert (merge([part]) - exact).norm() <= bound * exact.norm()
     nothing = ~visible.expand(batch, heads, rows, length).any(-1)
-    assert not part.acc[nothing].any() and not part.total[nothing].any()
+    assert not part.acc[nothing].any() and not part.row_sum[nothing].any()
 
 
 @pytest.mark.parametrize(
@@ -205,22 +205,22 @@ def test_the_compiled_twin_reads_its_span_and_no_more(heads, rows, softcap, comp
     capacity, query = 5 * product_decode.UNIT + 32, sample(2, heads, rows, 32, seed=3)
     twin = product_decode.Compiled(product_decode._look_up, options={}) if compiler == "inductor" else None
     for blocks in (1, 2, 4):
-        span = blocks * product_decode.UNIT
+        num_read = blocks * product_decode.UNIT
         keys, values = (some_codes(2, heads, capacity, n, seed=n, k=k) for n, k in ((4, K), (16, 5)))
         visible = torch.rand(2, 1, rows, capacity, generator=torch.Generator().manual_seed(blocks)) < 0.7
         visible[0, 0, 0] = False  # a row that sees nothing
-        visible[:, :, :, [3, span - 2]] = False
+        visible[:, :, :, [3, num_read - 2]] = False
         for x in (keys, values):
-            x[:, :, [3, span - 2]] = 255
+            x[:, :, [3, num_read - 2]] = 255
         args = query, keys, books[0], values, books[1], visible
-        marker = torch.empty(1).expand(blocks + 1)
+        dynamic_size = torch.empty(1).expand(blocks + 1)
         if twin:
-            found = twin([product_decode.marker(blocks)], dict, *args, softcap=softcap)
+            found = twin([product_decode.dynamic_size(blocks)], dict, *args, softcap=softcap)
         else:
-            found = product_decode._look_up([marker], *args, softcap=softcap)
-        narrow = [x.narrow(2, 0, span) for x in (keys, values)]
+            found = product_decode._look_up([dynamic_size], *args, softcap=softcap)
+        narrow = [x.narrow(2, 0, num_read) for x in (keys, values)]
         expected = product.attend(
-            query, narrow[0], books[0], narrow[1], books[1], visible[..., :span], softcap
+            query, narrow[0], books[0], narrow[1], books[1], visible[..., :num_read], softcap
         )
         for a, b in zip(found, expected):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)

@@ -161,7 +161,7 @@ def test_beams_and_samples_of_one_prompt(options):
     model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), **{CACHE_NAME: cache}, max_new_tokens=6, **options
     )
-    assert cache.timeline.batch == 3
+    assert cache.token_positions.batch == 3
     wrong = prompt(60, seed=9)["input_ids"]
     with pytest.raises(ValueError, match="at token 0"):
         model.generate(

@@ -164,7 +164,7 @@ def test_kernels_compiled_within_a_step_keep_their_own_options(options, monkeypa
 
     monkeypatch.setattr(bmm, "use_native_matmul", asks)
     monkeypatch.setattr(mm, "use_native_matmul", asks)
-    twin = compiling.Compiled(lambda markers, a, b: a @ b, options)
+    twin = compiling.Compiled(lambda dynamic_sizes, a, b: a @ b, options)
     a, b = torch.randn(2, 300, 300), torch.randn(2, 300, 300)
     with compiling.row_products(), inductor.patch(force_disable_caches=True):
         assert inductor.triton.native_matmul and inductor.post_grad_custom_pre_pass

@@ -27,7 +27,7 @@ SMALL = dict(recent_window=16, block_size=16, middle_k_bits=8, middle_v_bits=8, 
 
 def survivors(layer):
     """Keys and values [1, H, n, D] of all live tokens, oldest first, and their positions [n]."""
-    layer.settle()
+    layer.demote_due_blocks()
     keys, values, position = held(layer)
     order = position[0, 0].argsort()
     return keys[:, :, order], values[:, :, order], position[0, 0][order].long()
@@ -76,9 +76,9 @@ def test_memory_is_flat_over_calls(device, preset):
         else:
             text = model.generate(**inputs, **{CACHE_NAME: cache}, **options)
         memory = cache.memory()
-        assert memory.tokens["EVICTED"] > 0 and cache.stepper.steps > 190
+        assert memory.tokens["EVICTED"] > 0 and cache.decode_graph.steps > 190
         positions = sum(
-            x.nbytes for x in cache.timeline.tensors()
+            x.nbytes for x in cache.token_positions.tensors()
         )  # 4 bytes a token seen, with room to spare
         assert positions <= 4 * (2 * text.shape[1] + 512)
         sizes.append(memory.allocated - positions)
@@ -119,9 +119,9 @@ def test_soak(policy):
         )
         errors[-1].append(distance(found, model(**kept, use_cache=False).logits[0, -1]))
         del twin
-        timeline = sum(x.nbytes for x in cache.timeline.tensors())
-        assert timeline <= 4 * (seen + seen // 64 + 256)
-        sizes.append(cache.memory().allocated - timeline)
+        token_positions = sum(x.nbytes for x in cache.token_positions.tensors())
+        assert token_positions <= 4 * (seen + seen // 64 + 256)
+        sizes.append(cache.memory().allocated - token_positions)
         tensors.append(alive())
         graphs = counters["stats"]["unique_graphs"]
         assert graphs == 1 and not counters["graph_break"]

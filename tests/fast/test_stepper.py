@@ -11,9 +11,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import fade_fast
 from benchmarks.generate import MODES, Guesses
 from benchmarks.memory import Meter
-from fade_fast.cache.decode_graph import Stepper
+from fade_fast.cache.decode_graph import DecodeGraph
 from fade_fast.cache.layer import TieredLayer
-from fade_fast.cache.store import Middle, PinnedMiddle, PlannedMiddle
+from fade_fast.cache.store import AppendStore, BudgetStore, CompressedStore
 from fade_fast.compile import compiled as compiling
 from fade_fast.hf.attention import NAME
 from fade_fast.hf.models import CACHE_NAME
@@ -45,7 +45,7 @@ def compiled(model, cache, inputs, backend="aot_eager", new=24, **kwargs):
     """Tokens of generate() whose steps are compiled, as on a GPU, into one graph without breaks."""
     config = CompileConfig(fullgraph=True, backend=backend, mode=None)
     config._compile_all_devices = True
-    cache.stepper.compileable = True
+    cache.decode_graph.compileable = True
     options = dict(max_new_tokens=new, do_sample=False, compile_config=config) | kwargs
     return model.generate(**inputs, **{CACHE_NAME: cache}, **options)
 
@@ -74,7 +74,7 @@ def test_steps_equal_eager_steps(name, padded):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     assert name == "off" or compressed_tokens(cache) > 0
     assert cache.get_seq_length() == theirs.get_seq_length()
-    assert torch.equal(cache.timeline.positions, theirs.timeline.positions)
+    assert torch.equal(cache.token_positions.logical, theirs.token_positions.logical)
     for ours, other in zip(cache.tiered, theirs.tiered):
         for a, b in zip(ours.dense(), other.dense()):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -85,7 +85,7 @@ def test_steps_equal_eager_steps(name, padded):
 
 def _records(layer):
     """The buffers that hold tokens; sinks, whose scores mean nothing, are left out."""
-    layer.settle()
+    layer.demote_due_blocks()
     exact = {name: layer.exact[name][..., layer.config.n_sink :] for name in layer.exact.fields}
     return [exact] + [tier.records for tier in layer.held_tiers()]
 
@@ -113,13 +113,21 @@ def test_demotion_for_graphs_equals_ordinary_demotion(name, way, monkeypatch):
     Also while drafts are checked, when more columns have come than the block that is due.
     """
     padded = way == "padded"
-    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
-    for module, twin in ((decode, decode._twin), (rotated, rotated._encode_both), (dense, dense._store)):
+    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
+    for module, twin in (
+        (decode, decode._of_dynamic_size),
+        (rotated, rotated._encode_both),
+        (dense, dense._store),
+    ):
         attribute = "_compiled_store" if module is dense else "_compiled"
-        monkeypatch.setattr(module, attribute, lambda markers, pinned, *a, f=twin, **k: f(markers, *a, **k))
-    times, beyond, by_cursor = [], [], Stepper._demote_by_cursor
-    demote = Stepper._demote
-    monkeypatch.setattr(Stepper, "_demote", lambda s: (beyond.append(s.layers[0].beyond), demote(s)))
+        monkeypatch.setattr(
+            module, attribute, lambda dynamic_sizes, pinned, *a, f=twin, **k: f(dynamic_sizes, *a, **k)
+        )
+    times, beyond, by_cursor = [], [], DecodeGraph._demote_by_cursor
+    demote = DecodeGraph._demote
+    monkeypatch.setattr(
+        DecodeGraph, "_demote", lambda s: (beyond.append(s.layers[0].num_past_threshold), demote(s))
+    )
 
     def counts(layers):
         tiers = [[tier.records.count for tier in layer.middle.tiers] for layer in layers]
@@ -127,15 +135,15 @@ def test_demotion_for_graphs_equals_ordinary_demotion(name, way, monkeypatch):
             (x.exact.count, held, x.middle.means and x.middle.means.count) for x, held in zip(layers, tiers)
         ]
 
-    def watched(stepper):
-        twin = copy.deepcopy(stepper.layers)
-        by_cursor(stepper)
+    def watched(decode_graph):
+        twin = copy.deepcopy(decode_graph.layers)
+        by_cursor(decode_graph)
         for layer in twin:
             layer.repeat()
-        assert counts(twin) == counts(stepper.layers)
+        assert counts(twin) == counts(decode_graph.layers)
         times.append(1)
 
-    monkeypatch.setattr(Stepper, "_demote_by_cursor", watched)
+    monkeypatch.setattr(DecodeGraph, "_demote_by_cursor", watched)
     model, inputs = tiny_llama(dtype=torch.float16), prompt(60, batch=2, pads=(0, 11) if padded else ())
 
     model = predictable(model) if way == "drafted" else model
@@ -240,7 +248,9 @@ def test_a_cache_goes_in_and_out_of_inference_mode(run, name):
             cache.crop(-2)
             cache.reorder_cache(torch.tensor([0, 0]))
             out = out[[0, 0], : cache.get_seq_length() + 1]
-            assert not any(x.is_inference() for x in (*cache.tiered[0].tensors(), *cache.timeline.tensors()))
+            assert not any(
+                x.is_inference() for x in (*cache.tiered[0].tensors(), *cache.token_positions.tensors())
+            )
         found.append(out)
     assert torch.equal(*found) and (name == "off" or compressed_tokens(cache) > 0)
     assert counters["stats"]["unique_graphs"] <= 2 * (run is compiled)  # given ids are of either kind
@@ -252,7 +262,7 @@ def test_a_cache_goes_in_and_out_of_inference_mode(run, name):
 def test_autocast_reaches_the_model_alone(name, dtype, monkeypatch):
     """Keys and values are stored in its dtype; what they are encoded and attended by is not rounded to it."""
     model, inputs, seen, found = tiny_llama(dtype=dtype), prompt(60, batch=2, pads=(0, 7)), [], []
-    for kind in (Middle, PinnedMiddle, PlannedMiddle, TieredLayer):
+    for kind in (CompressedStore, AppendStore, BudgetStore, TieredLayer):
         for method in ("encode", "decode_keys", "key_mean", "attend"):
             real = vars(kind).get(method)
             if real:
@@ -349,13 +359,13 @@ def test_what_torch_compile_made_of_a_model(run, tmp_path):
 
 @pytest.mark.slow
 def test_long_uncompressed_texts_are_left_to_flash_attention(monkeypatch):
-    monkeypatch.setattr("fade_fast.cache.layer.SETTLED", 64)
+    monkeypatch.setattr("fade_fast.cache.layer.MIN_FLASH_PREFIX", 64)
     monkeypatch.setattr("fade_fast.kernels.dense.TAIL", 256)
     model = tiny_llama(dtype=torch.float64)
     inputs = prompt(600, batch=2)
     cache = fade_fast.create_cache(model, CONFIGS["off"])
     found = compiled(model, cache, inputs, new=300)
-    assert cache.stepper.settled >= 768 and counters["stats"]["unique_graphs"] == 1
+    assert cache.decode_graph.flash_prefix >= 768 and counters["stats"]["unique_graphs"] == 1
     expected = eager(model, fade_fast.create_cache(model, CONFIGS["off"]), inputs, new=300)
     assert torch.equal(found, expected)
 
@@ -363,16 +373,16 @@ def test_long_uncompressed_texts_are_left_to_flash_attention(monkeypatch):
 @pytest.mark.slow
 def test_columns_left_to_flash_attention_are_cropped(monkeypatch):
     """It sees all that it is given, so an epoch ends where some of that is gone."""
-    monkeypatch.setattr("fade_fast.cache.layer.SETTLED", 64)
+    monkeypatch.setattr("fade_fast.cache.layer.MIN_FLASH_PREFIX", 64)
     model, found = tiny_llama(dtype=torch.float64), []
     for run in (compiled, eager):
         cache = fade_fast.create_cache(model, CONFIGS["off"])
         out = run(model, cache, prompt(600, batch=2), new=9)
-        settled = cache.stepper.settled
+        flash_prefix = cache.decode_graph.flash_prefix
         cache.crop(-200)
         out = torch.cat((out[:, : cache.get_seq_length()], prompt(1, batch=2, seed=1)["input_ids"]), 1)
         found.append(run(model, cache, dict(input_ids=out, attention_mask=torch.ones_like(out)), new=9))
-        assert run is eager or 0 < cache.stepper.settled < settled
+        assert run is eager or 0 < cache.decode_graph.flash_prefix < flash_prefix
     assert torch.equal(*found)
 
 
@@ -390,7 +400,7 @@ def test_a_step_leaves_no_tensor_behind(name):
     """What a captured step makes lies in its graph's memory, so nothing else may keep it."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
     cache, meter, left = new_cache(model, CONFIGS[name]), Meter(), []
-    run = cache.stepper.run
+    run = cache.decode_graph.run
 
     def watched(*args):
         before = meter.now
@@ -399,7 +409,7 @@ def test_a_step_leaves_no_tensor_behind(name):
         left.append(meter.now - before - output.untyped_storage().nbytes())
         return output
 
-    cache.stepper.run = watched
+    cache.decode_graph.run = watched
     compiled(model, cache, inputs)
     assert len(left) > 40 and not any(left)
 
@@ -423,8 +433,8 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name, drafted, mon
     configs = dict(int4=FadeConfig(**long), evict=FadeConfig(**long, int4_budget=64), off=CONFIGS["off"])
     configs["codes"] = FadeConfig(**long, quant_backend="product")
     cache = new_cache(model, configs[name])
-    stepper, seen = cache.stepper, []
-    begin, end = stepper.begin, stepper.end
+    decode_graph, seen = cache.decode_graph, []
+    begin, end = decode_graph.begin, decode_graph.end
 
     def strict(*args):
         ready = begin(*args)
@@ -440,12 +450,12 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name, drafted, mon
         seen[-1] += (torch.cuda.memory_stats()["allocation.all.allocated"],)
         end(new)
 
-    stepper.begin, stepper.end = strict, relaxed
+    decode_graph.begin, decode_graph.end = strict, relaxed
     try:
         model.generate(**inputs, **{CACHE_NAME: cache}, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert stepper.captures and len(seen) > NEW - LAST / 2
+    assert decode_graph.captures and len(seen) > NEW - LAST / 2
     steady = seen[1 - LAST : -1]
     assert len({graphs for _, graphs, _ in steady}) == 1
     assert all(after == before for before, _, after in steady)

@@ -77,7 +77,7 @@ def test_events_are_those_that_the_trace_implies(name, seed, pads):
                 assert kept == layers * memory.tokens.get(tier, 0)
     by_kind = collections.Counter(e["event"] for e in events)
     config = CONFIGS[name]
-    assert by_kind["plan"] == (by_kind["demotion"] if config.moves else 0)
+    assert by_kind["plan"] == (by_kind["demotion"] if config.relocatable else 0)
     assert (by_kind["eviction"] > 0) == config.evicts and (by_kind["renumbering"] > 0) == config.evicts
     assert json.loads(json.dumps(events)) == events
     for event in events:
@@ -135,7 +135,7 @@ def test_growth_adds_up_to_what_is_allocated():
         assert rooms[layer.index, "exact"] == layer.exact.capacity
         assert rooms[layer.index, "INT4"] == layer.middle.tiers[0].records.capacity
         assert rooms[layer.index, "means"] == layer.middle.means.capacity
-    assert rooms[None, "timeline"] == cache.timeline.buffer.shape[1]
+    assert rooms[None, "timeline"] == cache.token_positions.buffer.shape[1]
 
 
 def test_nothing_is_computed_without_a_listener(monkeypatch):

@@ -57,8 +57,8 @@ PLACES = [
     (store, "key_mean"),
     (store, "take"),
     (layer, "rotate"),
-    (store.PlannedMiddle, "_renumber"),
-    (store.MiddleTier, "make_room"),
+    (store.BudgetStore, "_renumber"),
+    (store.StoredTier, "make_room"),
 ]
 
 
@@ -93,7 +93,7 @@ def test_running_out_of_memory_at_any_point_of_a_step(name, pads, monkeypatch):
                 try:
                     found = step(cache, column)
                 except torch.OutOfMemoryError:
-                    assert cache.timeline.length == column
+                    assert cache.token_positions.length == column
                     assert {x.length for x in cache.tiered} == {column}
                     found = step(cache, column)
                 assert torch.equal(found, logits), (n, column)
@@ -290,7 +290,7 @@ def test_rows_that_are_not_there():
             cache.batch_repeat_interleave(repeats)
     assert all(torch.equal(a, b) for a, b in zip(before, cache.tiered[0].dense()))
     cache.batch_repeat_interleave(2)
-    assert cache.timeline.batch == 4
+    assert cache.token_positions.batch == 4
 
 
 def hybrid():

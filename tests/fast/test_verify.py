@@ -133,7 +133,7 @@ def test_nothing_is_disturbed(monkeypatch):
     assert len(model.model.layers[0].self_attn._forward_hooks) == 1
     fade_fast.detach(model)
     assert len(model._forward_hooks) == 1
-    assert attention.fuses.__globals__["FUSED_ON"] == {"cuda"}
+    assert attention.use_compiled.__globals__["COMPILED_ON"] == {"cuda"}
 
 
 def test_models_that_are_hard_to_try():

@@ -108,11 +108,11 @@ def test_what_cannot_run(capsys, tmp_path, monkeypatch):
 def gpu(monkeypatch):
     """A CPU whose kernels are compiled: to themselves, so that only their shapes count."""
 
-    def call(self, key, markers, pinned, args, constants):
+    def call(self, key, dynamic_sizes, pinned, args, constants):
         self.graphs[key] = pinned(), None
-        return self.function(markers, *args, **constants)
+        return self.function(dynamic_sizes, *args, **constants)
 
-    monkeypatch.setattr(compiling, "FUSED_ON", {"cpu"})
+    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
     monkeypatch.setattr(compiling, "compiled_of", lambda code: True)
     monkeypatch.setattr(compiling.Compiled, "_call", call)
 

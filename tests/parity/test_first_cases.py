@@ -75,7 +75,7 @@ def test_fields_of_products(head_dim, bits):
         centred = codes.double() - (2**bits - 1) / 2
         for axis in (-1, -2):
             parts = packed.fields(data if axis == -1 else data.mT, bits, dtype, axis)
-            numbers = [x.numbers.double() / x.unit - x.lacks for x in parts]
+            numbers = [x.numbers.double() / x.unit - x.center_offset for x in parts]
             assert {x.shape[axis] for x in numbers} == {packed.field_width(bits, head_dim)}
             if axis == -1:
                 found = sum(x @ q for x, q in zip(numbers, packed.operands(query, bits)))
@@ -201,9 +201,9 @@ def test_plans(budgets, adaptive):
         scores[::3, ::7] = torch.nan
         position = torch.stack([torch.randperm(25, generator=generator) for _ in range(40)])
         position[torch.rand(40, 25, generator=generator) < 0.2] = -1
-        spent = torch.rand(40, 25, generator=generator) < 0.3
-        expected = chosen(scores, position, *budgets, Tier.INT4, spent)
-        assert torch.equal(plan.plan(scores, position, *budgets, Tier.INT4, spent, adaptive), expected)
+        already_int2 = torch.rand(40, 25, generator=generator) < 0.3
+        expected = chosen(scores, position, *budgets, Tier.INT4, already_int2)
+        assert torch.equal(plan.plan(scores, position, *budgets, Tier.INT4, already_int2, adaptive), expected)
 
 
 WINDOWS = {
