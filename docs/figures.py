@@ -1,11 +1,11 @@
 """The figures of docs/spec.md, and the numbers behind them.
 
     python docs/figures.py                      all figures: about five minutes on one core
-    python docs/figures.py --only bytes         one of them
-    python docs/figures.py --redraw             from the numbers that are stored
+    python docs/figures.py --only bytes         one figure
+    python docs/figures.py --redraw             draw again from the stored numbers
 
-A figure NAME is two files in docs/figures, NAME.json and NAME.png, and a block of docs/spec.md that
-quotes numbers; all three are rewritten. Needs the extra `docs` (matplotlib) and SmolLM2-135M.
+Each figure NAME has two files in docs/figures, NAME.json and NAME.png, and a block in docs/spec.md that
+quotes numbers. The script rewrites all three. Needs the extra `docs` (matplotlib) and SmolLM2-135M.
 """
 
 import argparse
@@ -51,7 +51,7 @@ TIER_COLOURS = {Tier.FP16: "#1d3461", Tier.INT4: "#2a9d8f", Tier.INT2: "#f2c14e"
 
 
 class Lab:
-    """The model, read when it is first needed, and runs that several figures share."""
+    """The model, loaded on first use, and the runs that several figures share."""
 
     def __init__(self, name: str | None):
         self.name, self._model, self._life = name, None, None
@@ -64,7 +64,7 @@ class Lab:
         return self._model
 
     def about(self) -> dict:
-        """What a reader needs to know of the run; no paths."""
+        """The facts about the run that a reader needs; no paths."""
         source = Path(self.model.name_or_path).name
         return {
             "model": source if self.name else loading.HUB_ID.split("/")[-1],
@@ -184,7 +184,7 @@ def life(lab: Lab) -> dict:
 
 
 def renumbering(lab: Lab) -> dict:
-    """Where the survivors of `life`'s h2o run stand and are read, and the angles of three pairs."""
+    """Positions of the survivors of `life`'s h2o run, before and after renumbering; angles of three pairs."""
     data, spec = lab.life()
     row = spec.rows[0][0]
     wanted = 2 * math.pi / torch.tensor([24.0, 200.0, 1600.0]).double()  # radians a token
@@ -202,7 +202,7 @@ def renumbering(lab: Lab) -> dict:
 
 @torch.no_grad()
 def rotation(lab: Lab) -> dict:
-    """A block of keys as the steps of the rotated codec see it."""
+    """One block of keys after each step of the rotated codec."""
     name, windows = lab.text()
     keys = lab.attention_calls(windows[-1])[LAYER][1].double()
     block = keys[:, MIDDLE].unflatten(1, (-1, BLOCK))  # [H, blocks, BLOCK, D]
@@ -329,7 +329,7 @@ def codecs(lab: Lab) -> dict:
 
 
 def _errors(exact: tuple[Tensor, Tensor, Tensor], coded) -> tuple[float, float, float]:
-    """Of scores (rms, nats), of values, and of attention over sinks, coded middle and recent tokens."""
+    """Errors of scores (rms, nats), values, and attention over sinks, coded middle and recent tokens."""
     query, keys, values = exact
     query, dim = query[:, -QUERIES:], query.shape[-1]
     terms, position = attention.Terms(dim**-0.5), torch.arange(WINDOW)
@@ -387,7 +387,7 @@ def _axes(columns: int, height: float, rows: int = 1, **kwargs):
 
 
 def _save(figure, path: Path) -> None:
-    """As a PNG of 64 colours, a third of the bytes that matplotlib would write."""
+    """Save a PNG of 64 colors, which takes a third of the bytes that matplotlib would write."""
     from PIL import Image
 
     figure.savefig(path)
@@ -524,9 +524,9 @@ def quote_life(data: dict) -> str:
     counts = ", ".join(f"{last['position'].count(t)} {t.name}" for t in TIER_COLOURS)
     return (
         f"*The tier of every token while {data['tokens_seen']} tokens are seen ({_source(data)}; "
-        f"{settings}). Left: read out of the real cache during `generate()`. Right: the same text through "
-        f"`cache.LayerCache`, planned by attention. At the end the first holds {counts}. Of the first 100 "
-        f"tokens it still has {early['position']}, the second {early['h2o']}.*"
+        f"{settings}). Left: tiers of the real cache during `generate()`. Right: the same text through "
+        f"`cache.LayerCache`, planned by attention. At the end the first cache holds {counts}. It still has "
+        f"{early['position']} of the first 100 tokens. The second cache still has {early['h2o']}.*"
     )
 
 
@@ -534,10 +534,10 @@ def quote_renumbering(data: dict) -> str:
     before, after = (data["query"] - data[k][0] for k in ("position", "read_at"))
     return (
         f"*Survivors of the `h2o` run above, layer {data['layer']}: {data['evicted']} of {data['query'] + 1} "
-        f"tokens are gone. Renumbered, the first sink is {after} tokens from the query instead of {before}, "
-        f"and every distance from 0 to {after} occurs once. The angle that attention sees is distance times "
-        "frequency: renumbering spins fast pairs anywhere and brings slow ones back towards the query "
-        f"({_source(data)}).*"
+        f"tokens are evicted. After renumbering, the first sink is {after} tokens from the query instead of "
+        f"{before}, and every distance from 0 to {after} occurs once. The angle in attention is the distance "
+        "times the frequency. Renumbering gives fast pairs arbitrary angles and makes the angles of slow "
+        f"pairs smaller ({_source(data)}).*"
     )
 
 
@@ -545,9 +545,9 @@ def quote_rotation(data: dict) -> str:
     steps = [s["step"] for s in data["stages"].values()]
     return (
         f"*Keys of a block of {BLOCK} tokens (layer {data['layer']}, KV head 0; {data['text']}; "
-        f"{_source(data)}). The 4-bit step is a key's range over 15, averaged over {data['tokens']:,} "
-        f"tokens and all heads: {steps[0]:.2f} as it came, {steps[1]:.2f} less the mean, "
-        f"{steps[2]:.2f} rotated.*"
+        f"{_source(data)}). The 4-bit step is the range of a key divided by 15, averaged over "
+        f"{data['tokens']:,} tokens and all heads: {steps[0]:.2f} for the original keys, {steps[1]:.2f} "
+        f"after the mean is subtracted, {steps[2]:.2f} after rotation.*"
     )
 
 
@@ -563,13 +563,14 @@ def quote_codecs(data: dict) -> str:
     ours, _, before, bare, kivi = list(CODECS)[:5]
     lines = [
         f"*Errors on real keys and values ({_source(data)}; {data['text']}, {data['window']:,} tokens, of "
-        f"which {data['middle']:,} are the coded middle; the last {data['queries']} queries). At 4 and 2 "
-        f"bits, not centring makes the error of a score {times(bare, 0)} that of the first line below, and "
-        f"one mean taken before RoPE {times(before, 0)}, but that of the output {times(before, 2)}; KIVI's "
-        f"error of the output is {times(kivi, 2)} the first line's. PQ, with a codebook a layer "
-        f"trained on {data['pq_training']:,} other vectors, is there for every third layer. Below, means "
-        f"over the layers shown, and bytes of a key and a value of head_dim {data['head_dim']}, "
-        f"{4 * data['head_dim']} uncompressed:*",
+        f"which {data['middle']:,} are the coded middle; the last {data['queries']} queries). All factors "
+        f"are relative to the first line below, at 4 and 2 bits. Without centering, the error of a score is "
+        f"{times(bare, 0)} as large. With one mean taken before RoPE, the error of a score is "
+        f"{times(before, 0)} as large, but the error of the output is {times(before, 2)} as large. With "
+        f"KIVI, the error of the output is {times(kivi, 2)} as large. PQ has one codebook per layer, "
+        f"trained on {data['pq_training']:,} other vectors, and is shown for every third layer. The table "
+        f"shows means over the layers in the figure, and the bytes of a key and a value of head_dim "
+        f"{data['head_dim']} ({data['head_dim'] * 4} uncompressed):*",
         "",
         "| codec | bits | bytes | score, nats | values | output |",
         "|---|---|---|---|---|---|",
@@ -585,16 +586,16 @@ def quote_bytes(data: dict) -> str:
     i = data["head_dims"].index(128)
     ratio = ", ".join(f"{tier} {256 / size[i]:.2f}x" for tier, size in data["with_scale"].items())
     return (
-        "*Packed bits an element of one vector; the number on a bar is its bytes, without the key mean. "
-        f"Against 256 bytes in 16 bits, at head_dim 128: {ratio}. The mean of a block of "
+        "*Packed bits per element of one vector. The number on a bar is the bytes of the vector, without the "
+        f"key mean. Ratios to 256 bytes in 16 bits, at head_dim 128: {ratio}. The mean of a block of "
         f"{data['block_size']} tokens adds {data['mean'][i]:.0f} bytes to each of its keys.*"
     )
 
 
-#: How to measure, draw and quote each, and what a reader who sees no pictures is told.
+#: For each figure: the functions that measure, draw and quote it, and its alternative text.
 FIGURES = {
     "life": (life, draw_life, quote_life, "Tier of every token over a generation, under two policies"),
-    "rotation": (rotation, draw_rotation, quote_rotation, "Channels of real keys, centred and rotated"),
+    "rotation": (rotation, draw_rotation, quote_rotation, "Channels of real keys, centered and rotated"),
     "codecs": (codecs, draw_codecs, quote_codecs, "Error of each codec by layer"),
     "renumbering": (
         renumbering,
@@ -602,7 +603,7 @@ FIGURES = {
         quote_renumbering,
         "Distances and angles, renumbered or not",
     ),
-    "bytes": (sizes, draw_bytes, quote_bytes, "Bits an element of each tier and head_dim"),
+    "bytes": (sizes, draw_bytes, quote_bytes, "Bits per element of each tier and head_dim"),
 }
 
 
