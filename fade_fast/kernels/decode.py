@@ -251,7 +251,7 @@ def _of_span(args: tuple, slots_read: list) -> tuple:
 
 
 def _of_dynamic_size(dynamic_sizes, *args, chunks, slots_read, **options) -> Tensor:
-    """The compiled function. Without `slots_read`, the lengths of `dynamic_sizes` give the chunks per tier."""
+    """The compiled function. Without `slots_read`, lengths of `dynamic_sizes` give the chunks per tier."""
     slots_read = slots_read or [
         (dynamic_size.shape[0] - 1) * chunk for dynamic_size, chunk in zip(dynamic_sizes, chunks)
     ]
