@@ -29,9 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fade_fast.cache.append_store import AppendStore
 from fade_fast.cache.positions import TokenPositions
-from fade_fast.cache.store import NEVER, AppendStore
+from fade_fast.cache.store import ONE_MEAN
 from fade_fast.compile.compiled import Compiled, dynamic_size, tier_tiles
+from fade_fast.formats.rotated import RotatedFormat
 from fade_fast.kernels import decode, packed, rotated
 from fade_fast.kernels.packed import Queries, TierView
 from fade_fast.kernels.rope import rotate
@@ -194,7 +196,7 @@ class Problem:
         b, h, d = self.case.batch, self.case.heads, self.case.head_dim
         size = packed.whole(b * h, length)
         size += packed.spare(size)
-        per = BLOCK if self.case.budget is None else NEVER
+        per = BLOCK if self.case.budget is None else ONE_MEAN
         group, rows = min(per, size), []
         for _ in range(b):  # a row at a time: float32 keys of all rows need not fit
             k, v = (self.draw(1, h, -(-size // group) * group, d) for _ in range(2))
@@ -366,7 +368,9 @@ def encoding(device: str, length: int, hidden: int = 4096, inner: int = 14336, l
     config, token_positions, heads, d = FadeConfig.safe(), TokenPositions(), 8, 128
     token_positions.extend(0, None, 1, length, device)
     table = rotated.with_sum(rotated.rotation(d)).float().to(device)
-    middle = AppendStore(config, token_positions, None, table, 1, heads)
+    format = RotatedFormat([(4, 4)], lambda dim, device: table)
+    format.allocate(d, device)
+    middle = AppendStore(config, format, token_positions, None, 1, heads)
     middle.reserve(length)
     random = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
     query, keys, values = (random(1, n, length, d) for n in (4 * heads, heads, heads))

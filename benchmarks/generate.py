@@ -28,9 +28,10 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 import fade_fast
 from fade_fast.hf.attach import attach
-from fade_fast.hf.cache import TieredKVCache, storage_bytes
+from fade_fast.hf.cache import TieredKVCache
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.saved.files import write_json
+from fade_fast.saved.memory import storage_bytes
 from fade_ref.config import PRESETS, FadeConfig
 
 from .decode_attention import read_bandwidth
@@ -350,7 +351,7 @@ def random_fill(model, cache, batch: int, length: int) -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = (batch, config.num_key_value_heads, length, head_dim)
     fade_fast.detach(model)  # our layers then store what they are given, without a query
-    for layer in getattr(cache, "tiered", ()):
+    for layer in cache.layers if isinstance(cache, TieredKVCache) else ():
         layer.shows_survivors = True
     for i in range(config.num_hidden_layers):
         x = torch.randn(size, dtype=model.dtype, device=model.device)

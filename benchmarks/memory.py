@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fade_fast
-from fade_fast.cache.layer import TieredLayer
 from fade_fast.hf import loading
 from fade_fast.hf.cache import TieredKVCache
 from fade_fast.hf.codebooks import SIDES
+from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import CACHE_NAME
 
 from . import texts
@@ -78,9 +78,9 @@ def fill(model, cache, length: int, dtype=torch.bfloat16, step: int | None = Non
             heads, dim = key_shape(model, i)
             keys = torch.randn(1, heads, new, dim, generator=generator, device=model.device, dtype=dtype)
             if isinstance(layer, TieredLayer):  # as its attention function does
-                layer.demote_due_blocks()
-                layer.token_positions.extend(start, None, 1, new, keys.device)
-                layer.store(keys, keys, attended=True)
+                layer.kv.compact()
+                layer.kv.token_positions.extend(start, None, 1, new, keys.device)
+                layer.kv.append(keys, keys, attended=True)
             else:  # a sliding layer's view of a long step holds all of it, until the next step comes
                 for part in keys.split([new - 1, 1] if new > 1 else [1], dim=2):
                     layer.update(part, part)

@@ -15,11 +15,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, QuantizedCache
 
 import fade_fast
-from fade_fast.cache.layer import TieredLayer
 from fade_fast.cache.positions import PAD
 from fade_fast.compile import compiled as compiling
-from fade_fast.hf.cache import TieredKVCache, storage_bytes, tensors
+from fade_fast.hf.cache import TieredKVCache
+from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import text_config
+from fade_fast.saved.memory import storage_bytes
 from fade_ref.config import PRESETS, FadeConfig
 
 #: Policies compared at equal bytes; "position" alone is StreamingLLM with its older tokens at INT4.
@@ -179,11 +180,12 @@ def streaming(model, length: int, changed: dict) -> FadeConfig:
 def record_bytes(model, config: FadeConfig, weights=None) -> tuple[int, int]:
     """Bytes of one token of a bfloat16 model in one layer: uncompressed, and in the first middle tier."""
     cache = _ours(model, config, weights)
-    layer, (heads, dim) = cache.tiered[0], key_shape(model, cache.layers.index(cache.tiered[0]))
+    layer = cache.tiered[0]
+    heads, dim = key_shape(model, layer.layer_idx)
     one = torch.zeros(1, heads, 1, dim, dtype=torch.bfloat16, device=model.device)
-    layer.lazy_initialization(one, one)
+    layer.allocate(one)
     fade_fast.detach(model)
-    return layer.exact.record_bytes, layer.middle.tiers[0].records.record_bytes
+    return layer.dense.record_bytes, layer.middle.tiers[0].records.record_bytes
 
 
 def key_shape(model, index: int) -> tuple[int, int]:
@@ -226,7 +228,7 @@ def compressed_tokens(cache: Cache) -> torch.Tensor | float:
     if isinstance(cache, TieredKVCache):
         found = [torch.zeros((), device=cache.device)]
         for layer in cache.tiered:
-            layer.demote_due_blocks()
+            layer.compact()
             held = layer.held_tiers()
             found += [(layer.middle.position(tier) != PAD).sum(-1).float().mean() for tier in held]
         return torch.stack(found).sum() / len(cache.tiered)
@@ -248,7 +250,7 @@ def held_tensors(cache: Cache) -> list[torch.Tensor]:
     """Every tensor a cache of any class holds, those inside quantised ones included."""
     found = cache.token_positions.tensors() if isinstance(cache, TieredKVCache) else []
     for layer in cache.layers:
-        found += tensors(layer) if isinstance(layer, TieredLayer) else list(_inside(vars(layer)))
+        found += layer.kv.tensors() if isinstance(layer, TieredLayer) else list(_inside(vars(layer)))
     return found
 
 

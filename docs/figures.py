@@ -149,9 +149,9 @@ def _generate(model, inputs) -> tuple[Tensor, list[Tensor]]:
         def put(self, value):
             if not layer.length:
                 return
-            layer.demote_due_blocks()
+            layer.compact()
             now = torch.full((layer.length,), int(Tier.EVICTED))
-            held = [(Tier.FP16, layer.exact_positions())]
+            held = [(Tier.FP16, layer.dense_positions())]
             held += [(t.tier, layer.middle.position(t)) for t in layer.middle.tiers]
             for tier, position in held:
                 now[position[position >= 0].long()] = int(tier)

@@ -8,8 +8,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fade_fast
-from fade_fast.cache.layer import PendingKV, TieredLayer
+from fade_fast.cache.layer import KVLayer
+from fade_fast.formats.rotated import unpack_record
 from fade_fast.hf.attention import attention
+from fade_fast.hf.layer import PendingKV
 from fade_fast.kernels import product as tables
 from fade_fast.kernels import rotated
 from fade_fast.kernels.merge import merge
@@ -196,16 +198,16 @@ def product_attention(
     }
 
 
-def mirror(layer: TieredLayer, spec: LayerCache) -> LayerCache:
+def mirror(layer: KVLayer, spec: LayerCache) -> LayerCache:
     """A specification cache that holds exactly the codes of a fast layer, for `spec`'s model."""
     options = dict(codebooks=spec.codebooks) | spec.learned
     shape = len(spec.rows), layer.heads, spec.head_dim
     twin = LayerCache(layer.config, *shape, spec.rope, spec.terms, **options)
     twin.columns, twin.boundary = layer.length, layer.length - layer.recent
     positions = layer.token_positions.logical.cpu()
-    exact = layer.exact_positions()[:, 0].tolist()
-    keys = layer.exact["key"] if layer.sink_keys is None else _original_keys(layer)
-    dense = [x.double().cpu() for x in (keys, layer.exact["value"])]
+    exact = layer.dense_positions()[:, 0].tolist()
+    keys = layer.dense["key"] if layer.dense.sink_keys is None else _original_keys(layer)
+    dense = [x.double().cpu() for x in (keys, layer.dense["value"])]
     tiers = [_of_tier(layer.middle, t) for t in (layer.middle.tiers if layer.middle is not None else ())]
     for b in range(len(spec.rows)):
         row = Row(layer.heads)
@@ -225,11 +227,11 @@ def mirror(layer: TieredLayer, spec: LayerCache) -> LayerCache:
     return twin
 
 
-def _original_keys(layer: TieredLayer) -> Tensor:
+def _original_keys(layer: KVLayer) -> Tensor:
     """Keys of uncompressed tokens as they came: sinks of rows that lost tokens are kept beside."""
-    keys = layer.exact["key"].clone()
-    sinks = keys[:, :, : layer.sink_keys.shape[2]]
-    sinks.copy_(torch.where((layer.middle.evicted == 0)[..., None, None], sinks, layer.sink_keys))
+    keys = layer.dense["key"].clone()
+    sinks = keys[:, :, : layer.dense.sink_keys.shape[2]]
+    sinks.copy_(torch.where((layer.middle.evicted == 0)[..., None, None], sinks, layer.dense.sink_keys))
     return keys
 
 
@@ -244,8 +246,9 @@ def _of_tier(middle, tier) -> tuple[Tier, list, Tensor, list[rotated.Packed]]:
             torch.empty(*sides[0][0].shape[:2], 1, 0),
             sides,
         )
+    fields = tier.fields()
     sides = [
-        [None if x is None else x.cpu() for x in tier.packed(side, 0, count)] for side in ("key", "value")
+        [None if x is None else x.cpu() for x in unpack_record(fields, side)] for side in ("key", "value")
     ]
     mean = middle.mean(0, count).double().cpu() if count else torch.empty(0)
     return tier.tier, middle.position(tier)[:, 0].tolist(), mean, [rotated.Packed(*x) for x in sides]
@@ -322,7 +325,7 @@ def trace(
     books = codebooks(shape.head_dim, seed) if config.quant_backend == "product" else None
     given = dict(policy_weights=learned.get("weights"), codebooks=books)
     cache = fade_fast.create_cache(model, config, **given, verify=False)
-    layer: TieredLayer = cache.layers[0]
+    layer: KVLayer = cache.tiered[0]
     rope = Rope(model.model.rotary_emb.inv_freq.double().cpu())
     if isinstance(terms, dict):
         terms = spec_attention.Terms(shape.head_dim**-0.5, **terms)
@@ -347,7 +350,7 @@ def trace(
             valid[0, : (holes or {}).get(i, 0)] = False
             hole = ~valid[:, None, :, None]
             keys, values = keys.masked_fill(hole, torch.nan), values.masked_fill(hole, torch.nan)  # poison
-            layer.demote_due_blocks()
+            layer.compact()
             twin = mirror(layer, spec) if layer.length else spec
             attended = layer.middle.count if layer.has_middle else 0
             exact = twin.step(query, keys, values, valid) if twin is not spec else None
@@ -360,12 +363,12 @@ def trace(
             mask = None if mask is None else causal & valid[:, None, None, :]
             query, keys, values = (x.to(shape.device) for x in (query, keys, values))
             layer.check(keys, values)
-            arrival = PendingKV(layer, keys, values)
+            arrival = PendingKV(cache.layers[0], keys, values)
             mask = None if mask is None else mask.to(shape.device)
             ours = attention(module, query, arrival, arrival, mask, **asked)[0].transpose(1, 2).cpu()
             real = valid[:, None, :, None].expand_as(exact)
             error = relative_error(ours[real], exact[real]) if real.any() else 0.0
-            layer.demote_due_blocks()
+            layer.compact()
         else:
             error, attended = 0.0, 0
             before = before if count[0] == "crop" else {}
@@ -407,7 +410,7 @@ def _change(cache, spec: LayerCache, what: str, how) -> None:
         cache.reorder_cache(rows) if what == "reorder" else cache.batch_select_indices(rows)
 
 
-def _records(layer: TieredLayer) -> dict[tuple, tuple]:
+def _records(layer: KVLayer) -> dict[tuple, tuple]:
     """The bytes of every compressed token, by row, position and tier."""
     found = {}
     for tier in layer.middle.tiers if layer.is_initialized and layer.has_middle else ():
@@ -435,7 +438,7 @@ def _same_lengths(cache, spec: LayerCache) -> bool:
     return ours == (spec.columns, exact, len(tokens) - exact, evicted)
 
 
-def _state(layer: TieredLayer) -> tuple:
+def _state(layer: KVLayer) -> tuple:
     """Which tokens a layer holds: (row, tier, position, read position) each, and those uncompressed."""
     held = []
     for tier in layer.middle.tiers if layer.has_middle else ():
@@ -443,7 +446,7 @@ def _state(layer: TieredLayer) -> tuple:
         at = layer.middle.read_at(tier)[:, 0] if layer.config.contiguous else position
         rows = zip(position.tolist(), at.tolist())
         held += [(b, int(tier.tier), p, r) for b, row in enumerate(rows) for p, r in zip(*row) if p >= 0]
-    return tuple(sorted(held)), layer.exact_positions().tolist()
+    return tuple(sorted(held)), layer.dense_positions().tolist()
 
 
 def _stored_error(ours: LayerCache, spec: LayerCache) -> float:
@@ -475,9 +478,9 @@ def _own_scores(policy: str, known: Importance) -> Tensor:
     return known.ema
 
 
-def _score_error(layer: TieredLayer, spec: LayerCache) -> float:
+def _score_error(layer: KVLayer, spec: LayerCache) -> float:
     """Largest error, over rows, of each token's own scores; the same tokens must be held."""
-    buffers = [(layer.exact_positions(), layer.exact)]
+    buffers = [(layer.dense_positions(), layer.dense)]
     for tier in layer.middle.tiers if layer.has_middle else ():
         buffers.append((layer.middle.position(tier), tier.records))
     worst = 0.0
@@ -500,7 +503,7 @@ def _score_error(layer: TieredLayer, spec: LayerCache) -> float:
     return worst
 
 
-def _same_tokens(layer: TieredLayer, spec: LayerCache) -> bool:
+def _same_tokens(layer: KVLayer, spec: LayerCache) -> bool:
     """Whether both hold the same tokens in the same tiers, read at the same positions."""
     for b, (row,) in enumerate(spec.rows):
         theirs = {
@@ -511,7 +514,7 @@ def _same_tokens(layer: TieredLayer, spec: LayerCache) -> bool:
             position = layer.middle.position(tier)[b, 0].tolist()
             at = layer.middle.read_at(tier)[b, 0].tolist() if layer.config.contiguous else position
             ours |= {(p, tier.tier, r) for p, r in zip(position, at) if p >= 0}
-        exact = {p for p in layer.exact_positions()[b, 0].tolist() if p >= 0}
+        exact = {p for p in layer.dense_positions()[b, 0].tolist() if p >= 0}
         if ours != theirs or exact != {t.position for t in row.tokens if t.tier == Tier.FP16}:
             return False
     return True

@@ -666,8 +666,8 @@ MUTANTS = [
         (
             "crop takes one more",
             "cache.layer.TieredLayer.crop",
-            "self.exact.count -= n",
-            "self.exact.count -= n + 1",
+            "self.dense.count -= n",
+            "self.dense.count -= n + 1",
             "random traces",
         ),
         (
@@ -714,7 +714,7 @@ MUTANTS = [
         ),
         (
             "windows over sinks where they were",
-            "cache.layer.TieredLayer.exact_read_at",
+            "cache.layer.TieredLayer.dense_read_at",
             "sinks + self.middle.evicted[..., None]",
             "sinks",
             "what models ask/all, evict",
@@ -884,8 +884,8 @@ MUTANTS = [
         (
             "captured step in the wrong slot",
             "cache.decode_graph.DecodeGraph._refresh",
-            "self.slot.fill_(first.exact.count)",
-            "self.slot.fill_(first.exact.count - 1)",
+            "self.slot.fill_(first.dense.count)",
+            "self.slot.fill_(first.dense.count - 1)",
             "captured/steps/int4",
         ),
         (

@@ -1,38 +1,16 @@
 """Static buffers: named tensors that hold one record a slot and move together."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..compile.compiled import use_compiled
+from ..formats.base import Field
 
 #: A full buffer grows by this fraction of itself, in whole steps. So to append a token costs a constant,
 #: at most that of copying 256, little beside reading all of them at every step; and hardly a slot is spare.
 GROWTH = 256
-
-
-@dataclass(frozen=True)
-class Field:
-    """One tensor of a buffer: shape and dtype of a head's record, and the axis that counts slots.
-
-    Axis 2 gives [B, heads, slots, *shape]; axis -1 gives [B, heads, *shape, slots].
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    heads: int
-    axis: int = 2
-
-    def empty(self, batch: int, slots: int, device) -> Tensor:
-        shape = (*self.shape, slots) if self.axis == -1 else (slots, *self.shape)
-        return torch.zeros(batch, self.heads, *shape, dtype=self.dtype, device=device)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of one slot of one row."""
-        return self.heads * torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def take_rows(x: Tensor, index: Tensor, pending: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
@@ -87,7 +65,7 @@ class Buffers:
         return self.tensors[name].shape[field.axis]
 
     @property
-    def fused(self) -> bool:
+    def compiled(self) -> bool:
         """Whether compiled kernels read this, for which a capacity should last."""
         return use_compiled(next(iter(self.tensors.values())))
 
@@ -102,6 +80,12 @@ class Buffers:
     def __getitem__(self, name: str) -> Tensor:
         """The slots in use of one field, a view."""
         return self.tensors[name].narrow(self.fields[name].axis, 0, self.count)
+
+    def narrow(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Slots `start` to `stop` of every field, views."""
+        return {
+            name: x.narrow(self.fields[name].axis, start, stop - start) for name, x in self.tensors.items()
+        }
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots in all; what is stored stays, and all stays if memory runs out."""

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-from transformers import Cache
-from transformers.utils import ModelOutput
 
 
 class Captured:
@@ -25,12 +23,24 @@ class Captured:
     objects. The next call overwrites the logits of the output.
     """
 
-    def __init__(self, compiled: Callable[..., ModelOutput], otherwise: Callable[[], Callable]):
-        """`otherwise` makes what is called instead if `compiled` cannot be captured."""
-        self.compiled, self.otherwise, self.refused = compiled, otherwise, False
+    def __init__(
+        self,
+        compiled: Callable,
+        otherwise: Callable[[], Callable],
+        must_clone: Callable[[object], bool] = lambda output: True,
+    ):
+        """Wrap a compiled model.
+
+        Args:
+            compiled: what is captured.
+            otherwise: makes the function that is called instead if `compiled` cannot be captured.
+            must_clone: whether the caller may keep tensors of an output, which the next call overwrites.
+        """
+        self.compiled, self.otherwise, self.must_clone = compiled, otherwise, must_clone
+        self.refused = False
         self.graph_id, self.recordings, self.replays = 0, [], 0
 
-    def __call__(self, graph_id: int, arguments: dict) -> ModelOutput:
+    def __call__(self, graph_id: int, arguments: dict):
         if self.refused:
             return self.compiled(**arguments)
         if graph_id != self.graph_id:
@@ -60,9 +70,7 @@ class Captured:
         recording.graph.replay()
         self.replays += 1
         output = recording.output
-        # generate() copies logits itself, and a cache is no tensor. It may keep anything else of every step.
-        kept = [x for name, x in output.items() if name != "logits" and not isinstance(x, Cache)]
-        return tree_map_only(Tensor, torch.clone, output) if kept else output
+        return tree_map_only(Tensor, torch.clone, output) if self.must_clone(output) else output
 
 
 @dataclass
@@ -72,7 +80,7 @@ class Recording:
     kind: tuple
     graph: torch.cuda.CUDAGraph | None = None
     inputs: list[Tensor] = field(default_factory=list)
-    output: ModelOutput | None = None
+    output: object = None
 
 
 def record(call: Callable, pool: tuple[int, int] | None = None, **arguments):

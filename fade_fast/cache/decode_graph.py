@@ -1,14 +1,13 @@
-"""The decode step as generate() compiles and captures it: one operator a layer, over fixed buffers.
+"""Decode steps that a compiler captures: one operator per layer, over buffers of fixed addresses.
 
-A compiled graph must not look at lengths, or it would be compiled anew at every token; a captured one
-runs no Python at all. So the operator `fade::step` takes tensors of the step alone, and a number that
-says where the cache stands, its epoch. Whatever a captured graph has baked in (addresses, spans) is
-fixed for an epoch; counters live in tensors that the graph itself advances. The epoch is a dimension
-of a tensor marked dynamic: a new one captures again, but compiles nothing.
+A compiled graph must not look at lengths, or it would be compiled anew for each token. A CUDA graph runs no
+Python at all. So the operator `fade::step` takes tensors of the step alone, and a number, the graph id.
+Addresses and slots read are fixed for one graph id. Counters are tensors, which the graph itself advances.
+The graph id is a dimension of a tensor marked dynamic: a new id captures again, but compiles nothing.
 
-Around each call, `begin` does what is due outside the graph (demotion, room, a new epoch), and `end`
-keeps the counts that Python has. Between calls, a beam search reorders rows, and assisted decoding, whose
-steps have a column for each drafted token, crops those that were refused.
+Around each call, `begin` prepares the layers outside the graph (demotion, room, a new graph id), and `end`
+counts in Python. Between calls, a beam search reorders rows. Assisted decoding, whose steps have a token for
+each draft, crops the tokens that were refused.
 """
 
 import itertools
@@ -22,45 +21,99 @@ from ..kernels import dense
 from .buffers import copy_all, take_rows
 from .cuda_graph import record
 from .guard import without_autocast
-from .positions import PAD
+from .layer import MAX_DECODE_TOKENS, KVLayer, ScoreOptions, Visible
+from .positions import PAD, DeviceCounters, TokenPositions
 
-MAX_DECODE_TOKENS = 16  # most columns of a step that are stored before they are attended
-MIN_SPARE_SLOTS = 1024  # columns a buffer that grows with the text has free when it is made
 AHEAD_ON = {"cuda"}  # types of devices for which generate() need not wait before it prepares the next step
-MIN_FLASH_PREFIX = (
-    4096  # from this many uncompressed columns on, all but the newest are left to FlashAttention
-)
 
 _graph_ids = itertools.count(2)  # the compiler makes constants of 0 and 1
 _graphs: "weakref.WeakValueDictionary[int, DecodeGraph]" = weakref.WeakValueDictionary()
 
 
-class DecodeGraph:
-    """What the captured steps of one cache share.
+class DenseGroup:
+    """Layers whose dense tokens fill the same slots, and the tensors by which their steps find them.
+
+    Layers that compress hold sinks and recent tokens; layers that do not hold every token.
 
     Attributes:
-        layers: the cache's tiered layers, in order.
+        slot: int64 [1], the next dense slot.
+        held: bool [B, 1, capacity], dense slots that hold a real token.
+        flash_prefix: dense tokens left to FlashAttention.
+        slots, visible: within a step, the slots of its tokens, and the dense slots that its queries see.
+    """
+
+    def __init__(self, layers: list[KVLayer], batch: int, flashes: bool):
+        self.layers, first = layers, layers[0]
+        self.slot = torch.zeros(1, dtype=torch.int64, device=first.device)
+        self.held = torch.zeros(batch, 1, first.dense.capacity, dtype=torch.bool, device=first.device)
+        self.flash_prefix = first.flash_prefix_len if flashes else 0
+        self.close()
+
+    def close(self) -> None:
+        """Forget what only a step needs."""
+        self.slots: Tensor | None = None
+        self.visible: Tensor | None = None
+
+    def refresh(self, counters: DeviceCounters | None) -> None:
+        """Bring the tensors up to date."""
+        first = self.layers[0]
+        self.slot.fill_(first.dense.count)
+        held = first.dense_positions(counters) != PAD
+        self.held.zero_()
+        self.held[:, :, : held.shape[-1]] = held
+
+    def outgrown(self, flashes: bool) -> bool:
+        """Whether tokens have gone, or too many have come, since the flash prefix was fixed."""
+        now = self.layers[0].flash_prefix_len if flashes else 0
+        if bool(now) != bool(self.flash_prefix):
+            return True
+        return not self.flash_prefix <= now < self.flash_prefix + dense.TAIL
+
+    def advance(self, real: Tensor, new: int) -> None:
+        """Let the tokens of a step be seen. `real` is bool [B, q]. Inside a step."""
+        if new == 1:
+            self.slots, self.visible = self.slot, self.held
+            self.held.index_copy_(2, self.slot, real[:, None])
+            return
+        device = self.slot.device
+        self.slots = self.slot + torch.arange(new, device=device)
+        self.held.index_copy_(2, self.slots, real[:, None])
+        causal = torch.arange(self.held.shape[2], device=device) <= self.slots[:, None]
+        self.visible = self.held & causal
+
+    def crop(self, n: int) -> None:
+        """Let the newest `n` tokens, which the layers have cropped, be seen no longer."""
+        self.slot.sub_(n)
+        self.held.narrow(2, self.layers[0].dense.count, n).zero_()
+
+
+class DecodeGraph:
+    """Captured decode steps of one cache.
+
+    Attributes:
+        layers: the tiered layers of the cache, in order.
         compileable: whether generate() may compile steps.
         compiled: whether the last generate() does so.
-        captures: whether compiled steps may be captured here instead of by Inductor: if all layers are
-            tiered, for others count in Python.
+        captures: whether compiled steps may be captured here instead of by Inductor. They may if all layers
+            are tiered, because other layers count in Python.
         active: whether a step is under way, so that attention goes through `fade::step`.
-        epoch: see above. marker: a tensor of that length.
-        demotion, order: the epoch's graphs of a demotion and of a reordering, or None.
-        search: what runs the steps of a beam search or of assisted decoding; None before the first.
-        drafts: gives what drafts tokens, while assisted decoding goes on, else None.
+        graph_id: see above. dynamic_size: a tensor of that length.
+        demotion, order: the CUDA graphs of a demotion and of a reordering, or None.
+        search: runs the steps of a beam search or of assisted decoding; None before the first.
+        drafts: gives the drafter while assisted decoding goes on, else None.
         asked: options of the newest generate() (`prompts.OPTIONS`).
         undrafted: whether it has had a step without drafts.
         within: whether a generate() is under way. hooked: whether it asks our hooks before it compiles.
-        reached: what of them this text came by: "step", "search", "drafts", "ahead", or "declined".
+        reached: hooks that this text came by: "step", "search", "drafts", "ahead", or "declined".
         steps, eager_steps: decode steps of this text by the graph, and outside of it.
         replays: how many of the former were replayed from a CUDA graph of ours.
         reordered: whether rows changed places in it.
-        kept: what policies had counted before the newest step, if that may be taken back.
+        kept: what policies had counted before the newest step, if that step may be taken back.
+        failed: whether a step stopped halfway, and could not be taken back.
     """
 
-    def __init__(self, token_positions, compileable: bool):
-        self.token_positions, self.layers, self.active = token_positions, [], False
+    def __init__(self, positions: TokenPositions, layers: list[KVLayer], compileable: bool):
+        self.token_positions, self.layers, self.active = positions, layers, False
         self.compileable, self.compiled, self.captures = compileable, False, False
         self.drafts, self.asked, self.undrafted = (lambda: None), {}, False
         self.open_text(hooked=False)
@@ -72,210 +125,264 @@ class DecodeGraph:
         self.within, self.hooked, self.reached = True, hooked, set()
         self.steps, self.eager_steps, self.replays, self.reordered = 0, 0, 0, False
 
-    def clear(self) -> None:
-        """Forget the epoch, and with it every tensor that only a captured graph needs."""
-        self.dynamic_size: Tensor | None = None
-        self.flash_prefix = 0  # columns left to FlashAttention
-        self._held: list[Tensor] = []
-        self._spans: list[list[int]] = []
-        self._frequencies: Tensor | None = None
-        self.graph_id, self._stale = 0, True
-        self._demotions, self.demotion, self.order = 0, None, None
-        self.search: Callable | None = None
-        self.kept: list[Tensor] = []
-        self._counts: list[Tensor] = []  # what those are copies of
-        self._counted = 0  # columns there were when `kept` was right; 0 if it is not
-        self._at: Tensor | None = None  # within a step: the slots of its columns
-        self._sees: Tensor | None = None  # and what its queries see, bool [B, 1 or q, capacity]
-
     def close_text(self) -> None:
         """A generate() has ended."""
         self.within = self.hooked = False
 
+    def clear(self) -> None:
+        """Forget the graph id, and with it every tensor that only a captured graph needs."""
+        self.graph_id, self.dynamic_size = 0, None
+        self.groups: list[DenseGroup] = []
+        self._static_inputs: list[Tensor] = []
+        self._slots_read: list[list[int]] = []
+        self._frequencies: list[Tensor] = []
+        self._versions: tuple[int, ...] | None = None  # of the layers, when graphs were last right
+        self._appends = 0  # of the layers, when `search` was made
+        self._demotions, self.demotion, self.order = 0, None, None
+        self._search: Callable | None = None
+        self.kept: list[Tensor] = []
+        self._counted: list[Tensor] = []  # the tensors that `kept` has copies of
+        self._kept_at = 0  # tokens seen when `kept` was right; 0 if it is not
+        self.failed = False
+
     @property
     def runs_ahead(self) -> bool:
         """Whether generate() may run a step before it knows that there is one, and crop it."""
-        first = self.layers[0]
-        undoes = first.observer is None or first.observer.compiles
-        return self.captures and self.compiled and first.device.type in AHEAD_ON and undoes
+        device = self.layers[0].device
+        undoes = all(layer.observer is None or layer.observer.compiles for layer in self.layers)
+        return self.captures and self.compiled and device.type in AHEAD_ON and undoes
+
+    @property
+    def flash_prefix(self) -> int:
+        """Most dense tokens of a layer that FlashAttention attends."""
+        return max((group.flash_prefix for group in self.groups), default=0)
+
+    @property
+    def search(self) -> Callable | None:
+        """What runs the steps of a search; None after tokens came by another way."""
+        return self._search if self._appends == sum(layer.appends for layer in self.layers) else None
+
+    @search.setter
+    def search(self, step: Callable) -> None:
+        self._search, self._appends = step, sum(layer.appends for layer in self.layers)
+
+    def check_whole(self) -> None:
+        """Raise `RuntimeError` if a step has not ended: the layers have seen different numbers of tokens."""
+        first, last = self.layers[0].length, self.layers[-1].length
+        if self.failed or first != last:
+            raise RuntimeError(
+                f"a step has not ended: the first layer has seen {first} tokens, the last {last}"
+                "; another thread is at it, or it failed halfway: reset() the cache, or load it again"
+            )
+
+    # -- what is stale
+
+    @property
+    def _stale(self) -> bool:
+        """Whether tokens changed other than by a captured step."""
+        return self._versions != tuple(layer.version for layer in self.layers)
+
+    def _set_fresh(self) -> None:
+        self._versions = tuple(layer.version for layer in self.layers)
+
+    def touch(self) -> None:
+        """Say that tokens changed other than by a captured step."""
+        self._versions, self._kept_at = None, 0
 
     # -- around a step
 
     def begin(self, new: int, batch: int) -> bool:
-        """Prepare for a step of `new` columns; False if it has to run outside the graph."""
-        first = self.layers[0]
-        most = 1 if first.observer or self.drafts() is None else MAX_DECODE_TOKENS
-        if not 1 <= new <= most or not first.can_step or self.token_positions.batch != batch:
+        """Prepare for a step of `new` tokens; False if it has to run outside the graph."""
+        observes = any(layer.observer for layer in self.layers)
+        most = 1 if observes or self.drafts() is None else MAX_DECODE_TOKENS
+        if not 1 <= new <= most or not self._can_step() or self.token_positions.batch != batch:
             return False
-        if first.demotion_due:
+        if any(layer.demotion_due for layer in self.layers):
             self._demote()
         room = 1 if new == 1 else MAX_DECODE_TOKENS  # the next draft may be longer
-        if first.exact.count + room > first.exact.capacity:
-            for layer in self.layers:
-                layer.make_room(room)
-            self.touch()
+        for layer in self.layers:
+            layer.prepare(room)
         if self.token_positions.room < room:
             self.token_positions.reserve(self.token_positions.length + room)
             self.touch()
-        if self._stale or self._outgrown() or first.frequencies is not self._frequencies:
+        if self._stale or self._outgrown() or self._frequencies_changed():
             self._renew()
-        self._stale, self.active = False, True
+        self._set_fresh()
+        self.active = True
+        return True
+
+    def _can_step(self) -> bool:
+        """Whether a token can come by a captured step: the sinks are in their places."""
+        for layer in self.layers:
+            if not layer.is_initialized or layer.length < max(1, layer.config.n_sink):
+                return False
+            if self.token_positions.has_padding and not layer.dense.sinks_placed:
+                return False
         return True
 
     def end(self, new: int) -> None:
-        """Count the `new` columns that the step has stored."""
-        self._shift(new)
-        self._counted = self.token_positions.length
-        self._at = self._sees = None
+        """Count the `new` tokens that the step has stored."""
+        self._count(new)
+        self._kept_at = self.token_positions.length
+        for group in self.groups:
+            group.close()
         self.steps += 1
         self.active = False
 
-    def _shift(self, columns: int) -> None:
-        """Count so many columns more, in Python."""
+    def _count(self, tokens: int) -> None:
+        """Count so many tokens more, in Python."""
         for layer in self.layers:
-            layer.exact.count += columns
-            layer.length += columns
-        self.token_positions.length += columns
+            layer.dense.count += tokens
+            layer.length += tokens
+        self.token_positions.length += tokens
 
-    def _demote(self) -> None:
-        """Demote what is due in every layer: a few hundred small kernels a layer, which wait for Python.
+    def _frequencies_changed(self) -> bool:
+        """Whether dynamic RoPE has replaced the frequencies of a layer."""
+        now = self._current_frequencies()
+        return len(now) != len(self._frequencies) or any(a is not b for a, b in zip(now, self._frequencies))
 
-        So they are replayed from a graph of the epoch, where only slots differ; but the first with these
-        buffers is an ordinary one, for what has yet to be compiled. Columns beyond the block that is due
-        (drafts are several) are not there for the graph, which moves all there is room for.
-        """
-        if self._stale or not self._demotions or not all(layer.can_replay_demotion for layer in self.layers):
-            for layer in self.layers:
-                layer.demote_due_blocks()
-            self._demotions += 1
-            return
-        beyond = self.layers[0].num_past_threshold
-        self.column.sub_(beyond)
-        self._shift(-beyond)
-        try:
-            if not self.slot.is_cuda:
-                self._demote_by_cursor()
-            else:
-                if self.demotion:
-                    for layer in self.layers:
-                        layer.count_replayed_demotion()
-                else:
-                    self.demotion, _ = record(self._demote_by_cursor)
-                self.demotion.replay()
-        except BaseException:
-            self._stale = True
-            raise
-        finally:
-            self._shift(beyond)
-        if beyond:
-            self.column.add_(beyond)
-            self.slot.add_(beyond)
-            real = self.token_positions.logical[:, -beyond:] != PAD
-            self.seen.narrow(2, self.layers[0].exact.count - beyond, beyond).copy_(real[:, None])
+    def _current_frequencies(self) -> list[Tensor]:
+        return [layer.rope().inv_freq for layer in self.layers if layer.config.contiguous]
 
-    def _demote_by_cursor(self) -> None:
-        """The same by tensors of fixed addresses, and all that graphs read brought up to date."""
-        self.token_positions.cursor, self.token_positions.latest = self.column, self.newest
-        try:
-            for layer in self.layers:
-                layer.demote_due_blocks()
-            self._refresh()
-        finally:
-            self.token_positions.cursor = self.token_positions.latest = None
-        self._stale = False
+    @property
+    def _flashes(self) -> bool:
+        """Whether FlashAttention can take a prefix of dense tokens: none of them is padding."""
+        return not self.token_positions.has_padding
 
     def _outgrown(self) -> bool:
-        """Whether columns have gone, or too many come, since FlashAttention's part was settled."""
-        first = self.layers[0]
-        now = 0 if self.token_positions.has_padding else first.flash_prefix_len()
-        return (
-            bool(now) != bool(self.flash_prefix)
-            or not self.flash_prefix <= now < self.flash_prefix + dense.TAIL
-        )
+        return any(group.outgrown(self._flashes) for group in self.groups)
 
-    def touch(self, stored: bool = False) -> None:
-        """Say that columns changed other than by a step, or (`stored`) came so, which ends a search."""
-        self._stale, self._counted = True, 0
-        if stored:
-            self.search = None
+    # -- demotion
+
+    def _demote(self) -> None:
+        """Demote due blocks in every layer: a few hundred small kernels per layer, which wait for Python.
+
+        So a CUDA graph is replayed, in which only slots differ. The first demotion with these buffers is an
+        ordinary one, for what has yet to be compiled. Tokens past the threshold (drafts are several) are not
+        there for the graph, which moves all there is room for.
+        """
+        compressing = [layer for layer in self.layers if layer.compresses]
+        replayable = all(layer.can_replay_demotion for layer in compressing)
+        if self._stale or not self._demotions or not replayable:
+            for layer in self.layers:
+                layer.compact()
+            self.touch()
+            self._demotions += 1
+            return
+        past = compressing[0].num_past_threshold
+        self.step_index.sub_(past)
+        self._count(-past)
+        try:
+            if not self.step_index.is_cuda:
+                self._demote_on_device()
+            else:
+                if self.demotion:
+                    for layer in compressing:
+                        layer.count_replayed_demotion()
+                else:
+                    self.demotion, _ = record(self._demote_on_device)
+                self.demotion.replay()
+        except BaseException:
+            self.touch()
+            raise
+        finally:
+            self._count(past)
+        if past:
+            self.step_index.add_(past)
+            real = self.token_positions.logical[:, -past:] != PAD
+            for group in self.groups:
+                group.slot.add_(past)
+                group.held.narrow(2, group.layers[0].dense.count - past, past).copy_(real[:, None])
+
+    def _demote_on_device(self) -> None:
+        """The same by tensors of fixed addresses. All that graphs read is brought up to date."""
+        counters = DeviceCounters(self.step_index, self.newest)
+        for layer in self.layers:
+            layer.compact(counters)
+        self._refresh(counters)
+        self._set_fresh()
 
     # -- between steps
 
     def uncount(self) -> None:
         """Take back what the newest step counted, if that is known."""
-        if self.kept and self._counted == self.token_positions.length:
-            copy_all(zip(self._counts, self.kept))
+        if self.kept and self._kept_at == self.token_positions.length:
+            copy_all(zip(self._counted, self.kept))
 
     def crop(self, n: int) -> None:
-        """Go on before the newest `n` columns, which the cache has cropped."""
-        self._counted = 0
+        """Go on before the newest `n` tokens, which the cache has cropped."""
+        self._kept_at = 0
         if self._stale or self.token_positions.has_padding:
             self.touch()
             return
-        for counter in (self.slot, self.column, self.newest):
-            counter.sub_(n)
-        self.seen.narrow(2, self.layers[0].exact.count, n).zero_()
+        self.step_index.sub_(n)
+        self.newest.sub_(n)
+        for group in self.groups:
+            group.crop(n)
 
     def reorder(self, index: Tensor, select: Callable[[Tensor], None]) -> None:
         """Reorder rows by `select(index)`, in place: a few small kernels for each of many tensors.
 
-        So from the second time in an epoch on they are replayed from a graph.
+        From the second time with one graph id on, a CUDA graph replays them.
         """
-        self._counted, self.reordered = 0, True
+        self._kept_at, self.reordered = 0, True
         if self._stale or not self.captures:
             select(index)
             return
-        if not self.slot.is_cuda:
+        if not self.step_index.is_cuda:
             self._reorder(index.to(torch.int64), select)
         elif self.order:
             self._index.copy_(index)
             self.order.replay()
         else:
-            self._index = index.to(self.slot.device, torch.int64, copy=True)  # or each gather would cast it
+            device = self.step_index.device
+            self._index = index.to(device, torch.int64, copy=True)  # or each gather would cast it
             self.order, _ = record(self._reorder, index=self._index, select=select)
             self.order.replay()
-        self._stale = False
+        self._set_fresh()
 
     def _reorder(self, index: Tensor, select: Callable[[Tensor], None]) -> None:
         """The same, and all that graphs read brought up to date."""
         select(index)
-        own = [self.newest, self.real, self.seen]
-        own += [
-            x for layer in self.layers for slots in layer.static_views for x in (slots.valid, slots.read_at)
-        ]
+        held = [self.newest, self.real, *(group.held for group in self.groups)]
+        for layer in self.layers:
+            held += [x for view in layer.static_views for x in (view.valid, view.read_at) if x is not None]
         pending = []
-        for x in own:
-            if x is not None:
-                take_rows(x, index, pending)
+        for x in held:
+            take_rows(x, index, pending)
         copy_all(pending)
 
+    # -- graph ids
+
     def _renew(self) -> None:
-        """Bring what graphs read up to date, in a new epoch if anything that they have baked in changed."""
-        held = [x for layer in self.layers for x in layer.static_inputs()] + self.token_positions.tensors()
+        """Bring what graphs read up to date; under a new graph id if anything that is fixed has changed."""
+        inputs = [x for layer in self.layers for x in layer.static_inputs()] + self.token_positions.tensors()
         slots_read = [layer.slots_read() for layer in self.layers]
-        stayed = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held))
-        if stayed and slots_read == self._spans and not self._outgrown():
+        known = self._static_inputs
+        stayed = len(inputs) == len(known) and all(a is b for a, b in zip(inputs, known))
+        if stayed and slots_read == self._slots_read and not self._outgrown():
             self._refresh()
-        else:
-            self._demotions = self._demotions if stayed else 0
-            self._held, self._spans, self._frequencies = held, slots_read, self.layers[0].frequencies
-            self._open()
+            return
+        self._demotions = self._demotions if stayed else 0
+        self._static_inputs, self._slots_read = inputs, slots_read
+        self._frequencies = self._current_frequencies()
+        self._open()
 
     def _open(self) -> None:
-        """Begin a new epoch."""
-        first = self.layers[0]
-        device, capacity = first.device, first.exact.capacity
-        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self.column = torch.zeros(1, dtype=torch.int64, device=device)
-        self.newest = torch.zeros(self.token_positions.batch, dtype=torch.int32, device=device)
-        self.real = torch.ones(self.token_positions.batch, dtype=torch.bool, device=device)
-        self.seen = torch.zeros(self.token_positions.batch, 1, capacity, dtype=torch.bool, device=device)
+        """Begin a new graph id."""
+        device, batch = self.layers[0].device, self.token_positions.batch
+        self.step_index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.newest = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.real = torch.ones(batch, dtype=torch.bool, device=device)
+        kinds: dict[bool, list[KVLayer]] = {}
         for layer in self.layers:
-            layer.allocate_static_inputs()
-        self.flash_prefix = first.flash_prefix_len() if not self.token_positions.has_padding else 0
-        ahead = self.layers if first.observer and self.runs_ahead else []
-        self._counts = [x for layer in ahead for fields in layer.observed() for x in fields.values()]
-        self.kept = [torch.empty_like(x) for x in self._counts]
+            kinds.setdefault(layer.compresses, []).append(layer)
+            layer.allocate_static_views()
+        self.groups = [DenseGroup(layers, batch, self._flashes) for layers in kinds.values()]
+        self._group_of = [next(g for g in self.groups if layer in g.layers) for layer in self.layers]
+        observed = [layer for layer in self.layers if layer.observer and self.runs_ahead]
+        self._counted = [x for layer in observed for fields in layer.observed() for x in fields.values()]
+        self.kept = [torch.empty_like(x) for x in self._counted]
         self._refresh()
         self.demotion, self.order = None, None
         _graphs.pop(self.graph_id, None)
@@ -284,77 +391,61 @@ class DecodeGraph:
         self.dynamic_size = torch.empty(1, dtype=torch.uint8, device=device).expand(self.graph_id)
         torch._dynamo.mark_dynamic(self.dynamic_size, 0)
 
-    def _refresh(self) -> None:
+    def _refresh(self, counters: DeviceCounters | None = None) -> None:
         """Bring the tensors that graphs read up to date."""
-        first, token_positions = self.layers[0], self.token_positions
-        self.slot.fill_(first.exact.count)
-        if token_positions.cursor is None:
-            self.column.fill_(token_positions.length)
-            self.newest.copy_(token_positions.logical.amax(-1))  # the newest column may be padding
-        held = first.exact_positions() != PAD
-        self.seen.zero_()
-        self.seen[:, :, : held.shape[-1]] = held
+        if counters is None:
+            self.step_index.fill_(self.token_positions.length)
+            self.newest.copy_(self.token_positions.logical.amax(-1))  # the newest token may be padding
+        for group in self.groups:
+            group.refresh(counters)
         for layer in self.layers:
-            layer.refresh_static_inputs()
+            layer.refresh_static_views(counters)
 
     # -- inside a step
 
-    def run(self, index: int, query, key, value, mask, scaling, softcap, s_aux) -> Tensor:
-        """Store a layer's columns and attend: everything by tensors of fixed addresses.
+    def run(self, index: int, query, key, value, mask, options: ScoreOptions) -> Tensor:
+        """Append a layer's tokens and attend, by tensors of fixed addresses.
 
-        A negative `index`, -1 less the layer's, is of a layer that reads what that one has stored.
+        A negative `index` is -1 less the index of a layer: it reads again what that layer has stored.
         """
-        layer = self.layers[index if index >= 0 else -1 - index]
-        if index == 0:
-            self._advance(mask, query.shape[2])
+        reads_again = index < 0
+        index = -1 - index if reads_again else index
+        layer, group, new = self.layers[index], self._group_of[index], query.shape[2]
+        if index == 0 and not reads_again:
+            self._advance(mask, new)
             if self.kept:
-                copy_all(zip(self.kept, self._counts))
-        keys, values = layer.exact.tensors["key"], layer.exact.tensors["value"]
-        if index >= 0:
-            dense.store(keys, values, self._at, key, value)
-        attention_sums = layer.attention_sums()
-        if self.flash_prefix and softcap is None and s_aux is None:
-            output = dense.attend_long(query, keys, values, self._sees, self.flash_prefix, scaling)
-        else:
-            output = layer.attend(
-                query, keys, values, self._sees, layer.static_views,
-                scaling=scaling, softcap=softcap, s_aux=s_aux, mass=attention_sums,
-            )  # fmt: skip
-        if attention_sums:
-            sees = [self.seen, *(slots.valid for slots in layer.static_views)]
-            slot = self.slot if index >= 0 else None
-            group = query.shape[1] // key.shape[1]
-            layer.observer.add_step(layer.observed(), attention_sums, sees, self.real, group, slot)
-        if index == len(self.layers) - 1:
-            self.slot.add_(query.shape[2])
-            self.column.add_(query.shape[2])
+                copy_all(zip(self.kept, self._counted))
+        slot = None
+        if not reads_again:
+            layer.append(key, value, slots=group.slots)
+            slot = group.slot
+        visible = Visible(group.visible, layer.static_views, group.flash_prefix, self.real, slot)
+        output = layer.attend(query, visible, options)
+        if index == len(self.layers) - 1 and not reads_again:
+            self.step_index.add_(new)
+            for group in self.groups:
+                group.slot.add_(new)
         return output
 
     def _advance(self, mask: Tensor | None, new: int) -> None:
-        """Give the columns their positions in each row, and let them be seen."""
-        if new > 1:
-            self._advance_by(mask, new)
-            return
-        self._at, self._sees = self.slot, self.seen
-        self.real.fill_(True) if mask is None else self.real.copy_(mask[:, 0, -1, -1])
-        self.newest.add_(self.real)
-        place = torch.where(self.real, self.newest, PAD)
-        self.token_positions.buffer.index_copy_(1, self.column, place[:, None])
-        self.seen.index_copy_(2, self.slot, self.real[:, None, None])
-
-    def _advance_by(self, mask: Tensor | None, new: int) -> None:
-        """The same for several columns, of which each sees no later one."""
-        batch, device = self.token_positions.batch, self.slot.device
-        real = torch.ones(batch, new, dtype=torch.bool, device=device)
-        if mask is not None:
-            real = mask.diagonal(dim1=-2, dim2=-1)[:, 0]
-        steps = torch.arange(new, device=device)
-        place = self.newest[:, None] + real.cumsum(-1, dtype=torch.int32)
-        self.token_positions.buffer.index_copy_(1, self.column + steps, place.masked_fill(~real, PAD))
-        self.newest.add_(real.sum(-1, dtype=torch.int32))
-        self._at = self.slot + steps
-        self.seen.index_copy_(2, self._at, real[:, None])
-        self._sees = self.seen & (torch.arange(self.seen.shape[2], device=device) <= self._at[:, None])
+        """Give the tokens of a step their positions in each row, and let them be seen."""
+        batch, device = self.token_positions.batch, self.step_index.device
+        if new == 1:
+            self.real.fill_(True) if mask is None else self.real.copy_(mask[:, 0, -1, -1])
+            self.newest.add_(self.real)
+            place = torch.where(self.real, self.newest, PAD)[:, None]
+            self.token_positions.buffer.index_copy_(1, self.step_index, place)
+            real = self.real[:, None]
+        else:
+            real = torch.ones(batch, new, dtype=torch.bool, device=device)
+            if mask is not None:
+                real = mask.diagonal(dim1=-2, dim2=-1)[:, 0]
+            place = self.newest[:, None] + real.cumsum(-1, dtype=torch.int32)
+            at = self.step_index + torch.arange(new, device=device)
+            self.token_positions.buffer.index_copy_(1, at, place.masked_fill(~real, PAD))
+            self.newest.add_(real.sum(-1, dtype=torch.int32))
+        for group in self.groups:
+            group.advance(real, new)
 
 
 @torch.library.custom_op("fade::step", mutates_args=())
@@ -369,13 +460,14 @@ def step_operator(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """Attention of one layer in a decode step, [B, 1, Hq, D]; see `DecodeGraph.run`.
+    """Attention of one layer in a decode step, [B, q, Hq, D]; see `DecodeGraph.run`.
 
-    What it changes, the cache's own buffers, is hidden from the compiler, for which an epoch's operator
-    is a function of its arguments; the layers' order follows from their data.
+    The operator changes the buffers of the cache, which the compiler does not know. For the compiler, the
+    operators of one graph id are functions of their arguments. The order of layers follows from their data.
     """
     with without_autocast():
-        return _graphs[graph_id].run(index, query, key, value, mask, scaling, softcap, s_aux)
+        options = ScoreOptions(scaling, softcap, None, s_aux)
+        return _graphs[graph_id].run(index, query, key, value, mask, options)
 
 
 @step_operator.register_fake

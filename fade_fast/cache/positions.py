@@ -1,8 +1,10 @@
-"""Which columns a cache has seen, and where in its own row each one stands.
+"""Which tokens a cache has seen, and the logical position of each in its row.
 
-A column is one step of the batch: every row gets a token or padding. Padding is known only from
-the attention mask of the step that brings it, so it is written down here once, for all layers.
+Step index i counts the tokens of a batch: at each index, each row gets a token or padding. Padding is known
+only from the attention mask of its step. So it is recorded here once, for all layers.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,61 +12,76 @@ from torch import Tensor
 from .buffers import take_rows
 from .masks import PAD, MaskReader
 
-STEP = 256  # columns allocated at a time
+GROWTH = 256  # step indices allocated at a time
+
+
+class DeviceCounters(NamedTuple):
+    """How far a cache has come, as tensors. A CUDA graph reads them anew at each replay.
+
+    Attributes:
+        length: int64 [1], tokens seen.
+        newest: int32 [B], position of the newest real token of each row.
+    """
+
+    length: Tensor
+    newest: Tensor
 
 
 class TokenPositions:
-    """Positions of a cache's columns.
+    """Positions of the tokens of a cache.
 
-    `logical` [B, length] int32: the token's index among the real tokens of its row, or `PAD`.
-    `length`: columns seen, the cache's logical length. `buffer`: what `logical` is a view of.
-    `cursor`: the length as a tensor, int64 [1], while a graph is captured in which columns must be found
-    anew at every replay; `latest` then is what `newest()` gives. None otherwise.
-    `masks`: reads those of steps.
+    Attributes:
+        buffer: int32 [B, capacity]: the token's index among the real tokens of its row, or `PAD`.
+        length: tokens seen, the logical length of the cache.
+        has_padding: whether any token was padding.
+        masks: reads the masks of steps.
     """
 
     def __init__(self):
-        self.cursor: Tensor | None = None
-        self.latest: Tensor | None = None
         self.masks = MaskReader()
         self.clear()
 
     def clear(self) -> None:
-        """Forget every column, and the batch size."""
+        """Forget every token, and the batch size."""
         self.buffer: Tensor | None = None
         self.length = 0
         self.has_padding = False
-        self._judged = (-1, False)
+        self._checked = (-1, False)  # start of the newest step that was looked at, and what was found
 
     @property
     def logical(self) -> Tensor:
+        """Positions of all tokens seen, [B, length] int32."""
         return self.buffer[:, : self.length]
 
-    def index(self, first: int, count: int) -> Tensor:
-        """Columns `first` to `first + count`, by the cursor: int64 [count]."""
-        start = first - self.length
-        return self.cursor + torch.arange(start, start + count, device=self.cursor.device)
+    def at(self, first: int, count: int, counters: DeviceCounters | None = None) -> Tensor:
+        """Positions of step indices `first` to `first + count`, [B, count] int32.
 
-    def at(self, first: int, count: int) -> Tensor:
-        """Positions of columns `first` to `first + count`, [B, count]."""
-        if self.cursor is None:
+        With `counters`, the indices are read from the device: they count from its length.
+        """
+        if counters is None:
             return self.logical[:, first : first + count]
-        return self.buffer.index_select(1, self.index(first, count))
+        return self.buffer.index_select(1, self.index(first, count, counters))
+
+    def index(self, first: int, count: int, counters: DeviceCounters) -> Tensor:
+        """Step indices `first` to `first + count` as the device counts them, int64 [count]."""
+        offset = first - self.length
+        return counters.length + torch.arange(offset, offset + count, device=counters.length.device)
 
     @property
     def batch(self) -> int:
+        """Rows."""
         return self.buffer.shape[0]
 
     @property
     def room(self) -> int:
-        """Further columns there is room for."""
+        """Further tokens there is room for."""
         return self.buffer.shape[1] - self.length
 
     def extend(self, start: int, valid: Tensor | None, batch: int, count: int, device) -> None:
-        """Record `count` columns from column `start` on; nothing happens if they are known already.
+        """Record `count` tokens from step index `start` on. Nothing happens if they are known already.
 
-        `valid` is bool [B, count], or None if every token is real. Each layer calls this for the
-        same columns, so only the first call of a step writes.
+        `valid` is bool [B, count], or None if every token is real. Each layer calls this for the same
+        tokens, so only the first call of a step writes.
         """
         if start + count <= self.length:
             return
@@ -83,47 +100,49 @@ class TokenPositions:
         self.length = needed
 
     def all_real(self, start: int, valid: Tensor) -> bool:
-        """Whether no row has padding in a step from column `start` on; looked at once, for all layers."""
-        if self._judged[0] != start:
-            self._judged = (start, bool(valid.all()))
-        return self._judged[1]
+        """Whether no row has padding in the step from `start` on. All layers share one look."""
+        if self._checked[0] != start:
+            self._checked = (start, bool(valid.all()))
+        return self._checked[1]
 
     def real(self) -> Tensor | None:
-        """Which columns are no padding, bool [B, length]; None if none is."""
+        """Which tokens are not padding, bool [B, length]; None if all are real."""
         return self.logical != PAD if self.has_padding else None
 
-    def reserve(self, columns: int) -> None:
-        """Make room for `columns` in all, and more if there is too little: on a GPU twice as many."""
-        if columns <= self.buffer.shape[1]:
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens in all. If there is too little, make more: on a GPU twice as much."""
+        if length <= self.buffer.shape[1]:
             return
-        spare = columns if self.buffer.is_cuda else columns // 64
-        capacity = -(-(columns + spare) // STEP) * STEP
+        spare = length if self.buffer.is_cuda else length // 64
+        capacity = -(-(length + spare) // GROWTH) * GROWTH
         grown = self.buffer.new_full((self.batch, capacity), PAD)
         grown[:, : self.length] = self.logical
         self.buffer = grown
 
-    def newest(self) -> Tensor:
-        """Position of each row's newest real token, [B] int32."""
-        return self._last(self.buffer.shape[0], self.buffer.device)
+    def newest(self, counters: DeviceCounters | None = None) -> Tensor:
+        """Position of the newest real token of each row, [B] int32."""
+        return self._last(self.batch, self.buffer.device) if counters is None else counters.newest
+
+    def newest_of(self, seen: int, counters: DeviceCounters | None = None) -> Tensor:
+        """The same for the first `seen` tokens."""
+        return self.newest(counters) if seen == self.length else self.logical[:, :seen].amax(-1)
 
     def _last(self, batch: int, device) -> Tensor:
-        """Position of each row's newest real token, [B] int32; -1 if it has none yet."""
+        """The same; -1 for rows without a real token."""
         if not self.length:
             return torch.full((batch,), -1, dtype=torch.int32, device=device)
-        if self.cursor is not None:
-            return self.latest
         return self.logical.amax(-1) if self.has_padding else self.logical[:, -1]
 
     def crop(self, n: int) -> None:
-        """Forget the newest `n` columns."""
+        """Forget the newest `n` tokens."""
         self.length -= n
-        self._judged = (-1, False)
+        self._checked = (-1, False)
 
     def select_rows(self, index: Tensor) -> None:
-        """Rows `index` [B'] take the places of the rows there were."""
+        """Rows `index` [B'] take the places of the present rows."""
         if self.buffer is not None:
             self.buffer = take_rows(self.buffer, index)
 
     def tensors(self) -> list[Tensor]:
-        """What this holds in memory."""
+        """Every tensor held."""
         return [] if self.buffer is None else [self.buffer]

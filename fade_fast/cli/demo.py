@@ -15,11 +15,12 @@ from fade_ref.config import PRESETS
 from fade_ref.tiers import Tier
 
 from ..hf.attach import detach
-from ..hf.cache import storage_bytes, tensors
 from ..hf.create import create_cache
+from ..hf.foreign import ForeignLayer
 from ..hf.loading import HUB_ID, LoadError, load, quiet
 from ..hf.models import CACHE_NAME
 from ..saved.files import write_json
+from ..saved.memory import storage_bytes
 from . import options
 from .session import Stopwatch
 
@@ -166,7 +167,9 @@ def measure(model: PreTrainedModel, inputs, cache, name: str, max_new_tokens: in
         watch = Stopwatch(bar)
         tokens = _generate(model, inputs, cache, max_new_tokens, watch)
     if isinstance(cache, DynamicCache):
-        allocated = dense = storage_bytes([x for layer in cache.layers for x in tensors(layer)])
+        allocated = dense = storage_bytes(
+            [x for layer in cache.layers for x in ForeignLayer(layer).tensors()]
+        )
         tiers = {Tier.FP16.name: cache.get_seq_length()}
     else:
         memory = cache.memory()

@@ -2,7 +2,6 @@
 
 import copy
 import os
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,41 +17,23 @@ from fade_ref.config import FadeConfig
 
 from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import Guard, reading, single_threaded
-from ..cache.layer import TieredLayer
+from ..cache.layer import KVLayer
 from ..cache.positions import TokenPositions
-from ..cache.store import CODECS
+from ..formats.product import ProductFormat
+from ..formats.rotated import RotatedFormat, tier_widths
 from ..kernels import rotated
 from ..policies import plan, scores
-from ..saved import checkpoint, snapshot, telemetry
+from ..saved import checkpoint, memory, snapshot, telemetry
+from ..saved.memory import Memory
 from .attention import NAME
 from .codebooks import Codebooks, given
+from .foreign import ForeignLayer, static_window
+from .layer import TieredLayer
 from .models import attention_modules, execution_device, fingerprint, text_config, unwrapped
 from .prompts import SeenTokens
 from .rope_probe import RopeProbe
 
-
-@dataclass(frozen=True)
-class Memory:
-    """What a cache weighs, in bytes, and how many tokens it keeps in which tier.
-
-    Attributes:
-        allocated: every distinct storage the cache holds, spare capacity included. The ids seen, 4 bytes a
-            token on the host, are left out.
-        packed: what the live tokens need, means of keys and codebooks included.
-        dense: what `DynamicCache` would hold for the same logical tokens.
-        tokens: tokens by tier, "EVICTED" included, summed over the batch, of one tiered layer (the
-            mean over layers where they differ).
-    """
-
-    allocated: int
-    packed: int
-    dense: int
-    tokens: dict[str, float]
-
-    @property
-    def ratio(self) -> float:
-        """How many times smaller the cache is than an uncompressed one: dense / allocated."""
-        return self.dense / self.allocated if self.allocated else 1.0
+CODECS = ("rotated", "product")  # that a cache can have
 
 
 class TieredKVCache(Cache):
@@ -118,19 +99,22 @@ class TieredKVCache(Cache):
                 "evicted tokens: use a configuration that keeps every token"
             )
         self.fade_config, self.token_positions, self.seen = config, TokenPositions(), SeenTokens()
-        self.fingerprint = fingerprint(model)
+        self.fingerprint, self.model_config = fingerprint(model), model_config
         self.began: dict[int, int] = {}  # by thread: tokens held when its forward pass began
+        self.guard = Guard()
+        self._tables: dict[tuple, Tensor] = {}
+        self.codebooks: str | None = None  # their digest
         # Captured steps keep their counters on one device, so all layers must be there.
         on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
         on_gpu &= len({p.device for p in model.parameters()}) == 1
-        self.decode_graph, self.guard = DecodeGraph(self.token_positions, compileable=on_gpu), Guard()
-        self._matrices: dict[tuple, Tensor] = {}
-        self.codebooks: str | None = None  # their digest
-
-        def dispatches() -> bool:
-            return model_config._attn_implementation == NAME
-
-        layers, books = list(DynamicCache(config=model_config).layers), {}
+        layers, by_layer = list(DynamicCache(config=model_config).layers), {}
+        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not full:
+            kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
+            raise ValueError(
+                f"{type(model).__name__} has no layer whose cache could be tiered: no full-attention "
+                f"layer that caches keys and values alone. transformers gives its layers {kinds}"
+            )
         modules = attention_modules(model)
         #: Device of each layer's keys, which is not that of its weights if they are offloaded.
         self.homes = [
@@ -139,46 +123,47 @@ class TieredKVCache(Cache):
         ropes = RopeProbe(model) if config.contiguous else None
         if codebooks is not None:
             codebooks = given(codebooks, model)
-            books = codebooks.by_layer([i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
-            self.codebooks = codebooks.digest
-        for i, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                rope = ropes.find(i) if ropes else None
-                observer = scores.observer(config, weights, i, len(layers))
-                layers[i] = TieredLayer(
-                    config,
-                    self.decode_graph,
-                    rope,
-                    self._rotation,
-                    dispatches,
-                    max_length,
-                    observer,
-                    books.get(i),
-                )
-                layers[i].model_config, layers[i].layer_idx = model_config, i
-                layers[i].guard, layers[i].rollback_step = self.guard, self._rollback_step
-                layers[i].shared = bool(getattr(model_config, "num_kv_shared_layers", 0))
-            elif type(layer) is DynamicSlidingWindowLayer and on_gpu:
-                layers[i] = static_window(layer.sliding_window)
-        if not any(isinstance(layer, TieredLayer) for layer in layers):
-            kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
-            raise ValueError(
-                f"{type(model).__name__} has no layer whose cache could be tiered: no full-attention "
-                f"layer that caches keys and values alone. transformers gives its layers {kinds}"
+            by_layer, self.codebooks = codebooks.by_layer(full), codebooks.digest
+        self.tiered: list[KVLayer] = []
+        for index, i in enumerate(full):
+            if i in by_layer:
+                format = ProductFormat(by_layer[i], self._table)
+            else:
+                bits = (config.middle_k_bits, config.middle_v_bits)
+                format = RotatedFormat(tier_widths(config, bits), self._table)
+            observer = scores.observer(config, weights, i, len(layers))
+            rope = ropes.find(i) if ropes else None
+            self.tiered.append(
+                KVLayer(config, format, self.token_positions, rope, index, max_length, observer, i)
             )
-        self.decode_graph.captures = all(isinstance(layer, TieredLayer) for layer in layers)
+        self.decode_graph = DecodeGraph(self.token_positions, self.tiered, compileable=on_gpu)
+        self.decode_graph.captures = len(full) == len(layers)
+        shared = bool(getattr(model_config, "num_kv_shared_layers", 0))
+
+        def dispatches() -> bool:
+            return model_config._attn_implementation == NAME
+
+        for kv, i in zip(self.tiered, full):
+            layers[i] = TieredLayer(
+                kv, self.decode_graph, self.guard, dispatches, self._rollback_step, model_config
+            )
+            layers[i].shared = shared
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicSlidingWindowLayer and on_gpu:
+                layers[i] = static_window(layer.sliding_window)
         super().__init__(layers=layers)
 
     def __deepcopy__(self, memo: dict) -> "TieredKVCache":
         """An independent copy for the same model: its configuration, rotary modules, codebooks are shared."""
+        memo[id(self.model_config)] = self.model_config
         for layer in self.tiered:
-            for shared in (layer.model_config, layer.rope, layer.telemetry, *(layer.codebooks or ())):
+            for shared in (layer.rope, layer.telemetry, *layer.format.tensors()):
                 memo[id(shared)] = shared
         for graph in (self.decode_graph.demotion, self.decode_graph.order):
             memo[id(graph)] = None  # a captured graph cannot be copied
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        twin.decode_graph.clear()  # captured steps of this cache must not become the twin's
+        twin.decode_graph.clear()  # captured steps of this cache must not become those of the copy
         for layer in twin.tiered:
             layer.telemetry = None
         return twin
@@ -190,22 +175,21 @@ class TieredKVCache(Cache):
             "it here"
         )
 
-    def _rotation(self, dim: int, device) -> Tensor:
-        """The codec's matrix and the sum of its rows, float32: one for all layers of a head_dim."""
+    def _table(self, dim: int, device) -> Tensor:
+        """The codec's rotation and the sum of its rows, float32: one for all layers of a head_dim."""
         key = (dim, str(device))
-        if key not in self._matrices:
-            self._matrices[key] = rotated.with_sum(rotated.rotation(dim)).float().to(device)
-        return self._matrices[key]
+        if key not in self._tables:
+            self._tables[key] = rotated.with_sum(rotated.rotation(dim)).float().to(device)
+        return self._tables[key]
 
     @property
     def device(self) -> torch.device:
         """Device of the first tiered layer."""
-        return self.homes[self.layers.index(self.tiered[0])]
+        return self.homes[self.tiered[0].layer_idx]
 
-    @property
-    def tiered(self) -> list[TieredLayer]:
-        """The tiered layers, in order."""
-        return [layer for layer in self.layers if isinstance(layer, TieredLayer)]
+    def stored_layers(self) -> list[KVLayer | ForeignLayer]:
+        """The layers as files and reports see them, in order."""
+        return [layer.kv if isinstance(layer, TieredLayer) else ForeignLayer(layer) for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens seen, whatever became of them."""
@@ -224,16 +208,18 @@ class TieredKVCache(Cache):
         ahead = [layer for layer in self.layers if layer.get_seq_length() > start]
         kinds = (TieredLayer, DynamicSlidingWindowLayer)
         fits = all(
-            layer.croppable >= layer.length - start for layer in ahead if isinstance(layer, TieredLayer)
+            layer.kv.num_croppable >= layer.kv.length - start
+            for layer in ahead
+            if isinstance(layer, TieredLayer)
         )
         if not fits or not all(isinstance(layer, kinds) for layer in self.layers):
-            self.tiered[0].failed = True
+            self.decode_graph.failed = True
             return
         try:
             for layer in sorted(ahead, key=lambda layer: isinstance(layer, TieredLayer)):
                 layer.crop(start - layer.get_seq_length())
         except RuntimeError:  # a sliding window that has moved on
-            self.tiered[0].failed = True
+            self.decode_graph.failed = True
             return
         self._cropped(self.token_positions.length - start)
         self.decode_graph.touch()
@@ -246,7 +232,8 @@ class TieredKVCache(Cache):
         if self.token_positions.has_padding:
             held = bool((self.token_positions.newest() >= self.fade_config.n_sink - 1).all())
             for layer in self.tiered:
-                layer.sinks_placed &= held
+                if layer.is_initialized:
+                    layer.dense.sinks_placed &= held
 
     @single_threaded
     def reset(self) -> None:
@@ -266,9 +253,9 @@ class TieredKVCache(Cache):
         To remove all is to `reset()`. What policies counted of the attention of these tokens stays counted,
         but for a step that generate() takes back (`TieredLayer.record_past`).
         """
-        self.tiered[0].check_whole()
+        self.decode_graph.check_whole()
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
-        most = min(layer.croppable for layer in self.tiered)
+        most = min(layer.num_croppable for layer in self.tiered)
         for layer in self.layers if tokens_to_remove else ():
             moved_on = getattr(layer, "cumulative_length_int", 0) > getattr(layer, "max_cache_len", 0)
             if type(layer) is StaticSlidingWindowLayer and moved_on:
@@ -281,7 +268,7 @@ class TieredKVCache(Cache):
                 f"crop({tokens_to_remove}): from {-most} to 0 is possible, the newest {most} tokens being "
                 "uncompressed"
             )
-        if tokens_to_remove == -1 and self.tiered[0].record_past:
+        if tokens_to_remove == -1 and self.layers[self.tiered[0].layer_idx].record_past:
             self.decode_graph.uncount()
         super().crop(tokens_to_remove)
         if tokens_to_remove:
@@ -307,7 +294,7 @@ class TieredKVCache(Cache):
         self._check_rows(indices)
         for layer in self.layers:
             if isinstance(layer, TieredLayer):
-                layer.select_rows(indices)
+                layer.kv.select_rows(indices)
             else:
                 layer.batch_select_indices(indices)
         self.token_positions.select_rows(indices)
@@ -322,7 +309,7 @@ class TieredKVCache(Cache):
 
     def _check_rows(self, index: Tensor, same: bool = False) -> None:
         """Refuse an index of no rows, or (`same`) of another number of them; on a GPU it is not read."""
-        self.tiered[0].check_whole()
+        self.decode_graph.check_whole()
         if not self.token_positions.length:
             return
         batch = self.token_positions.batch
@@ -338,22 +325,10 @@ class TieredKVCache(Cache):
 
         Raises `RuntimeError` while another thread is in a step.
         """
-        self.tiered[0].check_whole()
+        self.decode_graph.check_whole()
         for layer in self.tiered:
-            layer.demote_due_blocks()
-        held = [x for layer in self.layers for x in tensors(layer)] + self.token_positions.tensors()
-        held += self.decode_graph.kept
-        rest = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
-        other = sum(x.nbytes for layer in rest for x in tensors(layer))
-        sizes = [snapshot.sizes(layer) for layer in self.tiered]
-        names = [tier for _, _, tokens in sizes for tier in tokens]
-        tokens = {n: sum(t.get(n, 0) for _, _, t in sizes) / len(sizes) for n in dict.fromkeys(names)}
-        return Memory(
-            allocated=storage_bytes(held),
-            packed=other + sum(packed for packed, _, _ in sizes),
-            dense=other + sum(dense for _, dense, _ in sizes),
-            tokens={n: int(x) if x == int(x) else x for n, x in tokens.items()},
-        )
+            layer.compact()
+        return memory.of(self.stored_layers(), self.token_positions.tensors() + self.decode_graph.kept)
 
     @reading
     def save(self, path: str | os.PathLike, tokens: Tensor | None = None) -> None:
@@ -364,13 +339,13 @@ class TieredKVCache(Cache):
 
         Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
         """
-        self.tiered[0].check_whole()
+        self.decode_graph.check_whole()
         checkpoint.save(self, path, tokens)
 
     @reading
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors, cloned, and what else the cache knows, for people who store it themselves."""
-        self.tiered[0].check_whole()
+        self.decode_graph.check_whole()
         return checkpoint.state_dict(self)
 
     @single_threaded
@@ -398,24 +373,3 @@ class TieredKVCache(Cache):
     def snapshot(self) -> dict:
         """The same and more as JSON has it: each layer's tiers, positions and bytes; see `snapshot.py`."""
         return snapshot.of(self)
-
-
-def static_window(window: int) -> StaticSlidingWindowLayer:
-    """transformers' layer of a sliding window in a buffer of fixed size.
-
-    By `window + 1` as the most tokens it may see, it knows that the window moves, and that tokens which
-    fell out cannot come back; the buffer has `window` slots all the same.
-    """
-    return StaticSlidingWindowLayer(window + 1, window)
-
-
-def storage_bytes(held: list[Tensor]) -> int:
-    """Bytes of every distinct storage behind some tensors."""
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}.values())
-
-
-def tensors(layer) -> list[Tensor]:
-    """Tensors a cache layer of any class holds."""
-    if isinstance(layer, TieredLayer):
-        return layer.tensors()
-    return [x for x in vars(layer).values() if isinstance(x, Tensor)]

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fade_ref.config import FadeConfig
 
-from ..cache.layer import TieredLayer
+from ..cache.layer import KVLayer
 from .attach import verified
 from .cache import TieredKVCache
 from .models import attention_modules, unwrapped
@@ -112,13 +112,14 @@ def check_model(
         if verification.refused:
             raise ValueError(verification.refused)
         modules, sizes = attention_modules(model), {}
-        for i, layer in enumerate(cache.layers):
-            if isinstance(layer, TieredLayer):
-                shape = verification.shapes.get(i)
-                heads, dim = (
-                    (shape.heads, shape.key_dim) if shape else _shape(modules.get(i), layer.model_config)
-                )
-                sizes[i] = _bytes(layer, heads, dim, model.dtype, length)
+        for layer in cache.tiered:
+            i = layer.layer_idx
+            shape = verification.shapes.get(i)
+            if shape:
+                heads, dim = shape.heads, shape.key_dim
+            else:
+                heads, dim = _shape(modules.get(i), cache.model_config)
+            sizes[i] = _bytes(layer, heads, dim, model.dtype, length)
     except ValueError as error:
         return ModelCheck(name, refused=str(error))
     layers = tuple(
@@ -167,7 +168,7 @@ def _shape(attention, config) -> tuple[int, int]:
     return getattr(config, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None) or heads, dim
 
 
-def _bytes(layer: TieredLayer, heads: int, dim: int, dtype: torch.dtype, length: int) -> tuple[int, int]:
+def _bytes(layer: KVLayer, heads: int, dim: int, dtype: torch.dtype, length: int) -> tuple[int, int]:
     """(dense, packed) bytes of a layer at a length, from a few blocks that are really encoded."""
     config, token = layer.config, heads * 2 * dim * dtype.itemsize
     dense = length * token
@@ -175,11 +176,11 @@ def _bytes(layer: TieredLayer, heads: int, dim: int, dtype: torch.dtype, length:
         return dense, dense
     due = max(0, length - config.n_sink - config.recent_window) // config.block_size * config.block_size
     zeros = torch.zeros(1, heads, config.block_size, dim, dtype=dtype)
-    layer.lazy_initialization(zeros, zeros)
+    layer.allocate(zeros)
     layer.token_positions.extend(0, None, 1, config.block_size, zeros.device)
-    layer.middle.demote(zeros, zeros, 0, config.block_size, layer.arrive(config.block_size))
+    layer.middle.demote(zeros, zeros, 0, config.block_size, layer.new_stats(config.block_size))
     records = [tier.records.record_bytes for tier in layer.middle.tiers]
-    means, books = layer.middle.means, sum(book.nbytes for book in layer.codebooks or ())
+    means, tables = layer.middle.means, layer.format.table_bytes
     mean = means["mean"].nbytes if means is not None and means.count else 0
     layer.reset()
     layer.token_positions.clear()
@@ -191,4 +192,4 @@ def _bytes(layer: TieredLayer, heads: int, dim: int, dtype: torch.dtype, length:
     packed = (length - due) * token + sum(n * size for n, size in zip(kept, records))
     if not config.relocatable:
         mean *= due // config.block_size
-    return dense, packed + (mean if due else 0) + books
+    return dense, packed + (mean if due else 0) + tables

@@ -25,13 +25,14 @@ from collections.abc import Iterator
 
 import torch
 import transformers
-from transformers import CompileConfig, PreTrainedModel
+from transformers import Cache, CompileConfig, PreTrainedModel
 from transformers.generation import utils as generation
 
 from ..cache.cuda_graph import Captured
 from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import without_autocast
 from ..compile.compiled import row_products, uncaptured
+from .cache import TieredKVCache
 from .models import CACHE_NAME, named_cache, text_config
 from .prompts import Prompt
 
@@ -156,9 +157,9 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
     made = functools.partial(type(model).get_compiled_call, model)
 
     @functools.cache
-    def ours(decode_graph: DecodeGraph) -> bool:
+    def ours(cache: TieredKVCache) -> bool:
         """Whether the cache is of this model; attention refuses others."""
-        return decode_graph.layers[0].model_config is text_config(model)
+        return cache.model_config is text_config(model)
 
     @functools.cache
     def step_of(decode_graph: DecodeGraph):
@@ -172,20 +173,25 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
             uncaptured(compile_config or CompileConfig(), model.device) if decode_graph.captures else None
         )
         compiled = row_products()(made(config or compile_config))
-        return Captured(compiled, otherwise) if config else lambda graph_id, arguments: compiled(**arguments)
+        return (
+            Captured(compiled, otherwise, _must_clone)
+            if config
+            else lambda graph_id, arguments: compiled(**arguments)
+        )
 
     def call(*args, **kwargs):
-        decode_graph = _stepper(kwargs)
-        if decode_graph is None:
+        cache = named_cache(kwargs)[1]
+        if not isinstance(cache, TieredKVCache):
             return made(compile_config)(*args, **kwargs)
+        decode_graph = cache.decode_graph
         decode_graph.reached.add("step")
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        usual = not args and tokens is not None and ours(decode_graph)
+        usual = not args and tokens is not None and ours(cache)
         if usual and tokens.shape[1] == 1 and decode_graph.drafts() is not None:
             # The last step of a text has no drafts: by itself it is not worth a graph of one column.
             usual, decode_graph.undrafted = decode_graph.undrafted, True
-        with decode_graph.layers[0].guard:
+        with cache.guard:
             with without_autocast():
                 ready = usual and decode_graph.begin(tokens.shape[1], tokens.shape[0])
             if not ready:
@@ -204,6 +210,11 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
             return output
 
     return call
+
+
+def _must_clone(output) -> bool:
+    """Whether generate() may keep a tensor of a step's output: it copies logits itself."""
+    return any(name != "logits" and not isinstance(x, Cache) for name, x in output.items())
 
 
 def _of_any_length(arguments: dict, tokens: torch.Tensor) -> dict:
@@ -274,7 +285,7 @@ def _is_supported(device, cache, *args, is_assistant=False, **kwargs):
 def _compiles(model: PreTrainedModel, model_kwargs: dict, generation_config) -> bool:
     """The answer of transformers, which the cache is told: eager steps do not run ahead."""
     answer = getattr(type(model), VALID_AUTO_COMPILE_CRITERIA)(model, model_kwargs, generation_config)
-    if decode_graph := _stepper(model_kwargs):
+    if decode_graph := _graph_of(model_kwargs):
         decode_graph.compiled = answer
         if not answer:
             decode_graph.reached.add("declined")
@@ -294,7 +305,7 @@ def _drafter(model: PreTrainedModel, generation_config, *args, **kwargs):
     """What drafts tokens; as long as it lives, the steps of the cache check them."""
     made = getattr(type(model), GET_CANDIDATE_GENERATOR)(model, generation_config, *args, **kwargs)
     asked = kwargs.get("model_kwargs", {})
-    if decode_graph := _stepper(asked):
+    if decode_graph := _graph_of(asked):
         cache = named_cache(asked)[1]
         length = cache.get_seq_length()
         if length:  # transformers would append the prompt, of a DynamicCache, too
@@ -313,7 +324,7 @@ def _drafter(model: PreTrainedModel, generation_config, *args, **kwargs):
 def _call(model: PreTrainedModel, *args, **kwargs):
     """`model(...)`, compiled in beam search and in assisted decoding."""
     if not torch.compiler.is_compiling():
-        decode_graph, searching = _stepper(kwargs), model.__dict__.pop("_fade_searching", False)
+        decode_graph, searching = _graph_of(kwargs), model.__dict__.pop("_fade_searching", False)
         if decode_graph and (searching or decode_graph.drafts() is not None):
             asked = decode_graph.asked
             wanted = decode_graph.captures and not asked.get("disable_compile")
@@ -325,7 +336,7 @@ def _call(model: PreTrainedModel, *args, **kwargs):
     return model._call_impl(*args, **kwargs)
 
 
-def _stepper(arguments: dict) -> DecodeGraph | None:
+def _graph_of(arguments: dict) -> DecodeGraph | None:
     """The stepper of the tiered cache among arguments; None without one."""
     decode_graph = getattr(named_cache(arguments)[1], "decode_graph", None)
     return decode_graph if isinstance(decode_graph, DecodeGraph) else None

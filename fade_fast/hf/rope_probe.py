@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ..kernels.rope import rotate
+from ..kernels.rope import RoPE, rotate
 from .models import execution_device, vocabulary
 from .undisturbed import undisturbed
 
@@ -35,6 +35,10 @@ class Rope:
     def inv_freq(self) -> Tensor:
         """[d / 2] float32, radians a position."""
         return getattr(self.source, self.buffer)
+
+    def __call__(self) -> RoPE:
+        """Both, as they are now."""
+        return RoPE(self.inv_freq(), self.interleaved)
 
 
 class _Still(nn.Module):

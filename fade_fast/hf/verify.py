@@ -98,7 +98,7 @@ def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[],
             tiered = new_cache()
             with witness:
                 found = _feed(model, tiered)
-            tiered.tiered[0].check_whole()
+            tiered.decode_graph.check_whole()
         except Exception as error:  # noqa: BLE001 - as above
             return Verification(
                 f"{name} cannot run with a tiered cache: over random tokens its forward pass raises "

@@ -1,9 +1,20 @@
 """Rotating keys by a position or a position difference, in the style of the model's own RoPE."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class RoPE(NamedTuple):
+    """How a layer rotates its keys: frequencies [d / 2], radians per position, and the style of pairs.
+
+    `interleaved`: pairs are channels (2i, 2i + 1) as in Cohere and GLM, else (i, i + d / 2).
+    """
+
+    inv_freq: Tensor
+    interleaved: bool
 
 
 def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:

@@ -15,18 +15,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
-from ..cache.layer import TieredLayer
+from ..cache.budget_store import BudgetStore
+from ..cache.layer import KVLayer
 from ..cache.positions import TokenPositions
-from ..cache.store import BudgetStore
 from .files import whole
 
 VERSION = 3
+TIERED = "TieredLayer"  # kind of a tiered layer in files
 TOKENS = "tokens"  # name of a tensor of ids that goes with a cache, but is none of it
 
 
-def state_dict(cache: Cache) -> tuple[dict[str, Tensor], dict]:
+def state_dict(cache) -> tuple[dict[str, Tensor], dict]:
     """Every tensor of a `TieredKVCache`, cloned, and what else it knows, as JSON would have it.
 
     Names are "timeline" and "{layer}.{part}.{field}"; shapes are those in memory, cut to what is in use.
@@ -35,14 +35,11 @@ def state_dict(cache: Cache) -> tuple[dict[str, Tensor], dict]:
     """
     tensors = {"timeline": cache.token_positions.logical} if cache.token_positions.length else {}
     layers = []
-    for i, layer in enumerate(cache.layers):
-        if isinstance(layer, TieredLayer):
-            layer.demote_due_blocks()
-            parts, known = _of_tiered(layer)
-        elif type(layer) in SLIDING:
-            parts, known = _of_sliding(layer)
-        else:
-            raise ValueError(f"layer {i} is a {type(layer).__name__}, which cannot be stored")
+    for i, layer in enumerate(cache.stored_layers()):
+        try:
+            parts, known = _of_tiered(layer) if isinstance(layer, KVLayer) else layer.state()
+        except ValueError as error:
+            raise ValueError(f"layer {i}: {error}") from error
         tensors |= {f"{i}.{name}": x for name, x in parts.items()}
         layers.append(dict(kind=_kind(layer)) | known)
     known = dict(
@@ -53,7 +50,7 @@ def state_dict(cache: Cache) -> tuple[dict[str, Tensor], dict]:
     return {name: x.detach().clone().contiguous() for name, x in tensors.items()}, known
 
 
-def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> None:
+def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
     """Fill an empty cache with what `state_dict` gave; tensors are copied to the model's device.
 
     Raises `ValueError`, before anything is changed, if the cache is not empty, has another
@@ -72,13 +69,13 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
         raise ValueError("what is stored are codes of other codebooks than the cache's")
     kinds, ours = (
         [layer.get("kind") for layer in layers],
-        [_kind(layer) for layer in cache.layers],
+        [_kind(layer) for layer in cache.stored_layers()],
     )
     if kinds != ours:
         raise ValueError(f"the stored layers are {kinds}, the cache's {ours}")
     rest = dict(tensors)
     position = rest.pop("timeline", None)
-    own = [{} for _ in cache.layers]
+    own = [{} for _ in layers]
     for name in list(rest):
         index, _, part = name.partition(".")
         if not index.isdigit() or int(index) >= len(own):
@@ -86,12 +83,12 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
         own[int(index)][part] = rest.pop(name)
     homes = cache.homes
     try:
-        for i, (layer, parts, about) in enumerate(zip(cache.layers, own, layers)):
+        for i, (layer, parts, about) in enumerate(zip(cache.stored_layers(), own, layers)):
             parts = {name: x.to(homes[i]) for name, x in parts.items()}
-            if isinstance(layer, TieredLayer):
+            if isinstance(layer, KVLayer):
                 _fill_tiered(layer, parts, about)
-            elif parts:
-                _fill_sliding(layer, parts, about)
+            else:
+                layer.load(parts, about)
             if parts:
                 raise ValueError(f"tensors without a place: {', '.join(parts)}")
         if position is not None:
@@ -101,7 +98,7 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
         raise ValueError(f"what is stored does not fit the cache: {error}") from error
 
 
-def save(cache: Cache, path: str | os.PathLike, token_ids: Tensor | None = None) -> None:
+def save(cache, path: str | os.PathLike, token_ids: Tensor | None = None) -> None:
     """Write a cache to a file, whole or not at all: a file that was there survives a crash.
 
     `token_ids`, an integer tensor, is stored beside it as int32, for `read_tokens`.
@@ -192,12 +189,13 @@ def _digest(tensors: dict[str, Tensor], header: dict) -> str:
     return digest.hexdigest()
 
 
-def _of_tiered(layer: TieredLayer) -> tuple[dict[str, Tensor], dict]:
+def _of_tiered(layer: KVLayer) -> tuple[dict[str, Tensor], dict]:
+    layer.compact()
     if not layer.length:
         return {}, dict(length=0)
-    parts = {f"exact.{name}": layer.exact[name] for name in layer.exact.fields}
-    if layer.sink_keys is not None:
-        parts["sink_keys"] = layer.sink_keys
+    parts = {f"exact.{name}": layer.dense[name] for name in layer.dense.fields}
+    if layer.dense.sink_keys is not None:
+        parts["sink_keys"] = layer.dense.sink_keys
     if layer.observer is not None:
         parts |= {f"observer.{i}": x for i, x in enumerate(layer.observer.tensors())}
     middle = layer.middle
@@ -210,56 +208,25 @@ def _of_tiered(layer: TieredLayer) -> tuple[dict[str, Tensor], dict]:
             parts["means"] = middle.means["mean"]
         if isinstance(middle, BudgetStore) and middle.evicted is not None:
             parts |= dict(evicted=middle.evicted, demoted=middle._demoted)
-    return parts, dict(length=layer.length, sinks_placed=layer.sinks_placed)
-
-
-#: Layers of transformers with a sliding window, which keep it as it comes or, on a GPU, in a fixed buffer.
-SLIDING = (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
+    return parts, dict(length=layer.length, sinks_placed=layer.dense.sinks_placed)
 
 
 def _kind(layer) -> str:
-    """What a stored layer is called: alike for both classes of a sliding window."""
-    return SLIDING[0].__name__ if type(layer) in SLIDING else type(layer).__name__
+    """Kind of a layer in files."""
+    return TIERED if isinstance(layer, KVLayer) else layer.kind
 
 
-def _of_sliding(layer) -> tuple[dict[str, Tensor], dict]:
-    length, parts = layer.get_seq_length(), {}
-    if layer.is_initialized:
-        parts = dict(keys=layer.keys, values=layer.values)
-    if parts and type(layer) is StaticSlidingWindowLayer:
-        # What lies in front of a full buffer falls out before it is read again.
-        window = layer.max_cache_len
-        held = slice(1, None) if length >= window else slice(0, length)
-        parts = {name: x[:, :, held] for name, x in parts.items()}
-    return parts, dict(cumulative_length=length)
-
-
-def _fill_sliding(layer, parts: dict[str, Tensor], about: dict) -> None:
-    length, keys, values = about["cumulative_length"], parts.pop("keys"), parts.pop("values")
-    layer.lazy_initialization(keys, values)
-    if type(layer) is DynamicSlidingWindowLayer:
-        layer.keys, layer.values, layer.cumulative_length = keys.clone(), values.clone(), length
-        return
-    window = layer.max_cache_len
-    kept = min(length, window - 1)
-    start = 1 if length >= window else 0
-    for buffer, x in ((layer.keys, keys), (layer.values, values)):
-        buffer[:, :, start : start + kept] = x[:, :, x.shape[2] - kept :]
-    layer.cumulative_length.fill_(length)
-    layer.cumulative_length_int = length
-
-
-def _fill_tiered(layer: TieredLayer, parts: dict[str, Tensor], about: dict) -> None:
+def _fill_tiered(layer: KVLayer, parts: dict[str, Tensor], about: dict) -> None:
     if not about["length"]:
         return
     keys, values = parts["exact.key"], parts["exact.value"]
     layer.check(keys, values, least=0)
-    layer.lazy_initialization(keys, values)
-    layer.exact.append(**{name: parts.pop(f"exact.{name}") for name in layer.exact.fields})
+    layer.allocate(keys)
+    layer.dense.append(**{name: parts.pop(f"exact.{name}") for name in layer.dense.fields})
     for i, x in enumerate(layer.observer.tensors() if layer.observer else ()):
         x.copy_(parts.pop(f"observer.{i}"))
-    layer.length, layer.sinks_placed = about["length"], about["sinks_placed"]
-    layer.sink_keys = parts.pop("sink_keys", None)
+    layer.length, layer.dense.sinks_placed = about["length"], about["sinks_placed"]
+    layer.dense.sink_keys = parts.pop("sink_keys", None)
     middle = layer.middle
     if middle is None:
         return

@@ -16,44 +16,24 @@ from torch import Tensor
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import Tier
 
-from ..cache.layer import TieredLayer
-from ..cache.store import tier_names
+from ..cache.layer import KVLayer
+from ..formats import tier_names
 from . import checkpoint
+from .memory import layer_sizes
 
 VERSION = 1
 TIERED = "tiered"
-
-
-def sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
-    """(packed bytes, dense bytes, tokens by tier) of a tiered layer."""
-    if not layer.is_initialized:
-        return 0, 0, {}
-    batch, heads = layer.exact["key"].shape[:2]
-    vector = layer.exact["key"].shape[3] * layer.exact["key"].element_size()
-    seen = int((layer.token_positions.logical >= 0).sum())
-    tokens = {Tier.FP16.name: int((layer.exact_positions() >= 0).sum())}
-    packed = tokens["FP16"] * layer.exact.record_bytes
-    if layer.middle is not None:
-        for tier in layer.middle.tiers:
-            tokens[tier.name] = int((layer.middle.position(tier) >= 0).sum())
-            packed += tokens[tier.name] * tier.records.record_bytes
-        means = layer.middle.means
-        packed += means["mean"].nbytes if means is not None and means.count else 0
-        packed += sum(book.nbytes for book in layer.codebooks or ())
-        tokens[Tier.EVICTED.name] = seen - sum(tokens.values())
-    return packed, batch * layer.length * heads * 2 * vector, tokens
 
 
 def of(cache, positions: bool = True) -> dict:
     """Snapshot of a live cache; blocks whose demotion is due are demoted first."""
     memory = cache.memory()
     layers = []
-    for i, layer in enumerate(cache.layers):
-        if isinstance(layer, TieredLayer):
+    for i, layer in enumerate(cache.stored_layers()):
+        if isinstance(layer, KVLayer):
             layers.append(_of_tiered(i, layer, positions))
         else:
-            held = [x for x in vars(layer).values() if isinstance(x, Tensor)]
-            layers.append(dict(layer=i, kind=type(layer).__name__, bytes=sum(x.nbytes for x in held)))
+            layers.append(dict(layer=i, kind=layer.name, bytes=sum(x.nbytes for x in layer.tensors())))
     token_positions = cache.token_positions
     return dict(
         version=VERSION,
@@ -68,12 +48,12 @@ def of(cache, positions: bool = True) -> dict:
     )
 
 
-def _of_tiered(index: int, layer: TieredLayer, positions: bool) -> dict:
-    packed, dense, tokens = sizes(layer)
+def _of_tiered(index: int, layer: KVLayer, positions: bool) -> dict:
+    packed, dense, tokens = layer_sizes(layer)
     found = dict(layer=index, kind=TIERED, bytes=packed, dense=dense, tiers={})
     if not layer.is_initialized:
         return found
-    records = {Tier.FP16.name: (layer.exact.record_bytes, layer.exact_positions)}
+    records = {Tier.FP16.name: (layer.dense.record_bytes, layer.dense_positions)}
     for tier in layer.middle.tiers if layer.middle is not None else ():
         records[tier.name] = (tier.records.record_bytes, lambda tier=tier: layer.middle.position(tier))
     for name, (size, position) in records.items():
@@ -103,7 +83,7 @@ def _of_file(path: str | os.PathLike, positions: bool) -> dict:
     for i, about in enumerate(header["layers"]):
         own = {n.partition(".")[2]: x for n, x in shapes.items() if n.startswith(f"{i}.")}
         layer = dict(layer=i, kind=about["kind"], bytes=sum(size for _, size in own.values()))
-        if about["kind"] == TieredLayer.__name__:
+        if about["kind"] == checkpoint.TIERED:
             layer |= dict(kind=TIERED, tiers={})
             for part, name in dict(exact=Tier.FP16.name, **names).items():
                 fields = {n: x for n, x in own.items() if n.startswith(f"{part}.")}

@@ -208,18 +208,18 @@ class Telemetry:
         evicted = evicted if evicted is None else evicted.clone()  # it is counted on in place
         moves = layer.config.contiguous and layer.config.evicts
         places = _places(layer, seen=layer.token_positions.length) if moves else None
-        middle.planned = functools.partial(self._plan, layer)
+        middle.on_plan = functools.partial(self._plan, layer)
 
         def done() -> None:
-            seconds, middle.planned = time.perf_counter() - start, None
+            seconds, middle.on_plan = time.perf_counter() - start, None
             batch = layer.token_positions.batch
             counts = dict(first=first, columns=columns, tokens=batch * columns)
             counts |= dict(rows=batch, into=middle.tiers[0].name, planned=layer.config.relocatable)
-            counts |= dict(bytes_before=counts["tokens"] * layer.exact.record_bytes)
+            counts |= dict(bytes_before=counts["tokens"] * layer.dense.record_bytes)
             counts |= dict(bytes_after=_bytes(middle) - size, seconds=seconds)
             later = {}
             if layer.token_positions.has_padding:
-                later["tokens"] = (middle.column_positions(first, columns) != PAD).sum()
+                later["tokens"] = (middle.middle_positions(first, columns) != PAD).sum()
             self.emit("demotion", _of(layer) | counts, later)
             if middle.evicted is not None and layer.config.evicts:
                 self._dropped(layer, evicted, places)
@@ -300,10 +300,10 @@ def _buffers(layer) -> list[tuple[str, object, int, int]]:
         )
     if not layer.is_initialized:
         return found
-    held = {"exact": layer.exact}
+    held = {"exact": layer.dense}
     if layer.middle is not None:
         held |= layer.middle.buffers()
-    rows = layer.exact["key"].shape[0]
+    rows = layer.dense["key"].shape[0]
     return found + [(name, x, x.capacity, rows * x.record_bytes) for name, x in held.items()]
 
 

@@ -208,7 +208,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     if p.fused:
         slots_read = [packed.whole(p.batch * p.heads, n) for n in p.lengths]
     spare = [(num_read - n + SPARE) if p.fused else p.spare for n, num_read in zip(p.lengths, slots_read)]
-    draw, total = Draw(seed), sum(p.lengths) + p.exact
+    draw, total = Draw(seed), sum(p.lengths) + p.dense
     first = 50_000 if p.rope else 0  # large angles
     order = torch.stack([torch.randperm(sum(p.lengths), generator=draw.generator) for _ in range(p.batch)])
     newest = torch.arange(sum(p.lengths), total).expand(p.batch, -1)
@@ -223,7 +223,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
         position[:, sum(p.lengths) :] = -1
     terms = spec.Terms(p.dim**-0.5, p.softcap, p.window)
     query = draw.normal(p.batch, p.heads * p.group, p.new, p.dim)
-    keys, values = (draw.normal(p.batch, p.heads, p.exact, p.dim) for _ in "kv")
+    keys, values = (draw.normal(p.batch, p.heads, p.dense, p.dim) for _ in "kv")
     if p.stress == "hot channel":
         query[..., 5] *= 10
         keys[..., 5] = 20
@@ -285,7 +285,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
             each = spec.over_tensors(q, all_keys[b], one, at[b], position[b], terms)
             sink = [] if s_aux is None else [spec.sink(terms.s_aux, each.acc.shape)]
             mass.append(spec.merge([each, *sink]).unflatten(0, (p.heads, -1)).sum((1, 2)))
-    mass = [torch.stack(mass).split([*p.lengths, p.exact], dim=-1)] if mass else [[]]
+    mass = [torch.stack(mass).split([*p.lengths, p.dense], dim=-1)] if mass else [[]]
     mass = [mass[0][-1], *mass[0][:-1]] if mass[0] else []
 
     seen_exact = seen[:, :, own]
@@ -346,7 +346,7 @@ def _attend(found: Found, p: Problem, seed: int, where: str) -> None:
     # As `step.attend` decides.
     p = replace(p, fused=found.fused and p.dtype.itemsize == 2 and p.group * p.new <= decode.MOST_ROWS)
     posed = pose(p, seed, found.device)
-    lengths = [p.exact, *(slots.valid.shape[-1] for slots in posed.args[5])]
+    lengths = [p.dense, *(slots.valid.shape[-1] for slots in posed.args[5])]
     wide = torch.promote_types(p.dtype, torch.float32)
     mass = [torch.full((p.batch, p.heads, n), torch.nan, dtype=wide, device=found.device) for n in lengths]
     mass = mass if p.mass else []
@@ -425,7 +425,7 @@ def _tiles(found: Found, p: Problem, seed: int, where: str) -> None:
 def _twin(found: Found, p: Problem, seed: int, where: str) -> None:
     """What the GPU's compiled twin computes, without a compiler."""
     posed = pose(p, seed, found.device)
-    o, lengths = posed.options, [p.exact, *p.lengths]
+    o, lengths = posed.options, [p.dense, *p.lengths]
     mass = [torch.full((p.batch, p.heads, n), torch.nan, device=found.device) for n in lengths]
     args = decode._of_span((*posed.args, o["s_aux"], o.get("inv_freq"), mass), o["slots_read"])
     options = dict(bits=tuple(p.bits), scaling=o["scaling"], softcap=p.softcap)

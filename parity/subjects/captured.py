@@ -114,21 +114,21 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
             found.holds("captured as a whole", cache.decode_graph.captures, "refused")
             found.holds("ends", ends is None or cache.decode_graph.runs_ahead, "not ahead")
         for layer in (*cache.tiered, *eager.tiered):  # a step too many may have demoted what was due
-            layer.demote_due_blocks()
+            layer.compact()
         own = counters["stats"]["unique_graphs"] - (found.ran.new - twins)
         found.holds("one graph", own == 1 or drafted and own == 2, f"{own}")
         found.holds("one graph", not counters["graph_break"], "a graph break")
         found.same("lengths", cache.token_positions.logical, eager.token_positions.logical)
         claim = "captured, compiled" if found.fused else "captured"
         for i, (a, b) in enumerate(zip(cache.tiered, eager.tiered)):
-            for side, x, y in zip(("keys", "values"), a.dense(), b.dense()):
+            for side, x, y in zip(("keys", "values"), a.decode_all(), b.decode_all()):
                 error = relative_error(x, y.double().cpu())
                 found.near("stored" if found.fused else claim, error, f"{side} of layer {i}")
             for side in ("key", "value") if found.fused else ():
-                x, y = (layer.exact[side][:, :, : layer.exact.count] for layer in (a, b))
+                x, y = (layer.dense[side][:, :, : layer.dense.count] for layer in (a, b))
                 found.near(claim, relative_error(x, y.double().cpu()), f"uncompressed {side}s of layer {i}")
             for name in a.observer.fields if a.observer else ():
-                error = relative_error(a.exact[name].double(), b.exact[name].double().cpu())
+                error = relative_error(a.dense[name].double(), b.dense[name].double().cpu())
                 found.near("received" if found.fused else claim, error, f"{name} of layer {i}")
 
     return run

@@ -8,7 +8,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 import fade_fast
-from fade_fast.cache import store
+from fade_fast.hf import cache as hf_cache
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.policies import plan
 from fade_fast.saved import checkpoint
@@ -28,7 +28,7 @@ AFTER = [1] * 7 + [18, 3, ("crop", 2), 1, ("reorder", [1, 0]), 1, ("select", [1]
 
 def registry() -> list[str]:
     """What must have a checkpoint that is compared: all that a cache can hold."""
-    names = [f"tier {tier.name}" for tier in Tier] + [f"codec {name}" for name in store.CODECS]
+    names = [f"tier {tier.name}" for tier in Tier] + [f"codec {name}" for name in hf_cache.CODECS]
     names += [f"policy {name}" for name in plan.SUPPORTED] + [f"plan scope {name}" for name in plan.SCOPES]
     names += [f"positions {name}" for name in POSITIONS] + [f"preset {name}" for name in PRESETS]
     return [f"checkpoint of {name}" for name in names]

@@ -6,6 +6,8 @@ from unittest import mock
 import torch
 
 from fade_fast.cache import store
+from fade_fast.formats import rotated as formats
+from fade_fast.hf import cache as hf_cache
 from fade_fast.kernels import packed, rotated
 from fade_ref import quantize
 from fade_ref.config import CODECS
@@ -48,7 +50,7 @@ def collect() -> list[Case]:
                 found.append(Case("codecs", "codes of exact inputs", title, run, covers, compiled=True))
     found.append(Case("codecs", "key mean", "with holes", _mean))
     for codec in CODECS:
-        if codec in store.CODECS:
+        if codec in hf_cache.CODECS:
             continue
         run = BY_DEFINITION[codec]  # a codec without a case fails here
         found.append(Case("codecs", "spec only", codec, run, (f"codec {codec}",)))
@@ -211,11 +213,11 @@ def _requantize(bits, lower):
             spec = high.encode(draw.normal(2, 3, 60, dim) * 5)
             half = [None if x is None else x.half().to(found.device) for x in spec[1:]]
             ours = rotated.Packed(spec.codes.to(found.device), *half)
-            names = store.record(ours, ours)
-            twin = store.BudgetStore._requantize(None, names, (bits, bits), (lower, lower))
+            names = formats.pack_record(ours, ours)
+            twin = formats.requantize(names, (bits, bits), (lower, lower))
             exact = high.requantize(spec, low)
             for side in ("key", "value"):
-                out = store.unrecord(twin, side)
+                out = formats.unpack_record(twin, side)
                 result = measure.differing_codes(exact, rotated.Packed(*_here(out)), lower, dim)
                 where = f"D{dim} {side}"
                 found.near("codes differing", max(0, result.differing - 1) / max(1, result.total), where)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 import fade_fast
-from fade_fast.cache.layer import PendingKV, TieredLayer
+from fade_fast.cache.layer import KVLayer
 from fade_fast.hf.attention import attention
+from fade_fast.hf.layer import PendingKV
 from fade_fast.policies import plan, scores
 from fade_ref.cache import LayerCache
 from fade_ref.config import FadeConfig
@@ -36,11 +37,11 @@ def collect() -> list[Case]:
     return found
 
 
-def survivors(layer: TieredLayer, row: int, head: int) -> set[tuple[int, Tier, int]]:
+def survivors(layer: KVLayer, row: int, head: int) -> set[tuple[int, Tier, int]]:
     """(position, tier, where it is read) of what a head of a row has compressed."""
     found = set()
     for tier in layer.held_tiers():
-        places = layer.middle.places(tier)[row, head].tolist()
+        places = layer.middle.positions_by_head(tier)[row, head].tolist()
         at = tier.records["read_at"][row, head].tolist() if layer.config.contiguous else places
         found |= {(p, tier.tier, r) for p, r in zip(places, at) if p >= 0}
     return found
@@ -67,11 +68,11 @@ def _run(config: FadeConfig):
             exact = _plain(layer, query, keys, values, valid)
             mask = torch.ones(count, count, dtype=torch.bool, device=shape.device).tril()
             mask = None if valid.all() else mask & valid[:, None, None, :]
-            arrival = PendingKV(layer, keys, values)
+            arrival = PendingKV(cache.layers[0], keys, values)
             ours = attention(module, query, arrival, arrival, mask)[0].transpose(1, 2)
             real = valid[:, None, :, None].expand_as(ours)
             found.near("attention", relative_error(ours[real], exact[real].cpu()), f"step {i}")
-            layer.demote_due_blocks()
+            layer.compact()
             _same(found, layer, spec, f"step {i}")
         kept = [survivors(layer, 0, head) for head in range(shape.heads)]
         found.holds("tokens", len(kept[0]) == 10 + config.int2_budget, "budgets are used")
@@ -81,7 +82,7 @@ def _run(config: FadeConfig):
     return run
 
 
-def _same(found: Found, layer: TieredLayer, spec: LayerCache, where: str) -> None:
+def _same(found: Found, layer: KVLayer, spec: LayerCache, where: str) -> None:
     """Every head holds the same tokens, in the same tiers, read at the same positions."""
     for row, heads in enumerate(spec.rows):
         for head, theirs in enumerate(heads):
@@ -92,12 +93,12 @@ def _same(found: Found, layer: TieredLayer, spec: LayerCache, where: str) -> Non
             found.bits("tokens", sorted(ours))
 
 
-def _plain(layer: TieredLayer, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
+def _plain(layer: KVLayer, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
     """Attention [B, Hq, q, D] over all that is held, decoded, and the step's own tokens."""
-    layer.demote_due_blocks()
+    layer.compact()
     seen = valid[:, None, None, :] & torch.ones(valid.shape[1], valid.shape[1]).bool().tril().to(valid.device)
     if layer.length:
-        parts = [(layer.exact["key"], layer.exact["value"], layer.exact_positions() >= 0)]
+        parts = [(layer.dense["key"], layer.dense["value"], layer.dense_positions() >= 0)]
         parts += [(*layer.decode(t), layer.middle.position(t) >= 0) for t in layer.held_tiers()]
         held_keys, held_values, held = (torch.cat(x, dim=2) for x in zip(*parts))
         keys, values = torch.cat((held_keys, keys), dim=2), torch.cat((held_values, values), dim=2)

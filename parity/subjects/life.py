@@ -301,7 +301,7 @@ def _crop_refused(config):
         cache = fade_fast.create_cache(model, config, verify=False)
         ids = Draw(seed).integers(0, 16, 2, 40).to(found.device)
         model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True)
-        recent = cache.layers[0].recent
+        recent = cache.tiered[0].recent
         found.refused(lambda: cache.crop(-recent - 1), f"crop(-{recent + 1})", f"newest {recent}")
         found.holds("lengths", cache.get_seq_length() == 40, "unchanged by what was refused")
 

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 import fade_fast
 import fade_fast.hf.attention as fast
-from fade_fast.cache.layer import PendingKV
+from fade_fast.hf.layer import PendingKV
 from fade_fast.hf.models import CACHE_NAME
 from fade_ref.cache import LayerCache
 from fade_ref.rope import Rope
@@ -30,7 +30,7 @@ def logits(config, dtype, device, seed) -> Iterator[tuple[str, float]]:
         )
     ).to(dtype).to(device).eval()  # fmt: skip
     cache = fade_fast.create_cache(model, config, verify=False)
-    layer = cache.layers[0]
+    layer = cache.tiered[0]
     rope = Rope(model.model.rotary_emb.inv_freq.double().cpu())
     empty = LayerCache(config, 2, heads, dim, rope)
     wide = copy.deepcopy(model).double().cpu()
@@ -42,7 +42,7 @@ def logits(config, dtype, device, seed) -> Iterator[tuple[str, float]]:
 
     def watch(module, query, key, value, mask, **kwargs):
         if isinstance(key, PendingKV):
-            layer.demote_due_blocks()
+            layer.compact()
             twin = measure.mirror(layer, empty) if layer.length else copy.deepcopy(empty)
             seen.append(twin.step(*(x.cpu() for x in (query, key.keys, key.values))))
         return fast.attention(module, query, key, value, mask, **kwargs)

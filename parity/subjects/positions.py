@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import fade_fast
-from fade_fast.cache.store import BudgetStore
+from fade_fast.cache.budget_store import BudgetStore
 from fade_fast.hf.rope_probe import RopeProbe
 from fade_fast.kernels.rope import rotate
 from fade_ref import rope as spec

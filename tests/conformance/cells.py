@@ -66,7 +66,7 @@ def twin(family: Family, mode: Mode, config: FadeConfig) -> Tensor:
         with read_dense():
             return mode.run(Run(model, lambda: cache, plain=True))
     fade_fast.detach(model)
-    for layer in cache.tiered:
+    for layer in cache.layers:
         layer.shows_survivors = True
     return mode.run(Run(model, lambda: cache, plain=True))
 

@@ -496,7 +496,7 @@ def twin(pristine: PreTrainedModel, config: FadeConfig, way: Mode) -> Decoded:
         with read_dense():
             return way.run(model, cache)
     fade_fast.detach(model)
-    for layer in cache.tiered:
+    for layer in cache.layers:
         layer.shows_survivors = True
     return way.run(model, cache)
 

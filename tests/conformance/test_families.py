@@ -8,6 +8,7 @@ import torch
 
 import fade_fast
 from fade_fast.hf.attach import verified
+from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import attention_modules
 from fade_fast.hf.verify import Verification
 from fade_ref.config import FadeConfig
@@ -61,8 +62,8 @@ def test_keys_after_eviction_are_those_of_the_models_own_rotary(family):
         Run(model, lambda cache=cache: cache).generate(prompt(batch=1), max_new_tokens=30)
         hook.remove()
         seen = torch.cat(hidden, dim=1)
-        layer = cache.layers[index]
-        layer.demote_due_blocks()
+        layer = cache.layers[index].kv
+        layer.compact()
         keys, _, position = held(layer)
         order = position[0, 0].argsort()
         kept, length = position[0, 0][order].long(), layer.length
@@ -100,7 +101,7 @@ def test_use_cache_false_is_refused(family):
 @named(SERVED)
 def test_layers_tiered_are_those_the_table_names(family):
     cache = create(family.model(), SAFE)
-    assert tuple(i for i, layer in enumerate(cache.layers) if layer in cache.tiered) == family.tiered
+    assert tuple(i for i, layer in enumerate(cache.layers) if isinstance(layer, TieredLayer)) == family.tiered
 
 
 @named(SERVED)

@@ -6,19 +6,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fade_fast.hf.attention import AttentionQuery
+from fade_fast.cache.reads import AttentionQuery
 
 
 def held(layer) -> tuple[Tensor, Tensor, Tensor]:
     """All that a tiered layer keeps, decoded: keys and values [B, H, n, D], positions [B, 1 or H, n]."""
-    parts = [(layer.exact["key"], layer.exact["value"], _exact_positions(layer))]
+    parts = [(layer.dense["key"], layer.dense["value"], _dense_positions(layer))]
     for tier in layer.held_tiers():
         keys, values = layer.decode(tier)
         parts.append((keys, values, layer.middle.position(tier)))
     return parts[0] if len(parts) == 1 else tuple(torch.cat(x, dim=2) for x in zip(*parts))
 
 
-def _exact_positions(layer) -> Tensor:
+def _dense_positions(layer) -> Tensor:
     """Positions [B, 1, n] of what is not compressed: sinks that have come, and recent columns."""
     positions, sinks = (
         layer.token_positions.logical[:, : layer.length],
@@ -32,7 +32,7 @@ def _exact_positions(layer) -> Tensor:
 
 def _plain(rows: AttentionQuery, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
     """Attention [B, q, Hq, D] over keys at logical positions; -1 is padding."""
-    query, terms = rows.raw, rows.terms
+    query, terms = rows.raw, rows.options
     keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (keys, values))
     scores = query @ keys.mT * terms.scaling
     if terms.softcap is not None:
@@ -44,9 +44,9 @@ def _plain(rows: AttentionQuery, keys: Tensor, values: Tensor, position: Tensor)
     seen = (there >= 0) & (there <= here)
     if terms.window is not None:
         seen &= there > here - terms.window
-    if rows.own is not None:  # the step's own tokens come last
-        new = rows.own.shape[-1]
-        seen = torch.cat((seen[..., :-new], rows.own.expand(*seen.shape[:-1], new)), dim=-1)
+    if rows.step_mask is not None:  # the step's own tokens come last
+        new = rows.step_mask.shape[-1]
+        seen = torch.cat((seen[..., :-new], rows.step_mask.expand(*seen.shape[:-1], new)), dim=-1)
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if terms.s_aux is not None:
         sinks = terms.s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -57,7 +57,7 @@ def _plain(rows: AttentionQuery, keys: Tensor, values: Tensor, position: Tensor)
 
 def _attend(self) -> Tensor:
     keys, values, position = held(self.layer)
-    exact = self.layer.exact.count  # uncompressed tokens, the newest last, come first there
+    exact = self.layer.dense.count  # uncompressed tokens, the newest last, come first there
     order = [*range(exact, keys.shape[2]), *range(exact)]
     return _plain(self, keys[:, :, order], values[:, :, order], position[..., order])
 

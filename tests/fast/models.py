@@ -122,7 +122,7 @@ def twin_logits(model, config, inputs, chunks):
 
 def show_survivors(cache) -> None:
     """Let stock attention read what an evicting cache has left: right in rows without padding."""
-    for layer in cache.tiered:
+    for layer in cache.layers:
         layer.shows_survivors = True
 
 

@@ -135,7 +135,7 @@ def test_crop_leaves_no_trace(config):
         cropped.crop(0)
         teacher_forced_step(model, plain, 7)
         for layer in plain.tiered:  # by hand: the newest five columns never were
-            layer.exact.count -= 5
+            layer.dense.count -= 5
             layer.length -= 5
         plain.token_positions.crop(5)
         assert cropped.get_seq_length() == plain.get_seq_length()
@@ -208,7 +208,7 @@ def test_means_do_not_depend_on_how_many_are_taken_at_once(at_once, monkeypatch)
     keys = torch.randn(2, 3, 41, 16, 8, generator=draw).bfloat16()
     position = torch.where(torch.rand(2, 1, 41, 16, generator=draw) < 0.3, PAD, 5)
     position[0, 0, 3] = PAD
-    monkeypatch.setattr(store, "SUMMED", at_once)
+    monkeypatch.setattr(store, "ELEMENTS_SUMMED", at_once)
     real = (position != PAD)[..., None]
     exact = keys.double().masked_fill(~real, 0).sum(-2) / real.sum(-2).clamp_min(1)
     assert torch.equal(store.key_mean(keys, position), exact.half())
@@ -244,8 +244,8 @@ def test_room_for_a_draft_is_made_with_the_first(window, held, new, most, monkey
     x, capacities = torch.zeros(1, 2, held, 64, dtype=torch.float16), []
     for part in (x[:, :, :100], x[:, :, 100:], x[:, :, :new]):
         layer.token_positions.extend(layer.length, None, 1, part.shape[2], x.device)
-        layer.store(part, part, attended=False)
-        capacities.append(layer.exact.capacity)
+        layer.append(part, part)
+        capacities.append(layer.dense.capacity)
     assert held <= capacities[1] < held + new <= capacities[2] <= most
 
 

@@ -19,8 +19,8 @@ from fade_fast.cache.cuda_graph import Captured
 from fade_fast.cache.decode_graph import MAX_DECODE_TOKENS
 from fade_fast.compile.compiled import uncaptured
 from fade_fast.hf import generate
-from fade_fast.hf.cache import storage_bytes
 from fade_fast.hf.models import CACHE_NAME
+from fade_fast.saved.memory import storage_bytes
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
@@ -75,7 +75,7 @@ def tapes(monkeypatch):
 def hold_the_same(cache, other):
     assert torch.equal(cache.token_positions.logical, other.token_positions.logical)
     for ours, theirs in zip(cache.tiered, other.tiered):
-        for a, b in zip(ours.dense(), theirs.dense()):
+        for a, b in zip(ours.decode_all(), theirs.decode_all()):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -353,12 +353,12 @@ def test_a_step_too_many_leaves_no_trace(tapes, undone, name, padded, at=18):
     assert undone == ([] if waits else [1])
     assert cache.get_seq_length() == theirs.get_seq_length() == expected.shape[1] - 1
     for layer in (*cache.tiered, *theirs.tiered):  # the step may have demoted what was due
-        layer.demote_due_blocks()
+        layer.compact()
     hold_the_same(cache, theirs)
     for ours, other in zip(cache.tiered, theirs.tiered):
         for a, b in zip(ours.observed(), other.observed()) if ours.observer else ():
             for field in a:
-                n = min(a[field].shape[-1], b[field].shape[-1], ours.exact.count)
+                n = min(a[field].shape[-1], b[field].shape[-1], ours.dense.count)
                 torch.testing.assert_close(a[field][..., :n], b[field][..., :n], rtol=1e-9, atol=1e-9)
     counts = bool(cache.tiered[0].observer) and not waits
     if name != "off":  # whose compiled steps have more room
@@ -378,7 +378,7 @@ def test_a_text_that_ends_by_its_length_has_no_step_too_many(tapes, undone):
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
     cache, theirs = new_cache(model, CONFIGS["h2o"]), new_cache(model, CONFIGS["h2o"])
     assert torch.equal(compiled(model, cache, inputs), eager(model, theirs, inputs))
-    assert undone == [0] and not any(layer.record_past for layer in cache.tiered)
+    assert undone == [0] and not any(layer.record_past for layer in cache.layers)
 
 
 @pytest.mark.slow
@@ -485,7 +485,7 @@ def test_what_steps_read_follows_its_rows(name):
         for x in slots
         if isinstance(x, torch.Tensor)
     ]
-    held = [own.newest, own.seen, *frozen]
+    held = [own.newest, *(group.held for group in own.groups), *frozen]
     found = [x.clone() for x in held]
     own._refresh()
     assert all(map(torch.equal, found, held)) and (name == "off" or frozen)

@@ -47,7 +47,7 @@ def test_decoding_goes_on_to_the_bit(name, tmp_path):
     assert name == "off" or compressed_tokens(loaded) == compressed_tokens(cache) > 0
     assert loaded.memory().packed == cache.memory().packed
     for ours, theirs in zip(loaded.tiered, cache.tiered):
-        for a, b in zip(ours.dense(), theirs.dense()):
+        for a, b in zip(ours.decode_all(), theirs.decode_all()):
             assert torch.equal(a, b)
     assert torch.equal(talk(other, loaded, out, new=30), talk(model, cache, out, new=30))
 
@@ -219,7 +219,7 @@ def test_a_cache_of_which_nothing_uncompressed_is_left(left, tmp_path):
         model(input_ids=ids[:, : left + 5], **{CACHE_NAME: cache})
         cache.crop(-5)
         assert all(layer.length == left for layer in cache.tiered)
-        assert not left or all(layer.exact.count == 0 for layer in cache.tiered)
+        assert not left or all(layer.dense.count == 0 for layer in cache.tiered)
         cache.save(tmp_path / "c")
         loaded = fade_fast.load_cache(tmp_path / "c", model)
         outs = [model(input_ids=ids[:, :3], **{CACHE_NAME: c}).logits for c in (cache, loaded)]

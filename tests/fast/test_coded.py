@@ -165,7 +165,7 @@ def test_a_copy_shares_codebooks_and_nothing_else():
     out = talk(cache, ids)
     twin = copy.deepcopy(cache)
     for ours, theirs in zip(cache.tiered, twin.tiered):
-        assert all(a is b for a, b in zip(ours.codebooks, theirs.codebooks))
+        assert all(a is b for a, b in zip(ours.format.codebooks, theirs.format.codebooks))
     shared = {x.data_ptr() for layer in cache.tiered for x in layer.tensors()}
     shared &= {x.data_ptr() for layer in twin.tiered for x in layer.tensors() if x.dtype == torch.uint8}
     assert not shared
@@ -180,7 +180,7 @@ def test_offloading_and_its_way_back():
     expected = teacher_forced(model, new_cache(model, CODED), inputs, [40, 1, 9])
     cache = new_cache(model, CODED)
     found = [teacher_forced(model, cache, {k: x[:, :40] for k, x in inputs.items()}, [40])]
-    for layer in cache.tiered:
+    for layer in cache.layers:
         layer.offload()
         layer.prefetch()
     for part in (slice(40, 41), slice(41, 50)):

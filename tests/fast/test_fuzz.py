@@ -118,7 +118,7 @@ class Life:
             self.reader, self.twin = self.model, fade_fast.create_cache(self.model, self.config)
         else:
             self.reader, self.twin = dense, TieredKVCache(dense, self.config)
-            for layer in self.twin.tiered:
+            for layer in self.twin.layers:
                 layer.shows_survivors = True  # there is no padding
         self.mask = torch.ones(self.rows, 0, dtype=torch.long)
 
@@ -160,7 +160,7 @@ class Life:
 
     def crop(self) -> None:
         n = self.draw.choice([0, -1, -2, -5, -30, 1, -1000])
-        if -n > min(layer.croppable for layer in self.twin.tiered):
+        if -n > min(layer.num_croppable for layer in self.twin.tiered):
             n = -1000
         _, refused = attempt(lambda: self.cache.crop(n))
         if not refused and n:
@@ -215,7 +215,7 @@ class Life:
         """What must be refused, and leave no trace."""
         if not self.mask.shape[1]:
             return
-        ids, d = torch.ones(self.rows, 2, dtype=torch.long), self.cache.tiered[0].exact["key"].shape
+        ids, d = torch.ones(self.rows, 2, dtype=torch.long), self.cache.tiered[0].dense["key"].shape
         keys, dim = torch.randn(self.rows, d[1], 2, d[3], dtype=torch.float64), d[3]
         layer = self.cache.tiered[0]
         actions = [

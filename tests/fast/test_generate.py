@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fade_fast
+from fade_fast.formats.rotated import unpack_record
 from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
@@ -46,7 +47,7 @@ def test_dtypes(dtype):
         cache = fade_fast.create_cache(model, config)
         generate(model, cache, inputs)
         assert compressed_tokens(cache) > 0
-        assert cache.tiered[0].exact["key"].dtype == dtype
+        assert cache.tiered[0].dense["key"].dtype == dtype
 
 
 @pytest.mark.parametrize("mode", ["sampling", "beam", "beam sampling", "return sequences", "prompt look-up"])
@@ -194,7 +195,7 @@ def test_tokens_keep_their_codes_wherever_they_move():
         nonlocal moved
         (tier,) = layer.middle.tiers
         for slot, position in enumerate(tier.records["position"][0, 0].tolist()):
-            sides = (tier.packed(side, slot, slot + 1) for side in ("key", "value"))
+            sides = (unpack_record(tier.fields(slot, slot + 1), side) for side in ("key", "value"))
             now = [x.clone() for packed in sides for x in packed]
             before = seen.setdefault(position, now)
             assert all(torch.equal(a, b) for a, b in zip(before, now)), position

@@ -136,10 +136,10 @@ def test_policies_count_the_attention_that_a_mask_allows(policy, first):
     step(model, cache, ids, own, start)
     layer = cache.tiered[0]
     if policy == "h2o":
-        queries = layer.exact["queries"][0, 0, start:].tolist()
+        queries = layer.dense["queries"][0, 0, start:].tolist()
         assert queries == [1 if i == 10 else new - i for i in range(new)]
     else:  # the newest query alone counts, and it could not see the token
-        scores = layer.observer.score({name: layer.exact[name] for name in layer.observer.fields})
+        scores = layer.observer.score({name: layer.dense[name] for name in layer.observer.fields})
         scores = scores[0, :, start:].nan_to_num(0.0)
         assert not scores[:, 10].any() and scores[:, 9].all()
 

@@ -31,7 +31,7 @@ def test_generation(policy):
     cache = fade_fast.create_cache(model, config)
     expected = generate(model, cache, inputs)
     assert compressed_tokens(cache) == 20
-    places = cache.tiered[0].middle.places(cache.tiered[0].middle.tiers[0])
+    places = cache.tiered[0].middle.positions_by_head(cache.tiered[0].middle.tiers[0])
     assert not torch.equal(places[:, 0], places[:, 1])
     torch._dynamo.reset()
     found = compiled(model, fade_fast.create_cache(model, config), inputs, new=40, min_new_tokens=40)

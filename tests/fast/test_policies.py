@@ -24,7 +24,7 @@ def config(policy, **changes):
 def fields(cache) -> set[str]:
     """Names of what the first layer stores besides keys, values and where they are."""
     layer = cache.tiered[0]
-    found = set(layer.exact.fields) - {"key", "value"}
+    found = set(layer.dense.fields) - {"key", "value"}
     for tier in layer.middle.tiers:
         found |= {n for n in tier.records.fields if "_" not in n} - {"position"}
     return found
@@ -42,7 +42,7 @@ def test_nothing_is_stored_where_nothing_asks(settings, monkeypatch):
     monkeypatch.delattr(scores.Observer, "arrive")
     generate(model, cache, prompt(60), new=30)
     assert fields(cache) == set() and all(layer.observer is None for layer in cache.tiered)
-    assert all(layer.attention_sums() == [] for layer in cache.tiered)
+    assert not any(layer.counts_in_attend(1) for layer in cache.tiered)
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_copies_resets_and_offloads(policy):
     teacher_forced(model, cache, inputs, first)
     twin = copy.deepcopy(cache)
     for c in (cache, twin):
-        for layer in c.tiered:
+        for layer in c.layers:
             layer.offload()
             layer.prefetch()
         found = continued(model, c, inputs, sum(first), rest)
@@ -122,8 +122,8 @@ def test_padded_rows_choose_as_rows_alone(policy):
 
 def _received(layer, row) -> dict[int, torch.Tensor]:
     """Scores [H] by position, of the recent tokens of a row."""
-    scores = layer.observer.score({name: layer.exact[name] for name in layer.observer.fields})[row]
-    places = layer.exact_positions()[row, 0].tolist()
+    scores = layer.observer.score({name: layer.dense[name] for name in layer.observer.fields})[row]
+    places = layer.dense_positions()[row, 0].tolist()
     return {p: scores[:, i] for i, p in enumerate(places) if p >= layer.config.n_sink}
 
 
@@ -176,7 +176,7 @@ def test_padding_between_captured_steps(policy):
         real = inputs["attention_mask"][:, column].bool()
         torch.testing.assert_close(found[real], expected[real, column - 40], rtol=1e-9, atol=1e-9)
     for ours, theirs in zip(*(cache.tiered for cache in caches)):
-        ours.demote_due_blocks(), theirs.demote_due_blocks()
+        ours.compact(), theirs.compact()
         for row in range(2):
             a, b = _received(ours, row), _received(theirs, row)
             assert a.keys() == b.keys()

@@ -27,7 +27,7 @@ SMALL = dict(recent_window=16, block_size=16, middle_k_bits=8, middle_v_bits=8, 
 
 def survivors(layer):
     """Keys and values [1, H, n, D] of all live tokens, oldest first, and their positions [n]."""
-    layer.demote_due_blocks()
+    layer.compact()
     keys, values, position = held(layer)
     order = position[0, 0].argsort()
     return keys[:, :, order], values[:, :, order], position[0, 0][order].long()

@@ -12,9 +12,11 @@ import fade_fast
 from benchmarks.generate import MODES, Guesses
 from benchmarks.memory import Meter
 from fade_fast.cache.decode_graph import DecodeGraph
-from fade_fast.cache.layer import TieredLayer
-from fade_fast.cache.store import AppendStore, BudgetStore, CompressedStore
+from fade_fast.cache.layer import KVLayer
+from fade_fast.cache.reads import AttentionQuery
 from fade_fast.compile import compiled as compiling
+from fade_fast.formats.product import ProductFormat, ProductTier
+from fade_fast.formats.rotated import RotatedFormat, RotatedTier
 from fade_fast.hf.attention import NAME
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.kernels import decode, dense, rotated
@@ -76,7 +78,7 @@ def test_steps_equal_eager_steps(name, padded):
     assert cache.get_seq_length() == theirs.get_seq_length()
     assert torch.equal(cache.token_positions.logical, theirs.token_positions.logical)
     for ours, other in zip(cache.tiered, theirs.tiered):
-        for a, b in zip(ours.dense(), other.dense()):
+        for a, b in zip(ours.decode_all(), other.decode_all()):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
         for records, twin in zip(_records(ours), _records(other)):
             for name in ours.observer.fields if ours.observer else ():
@@ -85,8 +87,8 @@ def test_steps_equal_eager_steps(name, padded):
 
 def _records(layer):
     """The buffers that hold tokens; sinks, whose scores mean nothing, are left out."""
-    layer.demote_due_blocks()
-    exact = {name: layer.exact[name][..., layer.config.n_sink :] for name in layer.exact.fields}
+    layer.compact()
+    exact = {name: layer.dense[name][..., layer.config.n_sink :] for name in layer.dense.fields}
     return [exact] + [tier.records for tier in layer.held_tiers()]
 
 
@@ -123,7 +125,7 @@ def test_demotion_for_graphs_equals_ordinary_demotion(name, way, monkeypatch):
         monkeypatch.setattr(
             module, attribute, lambda dynamic_sizes, pinned, *a, f=twin, **k: f(dynamic_sizes, *a, **k)
         )
-    times, beyond, by_cursor = [], [], DecodeGraph._demote_by_cursor
+    times, beyond, by_cursor = [], [], DecodeGraph._demote_on_device
     demote = DecodeGraph._demote
     monkeypatch.setattr(
         DecodeGraph, "_demote", lambda s: (beyond.append(s.layers[0].num_past_threshold), demote(s))
@@ -132,18 +134,18 @@ def test_demotion_for_graphs_equals_ordinary_demotion(name, way, monkeypatch):
     def counts(layers):
         tiers = [[tier.records.count for tier in layer.middle.tiers] for layer in layers]
         return [
-            (x.exact.count, held, x.middle.means and x.middle.means.count) for x, held in zip(layers, tiers)
+            (x.dense.count, held, x.middle.means and x.middle.means.count) for x, held in zip(layers, tiers)
         ]
 
     def watched(decode_graph):
         twin = copy.deepcopy(decode_graph.layers)
         by_cursor(decode_graph)
         for layer in twin:
-            layer.repeat()
+            layer.count_replayed_demotion()
         assert counts(twin) == counts(decode_graph.layers)
         times.append(1)
 
-    monkeypatch.setattr(DecodeGraph, "_demote_by_cursor", watched)
+    monkeypatch.setattr(DecodeGraph, "_demote_on_device", watched)
     model, inputs = tiny_llama(dtype=torch.float16), prompt(60, batch=2, pads=(0, 11) if padded else ())
 
     model = predictable(model) if way == "drafted" else model
@@ -162,7 +164,7 @@ def test_demotion_for_graphs_equals_ordinary_demotion(name, way, monkeypatch):
     else:
         assert len(times) > 3
     assert compressed_tokens(cache) > 0 and (max(beyond) > 0) == (way == "drafted")
-    monkeypatch.setattr(TieredLayer, "repeats", False)
+    monkeypatch.setattr(KVLayer, "can_replay_demotion", False)
     plain = new_cache(model, STEADY[name], verify=False)
     before = len(times)
     assert torch.equal(found, run(plain))
@@ -262,8 +264,8 @@ def test_a_cache_goes_in_and_out_of_inference_mode(run, name):
 def test_autocast_reaches_the_model_alone(name, dtype, monkeypatch):
     """Keys and values are stored in its dtype; what they are encoded and attended by is not rounded to it."""
     model, inputs, seen, found = tiny_llama(dtype=dtype), prompt(60, batch=2, pads=(0, 7)), [], []
-    for kind in (CompressedStore, AppendStore, BudgetStore, TieredLayer):
-        for method in ("encode", "decode_keys", "key_mean", "attend"):
+    for kind in (RotatedTier, ProductTier, RotatedFormat, ProductFormat, KVLayer, AttentionQuery):
+        for method in ("encode", "decode_keys", "attend"):
             real = vars(kind).get(method)
             if real:
                 watched = lambda *args, real=real, **k: (seen.append(_casts()), real(*args, **k))[1]  # noqa: E731
@@ -272,7 +274,7 @@ def test_autocast_reaches_the_model_alone(name, dtype, monkeypatch):
         for run in (eager, compiled):
             cache = new_cache(model, CONFIGS[name])
             found.append(run(model, cache, inputs, new=20))
-            assert _casts() and not any(seen) and cache.tiered[0].exact["key"].dtype == torch.bfloat16
+            assert _casts() and not any(seen) and cache.tiered[0].dense["key"].dtype == torch.bfloat16
             assert name == "off" or (seen and compressed_tokens(cache) > 0)
         if name != "off":
             assert torch.equal(*found)
@@ -285,7 +287,7 @@ def test_autocast_reaches_the_model_alone(name, dtype, monkeypatch):
     mask = torch.cat((inputs["attention_mask"], torch.ones_like(out[:, 60:])), 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         eager(model, cache, dict(input_ids=out, attention_mask=mask), new=9)
-    assert cache.tiered[0].exact["key"].dtype == dtype and cache.get_seq_length() == 77
+    assert cache.tiered[0].dense["key"].dtype == dtype and cache.get_seq_length() == 77
 
 
 def _casts() -> bool:
@@ -468,10 +470,12 @@ def test_a_copy_has_captured_steps_of_its_own():
     cache = fade_fast.create_cache(model, CONFIGS["int4"])
     out = compiled(model, cache, inputs, new=9)
     twin = copy.deepcopy(cache)
-    before = [x.clone() for layer in twin.tiered for x in layer.dense()]
+    before = [x.clone() for layer in twin.tiered for x in layer.decode_all()]
     turn = dict(input_ids=out, attention_mask=torch.ones_like(out))
     first = compiled(model, cache, turn, new=9)
-    assert all(torch.equal(a, b) for a, b in zip(before, [x for layer in twin.tiered for x in layer.dense()]))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, [x for layer in twin.tiered for x in layer.decode_all()])
+    )
     assert torch.equal(compiled(model, twin, turn, new=9), first)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fade_fast
-from fade_fast.cache.layer import TieredLayer
+from fade_fast.cache.layer import KVLayer
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.saved import telemetry
 from fade_ref.config import FadeConfig
@@ -94,7 +94,7 @@ def test_events_are_those_that_the_trace_implies(name, seed, pads):
 def test_renumbering_counts_the_tokens_that_moved(name, monkeypatch):
     """Against positions read from the middle itself, before and after each demotion."""
     moved = []
-    demote = TieredLayer._demote
+    demote = KVLayer._demote
 
     def places(layer):
         found = {}
@@ -106,14 +106,14 @@ def test_renumbering_counts_the_tokens_that_moved(name, monkeypatch):
                 found |= {p: a for p, a in zip(position.tolist(), at.tolist()) if p >= 0}
         return found
 
-    def watched(layer, columns, first):
+    def watched(layer, tokens, first, *counters):
         before = places(layer)
-        demote(layer, columns, first)
+        demote(layer, tokens, first, *counters)
         shifts = [abs(at - before.get(p, p)) for p, at in places(layer).items()]
         if any(shifts):
             moved.append((sum(x > 0 for x in shifts), max(shifts)))
 
-    monkeypatch.setattr(TieredLayer, "_demote", watched)
+    monkeypatch.setattr(KVLayer, "_demote", watched)
     _, events, _ = events_of(name, [24] + [5] * 10, pads=(0,))
     found = [(e["tokens"], e["shift"]) for e in events if e["event"] == "renumbering"]
     assert found == moved and len(found) > 5
@@ -132,7 +132,7 @@ def test_growth_adds_up_to_what_is_allocated():
             assert rooms[place] == e["before"] < e["after"]
             rooms[place] = e["after"]
     for layer in cache.tiered:
-        assert rooms[layer.index, "exact"] == layer.exact.capacity
+        assert rooms[layer.index, "exact"] == layer.dense.capacity
         assert rooms[layer.index, "INT4"] == layer.middle.tiers[0].records.capacity
         assert rooms[layer.index, "means"] == layer.middle.means.capacity
     assert rooms[None, "timeline"] == cache.token_positions.buffer.shape[1]

@@ -8,7 +8,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fade_fast
-from fade_fast.cache import buffers, layer, store
+from fade_fast.cache import append_store, budget_store, buffers, dense, layer, store
+from fade_fast.formats import base
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.kernels import product, rotated
 from fade_ref.config import FadeConfig
@@ -49,15 +50,16 @@ class Memory:
 PADS = [pytest.param((0, 0), id="whole", marks=pytest.mark.slow), pytest.param((0, 9), id="padded")]
 #: Where a demotion and what surrounds it ask for memory.
 PLACES = [
-    (buffers.Field, "empty"),
+    (base.Field, "empty"),
     (rotated, "encode_both"),
     (product, "encode"),
-    (store.Buffers, "reserve"),
-    (store.Buffers, "removal"),
-    (store, "key_mean"),
-    (store, "take"),
-    (layer, "rotate"),
-    (store.BudgetStore, "_renumber"),
+    (buffers.Buffers, "reserve"),
+    (buffers.Buffers, "removal"),
+    (append_store, "key_mean"),
+    (budget_store, "key_mean"),
+    (budget_store, "take"),
+    (dense, "rotate"),
+    (budget_store.BudgetStore, "_renumber"),
     (store.StoredTier, "make_room"),
 ]
 
@@ -102,7 +104,7 @@ def test_running_out_of_memory_at_any_point_of_a_step(name, pads, monkeypatch):
             break
         assert cache.memory() == smooth.memory()
         for ours, theirs in zip(cache.tiered, smooth.tiered):
-            for a, b in zip(ours.dense(), theirs.dense()):
+            for a, b in zip(ours.decode_all(), theirs.decode_all()):
                 assert torch.equal(a, b), (n, a.shape, b.shape, (a - b).abs().amax((0, 1, 3)))
     assert failures >= 5
 
@@ -121,7 +123,7 @@ def test_running_out_of_memory_while_buffers_grow(failing, monkeypatch):
             return model(input_ids=ids[:, column : column + 1], **{CACHE_NAME: cache}).logits
 
     def limited(self, capacity):
-        if self is caches[0].tiered[failing].exact and capacity > self.capacity and not failures:
+        if self is caches[0].tiered[failing].dense and capacity > self.capacity and not failures:
             failures.append(capacity)
             raise torch.OutOfMemoryError("out of memory, as a test has it")
         reserve(self, capacity)
@@ -131,7 +133,7 @@ def test_running_out_of_memory_while_buffers_grow(failing, monkeypatch):
         try:
             found = step(caches[0], column)
         except torch.OutOfMemoryError:
-            assert {x.length for x in caches[0].tiered} == {x.exact.count for x in caches[0].tiered}
+            assert {x.length for x in caches[0].tiered} == {x.dense.count for x in caches[0].tiered}
             found = step(caches[0], column)
         assert torch.equal(found, step(caches[1], column))
     assert failures
@@ -165,7 +167,7 @@ def test_a_long_step_that_failed_halfway_is_remembered(monkeypatch):
     cache = fade_fast.create_cache(model, CONFIGS["int4"])
     ids = prompt(90)["input_ids"]
     teacher_forced(model, cache, prompt(40), [40])
-    demote, calls = layer.TieredLayer._demote, []
+    demote, calls = layer.KVLayer._demote, []
 
     def fail(self, *args):
         calls.append(self)
@@ -174,7 +176,7 @@ def test_a_long_step_that_failed_halfway_is_remembered(monkeypatch):
         demote(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError), torch.no_grad():
-        patch.setattr(layer.TieredLayer, "_demote", fail)
+        patch.setattr(layer.KVLayer, "_demote", fail)
         model(input_ids=ids[:, 40:80], **{CACHE_NAME: cache})
     assert len(calls) == 2
     for attempt in (
@@ -278,7 +280,7 @@ def test_rows_that_are_not_there():
     cache = fade_fast.create_cache(model, CONFIGS["int4"])
     cache.reorder_cache(torch.tensor([5]))  # an empty cache has no rows yet
     generate(model, cache, prompt(20, batch=2), new=2)
-    before = [x.clone() for x in cache.tiered[0].dense()]
+    before = [x.clone() for x in cache.tiered[0].decode_all()]
     for index in ([0, 2], [-1, 0], [0], [0, 1, 1], []):
         with pytest.raises(ValueError, match="rows .*: a tensor of 2 numbers from 0 to 1 is allowed"):
             cache.reorder_cache(torch.tensor(index, dtype=torch.long))
@@ -288,7 +290,7 @@ def test_rows_that_are_not_there():
     for repeats in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="repeats=.*: an integer of at least 1"):
             cache.batch_repeat_interleave(repeats)
-    assert all(torch.equal(a, b) for a, b in zip(before, cache.tiered[0].dense()))
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.tiered[0].decode_all()))
     cache.batch_repeat_interleave(2)
     assert cache.token_positions.batch == 4
 
@@ -320,7 +322,7 @@ def test_layers_of_transformers_take_the_step_back_too_or_it_is_refused(length, 
         raise torch.OutOfMemoryError("out of memory, as a test has it")
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(layer.TieredLayer, "store", fail)
+        patch.setattr(layer.KVLayer, "append", fail)
         step(caches[0])
     if length < 24:
         assert torch.equal(step(caches[0]), step(caches[1]))

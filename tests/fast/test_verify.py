@@ -16,7 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import fade_fast
-from fade_fast.cache import layer
+from fade_fast.cache.layer import KVLayer
+from fade_fast.compile import compiled as compiling
 from fade_fast.hf import attention, verify
 from fade_fast.hf.attach import verified
 from fade_fast.hf.models import CACHE_NAME
@@ -68,8 +69,8 @@ def test_attention_of_another_kind_is_refused(dtype):
 
 
 BREAKS = {
-    "an arrival is stored twice over": (layer.TieredLayer, "store", lambda own: _doubled(own)),
-    "decode steps forget the scale": (attention, "_sdpa", lambda own: _unscaled(own)),
+    "values are stored twice over": (KVLayer, "append", lambda own: _doubled(own)),
+    "decode steps forget the scale": (attention, "sdpa_attention_forward", lambda own: _unscaled(own)),
 }
 
 
@@ -78,9 +79,9 @@ def _doubled(own):
 
 
 def _unscaled(own):
-    def sdpa(module, query, keys, values, mask, terms, **kwargs):
+    def sdpa(module, query, keys, values, mask, **kwargs):
         scale = 2.0 if query.shape[2] == 1 else 1.0
-        return own(module, query * scale, keys, values, mask, terms, **kwargs)
+        return own(module, query * scale, keys, values, mask, **kwargs)
 
     return sdpa
 
@@ -133,7 +134,7 @@ def test_nothing_is_disturbed(monkeypatch):
     assert len(model.model.layers[0].self_attn._forward_hooks) == 1
     fade_fast.detach(model)
     assert len(model._forward_hooks) == 1
-    assert attention.use_compiled.__globals__["COMPILED_ON"] == {"cuda"}
+    assert compiling.COMPILED_ON == {"cuda"}
 
 
 def test_models_that_are_hard_to_try():

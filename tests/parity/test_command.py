@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from fade_fast.cache import store
 from fade_fast.compile import compiled as compiling
+from fade_fast.hf import cache as hf_cache
 from fade_ref import rope
 from parity import mutants, report, subjects, twins
 from parity.__main__ import main
@@ -193,7 +193,7 @@ def test_a_scheme_or_codec_without_a_case_fails_the_run(monkeypatch, capsys):
 
 def test_what_a_cache_can_hold_without_a_checkpoint_fails_the_run(monkeypatch, capsys):
     assert main(["--only", "registry"]) == 0
-    monkeypatch.setattr(store, "CODECS", (*store.CODECS, "ternary"))
+    monkeypatch.setattr(hf_cache, "CODECS", (*hf_cache.CODECS, "ternary"))
     assert main(["--only", "registry"]) == 1
     assert "checkpoint of codec ternary has no case" in capsys.readouterr().out
 

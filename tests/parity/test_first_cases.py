@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fade_fast.hf import attention
+from fade_fast.cache import reads
 from fade_fast.kernels import flash, packed, rotated
 from fade_fast.policies import plan
 from fade_fast.policies.scores import OBSERVERS
@@ -180,8 +180,8 @@ def test_tiles_and_horizons_of_long_steps(policy, flashes, monkeypatch):
     """Scores do not depend on how queries and keys are cut, and queries left out make no difference."""
     config = FadeConfig(recent_window=24, block_size=16, int4_budget=40, eviction_policy=policy)
     steps, shape = [150, 1, 90, 7, 1], Shape(batch=1, dtype=torch.float64)
-    for name, size in dict(ROWS=32, TILE=20, BLOCK=48, SPAN=30).items():
-        monkeypatch.setattr(attention, name, size)
+    for name, size in dict(ROWS=32, TILE=20, FLASH_ROWS=48, FLASH_TILE=30).items():
+        monkeypatch.setattr(reads, name, size)
     if not flashes:
         monkeypatch.setattr(flash, "takes", lambda *args: False)
     found = list(cases.trace(config, shape, steps, seed=1))

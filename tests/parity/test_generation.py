@@ -62,6 +62,6 @@ def test_generate_equals_a_loop_by_hand(name):
     for layer, reference in zip(cache.tiered, specified):
         for b, rows in enumerate(reference.rows):
             for h, row in enumerate(rows):
-                held = [layer.middle.places(tier)[b, h] for tier in layer.held_tiers()]
-                held = sorted([*layer.exact_positions()[b, 0].tolist(), *torch.cat(held).tolist()])
+                held = [layer.middle.positions_by_head(tier)[b, h] for tier in layer.held_tiers()]
+                held = sorted([*layer.dense_positions()[b, 0].tolist(), *torch.cat(held).tolist()])
                 assert held == [token.position for token in row.tokens]

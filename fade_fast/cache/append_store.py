@@ -1,0 +1,92 @@
+"""A store without budgets: the token of step index i stays in slot i - n_sink for ever."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..kernels.packed import TierView
+from .positions import PAD, DeviceCounters
+from .store import CompressedStore, StoredTier, key_mean
+
+
+class AppendStore(CompressedStore):
+    """Positions follow from slots, so none is stored. Each block has a mean of its own."""
+
+    @property
+    def slots_step(self) -> int:
+        """Tokens come in whole blocks."""
+        return self.config.block_size
+
+    per_mean = slots_step
+
+    def reserve(self, tokens: int) -> None:
+        self.tiers[0].reserve(tokens)
+        self._reserve_means()
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().map(function)
+        self._reserve_means()
+
+    def _reserve_means(self) -> None:
+        """Make room for the means of all slots there are."""
+        if self.means is not None:
+            self.means.reserve(-(-self.tiers[0].records.capacity // self.per_mean))
+
+    def demote(
+        self, keys, values, first, seen, attention_stats, before_write=lambda evicted: None, counters=None
+    ):
+        tier, count, mean, at, block = self.tiers[0], keys.shape[2], None, None, None
+        position = self.middle_positions(first, count, counters)
+        keys = self.before_rope(keys, position)
+        if self.means is not None:
+            blocks = (count // self.per_mean, self.per_mean)
+            real = position.unflatten(2, blocks) if self.token_positions.has_padding else None
+            mean = key_mean(keys.unflatten(2, blocks), real)
+        fields = tier.format.encode(keys, values, mean, recurs=True)
+        if counters is not None:
+            at = self._slots(first, count, counters)
+            block = at[:: self.per_mean] // self.per_mean
+        with self._all_or_nothing():
+            tier.append(at, **fields)
+            self._reserve_means()
+            if self.means is not None:
+                self.means.append(block, mean=mean)
+            before_write(None)
+
+    def _slots(self, first: int, count: int, counters: DeviceCounters) -> Tensor:
+        """Slots of step indices `first` to `first + count`, int64 [count], as the device counts them."""
+        return self.token_positions.index(first, count, counters) - self.config.n_sink
+
+    def can_replay_demotion(self, new: int) -> bool:
+        tier = self.tiers[0]
+        needed = tier.records.count + new
+        has_means = self.means is None or self.means.capacity * self.per_mean >= needed
+        return 0 < tier.records.count and needed <= tier.num_read and has_means
+
+    def count_replayed_demotion(self, new: int) -> None:
+        self.tiers[0].records.count += new
+        if self.means is not None:
+            self.means.count += new // self.per_mean
+
+    def refresh_view(self, tier: StoredTier, view: TierView, counters: DeviceCounters | None = None) -> None:
+        if counters is None:
+            super().refresh_view(tier, view)
+            return
+        block = self.per_mean  # only the last block is new
+        first = self.config.n_sink + tier.records.count - block
+        position, at = self.middle_positions(first, block, counters), self._slots(first, block, counters)
+        view.valid.index_copy_(-1, at, position != PAD)
+        if view.read_at is not None:
+            view.read_at.index_copy_(-1, at, position)
+
+    def position(self, tier: StoredTier) -> Tensor:
+        return self.middle_positions(self.config.n_sink, tier.records.count)
+
+    read_at = position
+
+    def mean(self, start: int, stop: int) -> Tensor | None:
+        if self.means is None:
+            return None
+        per = self.per_mean
+        blocks = self.means["mean"][:, :, start // per : -(-stop // per)]
+        return blocks.repeat_interleave(per, dim=2).narrow(2, start % per, stop - start)

@@ -1,0 +1,218 @@
+"""A store with budgets: a policy plans which tokens stay, and in which tier.
+
+Survivors move, so each record stores its position. One key mean per row serves all its tokens. The first
+demotion fixes it.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..formats.base import Field
+from ..policies import plan
+from .buffers import along, take
+from .positions import PAD, DeviceCounters
+from .store import CompressedStore, StoredTier, key_mean
+
+#: Where a tier's new records come from: slots among the candidates, and False for slots without a token.
+Choice = tuple[Tensor, Tensor]
+
+
+class BudgetStore(CompressedStore):
+    """A store in which new tokens and stored ones compete for the budgets at each demotion."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._demoted: Tensor | None = None  # [B, 1] int32: real tokens ever demoted
+
+    @property
+    def _observed(self) -> dict[str, Field]:
+        """The observer's fields, which move with a token."""
+        return self.observer.fields if self.observer else {}
+
+    def own_fields(self) -> dict[str, Field]:
+        names = ("position", "read_at") if self.config.contiguous else ("position",)
+        return dict.fromkeys(names, Field((), torch.int32, self.plans)) | self._observed
+
+    def map(self, function) -> None:
+        super().map(function)
+        if self.evicted is not None:
+            self.evicted, self._demoted = function(self.evicted), function(self._demoted)
+
+    def tensors(self) -> list[Tensor]:
+        counts = [] if self.evicted is None else [self.evicted, self._demoted]
+        return super().tensors() + counts
+
+    def reserve(self, tokens: int) -> None:
+        for tier in self.tiers:
+            tier.reserve(tokens if tier.budget is None else min(tier.budget, tokens))
+        self.means.reserve(1)
+
+    def can_replay_demotion(self, new: int) -> bool:
+        held = [tier.records.count for tier in self.tiers]
+        full = min(held) > 0 and plan.sizes(self.config, held, new) == held
+        # With padding, the fullest row decides how many tokens stay. The host must look at that number.
+        return full and not self.token_positions.has_padding
+
+    def count_replayed_demotion(self, new: int) -> None:
+        """Nothing is left to count: full tiers stay full."""
+
+    # -- demotion
+
+    def demote(
+        self, keys, values, first, seen, attention_stats, before_write=lambda evicted: None, counters=None
+    ):
+        with self._all_or_nothing():
+            position = self.middle_positions(first, keys.shape[2], counters)
+            candidates = self._candidates(keys, position, seen, attention_stats, counters)
+            choices = self._choose(candidates, position)
+            keys = self.before_rope(keys, position)
+            self._fix_mean(keys, position)
+            places = [candidates.position.gather(-1, i).masked_fill(~real, PAD) for i, real in choices]
+            demoted, evicted = self._counts(position, places)
+            records = [
+                self._records(tier, index, place, at, keys, values, candidates)
+                for tier, (index, _), place, at in zip(
+                    self.tiers, choices, places, self._renumber(places, evicted)
+                )
+            ]
+            for tier, fields in zip(self.tiers, records):
+                tier.make_room(fields, 0)
+            before_write(evicted)
+            for tier, fields in zip(self.tiers, records):
+                tier.replace(**fields)
+            self._count(demoted, evicted)
+
+    def _candidates(
+        self,
+        keys: Tensor,
+        position: Tensor,
+        seen: int,
+        attention_stats: dict[str, Tensor],
+        counters: DeviceCounters | None,
+    ) -> plan.Candidates:
+        """Stored tokens, tier by tier, then the new ones."""
+        held = [tier for tier in self.tiers if tier.records.count]
+        already_int2 = [torch.full_like(t.records["position"], t is not self.tiers[0]) for t in held]
+        new = position.expand(-1, self.plans, -1)
+        return plan.Candidates(
+            torch.cat([t.records["position"] for t in held] + [new], -1),
+            self.token_positions.newest_of(seen, counters)[:, None, None],
+            torch.cat([*already_int2, torch.zeros_like(new)], -1).bool(),
+            functools.partial(self._candidate_keys, held, keys),
+            self.observer,
+            {
+                name: torch.cat([t.records[name] for t in held] + [attention_stats[name]], field.axis)
+                for name, field in self._observed.items()
+            },
+            self.on_plan,
+        )
+
+    def _candidate_keys(self, held: list[StoredTier], keys: Tensor) -> Tensor:
+        """Keys of the stored tokens of some tiers and of new ones, as they are read: [B, H, n, D]."""
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        decoded = [self.decode_keys(tier, 0, tier.records.count, wide) for tier in held]
+        return torch.cat([*decoded, keys.to(wide)], dim=2)
+
+    def _choose(self, candidates: plan.Candidates, position: Tensor) -> list[Choice]:
+        """The candidates of each tier, [B, P, m], oldest first."""
+        tiers, order = plan.choose(self.config, candidates, self.tiers[0].tier)
+        held = [tier.records.count for tier in self.tiers]
+        sizes = plan.sizes(self.config, held, position.shape[-1])
+        if sizes is None or self.token_positions.has_padding:
+            sizes = [None] * len(self.tiers)
+        kept = [plan.kept(tiers, order, tier.tier, size) for tier, size in zip(self.tiers, sizes)]
+        return [tuple(x.expand(len(position), -1, -1) for x in pair) for pair in kept]
+
+    def _fix_mean(self, keys: Tensor, position: Tensor) -> None:
+        """Fix each row's mean at the first demotion that brings the row a real token."""
+        if self.means.count and not self.token_positions.has_padding:
+            return
+        new = key_mean(keys[:, :, None], position[:, :, None])
+        if not self.means.count:
+            self.means.append(mean=new)
+        else:
+            unset = (self._demoted == 0)[:, :, None, None]
+            self.means["mean"].copy_(torch.where(unset, new, self.means["mean"]))
+
+    def _records(
+        self,
+        tier: StoredTier,
+        index: Tensor,
+        place: Tensor,
+        read_at: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        candidates: plan.Candidates,
+    ) -> dict[str, Tensor]:
+        """The new records of a tier, of the candidates `index` at positions `place`."""
+        fields = self._codes(tier, index, keys, values)
+        fields["position"] = place
+        if self.config.contiguous:
+            fields["read_at"] = read_at
+        for name, stats in candidates.attention_stats.items():
+            fields[name] = take(stats, index, self._observed[name].axis)
+        return fields
+
+    def _codes(self, tier: StoredTier, index: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Codes of the candidates `index`: moved if `tier` holds them, else encoded or requantized."""
+        num_held = sum(t.records.count for t in self.tiers)
+        new = (index - num_held).clamp_min(0)
+        recurs = self.config.eviction_policy != "adaptive"  # which keeps another number each time
+        fields = tier.format.encode(take(keys, new), take(values, new), self.means["mean"], recurs)
+        offset = 0
+        for source in self.tiers:
+            count = source.records.count
+            if count:
+                here = (index >= offset) & (index < offset + count)
+                slots = (index - offset).clamp(0, count - 1)
+                old = {name: source.records.take(name, slots) for name in source.format_fields}
+                if source is not tier:
+                    old = tier.format.requantize(old, source.format)
+                for name, x in fields.items():
+                    chosen = along(here, x, tier.records.fields[name].axis)
+                    fields[name] = torch.where(chosen, old[name], x)
+            offset += count
+        return fields
+
+    def _counts(self, position: Tensor, places: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Real tokens demoted and evicted so far, [B, 1] each."""
+        demoted = (position.amax(-1) + 1 - self.config.n_sink).clamp_min(0)
+        demoted = demoted if self._demoted is None else torch.maximum(self._demoted, demoted)
+        live = sum((place != PAD).sum(-1, dtype=torch.int32) for place in places)
+        return demoted, demoted - live[:, :1]  # every head holds as many
+
+    def _count(self, demoted: Tensor, evicted: Tensor) -> None:
+        """Store both counts."""
+        if self.evicted is None:
+            self.evicted, self._demoted = evicted, demoted
+        else:  # in place: captured graphs know the tensors by their addresses
+            self.evicted.copy_(evicted)
+            self._demoted.copy_(demoted)
+
+    def _renumber(self, places: list[Tensor], evicted: Tensor) -> list[Tensor]:
+        """Positions at which survivors are read: rank among the live tokens, plus the tokens evicted.
+
+        Queries keep logical positions. So every distance is as contiguous numbering from 0 makes it
+        (StreamingLLM, arXiv 2309.17453, section 3.2).
+        """
+        live = torch.cat(places, dim=-1)
+        last = torch.iinfo(live.dtype).max
+        order = live.masked_fill(live == PAD, last).argsort(dim=-1, stable=True)
+        rank = order.argsort(dim=-1).to(torch.int32) + self.config.n_sink + evicted[..., None]
+        return list(rank.masked_fill(live == PAD, PAD).split([p.shape[-1] for p in places], dim=-1))
+
+    # -- reading
+
+    def position(self, tier: StoredTier) -> Tensor:
+        return tier.records["position"][:, :1]
+
+    def positions_by_head(self, tier: StoredTier) -> Tensor:
+        return tier.records["position"]
+
+    def read_at(self, tier: StoredTier) -> Tensor:
+        return tier.records["read_at"][:, :1]  # in one tier, all heads read slot i at the same position
+
+    def mean(self, start: int, stop: int) -> Tensor:
+        return self.means["mean"]

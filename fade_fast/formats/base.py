@@ -1,0 +1,183 @@
+"""A format: what a layer stores of each token in its compressed tiers, and how attention reads it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fade_ref.tiers import Tier
+
+from ..kernels import decode
+from ..kernels.merge import Partial
+from ..kernels.packed import TierView
+from ..kernels.rope import RoPE
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a buffer: shape and dtype of one head's record, and the axis that counts slots.
+
+    Axis 2 gives [B, heads, slots, *shape]. Axis -1 gives [B, heads, *shape, slots].
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    heads: int
+    axis: int = 2
+
+    def empty(self, batch: int, slots: int, device) -> Tensor:
+        """The tensor of `slots` slots, all zero."""
+        shape = (*self.shape, slots) if self.axis == -1 else (slots, *self.shape)
+        return torch.zeros(batch, self.heads, *shape, dtype=self.dtype, device=device)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one slot of one row, over all heads."""
+        return self.heads * torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TierFormat(ABC):
+    """What one tier stores of a token.
+
+    Attributes:
+        tier: the tier's code.
+        name: the tier's name in reports: `INT4`, or `K4V2` where the widths differ.
+        has_bound: whether kernels need a bound of all value scales, [B, H] float32.
+    """
+
+    tier: Tier
+    name: str
+    has_bound: bool
+
+    @abstractmethod
+    def fields(self, heads: int) -> dict[str, Field]:
+        """The fields of a record. Each format has the fields `key_codes` and `value_codes`."""
+
+    @abstractmethod
+    def encode(self, keys: Tensor, values: Tensor, mean: Tensor | None, recurs: bool) -> dict[str, Tensor]:
+        """Records of tokens.
+
+        Args:
+            keys, values: [B, H, n, D], any floating dtype.
+            mean: [B, H, m, D] fp16, the mean of each n / m keys; None where the format has no means.
+            recurs: whether this number of tokens recurs. Then a compiled version pays.
+        """
+
+    @abstractmethod
+    def decode_keys(self, fields: dict[str, Tensor], mean: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Keys [B, H, n, D] of `dtype`, as they were encoded. `mean` is [B, H, n or 1, D]."""
+
+    @abstractmethod
+    def decode_values(self, fields: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Values [B, H, n, D] of `dtype`."""
+
+    @abstractmethod
+    def value_bound(self, fields: dict[str, Tensor]) -> Tensor:
+        """At least every value scale of these records, [B, H] float32. Used where `has_bound`."""
+
+    @abstractmethod
+    def requantize(self, fields: dict[str, Tensor], source: "TierFormat") -> dict[str, Tensor]:
+        """Records of this tier, made from records of a finer tier of the same format."""
+
+    @abstractmethod
+    def view(
+        self, tensors: dict[str, Tensor], bound, means, valid: Tensor, per_mean: int, read_at
+    ) -> TierView:
+        """The view that kernels read, over buffers at full capacity; see `TierView`."""
+
+
+class Format(ABC):
+    """What a layer stores of a token in its compressed tiers, and how attention reads it.
+
+    A format without tiers keeps every token in the model's dtype.
+
+    Args:
+        tables: `(head_dim, device)` -> the codec's rotation and, below it, the sum of its rows:
+            float32 [D + 1, D].
+
+    Attributes:
+        table: that tensor, once `allocate` was called.
+        has_means: whether keys are stored less their mean.
+    """
+
+    has_means = False
+    table_bytes = 0  # of tables that belong to this layer alone
+
+    def __init__(self, tables: Callable[[int, torch.device], Tensor]):
+        self._tables = tables
+        self.table: Tensor | None = None
+
+    @property
+    @abstractmethod
+    def tiers(self) -> list[TierFormat]:
+        """Formats of the tiers, finest first. They exist once `allocate` was called."""
+
+    @property
+    @abstractmethod
+    def compresses(self) -> bool:
+        """Whether there is any tier."""
+
+    @abstractmethod
+    def check(self, head_dim: int, layer: int | None) -> None:
+        """Raise `ValueError` if heads of `head_dim` channels cannot be stored; `layer` is for the message."""
+
+    def allocate(self, head_dim: int, device: torch.device) -> None:
+        """Make the tables for heads of `head_dim` channels on `device`."""
+        self.table = self._tables(head_dim, device)
+
+    def tensors(self) -> list[Tensor]:
+        """The tables that this format holds or shares."""
+        return [] if self.table is None else [self.table]
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        visible: Tensor,
+        tiers: list[TierFormat],
+        views: list[TierView],
+        slots_read: list[int],
+        *,
+        rope: RoPE | None,
+        **options,
+    ) -> Tensor:
+        """Attention of a short step over dense tokens and compressed ones, [B, q, Hq, D].
+
+        Args:
+            query: [B, Hq, q, D]. keys, values: dense ones, [B, H, E, D].
+            visible: bool [B, 1 or q, E], the dense tokens that each query sees.
+            tiers, views, slots_read: of the tiers that hold a token.
+            rope: where keys were encoded before RoPE, else None.
+            options: `scaling`, `softcap`, `s_aux` and `mass`; see `decode.attend`.
+        """
+        if rope is not None:
+            options.update(inv_freq=rope.inv_freq, interleaved=rope.interleaved)
+        bits = [tier.bits for tier in tiers]
+        return decode.attend(
+            query, keys, values, visible, self.table, views, bits=bits, slots_read=slots_read, **options
+        )
+
+    @abstractmethod
+    def attend_tier(
+        self,
+        tier: TierFormat,
+        query: Tensor,
+        view: TierView,
+        count: int,
+        score_reference: Tensor,
+        rope: RoPE | None,
+        softcap: float | None,
+    ) -> Partial:
+        """Partial attention of many queries over one tier, tile by tile.
+
+        Args:
+            query: [B, H, R, D], scaled, float32 or float64.
+            view: the tier, its `valid` [B, 1 or R, capacity].
+            count: slots in use.
+            score_reference: [B, H, R], a score near the largest of each row.
+            rope: where keys were encoded before RoPE, else None.
+            softcap: c in c * tanh(s / c), or None.
+        """

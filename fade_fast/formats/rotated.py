@@ -1,0 +1,152 @@
+"""The `rotated` format: keys less their mean and values, rotated, as codes of 8, 4, 3 or 2 bits."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fade_ref.config import FadeConfig
+from fade_ref.tiers import INTEGER_TIERS, Tier, packed_bytes
+
+from ..kernels import packed, rotated
+from ..kernels.merge import Partial
+from ..kernels.packed import Decoder, Queries, TierView
+from ..kernels.rope import RoPE
+from ..kernels.rotated import Packed
+from .base import Field, Format, TierFormat
+
+#: Fields whose tokens lie last, [B, H, bytes, n]. Attention sums values over tokens, and so reads them in
+#: the order of the sum.
+TRANSPOSED = ("value_codes",)
+
+
+def tier_widths(config: FadeConfig, bits: tuple[int, int]) -> list[tuple[int, int]]:
+    """Widths of keys and values in each tier, finest first, given those of the first tier."""
+    if config.int2_budget != 0 and max(bits) > 2:
+        return [bits, (2, 2)]
+    return [bits]  # one tier has both budgets
+
+
+def tier_name(bits: tuple[int, int]) -> str:
+    """Name of a tier of these widths in reports."""
+    key, value = bits
+    return INTEGER_TIERS[key].name if key == value else f"K{key}V{value}"
+
+
+def pack_record(keys: Packed, values: Packed) -> dict[str, Tensor]:
+    """Named fields of encoded tokens."""
+    sides = {"key": keys, "value": values}
+    named = {f"{side}_{name}": x for side, codes in sides.items() for name, x in codes._asdict().items()}
+    return {name: x.mT if name in TRANSPOSED else x for name, x in named.items() if x is not None}
+
+
+def unpack_record(fields: dict[str, Tensor], side: str) -> Packed:
+    """Codes, scale and zero point of one side, tokens before bytes. `side` is "key" or "value"."""
+    named = {name: fields.get(f"{side}_{name}") for name in Packed._fields}
+    if f"{side}_codes" in TRANSPOSED:
+        named["codes"] = named["codes"].mT
+    return Packed(**named)
+
+
+class RotatedTier(TierFormat):
+    """Codes of `bits` = (keys, values), a scale per vector, and a zero point at 8 and 4 bits.
+
+    Args:
+        matrix: the codec's rotation, float32 [D, D].
+        tier: the tier's code.
+    """
+
+    has_bound = True
+
+    def __init__(self, bits: tuple[int, int], matrix: Tensor, tier: Tier):
+        self.bits, self.matrix, self.tier, self.name = bits, matrix, tier, tier_name(bits)
+
+    def fields(self, heads):
+        made = {}
+        for side, bits in zip(("key", "value"), self.bits):
+            axis = -1 if f"{side}_codes" in TRANSPOSED else 2
+            made[f"{side}_codes"] = Field((packed_bytes(bits, len(self.matrix)),), torch.uint8, heads, axis)
+            made[f"{side}_scale"] = Field((), torch.float16, heads)
+            if rotated.is_uniform(bits):
+                made[f"{side}_zero"] = Field((), torch.float16, heads)
+        return made
+
+    def encode(self, keys, values, mean, recurs):
+        return pack_record(*rotated.encode_both(keys, values, mean, self.matrix, self.bits, recurs))
+
+    def decode_keys(self, fields, mean, dtype):
+        return rotated.decode(unpack_record(fields, "key"), mean, self.matrix, self.bits[0], dtype)
+
+    def decode_values(self, fields, dtype):
+        return rotated.decode(unpack_record(fields, "value"), None, self.matrix, self.bits[1], dtype)
+
+    def value_bound(self, fields):
+        return fields["value_scale"].float().amax(-1)
+
+    def requantize(self, fields, source):
+        """The records never leave the rotated domain."""
+        return requantize(fields, source.bits, self.bits)
+
+    def view(self, tensors, bound, means, valid, per_mean, read_at):
+        keys, values = (
+            Packed(*(tensors.get(f"{side}_{name}") for name in Packed._fields)) for side in ("key", "value")
+        )
+        return TierView(keys, values, bound, means, valid, per_mean, read_at)
+
+
+def requantize(fields: dict[str, Tensor], bits: tuple[int, int], to: tuple[int, int]) -> dict[str, Tensor]:
+    """Records of widths `to`, made from records of widths `bits`."""
+    sides = []
+    for side, old, new in zip(("key", "value"), bits, to):
+        vectors = rotated.dequantize(unpack_record(fields, side), old, torch.float32)
+        sides.append(rotated.quantize(vectors, new))
+    return pack_record(*sides)
+
+
+class RotatedFormat(Format):
+    """One or two tiers of the `rotated` codec.
+
+    Args:
+        widths: of keys and values in each tier, finest first; none where the layer is not compressed.
+        tables: see `Format`.
+    """
+
+    has_means = True
+
+    def __init__(self, widths: list[tuple[int, int]], tables: Callable[[int, torch.device], Tensor]):
+        super().__init__(tables)
+        self.widths = widths
+        self._tiers: list[RotatedTier] = []
+
+    @property
+    def tiers(self):
+        return self._tiers
+
+    @property
+    def compresses(self):
+        return bool(self.widths)
+
+    def check(self, head_dim, layer):
+        for bits in {b for pair in self.widths for b in pair}:
+            packed_bytes(bits, head_dim)
+
+    def allocate(self, head_dim, device):
+        super().allocate(head_dim, device)
+        codes = [INTEGER_TIERS[max(bits)] if i == 0 else Tier.INT2 for i, bits in enumerate(self.widths)]
+        matrix = self.table[:head_dim]
+        self._tiers = [RotatedTier(bits, matrix, code) for bits, code in zip(self.widths, codes)]
+
+    def attend_tier(self, tier, query, view, count, score_reference, rope: RoPE | None, softcap) -> Partial:
+        shape, matrix = query.shape[:2], tier.matrix.to(query.dtype)
+        flat = view.flat().narrow(0, count)
+        query, reference = query.flatten(0, 1), score_reference.flatten(0, 1)
+        reference = reference.masked_fill(reference <= torch.finfo(reference.dtype).min, 0.0)
+        turned, decoder, bias = query @ matrix.mT, None, None
+        if rope is not None:
+            decoder = Decoder(matrix, rope.inv_freq, rope.interleaved)
+        else:
+            bias = query @ flat.means.to(query.dtype).mT
+        queries = Queries(query, turned, turned.sum(-1), reference)
+        part = packed.attend(queries, bias, flat, decoder, tier.bits, softcap)
+        part = part._replace(acc=part.acc @ matrix)
+        return Partial(*(x.unflatten(0, shape) for x in part))

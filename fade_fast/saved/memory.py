@@ -1,0 +1,74 @@
+"""What a cache weighs."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fade_ref.tiers import Tier
+
+from ..cache.layer import KVLayer
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a cache, and how many tokens it keeps in which tier.
+
+    Attributes:
+        allocated: every distinct storage the cache holds, spare capacity included. The ids seen, 4 bytes per
+            token on the host, are left out.
+        packed: bytes that the live tokens need, means of keys and codebooks included.
+        dense: bytes that `DynamicCache` would hold for the same logical tokens.
+        tokens: tokens by tier, "EVICTED" included, summed over the batch, of one tiered layer (the mean over
+            layers where they differ).
+    """
+
+    allocated: int
+    packed: int
+    dense: int
+    tokens: dict[str, float]
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the cache is than an uncompressed one: dense / allocated."""
+        return self.dense / self.allocated if self.allocated else 1.0
+
+
+def layer_sizes(layer: KVLayer) -> tuple[int, int, dict[str, int]]:
+    """(packed bytes, dense bytes, tokens by tier) of a tiered layer."""
+    if not layer.is_initialized:
+        return 0, 0, {}
+    keys = layer.dense["key"]
+    batch, heads, vector = keys.shape[0], keys.shape[1], keys.shape[3] * keys.element_size()
+    seen = int((layer.token_positions.logical >= 0).sum())
+    tokens = {Tier.FP16.name: int((layer.dense_positions() >= 0).sum())}
+    packed = tokens[Tier.FP16.name] * layer.dense.record_bytes
+    if layer.middle is not None:
+        for tier in layer.middle.tiers:
+            tokens[tier.name] = int((layer.middle.position(tier) >= 0).sum())
+            packed += tokens[tier.name] * tier.records.record_bytes
+        means = layer.middle.means
+        packed += means["mean"].nbytes if means is not None and means.count else 0
+        packed += layer.format.table_bytes
+        tokens[Tier.EVICTED.name] = seen - sum(tokens.values())
+    return packed, batch * layer.length * heads * 2 * vector, tokens
+
+
+def storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of every distinct storage behind some tensors."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def of(layers: list, others: list[Tensor]) -> Memory:
+    """The record of a cache of `layers`: `KVLayer`, or others with `tensors()`; `others` it holds besides."""
+    tiered = [layer for layer in layers if isinstance(layer, KVLayer)]
+    held = [x for layer in layers for x in layer.tensors()] + others
+    rest = sum(x.nbytes for layer in layers if not isinstance(layer, KVLayer) for x in layer.tensors())
+    sizes = [layer_sizes(layer) for layer in tiered]
+    names = dict.fromkeys(tier for _, _, tokens in sizes for tier in tokens)
+    tokens = {name: sum(counts.get(name, 0) for _, _, counts in sizes) / len(sizes) for name in names}
+    return Memory(
+        allocated=storage_bytes(held),
+        packed=rest + sum(packed for packed, _, _ in sizes),
+        dense=rest + sum(dense for _, dense, _ in sizes),
+        tokens={name: int(x) if x == int(x) else x for name, x in tokens.items()},
+    )
