@@ -246,12 +246,15 @@ def _chunks_of(heads: int, slots_read: list[int], rows: int, bits, paged=()) -> 
 
 
 def _ties(view: TierView, blocks: int, num_read: int) -> bool:
-    """Whether the compiler would tie a length for good: to 1, or to the size of what is read to its end."""
-    table = view.block_table
-    read_out = num_read == view.capacity
-    if table is not None:
-        read_out |= -(-num_read // view.page_size) in (1, table.shape[1])
-    return blocks == 1 or read_out
+    """Whether the compiler would tie a length for good: to 1, or to the size of what is read to its end.
+
+    Of pages that do not divide a chunk, it would ask of each length whether it ends with a page.
+    """
+    tied = blocks == 1 or num_read == view.capacity
+    if view.block_table is None or tied:
+        return tied
+    chunk, page = num_read // blocks, view.page_size
+    return chunk % page != 0 or num_read // page in (1, view.block_table.shape[1])
 
 
 FLAT = 11  # tensors of a `TierView`

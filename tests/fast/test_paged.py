@@ -201,9 +201,10 @@ def test_the_compiled_function_run_eagerly(shape, page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [16, 64, 256])
-def test_one_compiled_graph_serves_every_length(page, monkeypatch):
-    """The twin for CUDA, traced by the same code, without code generation."""
+@pytest.mark.parametrize("page, graphs", [(16, 1), (64, 1), (256, 3)])
+def test_one_compiled_graph_serves_every_length(page, graphs, monkeypatch):
+    """The twin for CUDA, traced by the same code, without code generation; a length each if pages divide no
+    chunk."""
     args, options = problem(4, lengths=(900,), capacities=(2048,), exact=20, dtype=torch.float16)
     args = in_pages(args, [page])
     compiler = functools.partial(torch.compile, backend="aot_eager")
@@ -221,10 +222,9 @@ def test_one_compiled_graph_serves_every_length(page, monkeypatch):
             constants = dict(bits=((4, 4),), softcap=None, interleaved=False, scaling=options["scaling"])
             eager = decode._attend(*inputs, chunks=(128,), **constants)
             assert distance(found, eager.double()) <= 1e-3
-        assert len(decode._compiled.graphs) == 1 and counters["stats"]["unique_graphs"] == 1
-        # Read to its end, and of one page: for these lengths alone.
-        decode.attend(*args, **options | dict(slots_read=[2048]))
-        assert len(decode._compiled.graphs) == 2
+        assert len(decode._compiled.graphs) == graphs == counters["stats"]["unique_graphs"]
+        decode.attend(*args, **options | dict(slots_read=[2048]))  # to its end: for this length alone
+        assert len(decode._compiled.graphs) == graphs + 1
     assert not counters["graph_break"]
 
 
