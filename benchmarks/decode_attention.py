@@ -8,9 +8,10 @@ process; each case is first checked against float64 with the same codes. The flo
 copy would move the bytes that the step must read.
 
 Instead of the cases, `--lengths` times one buffer at growing live lengths, `--encode` compares compressing
-a prompt with its prefill, and `--processes` compiles a case twice, the second time from the caches of the
-first. `--json FILE` writes what is shown. Without a GPU everything shrinks and runs through the same code;
-its times mean nothing then.
+a prompt with its prefill, `--paged` reads the tier through a block table and compares that with reading it
+without one, and `--processes` compiles a case twice, the second time from the caches of the first. `--json
+FILE` writes what is shown. Without a GPU everything shrinks and runs through the same code; its times mean
+nothing then.
 """
 
 import argparse
@@ -111,6 +112,10 @@ CASES = [
     Case(LLAMA, 4, 8, K, budget=400, evicts=True),
 ]
 LENGTHS = [n * K for n in (8, 16, 32, 48, 64, 96, 128)]
+PAGES = (16, 64)  # slots of a page
+PAGED = [CASES[i] for i in (0, 2, 7, 8, 6)]  # INT4, at two sizes of batch, and 8, 3, 2 bits
+PAGED_TARGET = 1.15  # most that reading through a table may take, of the time without one
+PAGED_ERRORS = dict(step=4e-3, tier=4e-3)  # most that float16 products, and bfloat16 output, may be off
 SCORES_TARGET = 5.0  # most percent that gathering probabilities may add
 INTERCEPT_TARGET = 25.0  # most microseconds of a step over no tokens
 ENCODE_TARGET = 0.10  # most of a prefill that compressing it may take
@@ -182,7 +187,7 @@ class Problem:
         self.seen = torch.ones(b, 1, EXACT, dtype=torch.bool, device=device)
         if case.new > 1:
             self.seen = self.seen & self.seen.new_ones(case.new, EXACT).tril(EXACT - case.new)
-        self.tiers = [self._tier(bits, n) for bits, n in case.tiers]
+        self.tiers = self.dense = [self._tier(bits, n) for bits, n in case.tiers]
         self.options = dict(
             bits=[(bits, bits) for bits, _ in case.tiers],
             slots_read=[self._span(n, x) for (_, n), x in zip(case.tiers, self.tiers)],
@@ -226,6 +231,10 @@ class Problem:
         args = self.query, self.keys, self.values, self.seen, self.table, self.tiers
         return decode.attend(*args, **self.options, mass=mass)
 
+    def move(self, page: int) -> None:
+        """From now on the tiers lie in pages of this size, in a random order."""
+        self.tiers = [in_pages(slots, page, self.draw) for slots in self.dense]
+
     def live(self, length: int) -> None:
         """From now on the tier holds `length` tokens."""
         (slots,) = self.tiers
@@ -254,13 +263,16 @@ class Problem:
         """The kernels of the first tier alone: compiled on CUDA, in float32 elsewhere."""
         slots, bits, num_read = self.tiers[0], self.options["bits"][0], self.options["slots_read"][0]
         heads, rows, d = queries.plain.shape
-        chunk = packed.chunk_of(heads, num_read, rows, bits[1])
+        paged = slots.block_table is not None
+        chunk = packed.chunk_of(heads, num_read, rows, bits[1], paged)
         dynamic_sizes = [dynamic_size(num_read // chunk)]
         args = dynamic_sizes, queries, bias, slots
         if self.device != "cuda":
             return tier_kernels(*args, chunk=chunk, bits=bits, dtype=torch.float32)
         widths = tuple(packed.field_width(b, d) for b in bits)
-        pinned = lambda: tier_tiles(heads, rows, num_read // chunk, chunk, bits, widths, d)  # noqa: E731
+        pinned = lambda: tier_tiles(  # noqa: E731
+            heads, rows, num_read // chunk, chunk, bits, widths, d, paged
+        )
         args = dynamic_sizes, pinned, queries, bias, slots
         return compiled_tier(*args, chunk=chunk, bits=bits, dtype=torch.float16)
 
@@ -268,7 +280,7 @@ class Problem:
 
     def decoded(self, i: int, row: int) -> tuple[Tensor, Tensor]:
         """Keys as they are read and values of a tier, of a row of the batch: float64 [H, capacity, D]."""
-        slots, (bits, _) = self.tiers[i], self.options["bits"][i]
+        slots, (bits, _) = self.dense[i], self.options["bits"][i]
         pick = lambda side: [None if x is None else x[row] for x in side]  # noqa: E731
         matrix, (codes, *rest) = self.matrix.double(), pick(slots.values)
         values = rotated.dequantize(Packed(codes.mT, *rest), bits, torch.float64) @ matrix
@@ -337,6 +349,87 @@ def measure(case: Case, device: str, bandwidth: float) -> Result:
     result.sdpa_us = microseconds(attention, device)
     result.compare(case, bandwidth)
     return result
+
+
+def in_pages(slots: TierView, page: int, draw: Callable) -> TierView:
+    """The same slots in pages, in a random order; slots of the last page of a row that are left are zeros."""
+    batch, blocks = slots.valid.shape[0], -(-slots.capacity // page)
+    table = draw(batch * blocks).argsort().reshape(batch, blocks)
+
+    def field(x: Tensor | None, axis: int = 2) -> Tensor | None:
+        if x is None:
+            return None
+        x = F.pad(x, [0, 0] * (x.dim() - 1 - axis) + [0, blocks * page - slots.capacity])
+        x = x.unflatten(axis, (blocks, page)).movedim(axis, 1).flatten(0, 1)
+        return torch.empty_like(x, memory_format=torch.contiguous_format).index_copy_(0, table.flatten(), x)
+
+    (codes, *keys), (value_codes, *values) = slots.keys, slots.values
+    return slots._replace(
+        keys=Packed(field(codes), *map(field, keys)),
+        values=Packed(field(value_codes, 3), *map(field, values)),
+        block_table=table.int(),
+    )
+
+
+def check_pages(problem: Problem) -> tuple[float, float]:
+    """Errors of the step and of its tier, once it is sure that the table is what finds the tokens."""
+    (slots,) = problem.tiers
+    table = slots.block_table
+    in_order = torch.arange(table.numel(), device=table.device).reshape(table.shape)
+    assert not (table == in_order).all(), "the pages lie in the order in which they are read"
+    error, tier_error, _ = problem.errors(tier=True, scores=False)
+    assert error < PAGED_ERRORS["step"] and tier_error < PAGED_ERRORS["tier"], (error, tier_error)
+    found = problem.attend()
+    problem.tiers = [slots._replace(block_table=table.roll(1, 1))]
+    wrong = float((problem.attend() - found).double().norm() / found.double().norm())
+    problem.tiers = [slots]
+    assert wrong > 10 * error, f"another table changes the output by {wrong:.1e} only"
+    return error, tier_error
+
+
+def by_page(device: str, cases: list[Case]) -> dict:
+    """Times of a step and its tier through a block table, beside those without one."""
+    rows = []
+    for case in cases:
+        problem = Problem(case, device)
+        prepared = problem.prepared()
+        problem.errors(tier=True, scores=False)
+        times = {}
+        for page in (None, *PAGES):
+            found = {}
+            if page is not None:
+                problem.move(page)
+                found["compile_s"] = seconds(problem.attend, device)
+                found["error"], found["tier_error"] = check_pages(problem)
+            times[page] = us = [
+                microseconds(problem.attend, device),
+                microseconds(lambda: problem.tier(*prepared), device),  # noqa: B023
+            ]
+            if page is not None:
+                before = times[None]
+                found |= dict(case=case.name, page=page, step_us=before[0], paged_step_us=us[0])
+                found |= dict(tier_us=before[1], paged_tier_us=us[1], target=PAGED_TARGET)
+                found |= dict(step_ratio=us[0] / before[0], tier_ratio=us[1] / before[1])
+                rows.append(found)
+                print(page_row(found), flush=True)
+    print(flush=True)
+    return dict(rows=rows)
+
+
+PAGE_HEAD = (
+    "case", "page", "tier us", "paged", "ratio", "step us", "paged", "ratio", "target", "tier error", "error",
+    "compile s",
+)  # fmt: skip
+
+
+def page_row(r: dict) -> str:
+    cells = [
+        r["case"], str(r["page"]), *(f"{r[name]:.1f}" for name in ("tier_us", "paged_tier_us")),
+        f"{r['tier_ratio']:.3f}", *(f"{r[name]:.1f}" for name in ("step_us", "paged_step_us")),
+        f"{r['step_ratio']:.3f}", f"{r['target']:.2f}", f"{r['tier_error']:.1e}", f"{r['error']:.1e}",
+        f"{r['compile_s']:.0f}",
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
 
 
 def by_length(device: str, lengths: list[int]) -> dict:
@@ -501,6 +594,9 @@ def describe(name: str, found: dict) -> str:
                 f"{found['graphs']} graphs, {found['compiled']} compilations"
             ]
         )
+    if name == "paged":
+        head = ["| " + " | ".join(PAGE_HEAD) + " |", "|---" * len(PAGE_HEAD) + "|"]
+        return "\n".join(head + [page_row(r) for r in found["rows"]])
     if name == "encode":
         return (
             f"{found['tokens']} tokens, {found['layers']} layers: compressed in {found['encode_ms']:.0f} ms, "
@@ -528,12 +624,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--lengths", action="store_true", help="instead: times by live length")
     parser.add_argument("--encode", action="store_true", help="instead: compressing against prefill")
+    parser.add_argument("--paged", action="store_true", help="instead: through a block table")
     parser.add_argument("--processes", action="store_true", help="instead: compiling, cold and from caches")
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
     others = {
         "lengths": lambda: by_length(args.device, LENGTHS if cuda else [128, 256, 512]),
         "encode": lambda: encoding(args.device, 32 * K) if cuda else encoding(args.device, 512, 64, 128, 2),
+        "paged": lambda: by_page(
+            args.device, [case if cuda else small(case) for case in PAGED if args.only in case.name]
+        ),
         "processes": lambda: processes(args.device),
     }
     chosen = [name for name in others if getattr(args, name)]

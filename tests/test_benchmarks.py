@@ -255,6 +255,40 @@ def test_other_measurements_run_without_a_gpu(tmp_path, capsys):
     assert "graphs" in shown and "of 400" not in shown
 
 
+def test_pages_are_measured_without_a_gpu(tmp_path, capsys):
+    """Both sizes of a page, against float64, and with a table that is not the identity."""
+    file = tmp_path / "out.json"
+    options = ["--device", "cpu", "--paged", "--only", "B 1 x S 32", "--json", str(file)]
+    assert decode_attention.main(options) == 0
+    stored = json.loads(file.read_text())
+    assert set(stored) == {"device", "torch", "bandwidth", "paged"}
+    rows = stored["paged"]["rows"]
+    assert [r["page"] for r in rows] == [16, 64]
+    for r in rows:
+        assert r["error"] < 4e-3 and r["tier_error"] < 1e-5 and r["target"] == 1.15
+        assert r["step_ratio"] == pytest.approx(r["paged_step_us"] / r["step_us"])
+        assert r["tier_ratio"] == pytest.approx(r["paged_tier_us"] / r["tier_us"])
+    assert capsys.readouterr().out.count(f"| {rows[0]['case']} | 16 |") == 2
+    assert {case.bits for case in decode_attention.PAGED} == {8, 4, 3, 2}
+
+
+def test_a_table_that_is_not_read_is_noticed(monkeypatch):
+    """By pages in order, and by an output that does not change with the table."""
+    case = decode_attention.Case("tiny", 4, 2, 512, heads=2, head_dim=64)
+    problem = decode_attention.Problem(case, "cpu")
+    problem.draw = lambda n: torch.arange(float(n))
+    problem.move(16)
+    with pytest.raises(AssertionError, match="in the order"):
+        decode_attention.check_pages(problem)
+    problem.draw = lambda n: -torch.arange(float(n))
+    problem.move(16)
+    decode_attention.check_pages(problem)
+    found = problem.attend()
+    monkeypatch.setattr(problem, "attend", lambda mass=None: found)
+    with pytest.raises(AssertionError, match="another table"):
+        decode_attention.check_pages(problem)
+
+
 @pytest.mark.slow
 def test_compiling_twice_runs_without_a_gpu(capsys):
     """The same case and nothing else, in two processes."""

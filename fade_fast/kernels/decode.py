@@ -59,7 +59,7 @@ def attend(
         keys, values: [B, H, E, D], uncompressed.
         seen: bool [B, 1 or q, E], which of them each query sees.
         matrix: float32 [D + 1, D], the codec's rotation and, below it, the sum of its rows.
-        tiers: buffers of each tier at full capacity, all of [B, H, capacity, ...].
+        tiers: buffers of each tier at full capacity, all of [B, H, capacity, ...], or of pages.
         bits: widths of keys and values of each tier.
         slots_read: how many slots of each tier are read: all that `valid` may allow, as `packed.bucket`
             rounds them. One compiled twin serves all spans below the capacity.
@@ -125,7 +125,7 @@ def _check(query, keys, values, seen, matrix, tiers, bits, slots_read, s_aux, in
         _expect("inv_freq", inv_freq, (tuple(range(1, dim // 2 + 1)),), FLOATS, on)
     if mass and len(mass) != 1 + len(tiers):
         raise ValueError(f"mass has {len(mass)} tensors; allowed: {1 + len(tiers)}, one more than tiers")
-    lengths = [length, *(view.keys.codes.shape[2] for view in tiers)]
+    lengths = [length, *(view.capacity for view in tiers)]
     for i, (x, n) in enumerate(zip(mass, lengths)):
         _expect(f"mass[{i}]", x, (batch, heads, n), (torch.float32, torch.float64), on)
 
@@ -138,15 +138,18 @@ def _check_tier(name: str, view: TierView, bits: tuple[int, int], num_read: int,
     capacity = view.valid.shape[-1] if view.valid.dim() else 0
     if not 1 <= num_read <= capacity:
         raise ValueError(f"{name} has span {num_read}; allowed: 1 to its capacity, {capacity}")
+    outer, slots = (batch, heads), capacity
+    if view.block_table is not None:
+        outer, slots = _check_table(name, view, batch, heads, capacity, device)
     for side, packed_, b in zip(("keys", "values"), (view.keys, view.values), bits):
-        shape = (capacity, b * dim // 8) if side == "keys" else (b * dim // 8, capacity)
-        _expect(f"{name}.{side}.codes", packed_.codes, (batch, heads, *shape), (torch.uint8,), device)
-        _expect(f"{name}.{side}.scale", packed_.scale, (batch, heads, capacity), (torch.float16,), device)
+        shape = (slots, b * dim // 8) if side == "keys" else (b * dim // 8, slots)
+        _expect(f"{name}.{side}.codes", packed_.codes, (*outer, *shape), (torch.uint8,), device)
+        _expect(f"{name}.{side}.scale", packed_.scale, (*outer, slots), (torch.float16,), device)
         if (packed_.zero is not None) != is_uniform(b):
             allowed = "a tensor" if is_uniform(b) else "None"
             raise ValueError(f"{name}.{side}.zero is {type(packed_.zero).__name__}; allowed: {allowed}")
         if packed_.zero is not None:
-            _expect(f"{name}.{side}.zero", packed_.zero, (batch, heads, capacity), (torch.float16,), device)
+            _expect(f"{name}.{side}.zero", packed_.zero, (*outer, slots), (torch.float16,), device)
     _expect(f"{name}.valid", view.valid, (batch, rows, capacity), (torch.bool,), device)
     _expect(f"{name}.bound", view.bound, (batch, heads), FLOATS, device)
     means = view.means.shape[2] if view.means.dim() == 4 else 0
@@ -156,6 +159,20 @@ def _check_tier(name: str, view: TierView, bits: tuple[int, int], num_read: int,
         raise ValueError(f"{name} has {has}; allowed: as many as {num_read} slots need, or one for all")
     if view.read_at is not None:
         _expect(f"{name}.read_at", view.read_at, (batch, 1, capacity), (torch.int32, torch.int64), device)
+
+
+def _check_table(name: str, view: TierView, batch: int, heads: int, capacity: int, device):
+    """The first axes of its pages, and how many slots a page has."""
+    codes, table = view.keys.codes, view.block_table
+    if codes.dim() != 4 or min(codes.shape[0], codes.shape[2]) < 1:
+        has = f"{name}.keys.codes is {list(codes.shape)}"
+        raise ValueError(f"{has}; allowed with a block table: [P, {heads}, page, W], at least one page")
+    blocks = table.shape[1] if table.dim() == 2 else 0
+    _expect(f"{name}.block_table", table, (batch, blocks), (torch.int32, torch.int64), device)
+    if blocks * view.page_size < capacity:
+        has = f"{name}.block_table has {blocks} pages of {view.page_size} slots a row"
+        raise ValueError(f"{has}; allowed: as many as the capacity needs, {capacity}")
+    return (codes.shape[0], heads), view.page_size
 
 
 def _expect(name: str, x: Tensor, shape: tuple, dtypes: tuple, device) -> None:
@@ -196,19 +213,18 @@ def _operator(
     args = (query, keys, values, seen, matrix, view, s_aux, inv_freq, mass)
     if not (use_compiled(query) and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
         return _attend(*_of_span(args, slots_read), chunks=None, **options)
-    chunks = _chunks_of(heads, slots_read, rows, pairs)
+    paged = [x.block_table is not None for x in view]
+    chunks = _chunks_of(heads, slots_read, rows, pairs, paged)
     blocks = [num_read // chunk for num_read, chunk in zip(slots_read, chunks)]
 
     def pinned() -> Tiles:
         out = step_tiles(heads, rows, keys.shape[2], sum(map(_means, view, slots_read)), dim)
-        for n, chunk, pair in zip(blocks, chunks, pairs):
+        for n, chunk, pair, by_table in zip(blocks, chunks, pairs, paged):
             widths = tuple(packed.field_width(b, dim) for b in pair)
-            out |= tier_tiles(heads, rows, n, chunk, pair, widths, dim)
+            out |= tier_tiles(heads, rows, n, chunk, pair, widths, dim, by_table)
         return out
 
-    # The compiler ties a length for good to 1, and to the size of a buffer that is read to its end.
-    ends = (n == 1 or num_read == s.valid.shape[2] for n, num_read, s in zip(blocks, slots_read, view))
-    whole = tuple(slots_read) if any(ends) else None
+    whole = tuple(slots_read) if any(map(_ties, view, blocks, slots_read)) else None
     dynamic_sizes = [] if whole else [dynamic_size(n) for n in blocks]
     return _compiled(dynamic_sizes, pinned, *args, chunks=chunks, slots_read=whole, **options)
 
@@ -219,24 +235,39 @@ def _(query, *args):
     return query.new_empty(batch, new, q_heads, dim)
 
 
-def _chunks_of(heads: int, slots_read: list[int], rows: int, bits) -> tuple[int, ...]:
+def _chunks_of(heads: int, slots_read: list[int], rows: int, bits, paged=()) -> tuple[int, ...]:
     """Chunks of each tier of the compiled twin; slots beyond the last whole one would be left out."""
-    chunks = tuple(packed.chunk_of(heads, n, rows, b[1]) for n, b in zip(slots_read, bits))
+    paged = paged or [False] * len(slots_read)
+    each = zip(slots_read, bits, paged)
+    chunks = tuple(packed.chunk_of(heads, n, rows, b[1], by_table) for n, b, by_table in each)
     if any(n % chunk for n, chunk in zip(slots_read, chunks)):
         raise ValueError(f"spans are {slots_read}; allowed: as `packed.bucket` rounds, multiples of {chunks}")
     return chunks
 
 
-FLAT = 10  # tensors of a `TierView`
+def _ties(view: TierView, blocks: int, num_read: int) -> bool:
+    """Whether the compiler would tie a length for good: to 1, or to the size of what is read to its end.
+
+    Of pages that do not divide a chunk, it would ask of each length whether it ends with a page.
+    """
+    tied = blocks == 1 or num_read == view.capacity
+    if view.block_table is None or tied:
+        return tied
+    chunk, page = num_read // blocks, view.page_size
+    return chunk % page != 0 or num_read // page in (1, view.block_table.shape[1])
+
+
+FLAT = 11  # tensors of a `TierView`
 
 
 def _to_list(view: TierView) -> list[Tensor | None]:
-    return [*view.keys, *view.values, view.bound, view.means, view.valid, view.read_at]
+    rest = view.bound, view.means, view.valid, view.read_at, view.block_table
+    return [*view.keys, *view.values, *rest]
 
 
 def _from_list(tensors: list[Tensor | None], per_mean: int) -> TierView:
-    keys, values, (bound, means, valid, read_at) = tensors[:3], tensors[3:6], tensors[6:]
-    return TierView(Packed(*keys), Packed(*values), bound, means, valid, per_mean, read_at)
+    keys, values, (bound, means, valid, *rest) = tensors[:3], tensors[3:6], tensors[6:]
+    return TierView(Packed(*keys), Packed(*values), bound, means, valid, per_mean, *rest)
 
 
 def _means(view: TierView, num_read: int) -> int:
@@ -246,7 +277,7 @@ def _means(view: TierView, num_read: int) -> int:
 
 def _of_span(args: tuple, slots_read: list) -> tuple:
     """The arguments with flat tiers, cut to their spans."""
-    tiers = [view.flat().narrow(0, num_read) for view, num_read in zip(args[5], slots_read)]
+    tiers = [view.flat().first(num_read) for view, num_read in zip(args[5], slots_read)]
     return *args[:5], tiers, *args[6:]
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..compile.page_gather import pages_of
 from .merge import Partial, combine, empty
 from .rope import as_sum, cos_sin, swap
 from .rotated import Packed, center, dequantize, thirds
@@ -45,8 +46,18 @@ class TierView(NamedTuple):
         valid: bool [B, 1 or R, S], False where a slot holds no token that the row sees.
         read_at: int32 [B, 1, S], where RoPE reads keys that were encoded before it; None if they were
             encoded as they are read.
+        block_table: int32 or int64 [B, n], the pages of each row of the batch, which all its KV heads
+            share; None if slots lie side by side.
 
-    `flat` is the same with batch and heads as one dimension of N, but for `valid` and `read_at`.
+    With a block table, codes, scales and zeros are those of P pages: of keys [P, H, page, W], of values
+    [P, H, W, page], scales and zeros [P, H, page]. Slot i of row b is slot i % page of page
+    `block_table[b, i // page]`. All else means the same: `bound` and `means` belong to rows, `valid` and
+    `read_at` to their slots. Where no slot of a block is valid, its entry may be any number, for
+    an entry is cut to the pages that there are; the numbers of its page may be NaN.
+
+    Strides are free: bytes of a token may lie side by side in value codes, too.
+
+    `flat` is the same with batch and heads as one dimension of N, but for `valid`, `read_at` and pages.
     """
 
     keys: Packed
@@ -56,29 +67,100 @@ class TierView(NamedTuple):
     valid: Tensor
     per_mean: int
     read_at: Tensor | None = None
+    block_table: Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each row."""
+        return self.valid.shape[-1]
+
+    @property
+    def page_size(self) -> int:
+        """Slots of a page."""
+        return self.keys.codes.shape[2]
 
     def flat(self) -> "TierView":
+        view = self._replace(bound=self.bound.flatten(0, 1), means=self.means.flatten(0, 1))
+        if self.block_table is not None:
+            return view
         keys, values = (
             Packed(*(None if x is None else x.flatten(0, 1) for x in side))
             for side in (self.keys, self.values)
         )
-        return self._replace(
-            keys=keys, values=values, bound=self.bound.flatten(0, 1), means=self.means.flatten(0, 1)
-        )
+        return view._replace(keys=keys, values=values)
+
+    def first(self, length: int) -> "TierView":
+        """Of a flat record, the first `length` slots; pages stay where they are."""
+        return self._cut(0, length) if self.block_table is not None else self.narrow(0, length)
 
     def narrow(self, start: int, length: int) -> "TierView":
-        """Of a flat record, slots `start` to `start + length`; `start` is a whole number of means."""
+        """Of a flat record, slots `start` to `start + length`; `start` is a whole number of means.
+
+        Without a block table: pages are gathered.
+        """
+        view = self._cut(start, length)
+        if self.block_table is not None:
+            (codes, *keys), (value_codes, *values) = self.paged()
+            of = lambda x, axis=1: None if x is None else x.slots(start, length, axis)  # noqa: E731
+            return view._replace(
+                keys=Packed(of(codes), *map(of, keys)),
+                values=Packed(of(value_codes, 2), *map(of, values)),
+                block_table=None,
+            )
+        cut = lambda x: None if x is None else x.narrow(-1, start, length)  # noqa: E731
+        return view._replace(
+            keys=Packed(self.keys.codes.narrow(1, start, length), cut(self.keys.scale), cut(self.keys.zero)),
+            values=Packed(*map(cut, self.values)),
+        )
+
+    def _cut(self, start: int, length: int) -> "TierView":
+        """What does not lie in pages, of these slots."""
         first, means = start // self.per_mean, -(-length // self.per_mean)
         if self.means.shape[1] == 1:
             first, means = 0, 1
         cut = lambda x: None if x is None else x.narrow(-1, start, length)  # noqa: E731
         return self._replace(
-            keys=Packed(self.keys.codes.narrow(1, start, length), cut(self.keys.scale), cut(self.keys.zero)),
-            values=Packed(*map(cut, self.values)),
-            means=self.means.narrow(1, first, means),
-            valid=cut(self.valid),
-            read_at=cut(self.read_at),
+            means=self.means.narrow(1, first, means), valid=cut(self.valid), read_at=cut(self.read_at)
         )
+
+    def paged(self) -> tuple[Packed, Packed]:
+        """Keys and values as `Pages`, of a record with a block table."""
+        make = lambda x: None if x is None else Pages(x, self.block_table, self.capacity)  # noqa: E731
+        return Packed(*map(make, self.keys)), Packed(*map(make, self.values))
+
+
+class Pages(NamedTuple):
+    """A field of a tier with a block table: what [N, S, ...] or, of value codes, [N, W, S] would hold.
+
+    Attributes:
+        pages: [P, H, page, ...], of value codes [P, H, W, page].
+        table: [B, n]. length: S.
+    """
+
+    pages: Tensor
+    table: Tensor
+    length: int
+
+    def slots(self, start: int, length: int, axis: int = 1) -> Tensor:
+        """Slots `start` to `start + length`, along `axis`: 1, of value codes 2."""
+        page = self.pages.shape[axis + 1]
+        first, last = start // page, -(-(start + length) // page)
+        found = self._of(self.table.narrow(1, first, last - first))  # [B, n, H, ...]
+        found = found.movedim(1, axis + 1).flatten(axis + 1, axis + 2).flatten(0, 1)
+        return found.narrow(axis, start - first * page, length)
+
+    def chunks(self, chunk: int, axis: int = 1) -> Tensor:
+        """As `_cut` makes them. The table is cut, and not what it gathers: the compiler then divides by
+        constants only."""
+        page, blocks = self.pages.shape[axis + 1], self.length // chunk
+        if chunk % page:
+            return _cut(self.slots(0, blocks * chunk, axis), chunk, axis)
+        table = self.table.narrow(1, 0, blocks * (chunk // page)).unflatten(1, (blocks, chunk // page))
+        found = self._of(table.transpose(0, 1))  # [blocks, B, chunk / page, H, ...]
+        return found.movedim(2, axis + 2).flatten(axis + 2, axis + 3).flatten(0, 2)
+
+    def _of(self, table: Tensor) -> Tensor:
+        return pages_of(self.pages, table.clamp(0, self.pages.shape[0] - 1))
 
 
 class Queries(NamedTuple):
@@ -192,7 +274,7 @@ def force_materialize(x: Tensor) -> Tensor:
 def products(query: Queries, bias: Tensor, view: TierView, *, bits, chunk, dtype) -> Tensor:
     """Scores from codes, [Z, chunk, R]; `bias` [N, R, M] is what the keys' means add."""
     codes, *rest = view.keys
-    blocks, sum_dtype = codes.shape[1] // chunk, wide(dtype)
+    blocks, sum_dtype = view.capacity // chunk, wide(dtype)
     parts = fields(_cut(codes, chunk), bits, dtype, -1)
     largest, center_offset = parts[-1].unit, offset(bits, dtype)
     total = _chunks(query.total, blocks).unsqueeze(1)
@@ -212,8 +294,8 @@ def products(query: Queries, bias: Tensor, view: TierView, *, bits, chunk, dtype
 
 def decoded_products(query: Queries, decoder: Decoder, view: TierView, *, bits, chunk, dtype) -> Tensor:
     """Scores [Z, chunk, R] of keys that are decoded, and rotated to where they are read."""
-    heads, length, _ = view.keys.codes.shape
-    blocks, batch = length // chunk, view.read_at.shape[0]
+    heads, batch = query.total.shape[0], view.read_at.shape[0]
+    blocks = view.capacity // chunk
     position = _cut(view.read_at.squeeze(1), chunk)
     codes = Packed(*(None if x is None else _cut(x, chunk) for x in view.keys))
     rotated = dequantize(codes, bits, wide(dtype)).to(dtype)
@@ -276,8 +358,7 @@ def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> lis
 
     `codes` [N, W, S] are stored tokens last; `bound` [N] is at least every valid scale.
     """
-    blocks = codes.shape[2] // chunk
-    codes = codes.unflatten(2, (blocks, chunk)).permute(2, 0, 1, 3).flatten(0, 1)
+    blocks, codes = scores.shape[0] // bound.shape[0], _cut(codes, chunk, 2)
     factor = _chunks((TOP if dtype == torch.float16 else 1.0) / bound, blocks).reshape(-1, 1, 1)
     lean = scaled.unsqueeze(1) / _chunks(bound, blocks).reshape(-1, 1, 1)
     top = _chosen(top) if bits == 8 and dtype == torch.float16 and top.shape[1] <= 4 else top.unsqueeze(-1)
@@ -334,6 +415,8 @@ def attend_chunks(
 ):
     """All four steps on a flat record. Returns what `join` does, and the scores."""
     options = dict(chunk=chunk, dtype=dtype)
+    if view.block_table is not None:
+        view = view._replace(**dict(zip(("keys", "values"), view.paged())))
     found = scores(query, bias, view, decoder, bits=bits[0], softcap=softcap, **options)
     codes, scale, zero = view.values
     bound = view.bound.to(wide(dtype))
@@ -342,13 +425,15 @@ def attend_chunks(
     return *join(parts, top, total, shift, query.reference, bound, bits=bits[1], **options), found
 
 
-def _cut(x: Tensor, chunk: int) -> Tensor:
+def _cut(x: Tensor | Pages, chunk: int, axis: int = 1) -> Tensor:
     """[N, S, ...] as chunks: [Z, chunk, ...]. In two steps, for the compiler to see whole chunks.
 
-    Heads are the inner ones of Z, for their number is a constant: a program finds its own by dividing by
-    it, and not by a number of chunks that is data, in 64 bits.
+    Slots may be the other `axis`, 2. Heads are the inner ones of Z, for their number is a constant: a
+    program finds its own by dividing by it, and not by a number of chunks that is data, in 64 bits.
     """
-    return x.unflatten(1, (x.shape[1] // chunk, chunk)).transpose(0, 1).flatten(0, 1)
+    if isinstance(x, Pages):
+        return x.chunks(chunk, axis)
+    return x.unflatten(axis, (x.shape[axis] // chunk, chunk)).movedim(axis, 0).flatten(0, 1)
 
 
 def _chunks(x: Tensor, blocks: int) -> Tensor:
@@ -369,7 +454,7 @@ def _spread(x: Tensor, per_mean: int, blocks: int, chunk: int) -> Tensor:
 
 def tiles(view: TierView) -> list[tuple[int, int]]:
     """`(start, length)` of the tiles that are attended one by one where nothing is fused."""
-    length, per = view.keys.codes.shape[1], view.per_mean
+    length, per = view.capacity, view.per_mean
     tile = max(1, EAGER_TILE // per) * per
     return [(start, min(tile, length - start)) for start in range(0, length, tile)]
 
@@ -387,7 +472,7 @@ def attend(
     Args:
         query: float32 or float64, [N, R, D].
         bias: [N, R, M], the products of the query with the means; None where there is a decoder.
-        slots: the tier, flat.
+        view: the tier, flat.
         decoder: where keys were encoded before RoPE.
         bits: widths of keys and values.
         softcap: c in c * tanh(s / c), or None.
@@ -434,14 +519,15 @@ def _near(bias: Tensor | None, start: int, tile: TierView) -> Tensor | None:
     return bias.narrow(-1, start // tile.per_mean, tile.means.shape[1])
 
 
-def chunk_of(heads: int, length: int, rows: int, bits: int = 4) -> int:
+def chunk_of(heads: int, length: int, rows: int, bits: int = 4, paged: bool = False) -> int:
     """Tokens a program of the second product sums: measured on an H100 (docs/lab-notebook.md).
 
     Fewer where values have 8 bits: tensor cores round sums down, and codes of that width are mostly centre.
+    Fewer through a block table: programs do not load ahead there, so that there must be more of them.
     """
     total = heads * length
     chunk = 2048 if total >= 1 << 20 else 512 if total >= 1 << 18 else 256 if total >= 1 << 17 else 128
-    return min(chunk, 512) if rows > 4 else min(chunk, 1024) if bits == 8 else chunk
+    return min(chunk, 512) if rows > 4 or paged else min(chunk, 1024) if bits == 8 else chunk
 
 
 def bucket(heads: int, length: int) -> int:
