@@ -1,8 +1,8 @@
-"""A cache as a file: safetensors with a JSON header, nothing that could run code.
+"""Store a cache as a file: safetensors with a JSON header, nothing that could run code.
 
-What is stored are the slots in use, as they are in memory, so that decoding goes on to the bit. What
-follows from the configuration (the codec's rotation, capacities, captured steps) is made anew. Of codebooks
-only the digest is stored: whoever loads codes must have them.
+The slots in use are stored exactly as in memory, so decoding continues bit for bit. State that follows from
+the configuration (the codec's rotation, capacities, captured CUDA graphs) is created anew. Of codebooks only
+the digest is stored, so the loader must supply the codebooks.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from ..cache.store import BudgetStore
 from .files import whole
 
 VERSION = 3
-TOKENS = "tokens"  # name of a tensor of ids that goes with a cache, but is none of it
+TOKENS = "tokens"  # name of the tensor of token ids, which is stored with a cache but is not part of it
 
 
 def state_dict(cache: Cache) -> tuple[dict[str, Tensor], dict]:
-    """Every tensor of a `TieredKVCache`, cloned, and what else it knows, as JSON would have it.
+    """Every tensor of a `TieredKVCache`, cloned, and its other state as JSON values.
 
-    Names are "timeline" and "{layer}.{part}.{field}"; shapes are those in memory, cut to what is in use.
+    Names are "timeline" and "{layer}.{part}.{field}". Shapes are as in memory, cut to the slots in use.
 
     Raises `ValueError` for a layer of a kind that cannot be stored.
     """
@@ -54,11 +54,11 @@ def state_dict(cache: Cache) -> tuple[dict[str, Tensor], dict]:
 
 
 def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> None:
-    """Fill an empty cache with what `state_dict` gave; tensors are copied to the model's device.
+    """Fill an empty cache with the results of `state_dict`. Tensors are copied to the model's device.
 
-    Raises `ValueError`, before anything is changed, if the cache is not empty, has another
-    configuration or other layers, or a tensor is missing, left over, or of a wrong shape; `TypeError` for
-    other things than `state_dict` gives.
+    Raises `ValueError` if the cache is not empty, has another configuration or other layers, or a tensor is
+    missing, left over or of a wrong shape. Raises `TypeError` for other arguments than `state_dict` returns.
+    The cache is unchanged after an error.
     """
     layers = known.get("layers") if isinstance(known, dict) else None
     whole = isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers)
@@ -102,11 +102,12 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
 
 
 def save(cache: Cache, path: str | os.PathLike, token_ids: Tensor | None = None) -> None:
-    """Write a cache to a file, whole or not at all: a file that was there survives a crash.
+    """Write a cache to a file, atomically: an existing file survives a crash.
 
-    `token_ids`, an integer tensor, is stored beside it as int32, for `read_tokens`.
+    `token_ids`, an integer tensor, is stored with it as int32, for `read_tokens`.
 
-    Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
+    Raises `ValueError` for a layer of a kind that cannot be stored or for `token_ids` of another dtype, and
+    `OSError` if the file cannot be written.
     """
     if token_ids is not None:
         if not isinstance(token_ids, Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
@@ -123,7 +124,7 @@ def save(cache: Cache, path: str | os.PathLike, token_ids: Tensor | None = None)
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the header of a file that `save` wrote.
 
-    Raises `FileNotFoundError`, and `ValueError` for what is no such file, damaged, or newer.
+    Raises `FileNotFoundError`. Raises `ValueError` if the file is of another kind or version, or damaged.
     """
     with _opened(path) as (header, file):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -135,9 +136,9 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
 
 
 def read_header(path: str | os.PathLike) -> tuple[dict, dict[str, tuple[tuple[int, ...], int]]]:
-    """The header of such a file, and shape and bytes of each tensor; none is read, so none is verified.
+    """The header of a stored cache, and shape and bytes of each tensor.
 
-    Raises as `read` does.
+    The tensors are not read, so nothing is verified. Raises as `read` does.
     """
     with _opened(path) as (header, file):
         found = {}
@@ -149,24 +150,24 @@ def read_header(path: str | os.PathLike) -> tuple[dict, dict[str, tuple[tuple[in
 
 
 def read_tensors(path: str | os.PathLike, names: list[str]) -> dict[str, Tensor]:
-    """Some tensors of such a file, not verified. Raises as `read` does."""
+    """Some tensors of a stored cache, not verified. Raises as `read` does."""
     with _opened(path) as (_, file):
         return {name: file.get_tensor(name) for name in names}
 
 
 def read_tokens(path: str | os.PathLike) -> Tensor | None:
-    """The token ids that were stored beside a cache, int64; None if there were none. Raises as `read`."""
+    """The token ids that were stored with a cache, int64; None without ids. Raises as `read` does."""
     with _opened(path) as (_, file):
         return file.get_tensor(TOKENS).long() if TOKENS in file.keys() else None
 
 
-#: Bytes of a number, by the name that safetensors has for its type.
+#: Bytes of an element, by its dtype's name in safetensors.
 BYTES = dict(F64=8, F32=4, F16=2, BF16=2, I64=8, I32=4, U8=1, BOOL=1)
 
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike):
-    """Header and file, for reading; whatever is wrong with it becomes a `ValueError`."""
+    """Yield header and open file. A defect of the file raises `ValueError`."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["fade"])
@@ -183,7 +184,7 @@ def _opened(path: str | os.PathLike):
 
 
 def _digest(tensors: dict[str, Tensor], header: dict) -> str:
-    """SHA-256 over the header, and names, dtypes, shapes and bytes."""
+    """SHA-256 over the header and the names, dtypes, shapes and bytes of the tensors."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name].contiguous().cpu()
@@ -213,12 +214,12 @@ def _of_tiered(layer: TieredLayer) -> tuple[dict[str, Tensor], dict]:
     return parts, dict(length=layer.length, sinks_placed=layer.sinks_placed)
 
 
-#: Layers of transformers with a sliding window, which keep it as it comes or, on a GPU, in a fixed buffer.
+#: Sliding-window layers of transformers: with a growing buffer, and (on a GPU) with a fixed one.
 SLIDING = (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
 
 
 def _kind(layer) -> str:
-    """What a stored layer is called: alike for both classes of a sliding window."""
+    """Stored name of a layer's class. Both classes of a sliding window have the same name."""
     return SLIDING[0].__name__ if type(layer) in SLIDING else type(layer).__name__
 
 
@@ -227,7 +228,7 @@ def _of_sliding(layer) -> tuple[dict[str, Tensor], dict]:
     if layer.is_initialized:
         parts = dict(keys=layer.keys, values=layer.values)
     if parts and type(layer) is StaticSlidingWindowLayer:
-        # What lies in front of a full buffer falls out before it is read again.
+        # A full buffer drops its first token before the next read.
         window = layer.max_cache_len
         held = slice(1, None) if length >= window else slice(0, length)
         parts = {name: x[:, :, held] for name, x in parts.items()}

@@ -1,10 +1,12 @@
-"""What a cache holds, layer by layer: of a live one or of a saved one, as JSON has it or as text.
+"""The contents of a live or saved cache, layer by layer, as JSON values or as text.
 
-A snapshot is a dict of `version`, `length` (columns seen), `batch`, `tokens` (seen, padding left out; of a
-file None), `config`, `allocated`, `packed` and `dense` (bytes, as `cache.memory()` has them; a file is
-`packed` only) and `layers`. A layer has `layer`, `kind` ("tiered", or the class of transformers that keeps
-it as it is), `bytes`, and if it is tiered `tiers`, by name: `slots` or `tokens` over all rows, `bytes`, and
-on request `positions`, the logical positions held, for each row as ranges [first, last + 1].
+A snapshot is a dict of `version`, `length` (tokens seen per row), `batch`, `tokens` (tokens seen over all
+rows, without padding; None for a file read without positions), `config`, `allocated`, `packed` and `dense`
+(bytes, as in `cache.memory()`; a file has `packed` only) and `layers`.
+
+A layer has `layer`, `kind` ("tiered", or the transformers class of an uncompressed layer) and `bytes`. A
+tiered layer also has `tiers`, by name: `slots` or `tokens` over all rows, `bytes`, and on request
+`positions`, the logical positions held, as ranges [first, last + 1] for each row.
 """
 
 import dataclasses
@@ -45,7 +47,7 @@ def sizes(layer: TieredLayer) -> tuple[int, int, dict[str, int]]:
 
 
 def of(cache, positions: bool = True) -> dict:
-    """Snapshot of a live cache; blocks whose demotion is due are demoted first."""
+    """Snapshot of a live cache. Blocks whose demotion is due are demoted first."""
     memory = cache.memory()
     layers = []
     for i, layer in enumerate(cache.layers):
@@ -85,9 +87,9 @@ def _of_tiered(index: int, layer: TieredLayer, positions: bool) -> dict:
 
 
 def of_file(path: str | os.PathLike, positions: bool = False) -> dict:
-    """Snapshot of a saved cache, from its header alone; with `positions`, from those tensors, too.
+    """Snapshot of a saved cache, from its header alone; with `positions`, position tensors are read, too.
 
-    What is in the file is not verified, as `load_cache` does. Raises as `checkpoint.read_header`.
+    The contents are not verified; `load_cache` verifies them. Raises as `checkpoint.read_header`.
     """
     try:
         return _of_file(path, positions)
@@ -128,7 +130,7 @@ def _of_file(path: str | os.PathLike, positions: bool) -> dict:
 
 
 def _add_positions(path, found: dict, config: FadeConfig, shapes: dict) -> None:
-    """Positions of the tiers of a saved cache, worked out as its layers would."""
+    """Add the positions of the tiers of a saved cache, computed as its layers would."""
     kept = [name for name in shapes if name == "timeline" or name.endswith(".position")]
     tensors = checkpoint.read_tensors(path, kept)
     columns = tensors["timeline"]
@@ -144,14 +146,14 @@ def _add_positions(path, found: dict, config: FadeConfig, shapes: dict) -> None:
         tiers["FP16"]["positions"] = ranges(exact[:, None])
         for i, name in enumerate(names if config.compresses else ()):
             at = tensors.get(f"{layer['layer']}.tier{i}.position")
-            if at is None:  # never moved: every column between the sinks and the recent ones
+            if at is None:  # no token moved: all tokens between the sinks and the recent ones
                 at = columns[:, None, config.n_sink : columns.shape[1] - recent]
                 at = at.masked_fill(at < config.n_sink, -1)
             tiers[name]["positions"] = ranges(at)
 
 
 def ranges(position: Tensor) -> list[list[list[int]]]:
-    """Positions [B, 1, n], negative where there is none, as sorted ranges [first, last + 1] for each row.
+    """Positions [B, 1, n] as sorted ranges [first, last + 1] for each row. Negative positions are left out.
 
     >>> ranges(torch.tensor([[[7, 0, 1, -1, 2, 6]]]))
     [[[0, 3], [6, 8]]]
@@ -168,7 +170,7 @@ def ranges(position: Tensor) -> list[list[list[int]]]:
 
 
 def text(snapshot: dict) -> str:
-    """A snapshot in words, a line a layer."""
+    """A snapshot as text, one line per layer."""
     config = FadeConfig(**snapshot["config"])
     lines = [f"TieredKVCache, {snapshot['length']} tokens seen, {config}"]
     if "allocated" in snapshot and snapshot["allocated"]:
