@@ -1,4 +1,4 @@
-"""Say what a tiered cache would make of a model.
+"""Report which layers of a model a tiered cache compresses, and its memory.
 
 Exit code 1 if the model is refused.
 """
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check; 0 if the model is served, else 1."""
+    """Print the prediction. Returns 0 if the model is served, else 1."""
     quiet()
     model, _ = load(args.model, args.device, args.dtype)
     found = check_model(model, args.config, length=args.length)

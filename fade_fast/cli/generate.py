@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--codebooks",
         type=options.readable,
         metavar="FILE",
-        help="that train-codebook wrote, for --config quant_backend=product",
+        help="codebooks of train-codebook, for --config quant_backend=product",
     )
     parser.add_argument(
         "--telemetry", type=options.writable, metavar="FILE", help="append events as JSON lines"
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read, save, answer; prints the answer, and what it took."""
+    """Read, save and answer. Prints the answer and its times."""
     question = args.prompt or args.prompt_file
     _check(args, question)
     quiet()
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace, question: str | None) -> None:
-    """Refuse options that contradict each other, before any work."""
+    """Raise `LoadError`, before any work, for options that contradict each other."""
     if args.prompt and args.prompt_file:
         raise LoadError("--prompt and --prompt-file: give one of them")
     if args.resume and args.document:
@@ -89,7 +89,7 @@ def _check(args: argparse.Namespace, question: str | None) -> None:
 
 
 def _answer(args, model, tokenizer, cache, read, rest, read_s: float) -> dict:
-    """Answer, say how long it took, and compare with a fresh cache if that is asked for."""
+    """Answer, print the times, and compare with a fresh cache if --compare is given."""
     ids = session.joined(read, rest)
     given = session.answer(model, cache, ids, args.max_new_tokens)
     text = tokenizer.decode(given.tokens, skip_special_tokens=True)

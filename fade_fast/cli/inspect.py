@@ -1,6 +1,6 @@
-"""Print what a saved cache holds.
+"""Print the contents of a saved cache.
 
-Its tensors are not read, and so not verified.
+Its tensors are not read, so they are not verified.
 """
 
 import argparse

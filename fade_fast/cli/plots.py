@@ -1,4 +1,4 @@
-"""Pictures of a cache: tokens by tier over time, and which token is in which tier. Needs matplotlib."""
+"""Plots of a cache: tokens by tier over time, and the tier of each token. Needs matplotlib."""
 
 import json
 import os
@@ -16,9 +16,9 @@ OTHER = "#8f6593"  # keys and values of different widths
 
 
 def of_file(path: str | os.PathLike, row: int = 0) -> Figure:
-    """The picture that fits a file: events, a saved cache, or a snapshot as JSON.
+    """The plot for a file: events, a saved cache, or a snapshot as JSON.
 
-    Raises `ValueError` for anything else, and for a batch without row `row`.
+    Raises `ValueError` for any other file, and if the batch has no row `row`.
     """
     start = Path(path).open("rb").read(4096)
     if b'"event"' in start.partition(b"\n")[0]:
@@ -33,9 +33,9 @@ def of_file(path: str | os.PathLike, row: int = 0) -> Figure:
 
 
 def over_time(events: list[dict]) -> Figure:
-    """Tokens in each tier by columns seen, all rows together, mean over layers.
+    """Tokens in each tier by tokens seen, over all rows, mean over layers.
 
-    What is in the model's own dtype is what is left over, padding included.
+    FP16 is the rest of the tokens seen, padding included.
     """
     columns, series = tokens_over_time(events)
     if not columns:
@@ -51,7 +51,7 @@ def over_time(events: list[dict]) -> Figure:
 
 
 def tokens_over_time(events: list[dict]) -> tuple[list[int], dict[str, list[float]]]:
-    """Columns seen at each demotion, and tokens in each tier after it, mean over layers."""
+    """Tokens seen at each demotion, and tokens in each tier after it, mean over layers."""
     held: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     rows, points = 1, {}
     for event in events:
@@ -80,7 +80,7 @@ def tokens_over_time(events: list[dict]) -> tuple[list[int], dict[str, list[floa
 
 
 def tier_map(found: dict, row: int = 0) -> Figure:
-    """Which tier holds which position, a line a layer, of one row of the batch."""
+    """The tier of each position, one line per layer, for one row of the batch."""
     tiered = [layer for layer in found["layers"] if layer["kind"] == snapshot.TIERED and layer["tiers"]]
     if not tiered or any("positions" not in tier for layer in tiered for tier in layer["tiers"].values()):
         raise ValueError("there are no positions to draw: the cache is empty, or they were left out")

@@ -1,4 +1,4 @@
-"""Predict what a tiered cache does with a model, before it is attached and before tokens are generated."""
+"""Predict the effect of a tiered cache on a model, before it is attached and before tokens are generated."""
 
 from dataclasses import dataclass
 
@@ -82,7 +82,7 @@ def check_model(
     length: int = 8192,
     codebooks=None,
 ) -> ModelCheck:
-    """Predict what `create_cache(model, config)` would do. The model is left unchanged.
+    """Predict the result of `create_cache(model, config)`. The model is left unchanged.
 
     The model runs over 72 random tokens, as in `attach`. So both functions refuse the same models.
 
