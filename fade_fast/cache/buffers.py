@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..compile.compiled import use_compiled
 
-#: A full buffer grows by 1 / GROWTH of its size, in whole steps. So appending a token costs at most as much as
-#: copying 256 tokens, which is little beside reading all tokens at every step, and few slots are unused.
+#: A full buffer grows by 1 / GROWTH of its size, in whole steps. So appending a token costs at most as much
+#: as copying 256 tokens, which is little beside reading all tokens at every step, and few slots are unused.
 GROWTH = 256
 
 

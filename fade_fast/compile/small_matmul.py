@@ -64,7 +64,7 @@ class RowProducts(CustomGraphPass):
             if not _worth_it(row.meta["val"], matrix.meta["val"]):
                 continue
             source = row
-            while source.target in (aten.view.default, aten.reshape.default):  # each product has its own view view
+            while source.target in (aten.view.default, aten.reshape.default):  # each product has its own view
                 source = source.args[0]
             with graph.inserting_before(node):
                 # As in `packed.force_materialize`. Otherwise each result would recompute the row.
