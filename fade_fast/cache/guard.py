@@ -26,10 +26,10 @@ class Guard:
         self.leave()
 
     def enter(self, works: bool) -> None:
-        """Become the owner.
+        """Become the owner. A worker waits for a thread that reads.
 
-        Raises `RuntimeError` if another thread works, or if another thread reads and this one would read,
-        too.
+        Raises `RuntimeError` if another thread works, or if this thread wants to read while another one
+        reads.
         """
         thread = threading.get_ident()
         with self._changed:

@@ -135,9 +135,9 @@ def _check_past(shown: Tensor, given: Tensor, positions: Tensor) -> None:
 
 
 def _refuse(differs: Tensor) -> None:
-    row, column = differs.nonzero()[0].tolist()
+    row, token = differs.nonzero()[0].tolist()
     raise ValueError(
-        f"attention_mask contradicts the cache: of row {row}, token {column} is cached as "
+        f"attention_mask contradicts the cache: of row {row}, token {token} is cached as "
         "real and hidden now, or cached as padding and shown now. What is cached cannot be hidden from later "
         "tokens: crop() the cache, or make a new one"
     )
@@ -146,10 +146,10 @@ def _refuse(differs: Tensor) -> None:
 def _is_causal(given: Tensor, real: Tensor) -> bool:
     """Whether every real token sees exactly the real tokens up to itself."""
     new = given.shape[-1]
-    column = torch.arange(new, device=given.device)
+    index = torch.arange(new, device=given.device)
     for start in range(0, new, ROWS):
         rows = slice(start, start + ROWS)
-        expected = (column <= column[rows, None]) & real[:, None, None, :]
+        expected = (index <= index[rows, None]) & real[:, None, None, :]
         if ((given[:, :, rows] != expected) & real[:, None, rows, None]).any():
             return False
     return True

@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the prediction. Returns 0 if the model is served, else 1."""
     quiet()
     model, _ = load(args.model, args.device, args.dtype)
-    found = check_model(model, args.config, length=args.length)
-    print(found)
+    prediction = check_model(model, args.config, length=args.length)
+    print(prediction)
     if args.json:
-        write_json(args.json, dataclasses.asdict(found))
-    return 0 if found.served else 1
+        write_json(args.json, dataclasses.asdict(prediction))
+    return 0 if prediction.served else 1

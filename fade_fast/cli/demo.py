@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> None:
     for cache, text in texts.items():
         print(f"  {cache:<{len(BASELINE)}}  {_first_line(text)}")
     if args.json:
-        found = records(model.name_or_path, prompt_tokens, runs, texts)
-        write_json(args.json, found[0] if len(found) == 1 else found)
+        results = records(model.name_or_path, prompt_tokens, runs, texts)
+        write_json(args.json, results[0] if len(results) == 1 else results)
 
 
 def encode_prompt(

@@ -42,13 +42,13 @@ def run(args: argparse.Namespace) -> None:
     text = args.text[: args.tokens * 16]  # enough characters for every tokenizer; a long text takes long
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens]
     try:
-        found = codebooks.train(
+        learned = codebooks.train(
             model, ids, subspace_width=args.subspace_width, centroids=args.centroids, seed=args.seed
         )
     except ValueError as error:
         raise LoadError(str(error)) from error
-    found.save(args.out)
+    learned.save(args.out)
     for side in codebooks.SIDES:
-        errors = [x for name, x in found.provenance["errors"].items() if name.endswith(side)]
+        errors = [x for name, x in learned.provenance["errors"].items() if name.endswith(side)]
         print(f"{side}s: relative error {sum(errors) / len(errors):.3f}, mean over {len(errors)} layers")
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, from {ids.shape[1]} tokens")

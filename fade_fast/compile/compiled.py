@@ -70,8 +70,8 @@ def tier_tiles(
     if x > 4:
         scores.update(YBLOCK=64, num_warps=2 if x <= 8 else 4, num_stages=2)
     if bits[0] == 8:
-        whole = next((n for n in (64, 32) if key_width % n == 0), 16)  # a divisor needs no mask
-        scores.update(R0_BLOCK=whole, num_warps=4, num_stages=2)
+        block = next((n for n in (64, 32) if key_width % n == 0), 16)  # a divisor needs no mask
+        scores.update(R0_BLOCK=block, num_warps=4, num_stages=2)
     elif key_width == 64 and x <= 8:  # the sum is one tile: nothing to pipeline
         scores.update(R0_BLOCK=64, YBLOCK=128, num_warps=2, num_stages=1)
         if chunk > 1024 and x <= 4:
@@ -145,9 +145,9 @@ def use_compiled(x: Tensor) -> bool:
     return x.device.type in COMPILED_ON
 
 
-def rounded(columns: int) -> int:
-    """The token count that a compiled version has to serve `columns` tokens: few different numbers."""
-    return _power_of_two(columns)
+def rounded(tokens: int) -> int:
+    """The token count of the compiled version that serves `tokens` tokens: the next power of two."""
+    return _power_of_two(tokens)
 
 
 def more_rows(x: Tensor, rows: int) -> Tensor:
@@ -157,13 +157,13 @@ def more_rows(x: Tensor, rows: int) -> Tensor:
 
 @functools.cache
 def dynamic_size(n: int) -> Tensor:
-    """A tensor whose length tells `n`, so that a compiled graph does not depend on the number.
+    """A tensor whose length encodes `n`, so that a compiled graph does not depend on its value.
 
     The length is n + 1, because the compiler makes constants of 0 and 1.
     """
-    dynamic_size = torch.empty(1, dtype=torch.uint8).expand(n + 1)
-    torch._dynamo.mark_dynamic(dynamic_size, 0)
-    return dynamic_size
+    marker = torch.empty(1, dtype=torch.uint8).expand(n + 1)
+    torch._dynamo.mark_dynamic(marker, 0)
+    return marker
 
 
 def uncaptured(config, device: torch.device):
@@ -209,8 +209,8 @@ class Compiled:
     def _call(self, key: tuple, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], args, constants):
         if key not in self.graphs:
             tiles = pinned()
-            own = _own(self.function, constants)
-            graph = torch.compile(own, fullgraph=True, options=self.options)
+            bound = _own(self.function, constants)
+            graph = torch.compile(bound, fullgraph=True, options=self.options)
             tag = torch.compiler.config.patch(cache_key_tag=str(tiles))  # for graphs in the disk cache
             with (
                 _pinned(tiles),
@@ -219,7 +219,7 @@ class Compiled:
                 symbolic_shapes.patch(use_duck_shape=False),  # equal lengths may differ later
             ):
                 result = graph(dynamic_sizes, *args)
-            self.graphs[key] = graph, own.__code__
+            self.graphs[key] = graph, bound.__code__
             return result
         return self.graphs[key][0](dynamic_sizes, *args)
 
@@ -239,7 +239,7 @@ def _own(function: Callable, constants: dict) -> Callable:
 
 @contextlib.contextmanager
 def row_products():
-    """While compiling a model's step: generate its products of up to `MOST` rows, see `small_matmul.py`.
+    """Let Inductor generate products of up to `MOST` rows, see `small_matmul.py`, while it compiles a step.
 
     Nothing is tuned. For one row, one set of tiles is within 5 % of the best of 28 or more, for each of five
     shapes. For 8 rows, four sets are the best of 20 to 24 (docs/lab-notebook.md).
@@ -247,29 +247,29 @@ def row_products():
     from torch._inductor.kernel import bmm, mm
     from torch._inductor.virtualized import V
 
-    own = inductor.post_grad_custom_pre_pass or RowProducts()
-    theirs = mm.use_native_matmul
+    products = inductor.post_grad_custom_pre_pass or RowProducts()
+    original = mm.use_native_matmul
     # Inductor must be allowed to generate all products. Then `_generates` decides for each product.
-    options = {"post_grad_custom_pre_pass": own, "triton.native_matmul": True}
+    options = {"post_grad_custom_pre_pass": products, "triton.native_matmul": True}
     try:
-        mm.use_native_matmul = bmm.use_native_matmul = functools.partial(_generates, theirs)
+        mm.use_native_matmul = bmm.use_native_matmul = functools.partial(_generates, original)
         with V.set_choices_handler(_row_choices()), inductor.patch(options):
             yield
     finally:
-        mm.use_native_matmul = bmm.use_native_matmul = theirs
+        mm.use_native_matmul = bmm.use_native_matmul = original
 
 
-def _generates(theirs: Callable, rows, matrix) -> bool:
+def _generates(original: Callable, rows, matrix) -> bool:
     """Whether Inductor generates the product that it is about to lower; otherwise a library computes it."""
     from torch._inductor.virtualized import V
 
     if V.choices is not _row_choices():  # a kernel that is compiled during the step's first run
-        return theirs(rows, matrix)
+        return original(rows, matrix)
     if inductor.triton.use_block_ptr or inductor.triton.enable_persistent_tma_matmul:
         return False  # Inductor cannot combine these options with generated products
     hint = V.graph.sizevars.optimization_hint
     few = of_few_rows(V.graph.current_node, int(hint(rows.get_size()[0])))
-    if not few or not theirs(rows, matrix):
+    if not few or not original(rows, matrix):
         return False
     rows.realize()  # otherwise each program would recompute them for each tile
     return True

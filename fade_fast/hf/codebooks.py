@@ -193,8 +193,8 @@ def collect(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     cache = DynamicCache(config=model.config)
     for part in tqdm(ids.to(model.device).split(CHUNK, dim=1), desc="reading", leave=False, delay=1):
         model(input_ids=part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
-    found = {}
+    vectors = {}
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            found[f"{i}.key"], found[f"{i}.value"] = layer.keys, layer.values
-    return {name: x.transpose(0, 1).flatten(0, 2).float().cpu() for name, x in found.items()}
+            vectors[f"{i}.key"], vectors[f"{i}.value"] = layer.keys, layer.values
+    return {name: x.transpose(0, 1).flatten(0, 2).float().cpu() for name, x in vectors.items()}

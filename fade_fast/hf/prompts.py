@@ -57,8 +57,8 @@ class SeenTokens:
         differs = self.ids[:, :count] != ids[:, :count].to("cpu", torch.int32)
         if real is not None:
             differs &= real[:, :count].cpu()
-        columns = differs.any(0)
-        return int(columns.int().argmax()) if columns.any() else count
+        mismatch = differs.any(0)
+        return int(mismatch.int().argmax()) if mismatch.any() else count
 
 
 def common_prefix(cache, ids: Tensor) -> int:
@@ -122,8 +122,8 @@ class Prompt:
                 "included"
             )
         mask, ids = self._per_row(self.mask), self._per_row(self.ids)
-        whole = ids is not None and (mask is None or mask.shape[1] == ids.shape[1])
-        if whole and ids.shape[1] <= held:
+        complete = ids is not None and (mask is None or mask.shape[1] == ids.shape[1])
+        if complete and ids.shape[1] <= held:
             raise ValueError(
                 f"the prompt has {ids.shape[1]} tokens, but the cache holds {held} already: a new text "
                 "needs a "
@@ -131,9 +131,9 @@ class Prompt:
                 "change its end, crop() the cache to common_prefix(cache, ids) first"
             )
         if mask is not None:
-            new = mask.shape[1] - held if whole or ids is None else ids.shape[1]
+            new = mask.shape[1] - held if complete or ids is None else ids.shape[1]
             masks.check(mask, mask.shape[0], new, token_positions.logical)
-        if whole and ids.shape[0] == token_positions.batch:
+        if complete and ids.shape[0] == token_positions.batch:
             shared, known = self.cache.seen.shared(ids, token_positions.real()), self.cache.seen.known
             if shared < min(known, held):
                 raise ValueError(

@@ -67,17 +67,17 @@ class Player:
         """(features [H, n, 4], later attention [H, n]) of every plan with more candidates than the budget."""
         heads, length = self.shares.shape[:2]
         mass, queries = torch.zeros(heads, length), torch.zeros(length)
-        alive, column = torch.zeros(length), torch.arange(length)
-        kept, front = column[:0], SINKS
+        alive, index = torch.zeros(length), torch.arange(length)
+        kept, front = index[:0], SINKS
         for stop in range(BLOCK, length + 1, BLOCK):
             alive[stop - BLOCK : stop] = 1
             given = self.shares[:, stop - BLOCK : stop] * alive
             mass += (given / given.sum(-1, keepdim=True)).sum(1)
-            queries += alive * (stop - column.clamp_min(stop - BLOCK)).clamp_min(0)
+            queries += alive * (stop - index.clamp_min(stop - BLOCK)).clamp_min(0)
             due = (stop - front - RECENT) // BLOCK * BLOCK
             if stop < self.start or due <= 0:
                 continue
-            candidates, front = torch.cat((kept, column[front : front + due])), front + due
+            candidates, front = torch.cat((kept, index[front : front + due])), front + due
             if len(candidates) <= self.budget:
                 kept = candidates
                 continue
@@ -98,7 +98,7 @@ def examples(model: PreTrainedModel, windows: Tensor, seed: int = 0) -> tuple[Te
     The model is restored afterwards. Raises `ValueError` if it does not return its attention weights.
     """
     modules, draw = attention_modules(model), torch.Generator().manual_seed(seed)
-    found: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
 
     def hook(index: int) -> Callable:
         def hear(module, args, out):
@@ -108,7 +108,7 @@ def examples(model: PreTrainedModel, windows: Tensor, seed: int = 0) -> tuple[Te
             group = getattr(module, "num_key_value_groups", 1)
             shares = weights.unflatten(0, (-1, group)).mean(1)
             for player in _players(shares, index / max(len(modules) - 1, 1), draw):
-                found.extend(_drawn(player, draw))
+                pairs.extend(_drawn(player, draw))
 
         return hear
 
@@ -123,7 +123,7 @@ def examples(model: PreTrainedModel, windows: Tensor, seed: int = 0) -> tuple[Te
         for h in hooks:
             h.remove()
         model.set_attn_implementation(before)
-    return tuple(torch.cat(parts) for parts in zip(*found))
+    return tuple(torch.cat(parts) for parts in zip(*pairs))
 
 
 def _players(shares: Tensor, depth: float, draw: torch.Generator) -> Iterator[Player]:
@@ -161,11 +161,11 @@ def fit(features: Tensor, targets: Tensor, seed: int = 0) -> dict[str, Tensor]:
     for _ in bar:
         network.partial_fit(x, label, classes=[0.0, 1.0], sample_weight=weight)
         bar.set_postfix(loss=f"{network.loss_:.4f}")
-    found = {}
+    weights = {}
     for i, (kernel, bias) in enumerate(zip(network.coefs_, network.intercepts_)):
-        found[f"net.{2 * i}.weight"] = torch.tensor(kernel.T, dtype=torch.float32).contiguous()
-        found[f"net.{2 * i}.bias"] = torch.tensor(bias, dtype=torch.float32)
-    return found
+        weights[f"net.{2 * i}.weight"] = torch.tensor(kernel.T, dtype=torch.float32).contiguous()
+        weights[f"net.{2 * i}.bias"] = torch.tensor(bias, dtype=torch.float32)
+    return weights
 
 
 def quarter(policy: str, length: int) -> FadeConfig:
@@ -199,16 +199,16 @@ def perplexity(model: PreTrainedModel, cache, window: Tensor) -> float:
 def table(model: PreTrainedModel, weights: dict[str, Tensor], windows: Tensor, policies=()) -> str:
     """Perplexity by policy with a quarter of the tokens kept: geometric mean, and each window of [W, S]."""
     names = [*policies, "learned"]
-    found = {name: [] for name in names}
+    by_policy = {name: [] for name in names}
     for window in tqdm(windows, desc="perplexity", unit="window", leave=False):
         for name in names:
             given = weights if name == "learned" else None
             cache = create_cache(model, quarter(name, len(window)), policy_weights=given)
-            found[name].append(perplexity(model, cache, window))
+            by_policy[name].append(perplexity(model, cache, window))
             assert cache.memory().tokens["EVICTED"] > 0
     detach(model)
     lines = ["policy      geometric mean  each window"]
-    for name, values in found.items():
+    for name, values in by_policy.items():
         mean = math.exp(sum(map(math.log, values)) / len(values))
         lines.append(f"{name:11} {mean:14.3f}  " + " ".join(f"{x:.3f}" for x in values))
     return "\n".join(lines)

@@ -24,7 +24,7 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     values = {x: x.clone() for x in model.buffers() if x.numel() <= SMALL and not x.is_meta}
     names = attention_names(model)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    fused = set(COMPILED_ON)
+    compiled_on = set(COMPILED_ON)
     with (
         torch.random.fork_rng(devices=sorted(devices, key=str)),
         torch.no_grad(),
@@ -35,7 +35,7 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
             model.eval()
             yield
         finally:
-            COMPILED_ON.update(fused)
+            COMPILED_ON.update(compiled_on)
             restore_attention(names)
             for module, attributes, buffers in held:
                 for name in module.__dict__.keys() - attributes.keys():
@@ -55,13 +55,13 @@ KEPT_AT = "_attn_implementation_internal"
 def attention_names(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
     """The attention function that each configuration of a model names, sub-configurations included."""
     waiting = [model.config, *(m.config for m in model.modules() if isinstance(m, PreTrainedModel))]
-    found: dict[int, PreTrainedConfig] = {}
+    configs: dict[int, PreTrainedConfig] = {}
     while waiting:
         config = waiting.pop()
-        if isinstance(config, PreTrainedConfig) and id(config) not in found:
-            found[id(config)] = config
+        if isinstance(config, PreTrainedConfig) and id(config) not in configs:
+            configs[id(config)] = config
             waiting += [getattr(config, name, None) for name in config.sub_configs]
-    return [(config, getattr(config, KEPT_AT, None)) for config in found.values()]
+    return [(config, getattr(config, KEPT_AT, None)) for config in configs.values()]
 
 
 def restore_attention(names: list[tuple[PreTrainedConfig, str | None]]) -> None:

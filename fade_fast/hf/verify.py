@@ -98,7 +98,7 @@ def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[],
                 model.set_attn_implementation(ours)
             tiered = new_cache()
             with witness:
-                found = _feed(model, tiered)
+                output = _feed(model, tiered)
             tiered.tiered[0].check_whole()
         except Exception as error:  # noqa: BLE001 - as above
             return Verification(
@@ -106,7 +106,7 @@ def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[],
                 f"{type(error).__name__}: {error}",
                 shapes=shapes,
             )
-    for what, error in [*witness.errors(), ("the output", distance(found, expected))]:
+    for what, error in [*witness.errors(), ("the output", distance(output, expected))]:
         allowed = TOLERANCE.get(expected.dtype, TOLERANCE[torch.bfloat16])
         if error > allowed:
             return Verification(
@@ -124,13 +124,13 @@ def _untried(name: str) -> str:
 
 def _shapes(cache: Cache) -> dict[int, LayerShape]:
     """Shape of each layer of a filled transformers cache, by layer index."""
-    found = {}
+    shapes = {}
     for i, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if isinstance(keys, Tensor) and keys.dim() == 4 and isinstance(values, Tensor) and values.dim() == 4:
             widths = keys.shape[-1], values.shape[-1]
-            found[i] = LayerShape(keys.shape[1], *widths, keys.dtype, keys.device)
-    return found
+            shapes[i] = LayerShape(keys.shape[1], *widths, keys.dtype, keys.device)
+    return shapes
 
 
 class Witness:
@@ -188,7 +188,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 def _feed(model: PreTrainedModel, cache: Cache) -> Tensor:
     """Logits of random tokens, [1, n, ...]; hidden states if the model has no head."""
-    tokens, start, found = _tokens(model), 0, []
+    tokens, start, outputs = _tokens(model), 0, []
     for n in CHUNKS:
         part = tokens[:, start : start + n]
         if not part.shape[1]:
@@ -197,9 +197,9 @@ def _feed(model: PreTrainedModel, cache: Cache) -> Tensor:
         forward, real = type(model).forward, torch.ones_like(tokens[:, : start + n])
         arguments = {cache_parameter(forward) or CACHE_NAME: cache}
         step = forward(model, input_ids=part, attention_mask=real, use_cache=True, **arguments)
-        found.append(step.logits if "logits" in step else step[0])
+        outputs.append(step.logits if "logits" in step else step[0])
         start += n
-    return torch.cat(found, dim=1)
+    return torch.cat(outputs, dim=1)
 
 
 def _runs_without_cache(model: PreTrainedModel) -> bool:

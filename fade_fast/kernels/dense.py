@@ -80,12 +80,12 @@ def _tail_operator(
     query: Tensor, output: Tensor, lse: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float
 ) -> Tensor:
     if use_compiled(query):
-        new, columns = query.shape[2], rounded(query.shape[2])
+        new, tokens = query.shape[2], rounded(query.shape[2])
         if new > 1:  # see `decode.attend`
-            query, output, seen = (more_rows(x, columns).contiguous() for x in (query, output, seen))
-            lse = more_rows(lse.unsqueeze(-1), columns).squeeze(-1).contiguous()
-        found = _compiled([], dict, query, output, lse, keys, values, seen, scaling=scaling)
-        return found if columns == new else found.narrow(1, 0, new).contiguous()
+            query, output, seen = (more_rows(x, tokens).contiguous() for x in (query, output, seen))
+            lse = more_rows(lse.unsqueeze(-1), tokens).squeeze(-1).contiguous()
+        result = _compiled([], dict, query, output, lse, keys, values, seen, scaling=scaling)
+        return result if tokens == new else result.narrow(1, 0, new).contiguous()
     return _with_tail(query, output, lse, keys, values, seen, scaling)
 
 

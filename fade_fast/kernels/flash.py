@@ -33,13 +33,13 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: 
     """
     heads = keys.shape[1]
     if query.is_cuda:
-        found = _aten._scaled_dot_product_flash_attention(
+        result = _aten._scaled_dot_product_flash_attention(
             query, keys, values, is_causal=causal, scale=scaling
         )
     else:
         keys, values = (x.repeat_interleave(query.shape[1] // heads, dim=1) for x in (keys, values))
-        found = _aten._scaled_dot_product_flash_attention_for_cpu(
+        result = _aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, is_causal=causal, scale=scaling
         )
-    output, row_max = found[0], found[1].reshape(query.shape[0], heads, -1)
+    output, row_max = result[0], result[1].reshape(query.shape[0], heads, -1)
     return Partial(of_rows(output.to(row_max.dtype), heads), row_max, torch.ones_like(row_max))

@@ -187,12 +187,12 @@ def _tiles(length: int, most: int | None, step: int) -> list[tuple[int, int, int
     large = TILE if most is None else min(MOST_TOKENS, max(SMALL, most))
     sizes = [TILE] if most is None else [large, max(SMALL, large // 8), SMALL]
     sizes = [max(1, n // step) * step for n in sizes]
-    found, start = [], 0
-    while start < length or not found:
+    tiles, start = [], 0
+    while start < length or not tiles:
         size = next((n for n in sizes if length - start > n // 2), sizes[-1])
-        found.append((start, min(start + size, length), size))
+        tiles.append((start, min(start + size, length), size))
         start += size
-    return found
+    return tiles
 
 
 def _padded(x: Tensor, size: int) -> Tensor:

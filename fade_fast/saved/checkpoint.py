@@ -61,8 +61,8 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
     The cache is unchanged after an error.
     """
     layers = known.get("layers") if isinstance(known, dict) else None
-    whole = isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers)
-    if not isinstance(tensors, dict) or not whole or not {"config", "holes"} <= known.keys():
+    complete = isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers)
+    if not isinstance(tensors, dict) or not complete or not {"config", "holes"} <= known.keys():
         raise TypeError("load_state_dict takes what state_dict gives: a dict of tensors, and one of the rest")
     if cache.token_positions.length:
         raise ValueError("the cache is not empty: reset() it first")
@@ -76,17 +76,17 @@ def load_state_dict(cache: Cache, tensors: dict[str, Tensor], known: dict) -> No
     )
     if kinds != ours:
         raise ValueError(f"the stored layers are {kinds}, the cache's {ours}")
-    rest = dict(tensors)
-    position = rest.pop("timeline", None)
-    own = [{} for _ in cache.layers]
-    for name in list(rest):
+    unplaced = dict(tensors)
+    position = unplaced.pop("timeline", None)
+    by_layer = [{} for _ in cache.layers]
+    for name in list(unplaced):
         index, _, part = name.partition(".")
-        if not index.isdigit() or int(index) >= len(own):
+        if not index.isdigit() or int(index) >= len(by_layer):
             raise ValueError(f"tensor {name!r} belongs to no layer")
-        own[int(index)][part] = rest.pop(name)
+        by_layer[int(index)][part] = unplaced.pop(name)
     homes = cache.homes
     try:
-        for i, (layer, parts, about) in enumerate(zip(cache.layers, own, layers)):
+        for i, (layer, parts, about) in enumerate(zip(cache.layers, by_layer, layers)):
             parts = {name: x.to(homes[i]) for name, x in parts.items()}
             if isinstance(layer, TieredLayer):
                 _fill_tiered(layer, parts, about)
@@ -141,12 +141,12 @@ def read_header(path: str | os.PathLike) -> tuple[dict, dict[str, tuple[tuple[in
     The tensors are not read, so nothing is verified. Raises as `read` does.
     """
     with _opened(path) as (header, file):
-        found = {}
+        tensors = {}
         for name in file.keys():
             part = file.get_slice(name)
             shape = tuple(part.get_shape())
-            found[name] = (shape, torch.Size(shape).numel() * BYTES[part.get_dtype()])
-        return header, found
+            tensors[name] = (shape, torch.Size(shape).numel() * BYTES[part.get_dtype()])
+        return header, tensors
 
 
 def read_tensors(path: str | os.PathLike, names: list[str]) -> dict[str, Tensor]:

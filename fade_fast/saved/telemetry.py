@@ -83,7 +83,7 @@ def read(path: str | os.PathLike) -> list[dict]:
 
     Raises `ValueError` for a file of another kind, `OSError` if it cannot be read.
     """
-    found = []
+    events = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
             event = json.loads(line)
@@ -91,8 +91,8 @@ def read(path: str | os.PathLike) -> list[dict]:
             raise ValueError(f"{path}, line {number}: no JSON ({error})") from error
         if not isinstance(event, dict) or event.get("event") not in KINDS:
             raise ValueError(f"{path}, line {number}: no event of a cache")
-        found.append(event)
-    return found
+        events.append(event)
+    return events
 
 
 class Listener:
@@ -262,15 +262,15 @@ class Telemetry:
 
     def _grown(self, layer) -> list[tuple[str, int, int, int]]:
         """Buffers that have grown since the last call: (name, slots before, slots after, bytes)."""
-        found = []
+        grown = []
         for name, held, capacity, slot in _buffers(layer):
             key = None if name == "timeline" else layer.index
             owner, before = self._capacity.get((key, name), (0, 0))
             before = before if owner == id(held) and before <= capacity else 0
             self._capacity[key, name] = id(held), capacity
             if capacity > before:
-                found.append((name, before, capacity, capacity * slot))
-        return found
+                grown.append((name, before, capacity, capacity * slot))
+        return grown
 
     # -- compilation: events of the process, not of one cache
 
@@ -296,18 +296,18 @@ def _bytes(middle) -> int:
 def _buffers(layer) -> list[tuple[str, object, int, int]]:
     """(name, owner, capacity in slots, bytes per slot over all rows) of each buffer of a layer."""
     token_positions = layer.token_positions
-    found = []
+    buffers = []
     if token_positions.buffer is not None:
-        found.append(
+        buffers.append(
             ("timeline", token_positions, token_positions.buffer.shape[1], token_positions.batch * 4)
         )
     if not layer.is_initialized:
-        return found
+        return buffers
     held = {"exact": layer.exact}
     if layer.middle is not None:
         held |= layer.middle.buffers()
     rows = layer.exact["key"].shape[0]
-    return found + [(name, x, x.capacity, rows * x.record_bytes) for name, x in held.items()]
+    return buffers + [(name, x, x.capacity, rows * x.record_bytes) for name, x in held.items()]
 
 
 def _places(layer, seen: int) -> Tensor:
@@ -318,10 +318,10 @@ def _places(layer, seen: int) -> Tensor:
     middle, sinks = layer.middle, layer.config.n_sink
     rows, device = layer.token_positions.batch, layer.token_positions.buffer.device
     demoted = middle._demoted if middle.evicted is not None else torch.zeros(rows, 1, device=device)
-    turn = middle.evicted if middle.evicted is not None else demoted
-    own = torch.arange(seen, device=device).expand(rows, seen)
-    at = torch.where(own < sinks, own + turn.long(), own)
-    at = at.masked_fill((own >= sinks) & (own < sinks + demoted), -1)
+    shift = middle.evicted if middle.evicted is not None else demoted
+    logical = torch.arange(seen, device=device).expand(rows, seen)
+    at = torch.where(logical < sinks, logical + shift.long(), logical)
+    at = at.masked_fill((logical >= sinks) & (logical < sinks + demoted), -1)
     at = torch.nn.functional.pad(at, (0, 1))  # one extra entry for slots that hold no token
     for tier in middle.tiers:
         if tier.records.count:
@@ -332,13 +332,13 @@ def _places(layer, seen: int) -> Tensor:
 
 
 def _fetch(event: dict, later: dict[str, Tensor]) -> Callable[[bool], bool]:
-    """Copy numbers to the host without waiting. The result says whether they are in the event."""
-    names, found = list(later), torch.stack([x.double() for x in later.values()])
-    whole = {name for name, x in later.items() if not x.is_floating_point()}
+    """Copy numbers to the host without waiting. Call the result to ask whether they are in the event."""
+    names, numbers = list(later), torch.stack([x.double() for x in later.values()])
+    integers = {name for name, x in later.items() if not x.is_floating_point()}
 
     def fill(values: list[float]) -> bool:
         for name, x in zip(names, values):
-            number = int(x) if name in whole else x if math.isfinite(x) else None
+            number = int(x) if name in integers else x if math.isfinite(x) else None
             group, _, part = name.partition(" ")
             if part:
                 event.setdefault(group, {})[part] = number
@@ -346,11 +346,11 @@ def _fetch(event: dict, later: dict[str, Tensor]) -> Callable[[bool], bool]:
                 event[group] = number
         return True
 
-    if not found.is_cuda:
-        fill(found.tolist())
+    if not numbers.is_cuda:
+        fill(numbers.tolist())
         return lambda wait: True
-    host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-    host.copy_(found, non_blocking=True)
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
     ready = torch.cuda.Event()
     ready.record()
 
