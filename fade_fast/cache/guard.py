@@ -8,7 +8,7 @@ import torch
 
 
 class Guard:
-    """Lets one thread work on a cache. Nobody waits for a worker; a worker waits for a reader.
+    """Lets one thread work on a cache. No thread waits for a worker; a worker waits for a reader.
 
     `with guard:` is for work, `with guard.reading:` for reading. A thread may enter again while it is inside.
     """

@@ -205,7 +205,10 @@ class Telemetry:
         self.deliver()
 
     def demotion(self, layer, columns: int, first: int) -> Callable[[], None]:
-        """Called before a layer demotes `columns` tokens per row, from `first` on. Call the result later."""
+        """Called before a layer demotes `columns` tokens per row, from step index `first` on.
+
+        The caller calls the result after the demotion.
+        """
         middle, start = layer.middle, time.perf_counter()
         size, evicted = _bytes(middle), middle.evicted
         evicted = evicted if evicted is None else evicted.clone()  # it is updated in place
