@@ -1,4 +1,4 @@
-"""Static buffers: named tensors that hold one record a slot and move together."""
+"""Static buffers: named tensors with one record per slot, which grow and move together."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,23 +8,23 @@ from torch import Tensor
 from ..compile.compiled import use_compiled
 from ..formats.base import Field
 
-#: A full buffer grows by this fraction of itself, in whole steps. So to append a token costs a constant,
-#: at most that of copying 256, little beside reading all of them at every step; and hardly a slot is spare.
+#: A full buffer grows by 1 / GROWTH of its size, in whole steps. So appending a token costs at most as much
+#: as copying 256 tokens, which is little beside reading all tokens at every step, and few slots are unused.
 GROWTH = 256
 
 
 def take_rows(x: Tensor, index: Tensor, pending: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-    """Rows `index` [B'] int64 of `x` [B, ...]: in place if there are as many, for graphs know addresses.
+    """Rows `index` [B'] int64 of `x` [B, ...]. In place if B' = B, because CUDA graphs keep addresses.
 
-    Moved eight bytes at a time where that is possible: a GPU gathers bytes no faster than words.
-    `pending`: gets what is yet to be copied in place, for `copy_all`; None: it is done here.
+    Rows move eight bytes at a time where possible, because a GPU gathers bytes no faster than words.
+    `pending` is a list that gets the copies to be made in place, for `copy_all`; if None, they are made here.
     """
     index, words = index.to(x.device), x
     if x.dim() > 1 and x.numel() and x.is_contiguous():
         words, start = x.flatten(1), x.storage_offset() * x.element_size()
         if start % 8 == 0 == words.shape[1] * x.element_size() % 8:
             words = words.view(torch.int64)
-    chosen = words[index]  # `index_select` takes a thread through all rows, one after the other
+    chosen = words[index]  # `index_select` would take one thread through all rows
     if len(index) == len(x):
         if pending is None:
             words.copy_(chosen)
@@ -35,23 +35,23 @@ def take_rows(x: Tensor, index: Tensor, pending: list[tuple[Tensor, Tensor]] | N
 
 
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second tensor of each pair into the first: on CUDA in one kernel for many of a dtype."""
+    """Copy the second tensor of each pair into the first. On CUDA one kernel copies many of one dtype."""
     by_dtype = {}
     for pair in pairs:
         by_dtype.setdefault(pair[0].dtype, []).append(pair)
-    for alike in by_dtype.values():  # of several dtypes at once, there would be a kernel for each pair
+    for alike in by_dtype.values():  # mixed dtypes would need one kernel per pair
         torch._foreach_copy_(*map(list, zip(*alike)))
 
 
 class Buffers:
-    """Records of one tier, slot by slot, in one tensor a field.
+    """Records of one tier, slot by slot, in one tensor per field.
 
     Args:
-        fields: name -> what a slot holds.
-        step: what is appended are multiples of this many slots, and so is what it grows by.
+        fields: what a slot holds, by name.
+        step: slots are appended in multiples of this number, and the buffer grows in multiples of it.
         batch, device: of the tensors.
 
-    `count` slots, the first ones, are in use. What the others hold means nothing.
+    The first `count` slots are in use. The content of the other slots has no meaning.
     """
 
     def __init__(self, fields: dict[str, Field], step: int, batch: int, device):
@@ -60,7 +60,7 @@ class Buffers:
 
     @property
     def capacity(self) -> int:
-        """Slots there is room for."""
+        """Number of allocated slots."""
         name, field = next(iter(self.fields.items()))
         return self.tensors[name].shape[field.axis]
 
@@ -88,7 +88,10 @@ class Buffers:
         }
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` slots in all; what is stored stays, and all stays if memory runs out."""
+        """Make room for `capacity` slots in all. Stored records stay.
+
+        Nothing changes if memory runs out.
+        """
         before = self.capacity
         if capacity <= before:
             return
@@ -98,19 +101,20 @@ class Buffers:
                 new = field.empty(old.shape[0], capacity, old.device)
                 new.narrow(field.axis, 0, self.count).copy_(self[name])
                 self.tensors[name] = new
-        except BaseException:  # those that have grown already show no more than they did
+        except BaseException:  # tensors that have grown already are cut to their old size
             self.tensors = {n: x.narrow(self.fields[n].axis, 0, before) for n, x in self.tensors.items()}
             raise
 
     def make_room(self, new: int, held: int) -> None:
-        """See to it that `new` slots fit after `held`."""
+        """Make room for `new` slots after the first `held`."""
         if held + new > self.capacity:
             self.reserve(held + new + held // GROWTH // self.step * self.step)
 
     def append(self, at: Tensor | None = None, **records: Tensor) -> None:
-        """Write records, one tensor a field with n slots, after those in use.
+        """Write records, one tensor of n slots per field, after the slots in use.
 
-        `at`, int64 [n], names these slots to a graph being captured: at a replay they are others.
+        `at`, int64 [n], gives these slots to a CUDA graph that is being captured: a replay writes other
+        slots.
         """
         name = next(iter(records))
         new = records[name].shape[self.fields[name].axis]
@@ -124,14 +128,14 @@ class Buffers:
         self.count += new
 
     def replace(self, **records: Tensor) -> None:
-        """Hold exactly these records, in the memory there is if they fit."""
+        """Hold exactly these records, in the existing memory if they fit."""
         self.count = 0
         self.append(**records)
 
     def removal(self, start: int, n: int, whole: bool = False) -> Callable[[], None]:
-        """What removes `n` slots from `start` on, later ones moving up, without asking for memory.
+        """A function that removes `n` slots from `start` on. Later slots move up. It allocates no memory.
 
-        `whole`: and those that are not in use, too, as in a graph that is replayed when more are.
+        `whole`: slots that are not in use move, too, for a CUDA graph that is replayed when more are in use.
         """
         rest = (self.capacity if whole else self.count) - start - n
         axes, held = {name: field.axis for name, field in self.fields.items()}, self.tensors
@@ -149,18 +153,18 @@ class Buffers:
         return take(self[name], index, self.fields[name].axis)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor by `function` of it: rows reordered, moved to a device, ..."""
+        """Replace every tensor by `function(tensor)`: rows reordered, moved to a device, ..."""
         self.tensors = {name: function(x) for name, x in self.tensors.items()}
 
 
 def along(x: Tensor, like: Tensor, axis: int = 2) -> Tensor:
-    """`x` [B, 1 or H, m], one number a slot, shaped to broadcast with a field's tensor `like`."""
+    """`x` [B, 1 or H, m], one number per slot, in a shape that broadcasts with a field's tensor `like`."""
     extra = like.dim() - x.dim()
     return x.reshape(*x.shape[:2], *[1] * extra, -1) if axis == -1 else x.reshape(*x.shape, *[1] * extra)
 
 
 def take(x: Tensor, index: Tensor, axis: int = 2) -> Tensor:
-    """Slots `index` [B, 1 or H, m] of `x`, whose `axis` counts slots."""
+    """Slots `index` [B, 1 or H, m] of `x`, gathered along the slot axis `axis`."""
     shape = list(x.shape)
     shape[axis] = index.shape[-1]
     return x.gather(axis, along(index, x, axis).expand(shape))

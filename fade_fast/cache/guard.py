@@ -8,9 +8,9 @@ import torch
 
 
 class Guard:
-    """Lets one thread work on a cache. Nobody waits for a worker; a worker waits for a reader.
+    """Lets one thread work on a cache. No thread waits for a worker; a worker waits for a reader.
 
-    `with guard:` is for work, `with guard.reading:` for looking. A thread may enter again what it holds.
+    `with guard:` is for work, `with guard.reading:` for reading. A thread may enter again while it is inside.
     """
 
     def __init__(self):
@@ -26,7 +26,11 @@ class Guard:
         self.leave()
 
     def enter(self, works: bool) -> None:
-        """Become the owner. Raises `RuntimeError` if another thread works, or if both only look."""
+        """Become the owner. A worker waits for a thread that reads.
+
+        Raises `RuntimeError` if another thread works, or if this thread wants to read while another one
+        reads.
+        """
         thread = threading.get_ident()
         with self._changed:
             while self._owner not in (None, thread):
@@ -56,7 +60,7 @@ class Guard:
 
 
 class _Reading:
-    """The context manager of a thread that only looks."""
+    """The context manager of a thread that only reads."""
 
     def __init__(self, guard: Guard):
         self._guard = guard
@@ -69,10 +73,10 @@ class _Reading:
 
 
 def without_autocast() -> contextlib.AbstractContextManager:
-    """Where a cache works: without inference mode, and without autocast.
+    """A context without inference mode and without autocast.
 
-    A tensor made in inference mode could not be written to outside of it, and the next call may come from
-    there. Autocast would round the products that codes come from, and float16 ones to bfloat16.
+    A tensor made in inference mode cannot be written outside of it, and the next call may come from outside.
+    Autocast would round the products that give codes, and float16 products to bfloat16.
     """
     casting = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
     inference = torch.is_inference_mode_enabled()
@@ -88,7 +92,7 @@ def without_autocast() -> contextlib.AbstractContextManager:
 
 
 def single_threaded(method):
-    """A method that works on a cache: one thread at a time, by the `guard` of its object."""
+    """Decorator of a method that works on a cache: one thread at a time, by the object's `guard`."""
 
     @functools.wraps(method)
     def inside(self, *args, **kwargs):
@@ -99,7 +103,7 @@ def single_threaded(method):
 
 
 def reading(method):
-    """A method that looks at a cache: a worker in another thread waits for its end."""
+    """Decorator of a method that reads a cache: a worker in another thread waits for its end."""
 
     @functools.wraps(method)
     def inside(self, *args, **kwargs):

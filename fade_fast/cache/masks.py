@@ -1,8 +1,8 @@
-"""What a mask says of a step: which new tokens are real, and what they see of each other.
+"""Reads a step's mask: which new tokens are real, and which tokens of the step each of them sees.
 
-A tiered cache stores which of its tokens are padding. A mask may repeat that; it may not contradict it.
-So a mask that hides a cached token, shows padding, or has another length is refused with `ValueError`.
-What the new tokens see of each other is theirs to say: any boolean mask over them is obeyed.
+A tiered cache stores which of its tokens are padding. A mask may repeat that, but not contradict it. So a
+mask that hides a cached token, shows padding, or has another length is refused with `ValueError`. Over the
+new tokens any boolean mask is allowed.
 """
 
 import weakref
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 PAD = -1  # position of a padding token
-ROWS = 1024  # query tokens of a mask compared at a time
+ROWS = 1024  # query tokens of a mask that are compared at a time
 
 
 @dataclass(eq=False)
 class Verdict:
-    """What was found out about a mask, for all layers of a step: its real tokens; whether it is causal."""
+    """Facts about a mask, for all layers of a step: its real tokens, and whether it is causal."""
 
     real: Tensor | None = None
     causal: bool | None = None
@@ -27,7 +27,7 @@ class Verdict:
 class StepMask:
     """The mask of a step of q tokens.
 
-    `given`, bool [B or 1, 1, q, q], says what each token sees of the step; None: all up to itself.
+    `given`, bool [B or 1, 1, q, q], says which tokens of the step each token sees. None: all up to itself.
     """
 
     given: Tensor | None = None
@@ -40,7 +40,7 @@ class StepMask:
 
     @property
     def own(self) -> Tensor | None:
-        """`given` where it is not causal over real tokens; None where it is, and need not be looked at."""
+        """`given` if it is not causal over real tokens; None if it is causal and need not be applied."""
         if self.given is None or self.given.shape[-1] == 1:
             return None
         if self.verdict.causal is None:
@@ -49,23 +49,25 @@ class StepMask:
 
 
 class MaskReader:
-    """Reads the masks of a cache's steps. The layers of a step are given one mask: it is judged once."""
+    """Reads the masks of a cache's steps. All layers of a step get the same mask, which is checked once."""
 
     def __init__(self):
-        self._last: tuple | None = None  # the newest mask, weakly, where it began, and the verdict
+        self._last: tuple | None = None  # weak reference to the newest mask, its start, its verdict
 
     def read(
         self, mask: Tensor | None, batch: int, new: int, start: int, positions: Tensor | None
     ) -> StepMask:
-        """What a mask says of the step of `new` tokens (q) that begins at column `start`.
+        """The mask of the step of `new` tokens (q) that begins at step index `start`.
 
         Args:
             mask: bool [B or 1, 1, q, q] over the tokens of the step, or [B or 1, 1, q, start + q]; or None.
             batch: B.
+            new: q.
+            start: number of cached tokens per row.
             positions: int32 [B, start or more], positions of the cached tokens, `PAD` for padding.
 
-        Raises `ValueError` for another shape or dtype, and where the part over cached tokens does not show
-        exactly those that are real.
+        Raises `ValueError` for another shape or dtype, or if the part over cached tokens does not show
+        exactly the real tokens.
         """
         if mask is None:
             return StepMask()
@@ -80,9 +82,9 @@ class MaskReader:
 
 
 def check(mask: Tensor, batch: int, new: int, positions: Tensor | None) -> None:
-    """Refuse a 2-D or 4-D mask that contradicts the cache, or has another length, with `ValueError`.
+    """Raise `ValueError` for a 2-D or 4-D mask that contradicts the cache or has another length.
 
-    `positions`, int32 [B, past], are those of the cached tokens; None without any.
+    `positions`, int32 [B, past], are the positions of the cached tokens; None without cached tokens.
     """
     if mask.dim() == 2:
         _check_padding(mask, new, positions)
@@ -91,7 +93,7 @@ def check(mask: Tensor, batch: int, new: int, positions: Tensor | None) -> None:
 
 
 def _judge(mask: Tensor, batch: int, new: int, positions: Tensor | None) -> Verdict:
-    """Which tokens of a step are real, once its 4-D mask is known to be one that can be obeyed."""
+    """Check the 4-D mask of a step, and find which tokens of the step are real."""
     past = 0 if positions is None else positions.shape[1]
     fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1:3] == (1, new)
     if not fits or mask.shape[3] not in (new, past + new):
@@ -108,11 +110,11 @@ def _judge(mask: Tensor, batch: int, new: int, positions: Tensor | None) -> Verd
     given = mask[..., -new:]
     if mask.shape[3] > new:
         _check_past(mask[..., :-new], given, positions)
-    return Verdict(given.any(dim=-2)[:, 0].expand(batch, new))  # nobody sees padding
+    return Verdict(given.any(dim=-2)[:, 0].expand(batch, new))  # no token sees padding
 
 
 def _check_padding(mask: Tensor, new: int, positions: Tensor | None) -> None:
-    """Refuse a mask [B, n] that does not cover all tokens, or contradicts the cache."""
+    """Raise `ValueError` for a mask [B, n] that does not cover all tokens or contradicts the cache."""
     past = 0 if positions is None else positions.shape[1]
     if mask.shape[1] != past + new:
         raise ValueError(
@@ -126,28 +128,28 @@ def _check_padding(mask: Tensor, new: int, positions: Tensor | None) -> None:
 
 
 def _check_past(shown: Tensor, given: Tensor, positions: Tensor) -> None:
-    """Refuse what tokens are shown of the past [B, 1, q, past], unless it is what is real there."""
+    """Raise `ValueError` if a mask over the past [B, 1, q, past] does not show exactly the real tokens."""
     differs = (shown != (positions != PAD)[:, None, None, :]) & given.any(-1, keepdim=True)
     if differs.any():
         _refuse(differs.any(2)[:, 0])
 
 
 def _refuse(differs: Tensor) -> None:
-    row, column = differs.nonzero()[0].tolist()
+    row, token = differs.nonzero()[0].tolist()
     raise ValueError(
-        f"attention_mask contradicts the cache: of row {row}, token {column} is cached as "
+        f"attention_mask contradicts the cache: of row {row}, token {token} is cached as "
         "real and hidden now, or cached as padding and shown now. What is cached cannot be hidden from later "
         "tokens: crop() the cache, or make a new one"
     )
 
 
 def _is_causal(given: Tensor, real: Tensor) -> bool:
-    """Whether every real token sees all real tokens up to itself, and no other."""
+    """Whether every real token sees exactly the real tokens up to itself."""
     new = given.shape[-1]
-    column = torch.arange(new, device=given.device)
+    index = torch.arange(new, device=given.device)
     for start in range(0, new, ROWS):
         rows = slice(start, start + ROWS)
-        expected = (column <= column[rows, None]) & real[:, None, None, :]
+        expected = (index <= index[rows, None]) & real[:, None, None, :]
         if ((given[:, :, rows] != expected) & real[:, None, rows, None]).any():
             return False
     return True

@@ -1,4 +1,4 @@
-"""Say what a tiered cache would make of a model.
+"""Report which layers of a model a tiered cache compresses, and its memory.
 
 Exit code 1 if the model is refused.
 """
@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check; 0 if the model is served, else 1."""
+    """Print the prediction. Returns 0 if the model is served, else 1."""
     quiet()
     model, _ = load(args.model, args.device, args.dtype)
-    found = check_model(model, args.config, length=args.length)
-    print(found)
+    prediction = check_model(model, args.config, length=args.length)
+    print(prediction)
     if args.json:
-        write_json(args.json, dataclasses.asdict(found))
-    return 0 if found.served else 1
+        write_json(args.json, dataclasses.asdict(prediction))
+    return 0 if prediction.served else 1

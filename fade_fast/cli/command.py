@@ -1,10 +1,10 @@
-"""The command `fade`, also `python -m fade_fast`: it hands over to one module a subcommand.
+"""The command `fade`, also `python -m fade_fast`. Each subcommand is one module.
 
-Modules of ours have `add_arguments(parser)` and `run(args)`, which may return an exit code; the first line
-of their docstring is their help. `PASSED` are commands of their own: what follows their name is theirs.
+Modules in `COMMANDS` have `add_arguments(parser)` and `run(args)`, which may return an exit code. The first
+line of their docstring is their help. Commands in `PASSED` parse the arguments after their name themselves.
 
-Exit codes: 0, done; 1, the answer is no (a model refused, a comparison that failed); 2, something that the
-user can put right, said in one line on standard error; 130, interrupted.
+Exit codes: 0, success; 1, a negative result (a refused model, a failed comparison); 2, an error that the user
+can fix, reported in one line on standard error; 130, interrupted.
 """
 
 import argparse
@@ -24,19 +24,19 @@ COMMANDS = {
     "plot": plot,
     "train-codebook": train_codebook,
 }
-#: Module and help of commands whose module has `main(argv)` and returns an exit code.
+#: Module and help of separate commands. The module's `main(argv)` returns an exit code.
 PASSED = {
-    "quality": ("benchmarks.quality", "Perplexity and recall through each preset."),
+    "quality": ("benchmarks.quality", "Perplexity and recall with each preset."),
     "memory": ("benchmarks.memory", "Bytes of each cache and peak memory, by length."),
     "bench": ("benchmarks.generate", "Time decode steps; `bench attention`: attention alone."),
-    "parity": ("parity.__main__", "Prove that the fast cache is the specification."),
+    "parity": ("parity.__main__", "Check that the fast cache matches the specification."),
     "train-policy": ("fade_fast.hf.train_policy", "Train the learned eviction policy."),
 }
 BENCHES = {"generate": "benchmarks.generate", "attention": "benchmarks.decode_attention"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage is there for --help."""
+    """Reports an error in one line. Only --help shows the usage."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def pass_on(command: str, argv: list[str]) -> int:
-    """Run a command of its own; `LoadError` if its module, or one that it needs, is not installed."""
+    """Run a command of `PASSED`; `LoadError` if its module, or one that it needs, is not installed."""
     name, shown = PASSED[command][0], f"fade {command}"
     if command == "bench" and argv and argv[0] in BENCHES:
         name, shown, argv = BENCHES[argv[0]], f"{shown} {argv[0]}", argv[1:]
@@ -91,7 +91,7 @@ def pass_on(command: str, argv: list[str]) -> int:
         if name == missing or name.startswith(f"{missing}."):
             raise LoadError(f"{name} is not part of this installation: run it from a clone") from error
         raise LoadError(f"{name} needs {missing}, which is not installed") from error
-    before, sys.argv = sys.argv, [shown, *argv]  # argparse names a command by it
+    before, sys.argv = sys.argv, [shown, *argv]  # argparse takes the command's name from it
     try:
         return module.main(argv) or 0
     finally:

@@ -1,7 +1,7 @@
 """Compare each preset with DynamicCache on a long prompt.
 
-Every run prefills the whole prompt into a fresh cache of its own and decodes greedily through the
-model's own generate(). The uncompressed run comes first; the others are held against it.
+Every run prefills the whole prompt into a fresh cache and decodes greedily with the model's own
+generate(). The uncompressed run comes first. The other runs are compared with it.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from .session import Stopwatch
 PROMPT_TOKENS = 3000
 # Chapters of Python's language reference in plain prose; `pydoc` ships them with every CPython.
 CHAPTERS = ("objects", "execmodel", "import", "dynamic-features", "attribute-access", "customization")
-BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES = "Summarise the text above in a few sentences, in your own words."
+QUESTION = "Summarise the text above in a few sentences, in your own words."
 BASELINE = "DynamicCache"
 
 
@@ -39,9 +39,9 @@ class Run:
         tokens: ids of the new tokens.
         prefill_s: seconds from the call of generate() to the first new token.
         decode_s: seconds from the first new token to the last.
-        allocated: bytes of every distinct storage the cache holds right after generate().
-        dense: what an uncompressed cache holds for the same tokens, in bytes.
-        tiers: tokens kept in each tier.
+        allocated: bytes of every distinct storage of the cache right after generate().
+        dense: bytes of an uncompressed cache for the same tokens.
+        tiers: number of tokens in each tier.
     """
 
     tokens: list[int]
@@ -53,18 +53,18 @@ class Run:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Speed of decoding, prefill left out; None if there was nothing but the first token."""
+        """Decode speed, without prefill; None if there is only one new token."""
         return (len(self.tokens) - 1) / self.decode_s if len(self.tokens) > 1 else None
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than uncompressed the cache is."""
+        """Uncompressed size of the cache over its allocated size."""
         return self.dense / self.allocated
 
     def agreement(self, other: "Run") -> int:
-        """Leading new tokens that are the same in both runs.
+        """Number of leading new tokens that are the same in both runs.
 
-        Later ones are not counted: after the first difference the runs continue different texts.
+        Later tokens are not counted: after the first difference the runs continue different texts.
         """
         differ = [a != b for a, b in zip(self.tokens, other.tokens)]
         return differ.index(True) if any(differ) else len(differ)
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the demo; prints one table, and writes `args.json` if it is given."""
+    """Run the demo. Prints one table, and writes `args.json` if it is given."""
     quiet()
     name = args.model or HUB_ID
     print(f"Loading {name} ...", flush=True)
@@ -104,8 +104,8 @@ def run(args: argparse.Namespace) -> None:
     for cache, text in texts.items():
         print(f"  {cache:<{len(BASELINE)}}  {_first_line(text)}")
     if args.json:
-        found = records(model.name_or_path, prompt_tokens, runs, texts)
-        write_json(args.json, found[0] if len(found) == 1 else found)
+        results = records(model.name_or_path, prompt_tokens, runs, texts)
+        write_json(args.json, results[0] if len(results) == 1 else results)
 
 
 def encode_prompt(
@@ -114,34 +114,34 @@ def encode_prompt(
     """The prompt's tokens, through the chat template if there is one.
 
     Args:
-        text: what the user says; None for `PROMPT_TOKENS` of built-in text and a question about it,
-            fewer if the model's positions do not reach that far.
+        text: the user's message; None for a question about `PROMPT_TOKENS` of built-in text, or fewer if the
+            model has fewer positions.
     """
     if text is None:
         reach = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT_TOKENS * 2
-        most = min(PROMPT_TOKENS, reach - max_new_tokens - 16)  # cut text may encode to a few tokens more
-        room = most - len(_chat(tokenizer, BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES).input_ids[0])
+        most = min(PROMPT_TOKENS, reach - max_new_tokens - 16)  # the cut text may encode to a few more tokens
+        room = most - len(_chat(tokenizer, QUESTION).input_ids[0])
         if room <= 0:
             raise LoadError(f"the model reads {reach} tokens at most: too few for {max_new_tokens} new ones")
         start = tokenizer(built_in_text(), add_special_tokens=False, verbose=False).input_ids[:room]
-        text = f"{tokenizer.decode(start)}\n\n{BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES}"
+        text = f"{tokenizer.decode(start)}\n\n{QUESTION}"
     return _chat(tokenizer, text)
 
 
 def built_in_text() -> str:
-    """Some ten thousand words of English that need no download."""
+    """About ten thousand words of English that need no download."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name].strip() for name in CHAPTERS if name in topics)
 
 
 def compare(model: PreTrainedModel, inputs, configs: list[str], max_new_tokens: int) -> dict[str, Run]:
-    """Runs by name: `BASELINE`, with the model's own attention, then each preset."""
+    """Runs by name: `BASELINE` with the model's own attention, then each preset."""
     runs = {}
     try:
         check_supported(model, configs)
         detach(model)
-        # The first prefill and step pay for memory and kernels that the later ones find ready.
+        # A warm-up run, because the first prefill and step allocate memory and load kernels.
         _generate(model, inputs, DynamicCache(config=model.config), 2)
         for name in (BASELINE, *configs):
             cache = DynamicCache(config=model.config) if name == BASELINE else create_cache(model, name)
@@ -152,7 +152,7 @@ def compare(model: PreTrainedModel, inputs, configs: list[str], max_new_tokens: 
 
 
 def check_supported(model: PreTrainedModel, configs: list[str]) -> None:
-    """Refuse a model that one of the presets cannot serve, before any work; `LoadError` says why."""
+    """Raise `LoadError`, before any work, if the model does not work with one of the presets."""
     try:
         for name in configs:
             create_cache(model, name)
@@ -161,7 +161,7 @@ def check_supported(model: PreTrainedModel, configs: list[str]) -> None:
 
 
 def measure(model: PreTrainedModel, inputs, cache, name: str, max_new_tokens: int) -> Run:
-    """Generate through `cache`, and say how fast it went and what the cache weighs afterwards."""
+    """Generate through `cache`. Measures the speed, and the size of the cache afterwards."""
     label = f"{name:<{len(BASELINE)}}"
     with tqdm(total=max_new_tokens, desc=label, unit="token", mininterval=1, leave=False) as bar:
         watch = Stopwatch(bar)
@@ -179,7 +179,7 @@ def measure(model: PreTrainedModel, inputs, cache, name: str, max_new_tokens: in
 
 
 def table(runs: dict[str, Run], prompt_tokens: int) -> str:
-    """The figures of all runs, a line each."""
+    """The numbers of all runs, one line per run."""
     rows = [
         {
             "cache": name,
@@ -206,7 +206,7 @@ def table(runs: dict[str, Run], prompt_tokens: int) -> str:
 
 
 def records(model: str, prompt_tokens: int, runs: dict[str, Run], texts: dict[str, str]) -> list[dict]:
-    """What --json holds: a record for each preset, with the uncompressed run beside it."""
+    """The content of the --json file: one record per preset, with the uncompressed run beside it."""
     base = runs[BASELINE]
     return [
         {
@@ -231,14 +231,14 @@ def records(model: str, prompt_tokens: int, runs: dict[str, Run], texts: dict[st
 
 
 def _generate(model, inputs, cache, max_new_tokens: int, streamer=None) -> list[int]:
-    """Ids of the new tokens, greedily."""
+    """Ids of the new tokens, decoded greedily."""
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
     out = model.generate(**inputs, **{CACHE_NAME: cache}, generation_config=greedy, streamer=streamer)
     return out[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str):
-    """Tokens and mask of one thing the user says."""
+    """Token ids and mask of one user message."""
     if not tokenizer.chat_template:
         return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     said = [{"role": "user", "content": text}]

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--codebooks",
         type=options.readable,
         metavar="FILE",
-        help="that train-codebook wrote, for --config quant_backend=product",
+        help="codebooks of train-codebook, for --config quant_backend=product",
     )
     parser.add_argument(
         "--telemetry", type=options.writable, metavar="FILE", help="append events as JSON lines"
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read, save, answer; prints the answer, and what it took."""
+    """Read, save and answer. Prints the answer and its times."""
     question = args.prompt or args.prompt_file
     _check(args, question)
     quiet()
@@ -57,25 +57,25 @@ def run(args: argparse.Namespace) -> None:
     with cache.listen(args.telemetry) if args.telemetry else contextlib.nullcontext():
         if not args.resume and read.shape[1]:
             session.prefill(model, cache, read)
-        found = dict(
+        record = dict(
             model=model.name_or_path, read_tokens=read.shape[1], read_s=time.perf_counter() - started
         )
         memory = cache.memory()
         how = f"loaded from {args.resume}" if args.resume else "read"
-        print(f"{read.shape[1]} tokens {how} in {found['read_s']:.2f} s; {memory.allocated / 1e6:.2f} MB")
+        print(f"{read.shape[1]} tokens {how} in {record['read_s']:.2f} s; {memory.allocated / 1e6:.2f} MB")
         if args.save:
             cache.save(args.save, read)
-            found |= dict(file_bytes=args.save.stat().st_size)
-            print(f"saved to {args.save}: {found['file_bytes'] / 1e6:.2f} MB")
+            record |= dict(file_bytes=args.save.stat().st_size)
+            print(f"saved to {args.save}: {record['file_bytes'] / 1e6:.2f} MB")
         if question:
             _, rest = session.encode(tokenizer, "", question)
-            found |= _answer(args, model, tokenizer, cache, read, rest, found["read_s"])
+            record |= _answer(args, model, tokenizer, cache, read, rest, record["read_s"])
     if args.json:
-        write_json(args.json, found)
+        write_json(args.json, record)
 
 
 def _check(args: argparse.Namespace, question: str | None) -> None:
-    """Refuse options that contradict each other, before any work."""
+    """Raise `LoadError`, before any work, for options that contradict each other."""
     if args.prompt and args.prompt_file:
         raise LoadError("--prompt and --prompt-file: give one of them")
     if args.resume and args.document:
@@ -89,14 +89,14 @@ def _check(args: argparse.Namespace, question: str | None) -> None:
 
 
 def _answer(args, model, tokenizer, cache, read, rest, read_s: float) -> dict:
-    """Answer, say how long it took, and compare with a fresh cache if that is asked for."""
+    """Answer, print the times, and compare with a fresh cache if --compare is given."""
     ids = session.joined(read, rest)
     given = session.answer(model, cache, ids, args.max_new_tokens)
     text = tokenizer.decode(given.tokens, skip_special_tokens=True)
     first = read_s + given.first_token_s
     print(f"\n{text}\n")
     print(f"first token after {first:.2f} s, {_speed(given)}")
-    found = dict(
+    record = dict(
         new_tokens=len(given.tokens), first_token_s=first, tokens_per_s=given.tokens_per_s, text=text
     )
     if args.compare:
@@ -107,8 +107,8 @@ def _answer(args, model, tokenizer, cache, read, rest, read_s: float) -> dict:
         fresh_s = time.perf_counter() - started - again.decode_s
         same = again.tokens == given.tokens
         print(f"afresh: first token after {fresh_s:.2f} s, {'the same' if same else 'other'} tokens")
-        found |= dict(fresh_first_token_s=fresh_s, same=same)
-    return found
+        record |= dict(fresh_first_token_s=fresh_s, same=same)
+    return record
 
 
 def _speed(given: session.Answer) -> str:

@@ -1,6 +1,6 @@
-"""Print what a saved cache holds.
+"""Print the contents of a saved cache.
 
-Its tensors are not read, and so not verified.
+Its tensors are not read, so they are not verified.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the snapshot of a file."""
     try:
         header, shapes = checkpoint.read_header(args.file)
-        found = snapshot.of_file(args.file)
+        contents = snapshot.of_file(args.file)
     except ValueError as error:
         raise LoadError(str(error)) from error
     model = {name: value for name, value in header["model"].items() if value is not None}
@@ -31,6 +31,6 @@ def run(args: argparse.Namespace) -> None:
     print("model: " + ", ".join(f"{name} {value}" for name, value in model.items()))
     if checkpoint.TOKENS in shapes:
         print(f"token ids: {list(shapes[checkpoint.TOKENS][0])}")
-    print(snapshot.text(found))
+    print(snapshot.text(contents))
     if args.json:
-        write_json(args.json, found | dict(model=header["model"]))
+        write_json(args.json, contents | dict(model=header["model"]))

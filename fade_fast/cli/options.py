@@ -1,4 +1,4 @@
-"""Options that the subcommands of `fade` share, and what their values may be."""
+"""Options that the subcommands of `fade` share, and checks of their values."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from ..hf.loading import DTYPES, HUB_ID
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --device, --dtype: what `loading.load` takes."""
+    """--model, --device, --dtype: the arguments of `loading.load`."""
     parser.add_argument("--model", help=f"hub id or folder (default: {HUB_ID}, found online or offline)")
     parser.add_argument("--device", type=device, help="default: cuda if available, else cpu")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is bf16 (default)")
@@ -27,7 +27,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """--json, for figures."""
+    """--json, a file for the numbers."""
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the figures there as well")
 
 
@@ -79,14 +79,14 @@ def text_file(path: str) -> str:
 
 
 def readable(path: str) -> Path:
-    """A file that is there."""
+    """The path of an existing file."""
     if not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"cannot read {path}: no such file")
     return Path(path)
 
 
 def writable(path: str) -> Path:
-    """A file that can be written; checked before the work, not after it."""
+    """The path of a writable file. Checked before the work, not after it."""
     where = Path(path)
     if where.is_dir() or not os.access(where.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{path} cannot be written")

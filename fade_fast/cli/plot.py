@@ -1,6 +1,6 @@
 """Draw tokens by tier: over time, or as a map.
 
-Over time from telemetry; which token is in which tier from a saved cache or a snapshot.
+A telemetry file gives the plot over time. A saved cache or a snapshot gives the map.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=options.writable, metavar="IMAGE", help="PNG, PDF or SVG (default: FILE.png)"
     )
     parser.add_argument(
-        "--row", type=int, default=0, metavar="N", help="of the batch, in a tier map (default: 0)"
+        "--row", type=int, default=0, metavar="N", help="row of the batch in the map (default: 0)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a cache: tokens by tier over time, and which token is in which tier. Needs matplotlib."""
+"""Plots of a cache: tokens by tier over time, and the tier of each token. Needs matplotlib."""
 
 import json
 import os
@@ -16,42 +16,42 @@ OTHER = "#8f6593"  # keys and values of different widths
 
 
 def of_file(path: str | os.PathLike, row: int = 0) -> Figure:
-    """The picture that fits a file: events, a saved cache, or a snapshot as JSON.
+    """The plot for a file: events, a saved cache, or a snapshot as JSON.
 
-    Raises `ValueError` for anything else, and for a batch without row `row`.
+    Raises `ValueError` for any other file, and if the batch has no row `row`.
     """
     start = Path(path).open("rb").read(4096)
     if b'"event"' in start.partition(b"\n")[0]:
         return over_time(telemetry.read(path))
     if start.lstrip().startswith(b"{"):
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or "layers" not in found:
+        contents = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(contents, dict) or "layers" not in contents:
             raise ValueError(f"{path} is JSON, but no snapshot of a cache")
     else:
-        found = snapshot.of_file(path, positions=True)
-    return tier_map(found, row)
+        contents = snapshot.of_file(path, positions=True)
+    return tier_map(contents, row)
 
 
 def over_time(events: list[dict]) -> Figure:
-    """Tokens in each tier by columns seen, all rows together, mean over layers.
+    """Tokens in each tier by tokens seen, over all rows, mean over layers.
 
-    What is in the model's own dtype is what is left over, padding included.
+    FP16 is the rest of the tokens seen, padding included.
     """
-    columns, series = tokens_over_time(events)
-    if not columns:
+    lengths, series = tokens_over_time(events)
+    if not lengths:
         raise ValueError("these events hold no demotion: nothing was compressed")
     figure = Figure(figsize=(8, 4))
     axes = figure.subplots()
-    colours = [COLOURS.get(name, OTHER) for name in series]
+    colors = [COLOURS.get(name, OTHER) for name in series]
     heights = [[0.0, *counts] for counts in series.values()]
-    axes.stackplot([0, *columns], *heights, labels=series, colors=colours)
-    axes.set(xlabel="columns seen", ylabel="tokens of a layer", xlim=(0, columns[-1]), ylim=(0, None))
+    axes.stackplot([0, *lengths], *heights, labels=series, colors=colors)
+    axes.set(xlabel="tokens seen", ylabel="tokens of a layer", xlim=(0, lengths[-1]), ylim=(0, None))
     axes.legend(loc="upper left", frameon=False)
     return figure
 
 
 def tokens_over_time(events: list[dict]) -> tuple[list[int], dict[str, list[float]]]:
-    """Columns seen at each demotion, and tokens in each tier after it, mean over layers."""
+    """Tokens seen at each demotion, and tokens in each tier after it, mean over layers."""
     held: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     rows, points = 1, {}
     for event in events:
@@ -69,18 +69,18 @@ def tokens_over_time(events: list[dict]) -> tuple[list[int], dict[str, list[floa
     names = dict.fromkeys(name for layers, _ in points.values() for x in layers for name in x)
     order = [name for name in ("INT8", "INT4", "INT3", "INT2") if name in names]
     order = ["FP16", *(n for n in names if n not in COLOURS), *order] + ["EVICTED"] * ("EVICTED" in names)
-    columns, series = sorted(points), {name: [] for name in order}
-    for seen in columns:
+    lengths, series = sorted(points), {name: [] for name in order}
+    for seen in lengths:
         layers, rows = points[seen]
         mean = {name: sum(x.get(name, 0) for x in layers) / len(layers) for name in order[1:]}
         series["FP16"].append(max(0.0, rows * seen - sum(mean.values())))
         for name, n in mean.items():
             series[name].append(n)
-    return columns, series
+    return lengths, series
 
 
 def tier_map(found: dict, row: int = 0) -> Figure:
-    """Which tier holds which position, a line a layer, of one row of the batch."""
+    """The tier of each position, one line per layer, for one row of the batch."""
     tiered = [layer for layer in found["layers"] if layer["kind"] == snapshot.TIERED and layer["tiers"]]
     if not tiered or any("positions" not in tier for layer in tiered for tier in layer["tiers"].values()):
         raise ValueError("there are no positions to draw: the cache is empty, or they were left out")

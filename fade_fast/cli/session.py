@@ -1,4 +1,4 @@
-"""A long document read once, and questions about it: from a fresh prefill, or from a saved cache."""
+"""Read a long document once and answer questions about it, from a fresh prefill or from a saved cache."""
 
 import os
 import time
@@ -15,12 +15,12 @@ from ..hf.create import load_cache
 from ..hf.models import CACHE_NAME
 from ..saved import checkpoint
 
-CHUNK = 1024  # tokens of a document read at a time
-MARK = "<|fade-question|>"  # stands for the question while the chat template is applied
+CHUNK = 1024  # tokens of a document per forward pass
+MARK = "<|fade-question|>"  # placeholder of the question in the chat template
 
 
 class Stopwatch(BaseStreamer):
-    """Notes when each token comes out of generate(), and moves a progress bar."""
+    """Records the time of each token from generate(), and moves a progress bar."""
 
     def __init__(self, bar: tqdm):
         self.bar, self.times = bar, []
@@ -28,7 +28,7 @@ class Stopwatch(BaseStreamer):
         self._prompt_seen = False
 
     def put(self, value: Tensor) -> None:
-        """Called by generate() with the prompt first, then with every new token."""
+        """Called by generate(), first with the prompt, then with every new token."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
@@ -36,18 +36,18 @@ class Stopwatch(BaseStreamer):
         self.bar.update()
 
     def end(self) -> None:
-        """Called by generate() when it is done; a text may end before the bar does."""
+        """Called by generate() at the end. Fills the bar, because a text may end early."""
         self.bar.update(self.bar.total - self.bar.n)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a question.
+    """The answer to a question.
 
     Attributes:
         tokens: ids of the new tokens.
-        first_token_s: seconds from the call of generate() to the first.
-        decode_s: seconds from the first to the last.
+        first_token_s: seconds from the call of generate() to the first token.
+        decode_s: seconds from the first token to the last.
     """
 
     tokens: list[int]
@@ -56,21 +56,21 @@ class Answer:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Speed of decoding; None if there was nothing but the first token."""
+        """Decode speed; None if there is only one new token."""
         return (len(self.tokens) - 1) / self.decode_s if len(self.tokens) > 1 else None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, document: str, question: str) -> tuple[Tensor, Tensor]:
-    """Ids [1, n] of what one user says, document first: up to the question, and from there on.
+    """Token ids [1, n] of one user message, document first: the part before the question, and the rest.
 
-    They are encoded apart, so that the ids of the document are the same for every question.
+    The parts are encoded separately, so the ids of the document are the same for every question.
     """
     said = f"{document}\n\n{MARK}" if document else MARK
     if tokenizer.chat_template:
         message = [{"role": "user", "content": said}]
         said = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     before, _, after = said.rpartition(MARK)
-    special = not tokenizer.chat_template  # a template writes its own
+    special = not tokenizer.chat_template  # a chat template adds its own
     parts = (
         tokenizer(before, add_special_tokens=special),
         tokenizer(question + after, add_special_tokens=False),
@@ -79,23 +79,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, document: str, question: str) -> 
 
 
 def joined(read: Tensor, rest: Tensor) -> Tensor:
-    """Ids of what was read and of what follows it, one after the other."""
+    """Ids of the tokens already read, followed by the rest."""
     return torch.cat((read, rest), dim=1)
 
 
 def prefill(model: PreTrainedModel, cache: TieredKVCache, ids: Tensor) -> None:
-    """Read `ids` [1, n] into an empty cache, `CHUNK` tokens at a time, with a progress bar."""
+    """Feed `ids` [1, n] to an empty cache, `CHUNK` tokens at a time, with a progress bar."""
     with tqdm(total=ids.shape[1], desc="reading", unit="token", leave=False, delay=1) as bar, torch.no_grad():
         for part in ids.to(model.device).split(CHUNK, dim=1):
             model(input_ids=part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
             bar.update(part.shape[1])
-    cache.memory()  # what is due is compressed now, not when the first question comes
+    cache.memory()  # demotes due blocks now, not at the first question
 
 
 def resume(path: str | os.PathLike, model: PreTrainedModel, codebooks=None) -> tuple[TieredKVCache, Tensor]:
-    """The cache of a file that `TieredKVCache.save` wrote with ids, and those ids [1, n].
+    """The cache of a file that `TieredKVCache.save` wrote with ids, and these ids [1, n].
 
-    `codebooks` as `load_cache` takes them. Raises as `load_cache`, and `ValueError` for a file without ids.
+    `codebooks` is as in `load_cache`. Raises as `load_cache`, and `ValueError` for a file without ids.
     """
     ids = checkpoint.read_tokens(path)
     if ids is None:
@@ -104,7 +104,7 @@ def resume(path: str | os.PathLike, model: PreTrainedModel, codebooks=None) -> t
 
 
 def answer(model: PreTrainedModel, cache: TieredKVCache, ids: Tensor, max_new_tokens: int) -> Answer:
-    """Generate greedily after `ids` [1, n], of which the cache holds all but the last ones."""
+    """Generate greedily after `ids` [1, n]. The cache holds all of them except the last ones."""
     ids = ids.to(model.device)
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
     with tqdm(total=max_new_tokens, desc="writing", unit="token", mininterval=1, leave=False, delay=1) as bar:

@@ -1,6 +1,6 @@
-"""Learn product-quantisation codebooks from a model and a text.
+"""Learn codebooks of product quantization from a model and a text.
 
-They are for caches of `FadeConfig(quant_backend="product")`.
+Caches with `FadeConfig(quant_backend="product")` use them.
 """
 
 import argparse
@@ -16,31 +16,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=options.text_file, required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--out", type=options.writable, required=True, metavar="FILE", help="safetensors")
     parser.add_argument(
-        "--tokens", type=options.positive, default=4096, metavar="N", help="of the text (default: 4096)"
+        "--tokens",
+        type=options.positive,
+        default=4096,
+        metavar="N",
+        help="tokens of the text (default: 4096)",
     )
     parser.add_argument(
-        "--subspace-width", type=options.positive, default=4, metavar="N", help="elements a code (default: 4)"
+        "--subspace-width",
+        type=options.positive,
+        default=4,
+        metavar="N",
+        help="elements per code (default: 4)",
     )
     parser.add_argument(
-        "--centroids", type=options.positive, default=256, metavar="N", help="of each (default: 256)"
+        "--centroids", type=options.positive, default=256, metavar="N", help="per subspace (default: 256)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Learn, and write the file."""
+    """Learn the codebooks and write the file."""
     quiet()
     model, tokenizer = load(args.model, args.device, args.dtype)
-    text = args.text[: args.tokens * 16]  # no tokenizer of words needs more, and long texts take long
+    text = args.text[: args.tokens * 16]  # enough characters for every tokenizer; a long text takes long
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens]
     try:
-        found = codebooks.train(
+        learned = codebooks.train(
             model, ids, subspace_width=args.subspace_width, centroids=args.centroids, seed=args.seed
         )
     except ValueError as error:
         raise LoadError(str(error)) from error
-    found.save(args.out)
+    learned.save(args.out)
     for side in codebooks.SIDES:
-        errors = [x for name, x in found.provenance["errors"].items() if name.endswith(side)]
+        errors = [x for name, x in learned.provenance["errors"].items() if name.endswith(side)]
         print(f"{side}s: relative error {sum(errors) / len(errors):.3f}, mean over {len(errors)} layers")
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, from {ids.shape[1]} tokens")

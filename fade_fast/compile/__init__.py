@@ -1,1 +1,1 @@
-"""How kernels are compiled. All other folders take compiled functions from here."""
+"""Compilation of kernels. All other folders get their compiled functions from here."""

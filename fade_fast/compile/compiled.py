@@ -1,8 +1,8 @@
-"""How kernels are compiled: the only file that names options of torch.compile and Inductor.
+"""Compilation of kernels: the only file that names options of torch.compile and Inductor.
 
-Each kernel is an eager PyTorch function. On CUDA its twin is compiled once a shape of its buffers, with
-tile sizes that were measured instead of searched for, so that nothing is tuned and compiling takes
-seconds. How much of the buffers is read is data.
+Each kernel is an eager PyTorch function. On CUDA its compiled version is compiled once per shape of its
+buffers, with measured tile sizes instead of autotuning, so compiling takes seconds. The number of slots read
+is data.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 from . import page_gather
 from .small_matmul import LEAST, RowProducts, few_tile, of_few_rows, tile
 
-#: Without `native_matmul`, a batched product cannot take its operand from arithmetic on bytes. With
-#: `shape_padding`, Inductor benchmarks at compile time whether to pad 4 query rows to 8; where it does,
-#: nothing fuses. A split reduction would write the scores' statistics in two kernels. The thresholds leave
-#: it to `packed.force_materialize` where one kernel ends and the next begins.
+#: Without `native_matmul`, a batched product cannot compute its operand from bytes. With `shape_padding`,
+#: Inductor benchmarks at compile time whether to pad 4 query rows to 8; a padded product does not fuse. A
+#: split reduction would compute the statistics of the scores in two kernels. With these thresholds,
+#: `packed.force_materialize` alone decides where one kernel ends and the next begins.
 OPTIONS = {
     "triton.native_matmul": True,
     "shape_padding": False,
@@ -34,20 +34,20 @@ OPTIONS = {
     "realize_acc_reads_threshold": 1000,
     "realize_reads_threshold": 1000,
 }
-#: What a model's step is compiled with, `row_products`, is not for the kernels that are compiled within it.
+#: Resets the options of `row_products`, which compiles a model's step, for kernels compiled within the step.
 APART = {"triton.native_matmul": False, "post_grad_custom_pre_pass": None}
-#: For small updates of several buffers that need nothing of each other: in one kernel.
+#: One kernel for small, independent updates of several buffers.
 TOGETHER = {"combo_kernels": True}
 
-#: Modes of torch.compile in which Inductor captures CUDA graphs, and the same without; and its option.
+#: Modes of torch.compile with CUDA graph capture -> without; and the option of Inductor that captures.
 UNCAPTURED = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 CAPTURES = "triton.cudagraphs"
 
-#: What calls are dispatched by where nothing unusual is going on; `Compiled` restores it.
+#: The thread's dispatch keys in its normal state; `Compiled` restores them.
 PLAIN = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
-#: Block sizes, warps and stages of the generated kernels of one graph, by how many numbers a kernel
-#: computes and how many it sums for each. A config without R0_BLOCK sums all of them at once.
+#: Block sizes, warps and stages of the generated kernels of one graph, by the number of results of a kernel
+#: and the number of summands per result. A config without R0_BLOCK sums all summands at once.
 Tiles = dict[tuple[int, int], dict]
 
 
@@ -61,7 +61,7 @@ def tier_tiles(
     dim: int,
     paged: bool = False,
 ) -> Tiles:
-    """Of one tier, measured on an H100 for 2 to 64 rows (docs/lab-notebook.md).
+    """Tiles of one tier, measured on an H100 for 2 to 64 rows (docs/lab-notebook.md).
 
     Args:
         heads: batch times KV heads. rows: query rows of each, at least 2.
@@ -76,8 +76,8 @@ def tier_tiles(
     if x > 4:
         scores.update(YBLOCK=64, num_warps=2 if x <= 8 else 4, num_stages=2)
     if bits[0] == 8:
-        whole = next((n for n in (64, 32) if key_width % n == 0), 16)  # without a mask if that can be
-        scores.update(R0_BLOCK=whole, num_warps=4, num_stages=2)
+        block = next((n for n in (64, 32) if key_width % n == 0), 16)  # a divisor needs no mask
+        scores.update(R0_BLOCK=block, num_warps=4, num_stages=2)
     elif key_width == 64 and x <= 8:  # the sum is one tile: nothing to pipeline
         scores.update(R0_BLOCK=64, YBLOCK=128, num_warps=2, num_stages=1)
         if chunk > 1024 and x <= 4:
@@ -89,7 +89,7 @@ def tier_tiles(
     values.update(num_stages={2: 4, 4: 3}.get(x, 2))  # more rows leave less room for stages
     if bits[1] == 8:  # wider sums
         values.update(num_warps=4)
-        if chunk >= 512 and x <= 4:  # of whole halves, see `packed._chosen`
+        if chunk >= 512 and x <= 4:  # these suit `packed._chosen`
             values.update(num_warps=2, num_stages=3)
     if chunk <= 256 or chunk == 512 and x <= 4 and heads < 32:
         values.update(R0_BLOCK=64, num_stages=4, num_warps=1 if value_width <= 64 else 2)
@@ -106,7 +106,7 @@ def tier_tiles(
     join = dict(XBLOCK=16, R0_BLOCK=16 if heads >= 32 else 64, num_warps=4)
     if heads >= 32 and blocks <= 32:
         join.update(XBLOCK=32, R0_BLOCK=max(4, _power_of_two(blocks)), num_warps=2 if blocks > 8 else 1)
-    # No stages: a pipeline of operands that are decoded takes eight times as long.
+    # No stages: pipelining decoded operands takes eight times as long.
     decode = dict(ZBLOCK=1, XBLOCK=128, YBLOCK=128, num_warps=8, num_stages=1)
     decode.update(R0_BLOCK=64 if dim % 64 == 0 else 32)
     length = blocks * chunk
@@ -121,14 +121,19 @@ def tier_tiles(
 
 
 def step_tiles(heads: int, rows: int, exact: int, means: int, dim: int) -> Tiles:
-    """Of what surrounds the tiers: `exact` uncompressed tokens, and as many means as all tiers have."""
+    """Tiles of a step outside the tiers, with the arguments of `tier_tiles`.
+
+    Args:
+        exact: number of uncompressed tokens.
+        means: number of means of all tiers.
+    """
     x, table = _power_of_two(rows), dim + 1 + exact + means
     first = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=16, R0_BLOCK=64, num_warps=2, num_stages=1)
     if heads * table >= 1 << 14:
         first.update(YBLOCK=32, num_warps=4)
-    if dim % 128:  # a half is summed, in whole tiles
+    if dim % 128:  # half of head_dim is summed, in whole tiles
         first.update(R0_BLOCK=32)
-    # All at once if it fits: a kernel this small waits for its loads, and so for nothing else.
+    # One block if it fits: such a small kernel then waits for its loads alone.
     last = dict(ZBLOCK=1, XBLOCK=32 if heads >= 32 else 16, YBLOCK=x, num_stages=1)
     last.update(R0_BLOCK=min(512, _power_of_two(exact + dim)), num_warps=4 if x <= 4 else 8)
     if x > 8:
@@ -144,40 +149,40 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-#: Types of devices on which twins run.
+#: Device types on which compiled versions run.
 COMPILED_ON = {"cuda"}
 
 
 def use_compiled(x: Tensor) -> bool:
-    """Whether functions of tensors like `x` run as their compiled twins."""
+    """Whether functions of tensors like `x` run as compiled versions."""
     return x.device.type in COMPILED_ON
 
 
-def rounded(columns: int) -> int:
-    """Columns that a twin is compiled for, to serve these: few different numbers."""
-    return _power_of_two(columns)
+def rounded(tokens: int) -> int:
+    """The token count of the compiled version that serves `tokens` tokens: the next power of two."""
+    return _power_of_two(tokens)
 
 
 def more_rows(x: Tensor, rows: int) -> Tensor:
-    """`x` [..., n, D] with zeros below, `rows` in all; one row, which stands for all, stays one."""
+    """`x` [..., n, D] padded with zero rows to `rows` rows. A single row, which broadcasts, stays single."""
     return x if x.shape[-2] == 1 else torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[-2]))
 
 
 @functools.cache
 def dynamic_size(n: int) -> Tensor:
-    """A tensor that says `n` by its length, so that a compiled graph need not know it.
+    """A tensor whose length encodes `n`, so that a compiled graph does not depend on its value.
 
-    One more than n, for the compiler makes constants of 0 and 1.
+    The length is n + 1, because the compiler makes constants of 0 and 1.
     """
-    dynamic_size = torch.empty(1, dtype=torch.uint8).expand(n + 1)
-    torch._dynamo.mark_dynamic(dynamic_size, 0)
-    return dynamic_size
+    marker = torch.empty(1, dtype=torch.uint8).expand(n + 1)
+    torch._dynamo.mark_dynamic(marker, 0)
+    return marker
 
 
 def uncaptured(config, device: torch.device):
-    """A `transformers.CompileConfig` by which Inductor compiles as by `config`, but captures no CUDA graphs.
+    """A copy of a `transformers.CompileConfig` with which Inductor captures no CUDA graphs.
 
-    None if by `config` it captures none either, on this device.
+    None if `config` captures none either on this device.
     """
     options = config.options or {}
     captures = config.mode in UNCAPTURED or options.get(CAPTURES)
@@ -190,48 +195,52 @@ def uncaptured(config, device: torch.device):
 
 
 class Compiled:
-    """The compiled twin of a function of tensors: one graph a shape, with its tiles pinned."""
+    """The compiled version of a function of tensors: one graph per shape, with its tiles pinned."""
 
     def __init__(self, function: Callable, options: dict = OPTIONS):
         self.function, self.options = function, APART | options
-        self.graphs: dict[tuple, tuple[Callable, types.CodeType]] = {}  # and what the compiler knows each by
+        # Each graph, and the code object by which Dynamo finds it.
+        self.graphs: dict[tuple, tuple[Callable, types.CodeType]] = {}
 
     def __call__(self, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], *args, **constants):
-        """Call the twin on `args`, and `dynamic_sizes`, tensors whose length may differ between calls."""
+        """Call the compiled version on `args`.
+
+        `dynamic_sizes` are tensors whose length may differ between calls.
+        """
         shapes = tuple(
             (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
             for x in tree_leaves(args)
         )
         key = (shapes, *constants.items())
         if key in self.graphs and not compiled_of(self.graphs[key][1]):
-            del self.graphs[key]  # `torch._dynamo.reset()` dropped it; the next has to have its tiles, too
+            del self.graphs[key]  # `torch._dynamo.reset()` dropped it; the new graph needs its tiles, too
         # Inside the first call of another compiled graph, tensors show other dispatch keys than in later
-        # ones; the twin would then be compiled again, and where that graph is being captured, it cannot.
+        # calls. Then this function would be compiled again, and a CUDA graph capture does not allow that.
         with torch._C._ForceDispatchKeyGuard(*PLAIN):
             return self._call(key, dynamic_sizes, pinned, args, constants)
 
     def _call(self, key: tuple, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], args, constants):
         if key not in self.graphs:
             tiles = pinned()
-            own = _own(self.function, constants)
-            graph = torch.compile(own, fullgraph=True, options=self.options)
-            tag = torch.compiler.config.patch(cache_key_tag=str(tiles))  # for graphs kept on disk
+            bound = _own(self.function, constants)
+            graph = torch.compile(bound, fullgraph=True, options=self.options)
+            tag = torch.compiler.config.patch(cache_key_tag=str(tiles))  # for graphs in the disk cache
             with (
                 _pinned(tiles),
                 tag,
-                torch._dynamo.config.patch(automatic_dynamic_shapes=False),  # but for the markers
-                symbolic_shapes.patch(use_duck_shape=False),  # equal lengths may part later
+                torch._dynamo.config.patch(automatic_dynamic_shapes=False),  # except `dynamic_sizes`
+                symbolic_shapes.patch(use_duck_shape=False),  # equal lengths may differ later
             ):
                 result = graph(dynamic_sizes, *args)
-            self.graphs[key] = graph, own.__code__
+            self.graphs[key] = graph, bound.__code__
             return result
         return self.graphs[key][0](dynamic_sizes, *args)
 
 
 def _own(function: Callable, constants: dict) -> Callable:
-    """`function` with `constants` bound, and a code object of its own.
+    """`function` with `constants` bound, and with a new code object.
 
-    Dynamo keeps only a few graphs for each code object; here every shape is meant to have one.
+    Dynamo keeps only a few graphs per code object, and here every shape needs a graph.
     """
 
     def bound(*args):
@@ -243,45 +252,45 @@ def _own(function: Callable, constants: dict) -> Callable:
 
 @contextlib.contextmanager
 def row_products():
-    """While compiling a model's step: its products of up to `rows.MOST` rows are generated, see `rows.py`.
+    """Let Inductor generate products of up to `MOST` rows, see `small_matmul.py`, while it compiles a step.
 
-    Nothing is tuned: of one row, one set of tiles is within 5 % of the best of 28 or more for each of five
-    shapes, of 8 rows four sets are the best of 20 to 24 (docs/lab-notebook.md).
+    Nothing is tuned. For one row, one set of tiles is within 5 % of the best of 28 or more, for each of five
+    shapes. For 8 rows, four sets are the best of 20 to 24 (docs/lab-notebook.md).
     """
     from torch._inductor.kernel import bmm, mm
     from torch._inductor.virtualized import V
 
-    own = inductor.post_grad_custom_pre_pass or RowProducts()
-    theirs = mm.use_native_matmul
-    # To generate one product, Inductor must be told that it may generate any, and then which.
-    options = {"post_grad_custom_pre_pass": own, "triton.native_matmul": True}
+    products = inductor.post_grad_custom_pre_pass or RowProducts()
+    original = mm.use_native_matmul
+    # Inductor must be allowed to generate all products. Then `_generates` decides for each product.
+    options = {"post_grad_custom_pre_pass": products, "triton.native_matmul": True}
     try:
-        mm.use_native_matmul = bmm.use_native_matmul = functools.partial(_generates, theirs)
+        mm.use_native_matmul = bmm.use_native_matmul = functools.partial(_generates, original)
         with V.set_choices_handler(_row_choices()), inductor.patch(options):
             yield
     finally:
-        mm.use_native_matmul = bmm.use_native_matmul = theirs
+        mm.use_native_matmul = bmm.use_native_matmul = original
 
 
-def _generates(theirs: Callable, rows, matrix) -> bool:
-    """Whether Inductor generates a product that it is about to lower, or leaves it to a library."""
+def _generates(original: Callable, rows, matrix) -> bool:
+    """Whether Inductor generates the product that it is about to lower; otherwise a library computes it."""
     from torch._inductor.virtualized import V
 
-    if V.choices is not _row_choices():  # a kernel that is compiled as the step first runs
-        return theirs(rows, matrix)
+    if V.choices is not _row_choices():  # a kernel that is compiled during the step's first run
+        return original(rows, matrix)
     if inductor.triton.use_block_ptr or inductor.triton.enable_persistent_tma_matmul:
-        return False  # these two it cannot have together
+        return False  # Inductor cannot combine these options with generated products
     hint = V.graph.sizevars.optimization_hint
     few = of_few_rows(V.graph.current_node, int(hint(rows.get_size()[0])))
-    if not few or not theirs(rows, matrix):
+    if not few or not original(rows, matrix):
         return False
-    rows.realize()  # or each program would compute them anew, of each tile
+    rows.realize()  # otherwise each program would recompute them for each tile
     return True
 
 
 @functools.cache
 def _row_choices():
-    """The choices of Inductor, but for the tiles of such products."""
+    """The choices of Inductor, except for the tiles of these products."""
     from torch._inductor.choices import InductorChoices
     from torch._inductor.virtualized import V
 
@@ -305,7 +314,7 @@ def _row_choices():
 def _pinned(tiles: Tiles):
     """While compiling: use `tiles`, and let an operand of a product read several buffers.
 
-    The second is what fuses exponential and value scale into the product over values.
+    The second change fuses the exponential and the value scale into the product over values.
     """
     from torch._inductor import lowering
     from torch._inductor.choices import InductorChoices
@@ -317,7 +326,7 @@ def _pinned(tiles: Tiles):
             chosen = tiles.get((int(hint(features.numel)), int(hint(features.reduction_numel))))
             if chosen is None or not features.is_reduction():
                 return kernel_kwargs
-            if "ZBLOCK" in chosen and "z" not in groups[0]:  # a batch that became rows
+            if "ZBLOCK" in chosen and "z" not in groups[0]:  # the batch became rows
                 chosen = {name: n for name, n in chosen.items() if name != "ZBLOCK"}
             return {**kernel_kwargs, **_fixed(chosen)}
 
@@ -333,7 +342,7 @@ def _pinned(tiles: Tiles):
 
 
 def _fixed(tile: dict) -> dict:
-    """What a kernel is made with, to have these block sizes, warps and stages."""
+    """The arguments that give a kernel these block sizes, warps and stages."""
     from torch._inductor.codegen.triton import FixedTritonConfig
 
     return {

@@ -1,4 +1,4 @@
-"""What a tiered cache would make of a model, before anything is attached or generated."""
+"""Predict the effect of a tiered cache on a model, before it is attached and before tokens are generated."""
 
 from dataclasses import dataclass
 
@@ -19,9 +19,9 @@ class LayerCheck:
     """One layer of a model's cache.
 
     Attributes:
-        index: its place in the cache.
-        tiered: whether it is compressed.
-        text: its codec, or why it stays as it is.
+        index: index of the layer in the cache.
+        tiered: whether the layer is compressed.
+        text: the codec of the layer, or the reason why it is not compressed.
     """
 
     index: int
@@ -31,16 +31,16 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What `create_cache(model, config)` would do; `print` it.
+    """Predicted result of `create_cache(model, config)`. `print` shows it as text.
 
     Attributes:
-        model: the model's class.
-        refused: why there is no cache for it; empty if there is one.
-        untried: why it could not be compared with its own attention; empty if it was.
-        layers: one by one.
-        decode: "packed", where attention reads compressed tokens as they are, or "dense".
-        length: tokens of a row that the sizes below are for.
-        dense, packed: bytes of the tiered layers, uncompressed and compressed, batch size 1.
+        model: class name of the model.
+        refused: the reason why the model gets no cache; empty if it gets one.
+        untried: the reason why the model was not compared with its own attention; empty if it was compared.
+        layers: one `LayerCheck` per layer.
+        decode: "packed" if attention reads the compressed tokens directly, else "dense".
+        length: tokens per row that the sizes below are for.
+        dense, packed: bytes of the tiered layers at batch size 1, uncompressed and compressed.
     """
 
     model: str
@@ -82,20 +82,20 @@ def check_model(
     length: int = 8192,
     codebooks=None,
 ) -> ModelCheck:
-    """What `create_cache(model, config)` would do, without doing it: the model is left as it is.
+    """Predict the result of `create_cache(model, config)`. The model is left unchanged.
 
-    The model is run over 72 random tokens, as `attach` does, so that both refuse the same models.
+    The model runs over 72 random tokens, as in `attach`. So both functions refuse the same models.
 
     Args:
-        model: a decoder of transformers; or its configuration, of which a model with random weights
-            is made on the CPU, so that only small ones are practical.
-        config: a preset or a `FadeConfig`.
-        length: tokens for which to predict memory.
-        codebooks: as `create_cache` takes them.
+        model: a decoder of transformers, or its configuration. From a configuration, a model with random
+            weights is built on the CPU, which is practical for small models only.
+        config: the name of a preset, or a `FadeConfig`.
+        length: tokens per row for the memory prediction.
+        codebooks: as in `create_cache`.
 
     Raises:
         ValueError: an unknown preset, a configuration without a decoder class, or `length` < 1.
-        TypeError: `model` or `config` is of another type.
+        TypeError: `model` or `config` has another type.
     """
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"length={length}: an integer of at least 1 is allowed")
@@ -158,7 +158,7 @@ def _reason(layer) -> str:
 
 
 def _shape(attention, config) -> tuple[int, int]:
-    """(KV heads, head_dim) of a layer as the configuration has them, for a model that cannot be run."""
+    """(KV heads, head_dim) of a layer, from the configuration, for a model that cannot be run."""
     heads = config.num_attention_heads
     names = ("head_dim", "head_size")
     dim = next((getattr(attention, n) for n in names if isinstance(getattr(attention, n, None), int)), None)

@@ -1,10 +1,10 @@
-"""Codebooks of product quantisation, learned from the keys and values of a model reading a text.
+"""Codebooks of product quantization, learned from the keys and values of a model that reads a text.
 
-`create_cache(model, FadeConfig(quant_backend="product"), codebooks=...)` keeps a middle of their codes.
-What is here trains, stores and loads them, and codes and decodes with `kernels/product.py`.
+`create_cache(model, FadeConfig(quant_backend="product"), codebooks=...)` stores the middle as their codes.
+This module trains, stores and loads codebooks. It encodes and decodes with `kernels/product.py`.
 
-A file is safetensors: "{layer}.key" and "{layer}.value", float16 [m, k, w] for all KV heads of a layer, m
-subspaces of w elements with k centroids each; its metadata say where they come from.
+A file is safetensors. Its tensors are "{layer}.key" and "{layer}.value", float16 [m, k, w] for all KV heads
+of a layer: m subspaces of w elements with k centroids each. Its metadata hold the provenance.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from ..saved.files import whole
 from .models import CACHE_NAME, fingerprint
 
 VERSION = 1
-CHUNK = 1024  # tokens read at a time
-SAMPLES = 16384  # most vectors that a codebook is learned from
+CHUNK = 1024  # tokens per forward pass
+SAMPLES = 16384  # largest number of vectors that a codebook is learned from
 SIDES = ("key", "value")
 
 
@@ -35,9 +35,9 @@ class Codebooks:
     """Codebooks of a model.
 
     Attributes:
-        tensors: as in a file.
-        provenance: what they were learned from, and the relative error of each, by name: the norm of
-            what decoding loses, over the norm of the vectors learned from.
+        tensors: the codebooks by name, as in a file.
+        provenance: model, text and settings of the training, and the relative error of each codebook by name:
+            norm of the decoding error over norm of the training vectors.
     """
 
     tensors: dict[str, Tensor]
@@ -53,7 +53,7 @@ class Codebooks:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of the tensors, as hexadecimal digits."""
+        """SHA-256 over names, dtypes, shapes and bytes of the tensors, in hexadecimal."""
         digest = hashlib.sha256()
         for name, x in sorted(self.tensors.items()):
             x = x.detach().cpu().contiguous()
@@ -62,9 +62,9 @@ class Codebooks:
         return digest.hexdigest()
 
     def by_layer(self, layers: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
-        """The codebooks of keys and of values of each of `layers`: these must be there, and no other.
+        """(key codebook, value codebook) by layer index. Exactly `layers` must be present.
 
-        Raises `ValueError` for names that are missing or left over, and for tensors that are no codebooks.
+        Raises `ValueError` for missing or surplus names, and for tensors that are not codebooks.
         """
         names = {f"{i}.{side}" for i in layers for side in SIDES}
         if names != self.tensors.keys():
@@ -83,15 +83,16 @@ class Codebooks:
         return {i: tuple(self.tensors[f"{i}.{side}"] for side in SIDES) for i in layers}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write them to a file, whole or not at all. Raises `OSError` as the system does."""
+        """Write the codebooks to a file, atomically. Raises `OSError` if the file cannot be written."""
         with whole(path) as written:
             save_file(self.tensors, written, metadata={"fade-codebooks": json.dumps(self.provenance)})
 
 
 def load(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Codebooks:
-    """Codebooks that `Codebooks.save` wrote; with `model`, only if they were learned from such a one.
+    """Load codebooks that `Codebooks.save` wrote. With `model`, they must have been learned from this model.
 
-    Raises `FileNotFoundError`, and `ValueError` for another file, a newer version or another model.
+    Raises `FileNotFoundError`. Raises `ValueError` for another kind of file, another version or another
+    model.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -110,9 +111,9 @@ def load(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Codeb
 
 
 def given(source: "str | os.PathLike | Codebooks | dict[str, Tensor]", model: PreTrainedModel) -> Codebooks:
-    """Codebooks as `create_cache` takes them: a file, `Codebooks`, or tensors named as in a file.
+    """Convert the `codebooks` argument of `create_cache`: a file, `Codebooks`, or tensors named as in a file.
 
-    Raises as `load`, also if `Codebooks` were learned from another model; `TypeError` for other things.
+    Raises as `load`, also for `Codebooks` of another model. Raises `TypeError` for another type.
     """
     if isinstance(source, (str, os.PathLike)):
         return load(source, model)
@@ -126,7 +127,7 @@ def given(source: "str | os.PathLike | Codebooks | dict[str, Tensor]", model: Pr
 
 def _check_model(name, provenance: dict, model: PreTrainedModel) -> None:
     ours = fingerprint(model)
-    learned = provenance.get("fingerprint", ours) | dict(dtype=ours["dtype"])  # which is only a rounding
+    learned = provenance.get("fingerprint", ours) | dict(dtype=ours["dtype"])  # another dtype only rounds
     if learned != ours:
         raise ValueError(f"{name}: learned from another model than {type(model).__name__} at hand")
 
@@ -134,12 +135,12 @@ def _check_model(name, provenance: dict, model: PreTrainedModel) -> None:
 def train(
     model: PreTrainedModel, ids: Tensor, *, subspace_width: int = 4, centroids: int = 256, seed: int = 0
 ) -> Codebooks:
-    """Learn codebooks from what the model caches, after RoPE, as it reads `ids` [1, n]; a bar shows progress.
+    """Learn codebooks from the keys (after RoPE) and values that the model caches as it reads `ids` [1, n].
 
-    Mini-batch k-means (scikit-learn) in each subspace, of all KV heads together.
+    Mini-batch k-means (scikit-learn) runs in each subspace, over all KV heads together. A bar shows progress.
 
     Raises:
-        ValueError: `centroids` is no power of two from 2 to 256, `subspace_width` does not divide a
+        ValueError: `centroids` is not a power of two from 2 to 256, `subspace_width` does not divide a
             head_dim, or there are fewer vectors than centroids.
     """
     if centroids not in (2, 4, 8, 16, 32, 64, 128, 256):
@@ -192,8 +193,8 @@ def collect(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     cache = DynamicCache(config=model.config)
     for part in tqdm(ids.to(model.device).split(CHUNK, dim=1), desc="reading", leave=False, delay=1):
         model(input_ids=part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
-    found = {}
+    vectors = {}
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            found[f"{i}.key"], found[f"{i}.value"] = layer.keys, layer.values
-    return {name: x.transpose(0, 1).flatten(0, 2).float().cpu() for name, x in found.items()}
+            vectors[f"{i}.key"], vectors[f"{i}.value"] = layer.keys, layer.values
+    return {name: x.transpose(0, 1).flatten(0, 2).float().cpu() for name, x in vectors.items()}

@@ -1,4 +1,4 @@
-"""Where gradients end: what is cached is data, and a gradient through it would be wrong or missing."""
+"""Refuse gradients through a cache: cached tokens are plain data, so a gradient would be wrong or missing."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ REASON = (
 
 
 class _Refused(torch.autograd.Function):
-    """The identity, whose backward pass says why there is none."""
+    """The identity. Its backward pass raises an error that gives the reason."""
 
     @staticmethod
     def forward(ctx, output: Tensor, *inputs: Tensor) -> Tensor:
@@ -22,9 +22,9 @@ class _Refused(torch.autograd.Function):
 
 
 def without_gradient(output: Tensor, *inputs: Tensor) -> Tensor:
-    """`output`, computed from `inputs` and a cache; going backward through it raises `RuntimeError`.
+    """`output`, computed from `inputs` and a cache. A backward pass through it raises `RuntimeError`.
 
-    A forward pass alone works as always, with or without `torch.no_grad`.
+    A forward pass alone works as usual, with or without `torch.no_grad`.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _Refused.apply(output, *inputs)

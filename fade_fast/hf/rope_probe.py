@@ -1,7 +1,7 @@
-"""How a model rotates its keys, found by running it: not by its code, and not by names of parameters.
+"""Find how a model rotates its keys, by running it instead of reading its code or parameter names.
 
-A model is run over a few tokens under an attention function that notes the keys it is given and answers
-with zeros. So hidden states do not depend on positions, and keys of two runs differ by their rotation alone.
+The model runs over a few tokens under an attention function that records the keys and returns zeros. So the
+hidden states do not depend on positions, and the keys of two runs differ by their rotation alone.
 """
 
 import contextvars
@@ -16,7 +16,7 @@ from ..kernels.rope import RoPE, rotate
 from .models import execution_device, vocabulary
 from .undisturbed import undisturbed
 
-NAME = "fade probe"  # what the function that notes keys is registered as in transformers
+NAME = "fade probe"  # name of the recording attention function in transformers
 POSITIONS = (0, 1, 7)
 
 
@@ -24,8 +24,8 @@ POSITIONS = (0, 1, 7)
 class Rope:
     """How a model rotates the keys of one layer.
 
-    `source` and `buffer` say where the frequencies are. They are read at every use, because
-    dynamic and long RoPE replace them while the model runs.
+    `source` and `buffer` say where the frequencies are stored. They are read at every use, because dynamic
+    and long RoPE replace them while the model runs.
     """
 
     source: nn.Module
@@ -33,7 +33,7 @@ class Rope:
     interleaved: bool
 
     def inv_freq(self) -> Tensor:
-        """[d / 2] float32, radians a position."""
+        """[d / 2] float32, radians per position."""
         return getattr(self.source, self.buffer)
 
     def __call__(self) -> RoPE:
@@ -42,7 +42,7 @@ class Rope:
 
 
 class _Still(nn.Module):
-    """Frequencies of a layer without RoPE: renumbering leaves its keys as they are."""
+    """Zero frequencies for a layer without RoPE: renumbering leaves its keys unchanged."""
 
     def __init__(self, like: Tensor):
         super().__init__()
@@ -50,12 +50,13 @@ class _Still(nn.Module):
 
 
 class RopeProbe:
-    """What the keys of a model's layers are before and after RoPE.
+    """Keys of a model's layers before and after RoPE.
 
     Attributes:
-        model: see above.
-        still, moved: keys [1, H, n, D] by layer index, all tokens at position 0, and at `POSITIONS`.
-        failure: why the model could not be run; None if it could.
+        model: the model that was run.
+        still: keys [1, H, n, D] by layer index, with all tokens at position 0.
+        moved: the same with tokens at `POSITIONS`.
+        failure: the error message if the model could not be run, else None.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -69,16 +70,16 @@ class RopeProbe:
                 model.set_attn_implementation(NAME)
                 self.still = _keys(model, [0] * len(POSITIONS))
                 self.moved = _keys(model, list(POSITIONS))
-            except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
+            except Exception as error:  # noqa: BLE001 - any error of the model's own code
                 self.failure = f"{type(error).__name__}: {error}"
-            # Long RoPE replaces frequencies while it runs: these are those of the keys.
+            # Long RoPE replaces its frequencies while the model runs. These belong to the recorded keys.
             self._inv_freq = {name: x.clone() for name, _, x in _frequencies(model)}
 
     def find(self, layer_idx: int) -> Rope:
         """How the keys of a layer are rotated.
 
-        Raises `ValueError` if its tokens cannot be renumbered: the model has no rotary embedding, one of no
-        known style, or one whose frequencies change while the text grows; or it could not be run.
+        Raises `ValueError` if the layer's tokens cannot be renumbered: the model could not be run, it has no
+        rotary embedding, the embedding is of no known style, or its frequencies change while the text grows.
         """
         if why := _unsuited(self.model):
             raise self._refusal(layer_idx, why)
@@ -116,7 +117,7 @@ class RopeProbe:
 
 
 def _unsuited(model: PreTrainedModel) -> str:
-    """Why tokens of a model cannot be renumbered, as its configuration says; empty if it does not."""
+    """The reason from the configuration why a model's tokens cannot be renumbered; empty if there is none."""
     text = model.config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None) or {}
     kinds = [parameters, *(x for x in parameters.values() if isinstance(x, dict))]
@@ -128,7 +129,7 @@ def _unsuited(model: PreTrainedModel) -> str:
 
 
 def _frequencies(model: PreTrainedModel) -> list[tuple[str, nn.Module, Tensor]]:
-    """Name, module and value of every buffer of a decoder that could be RoPE's frequencies."""
+    """(name, module, value) of every buffer of the decoder that could hold RoPE frequencies."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     return [
         (f"{path}.{name}", module, x)
@@ -142,7 +143,7 @@ _heard: contextvars.ContextVar[dict[int, Tensor]] = contextvars.ContextVar("hear
 
 
 def _keys(model: PreTrainedModel, positions: list[int]) -> dict[int, Tensor]:
-    """Keys [1, H, n, D] of each layer, of the same tokens at other positions."""
+    """Keys [1, H, n, D] by layer index, of the same tokens at the given positions."""
     embedding = model.get_input_embeddings()
     device = execution_device(embedding) or model.device
     ids = torch.arange(3, 3 + len(positions), device=device)[None] % vocabulary(model)
@@ -155,14 +156,15 @@ def _keys(model: PreTrainedModel, positions: list[int]) -> dict[int, Tensor]:
     heard: dict[int, Tensor] = {}
     token = _heard.set(heard)
     try:
-        type(model).forward(model, **inputs)  # the class's: calls of the model may be hooked, or compiled
+        # The function of the class, because the model's own call may be hooked or compiled.
+        type(model).forward(model, **inputs)
     finally:
         _heard.reset(token)
     return heard
 
 
 def _note(module, query, key, value, attention_mask, *args, **kwargs) -> tuple[Tensor, None]:
-    """Attention that notes the keys of a layer, the first time, and attends nothing."""
+    """Attention function that records the first keys of each layer and returns zeros."""
     index = getattr(module, "layer_idx", None)
     if isinstance(index, int):
         _heard.get().setdefault(index, key.detach().clone())

@@ -1,11 +1,12 @@
 """Train the weights of the `learned` policy: `python -m fade_fast.hf.train_policy --text FILE --out FILE`.
 
-A model reads windows of a text with eager attention. In every layer, eviction is played through on the
-attention it pays: blocks of tokens leave the recent region, and each time more compete for the middle than
-its budget, there are examples: what `Learned` would see of a candidate, and how much attention the tokens
-that follow really pay to it. The network learns to predict that from this.
+A model reads windows of a text with eager attention. In every layer, eviction is simulated on the recorded
+attention: blocks of tokens leave the recent region. Each plan with more candidates than the budget of the
+middle gives training examples. An example has the features that `Learned` sees of a candidate, and the
+attention that the following tokens really pay to it. The network learns to predict this attention from the
+features.
 
-What the shipped weights were made of: their metadata, and docs/spec.md, section 7.
+For the training data of the shipped weights, see their metadata and docs/spec.md, section 7.
 """
 
 import argparse
@@ -36,23 +37,24 @@ from .loading import DTYPES, LoadError, load, quiet
 from .models import CACHE_NAME, attention_modules
 
 SINKS, RECENT, BLOCK = 4, 32, 32
-#: A token that gets this share of the attention of each query to come is surely worth keeping: the network
-#: learns min(1, share / WORTH), its mean over the AHEAD next queries.
+#: A token with this share of the attention of every later query is surely worth keeping. The network learns
+#: min(1, share / WORTH), where share is the mean over the next AHEAD queries.
 WORTH, AHEAD = 0.01, 256
-PLANS, TOKENS = 0.2, 60  # share of the plans, and candidates of each, that become examples
+PLANS, TOKENS = 0.2, 60  # fraction of plans that give examples, and candidates per such plan
 EPOCHS, HIDDEN = 15, (32, 32)
 
 
 @dataclass
 class Player:
-    """Plays eviction through on the attention of one layer.
+    """Simulates eviction on the attention of one layer.
 
     Args:
-        shares: float [H, S, S], what a query (row) gives to each token, of all tokens before it.
-        depth: of the layer, 0 to 1.
+        shares: float [H, S, S], share of a query's attention (row) that each token gets, of all earlier
+            tokens.
+        depth: relative depth of the layer, 0 to 1.
         budget: tokens of the middle.
-        fade: how much a token's worth falls with its age: e-fold in so many tokens; 0: not at all.
-        start: column at which the first plan is made; until then all is kept.
+        fade: decay of a token's worth with its age: by a factor of e per this many tokens; 0: no decay.
+        start: number of tokens seen at the first plan. Until then all tokens are kept.
     """
 
     shares: Tensor
@@ -62,20 +64,20 @@ class Player:
     start: int
 
     def plans(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of every plan with too many candidates, their features [H, n, 4] and attention to come [H, n]."""
+        """(features [H, n, 4], later attention [H, n]) of every plan with more candidates than the budget."""
         heads, length = self.shares.shape[:2]
         mass, queries = torch.zeros(heads, length), torch.zeros(length)
-        alive, column = torch.zeros(length), torch.arange(length)
-        kept, front = column[:0], SINKS
+        alive, index = torch.zeros(length), torch.arange(length)
+        kept, front = index[:0], SINKS
         for stop in range(BLOCK, length + 1, BLOCK):
             alive[stop - BLOCK : stop] = 1
             given = self.shares[:, stop - BLOCK : stop] * alive
             mass += (given / given.sum(-1, keepdim=True)).sum(1)
-            queries += alive * (stop - column.clamp_min(stop - BLOCK)).clamp_min(0)
+            queries += alive * (stop - index.clamp_min(stop - BLOCK)).clamp_min(0)
             due = (stop - front - RECENT) // BLOCK * BLOCK
             if stop < self.start or due <= 0:
                 continue
-            candidates, front = torch.cat((kept, column[front : front + due])), front + due
+            candidates, front = torch.cat((kept, index[front : front + due])), front + due
             if len(candidates) <= self.budget:
                 kept = candidates
                 continue
@@ -93,10 +95,10 @@ class Player:
 def examples(model: PreTrainedModel, windows: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Features [N, 4] and targets [N], float64 in [0, 1], from windows of token ids [W, S].
 
-    The model comes back as it was. Raises `ValueError` if its attention cannot be seen.
+    The model is restored afterwards. Raises `ValueError` if it does not return its attention weights.
     """
     modules, draw = attention_modules(model), torch.Generator().manual_seed(seed)
-    found: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
 
     def hook(index: int) -> Callable:
         def hear(module, args, out):
@@ -106,7 +108,7 @@ def examples(model: PreTrainedModel, windows: Tensor, seed: int = 0) -> tuple[Te
             group = getattr(module, "num_key_value_groups", 1)
             shares = weights.unflatten(0, (-1, group)).mean(1)
             for player in _players(shares, index / max(len(modules) - 1, 1), draw):
-                found.extend(_drawn(player, draw))
+                pairs.extend(_drawn(player, draw))
 
         return hear
 
@@ -121,11 +123,11 @@ def examples(model: PreTrainedModel, windows: Tensor, seed: int = 0) -> tuple[Te
         for h in hooks:
             h.remove()
         model.set_attn_implementation(before)
-    return tuple(torch.cat(parts) for parts in zip(*found))
+    return tuple(torch.cat(parts) for parts in zip(*pairs))
 
 
 def _players(shares: Tensor, depth: float, draw: torch.Generator) -> Iterator[Player]:
-    """Eviction by attention from one budget, by attention and age from others, early and late."""
+    """By attention with a fixed budget; by attention and age; by attention from a late start."""
     length = shares.shape[1]
 
     def uniform(low: float, high: float) -> float:
@@ -137,7 +139,7 @@ def _players(shares: Tensor, depth: float, draw: torch.Generator) -> Iterator[Pl
 
 
 def _drawn(player: Player, draw: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some candidates of some plans: features [n, 4] and targets [n]."""
+    """Random candidates of random plans: features [n, 4] and targets [n]."""
     for seen, share in player.plans():
         if torch.rand(1, generator=draw) < PLANS:
             chosen = torch.randperm(seen.shape[1], generator=draw)[:TOKENS]
@@ -146,9 +148,9 @@ def _drawn(player: Player, draw: torch.Generator) -> Iterator[tuple[Tensor, Tens
 
 
 def fit(features: Tensor, targets: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """Weights of the network, float32, by name (`importance.MLP`), that predict targets in [0, 1].
+    """Weights of the network, float32, by name (`scores.MLP`). The network predicts targets in [0, 1].
 
-    A target y is learned as an example of each class, of weights y and 1 - y.
+    A target y is learned as one example of each class, with weights y and 1 - y.
     """
     weight = torch.cat((targets, 1 - targets))
     some = weight > 1e-6
@@ -159,15 +161,15 @@ def fit(features: Tensor, targets: Tensor, seed: int = 0) -> dict[str, Tensor]:
     for _ in bar:
         network.partial_fit(x, label, classes=[0.0, 1.0], sample_weight=weight)
         bar.set_postfix(loss=f"{network.loss_:.4f}")
-    found = {}
+    weights = {}
     for i, (kernel, bias) in enumerate(zip(network.coefs_, network.intercepts_)):
-        found[f"net.{2 * i}.weight"] = torch.tensor(kernel.T, dtype=torch.float32).contiguous()
-        found[f"net.{2 * i}.bias"] = torch.tensor(bias, dtype=torch.float32)
-    return found
+        weights[f"net.{2 * i}.weight"] = torch.tensor(kernel.T, dtype=torch.float32).contiguous()
+        weights[f"net.{2 * i}.bias"] = torch.tensor(bias, dtype=torch.float32)
+    return weights
 
 
 def quarter(policy: str, length: int) -> FadeConfig:
-    """A configuration that keeps a quarter of `length` tokens, all but sinks and recent ones at INT4."""
+    """A configuration that keeps a quarter of `length` tokens, all but sinks and recent tokens at INT4."""
     return FadeConfig(
         n_sink=SINKS,
         recent_window=RECENT,
@@ -178,7 +180,7 @@ def quarter(policy: str, length: int) -> FadeConfig:
 
 
 def perplexity(model: PreTrainedModel, cache, window: Tensor) -> float:
-    """Of the last three quarters of a window [S], read `BLOCK` tokens at a time through a cache."""
+    """Perplexity of the last three quarters of a window [S], fed to a cache `BLOCK` tokens at a time."""
     losses, window = [], window.to(model.device)
     for start in range(0, len(window), BLOCK):
         part = slice(start, min(start + BLOCK, len(window)))
@@ -195,18 +197,18 @@ def perplexity(model: PreTrainedModel, cache, window: Tensor) -> float:
 
 
 def table(model: PreTrainedModel, weights: dict[str, Tensor], windows: Tensor, policies=()) -> str:
-    """Perplexity of each window [W, S] with a quarter of its tokens kept, by policy; and their mean."""
+    """Perplexity by policy with a quarter of the tokens kept: geometric mean, and each window of [W, S]."""
     names = [*policies, "learned"]
-    found = {name: [] for name in names}
+    by_policy = {name: [] for name in names}
     for window in tqdm(windows, desc="perplexity", unit="window", leave=False):
         for name in names:
             given = weights if name == "learned" else None
             cache = create_cache(model, quarter(name, len(window)), policy_weights=given)
-            found[name].append(perplexity(model, cache, window))
+            by_policy[name].append(perplexity(model, cache, window))
             assert cache.memory().tokens["EVICTED"] > 0
     detach(model)
     lines = ["policy      geometric mean  each window"]
-    for name, values in found.items():
+    for name, values in by_policy.items():
         mean = math.exp(sum(map(math.log, values)) / len(values))
         lines.append(f"{name:11} {mean:14.3f}  " + " ".join(f"{x:.3f}" for x in values))
     return "\n".join(lines)
@@ -215,7 +217,7 @@ def table(model: PreTrainedModel, weights: dict[str, Tensor], windows: Tensor, p
 def windows_of(tokenizer, path: Path, count: int, length: int) -> Tensor:
     """`count` windows of `length` tokens, spread evenly over a text: int64 [count, length].
 
-    Raises `LoadError` if it cannot be read or is too short.
+    Raises `LoadError` if the file cannot be read or the text is too short.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -236,10 +238,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, required=True, help="file of text to learn from")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--test", type=Path, help="file of text to measure perplexity on")
-    parser.add_argument("--windows", type=int, default=16, help="of the text; default: 16")
-    parser.add_argument("--test-windows", type=int, default=4, help="of the other text; default: 4")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window; default: 1024")
-    parser.add_argument("--policies", default="position,h2o", help="to compare with; default: position,h2o")
+    parser.add_argument("--windows", type=int, default=16, help="number of windows of --text; default: 16")
+    parser.add_argument("--test-windows", type=int, default=4, help="number of windows of --test; default: 4")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per window; default: 1024")
+    parser.add_argument(
+        "--policies", default="position,h2o", help="policies to compare with; default: position,h2o"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: cuda if available, else cpu")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="fp32", help="default: fp32")
@@ -247,7 +251,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def train(args: argparse.Namespace, command: str) -> None:
-    """Do what the command line says, which is written into the file."""
+    """Train as the command line says. `command` is written into the metadata of the file."""
     quiet()
     model, tokenizer = load(args.model, args.device, args.dtype)
     windows = windows_of(tokenizer, args.text, args.windows, args.length)

@@ -1,4 +1,4 @@
-"""Run a model to learn about it, and leave it as it was."""
+"""Run a model to inspect it, and restore its state afterwards."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,34 +8,34 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compile.compiled import COMPILED_ON
 
-SMALL = 1 << 16  # numbers of a buffer that is no weight
+SMALL = 1 << 16  # most elements of a buffer that is saved; larger ones are weights
 
 
 @contextlib.contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Eager and deterministic inside; afterwards every module and configuration is as it was before.
+    """Eager and deterministic inside. Afterwards every module and configuration is as before.
 
-    Restored are modes, attributes and buffers of all modules, the random state, and which attention function
-    each configuration names.
+    The modes, attributes and buffers of all modules are restored, the random state, and the attention
+    function that each configuration names.
     """
-    # Dynamic RoPE replaces its frequencies, vision-language models keep what they know of positions.
+    # Dynamic RoPE replaces its frequencies. Vision-language models store positions.
     held = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
-    # Long RoPE writes in place.
+    # Long RoPE writes its frequencies in place.
     values = {x: x.clone() for x in model.buffers() if x.numel() <= SMALL and not x.is_meta}
     names = attention_names(model)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    fused = set(COMPILED_ON)
+    compiled_on = set(COMPILED_ON)
     with (
         torch.random.fork_rng(devices=sorted(devices, key=str)),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
     ):
         try:
-            COMPILED_ON.clear()  # nothing is compiled for a few tokens
+            COMPILED_ON.clear()  # compiling does not pay for a few tokens
             model.eval()
             yield
         finally:
-            COMPILED_ON.update(fused)
+            COMPILED_ON.update(compiled_on)
             restore_attention(names)
             for module, attributes, buffers in held:
                 for name in module.__dict__.keys() - attributes.keys():
@@ -48,23 +48,23 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-#: Where a configuration of transformers keeps the name of its attention function.
+#: Attribute of a transformers configuration that holds the name of its attention function.
 KEPT_AT = "_attn_implementation_internal"
 
 
 def attention_names(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
-    """Which attention function each configuration of a model names, those of its parts included."""
+    """The attention function that each configuration of a model names, sub-configurations included."""
     waiting = [model.config, *(m.config for m in model.modules() if isinstance(m, PreTrainedModel))]
-    found: dict[int, PreTrainedConfig] = {}
+    configs: dict[int, PreTrainedConfig] = {}
     while waiting:
         config = waiting.pop()
-        if isinstance(config, PreTrainedConfig) and id(config) not in found:
-            found[id(config)] = config
+        if isinstance(config, PreTrainedConfig) and id(config) not in configs:
+            configs[id(config)] = config
             waiting += [getattr(config, name, None) for name in config.sub_configs]
-    return [(config, getattr(config, KEPT_AT, None)) for config in found.values()]
+    return [(config, getattr(config, KEPT_AT, None)) for config in configs.values()]
 
 
 def restore_attention(names: list[tuple[PreTrainedConfig, str | None]]) -> None:
-    """Give configurations back what `attention_names` found."""
+    """Restore the names that `attention_names` returned."""
     for config, name in names:
         setattr(config, KEPT_AT, name)

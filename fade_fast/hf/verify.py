@@ -1,10 +1,10 @@
-"""Whether a model under our attention computes what it does under its own: tried, not believed.
+"""Test whether a model computes the same output under our attention as under its own.
 
-A model may hand its attention something that ours does not know (a bias, a scale, an argument of its
-own). So random tokens go through it twice, in chunks and single steps: once under its own attention
-with `DynamicCache`, once under ours with a cache that compresses nothing. Each attention layer's output
-is compared, and then the first run's is put in its place, so that every layer gets the same input twice
-and an error shows in the layer that makes it.
+A model may pass its attention function something that ours does not know: a bias, a scale, an extra argument.
+So random tokens run through the model twice, in chunks and single steps: first under its own attention with
+`DynamicCache`, then under ours with a cache that compresses nothing. The outputs of each attention layer are
+compared. Then the output of the first run replaces the output of the second. So every layer gets the same
+input in both runs, and an error shows in the layer that causes it.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,16 +17,16 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from .models import CACHE_NAME, attention_modules, cache_parameter, execution_device, text_config, vocabulary
 from .undisturbed import undisturbed
 
-#: Tokens fed at a time: two chunks, the second longer than any step of a draft, a draft, single tokens.
+#: Tokens per forward pass: two chunks (the second is longer than any draft), a draft, single tokens.
 CHUNKS = (40, 24, 5, 1, 1, 1)
-#: Largest error of an attention layer's output, norm of the difference over norm. The model's own
-#: attention rounds, too: eager attention has its softmax in float32, whatever the model's dtype is.
+#: Largest allowed `distance` of an attention layer's outputs. The model's own attention rounds, too: eager
+#: attention computes its softmax in float32 for every dtype of the model.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one layer of a model caches: KV heads, channels of a key and of a value, dtype and device."""
+    """Shape of one layer's cache: KV heads, channels of a key and of a value, dtype and device."""
 
     heads: int
     key_dim: int
@@ -37,12 +37,12 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Verification:
-    """What running a model with and without a tiered cache showed.
+    """Result of running a model with and without a tiered cache.
 
     Attributes:
-        refused: why a tiered cache cannot serve the model; empty if it can.
-        untried: why that could not be tried; empty if it was.
-        shapes: of the layers that cache keys and values, by layer index.
+        refused: the reason why a tiered cache cannot serve the model; empty if it can.
+        untried: the reason why the model could not be tested; empty if it was tested.
+        shapes: shape of each layer that caches keys and values, by layer index.
     """
 
     refused: str = ""
@@ -51,19 +51,20 @@ class Verification:
 
 
 def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[], Cache]) -> Verification:
-    """Run a model with its own cache and with a tiered one, and leave it as it was.
+    """Run a model with its own cache and with a tiered one. The model is left unchanged.
 
-    Any error that only the tiered cache brings, and outputs that differ by more than `TOLERANCE`, are reasons
-    to refuse the model. A model that cannot be run on tokens alone is not tried.
+    The model is refused if only the tiered cache causes an error, or if outputs differ by more than
+    `TOLERANCE`. A model that cannot run on tokens alone is not tested.
 
     Args:
-        model: decodes.
-        ours, own: names of the two attention functions in transformers; `ours` is used where it can be.
-        new_cache: gives an empty cache that compresses nothing.
+        model: a decoder.
+        ours, own: names of the two attention functions in transformers. `ours` is used if the model lets
+            transformers choose its attention function.
+        new_cache: returns an empty cache that compresses nothing.
     """
     name, config = type(model).__name__, text_config(model)
     if own == "sdpa" and getattr(config, "attn_logit_softcapping", None):
-        own = "eager"  # sdpa leaves the softcap out, with which transformers 5.17 puts up
+        own = "eager"  # sdpa ignores the softcap, and transformers 5.17 does not object
     witness, cache = Witness(model), DynamicCache(config=config)
     dispatches = model._can_set_attn_implementation()
     with undisturbed(model):
@@ -72,7 +73,7 @@ def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[],
                 model.set_attn_implementation(own)
             with witness:
                 expected = _feed(model, cache)
-        except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
+        except Exception as error:  # noqa: BLE001 - any error of the model's own code
             raised = f"raises {type(error).__name__}: {error}"
             takes = cache_parameter(type(model).forward) is not None
             if takes and not _runs_without_cache(model):
@@ -97,7 +98,7 @@ def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[],
                 model.set_attn_implementation(ours)
             tiered = new_cache()
             with witness:
-                found = _feed(model, tiered)
+                output = _feed(model, tiered)
             tiered.decode_graph.check_whole()
         except Exception as error:  # noqa: BLE001 - as above
             return Verification(
@@ -105,7 +106,7 @@ def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[],
                 f"{type(error).__name__}: {error}",
                 shapes=shapes,
             )
-    for what, error in [*witness.errors(), ("the output", distance(found, expected))]:
+    for what, error in [*witness.errors(), ("the output", distance(output, expected))]:
         allowed = TOLERANCE.get(expected.dtype, TOLERANCE[torch.bfloat16])
         if error > allowed:
             return Verification(
@@ -122,20 +123,20 @@ def _untried(name: str) -> str:
 
 
 def _shapes(cache: Cache) -> dict[int, LayerShape]:
-    """What each layer of a filled cache of transformers holds keys and values of."""
-    found = {}
+    """Shape of each layer of a filled transformers cache, by layer index."""
+    shapes = {}
     for i, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if isinstance(keys, Tensor) and keys.dim() == 4 and isinstance(values, Tensor) and values.dim() == 4:
             widths = keys.shape[-1], values.shape[-1]
-            found[i] = LayerShape(keys.shape[1], *widths, keys.dtype, keys.device)
-    return found
+            shapes[i] = LayerShape(keys.shape[1], *widths, keys.dtype, keys.device)
+    return shapes
 
 
 class Witness:
-    """Hears what every attention layer puts out; from the second run on, compares and replaces it.
+    """Records the outputs of every attention layer. From the second run on, compares and replaces them.
 
-    A context manager: its hooks are on the model inside.
+    A context manager: the hooks are on the model inside the `with` block.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -168,12 +169,15 @@ class Witness:
         return hear
 
     def errors(self) -> Iterator[tuple[str, float]]:
-        """The largest error of each layer, by its name."""
+        """(layer name, largest relative error) of each layer."""
         return ((f"attention layer {index}", error) for index, error in sorted(self._error.items()))
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over norm of `expected`, where that is finite; infinite for other shapes."""
+    """Relative error: norm of the difference over norm of `expected`. Other shapes give infinity.
+
+    Only elements where `expected` is finite count.
+    """
     if found.shape != expected.shape:
         return float("inf")
     real = expected.isfinite()
@@ -183,33 +187,33 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 def _feed(model: PreTrainedModel, cache: Cache) -> Tensor:
-    """Logits, or hidden states of a model without a head, of random tokens, [1, n, ...]."""
-    tokens, start, found = _tokens(model), 0, []
+    """Logits of random tokens, [1, n, ...]; hidden states if the model has no head."""
+    tokens, start, outputs = _tokens(model), 0, []
     for n in CHUNKS:
         part = tokens[:, start : start + n]
         if not part.shape[1]:
             break
-        # The class's function: calls of the model may be hooked, or compiled, by others.
+        # Call the function of the class: others may have hooked or compiled the model's own call.
         forward, real = type(model).forward, torch.ones_like(tokens[:, : start + n])
         arguments = {cache_parameter(forward) or CACHE_NAME: cache}
         step = forward(model, input_ids=part, attention_mask=real, use_cache=True, **arguments)
-        found.append(step.logits if "logits" in step else step[0])
+        outputs.append(step.logits if "logits" in step else step[0])
         start += n
-    return torch.cat(found, dim=1)
+    return torch.cat(outputs, dim=1)
 
 
 def _runs_without_cache(model: PreTrainedModel) -> bool:
-    """Whether a model runs over random tokens alone, so that it is the cache that it cannot take."""
+    """Whether a model runs over random tokens without a cache. If so, the cache caused its error."""
     try:
         tokens = _tokens(model)[:, : CHUNKS[0]]
         type(model).forward(model, input_ids=tokens, attention_mask=torch.ones_like(tokens))
-    except Exception:  # noqa: BLE001 - whatever the model's own code raises
+    except Exception:  # noqa: BLE001 - any error of the model's own code
         return False
     return True
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:
-    """Random token ids [1, n], as many as the model has positions for, none with a meaning of its own."""
+    """Random token ids [1, n] without special tokens; n is at most the model's number of positions."""
     embedding, config = model.get_input_embeddings(), text_config(model)
     special = {
         x

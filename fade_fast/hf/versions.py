@@ -1,4 +1,4 @@
-"""Which versions of transformers fade_fast was tested with: 5.17.0, the oldest allowed, to `NEWEST`."""
+"""The versions of transformers that fade_fast was tested with: 5.17.0, the oldest allowed, to `NEWEST`."""
 
 import warnings
 
@@ -11,12 +11,12 @@ _warned = False
 
 
 def installed() -> str:
-    """The version of transformers that is installed."""
+    """Version of the installed transformers."""
     return transformers.__version__
 
 
 def untested() -> str:
-    """One line if the installed transformers is newer than any that was tested; empty if it is not."""
+    """A one-line message if the installed transformers is newer than all tested versions, else empty."""
     if Version(installed()).release[:2] <= Version(NEWEST).release[:2]:
         return ""
     return (
@@ -26,7 +26,7 @@ def untested() -> str:
 
 
 def warn_if_untested() -> None:
-    """Say so, once a process: a `UserWarning` that can be filtered."""
+    """Warn once per process, by a `UserWarning`, if the installed transformers is untested."""
     global _warned
     if not _warned and (text := untested()):
         _warned = True

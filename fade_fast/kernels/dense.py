@@ -1,4 +1,4 @@
-"""The FP16 tier: attention over keys and values kept in the model's own dtype."""
+"""The FP16 tier: attention over keys and values in the model's own dtype."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from ..compile.compiled import TOGETHER, Compiled, more_rows, rounded, use_compiled
 from .merge import Partial, empty, merge, soften
 
-TAIL = 1024  # columns beyond those settled, at most, less a few
+TAIL = 1024  # a CUDA graph serves until the FlashAttention prefix has grown by this many tokens
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap=None) -> Partial:
@@ -26,8 +26,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap
 
 
 def store(keys: Tensor, values: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
-    """Write columns [B, H, q, D] into slots `slot` (int64, [q]) of keys and values [B, H, capacity, D]."""
-    if use_compiled(keys) and len(slot) == 1:  # several come in too many numbers to compile for each
+    """Write tokens [B, H, q, D] into slots `slot` (int64, [q]) of keys and values [B, H, capacity, D]."""
+    if use_compiled(keys) and len(slot) == 1:  # larger steps have too many lengths to compile for each
         _compiled_store([], dict, keys, values, slot, key, value)
     else:
         _store([], keys, values, slot, key, value)
@@ -42,22 +42,23 @@ def _store(dynamic_sizes, keys, values, slot, key, value) -> None:
 def attend_long(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, flash_prefix: int, scaling: float
 ) -> Tensor:
-    """Attention of a short step over many uncompressed columns, [B, q, Hq, D].
+    """Attention of a short step over many uncompressed tokens, [B, q, Hq, D].
 
-    The first `settled` columns, all visible, go to FlashAttention; at most `2 * TAIL` further ones, of
-    which `seen` [B, 1 or q, capacity] says which are visible, are merged with its result.
+    The first `flash_prefix` tokens, all visible, go to FlashAttention. At most `2 * TAIL` further tokens are
+    merged with its result. `seen` [B, 1 or q, capacity] says which of these are visible.
 
-    An operator, as all that is compiled inside another: without its own dispatch, the compiled twin
-    would see tensors of other dispatch keys at its second call, and be compiled again.
+    This is an operator, like everything that is compiled inside another graph. Without its own dispatch, the
+    compiled version would see tensors of other dispatch keys at its second call, and be compiled again.
 
     Args:
-        query: [B, Hq, q, D]. keys, values: [B, H, capacity, D].
+        query: [B, Hq, q, D].
+        keys, values: [B, H, capacity, D].
     """
     heads, length = keys.shape[1], min(2 * TAIL, keys.shape[2] - flash_prefix)
     first = [x.narrow(2, 0, flash_prefix) for x in (keys, values)]
     last = [x.narrow(2, flash_prefix, length) for x in (keys, values)]
     seen = seen.narrow(2, flash_prefix, length)
-    if query.is_cuda and query.dtype.itemsize == 2:  # FlashAttention takes no others
+    if query.is_cuda and query.dtype.itemsize == 2:  # FlashAttention takes no other tensors
         flash = torch.ops.aten._scaled_dot_product_flash_attention(query, *first, scale=scaling)
         return _tail_operator(query, *flash[:2], *last, seen, scaling)
     rows = query.unflatten(1, (heads, -1)).flatten(2, 3).to(torch.promote_types(query.dtype, torch.float32))
@@ -79,12 +80,12 @@ def _tail_operator(
     query: Tensor, output: Tensor, lse: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float
 ) -> Tensor:
     if use_compiled(query):
-        new, columns = query.shape[2], rounded(query.shape[2])
-        if new > 1:  # see `step.attend`
-            query, output, seen = (more_rows(x, columns).contiguous() for x in (query, output, seen))
-            lse = more_rows(lse.unsqueeze(-1), columns).squeeze(-1).contiguous()
-        found = _compiled([], dict, query, output, lse, keys, values, seen, scaling=scaling)
-        return found if columns == new else found.narrow(1, 0, new).contiguous()
+        new, tokens = query.shape[2], rounded(query.shape[2])
+        if new > 1:  # see `decode.attend`
+            query, output, seen = (more_rows(x, tokens).contiguous() for x in (query, output, seen))
+            lse = more_rows(lse.unsqueeze(-1), tokens).squeeze(-1).contiguous()
+        result = _compiled([], dict, query, output, lse, keys, values, seen, scaling=scaling)
+        return result if tokens == new else result.narrow(1, 0, new).contiguous()
     return _with_tail(query, output, lse, keys, values, seen, scaling)
 
 
@@ -92,7 +93,7 @@ _tail_operator.register_fake(attend_long._abstract_fn)
 
 
 def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor:
-    """Attention over keys of which `output` and `lse` [B, Hq, q] are known, and these."""
+    """Attention over these keys, merged with known `output` and `lse` [B, Hq, q] over other keys."""
     shape, heads = query.shape, keys.shape[1]
     rows = lambda x: x.unflatten(1, (heads, -1)).flatten(2, 3)  # noqa: E731
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -105,5 +106,5 @@ def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor
 
 
 _compiled_store = Compiled(_store, options=TOGETHER)
-# With a library's products: here they are few and small, and choosing tiles would take longer.
+# Library products: here they are few and small, and choosing tiles for them would not pay.
 _compiled = Compiled(lambda dynamic_sizes, *args, scaling: _with_tail(*args, scaling), options={})

@@ -1,6 +1,6 @@
-"""Attention of many queries by FlashAttention, which also tells by how much to weigh it.
+"""Attention of many queries by FlashAttention, with the log-sum-exp that merging needs.
 
-PyTorch's public function keeps the log-sum-exp to itself; the operators behind it return it. Source:
+PyTorch's public function does not return the log-sum-exp. The operators behind it do. Source:
 FlashAttention-2 (arXiv 2307.08691).
 """
 
@@ -13,7 +13,7 @@ _aten = torch.ops.aten
 
 
 def takes(query: Tensor, keys: Tensor) -> bool:
-    """Whether there is an operator for these: on a GPU for half precision alone."""
+    """Whether there is an operator for these tensors. On a GPU, only for half precision."""
     if query.dtype != keys.dtype:
         return False
     if query.is_cuda:
@@ -22,24 +22,24 @@ def takes(query: Tensor, keys: Tensor) -> bool:
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool = False) -> Partial:
-    """Partial attention over keys that every query sees, or, `causal`, up to the query's own.
+    """Partial attention over keys that every query sees; if `causal`, over keys up to the query's own.
 
     Args:
         query: [B, Hq, q, D].
-        keys, values: [B, H, n, D] of the same dtype, n > 0; `causal`: n = q.
+        keys, values: [B, H, n, D] of the same dtype, n > 0; if `causal`, n = q.
 
-    Returns a `Partial` of R = Hq / H * q rows in float32, or in float64 for such queries; its `acc` is
-    the output itself, of total 1.
+    Returns a `Partial` of R = Hq / H * q rows in float32, or in float64 for float64 queries. Its `acc` is the
+    normalized output, so its row sum is 1.
     """
     heads = keys.shape[1]
     if query.is_cuda:
-        found = _aten._scaled_dot_product_flash_attention(
+        result = _aten._scaled_dot_product_flash_attention(
             query, keys, values, is_causal=causal, scale=scaling
         )
     else:
         keys, values = (x.repeat_interleave(query.shape[1] // heads, dim=1) for x in (keys, values))
-        found = _aten._scaled_dot_product_flash_attention_for_cpu(
+        result = _aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, is_causal=causal, scale=scaling
         )
-    output, row_max = found[0], found[1].reshape(query.shape[0], heads, -1)
+    output, row_max = result[0], result[1].reshape(query.shape[0], heads, -1)
     return Partial(of_rows(output.to(row_max.dtype), heads), row_max, torch.ones_like(row_max))

@@ -1,12 +1,12 @@
-"""The PQ tier: product-quantised keys and values, attended to by look-ups and histograms of their codes.
+"""The PQ tier: attention over product-quantized keys and values, by look-ups and histograms of codes.
 
-A vector of D elements is m stretches of w; each has a codebook of k centroids, and a byte names one of
-them (Jegou, Douze, Schmid: Product quantization for nearest neighbor search, TPAMI 2011). A key's score
-is a sum of m look-ups in a table of the query's (asymmetric distance computation, section III.A, for
-inner products); values are summed by adding up the weight on each centroid.
+A vector of D elements is m subvectors of w elements. Each subspace has a codebook of k centroids, and one
+byte per subvector names a centroid (Jegou, Douze, Schmid: Product quantization for nearest neighbor search,
+TPAMI 2011). A key's score is a sum of m look-ups in a table of the query (asymmetric distance computation,
+section III.A, for inner products). Values are summed by adding up the weight on each centroid.
 
-A codebook is [m, k, w] for all KV heads or [H, m, k, w] for each, of any floating dtype, k <= 256.
-Shapes do not depend on data, and slots that hold no token may contain any byte, also one >= k.
+A codebook is [m, k, w] for all KV heads or [H, m, k, w] for each, of any floating dtype, k <= 256. Shapes do
+not depend on data. Slots without a token may contain any byte, also one >= k.
 """
 
 import torch
@@ -14,20 +14,20 @@ from torch import Tensor
 
 from .merge import Partial, combine, empty, soften
 
-ELEMENTS = 1 << 21  # distances, or table entries, held at a time: a few times 8 MiB in float32
+ELEMENTS = 1 << 21  # distances or table entries in memory at a time: a few times 8 MiB in float32
 
 
 def encode(x: Tensor, codebook: Tensor) -> Tensor:
-    """Codes uint8 [B, H, n, m] of x [B, H, n, D]: the nearest centroid, of equals the lowest index.
+    """Codes uint8 [B, H, n, m] of x [B, H, n, D]: the nearest centroid; in a tie, the lowest index.
 
-    Computed in float32, or in float64 if x is float64. Of NaN, the code is some byte below k. Raises
+    Computed in float32, or in float64 if x is float64. The code of NaN is some byte below k. Raises
     ValueError if the codebook does not fit x.
     """
     book = _book(codebook, x.shape[1], torch.promote_types(x.dtype, torch.float32))
     parts = _cut(x, book)
     norms = book.square().sum(-1).unsqueeze(1)
     tile = _tile(norms[0].numel() * x.shape[0] * x.shape[1])
-    # |x - c|^2 less |x|^2, which is alike for all centroids
+    # |x - c|^2 minus |x|^2, which is the same for all centroids
     codes = [
         (norms - 2 * torch.einsum("bhnmw,hmkw->bhnmk", part.to(book.dtype), book)).argmin(-1).to(torch.uint8)
         for part in parts.split(tile, dim=2)
@@ -36,7 +36,7 @@ def encode(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
-    """Vectors [B, H, n, D] of `dtype`: the centroids that codes [B, H, n, m] name, side by side.
+    """Vectors [B, H, n, D] of `dtype`: the centroids that codes [B, H, n, m] name, concatenated.
 
     Raises ValueError if the codes are not uint8 or do not fit the codebook.
     """
@@ -55,18 +55,18 @@ def attend(
     visible: Tensor,
     softcap: float | None = None,
 ) -> Partial:
-    """Partial attention over product-quantised keys and values.
+    """Partial attention over product-quantized keys and values.
 
     Args:
         query: [B, H, R, D], scaled, in the dtype to compute in (float32 or float64).
         key_codes, value_codes: [B, H, n, m] uint8; keys and values may differ in m.
-        key_codebook, value_codebook: as above, in a floating dtype each.
+        key_codebook, value_codebook: codebooks as above, each of a floating dtype.
         visible: bool, broadcastable to [B, H, R, n].
         softcap: see `merge.soften`.
 
-    Beside its result it holds tables of R m k numbers for each of the B H heads, and tiles of tokens.
-    Where histograms would depend on the order of atomic additions, values are decoded, a tile at a time.
-    Raises ValueError if query, codes and codebooks do not fit each other.
+    Besides the result, memory holds tables of R m k numbers for each of the B H heads, and tiles of tokens.
+    On devices where histograms depend on the order of atomic additions, values are decoded tile by tile
+    instead. Raises ValueError if query, codes and codebooks do not fit each other.
     """
     batch, heads, rows, _ = query.shape
     length = key_codes.shape[2]
@@ -79,7 +79,7 @@ def attend(
     whole = empty(counts.flatten(-2) if counting else query.new_empty(*query.shape[:3], values_dim))
     visible = visible.expand(batch, heads, rows, length)
     parts = max(key_book.shape[1], value_book.shape[1])
-    if counting:  # tables are read and histograms written once a tile: shorter ones than k would not pay
+    if counting:  # each tile reads tables and writes histograms: a tile shorter than k would not pay
         tile = max(counts.shape[-1], _tile(batch * heads * rows * parts))
     else:
         tile = _tile(batch * heads * max(rows * parts, values_dim))
@@ -102,17 +102,17 @@ def attend(
 
 
 def counts_repeatably(x: Tensor) -> bool:
-    """Whether histograms on the device of `x` have the same bits every time: not where they are atomic."""
+    """Whether histograms on the device of `x` repeat bit for bit. Atomic additions do not."""
     return x.device.type == "cpu"
 
 
 def _tile(elements: int) -> int:
-    """How many tokens of so many elements are held at a time."""
+    """Number of tokens per tile, if each token takes `elements` numbers."""
     return max(1, ELEMENTS // max(1, elements))
 
 
 def _index(codes: Tensor, book: Tensor) -> Tensor:
-    """Codes as an index; bytes that name no centroid, in slots without a token, stay within bounds."""
+    """Codes as an index. Bytes that name no centroid, in slots without a token, are clamped."""
     return codes.long().clamp_max(book.shape[2] - 1)
 
 
@@ -122,7 +122,7 @@ def _by_part(codes: Tensor, book: Tensor, rows: int) -> Tensor:
 
 
 def _book(codebook: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """A codebook as [H or 1, m, k, w] of `dtype`; ValueError if it is none, or not for so many heads."""
+    """The codebook as [H or 1, m, k, w] of `dtype`. Raises ValueError if it is invalid or for other heads."""
     if not codebook.is_floating_point():
         raise ValueError(f"codebook of {codebook.dtype}: centroids have a floating dtype")
     shape = tuple(codebook.shape)
@@ -134,7 +134,7 @@ def _book(codebook: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 
 
 def _cut(x: Tensor, book: Tensor) -> Tensor:
-    """x [..., D] as [..., m, w]."""
+    """x [..., D] as subvectors [..., m, w]."""
     (parts, _, width), dim = book.shape[1:], x.shape[-1]
     if dim % width:
         raise ValueError(f"subspaces of {width} do not divide {dim} elements")
@@ -144,7 +144,7 @@ def _cut(x: Tensor, book: Tensor) -> Tensor:
 
 
 def _check(codes: Tensor, book: Tensor, shape) -> None:
-    """ValueError unless codes are uint8 [*shape, m]."""
+    """Raise ValueError unless codes are uint8 [*shape, m]."""
     expected = (*shape, book.shape[1])
     if codes.dtype != torch.uint8 or codes.shape != expected:
         raise ValueError(

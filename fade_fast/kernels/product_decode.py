@@ -1,7 +1,7 @@
-"""Attention of a short step over a layer whose middle is product-quantised.
+"""Attention of a short step over a layer whose middle is product-quantized.
 
-Compiled, scores are one kernel that looks codes up in the tables of the queries, and the output is a sum
-over tokens of centroids picked by their codes. Elsewhere `product.attend` goes tile by tile.
+When compiled, one kernel computes the scores by looking codes up in the tables of the queries, and the output
+is a sum over tokens of the centroids that their codes name. Otherwise `product.attend` works tile by tile.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .decode import MOST_ROWS
 from .merge import Partial, merge, of_heads, of_rows, sinks, soften
 from .packed import TierView, force_materialize
 
-UNIT = 128  # spans are multiples of this: see `packed.chunk_of`
+UNIT = 128  # the number of slots read is a multiple of this: see `packed.chunk_of`
 
 
 def attend(
@@ -35,12 +35,13 @@ def attend(
         query: [B, Hq, q, D].
         keys, values: [B, H, E, D], uncompressed.
         seen: bool [B, 1 or q, E], which of them each query sees.
-        slots: of the coded tokens, at full capacity, codes uint8 [B, H, capacity, m] of either side.
-        span: how many slots are read: all that `slots.valid` may allow.
-        books: codebooks of keys and values, see `product.py`.
-        scaling, softcap: of scores. s_aux: [Hq], scores of learned attention sinks, or None.
+        view: the coded tokens at full capacity; codes uint8 [B, H, capacity, m] of keys and of values.
+        num_read: number of slots read; covers every slot that `view.valid` may allow.
+        codebooks: of keys and of values, see `product.py`.
+        scaling, softcap: of scores.
+        s_aux: [Hq], scores of learned attention sinks, or None.
 
-    Computed in float32, or in float64 if the query is. Raises ValueError as `product.attend`.
+    Computed in float32, or in float64 if the query is float64. Raises ValueError as `product.attend`.
     """
     rows = of_rows(query.to(torch.promote_types(query.dtype, torch.float32)) * scaling, keys.shape[1])
     fold = lambda x: x.repeat(1, rows.shape[2] // x.shape[1], 1)[:, None] if x.shape[1] > 1 else x[:, None]  # noqa: E731
@@ -65,7 +66,7 @@ def attend(
 def _look_up(
     dynamic_sizes, query, key_codes, key_book, value_codes, value_book, visible, *, softcap: float | None
 ) -> Partial:
-    """`product.attend` over the first `UNIT` times the marker's number of slots, all at once."""
+    """`product.attend` over the first slots at once, `UNIT` times the number that `dynamic_sizes` tells."""
     num_read = (dynamic_sizes[0].shape[0] - 1) * UNIT
     parts, centroids, width = key_book.shape
     batch, heads, rows = query.shape[:3]
@@ -78,7 +79,7 @@ def _look_up(
     )
     code = value_codes.narrow(2, 0, num_read).long().clamp_max(value_book.shape[1] - 1)  # [B, H, n, m]
     picked = value_book.to(query.dtype)[number(len(value_book)), code].flatten(3)  # [B, H, n, D]
-    # Or the exponential of a token would be taken for each of its elements.
+    # Otherwise the exponential of a token would be computed for each of its elements.
     return Partial((force_materialize(weights).unsqueeze(-1) * picked.unsqueeze(2)).sum(3), row_max, row_sum)
 
 

@@ -1,8 +1,8 @@
 """The integer tiers: codes of 8, 4, 3 or 2 bits of the `rotated` codec.
 
-A vector is centred (keys only), rotated by an orthogonal matrix P and quantised on its own. 8 and 4
-bits are uniform codes with a scale and a zero; 3 and 2 bits are Lloyd-Max codes of evenly spaced
-levels, with a scale that makes the decoded vector unbiased.
+A vector is centered (keys only), rotated by an orthogonal matrix P, and quantized independently of the
+others. 8 and 4 bits are uniform codes with a scale and a zero point. 3 and 2 bits are Lloyd-Max codes of
+evenly spaced levels, with a scale that makes the decoded vector unbiased.
 """
 
 from typing import NamedTuple
@@ -12,17 +12,18 @@ from torch import Tensor
 
 from ..compile.compiled import Compiled, use_compiled
 
-#: Distances of the levels of N(0, 1), by bits; `fade_ref.quantize.levels(bits, "linear")` derives them.
+#: Distance between quantization levels of N(0, 1), by bits; `fade_ref.quantize.levels(bits, "linear")`
+#: derives it.
 STEPS = {3: 0.5860194414434866, 2: 0.995686685943507}
 SMALLEST_SCALE = 2.0**-14  # the smallest normal fp16 number: scales never become subnormal
 LARGEST = 65504.0  # the largest finite fp16 number
 
 
 class Packed(NamedTuple):
-    """Codes of n tokens of one tier, keys or values, and what decodes them.
+    """Codes of n tokens of one tier, keys or values, with their scales and zero points.
 
-    Shapes: `codes` [B, H, n, D * bits / 8] uint8, `scale` and `zero` [B, H, n] fp16; `zero` is None
-    at 3 and 2 bits.
+    Shapes: `codes` [B, H, n, D * bits / 8] uint8, `scale` and `zero` (zero point) [B, H, n] fp16. `zero` is
+    None at 3 and 2 bits.
     """
 
     codes: Tensor
@@ -33,8 +34,8 @@ class Packed(NamedTuple):
 def rotation(dim: int, seed: int = 0) -> Tensor:
     """Seeded Haar-random orthogonal matrix P [dim, dim], float64, made on the CPU.
 
-    QR of a Gaussian matrix with the signs fixed (TurboQuant, arXiv 2504.19874, section 3); every
-    machine gets the same one. A vector is rotated by `x @ P.T` and back by `y @ P`.
+    QR of a Gaussian matrix with the signs fixed (TurboQuant, arXiv 2504.19874, section 3). Every machine gets
+    the same matrix. A vector is rotated by `x @ P.T` and back by `y @ P`.
     """
     generator = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
@@ -42,17 +43,17 @@ def rotation(dim: int, seed: int = 0) -> Tensor:
 
 
 def with_sum(matrix: Tensor) -> Tensor:
-    """P [D, D] and below it the sum of its rows, which gives a rotated query's sum: [D + 1, D]."""
+    """P [D, D] with the sum of its rows below, which gives the sum of a rotated query: [D + 1, D]."""
     return torch.cat((matrix, matrix.sum(0, keepdim=True)))
 
 
 def is_uniform(bits: int) -> bool:
-    """Whether codes of this width have a zero: those of 3 and 2 bits lie about it."""
+    """Whether codes of this width have a zero point. Codes of 3 and 2 bits are centered on zero."""
     return bits >= 4
 
 
 def center(bits: int) -> float:
-    """The middle of the codes of a width."""
+    """The center of the codes of a width."""
     return (2**bits - 1) / 2
 
 
@@ -85,17 +86,20 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def thirds(dim: int) -> list[int]:
-    """Channels of the four fields of a byte at 3 bits: of the last two, a byte has a third of a code."""
+    """Channels of the four fields of a byte at 3 bits.
+
+    The first two fields hold a whole code. The last two hold one bit of a code.
+    """
     return [3 * dim // 8, 3 * dim // 8, dim // 8, dim // 8]
 
 
 def levels(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """What the scale multiplies: the code; less its centre at 3 and 2 bits."""
+    """The number that the scale multiplies: the code, minus the center at 3 and 2 bits."""
     return codes.to(dtype) if is_uniform(bits) else codes.to(dtype) - center(bits)
 
 
 def quantize(rotated: Tensor, bits: int) -> Packed:
-    """Codes of vectors that are centred and rotated already: float32 [B, H, n, D]."""
+    """Codes of vectors that are already centered and rotated: float32 [B, H, n, D]."""
     steps = 2**bits - 1
     if is_uniform(bits):
         low, high = rotated.aminmax(dim=-1, keepdim=True)
@@ -108,20 +112,20 @@ def quantize(rotated: Tensor, bits: int) -> Packed:
     table = levels(torch.arange(steps + 1, device=rotated.device), bits, rotated.dtype)
     ends = (table[1:] + table[:-1]) / 2 * STEPS[bits]
     codes = torch.bucketize(unit, ends)
-    # Unbiased: the decoded vector's inner product with the original is the original's square.
+    # Unbiased: the inner product of decoded and original vector is the squared norm of the original.
     aligned = (rotated * table[codes]).sum(-1).clamp_min(torch.finfo(norm.dtype).tiny)
     scale = (norm.squeeze(-1).square() / aligned).clamp_max(LARGEST).half()
     return Packed(pack(codes.to(torch.uint8), bits), scale, None)
 
 
 def dequantize(packed: Packed, bits: int, dtype: torch.dtype) -> Tensor:
-    """Vectors [B, H, n, D] in the rotated, centred domain."""
+    """Vectors [B, H, n, D] in the rotated, centered domain."""
     decoded = levels(unpack(packed.codes, bits), bits, dtype) * packed.scale.to(dtype).unsqueeze(-1)
     return decoded if packed.zero is None else decoded + packed.zero.to(dtype).unsqueeze(-1)
 
 
 def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, bits: int) -> Packed:
-    """Centre, rotate and quantise.
+    """Center, rotate and quantize.
 
     Args:
         x: [..., D], any floating dtype; computed in float32.
@@ -136,21 +140,23 @@ def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, bits: int) -> Packed:
 def encode_both(
     keys: Tensor, values: Tensor, mean: Tensor, matrix: Tensor, bits: tuple[int, int], recurs: bool = True
 ) -> tuple[Packed, Packed]:
-    """`encode` of the keys and values of some tokens, in tiles, so that little is in float32 at a time.
+    """`encode` for the keys and values of some tokens, in tiles that limit the memory in float32.
 
     Args:
         keys, values: [B, H, n, D].
-        mean: [B, H, m, D], of the keys: each is that of n / m tokens.
-        matrix: P [D, D] float32. bits: widths of keys and values.
-        recurs: whether so many tokens will come again, so that compiling for them pays.
+        mean: [B, H, m, D], means of the keys; each is the mean of n / m tokens.
+        matrix: P [D, D] float32.
+        bits: widths of keys and values.
+        recurs: whether this token count recurs (then a compiled version pays).
 
-    On CUDA all but a few tokens that do not recur run compiled: blocks as they are, more in tiles of three
-    sizes, the last one padded, so that a few graphs serve prompts of all lengths.
+    On CUDA everything is compiled, except a few tokens whose count does not recur. Up to `SMALL` tokens are
+    encoded in one piece. More are encoded in tiles of three sizes, the last tile padded, so that a few graphs
+    serve prompts of all lengths.
     """
     (batch, heads, length, dim), means = keys.shape, mean.shape[2]
     if recurs and use_compiled(keys) and 0 < length <= SMALL:
         return _compiled([], dict, keys, values, mean, matrix, bits=bits)
-    each = length // means if means > 1 else 1  # a tile has whole groups
+    each = length // means if means > 1 else 1  # a tile holds whole groups
     pads = use_compiled(keys) and length > SMALL
     parts = []
     for start, stop, size in _tiles(length, MOST // (batch * heads * dim) if pads else None, each):
@@ -166,29 +172,31 @@ def encode_both(
     return tuple(Packed(*(_join(x) for x in zip(*side))) for side in zip(*parts))
 
 
-TILE = 2048  # tokens encoded at a time where nothing is compiled
-MOST = 1 << 24  # elements of keys in the largest tile where it is
-MOST_TOKENS = 1 << 14  # tokens of that tile
-SMALL = 256  # tokens of the smallest one, and most of a block that is encoded by a twin of its own
+TILE = 2048  # tokens per tile without compilation
+MOST = 1 << 24  # elements of keys in the largest compiled tile
+MOST_TOKENS = 1 << 14  # most tokens of the largest compiled tile
+SMALL = 256  # tokens of the smallest compiled tile, and most tokens of a block with its own compiled version
 
 
 def _tiles(length: int, most: int | None, step: int) -> list[tuple[int, int, int]]:
-    """`(start, stop, size)` of the tiles of `length` tokens, sizes being multiples of `step`; tiles are of
-    `most` tokens, an eighth of that or `SMALL`, or of `TILE` if `most` is None. No more than half of a tile
-    is padding, but of the smallest."""
+    """`(start, stop, size)` of the tiles of `length` tokens. Sizes are multiples of `step`.
+
+    A tile has `most` tokens, an eighth of that, or `SMALL`; if `most` is None, it has `TILE` tokens. At most
+    half of a tile is padding, except in tiles of the smallest size.
+    """
     large = TILE if most is None else min(MOST_TOKENS, max(SMALL, most))
     sizes = [TILE] if most is None else [large, max(SMALL, large // 8), SMALL]
     sizes = [max(1, n // step) * step for n in sizes]
-    found, start = [], 0
-    while start < length or not found:
+    tiles, start = [], 0
+    while start < length or not tiles:
         size = next((n for n in sizes if length - start > n // 2), sizes[-1])
-        found.append((start, min(start + size, length), size))
+        tiles.append((start, min(start + size, length), size))
         start += size
-    return found
+    return tiles
 
 
 def _padded(x: Tensor, size: int) -> Tensor:
-    """`x` [B, H, n, D] with zeros up to n = `size`, contiguous: its strides tell no length of a prompt."""
+    """`x` [B, H, n, D] padded with zeros to n = `size`; contiguous, so strides do not depend on n."""
     return torch.nn.functional.pad(x, (0, 0, 0, size - x.shape[2])).contiguous()
 
 
@@ -203,10 +211,10 @@ def _encode_both(dynamic_sizes, keys, values, mean, matrix, *, bits) -> tuple[Pa
 
 
 def decode(packed: Packed, mean: Tensor | None, matrix: Tensor, bits: int, dtype) -> Tensor:
-    """Vectors [B, H, n, D] as they were before `encode`, up to quantisation."""
+    """Vectors [B, H, n, D] as they were before `encode`, up to quantization."""
     x = dequantize(packed, bits, dtype) @ matrix.to(dtype)
     return x if mean is None else x + mean.to(dtype)
 
 
-# Codes are defined by scales and zeros as they are stored: rounded.
+# Codes are defined by the stored scales and zero points, which are rounded.
 _compiled = Compiled(_encode_both, options={"emulate_precision_casts": True})

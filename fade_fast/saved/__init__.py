@@ -1,1 +1,1 @@
-"""What can be told of a cache: files that restore it, its contents as text, its events."""
+"""Files that restore a cache, snapshots of its contents, and its events."""

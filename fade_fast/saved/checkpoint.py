@@ -1,8 +1,8 @@
-"""A cache as a file: safetensors with a JSON header, nothing that could run code.
+"""Store a cache as a file: safetensors with a JSON header, nothing that could run code.
 
-What is stored are the slots in use, as they are in memory, so that decoding goes on to the bit. What
-follows from the configuration (the codec's rotation, capacities, captured steps) is made anew. Of codebooks
-only the digest is stored: whoever loads codes must have them.
+The slots in use are stored exactly as in memory, so decoding continues bit for bit. State that follows from
+the configuration (the codec's rotation, capacities, captured CUDA graphs) is created anew. Of codebooks only
+the digest is stored, so the loader must supply the codebooks.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ TOKENS = "tokens"  # name of a tensor of ids that goes with a cache, but is none
 def state_dict(cache) -> tuple[dict[str, Tensor], dict]:
     """Every tensor of a `TieredKVCache`, cloned, and what else it knows, as JSON would have it.
 
-    Names are "timeline" and "{layer}.{part}.{field}"; shapes are those in memory, cut to what is in use.
+    Names are "timeline" and "{layer}.{part}.{field}". Shapes are as in memory, cut to the slots in use.
 
     Raises `ValueError` for a layer of a kind that cannot be stored.
     """
@@ -53,13 +53,13 @@ def state_dict(cache) -> tuple[dict[str, Tensor], dict]:
 def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
     """Fill an empty cache with what `state_dict` gave; tensors are copied to the model's device.
 
-    Raises `ValueError`, before anything is changed, if the cache is not empty, has another
-    configuration or other layers, or a tensor is missing, left over, or of a wrong shape; `TypeError` for
-    other things than `state_dict` gives.
+    Raises `ValueError` if the cache is not empty, has another configuration or other layers, or a tensor is
+    missing, left over or of a wrong shape. Raises `TypeError` for other arguments than `state_dict` returns.
+    The cache is unchanged after an error.
     """
     layers = known.get("layers") if isinstance(known, dict) else None
-    whole = isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers)
-    if not isinstance(tensors, dict) or not whole or not {"config", "holes"} <= known.keys():
+    complete = isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers)
+    if not isinstance(tensors, dict) or not complete or not {"config", "holes"} <= known.keys():
         raise TypeError("load_state_dict takes what state_dict gives: a dict of tensors, and one of the rest")
     if cache.token_positions.length:
         raise ValueError("the cache is not empty: reset() it first")
@@ -73,17 +73,17 @@ def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
     )
     if kinds != ours:
         raise ValueError(f"the stored layers are {kinds}, the cache's {ours}")
-    rest = dict(tensors)
-    position = rest.pop("timeline", None)
-    own = [{} for _ in layers]
-    for name in list(rest):
+    unplaced = dict(tensors)
+    position = unplaced.pop("timeline", None)
+    by_layer = [{} for _ in layers]
+    for name in list(unplaced):
         index, _, part = name.partition(".")
-        if not index.isdigit() or int(index) >= len(own):
+        if not index.isdigit() or int(index) >= len(by_layer):
             raise ValueError(f"tensor {name!r} belongs to no layer")
-        own[int(index)][part] = rest.pop(name)
+        by_layer[int(index)][part] = unplaced.pop(name)
     homes = cache.homes
     try:
-        for i, (layer, parts, about) in enumerate(zip(cache.stored_layers(), own, layers)):
+        for i, (layer, parts, about) in enumerate(zip(cache.stored_layers(), by_layer, layers)):
             parts = {name: x.to(homes[i]) for name, x in parts.items()}
             if isinstance(layer, KVLayer):
                 _fill_tiered(layer, parts, about)
@@ -101,9 +101,10 @@ def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
 def save(cache, path: str | os.PathLike, token_ids: Tensor | None = None) -> None:
     """Write a cache to a file, whole or not at all: a file that was there survives a crash.
 
-    `token_ids`, an integer tensor, is stored beside it as int32, for `read_tokens`.
+    `token_ids`, an integer tensor, is stored with it as int32, for `read_tokens`.
 
-    Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
+    Raises `ValueError` for a layer of a kind that cannot be stored or for `token_ids` of another dtype, and
+    `OSError` if the file cannot be written.
     """
     if token_ids is not None:
         if not isinstance(token_ids, Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
@@ -120,7 +121,7 @@ def save(cache, path: str | os.PathLike, token_ids: Tensor | None = None) -> Non
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the header of a file that `save` wrote.
 
-    Raises `FileNotFoundError`, and `ValueError` for what is no such file, damaged, or newer.
+    Raises `FileNotFoundError`. Raises `ValueError` if the file is of another kind or version, or damaged.
     """
     with _opened(path) as (header, file):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -132,38 +133,38 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
 
 
 def read_header(path: str | os.PathLike) -> tuple[dict, dict[str, tuple[tuple[int, ...], int]]]:
-    """The header of such a file, and shape and bytes of each tensor; none is read, so none is verified.
+    """The header of a stored cache, and shape and bytes of each tensor.
 
-    Raises as `read` does.
+    The tensors are not read, so nothing is verified. Raises as `read` does.
     """
     with _opened(path) as (header, file):
-        found = {}
+        tensors = {}
         for name in file.keys():
             part = file.get_slice(name)
             shape = tuple(part.get_shape())
-            found[name] = (shape, torch.Size(shape).numel() * BYTES[part.get_dtype()])
-        return header, found
+            tensors[name] = (shape, torch.Size(shape).numel() * BYTES[part.get_dtype()])
+        return header, tensors
 
 
 def read_tensors(path: str | os.PathLike, names: list[str]) -> dict[str, Tensor]:
-    """Some tensors of such a file, not verified. Raises as `read` does."""
+    """Some tensors of a stored cache, not verified. Raises as `read` does."""
     with _opened(path) as (_, file):
         return {name: file.get_tensor(name) for name in names}
 
 
 def read_tokens(path: str | os.PathLike) -> Tensor | None:
-    """The token ids that were stored beside a cache, int64; None if there were none. Raises as `read`."""
+    """The token ids that were stored with a cache, int64; None without ids. Raises as `read` does."""
     with _opened(path) as (_, file):
         return file.get_tensor(TOKENS).long() if TOKENS in file.keys() else None
 
 
-#: Bytes of a number, by the name that safetensors has for its type.
+#: Bytes of an element, by its dtype's name in safetensors.
 BYTES = dict(F64=8, F32=4, F16=2, BF16=2, I64=8, I32=4, U8=1, BOOL=1)
 
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike):
-    """Header and file, for reading; whatever is wrong with it becomes a `ValueError`."""
+    """Yield header and open file. A defect of the file raises `ValueError`."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["fade"])
@@ -180,7 +181,7 @@ def _opened(path: str | os.PathLike):
 
 
 def _digest(tensors: dict[str, Tensor], header: dict) -> str:
-    """SHA-256 over the header, and names, dtypes, shapes and bytes."""
+    """SHA-256 over the header and the names, dtypes, shapes and bytes of the tensors."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name].contiguous().cpu()

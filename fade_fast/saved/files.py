@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: an interrupt or a crash leaves what was there before."""
+"""Write files atomically: after an interrupt or a crash, the old file is still there."""
 
 import contextlib
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place if the block ends without an exception.
+    """A temporary path beside `path`, which replaces `path` if the block ends without an exception.
 
-    Raises `OSError` as the system does.
+    Raises `OSError` if the file cannot be written.
     """
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fade-") as scratch:
@@ -24,6 +24,6 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike, value, indent: int = 2) -> None:
-    """Write `value` as JSON, whole or not at all."""
+    """Write `value` as JSON, atomically."""
     with whole(path) as written:
         written.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")

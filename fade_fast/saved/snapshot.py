@@ -1,10 +1,12 @@
-"""What a cache holds, layer by layer: of a live one or of a saved one, as JSON has it or as text.
+"""The contents of a live or saved cache, layer by layer, as JSON values or as text.
 
-A snapshot is a dict of `version`, `length` (columns seen), `batch`, `tokens` (seen, padding left out; of a
-file None), `config`, `allocated`, `packed` and `dense` (bytes, as `cache.memory()` has them; a file is
-`packed` only) and `layers`. A layer has `layer`, `kind` ("tiered", or the class of transformers that keeps
-it as it is), `bytes`, and if it is tiered `tiers`, by name: `slots` or `tokens` over all rows, `bytes`, and
-on request `positions`, the logical positions held, for each row as ranges [first, last + 1].
+A snapshot is a dict of `version`, `length` (tokens seen per row), `batch`, `tokens` (tokens seen over all
+rows, without padding; None for a file read without positions), `config`, `allocated`, `packed` and `dense`
+(bytes, as in `cache.memory()`; a file has `packed` only) and `layers`.
+
+A layer has `layer`, `kind` ("tiered", or the transformers class of an uncompressed layer) and `bytes`. A
+tiered layer also has `tiers`, by name: `slots` or `tokens` over all rows, `bytes`, and on request
+`positions`, the logical positions held, as ranges [first, last + 1] for each row.
 """
 
 import dataclasses
@@ -26,7 +28,7 @@ TIERED = "tiered"
 
 
 def of(cache, positions: bool = True) -> dict:
-    """Snapshot of a live cache; blocks whose demotion is due are demoted first."""
+    """Snapshot of a live cache. Blocks whose demotion is due are demoted first."""
     memory = cache.memory()
     layers = []
     for i, layer in enumerate(cache.stored_layers()):
@@ -50,24 +52,24 @@ def of(cache, positions: bool = True) -> dict:
 
 def _of_tiered(index: int, layer: KVLayer, positions: bool) -> dict:
     packed, dense, tokens = layer_sizes(layer)
-    found = dict(layer=index, kind=TIERED, bytes=packed, dense=dense, tiers={})
+    about = dict(layer=index, kind=TIERED, bytes=packed, dense=dense, tiers={})
     if not layer.is_initialized:
-        return found
+        return about
     records = {Tier.FP16.name: (layer.dense.record_bytes, layer.dense_positions)}
     for tier in layer.middle.tiers if layer.middle is not None else ():
         records[tier.name] = (tier.records.record_bytes, lambda tier=tier: layer.middle.position(tier))
     for name, (size, position) in records.items():
-        found["tiers"][name] = dict(tokens=tokens[name], bytes=tokens[name] * size)
+        about["tiers"][name] = dict(tokens=tokens[name], bytes=tokens[name] * size)
         if positions:
-            found["tiers"][name]["positions"] = ranges(position())
-    found["evicted"] = tokens.get(Tier.EVICTED.name, 0)
-    return found
+            about["tiers"][name]["positions"] = ranges(position())
+    about["evicted"] = tokens.get(Tier.EVICTED.name, 0)
+    return about
 
 
 def of_file(path: str | os.PathLike, positions: bool = False) -> dict:
-    """Snapshot of a saved cache, from its header alone; with `positions`, from those tensors, too.
+    """Snapshot of a saved cache, from its header alone; with `positions`, position tensors are read, too.
 
-    What is in the file is not verified, as `load_cache` does. Raises as `checkpoint.read_header`.
+    The contents are not verified; `load_cache` verifies them. Raises as `checkpoint.read_header`.
     """
     try:
         return _of_file(path, positions)
@@ -81,19 +83,19 @@ def _of_file(path: str | os.PathLike, positions: bool) -> dict:
     names = {f"tier{i}": name for i, name in enumerate(tier_names(config))}
     layers, batch = [], 0
     for i, about in enumerate(header["layers"]):
-        own = {n.partition(".")[2]: x for n, x in shapes.items() if n.startswith(f"{i}.")}
-        layer = dict(layer=i, kind=about["kind"], bytes=sum(size for _, size in own.values()))
+        tensors = {n.partition(".")[2]: x for n, x in shapes.items() if n.startswith(f"{i}.")}
+        layer = dict(layer=i, kind=about["kind"], bytes=sum(size for _, size in tensors.values()))
         if about["kind"] == checkpoint.TIERED:
             layer |= dict(kind=TIERED, tiers={})
             for part, name in dict(exact=Tier.FP16.name, **names).items():
-                fields = {n: x for n, x in own.items() if n.startswith(f"{part}.")}
-                keys = own.get("exact.key" if part == "exact" else f"{part}.key_codes")
+                fields = {n: x for n, x in tensors.items() if n.startswith(f"{part}.")}
+                keys = tensors.get("exact.key" if part == "exact" else f"{part}.key_codes")
                 if keys is not None:
                     batch = keys[0][0]
                     slots = batch * keys[0][2]
                     layer["tiers"][name] = dict(slots=slots, bytes=sum(size for _, size in fields.values()))
         layers.append(layer)
-    found = dict(
+    snapshot = dict(
         version=VERSION,
         length=max((about.get("length", 0) for about in header["layers"]), default=0),
         batch=batch,
@@ -103,52 +105,52 @@ def _of_file(path: str | os.PathLike, positions: bool) -> dict:
         layers=layers,
     )
     if positions and "timeline" in shapes:
-        _add_positions(path, found, config, shapes)
-    return found
+        _add_positions(path, snapshot, config, shapes)
+    return snapshot
 
 
-def _add_positions(path, found: dict, config: FadeConfig, shapes: dict) -> None:
-    """Positions of the tiers of a saved cache, worked out as its layers would."""
+def _add_positions(path, snapshot: dict, config: FadeConfig, shapes: dict) -> None:
+    """Add the positions of the tiers of a saved cache, computed as its layers would."""
     kept = [name for name in shapes if name == "timeline" or name.endswith(".position")]
     tensors = checkpoint.read_tensors(path, kept)
-    columns = tensors["timeline"]
-    found["tokens"] = int((columns >= 0).sum())
+    timeline = tensors["timeline"]
+    snapshot["tokens"] = int((timeline >= 0).sum())
     names = tier_names(config)
-    for layer in found["layers"]:
+    for layer in snapshot["layers"]:
         if layer["kind"] != TIERED or not layer["tiers"]:
             continue
-        tiers, rows = layer["tiers"], found["batch"]
+        tiers, rows = layer["tiers"], snapshot["batch"]
         recent = max(0, tiers["FP16"]["slots"] // rows - config.n_sink)
-        late = columns[:, columns.shape[1] - recent :]
-        exact = torch.cat((columns.masked_fill(columns >= config.n_sink, -1), late), -1)
+        late = timeline[:, timeline.shape[1] - recent :]
+        exact = torch.cat((timeline.masked_fill(timeline >= config.n_sink, -1), late), -1)
         tiers["FP16"]["positions"] = ranges(exact[:, None])
         for i, name in enumerate(names if config.compresses else ()):
             at = tensors.get(f"{layer['layer']}.tier{i}.position")
-            if at is None:  # never moved: every column between the sinks and the recent ones
-                at = columns[:, None, config.n_sink : columns.shape[1] - recent]
+            if at is None:  # no token moved: all tokens between the sinks and the recent ones
+                at = timeline[:, None, config.n_sink : timeline.shape[1] - recent]
                 at = at.masked_fill(at < config.n_sink, -1)
             tiers[name]["positions"] = ranges(at)
 
 
 def ranges(position: Tensor) -> list[list[list[int]]]:
-    """Positions [B, 1, n], negative where there is none, as sorted ranges [first, last + 1] for each row.
+    """Positions [B, 1, n] as sorted ranges [first, last + 1] for each row. Negative positions are left out.
 
     >>> ranges(torch.tensor([[[7, 0, 1, -1, 2, 6]]]))
     [[[0, 3], [6, 8]]]
     """
-    found = []
+    rows = []
     for row in position[:, 0].cpu():
         held = row[row >= 0].unique()
         if not len(held):
-            found.append([])
+            rows.append([])
             continue
         cuts = (held.diff() != 1).nonzero()[:, 0] + 1
-        found.append([[int(x[0]), int(x[-1]) + 1] for x in torch.tensor_split(held, cuts.tolist())])
-    return found
+        rows.append([[int(x[0]), int(x[-1]) + 1] for x in torch.tensor_split(held, cuts.tolist())])
+    return rows
 
 
 def text(snapshot: dict) -> str:
-    """A snapshot in words, a line a layer."""
+    """A snapshot as text, one line per layer."""
     config = FadeConfig(**snapshot["config"])
     lines = [f"TieredKVCache, {snapshot['length']} tokens seen, {config}"]
     if "allocated" in snapshot and snapshot["allocated"]:

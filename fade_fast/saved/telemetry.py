@@ -1,29 +1,30 @@
-"""What a cache does, as events: to a JSON-lines file, to Python's logging, or to a function of yours.
+"""Events of a cache: to a JSON-lines file, to Python's logging, or to a function.
 
     with cache.listen("events.jsonl"):
         model.generate(..., **{CACHE_NAME: cache})
 
-Events are flat dicts that JSON can hold. All have `event`, one of `KINDS`, and `time`, seconds since 1970;
-all but `recompilation` have `layer`, the model's, and `seen`, the columns the layer has seen. Beside them:
+Events are dicts of JSON values. All have `event`, one of `KINDS`, and `time`, seconds since 1970. All but
+`recompilation` have `layer`, the layer index in the model, and `seen`, tokens per row that the layer has
+seen. The other fields:
 
-demotion       columns, from column `first` on, left the recent region: `columns` in each row, `tokens` real
-               ones over all rows, `bytes_before` uncompressed and `bytes_after`, by which the middle grew
-               (slots of padding included), and `seconds` of the host; of `rows` of the batch. The
-               tier that new tokens enter is `into`; if there is a plan (`planned`), it decides
-plan           what the policy decided: `candidates` a row, `kept` tokens by tier and `evicted` (all of them
+demotion       tokens left the recent region, from step index `first` on: `columns` per row, `tokens` real
+               ones over all `rows`. `bytes_before` is their uncompressed size, `bytes_after` the growth of
+               the middle (slots of padding included), and `seconds` the host time. New tokens enter the
+               tier `into`, unless a plan decides (`planned`)
+plan           the policy's decision: `candidates` per row, `kept` tokens by tier and `evicted` tokens (both
                over all rows; with plan_scope "layer", of one plan), and of their scores `score_min`,
-               `score_mean`, `score_max` and `score_kept`, the least that was kept
-eviction       `tokens` dropped by this plan, over all rows, and `total`, dropped so far
-renumbering    `tokens` that are read at another position than before, sinks included, and `shift`, the
-               furthest that one moved
+               `score_mean`, `score_max` and `score_kept`, the lowest score that was kept
+eviction       `tokens` dropped by this plan over all rows, and `total` dropped so far
+renumbering    `tokens` that are now read at another position, sinks included, and `shift`, the largest
+               change of a position
 growth         `buffer` has room for `after` slots instead of `before`; `bytes` over all rows
-recompilation  torch.compile compiled a graph in this process: its `compile_id`, whether it had compiled it
+recompilation  torch.compile compiled a graph in this process: its `compile_id`, whether it had been compiled
                before (`again`), and `seconds`
 
-Where nothing listens, a layer looks at one attribute. Where something does, numbers that lie on a GPU are
-copied without waiting for them, and an event is handed on, in order, at the end of the first step that
-finds them there; `Listener.flush()` and `close()` wait. A sink that raises is dropped with a warning:
-the cache goes on.
+Without listeners the cost is one attribute check. With listeners, numbers on a GPU are copied without
+waiting. Events are delivered in order, each at the end of the first step that finds its numbers on the host.
+`Listener.flush()` and `close()` wait for them. A sink that raises is dropped with a warning, and the cache
+continues.
 """
 
 import functools
@@ -50,9 +51,9 @@ Sink = Callable[[dict], None]
 
 
 class JsonLines:
-    """A sink that appends each event to a file, as a line of JSON; whole lines only reach the file.
+    """A sink that appends each event to a file as one line of JSON. Only whole lines reach the file.
 
-    Raises `OSError` as the system does.
+    Raises `OSError` if the file cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -66,7 +67,7 @@ class JsonLines:
 
 
 class Logged:
-    """A sink that hands each event to a logger: the kind is the message, the rest is in `record.fade`."""
+    """A sink that logs each event: the message is its kind and fields, `record.fade` is the event."""
 
     def __init__(self, logger: logging.Logger, level: int = logging.INFO):
         self.logger, self.level = logger, level
@@ -78,11 +79,11 @@ class Logged:
 
 
 def read(path: str | os.PathLike) -> list[dict]:
-    """The events of a file that `JsonLines` wrote; a last line without its end is left out.
+    """The events of a file that `JsonLines` wrote. An incomplete last line is left out.
 
-    Raises `ValueError` for what is no such file, `OSError` as the system does.
+    Raises `ValueError` for a file of another kind, `OSError` if it cannot be read.
     """
-    found = []
+    events = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
             event = json.loads(line)
@@ -90,22 +91,22 @@ def read(path: str | os.PathLike) -> list[dict]:
             raise ValueError(f"{path}, line {number}: no JSON ({error})") from error
         if not isinstance(event, dict) or event.get("event") not in KINDS:
             raise ValueError(f"{path}, line {number}: no event of a cache")
-        found.append(event)
-    return found
+        events.append(event)
+    return events
 
 
 class Listener:
-    """What `cache.listen` gives: `close()` it, or use it in a `with` block."""
+    """The result of `cache.listen`: `close()` it, or use it in a `with` block."""
 
     def __init__(self, hub: "Telemetry", sink: Sink):
         self.hub, self.sink = hub, sink
 
     def flush(self) -> None:
-        """Hand on every event there is, waiting for numbers still on their way from a GPU."""
+        """Deliver all events. Waits for numbers that are still on a GPU."""
         self.hub.deliver(wait=True)
 
     def close(self) -> None:
-        """Hand on what is left, and listen no longer."""
+        """Deliver the remaining events and stop listening."""
         self.flush()
         self.hub.drop(self.sink)
 
@@ -117,12 +118,14 @@ class Listener:
 
 
 def listen(layers, hub: "Telemetry | None", sink) -> Listener:
-    """Let `sink` hear of tiered `layers`, which may have a `hub` already.
+    """Send the events of tiered `layers` to `sink`.
 
     Args:
+        layers: the layers.
+        hub: the `Telemetry` of the layers, if there is one already.
         sink: a path, to which `JsonLines` writes; a `logging.Logger`; or a function of an event.
 
-    Raises `TypeError` for another sink, `OSError` as the system does.
+    Raises `TypeError` for another sink, `OSError` if its file cannot be opened.
     """
     if isinstance(sink, (str, os.PathLike)):
         sink = JsonLines(sink)
@@ -136,7 +139,7 @@ def listen(layers, hub: "Telemetry | None", sink) -> Listener:
 
 
 class Telemetry:
-    """Events of one cache, between its layers, which hold this while anything listens, and the sinks."""
+    """Queue of events between the layers of one cache and the sinks. Layers hold it while there are sinks."""
 
     def __init__(self, layers):
         self.layers, self.sinks = layers, []
@@ -144,10 +147,10 @@ class Telemetry:
         self._capacity: dict[tuple, tuple[int, int]] = {}
         self._compiling = 0.0
 
-    # -- who listens
+    # -- sinks
 
     def add(self, sink: Sink) -> None:
-        """Let a sink hear of what happens from now on."""
+        """Send all events from now on to a sink."""
         if not self.sinks:
             for layer in self.layers:
                 layer.telemetry = self
@@ -157,7 +160,7 @@ class Telemetry:
         self.sinks.append(sink)
 
     def drop(self, sink: Sink) -> None:
-        """Stop telling a sink; with the last one, layers forget this."""
+        """Send no more events to a sink. After the last sink, the layers drop this object."""
         if sink not in self.sinks:
             return
         self.sinks.remove(sink)
@@ -172,16 +175,16 @@ class Telemetry:
     def emit(
         self, kind: str, counts: dict, later: dict[str, Tensor] | None = None, nonzero: str = ""
     ) -> None:
-        """Queue an event of known `counts` and of numbers that a device has.
+        """Queue an event of known `counts` and of numbers `later`, which may be on a device.
 
-        It is left out if the number that `nonzero` names is 0.
+        The event is left out if the number that `nonzero` names is 0.
         """
         event = dict(event=kind, time=time.time()) | counts
         arrived = _fetch(event, later) if later else lambda wait: True
         self._waiting.append((event, arrived, nonzero))
 
     def deliver(self, wait: bool = False) -> None:
-        """Hand on the oldest events, as far as their numbers have arrived; `wait`: all of them."""
+        """Deliver the oldest events whose numbers have arrived; with `wait`, all events."""
         while self._waiting and self._waiting[0][1](wait):
             event, _, nonzero = self._waiting.popleft()
             if nonzero and not event[nonzero]:
@@ -193,19 +196,22 @@ class Telemetry:
                     warnings.warn(f"{sink} is told no more of a cache: {error!r}", stacklevel=2)
                     self.drop(sink)
 
-    # -- what layers report
+    # -- reports of the layers
 
     def stored(self, layer) -> None:
-        """A layer has stored columns, demoted some, or made room."""
+        """Called after a layer has stored tokens, demoted some, or grown a buffer."""
         for buffer, before, after, size in self._grown(layer):
             self.emit("growth", _of(layer) | dict(buffer=buffer, before=before, after=after, bytes=size))
         self.deliver()
 
     def demotion(self, layer, columns: int, first: int) -> Callable[[], None]:
-        """A layer is about to demote `columns` columns from `first` on; call the result when it has."""
+        """Called before a layer demotes `columns` tokens per row, from step index `first` on.
+
+        The caller calls the result after the demotion.
+        """
         middle, start = layer.middle, time.perf_counter()
         size, evicted = _bytes(middle), middle.evicted
-        evicted = evicted if evicted is None else evicted.clone()  # it is counted on in place
+        evicted = evicted if evicted is None else evicted.clone()  # it is updated in place
         moves = layer.config.contiguous and layer.config.evicts
         places = _places(layer, seen=layer.token_positions.length) if moves else None
         middle.on_plan = functools.partial(self._plan, layer)
@@ -227,9 +233,9 @@ class Telemetry:
         return done
 
     def _plan(self, layer, scores: Tensor, position: Tensor, tiers: Tensor) -> None:
-        """A plan: its candidates' scores and positions, and their tiers, [B or 1, P, n] of P plans a row.
+        """Report a plan: its candidates' scores, positions and tiers, [B or 1, P, n] of P plans per row.
 
-        All plans of a row keep as many, and a token counts once.
+        All plans of a row keep equally many tokens. A token counts once, not once per plan.
         """
         real, plans = (position >= 0).expand(tiers.shape), tiers.shape[1]
         kept = real & (tiers != Tier.EVICTED)
@@ -246,7 +252,7 @@ class Telemetry:
         self.emit("plan", _of(layer) | dict(candidates=position.shape[-1]), later)
 
     def _dropped(self, layer, before: Tensor | None, places: Tensor | None) -> None:
-        """What follows from a plan that evicts."""
+        """Report the results of a plan that evicts."""
         evicted = layer.middle.evicted
         new = evicted if before is None else evicted - before
         self.emit("eviction", _of(layer), dict(tokens=new.sum(), total=evicted.sum()), nonzero="tokens")
@@ -258,18 +264,18 @@ class Telemetry:
         self.emit("renumbering", _of(layer), later, nonzero="tokens")
 
     def _grown(self, layer) -> list[tuple[str, int, int, int]]:
-        """Buffers with more room than when this was last asked: name, slots before and after, bytes."""
-        found = []
+        """Buffers that have grown since the last call: (name, slots before, slots after, bytes)."""
+        grown = []
         for name, held, capacity, slot in _buffers(layer):
             key = None if name == "timeline" else layer.index
             owner, before = self._capacity.get((key, name), (0, 0))
             before = before if owner == id(held) and before <= capacity else 0
             self._capacity[key, name] = id(held), capacity
             if capacity > before:
-                found.append((name, before, capacity, capacity * slot))
-        return found
+                grown.append((name, before, capacity, capacity * slot))
+        return grown
 
-    # -- compilation, which is the process's, not a cache's
+    # -- compilation: events of the process, not of one cache
 
     def _compile_starts(self, args) -> None:
         self._compiling = time.perf_counter()
@@ -291,35 +297,35 @@ def _bytes(middle) -> int:
 
 
 def _buffers(layer) -> list[tuple[str, object, int, int]]:
-    """Name, owner, slots there is room for and bytes of one, over all rows, of what a layer fills."""
+    """(name, owner, capacity in slots, bytes per slot over all rows) of each buffer of a layer."""
     token_positions = layer.token_positions
-    found = []
+    buffers = []
     if token_positions.buffer is not None:
-        found.append(
+        buffers.append(
             ("timeline", token_positions, token_positions.buffer.shape[1], token_positions.batch * 4)
         )
     if not layer.is_initialized:
-        return found
+        return buffers
     held = {"exact": layer.dense}
     if layer.middle is not None:
         held |= layer.middle.buffers()
     rows = layer.dense["key"].shape[0]
-    return found + [(name, x, x.capacity, rows * x.record_bytes) for name, x in held.items()]
+    return buffers + [(name, x, x.capacity, rows * x.record_bytes) for name, x in held.items()]
 
 
 def _places(layer, seen: int) -> Tensor:
-    """Where each token is read, [B, seen] by its logical position; -1 of those dropped.
+    """Where each token is read, [B, seen] by logical position; -1 for a dropped token.
 
-    Those that are still uncompressed are read where they stand.
+    Uncompressed tokens after the sinks are read at their logical position.
     """
     middle, sinks = layer.middle, layer.config.n_sink
     rows, device = layer.token_positions.batch, layer.token_positions.buffer.device
     demoted = middle._demoted if middle.evicted is not None else torch.zeros(rows, 1, device=device)
-    turn = middle.evicted if middle.evicted is not None else demoted
-    own = torch.arange(seen, device=device).expand(rows, seen)
-    at = torch.where(own < sinks, own + turn.long(), own)
-    at = at.masked_fill((own >= sinks) & (own < sinks + demoted), -1)
-    at = torch.nn.functional.pad(at, (0, 1))  # one more place, for slots that hold no token
+    shift = middle.evicted if middle.evicted is not None else demoted
+    logical = torch.arange(seen, device=device).expand(rows, seen)
+    at = torch.where(logical < sinks, logical + shift.long(), logical)
+    at = at.masked_fill((logical >= sinks) & (logical < sinks + demoted), -1)
+    at = torch.nn.functional.pad(at, (0, 1))  # one extra entry for slots that hold no token
     for tier in middle.tiers:
         if tier.records.count:
             position = middle.position(tier)[:, 0].long()
@@ -329,13 +335,13 @@ def _places(layer, seen: int) -> Tensor:
 
 
 def _fetch(event: dict, later: dict[str, Tensor]) -> Callable[[bool], bool]:
-    """Bring numbers to the host without waiting; the result says whether they are in the event."""
-    names, found = list(later), torch.stack([x.double() for x in later.values()])
-    whole = {name for name, x in later.items() if not x.is_floating_point()}
+    """Copy numbers to the host without waiting. Call the result to ask whether they are in the event."""
+    names, numbers = list(later), torch.stack([x.double() for x in later.values()])
+    integers = {name for name, x in later.items() if not x.is_floating_point()}
 
     def fill(values: list[float]) -> bool:
         for name, x in zip(names, values):
-            number = int(x) if name in whole else x if math.isfinite(x) else None
+            number = int(x) if name in integers else x if math.isfinite(x) else None
             group, _, part = name.partition(" ")
             if part:
                 event.setdefault(group, {})[part] = number
@@ -343,11 +349,11 @@ def _fetch(event: dict, later: dict[str, Tensor]) -> Callable[[bool], bool]:
                 event[group] = number
         return True
 
-    if not found.is_cuda:
-        fill(found.tolist())
+    if not numbers.is_cuda:
+        fill(numbers.tolist())
         return lambda wait: True
-    host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-    host.copy_(found, non_blocking=True)
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
     ready = torch.cuda.Event()
     ready.record()
 
