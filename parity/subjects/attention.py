@@ -381,13 +381,13 @@ def _compare(found: Found, posed: Posed, p: Problem, ours: merge.Partial, where:
     """A partial of the one tier, normalised, and its log-sum-exp."""
     exact = [torch.stack(x) for x in zip(*(part[0] for part in posed.parts))]
     acc = ours.acc.double() @ posed.args[4][:-1].double()
-    mine = [x.double().cpu().reshape(y.shape) for x, y in zip((acc, ours.row_max, ours.total), dense)]
+    mine = [x.double().cpu().reshape(y.shape) for x, y in zip((acc, ours.row_max, ours.row_sum), exact)]
     for x, claim_of in ((0, "output"), (1, "log-sum-exp")):
         if x:
-            a, b = (t[1] + t[2].log() for t in (mine, dense))
+            a, b = (t[1] + t[2].log() for t in (mine, exact))
             a, b = a[exact[2] > 0], b[exact[2] > 0]
         else:
-            a, b = (t[0] / t[2].clamp_min(1e-300)[..., None] for t in (mine, dense))
+            a, b = (t[0] / t[2].clamp_min(1e-300)[..., None] for t in (mine, exact))
         error, name = relative_error(a, b), f"{where} {claim_of}".strip()
         found.near("partials", error, name, dtype=p.dtype, strain=posed.strain)
 
@@ -476,7 +476,7 @@ def _merge(name: str):
             total = 1 + draw.uniform(2, 3, 8) * 9
             gone = draw.chance(0.4, 2, 3, 8) | (torch.tensor(i == 2) & torch.tensor(name == "of no keys"))
             gone[0, 0, 0] = name == "of no keys"
-            dense.append(
+            exact.append(
                 spec.Partial(
                     acc.masked_fill(gone[..., None], 0.0),
                     top.masked_fill(gone, -torch.inf),
