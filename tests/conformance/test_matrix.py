@@ -1,25 +1,32 @@
-"""Family times mode: each decodes as it should, or is refused with a reason."""
+"""The matrix of families and modes: each cell decodes correctly, or is refused with a reason."""
 
 import os
 
 import pytest
 
+from ..marks import FULL
 from .cells import EQUAL, run_cell
 from .families import FAMILIES, KINDS
 from .modes import MODES
 
-#: Of all families with a second version of transformers; the first, of a family of each kind, is quick.
+#: The modes of every family with a second version of transformers. The first mode is quick for one family
+#: of each kind.
 BRIEF = ("greedy, left-padded", "beam")
-#: "short" for a second version of transformers; "full" compiles steps of every family, not of Llama alone,
-#: as `python -m tests.conformance` does.
+CONFIGS = ("safe", "evicting")
+#: "short" runs fewer cells, for a second version of transformers. "full" compiles the steps of every family,
+#: as `python -m tests.conformance` does. By default only the steps of Llama are compiled.
 FORM = os.environ.get("FADE_CONFORMANCE", "")
 
 
 def cells() -> list:
-    """All cells as parameters."""
-    found = []
-    for family in FAMILIES.values():
-        for mode in MODES.values():
+    """All cells as parameters: family, mode, and the configurations with compression.
+
+    Quick cells and cells of Llama use both configurations. The other cells alternate between them, so that
+    each family and each mode occurs with both. All cells use both with `FADE_GRID=full` or a `FORM`.
+    """
+    cases = []
+    for i, family in enumerate(FAMILIES.values()):
+        for j, mode in enumerate(MODES.values()):
             whole = family.name == "Llama"
             if not mode.applies_to(family):
                 continue
@@ -29,11 +36,13 @@ def cells() -> list:
                 continue
             quick = whole and not mode.slow or family.name in KINDS and mode.name == BRIEF[0]
             marks = [] if quick else [pytest.mark.slow]
-            found.append(pytest.param(family, mode, id=f"{family.name}-{mode.name}", marks=marks))
-    return found
+            every = whole or quick or FULL or FORM
+            names = CONFIGS if every else CONFIGS[(i + j) % 2 :][:1]
+            cases.append(pytest.param(family, mode, names, id=f"{family.name}-{mode.name}", marks=marks))
+    return cases
 
 
-@pytest.mark.parametrize("family, mode", cells())
-def test_cell(family, mode):
-    outcome = run_cell(family, mode)
+@pytest.mark.parametrize("family, mode, names", cells())
+def test_cell(family, mode, names):
+    outcome = run_cell(family, mode, names)
     assert outcome.status == EQUAL or outcome.words
