@@ -5,31 +5,30 @@ import os
 import pytest
 
 from ..marks import FULL
-from .cells import EQUAL, run_cell
+from .cells import CONFIGS, EQUAL, configs, run_cell
 from .families import FAMILIES, KINDS
 from .modes import MODES
 
 #: The modes of every family with a second version of transformers. The first mode is quick for one family
 #: of each kind.
 BRIEF = ("greedy, left-padded", "beam")
-CONFIGS = ("safe", "evicting")
 #: "short" runs fewer cells, for a second version of transformers. "full" compiles the steps of every family,
 #: as `python -m tests.conformance` does. By default only the steps of Llama are compiled.
 FORM = os.environ.get("FADE_CONFORMANCE", "")
 
 
 def cells() -> list:
-    """All cells as parameters: family, mode, and the configurations with compression.
+    """All cells as parameters: family, mode, and the names of the configurations.
 
-    Quick cells and cells of Llama use both configurations. The other cells alternate between them, so that
-    each family and each mode occurs with both. All cells use both with `FADE_GRID=full` or a `FORM`.
+    Quick cells and cells of Llama use all configurations. The other cells use one, in turn, so that each
+    family and each mode occurs with all. The first mode of `BRIEF` always includes "off", since it also
+    compares padded rows with rows alone. With `FADE_GRID=full` or a `FORM`, all cells use all configurations.
     """
     cases = []
     for i, family in enumerate(FAMILIES.values()):
-        for j, mode in enumerate(MODES.values()):
+        available = ("off", *configs(family))
+        for j, mode in enumerate(mode for mode in MODES.values() if mode.applies_to(family)):
             whole = family.name == "Llama"
-            if not mode.applies_to(family):
-                continue
             if mode.slow and not whole and FORM != "full":
                 continue
             if FORM == "short" and (mode.slow or not whole and mode.name not in BRIEF):
@@ -37,7 +36,9 @@ def cells() -> list:
             quick = whole and not mode.slow or family.name in KINDS and mode.name == BRIEF[0]
             marks = [] if quick else [pytest.mark.slow]
             every = whole or quick or FULL or FORM
-            names = CONFIGS if every else CONFIGS[(i + j) % 2 :][:1]
+            names = CONFIGS if every else (available[(i + j) % len(available)],)
+            if mode.name == BRIEF[0]:
+                names = tuple(dict.fromkeys(("off", *names)))
             cases.append(pytest.param(family, mode, names, id=f"{family.name}-{mode.name}", marks=marks))
     return cases
 

@@ -29,7 +29,7 @@ def causal(past, q, pads=(0,)):
 
 
 def attention(visible, heads, seed, sharpness=3.0):
-    """Random softmax probabilities [B, H, q, n] with the mask `visible`. A row without a visible token is 0."""
+    """Random softmax probabilities [B, H, q, n] under `visible`. A row without a visible token is 0."""
     generator = torch.Generator().manual_seed(seed)
     shape = (visible.shape[0], heads, *visible.shape[1:])
     logits = sharpness * torch.randn(shape, generator=generator, dtype=torch.float64)
