@@ -489,8 +489,8 @@ def _score_error(layer: TieredLayer, spec: LayerCache) -> float:
         buffers.append((layer.middle.position(tier), tier.records))
     worst = 0.0
     for b, (row,) in enumerate(spec.rows):
-        theirs = _own_scores(layer.config.eviction_policy, row.importance)
-        ours = torch.zeros_like(theirs)
+        specified = _own_scores(layer.config.eviction_policy, row.importance)
+        ours = torch.zeros_like(specified)
         slot = {t.position: i for i, t in enumerate(row.tokens)}
         for position, records in buffers:
             received = {name: records[name] for name in layer.observer.fields}
@@ -500,17 +500,17 @@ def _score_error(layer: TieredLayer, spec: LayerCache) -> float:
                     ours[:, slot[p]] = scores[:, i]
         chosen = torch.tensor([t.position >= layer.config.n_sink for t in row.tokens], dtype=torch.bool)
         if chosen.any():
-            ours, theirs = ours[:, chosen], theirs[:, chosen]
-            if not torch.equal(ours.isnan(), theirs.isnan()):
+            ours, specified = ours[:, chosen], specified[:, chosen]
+            if not torch.equal(ours.isnan(), specified.isnan()):
                 return float("inf")
-            worst = max(worst, relative_error(ours.nan_to_num(), theirs.nan_to_num()))
+            worst = max(worst, relative_error(ours.nan_to_num(), specified.nan_to_num()))
     return worst
 
 
 def _same_tokens(layer: TieredLayer, spec: LayerCache) -> bool:
     """Whether both caches have the same tokens in the same tiers, at the same read positions."""
     for b, (row,) in enumerate(spec.rows):
-        theirs = {
+        specified = {
             (t.position, t.tier, at) for t, at in zip(row.tokens, spec.read_at(row)) if t.tier != Tier.FP16
         }
         ours = set()
@@ -519,7 +519,7 @@ def _same_tokens(layer: TieredLayer, spec: LayerCache) -> bool:
             at = layer.middle.read_at(tier)[b, 0].tolist() if layer.config.contiguous else position
             ours |= {(p, tier.tier, r) for p, r in zip(position, at) if p >= 0}
         exact = {p for p in layer.exact_positions()[b, 0].tolist() if p >= 0}
-        if ours != theirs or exact != {t.position for t in row.tokens if t.tier == Tier.FP16}:
+        if ours != specified or exact != {t.position for t in row.tokens if t.tier == Tier.FP16}:
             return False
     return True
 

@@ -22,12 +22,7 @@ from ..tolerances import ATTENTION, floor, strain
 DIMS, GROUPS, QUERIES = (64, 80, 96, 128, 256), (1, 3, 4, 8), (1, 5, 16)
 ONE = 1 << 30  # slots per mean if all slots share one mean
 SPARE = 64  # slots after the last slot that the compiled version reads, as in the cache
-SPREAD = {
-    8: 0.02,
-    4: 0.3,
-    3: 1.0,
-    2: 1.0,
-}  # of scales, so that decoded numbers have the same size for all bits
+SPREAD = {8: 0.02, 4: 0.3, 3: 1.0, 2: 1.0}  # factor of scales: decoded numbers then have the same size
 
 
 @dataclass(frozen=True)

@@ -187,8 +187,8 @@ def _goes_on(config, *, dtype=torch.float32, padding=0, before=BEFORE, after=AFT
             if name.endswith(("timeline", "position", "read_at", "evicted", "demoted")):
                 found.bits("checkpoint", x)
         pairs = zip(Talk(second, loaded, padding).run(after, ids), talk.run(after, ids))
-        for i, (ours, theirs) in enumerate(pairs):
-            found.holds("checkpoint", _same(ours, theirs), f"logits {i} after it")
+        for i, (ours, original) in enumerate(pairs):
+            found.holds("checkpoint", _same(ours, original), f"logits {i} after it")
         _same_state(found, loaded, cache, "in the end")
 
     return run
@@ -201,8 +201,8 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a == b) | (a != a) & (b != b)).all())
 
 
-def _same_state(found: Found, ours, theirs, when: str) -> None:
-    (a, known), (b, expected) = ours.state_dict(), theirs.state_dict()
+def _same_state(found: Found, ours, original, when: str) -> None:
+    (a, known), (b, expected) = ours.state_dict(), original.state_dict()
     found.holds("checkpoint", known == expected, f"lengths, {when}")
     found.holds("checkpoint", a.keys() == b.keys(), f"names, {when}")
     for name in a.keys() & b.keys():

@@ -146,9 +146,9 @@ def _packing(bits, dim):
         samples = [draw.integers(0, 2**bits, 3, 7, dim), ramp, ramp * 0, ramp * 0 + 2**bits - 1]
         for i, codes in enumerate(samples):
             codes = codes.to(torch.uint8)
-            theirs, there = quantize.pack(codes, bits), codes.to(found.device)
+            specified, there = quantize.pack(codes, bits), codes.to(found.device)
             ours = rotated.pack(there, bits)
-            found.same("packing", ours, theirs, f"pack {i}")
+            found.same("packing", ours, specified, f"pack {i}")
             found.same("packing", rotated.unpack(ours, bits), codes, f"unpack {i}")
             found.same("packing", quantize.unpack(ours.cpu(), bits, dim), codes, f"unpack {i} by the other")
             for dtype, axis in itertools.product(DTYPES, (-1, -2)):

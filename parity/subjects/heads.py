@@ -86,9 +86,9 @@ def _same(found: Found, layer: TieredLayer, spec: LayerCache, where: str) -> Non
     for row, heads in enumerate(spec.rows):
         for head, stored in enumerate(heads):
             tokens = zip(stored.tokens, spec.read_at(stored))
-            theirs = {(t.position, t.tier, at) for t, at in tokens if t.tier != Tier.FP16}
+            specified = {(t.position, t.tier, at) for t, at in tokens if t.tier != Tier.FP16}
             ours = survivors(layer, row, head)
-            found.holds("tokens", ours == theirs, f"{where}, row {row}, head {head}")
+            found.holds("tokens", ours == specified, f"{where}, row {row}, head {head}")
             found.bits("tokens", sorted(ours))
 
 

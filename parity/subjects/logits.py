@@ -54,7 +54,7 @@ def logits(config, dtype, device, seed) -> Iterator[tuple[str, float]]:
     try:
         for i, part in enumerate(ids.split(CHUNKS, dim=1)):
             ours = model(input_ids=part.to(device), **{CACHE_NAME: cache}, use_cache=True).logits
-            theirs = wide(input_ids=part, use_cache=False).logits
-            yield f"step {i}: {part.shape[1]}", relative_error(ours, theirs)
+            specified = wide(input_ids=part, use_cache=False).logits
+            yield f"step {i}: {part.shape[1]}", relative_error(ours, specified)
     finally:
         AttentionInterface.register(fast.NAME, fast.attention)

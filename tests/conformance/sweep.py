@@ -410,8 +410,8 @@ def examine(name: str, tell: Callable[[Found], None]) -> None:
     for config_name, config in configs.items():
         refused = ask(partial(Found, name, config_name), config, pristine, ways, words, tell)
         if 'positions="original"' in refused:
-            own = partial(Found, name, "evicting, own positions")
-            ask(own, OWN_POSITIONS, pristine, ways, words, tell)
+            make = partial(Found, name, "evicting, own positions")
+            ask(make, OWN_POSITIONS, pristine, ways, words, tell)
 
 
 def ask(found: Callable[..., Found], config: FadeConfig, pristine, ways, words, tell) -> str:
@@ -526,14 +526,14 @@ def _child(name: str, pipe) -> None:
 
 def in_process(name: str) -> list[Found]:
     """The outcomes of a class in bounded time, even if its code ends the process."""
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(name, theirs))
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(name, sender))
     process.start()
-    theirs.close()
+    sender.close()
     found, end = [], time.monotonic() + PATIENCE * SECONDS
     with contextlib.suppress(EOFError):
-        while ours.poll(max(0, end - time.monotonic())):
-            found.append(ours.recv())
+        while receiver.poll(max(0, end - time.monotonic())):
+            found.append(receiver.recv())
         process.kill()  # the process has ended, or has sent nothing for too long
     process.join()
     if process.exitcode:

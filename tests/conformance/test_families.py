@@ -115,10 +115,10 @@ def test_every_family_verifies_itself(family):
     assert torch.equal(torch.random.get_rng_state(), state)
     fade_fast.detach(model)
     assert model.config._attn_implementation == twin.config._attn_implementation
-    for (name, ours), (_, theirs) in zip(model.named_modules(), twin.named_modules()):
-        assert ours.training == theirs.training and ours._buffers.keys() == theirs._buffers.keys(), name
-        assert ours.__dict__.keys() == theirs.__dict__.keys(), name
-        assert ours._forward_hooks.keys() == theirs._forward_hooks.keys(), name
-        assert ours._forward_pre_hooks.keys() == theirs._forward_pre_hooks.keys(), name
+    for (name, ours), (_, other) in zip(model.named_modules(), twin.named_modules()):
+        assert ours.training == other.training and ours._buffers.keys() == other._buffers.keys(), name
+        assert ours.__dict__.keys() == other.__dict__.keys(), name
+        assert ours._forward_hooks.keys() == other._forward_hooks.keys(), name
+        assert ours._forward_pre_hooks.keys() == other._forward_pre_hooks.keys(), name
         for buffer, x in ours._buffers.items():
-            assert x is theirs._buffers[buffer] or torch.equal(x, theirs._buffers[buffer]), (name, buffer)
+            assert x is other._buffers[buffer] or torch.equal(x, other._buffers[buffer]), (name, buffer)

@@ -28,14 +28,14 @@ def cells() -> list:
     for i, family in enumerate(FAMILIES.values()):
         available = ("off", *configs(family))
         for j, mode in enumerate(mode for mode in MODES.values() if mode.applies_to(family)):
-            whole = family.name == "Llama"
-            if mode.slow and not whole and FORM != "full":
+            is_llama = family.name == "Llama"
+            if mode.slow and not is_llama and FORM != "full":
                 continue
-            if FORM == "short" and (mode.slow or not whole and mode.name not in BRIEF):
+            if FORM == "short" and (mode.slow or not is_llama and mode.name not in BRIEF):
                 continue
-            quick = whole and not mode.slow or family.name in KINDS and mode.name == BRIEF[0]
+            quick = is_llama and not mode.slow or family.name in KINDS and mode.name == BRIEF[0]
             marks = [] if quick else [pytest.mark.slow]
-            every = whole or quick or FULL or FORM
+            every = is_llama or quick or FULL or FORM
             names = CONFIGS if every else (available[(i + j) % len(available)],)
             if mode.name == BRIEF[0]:
                 names = tuple(dict.fromkeys(("off", *names)))

@@ -171,8 +171,8 @@ def test_larger_budgets_keep_supersets(planner):
 
 def test_ties_and_nan():
     position = torch.tensor([5, 6, 7, 8])
-    assert pol.plan(torch.ones(4), position, 2, 1).tolist() == [6, 4, 2, 2]  # the older loses,
-    assert pol.plan(torch.ones(4), position.flip(0), 2, 1).tolist() == [2, 2, 4, 6]  # anywhere
+    assert pol.plan(torch.ones(4), position, 2, 1).tolist() == [6, 4, 2, 2]  # the oldest token loses,
+    assert pol.plan(torch.ones(4), position.flip(0), 2, 1).tolist() == [2, 2, 4, 6]  # in any slot
     nan = torch.tensor([math.nan, -math.inf, math.nan, -1e300]).double()
     assert pol.plan(nan, position, 1, 1).tolist() == [6, 4, 6, 2]
     assert pol.plan(nan, position, 2, 1).tolist() == [6, 2, 4, 2]
@@ -213,14 +213,14 @@ def test_bad_plans_raise(planner, call):
 
 
 def test_adaptive_splits_by_share_of_mass():
-    mass = torch.tensor([50.0, 30.0, 11.0, 4.0, 4.5, 0.3, 0.2])  # 100 in all
+    mass = torch.tensor([50.0, 30.0, 11.0, 4.0, 4.5, 0.3, 0.2])  # the sum is 100
     position = torch.arange(7)
 
     def codes(*budgets):
         return pol.adaptive_plan(mass, position, *budgets).tolist()
 
-    assert codes(100, 100) == [2, 2, 2, 4, 4, 6, 6]  # those before hold 91, 95.5 and 99.5
-    assert codes(2, 100) == [2, 2, 4, 4, 4, 6, 6]  # high beyond the budget goes to INT2
+    assert codes(100, 100) == [2, 2, 2, 4, 4, 6, 6]  # the better tokens have 91, 95.5 and 99.5
+    assert codes(2, 100) == [2, 2, 4, 4, 4, 6, 6]  # tokens above the INT4 budget go to INT2
     assert codes(2, 2) == [2, 2, 4, 6, 4, 6, 6]
     assert codes(100, 1) == [2, 2, 2, 4, 2, 6, 6]  # INT2 is full, INT4 is not
     assert codes(100, 0) == [2, 2, 2, 2, 2, 6, 6]
@@ -276,7 +276,7 @@ def test_aggregate_is_bit_equal_in_any_order_of_heads():
         assert torch.equal(pol.aggregate(shuffled, scope), pol.aggregate(scores, scope))
 
 
-# ---------------------------------------------------------------- every policy, every scope
+# ---------------------------------------------------------------- each policy with each scope
 
 
 def test_the_registry_holds_every_policy():
