@@ -1,4 +1,4 @@
-"""Print on one line the versions that tests run with."""
+"""Print the versions for the tests on one line."""
 
 import platform
 

@@ -1,1 +1,1 @@
-"""Proves that `fade_fast` computes what `fade_ref` says."""
+"""Tests whether `fade_fast` computes the same as the specification `fade_ref`."""

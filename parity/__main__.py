@@ -1,8 +1,8 @@
-"""`python -m parity`: proves on this machine that fade_fast is fade_ref.
+"""`python -m parity`: tests on this machine whether fade_fast agrees with fade_ref.
 
-python -m parity                      every case; exit code 1 if one fails
-python -m parity compare A.json B.json  which cases differ between two machines; 1 if bits do
-python -m parity mutate               corrupts the kernels in turn; 1 if a corruption goes unnoticed
+python -m parity                        runs every case; the exit code is 1 if a case fails
+python -m parity compare A.json B.json  lists the differences between two machines; 1 if bits differ
+python -m parity mutate                 corrupts one kernel at a time; 1 if no case notices a corruption
 """
 
 import argparse
@@ -27,40 +27,42 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    top.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where fade_fast runs")
-    top.add_argument("--dtype", choices=DTYPES, help="of the cases of one dtype, only those of this one")
-    top.add_argument("--only", default="", metavar="PATTERN", help="cases whose subject/group/name has it")
+    top.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device of fade_fast")
+    top.add_argument("--dtype", choices=DTYPES, help="skip the cases of other dtypes")
+    only = "run the cases whose subject/group/name contains PATTERN"
+    top.add_argument("--only", default="", metavar="PATTERN", help=only)
     top.add_argument(
         "--compiled",
         default="some",
         choices=twins.CHOICES,
-        help="cases that run compiled where fade_fast compiles, on a GPU: by default some, which share "
-        "their shapes; the others run eagerly there",
+        help="which cases run compiled on a GPU. The default is some: these cases share their shapes. "
+        "The other cases run eagerly.",
     )
-    jobs = "processes that share the cases: 1, on a GPU up to 8, unless you say otherwise"
+    jobs = "number of processes that share the cases. The default is 1, and up to 8 on a GPU."
     top.add_argument("--jobs", type=int, metavar="N", help=jobs)
-    top.add_argument("--seed", default=0, type=int, help="of all inputs; 0 unless you say otherwise")
-    top.add_argument("--json", metavar="FILE", help="write what was found, for `compare`")
-    top.add_argument("--markdown", metavar="FILE", help="write the tables and the claims")
+    top.add_argument("--seed", default=0, type=int, help="seed of all inputs, 0 by default")
+    top.add_argument("--json", metavar="FILE", help="write the results to FILE, for `compare`")
+    top.add_argument("--markdown", metavar="FILE", help="write the tables and the claims to FILE")
     commands = top.add_subparsers(dest="command", metavar="")
     two = commands.add_parser("compare", help="compare two reports")
     two.add_argument("one", metavar="A.json")
     two.add_argument("other", metavar="B.json")
-    mutate = commands.add_parser("mutate", help="show that corrupted kernels are noticed")
-    mutate.add_argument("--only", default="", metavar="PATTERN", help="mutants whose name has it")
+    mutate = commands.add_parser("mutate", help="test whether the cases notice corrupted kernels")
+    only = "run the mutants whose name contains PATTERN"
+    mutate.add_argument("--only", default="", metavar="PATTERN", help=only)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code: 0, 1 if something does not agree, 2 if it cannot run."""
+    """Run the command. The exit code is 0, 1 if a result does not agree, or 2 if the command cannot run."""
     args = parser().parse_args(argv)
     logging.set_verbosity_error()
-    torch.set_num_threads(1)  # tensors are tiny here: threads would wait for each other
+    torch.set_num_threads(1)  # the tensors are tiny: threads would wait for each other
     warnings.filterwarnings("ignore", message=".*non-contiguous.*")
     try:
         if args.command == "compare":
-            said, differ = report.compare(report.read(args.one), report.read(args.other))
-            print(said)
+            text, differ = report.compare(report.read(args.one), report.read(args.other))
+            print(text)
             return int(differ)
         if args.command == "mutate":
             return mutants.main(args.only)
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args) -> int:
-    """Every case that was asked for."""
+    """Run every case that the arguments select."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
     cases = [c for c in subjects.collect(DTYPES.get(args.dtype)) if args.only in c.title]
@@ -83,25 +85,25 @@ def run(args) -> int:
     start, busy, graphs = time.perf_counter(), _busy(), 0
     outcomes: list = [None] * len(cases)
     with tqdm(total=len(cases), unit="case", leave=False, disable=None) as bar:
-        for place, outcome in pool.performed(cases, args.device, args.seed, args.compiled, jobs):
-            outcomes[place] = outcome
+        for index, outcome in pool.performed(cases, args.device, args.seed, args.compiled, jobs):
+            outcomes[index] = outcome
             graphs += len(outcome.ran.graphs)
-            bar.set_description(cases[place].subject)
+            bar.set_description(cases[index].subject)
             bar.set_postfix(compiled=graphs, refresh=False)
             bar.update()
     where = report.machine(args.device, args.seed) | dict(compiled=args.compiled)
-    found = report.record(outcomes, where, time.perf_counter() - start, _busy() - busy)
-    print(report.text(found))
+    results = report.record(outcomes, where, time.perf_counter() - start, _busy() - busy)
+    print(report.text(results))
     if args.json:
-        report.write(found, args.json)
+        report.write(results, args.json)
     if args.markdown:
         with whole(args.markdown) as path:
-            path.write_text(report.markdown(found), encoding="utf-8")
-    return int(bool(report.failures(found)))
+            path.write_text(report.markdown(results), encoding="utf-8")
+    return int(bool(report.failures(results)))
 
 
 def _busy() -> float:
-    """Seconds that the processor has worked for this process and for those that it started and saw end."""
+    """CPU seconds of this process and of the child processes that have ended."""
     spent = os.times()
     return spent.user + spent.system + spent.children_user + spent.children_system
 

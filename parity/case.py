@@ -1,4 +1,4 @@
-"""What a case is, what it finds, and the inputs that all cases draw from."""
+"""The classes of a case and its results, and the random inputs of all cases."""
 
 import hashlib
 import zlib
@@ -14,14 +14,14 @@ from .tolerances import CLAIMS
 
 @dataclass
 class Check:
-    """The worst that a case found about one claim.
+    """The worst result of a case for one claim.
 
     Attributes:
-        claim: which one, a key of `tolerances.CLAIMS`.
-        error, allowed: how far both packages are apart where that is worst against what is allowed;
-            of claims bit for bit, how many elements differ, and 0.
-        where: which part of the case that was.
-        digest: SHA-256 of all the bits that were compared, for claims bit for bit; else "".
+        claim: the name of the claim, a key of `tolerances.CLAIMS`.
+        error, allowed: the error with the largest ratio to its tolerance, and that tolerance. For a
+            claim bit for bit, `error` is the number of elements that differ, and `allowed` is 0.
+        where: the part of the case that has this error.
+        digest: for a claim bit for bit, the SHA-256 of all bits that were compared. Otherwise "".
     """
 
     claim: str
@@ -32,11 +32,11 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.allowed  # NaN does not
+        return self.error <= self.allowed  # False for NaN
 
     @property
     def excess(self) -> float:
-        """Error over what is allowed; above 1 it fails."""
+        """The error divided by the tolerance. The check fails above 1."""
         if self.passed:
             return self.error / self.allowed if self.allowed else 0.0
         return self.error / self.allowed if self.allowed and self.error == self.error else float("inf")
@@ -44,12 +44,12 @@ class Check:
 
 @dataclass
 class Found:
-    """What a case writes down. A claim may be checked many times; the worst time is kept.
+    """Collects the results of a case. A case may check a claim many times. The worst check is kept.
 
     Attributes:
-        device: where fade_fast runs.
-        fused: whether it runs compiled there, as far as it compiles anything.
-        ran: what ran compiled so far.
+        device: the device that runs fade_fast.
+        fused: whether fade_fast runs compiled code on this device.
+        ran: the compiled graphs that ran so far.
     """
 
     device: str = "cpu"
@@ -59,14 +59,14 @@ class Found:
     _bits: dict = field(default_factory=dict)
 
     def near(self, claim: str, error: float, where="", *, dtype=torch.float64, strain: float = 0.0) -> None:
-        """An error that must lie within the claim's tolerance for `dtype`, plus `strain`.
+        """Check that an error is within the claim's tolerance for `dtype`, plus `strain`.
 
-        `strain` is what the input itself makes of a rounding, see `tolerances.strain`.
+        `strain` is the part of the error that this input adds, see `tolerances.strain`.
         """
         self._keep(Check(claim, float(error), CLAIMS[claim].allows(dtype) + strain, str(where)))
 
     def same(self, claim: str, ours: Tensor | None, exact: Tensor | None, where="") -> None:
-        """Two tensors that must agree bit for bit, dtypes apart; a NaN equals a NaN."""
+        """Check that two tensors agree bit for bit. Their dtypes may differ. A NaN equals a NaN."""
         if ours is None or exact is None:
             differing = int(ours is not exact)
         elif ours.shape != exact.shape:
@@ -80,11 +80,11 @@ class Found:
         self._keep(Check(claim, differing, 0.0, str(where)))
 
     def holds(self, claim: str, truth: bool, where="") -> None:
-        """Something that must be so."""
+        """Check that `truth` is True."""
         self._keep(Check(claim, int(not truth), 0.0, str(where)))
 
     def refused(self, call: Callable, *names: str) -> None:
-        """`call` must raise `ValueError`, with a message that holds all `names`."""
+        """Check that `call` raises `ValueError` with a message that contains all `names`."""
         try:
             call()
         except ValueError as error:
@@ -94,7 +94,7 @@ class Found:
             self.holds("refusal", False, "nothing was refused")
 
     def bits(self, claim: str, x) -> None:
-        """Let a claim's digest cover `x`: a tensor, or anything whose `repr` says all."""
+        """Add `x` to the digest of a claim: a tensor, or an object whose `repr` is complete."""
         digest = self._bits.setdefault(claim, hashlib.sha256())
         if isinstance(x, Tensor):
             x = x.detach().cpu().contiguous()
@@ -110,7 +110,7 @@ class Found:
             self.checks[check.claim] = check
 
     def finish(self) -> list[Check]:
-        """Every check, with its digest."""
+        """All checks, with their digests."""
         for claim, digest in self._bits.items():
             if claim in self.checks:
                 self.checks[claim].digest = digest.hexdigest()
@@ -119,16 +119,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that is compared.
+    """One comparison of both packages.
 
     Attributes:
-        subject: what of the packages it is about; tables are grouped by it, and by `group`.
+        subject: the part of the packages that the case compares. Tables are grouped by it, and by `group`.
         name: unique within the group.
-        run: does it, given where to write down what it finds, and a seed.
-        covers: names of what the registries list, such as "policy h2o"; see `subjects.REGISTRIES`.
-        dtype: what `--dtype` selects by; None where a case has all, or none.
-        known: what is wrong, of a bug that is known: such a case is shown, and does not fail a run.
-        compiled: whether it is one of the cases that run compiled by default, see `twins`.
+        run: a function that runs the case. It takes a `Found` for the results, and a seed.
+        covers: the registered names that the case covers, such as "policy h2o"; see `subjects.registries`.
+        dtype: the dtype that `--dtype` selects. None if the case uses all dtypes, or none.
+        known: the description of a known bug. Such a case is reported, but the run does not fail.
+        compiled: whether the case runs compiled by default, see `twins`.
     """
 
     subject: str
@@ -147,7 +147,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What became of a case: its checks, or the exception that ended it, and what ran compiled."""
+    """The result of a case: its checks, the exception if there was one, and the compiled graphs."""
 
     case: Case
     checks: list[Check]
@@ -160,7 +160,7 @@ class Outcome:
 
 
 def perform(case: Case, device: str = "cpu", seed: int = 0, compiled: str = "some") -> Outcome:
-    """Run a case. An exception in it is its failure. `compiled`: see `twins.CHOICES`."""
+    """Run a case. The case fails if it raises an exception. `compiled`: see `twins.CHOICES`."""
     with twins.allowed(twins.wanted(compiled, case.compiled)) as ran:
         found, raised = Found(device, twins.fused(device), ran), ""
         try:
@@ -172,16 +172,17 @@ def perform(case: Case, device: str = "cpu", seed: int = 0, compiled: str = "som
 
 
 class Draw:
-    """Seeded random inputs, the same bits on every machine.
+    """Seeded random inputs, with the same bits on every machine.
 
-    Reals lie on a grid of 2^-12, so that the last bit of a machine's logarithm leaves no trace.
+    Real numbers are multiples of 2^-12. Logarithms differ between machines in the last bit, and this grid
+    removes the difference.
     """
 
     def __init__(self, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *size: int) -> Tensor:
-        """float64, of mean 0 and variance 1."""
+        """float64 with mean 0 and variance 1."""
         x = torch.randn(*size, generator=self.generator, dtype=torch.float64)
         return (x * 4096).round() / 4096
 
@@ -206,12 +207,12 @@ class Draw:
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of the exact tensor, or alone where that is 0.
+    """Norm of the difference divided by the norm of the exact tensor. If that norm is 0, no division.
 
-    NaN and infinity never pass for small.
+    If the error is NaN or infinite, the result is infinite.
     """
     difference = ours.detach().cpu().double() - exact
     peak = float(exact.abs().max()) if exact.numel() else 0.0
-    scale = peak or 1.0  # squares of denormals would vanish
+    scale = peak or 1.0  # squares of denormals would underflow
     error = (difference / scale).norm() / ((exact / scale).norm() if peak else 1.0)
     return float("inf") if not error.isfinite() else float(error)

@@ -1,4 +1,4 @@
-"""What is compared: one function a subject, each running both packages on the same input."""
+"""The comparisons: each function runs both packages on the same input. There is one function per subject."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from .case import relative_error
 
 @dataclass(frozen=True)
 class Shape:
-    """Batch rows, KV heads, query heads a KV head, channels a head; dtype and device of the model."""
+    """Batch rows, KV heads, query heads per KV head, channels per head; dtype and device of the model."""
 
     batch: int = 2
     heads: int = 2
@@ -39,7 +39,7 @@ class Shape:
     device: str = "cpu"
 
     def random(self, *, queries: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [B, H * group, q, D], keys and values [B, H, q, D]; keys carry a channel offset."""
+        """Query [B, H * group, q, D], keys and values [B, H, q, D]; keys have an offset per channel."""
         draw = lambda heads: torch.randn(  # noqa: E731
             self.batch, heads, queries, self.head_dim, generator=generator, dtype=torch.float64
         )
@@ -50,16 +50,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Codes:
-    """How the codes of one encoding differ."""
+    """The differences between the codes of both packages, for one encoding."""
 
     total: int
-    differing: int  # where scale and zero agree
+    differing: int  # counted where scale and zero point agree
     furthest: int  # largest difference between two such codes
-    scale_error: float  # relative, largest over scales and zeros
+    scale_error: float  # the largest relative error of a scale or zero point
 
 
 def codes(x: Tensor, bits: int, *, centred: bool = True, device: str = "cpu") -> Codes:
-    """Encode x [B, H, n, D] with both packages, the fast one on `device`."""
+    """Encode x [B, H, n, D] with both packages. fade_fast runs on `device`."""
     matrix = qr_rotation(x.shape[-1])
     mean = key_mean(x) if centred else None
     codec = RotatedCodec(bits, x.shape[-1], matrix)
@@ -73,8 +73,10 @@ def codes(x: Tensor, bits: int, *, centred: bool = True, device: str = "cpu") ->
 def codes_of_both(
     keys: Tensor, values: Tensor, bits: int, *, block: int | None = None, device: str = "cpu"
 ) -> tuple[Codes, Codes]:
-    """The same of keys and values [B, H, n, D] encoded together, as blocks are, or prompts, of which each
-    `block` has a mean."""
+    """Encode keys and values [B, H, n, D] together, as the cache encodes blocks and prompts.
+
+    A prompt has one key mean per `block` tokens. Without `block` there is one mean.
+    """
     dim, size = keys.shape[-1], block or keys.shape[2]
     means = key_mean(keys.unflatten(2, (-1, size))).squeeze(3)
     mean, matrix = means.repeat_interleave(size, dim=2), qr_rotation(dim)
@@ -87,11 +89,11 @@ def codes_of_both(
 
 
 def differing_codes(spec: Record, ours: rotated.Packed, bits: int, dim: int) -> Codes:
-    """How the fast package's codes differ from the specified ones.
+    """The differences between the codes of fade_fast and the specified codes.
 
-    Uniform codes are compared where scale and zero agree: they are chosen by these. Lloyd-Max scales are
-    compared where all codes of a vector agree, for they are chosen by those; and codes where the scale is
-    not stored as 0, which would make them meaningless.
+    Uniform codes depend on scale and zero point, so they are compared where both agree. Lloyd-Max scales
+    depend on the codes, so they are compared where all codes of a vector agree. If a Lloyd-Max scale is
+    stored as 0, its codes have no meaning and are not compared.
     """
     a = quantize.unpack(spec.codes, bits, dim).int()
     b = quantize.unpack(ours.codes, bits, dim).int()
@@ -110,33 +112,34 @@ def differing_codes(spec: Record, ours: rotated.Packed, bits: int, dim: int) -> 
 
 @dataclass(frozen=True)
 class ProductCodes:
-    """How the codes of one product quantisation differ."""
+    """The differences between the codes of both packages, for one product quantization."""
 
     total: int
     differing: int
-    excess: float  # distance beyond the nearest centroid's, over its rounding: see `product_codes`
+    excess: float  # excess distance to the nearest centroid, in units of rounding: see `product_codes`
 
 
 def product_codes(x: Tensor, codebook: Tensor, *, device: str = "cpu") -> ProductCodes:
     """Encode x [B, H, n, D] with both packages, given a codebook [m, k, w] or [H, m, k, w].
 
-    How much further than the nearest our centroid c is, is told in eps (|x| + |c|)^2 of its stretch of
-    x, with the eps of the dtype that the kernel computes in: what a tie is to its products.
+    `excess` compares the centroid c of fade_fast with the nearest centroid: the difference of their squared
+    distances to a subvector of x. Its unit is eps (|x| + |c|)^2 with the eps of the kernel's dtype. This unit
+    is the rounding of the kernel's products, so a tie is at most 1.
     """
     ours = tables.encode(x.to(device), codebook.to(device)).cpu()
     books = codebook.double().expand(x.shape[1], *codebook.shape[-3:])
-    theirs = torch.stack([product.encode(y, b) for y, b in zip(x.double().unbind(1), books)], dim=1)
+    specified = torch.stack([product.encode(y, b) for y, b in zip(x.double().unbind(1), books)], dim=1)
     parts = x.double().unflatten(-1, (codebook.shape[-3], -1))
 
-    def named(codes: Tensor) -> Tensor:
-        found = torch.stack([product.decode(c, b) for c, b in zip(codes.unbind(1), books)], dim=1)
-        return found.view_as(parts)
+    def centroids(codes: Tensor) -> Tensor:
+        decoded = torch.stack([product.decode(c, b) for c, b in zip(codes.unbind(1), books)], dim=1)
+        return decoded.view_as(parts)
 
-    mine, nearest = named(ours), named(theirs)
-    further = (mine - parts).square().sum(-1) - (nearest - parts).square().sum(-1)
-    size = (mine.norm(dim=-1) + parts.norm(dim=-1)).square()
+    chosen, nearest = centroids(ours), centroids(specified)
+    further = (chosen - parts).square().sum(-1) - (nearest - parts).square().sum(-1)
+    size = (chosen.norm(dim=-1) + parts.norm(dim=-1)).square()
     eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-    excess = (further / (eps * size).clamp_min(1e-300))[ours != theirs]
+    excess = (further / (eps * size).clamp_min(1e-300))[ours != specified]
     return ProductCodes(ours.numel(), excess.numel(), float(excess.max()) if excess.numel() else 0.0)
 
 
@@ -151,10 +154,10 @@ def product_attention(
     per_head: bool = False,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Relative errors of attention over `length` coded tokens, a third of them holes.
+    """Relative errors of attention over `length` coded tokens. A third of the tokens are padding.
 
-    Pairs are those of keys and values. The first query of batch row 0 sees nothing. Of the kernel's
-    partial, what is left out is the largest score of rows that see nothing, where the packages differ.
+    The pairs `widths` and `centroids` are for keys and values. The first query of batch row 0 sees no key.
+    The packages use different row maxima for a row without keys, so these row maxima are not compared.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -165,8 +168,8 @@ def product_attention(
         torch.randint(0, k, (batch, heads, length, dim // w), generator=generator, dtype=torch.uint8)
         for w, k in zip(widths, centroids)
     ]
-    hole = torch.rand(batch, length, generator=generator) < 1 / 3
-    key_position = torch.arange(length).expand(batch, -1).masked_fill(hole, -1)
+    padded = torch.rand(batch, length, generator=generator) < 1 / 3
+    key_position = torch.arange(length).expand(batch, -1).masked_fill(padded, -1)
     query_position = torch.arange(length - queries, length).expand(batch, -1).clone()
     query_position[0, 0] = -1
     terms = spec_attention.Terms(dim**-0.5, softcap)
@@ -174,13 +177,14 @@ def product_attention(
     parts = []
     for b in range(batch):
         for h in range(heads):
-            own = slice(h * shape.group, (h + 1) * shape.group)
+            group = slice(h * shape.group, (h + 1) * shape.group)
             pair = tuple(book[h if per_head else 0].double() for book in books)
             args = (*(c[b, h : h + 1] for c in codes), pair, query_position[b], key_position[b], terms)
-            parts.append(spec_attention.over_tables(query[b, own].double(), *args))
+            parts.append(spec_attention.over_tables(query[b, group].double(), *args))
     folded = (batch, heads, shape.group * queries)
     exact = [torch.stack(x).reshape(*folded, *x[0].shape[2:]) for x in zip(*parts)]
-    poisoned = [c.masked_fill(hole[:, None, :, None], 255) for c in codes]  # may name no centroid
+    # Code 255 may have no centroid.
+    poisoned = [c.masked_fill(padded[:, None, :, None], 255) for c in codes]
     books = [book if per_head else book[0] for book in books]
     sides = [x.to(shape.device) for pair in zip(poisoned, books) for x in pair]
     rows = query.reshape(*folded, dim).to(shape.device) * terms.scaling
@@ -199,7 +203,7 @@ def product_attention(
 
 
 def mirror(layer: KVLayer, spec: LayerCache) -> LayerCache:
-    """A specification cache that holds exactly the codes of a fast layer, for `spec`'s model."""
+    """A specification cache with exactly the codes of a layer of fade_fast, for the model of `spec`."""
     options = dict(codebooks=spec.codebooks) | spec.learned
     shape = len(spec.rows), layer.heads, spec.head_dim
     twin = LayerCache(layer.config, *shape, spec.rope, spec.terms, **options)
@@ -212,23 +216,23 @@ def mirror(layer: KVLayer, spec: LayerCache) -> LayerCache:
     for b in range(len(spec.rows)):
         row = Row(layer.heads)
         row.seen = int((positions[b] >= 0).sum())
-        column = {int(p): c for c, p in enumerate(positions[b].tolist()) if p >= 0}
+        step_index = {int(p): i for i, p in enumerate(positions[b].tolist()) if p >= 0}
         for slot, p in enumerate(exact[b]):
             if p >= 0:
-                row.tokens.append(Token(p, column[p], Tier.FP16, *(x[b, :, slot] for x in dense)))
+                row.tokens.append(Token(p, step_index[p], Tier.FP16, *(x[b, :, slot] for x in dense)))
         for tier, position, mean, sides in tiers:
             for slot, p in enumerate(position[b]):
                 if p >= 0:
                     records = (_record(side, b, slot) for side in sides)
-                    own = mean[b, :, slot if mean.shape[2] > 1 else 0, None]
-                    row.tokens.append(Token(p, column[p], tier, *records, own))
+                    token_mean = mean[b, :, slot if mean.shape[2] > 1 else 0, None]
+                    row.tokens.append(Token(p, step_index[p], tier, *records, token_mean))
         row.tokens.sort(key=lambda t: t.position)
         twin.rows[b] = [row]
     return twin
 
 
 def _original_keys(layer: KVLayer) -> Tensor:
-    """Keys of uncompressed tokens as they came: sinks of rows that lost tokens are kept beside."""
+    """The original keys of uncompressed tokens. A row with evictions stores original sink keys apart."""
     keys = layer.dense["key"].clone()
     sinks = keys[:, :, : layer.dense.sink_keys.shape[2]]
     sinks.copy_(torch.where((layer.middle.evicted == 0)[..., None, None], sinks, layer.dense.sink_keys))
@@ -236,7 +240,7 @@ def _original_keys(layer: KVLayer) -> Tensor:
 
 
 def _of_tier(middle, tier) -> tuple[Tier, list, Tensor, list[rotated.Packed]]:
-    """A tier's positions, means, and codes of keys and values, on the CPU: copied once for all tokens."""
+    """Positions, means and codes of a tier on the CPU. One copy serves all tokens."""
     count = tier.records.count
     if tier.tier == Tier.PQ:
         sides = [rotated.Packed(tier.records[f"{side}_codes"].cpu(), None, None) for side in ("key", "value")]
@@ -246,9 +250,9 @@ def _of_tier(middle, tier) -> tuple[Tier, list, Tensor, list[rotated.Packed]]:
             torch.empty(*sides[0][0].shape[:2], 1, 0),
             sides,
         )
-    fields = tier.fields()
     sides = [
-        [None if x is None else x.cpu() for x in unpack_record(fields, side)] for side in ("key", "value")
+        [None if x is None else x.cpu() for x in unpack_record(tier.fields(), side)]
+        for side in ("key", "value")
     ]
     mean = middle.mean(0, count).double().cpu() if count else torch.empty(0)
     return tier.tier, middle.position(tier)[:, 0].tolist(), mean, [rotated.Packed(*x) for x in sides]
@@ -263,37 +267,37 @@ def _record(side: rotated.Packed, b: int, slot: int) -> Record | Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a trace: what was compared after it."""
+    """The comparisons after one step of a trace."""
 
-    output_error: float  # against the specification with the same codes
-    same_tokens: bool  # positions, tiers and read positions agree with an independent run
-    middle: int  # compressed tokens that were attended
-    score_error: float = 0.0  # of what tokens beyond the sinks received, against the independent run
-    same_records: bool = True  # no byte of a token that kept its tier has changed
-    same_lengths: bool = True  # columns, and tokens by tier
-    state: tuple = ()  # all that `same_tokens` is about, for a digest
-    stored_error: float = 0.0  # of what is stored, decoded, against the independent run; after the last step
-    codes: tuple[Tensor, Tensor] | None = None  # of tier PQ, both packages'; after the last step
+    output_error: float  # compared with the specification on the same codes
+    same_tokens: bool  # whether positions, tiers and read positions agree with an independent run
+    middle: int  # the number of compressed tokens in this attention
+    score_error: float = 0.0  # scores of tokens after the sinks, compared with the independent run
+    same_records: bool = True  # whether the bytes of each token that kept its tier are unchanged
+    same_lengths: bool = True  # whether the lengths and the numbers of tokens per tier agree
+    state: tuple = ()  # the state that `same_tokens` compares, for a digest
+    stored_error: float = 0.0  # decoded tokens compared with the independent run; only in the last step
+    codes: tuple[Tensor, Tensor] | None = None  # codes of tier PQ in both packages; only in the last step
 
 
 def policy_weights(seed: int = 0) -> dict[str, Tensor]:
-    """Random weights of the `learned` policy's network."""
+    """Random weights for the network of the `learned` policy."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) / 2 for name, shape in policies.MLP.items()}
 
 
 def codebooks(head_dim: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random codebooks of a model of one layer, float16, spread as `Shape.random` spreads keys and values."""
+    """Random float16 codebooks of a one-layer model, distributed as keys and values of `Shape.random`."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    books = {}
     for side, width, centroids in (("key", 4, 64), ("value", 2, 16)):
         x = torch.randn(centroids, head_dim, generator=generator, dtype=torch.float64)
         x += torch.linspace(-4, 4, head_dim, dtype=torch.float64) if side == "key" else 0
-        found[f"0.{side}"] = x.unflatten(-1, (-1, width)).transpose(0, 1).half().contiguous()
-    return found
+        books[f"0.{side}"] = x.unflatten(-1, (-1, width)).transpose(0, 1).half().contiguous()
+    return books
 
 
-#: What a step of a trace may be: columns that come, or a change of those there are.
+#: A step of a trace: the number of new tokens per row, or a change of the stored tokens.
 Change = int | tuple[str, int] | tuple[str, list[int]]
 
 
@@ -309,14 +313,13 @@ def trace(
     terms: dict | spec_attention.Terms | None = None,
     seed: int = 0,
 ) -> Iterator[Step]:
-    """Run one layer of both packages over random tokens, `steps` being the columns of each step.
+    """Run one layer of both packages over random tokens. `steps` has the number of tokens of each step.
 
-    `padding[b]` columns of row b are padding in the first step; `holes[i]` columns of step i are
-    padding in row 0. Before step i the newest `crops[i]` columns are forgotten, then row j becomes what
-    row `order[i][j]` was. A step ("crop", n) forgets the newest n columns, or as many as it may;
-    ("reorder", rows) puts rows in the places of those there are, ("select", rows) keeps rows in that
-    order, and ("repeat", n) has each n times. `terms` are the model's: softcap, window and s_aux, if it
-    has any.
+    In the first step, the first `padding[b]` tokens of row b are padding. In step i, the first `holes[i]`
+    tokens of row 0 are padding. Before step i the caches drop the newest `crops[i]` tokens of each row, then
+    row j becomes the previous row `order[i][j]`. A step ("crop", n) drops the newest n tokens, or fewer if n
+    is not allowed. ("reorder", rows) replaces the rows, ("select", rows) keeps these rows in this order, and
+    ("repeat", n) repeats each row n times. `terms` are the model's softcap, window and s_aux, if it has any.
     """
     by_network = config.eviction_policy == "learned"
     model = _model(shape).to(shape.device)
@@ -348,8 +351,9 @@ def trace(
             for b, n in enumerate(padding if i == 0 else ()):
                 valid[b, :n] = False
             valid[0, : (holes or {}).get(i, 0)] = False
-            hole = ~valid[:, None, :, None]
-            keys, values = keys.masked_fill(hole, torch.nan), values.masked_fill(hole, torch.nan)  # poison
+            padded = ~valid[:, None, :, None]
+            # NaN in the padding shows whether a kernel reads padding.
+            keys, values = (x.masked_fill(padded, torch.nan) for x in (keys, values))
             layer.compact()
             twin = mirror(layer, spec) if layer.length else spec
             attended = layer.middle.count if layer.has_middle else 0
@@ -389,13 +393,13 @@ def trace(
 
 
 def _options(terms: spec_attention.Terms, shape: Shape) -> dict:
-    """Of the attention function, what `terms` asks for."""
+    """The arguments of the attention function for `terms`."""
     s_aux = None if terms.s_aux is None else terms.s_aux.to(shape.dtype).to(shape.device)
     return dict(scaling=terms.scaling, softcap=terms.softcap, sliding_window=terms.window, s_aux=s_aux)
 
 
 def _change(cache, spec: LayerCache, what: str, how) -> None:
-    """Crop both, or change their rows."""
+    """Crop both caches, or change their rows."""
     if what == "crop":
         free = spec.columns - spec.boundary if spec.boundary > spec.config.n_sink else spec.columns
         n = min(how, free, spec.columns - 1)
@@ -411,16 +415,16 @@ def _change(cache, spec: LayerCache, what: str, how) -> None:
 
 
 def _records(layer: KVLayer) -> dict[tuple, tuple]:
-    """The bytes of every compressed token, by row, position and tier."""
-    found = {}
+    """The bytes of each compressed token. The keys are (row, position, tier)."""
+    records = {}
     for tier in layer.middle.tiers if layer.is_initialized and layer.has_middle else ():
         name, position, mean, sides = _of_tier(layer.middle, tier)
         parts = [x for side in sides for x in side if x is not None]
         for b, slot in ((b, i) for b, row in enumerate(position) for i, p in enumerate(row) if p >= 0):
-            own = mean[b, :, slot if mean.shape[2] > 1 else 0]
-            held = (*(x[b, :, slot] for x in parts), own)
-            found[b, position[b][slot], name] = tuple(x.numpy().tobytes() for x in held)
-    return found
+            token_mean = mean[b, :, slot if mean.shape[2] > 1 else 0]
+            tensors = (*(x[b, :, slot] for x in parts), token_mean)
+            records[b, position[b][slot], name] = tuple(x.numpy().tobytes() for x in tensors)
+    return records
 
 
 def _kept_bytes(before: dict, after: dict) -> bool:
@@ -428,7 +432,7 @@ def _kept_bytes(before: dict, after: dict) -> bool:
 
 
 def _same_lengths(cache, spec: LayerCache) -> bool:
-    """Columns seen, and tokens by tier as `memory()` reports them."""
+    """Whether the length and the numbers of tokens per tier in `memory()` agree."""
     tokens = [t.tier for (row,) in spec.rows for t in row.tokens]
     evicted = sum(row.evicted for (row,) in spec.rows)
     counted = cache.memory().tokens
@@ -439,7 +443,7 @@ def _same_lengths(cache, spec: LayerCache) -> bool:
 
 
 def _state(layer: KVLayer) -> tuple:
-    """Which tokens a layer holds: (row, tier, position, read position) each, and those uncompressed."""
+    """(row, tier, position, read position) of each compressed token, and positions of uncompressed tokens."""
     held = []
     for tier in layer.middle.tiers if layer.has_middle else ():
         position = layer.middle.position(tier)[:, 0]
@@ -450,17 +454,20 @@ def _state(layer: KVLayer) -> tuple:
 
 
 def _stored_error(ours: LayerCache, spec: LayerCache) -> float:
-    """Largest error, over rows, keys and values, of the same tokens encoded by either package, less what one
-    code of a small sample does that lies on a boundary: a step of two standard deviations."""
+    """The largest error over rows, keys and values, between the same tokens encoded by each package.
+
+    In a small sample one code may be near a boundary. Such a code adds a step of two standard deviations,
+    which is subtracted.
+    """
     worst = 0.0
-    for (mine,), (theirs,) in zip(ours.rows, spec.rows):
-        for a, b in zip(ours.read(mine), spec.read(theirs)) if theirs.tokens else ():
+    for (our_row,), (spec_row,) in zip(ours.rows, spec.rows):
+        for a, b in zip(ours.read(our_row), spec.read(spec_row)) if spec_row.tokens else ():
             worst = max(worst, relative_error(a, b) - 2 / b.numel() ** 0.5)
     return worst
 
 
 def _codes(ours: LayerCache, spec: LayerCache) -> tuple[Tensor, Tensor]:
-    """All codes of tier PQ that each holds, of the same tokens in one order."""
+    """All codes of tier PQ in each cache, for the same tokens in the same order."""
 
     def of(cache: LayerCache) -> Tensor:
         coded = [t for (row,) in cache.rows for t in row.tokens if t.tier == Tier.PQ]
@@ -470,7 +477,7 @@ def _codes(ours: LayerCache, spec: LayerCache) -> tuple[Tensor, Tensor]:
 
 
 def _own_scores(policy: str, known: Importance) -> Tensor:
-    """What each token of a row received by itself, in the terms of a policy: [H, n]."""
+    """The attention that each token of a row received, as a policy counts it: [H, n]."""
     if policy in ("h2o", "learned"):
         return known.mass / known.queries.clamp(min=1)
     if policy in ("snapkv", "tova"):
@@ -479,14 +486,14 @@ def _own_scores(policy: str, known: Importance) -> Tensor:
 
 
 def _score_error(layer: KVLayer, spec: LayerCache) -> float:
-    """Largest error, over rows, of each token's own scores; the same tokens must be held."""
+    """The largest error over rows of the scores of each token. Both caches must have the same tokens."""
     buffers = [(layer.dense_positions(), layer.dense)]
     for tier in layer.middle.tiers if layer.has_middle else ():
         buffers.append((layer.middle.position(tier), tier.records))
     worst = 0.0
     for b, (row,) in enumerate(spec.rows):
-        theirs = _own_scores(layer.config.eviction_policy, row.importance)
-        ours = torch.zeros_like(theirs)
+        specified = _own_scores(layer.config.eviction_policy, row.importance)
+        ours = torch.zeros_like(specified)
         slot = {t.position: i for i, t in enumerate(row.tokens)}
         for position, records in buffers:
             received = {name: records[name] for name in layer.observer.fields}
@@ -496,17 +503,17 @@ def _score_error(layer: KVLayer, spec: LayerCache) -> float:
                     ours[:, slot[p]] = scores[:, i]
         chosen = torch.tensor([t.position >= layer.config.n_sink for t in row.tokens], dtype=torch.bool)
         if chosen.any():
-            ours, theirs = ours[:, chosen], theirs[:, chosen]
-            if not torch.equal(ours.isnan(), theirs.isnan()):
+            ours, specified = ours[:, chosen], specified[:, chosen]
+            if not torch.equal(ours.isnan(), specified.isnan()):
                 return float("inf")
-            worst = max(worst, relative_error(ours.nan_to_num(), theirs.nan_to_num()))
+            worst = max(worst, relative_error(ours.nan_to_num(), specified.nan_to_num()))
     return worst
 
 
 def _same_tokens(layer: KVLayer, spec: LayerCache) -> bool:
-    """Whether both hold the same tokens in the same tiers, read at the same positions."""
+    """Whether both caches have the same tokens in the same tiers, at the same read positions."""
     for b, (row,) in enumerate(spec.rows):
-        theirs = {
+        specified = {
             (t.position, t.tier, at) for t, at in zip(row.tokens, spec.read_at(row)) if t.tier != Tier.FP16
         }
         ours = set()
@@ -515,7 +522,7 @@ def _same_tokens(layer: KVLayer, spec: LayerCache) -> bool:
             at = layer.middle.read_at(tier)[b, 0].tolist() if layer.config.contiguous else position
             ours |= {(p, tier.tier, r) for p, r in zip(position, at) if p >= 0}
         exact = {p for p in layer.dense_positions()[b, 0].tolist() if p >= 0}
-        if ours != theirs or exact != {t.position for t in row.tokens if t.tier == Tier.FP16}:
+        if ours != specified or exact != {t.position for t in row.tokens if t.tier == Tier.FP16}:
             return False
     return True
 

@@ -1,7 +1,7 @@
-"""Performing cases, in this process or in several.
+"""Runs cases in this process or in several.
 
-Most of a run on a GPU is launches and copies of a few numbers, one at a time; processes side by side share
-the wait. The cases of a group share their shapes, so a group stays in one process.
+On a GPU most of the time is spent on launches and small copies, one after the other. Several processes wait
+in parallel. The cases of a group share their shapes, so one process runs all cases of a group.
 """
 
 import multiprocessing
@@ -18,23 +18,23 @@ from .case import Case, Outcome, perform
 def performed(
     cases: list[Case], device: str, seed: int, compiled: str, jobs: int
 ) -> Iterator[tuple[int, Outcome]]:
-    """Each case's place in `cases` and what became of it, as they end; with `jobs` processes if over 1."""
+    """Yield the index and the outcome of each case when it ends. Use `jobs` processes if `jobs` > 1."""
     if jobs == 1:
-        for place, case in enumerate(cases):
-            yield place, perform(case, device, seed, compiled)
+        for index, case in enumerate(cases):
+            yield index, perform(case, device, seed, compiled)
         return
     groups: dict[tuple[str, str], list[int]] = {}
-    for place, case in enumerate(cases):
-        groups.setdefault((case.subject, case.group), []).append(place)
+    for index, case in enumerate(cases):
+        groups.setdefault((case.subject, case.group), []).append(index)
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     with ProcessPoolExecutor(min(jobs, len(groups)), context, initializer=_begin) as pool:
         waiting = {}
-        for places in sorted(groups.values(), key=len, reverse=True):
-            titles = [cases[place].title for place in places]
-            waiting[pool.submit(_group, titles, device, seed, compiled)] = places
+        for indices in sorted(groups.values(), key=len, reverse=True):
+            titles = [cases[index].title for index in indices]
+            waiting[pool.submit(_group, titles, device, seed, compiled)] = indices
         for done in as_completed(waiting):
-            for place, (checks, raised, ran) in zip(waiting[done], done.result(), strict=True):
-                yield place, Outcome(cases[place], checks, raised, ran)
+            for index, (checks, raised, ran) in zip(waiting[done], done.result(), strict=True):
+                yield index, Outcome(cases[index], checks, raised, ran)
 
 
 def _begin() -> None:
@@ -43,7 +43,7 @@ def _begin() -> None:
 
 
 def _group(titles: list[str], device: str, seed: int, compiled: str) -> list[tuple]:
-    """What became of the cases with these titles: what of an `Outcome` travels between processes."""
+    """Run the cases with these titles. Return the picklable parts of each `Outcome`."""
     known = {case.title: case for case in subjects.collect()}
     done = [perform(known[title], device, seed, compiled) for title in titles]
     return [(outcome.checks, outcome.raised, outcome.ran) for outcome in done]

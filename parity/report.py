@@ -1,4 +1,4 @@
-"""What a run found: a table, JSON, Markdown, and the comparison of two runs."""
+"""The report of a run as a table, JSON and Markdown, and the comparison of two reports."""
 
 import json
 import platform
@@ -19,8 +19,8 @@ COLUMNS = ("group", "cases", "compiled", "bit for bit", "worst tolerance", "erro
 
 
 def machine(device: str, seed: int) -> dict:
-    """Where a run was made."""
-    found = {
+    """The machine, the versions and the seed of a run."""
+    result = {
         "device": platform.processor() or platform.machine(),
         "driver": None,
         "torch": torch.__version__,
@@ -31,13 +31,13 @@ def machine(device: str, seed: int) -> dict:
         "seed": seed,
     }
     if device != "cpu":
-        found |= {"device": torch.cuda.get_device_name(), "driver": _driver(), "cuda": torch.version.cuda}
+        result |= {"device": torch.cuda.get_device_name(), "driver": _driver(), "cuda": torch.version.cuda}
     else:
-        found["device"] = f"CPU, {found['device']}, {torch.backends.cpu.get_cpu_capability()}"
-    return found
+        result["device"] = f"CPU, {result['device']}, {torch.backends.cpu.get_cpu_capability()}"
+    return result
 
 
-def _said(*command: str) -> str | None:
+def _output_of(*command: str) -> str | None:
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
     except (OSError, subprocess.TimeoutExpired):
@@ -46,19 +46,19 @@ def _said(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the working tree, with a plus where files that are tracked and run differ from it."""
-    commit = _said("git", "rev-parse", "HEAD")
-    changed = _said("git", "status", "--porcelain", "--untracked-files=no", "--", "..", ":!../docs")
+    """The commit of the working tree. A plus at the end: tracked files outside docs have changes."""
+    commit = _output_of("git", "rev-parse", "HEAD")
+    changed = _output_of("git", "status", "--porcelain", "--untracked-files=no", "--", "..", ":!../docs")
     return commit and commit + ("+" if changed else "")
 
 
 def _driver() -> str | None:
-    said = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return said and said.splitlines()[0]
+    output = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return output and output.splitlines()[0]
 
 
 def record(outcomes: list[Outcome], where: dict, seconds: float, busy: float) -> dict:
-    """A run, as JSON holds it. `busy`: seconds of them that the processor worked for it."""
+    """The JSON object of a run. `busy`: the CPU seconds of the run."""
     cases, graphs = [], set()
     for outcome in outcomes:
         case = outcome.case
@@ -72,12 +72,12 @@ def record(outcomes: list[Outcome], where: dict, seconds: float, busy: float) ->
             row["raised"] = outcome.raised
         row["checks"] = [_check(check) for check in outcome.checks]
         cases.append(row)
-    found = {"schema": SCHEMA, "machine": where, "seconds": round(seconds, 1)}
-    found["seconds busy"] = round(busy, 1)
+    result = {"schema": SCHEMA, "machine": where, "seconds": round(seconds, 1)}
+    result["seconds busy"] = round(busy, 1)
     if graphs:
         compiling = sum(outcome.ran.seconds for outcome in outcomes)
-        found |= {"twins": len(graphs), "seconds compiling": round(compiling, 1)}
-    return found | {"cases": cases}
+        result |= {"twins": len(graphs), "seconds compiling": round(compiling, 1)}
+    return result | {"cases": cases}
 
 
 def _check(check) -> dict:
@@ -94,7 +94,7 @@ def _check(check) -> dict:
 
 
 def write(report: dict, path: str) -> None:
-    """JSON, a case a line, so that two reports can be read side by side."""
+    """Write JSON with one case per line, so that a diff of two reports is readable."""
     head = {name: value for name, value in report.items() if name != "cases"}
     lines = [json.dumps(head)[:-1] + ', "cases": [']
     lines += [",\n".join(json.dumps(case) for case in report["cases"]), "]}", ""]
@@ -103,7 +103,7 @@ def write(report: dict, path: str) -> None:
 
 
 def read(path: str) -> dict:
-    """A report; `ValueError` if the file holds none."""
+    """Read a report. Raises `ValueError` if the file contains none."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         if report["schema"] == SCHEMA and isinstance(report["cases"], list):
@@ -128,7 +128,7 @@ def title(case: dict) -> str:
 
 
 def rows(report: dict) -> dict[str, list[tuple]]:
-    """Of each subject, a row a group, as `COLUMNS` names them."""
+    """For each subject, one row per group with the fields of `COLUMNS`."""
     groups: dict[tuple, list[dict]] = {}
     for case in report["cases"]:
         groups.setdefault((case["subject"], case["group"]), []).append(case)
@@ -139,10 +139,10 @@ def rows(report: dict) -> dict[str, list[tuple]]:
         near = [c for c in checks if not CLAIMS[c["claim"]].is_bits]
         worst = max(near, key=lambda c: c["error"] / (c["allowed"] or 1e-300), default=None)
         equal = sum(c["error"] == 0 for c in bits)
-        found = {status(case): 0 for case in cases}
+        counts = {status(case): 0 for case in cases}
         for case in cases:
-            found[status(case)] += 1
-        result = "ok" if set(found) == {"ok"} else ", ".join(f"{n} {name}" for name, n in found.items())
+            counts[status(case)] += 1
+        result = "ok" if set(counts) == {"ok"} else ", ".join(f"{n} {name}" for name, n in counts.items())
         table.setdefault(subject, []).append(
             (
                 group,
@@ -159,14 +159,14 @@ def rows(report: dict) -> dict[str, list[tuple]]:
 
 
 def _laid_out(header: Iterable[str], lines: list[tuple]) -> list[str]:
-    """Columns side by side."""
+    """Pad the fields of each line, so that the columns are aligned."""
     every = [tuple(header), *lines]
     widths = [max(len(row[i]) for row in every) for i in range(len(every[0]))]
     return ["  ".join(x.ljust(w) for x, w in zip(row, widths)).rstrip() for row in every]
 
 
 def text(report: dict) -> str:
-    """The table that a run prints."""
+    """The table that the command prints."""
     table, lines = rows(report), []
     laid = iter(_laid_out(COLUMNS, [row for part in table.values() for row in part]))
     lines += [f"  {next(laid)}"]
@@ -176,7 +176,7 @@ def text(report: dict) -> str:
 
 
 def _remarks(report: dict) -> list[str]:
-    """What went wrong, case by case."""
+    """One line for each failed case and each known bug."""
     lines = []
     for case in report["cases"]:
         if status(case) == "FAILED":
@@ -209,7 +209,7 @@ def summary(report: dict) -> str:
 
 
 def markdown(report: dict) -> str:
-    """The same for a reader, with the claims and their reasons."""
+    """The report in Markdown, with the claims and their reasons."""
     where = report["machine"]
     out = ["# Parity of fade_fast with fade_ref", "", summary(report) + ".", ""]
     out += ["| | |", "|---|---|"]
@@ -236,22 +236,23 @@ def _allowed(allowed) -> str:
 
 
 def compare(one: dict, other: dict) -> tuple[str, bool]:
-    """What differs between two runs, bits first; and whether anything must not.
+    """The differences between two runs as text, and whether one of them is not allowed.
 
-    Bits must agree, and so must what passes, and which cases there are. Errors within their tolerances
-    may differ: they are told where one is over twice the other, the largest against what is allowed first.
+    The bits, the results and the lists of cases must agree. Errors within their tolerances may differ. The
+    text lists an error if it is more than twice the other one. The largest ratio to the tolerance is first.
     """
     left, right = ({title(case): case for case in report["cases"]} for report in (one, other))
     lines = [f"A: {summary(one)}", f"B: {summary(other)}", ""]
     bits, near, results = [], [], []
-    exact = {name for name, claim in CLAIMS.items() if claim.is_bits}  # of older reports, some are gone
+    # A set of names, since an older report may contain a claim that no longer exists.
+    exact = {name for name, claim in CLAIMS.items() if claim.is_bits}
     for name in [n for n in left if n in right]:
         a, b = left[name], right[name]
         if a["passed"] != b["passed"]:
             results.append(f"  {name}: A {status(a)}, B {status(b)}")
-        found = [{check["claim"]: check for check in case["checks"]} for case in (a, b)]
-        for claim in [c for c in found[0] if c in found[1]]:
-            x, y = found[0][claim], found[1][claim]
+        checks = [{check["claim"]: check for check in case["checks"]} for case in (a, b)]
+        for claim in [c for c in checks[0] if c in checks[1]]:
+            x, y = checks[0][claim], checks[1][claim]
             if x.get("digest") != y.get("digest") and "digest" in x and "digest" in y:
                 bits.append(f"  {name}: {claim}: {x['digest'][:16]} in A, {y['digest'][:16]} in B")
             elif claim not in exact and max(x["error"], y["error"]) > 2 * min(x["error"], y["error"]):

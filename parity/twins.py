@@ -1,8 +1,9 @@
-"""Which cases run on compiled twins, and how many of these there were.
+"""Selects the cases that run compiled versions of the kernels, and counts the compiled graphs.
 
-On a GPU fade_fast compiles a kernel once a shape, which takes seconds, or one where an earlier run has
-left it on disk. Most shapes of the cases would be met once. So by default only the cases that are marked,
-which share their shapes, run compiled; the others run the same functions eagerly, on the same device.
+On a GPU fade_fast compiles a kernel once per shape. This takes several seconds, or one second if an earlier
+run has stored the kernel on disk. Most shapes of the cases occur only once. So by default only the marked
+cases run compiled, and these cases share their shapes. The other cases run the same functions eagerly on
+the same device.
 """
 
 import time
@@ -14,13 +15,13 @@ import torch
 
 from fade_fast.compile import compiled as compiling
 
-#: What `--compiled` takes, and whether a case that is marked, and one that is not, may run compiled.
+#: The values of `--compiled`: whether a marked case runs compiled, and whether an unmarked case does.
 CHOICES = {"all": (True, True), "some": (True, False), "none": (False, False)}
 
 
 @dataclass
 class Twins:
-    """The compiled graphs that were called, how many were new, and how long their first calls took."""
+    """The compiled graphs that ran, the number of new graphs, and the time of their first calls."""
 
     graphs: set[str] = field(default_factory=set)
     new: int = 0
@@ -28,31 +29,31 @@ class Twins:
 
 
 def wanted(choice: str, marked: bool) -> bool:
-    """Whether a case runs compiled under `--compiled choice`."""
+    """Whether a case runs compiled with `--compiled choice`."""
     return CHOICES[choice][not marked]
 
 
 @contextmanager
 def allowed(yes: bool) -> Iterator[Twins]:
-    """Let twins run where fade_fast would compile them, or nowhere; tells which ran."""
-    found, before, call = Twins(), compiling.COMPILED_ON, compiling.Compiled._call
+    """Allow or forbid compiled versions of the kernels. Yields a record of the graphs that ran."""
+    graphs, before, call = Twins(), compiling.COMPILED_ON, compiling.Compiled._call
 
     def watched(self, key, *args):
         start, new = time.perf_counter(), key not in self.graphs
         result = call(self, key, *args)
-        found.graphs.add(f"{self.function.__module__}.{self.function.__qualname__} {key}")
-        found.new += new
-        found.seconds += time.perf_counter() - start if new else 0.0
+        graphs.graphs.add(f"{self.function.__module__}.{self.function.__qualname__} {key}")
+        graphs.new += new
+        graphs.seconds += time.perf_counter() - start if new else 0.0
         return result
 
     compiling.COMPILED_ON = before if yes else set()
     compiling.Compiled._call = watched
     try:
-        yield found
+        yield graphs
     finally:
         compiling.COMPILED_ON, compiling.Compiled._call = before, call
 
 
 def fused(device: str) -> bool:
-    """Whether functions of tensors on `device` run compiled at the moment."""
+    """Whether kernels on `device` run compiled at the moment."""
     return torch.device(device).type in compiling.COMPILED_ON

@@ -1,4 +1,4 @@
-"""README.md and docs: Python blocks run, names and links exist, quoted numbers are the stored ones."""
+"""README.md and docs: Python blocks run, names and links exist, quoted numbers equal the stored numbers."""
 
 import ast
 import doctest
@@ -16,21 +16,21 @@ BLOCK = re.compile(r"(<!-- needs a GPU -->\n)?^```python\n(.*?)^```", re.MULTILI
 
 
 def blocks(text: str) -> list[tuple[int, str]]:
-    """First line's number and source of every Python block that runs on a CPU."""
-    found = [m for m in BLOCK.finditer(text) if not m[1]]
-    return [(text.count("\n", 0, m.start(2)) + 1, m[2]) for m in found]
+    """(first line number, source) of each Python block that runs on a CPU."""
+    matches = [m for m in BLOCK.finditer(text) if not m[1]]
+    return [(text.count("\n", 0, m.start(2)) + 1, m[2]) for m in matches]
 
 
 def run(source: str, names: dict, where: str, line: int) -> None:
-    """Run a block in `names`: as a doctest if it shows prompts, else as plain statements."""
+    """Run a block in the namespace `names`: as a doctest if it has prompts, otherwise as statements."""
     if ">>>" not in source:
         exec(compile("\n" * (line - 1) + source, where, "exec"), names)
         return
     test = doctest.DocTestParser().get_doctest(source, {}, where, where, line - 1)
     test.globs = names
-    said = []
-    doctest.DocTestRunner(verbose=False).run(test, out=said.append, clear_globs=False)
-    assert not said, "".join(said)
+    output = []
+    doctest.DocTestRunner(verbose=False).run(test, out=output.append, clear_globs=False)
+    assert not output, "".join(output)
 
 
 def test_the_extraction():
@@ -44,7 +44,7 @@ def test_the_extraction():
 
 
 def marks(path: Path) -> list:
-    """Of the pages that load a model, README.md alone is quick."""
+    """Pages that load a model are slow, except README.md."""
     if not any("load(" in source for _, source in blocks(path.read_text(encoding="utf-8"))):
         return []
     return [pytest.mark.real_model] + [pytest.mark.slow] * (path.name != "README.md")
@@ -52,13 +52,13 @@ def marks(path: Path) -> list:
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.name, marks=marks(p)) for p in FILES])
 def test_python_blocks_run(path, request, tmp_path, monkeypatch):
-    """In order, in one namespace a file, in a folder where they may write."""
+    """Run the blocks of a file in order, in one namespace, in a writable folder."""
     if marks(path):
         request.getfixturevalue("smollm2")
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     for line, source in blocks(path.read_text(encoding="utf-8")):
-        few = re.sub(r"max_new_tokens=\d+", "max_new_tokens=4", source)  # enough to show that it runs
+        few = re.sub(r"max_new_tokens=\d+", "max_new_tokens=4", source)  # enough to test that the block runs
         run(few, names, str(path), line)
 
 
@@ -96,13 +96,13 @@ def test_the_numbers_under_the_figures_are_the_stored_ones():
 
 
 GUIDE = ROOT / "docs/guide.md"
-#: Callables whose first argument is a message to the user.
+#: Names of callables whose first argument is a message to the user.
 RAISED = re.compile(r".*(Error|Warning)$|warn$|refusal$")
 
 
 def messages(source: str) -> list[list[str]]:
-    """The literal pieces of every message that a module raises or warns with, in order."""
-    found = []
+    """The literal pieces of each message in the errors and warnings of a module, in order."""
+    pieces = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or not node.args:
             continue
@@ -110,8 +110,8 @@ def messages(source: str) -> list[list[str]]:
         if RAISED.match(name) and isinstance(node.args[0], (ast.Constant, ast.JoinedStr)):
             parts = getattr(node.args[0], "values", [node.args[0]])
             texts = [p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)]
-            found.append([text.strip() for text in texts if text.strip(" :;,=()[]")])
-    return [pieces for pieces in found if pieces]
+            pieces.append([text.strip() for text in texts if text.strip(" :;,=()[]")])
+    return [message for message in pieces if message]
 
 
 def test_how_messages_are_found():
@@ -120,13 +120,13 @@ def test_how_messages_are_found():
 
 
 def explained(pieces: list[str], entries: list[str]) -> bool:
-    """Whether an entry holds all pieces in this order, and nothing but `...` between them."""
+    """Whether an entry contains all pieces in this order, with only `...` between them."""
     pattern = r"[^|`]*?\.\.\.[^|`]*?".join(map(re.escape, pieces))
     return any(re.search(pattern, entry) for entry in entries)
 
 
 def test_every_message_has_its_cure_in_the_guide():
-    """Of what kernels say, who must be called by hand to say it, only the form is explained."""
+    """The guide explains only the form of kernel messages, since users do not call kernels directly."""
     rows = [line.split(" | ") for line in GUIDE.read_text(encoding="utf-8").splitlines() if " | " in line]
     entries = [row[0] for row in rows if len(row) == 2 and len(row[1]) > 10]
     files = [*(ROOT / "fade_fast").rglob("*.py"), ROOT / "fade_ref/config.py", ROOT / "fade_ref/tiers.py"]
@@ -142,7 +142,7 @@ def test_every_message_has_its_cure_in_the_guide():
 
 
 def test_the_readme_fits_two_screens():
-    """Of 40 lines of 160 characters, as a browser shows them: paragraphs wrap, marks are not to be seen."""
+    """A screen has 40 lines of 160 characters, as in a browser. Paragraphs wrap, and marks are invisible."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     lines = [line for line in lines if not line.startswith(("<!--", "```", "|---"))]
     assert sum(max(1, -(-len(line) // 160)) for line in lines) <= 80

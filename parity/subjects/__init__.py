@@ -1,4 +1,4 @@
-"""All cases, by subject, and the registries that they must cover."""
+"""All cases by subject, and the registries that the cases must cover."""
 
 import torch
 
@@ -12,7 +12,7 @@ MODULES = (codecs, product, attention, plans, positions, life, checkpoints, capt
 
 
 def registries() -> dict[str, list[str]]:
-    """What must have a case: names as `Case.covers` has them, by where they are listed."""
+    """The names that need a case, as in `Case.covers`, for each registry that lists them."""
     return {
         "tiers": [f"tier {tier.name}" for tier in Tier],
         "codecs": [f"codec {name}" for name in config.CODECS],
@@ -26,20 +26,20 @@ def registries() -> dict[str, list[str]]:
 
 
 def collect(dtype: torch.dtype | None = None) -> list[Case]:
-    """Every case; with `dtype`, of the cases that have one, those of that dtype."""
-    found, broken = [], []
+    """All cases. With `dtype`, the cases of this dtype and the cases without a dtype."""
+    cases, broken = [], []
     for module in MODULES:
         try:
-            found += module.collect()
-        except Exception as error:  # a registry's entry without a case, most likely
+            cases += module.collect()
+        except Exception as error:  # probably an entry of a registry without a case
             broken.append(_failing(module.__name__.rpartition(".")[2], error))
-    covered = {name for case in found for name in case.covers}
+    covered = {name for case in cases for name in case.covers}
     registry = [
         Case("registry", "has cases", name, _lists(names, covered)) for name, names in registries().items()
     ]
-    titles = [case.title for case in found]
+    titles = [case.title for case in cases]
     assert len(titles) == len(set(titles)), "two cases of one name"
-    return registry + broken + [case for case in found if dtype in (None, case.dtype) or case.dtype is None]
+    return registry + broken + [case for case in cases if dtype in (None, case.dtype) or case.dtype is None]
 
 
 def _lists(names: list[str], covered: set[str]):

@@ -1,6 +1,6 @@
-"""Attention over tiers: the operator of a short step, one tier alone, and the arithmetic of its twin.
+"""Attention over tiers: the operator of a short step, one tier, and the arithmetic of the compiled version.
 
-Codes are random bytes, the same for both packages; slots without a token hold NaN and infinities.
+Codes are random bytes, the same for both packages. Empty slots contain NaN and infinities.
 """
 
 import itertools
@@ -20,16 +20,17 @@ from ..case import Case, Draw, Found, relative_error
 from ..tolerances import ATTENTION, floor, strain
 
 DIMS, GROUPS, QUERIES = (64, 80, 96, 128, 256), (1, 3, 4, 8), (1, 5, 16)
-ONE = 1 << 30  # slots of a mean where there is one for all
-SPARE = 64  # slots beyond the last that a compiled twin reads, as the cache has them
-SPREAD = {8: 0.02, 4: 0.3, 3: 1.0, 2: 1.0}  # of scales, for decoded numbers of one size
+ONE = 1 << 30  # slots per mean if all slots share one mean
+SPARE = 64  # slots after the last slot that the compiled version reads, as in the cache
+SPREAD = {8: 0.02, 4: 0.3, 3: 1.0, 2: 1.0}  # factor of scales: decoded numbers then have the same size
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of `step.attend`, without its numbers.
+    """The shapes and options of one call of `decode.attend`.
 
-    `lengths` and `bits` have one entry a tier; `spare` slots follow each, and `beyond` of them are read.
+    `lengths` and `bits` have one entry per tier. After each tier there are `spare` slots. The kernel reads
+    `beyond` of them.
     """
 
     dim: int = 64
@@ -46,17 +47,17 @@ class Problem:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
-    rope: str | None = None  # "halves" or "pairs", where keys were encoded before it
-    blind: bool = False  # row 0's first query sees nothing
+    rope: str | None = None  # "halves" or "pairs", if keys were encoded before RoPE
+    blind: bool = False  # the first query of row 0 sees no key
     alone: bool = False  # no query sees an uncompressed token
     spare: int = 0
     beyond: int = 0
-    fused: bool = False  # for compiled twins, which read whole chunks of a larger buffer
+    fused: bool = False  # for compiled versions, which read complete chunks of a larger buffer
     mass: bool = False
     stress: str | None = None
 
 
-#: What a mask, or a model, may ask for.
+#: Features that a mask or a model may need.
 FEATURES = {
     "plain": {},
     "holes": dict(holes=0.3, spare=9, beyond=4, mass=True),
@@ -70,12 +71,12 @@ FEATURES = {
     "two tiers": dict(lengths=(37, 20), holes=0.2, mass=True),
     "everything": dict(lengths=(37, 20), holes=0.2, window=19, softcap=5.0, sinks=True, mass=True),
 }
-#: By dtype, features that run compiled at every width; those that share the kernel of "plain" cost little.
+#: Features that run compiled for all bits, by dtype. Features with the same kernel as "plain" cost little.
 COMPILED = {
     "float16": ("plain", "holes", "window", "blind rows", "before RoPE", "everything"),
     "bfloat16": ("everything",),
 }
-#: Head_dim, query heads a KV head and query length of two-byte dtypes, with what else the kernel does.
+#: (head_dim, query heads per KV head, query length) of two-byte dtypes, with other options of the kernel.
 COMPILED_SHAPES = {
     (64, 1, 1): dict(holes=0.2, lengths=(300,)),
     (80, 3, 5): dict(holes=0.2, softcap=5.0, mass=True),
@@ -88,14 +89,14 @@ BORDERS = (1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049)
 
 
 def collect() -> list[Case]:
-    found = []
+    cases = []
 
     def case(group, name, problems, covers=(), dtype=torch.float32, run=_attend, compiled=False):
         def all_of_them(f: Found, seed: int):
             for where, problem in problems:
                 run(f, replace(problem, dtype=dtype), seed, where)
 
-        found.append(Case("attention", group, name, all_of_them, covers, dtype, compiled=compiled))
+        cases.append(Case("attention", group, name, all_of_them, covers, dtype, compiled=compiled))
 
     shapes = list(itertools.product(GROUPS, QUERIES))
     for bits, tier in INTEGER_TIERS.items():
@@ -161,7 +162,7 @@ def collect() -> list[Case]:
         ]
         tiles += [("RoPE", replace(p, rope="halves", per_mean=ONE, lengths=(150,)))]
         case("tiles", f"{bits} bits", tiles, covers, run=_tiles)
-        # Sums of three-bit values leave float16 unless they stay in a compiled kernel's float32.
+        # Sums of three-bit values overflow float16. A compiled kernel keeps them in float32.
         widths = (bits, 4 if bits == 3 else bits)
         p = Problem(bits=(widths,), lengths=(256,), dim=64, per_mean=64, mass=True, holes=0.1)
         wide = replace(p, dim=128, softcap=8.0, new=3, exact=9, sinks=True)
@@ -181,29 +182,29 @@ def collect() -> list[Case]:
         marked = dim == 128 and dtype.itemsize == 2
         run = _long(dim, group, dtype)
         title = f"D{dim} G{group} {short}"
-        found.append(Case("attention", "many uncompressed", title, run, (), dtype, compiled=marked))
+        cases.append(Case("attention", "many uncompressed", title, run, (), dtype, compiled=marked))
     for name in ("partials", "of no keys", "far apart", "any grouping"):
-        found.append(Case("attention", "merge", name, _merge(name)))
-    return found
+        cases.append(Case("attention", "merge", name, _merge(name)))
+    return cases
 
 
-# -- one problem, for both packages
+# -- one problem for both packages
 
 
 @dataclass
 class Posed:
-    """Arguments of `step.attend`, and what the specification says of them."""
+    """Arguments of `decode.attend`, and the result of the specification."""
 
     args: tuple
     options: dict
     output: Tensor  # [B, q, Hq, D]
-    mass: list[Tensor]  # [B, H, n] of the uncompressed tokens and of each tier
+    mass: list[Tensor]  # [B, H, n] for the uncompressed tokens and for each tier
     strain: float
-    parts: list[list[spec.Partial]]  # a batch row and tier
+    parts: list[list[spec.Partial]]  # one per batch row and tier
 
 
 def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
-    """Random numbers for a problem, and the specification's answer."""
+    """Draw random numbers for a problem, and compute the result of the specification."""
     slots_read = [n + min(p.beyond, p.spare) for n in p.lengths]
     if p.fused:
         slots_read = [packed.whole(p.batch * p.heads, n) for n in p.lengths]
@@ -213,9 +214,9 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     order = torch.stack([torch.randperm(sum(p.lengths), generator=draw.generator) for _ in range(p.batch)])
     newest = torch.arange(sum(p.lengths), total).expand(p.batch, -1)
     position = torch.cat((order, newest), dim=1) + first
-    hole = draw.chance(p.holes, p.batch, total)
-    hole[:, -p.new :] = False
-    position = position.masked_fill(hole, -1)
+    padded = draw.chance(p.holes, p.batch, total)
+    padded[:, -p.new :] = False
+    position = position.masked_fill(padded, -1)
     at = position[:, total - p.new :].clone()
     if p.blind:
         at[0, 0] = -1
@@ -230,7 +231,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     if p.stress == "denormals":
         keys, values = keys * 2.0**-140, values * 2.0**-20
     if p.stress == "fp16 extremes":
-        values = values.sign() * (65280.0 if p.dtype == torch.bfloat16 else 65504.0)  # both are within fp16
+        values = values.sign() * (65280.0 if p.dtype == torch.bfloat16 else 65504.0)  # both fit in fp16
     if p.stress == "ties everywhere":
         keys = keys[:, :, :1].expand_as(keys).clone()
     query, keys, values = (x.to(p.dtype) for x in (query, keys, values))
@@ -244,7 +245,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     decoded = [[], []]  # keys, values of each tier
     parts, tiers, start = [[] for _ in range(p.batch)], [], 0
     for length, widths, free in zip(p.lengths, p.bits, spare):
-        own = slice(start, start + length)
+        tier_slots = slice(start, start + length)
         codec = tuple(RotatedCodec(b, p.dim, matrix) for b in widths)
         sides = [_side(draw, p, b, length) for b in widths]
         count = 1 if p.per_mean == ONE else -(-(length + free) // p.per_mean)
@@ -257,27 +258,29 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
         k = codec[0].decode(sides[0], mean)
         v = codec[1].decode(sides[1])
         if p.rope:
-            k = rotate(k, position[:, None, own].expand(-1, p.heads, -1), rope)
+            k = rotate(k, position[:, None, tier_slots].expand(-1, p.heads, -1), rope)
         for b in range(p.batch):
             records = [Record(*(None if x is None else x[b] for x in side)) for side in sides]
             if p.rope:
-                part = spec.over_tensors(query[b].double(), k[b], v[b], at[b], position[b, own], terms)
+                part = spec.over_tensors(query[b].double(), k[b], v[b], at[b], position[b, tier_slots], terms)
             else:
                 part = spec.over_codes(
-                    query[b].double(), *records, mean[b], codec, at[b], position[b, own], terms
+                    query[b].double(), *records, mean[b], codec, at[b], position[b, tier_slots], terms
                 )
             parts[b].append(part)
         decoded[0].append(k)
         decoded[1].append(v)
-        tiers.append(_slots(p, sides, means, position[:, own], seen[:, :, own], free))
+        tiers.append(_slots(p, sides, means, position[:, tier_slots], seen[:, :, tier_slots], free))
         start += length
-    own = slice(start, total)
+    exact_slots = slice(start, total)
     output, mass, size = [], [], 0.0
     all_keys, all_values = (torch.cat((*d, x.double()), dim=2) for d, x in zip(decoded, (keys, values)))
     size = float(query.double().norm(dim=-1).max() * all_keys.norm(dim=-1).max() * terms.scaling)
     for b in range(p.batch):
         q = query[b].double()
-        part = spec.over_tensors(q, keys[b].double(), values[b].double(), at[b], position[b, own], terms)
+        part = spec.over_tensors(
+            q, keys[b].double(), values[b].double(), at[b], position[b, exact_slots], terms
+        )
         sink = [] if s_aux is None else [spec.sink(terms.s_aux, q.shape)]
         output.append(spec.merge([part, *parts[b], *sink]))
         if p.mass:
@@ -288,7 +291,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
     mass = [torch.stack(mass).split([*p.lengths, p.dense], dim=-1)] if mass else [[]]
     mass = [mass[0][-1], *mass[0][:-1]] if mass[0] else []
 
-    seen_exact = seen[:, :, own]
+    seen_exact = seen[:, :, exact_slots]
     blind = ~seen_exact.any(1)[:, None, :, None]
     keys, values = keys.masked_fill(blind, torch.nan), values.masked_fill(blind, torch.inf)
     there = lambda x: None if x is None else x.to(device)  # noqa: E731
@@ -306,7 +309,7 @@ def pose(p: Problem, seed: int, device: str = "cpu") -> Posed:
 
 
 def _side(draw: Draw, p: Problem, bits: int, length: int) -> Record:
-    """Random codes of keys or values, as fp16 scales and zeros can be."""
+    """Random codes of keys or values, with scales and zero points that fp16 can represent."""
     codes = draw.integers(0, 256, p.batch, p.heads, length, p.dim * bits // 8).to(torch.uint8)
     scale = (0.5 + draw.uniform(p.batch, p.heads, length)) * SPREAD[bits]
     zero = -scale * rotated.center(bits) + 0.1 * draw.normal(p.batch, p.heads, length)
@@ -324,26 +327,26 @@ def _side(draw: Draw, p: Problem, bits: int, length: int) -> Record:
 def _slots(
     p: Problem, sides: list[Record], means: Tensor, position: Tensor, seen: Tensor, free: int
 ) -> TierView:
-    """Records in buffers of the fast package, with poison where no query sees a token."""
+    """The records in buffers of fade_fast. A slot that no query sees contains NaN and infinities."""
     pad = lambda x, value: torch.nn.functional.pad(x, (0, free), value=value)  # noqa: E731
     valid = pad(seen, False)
-    hole = ~valid.any(1, keepdim=True)
+    unseen = ~valid.any(1, keepdim=True)
     out = []
     for side, tokens_last in zip(sides, (False, True)):
         codes = pad(side.codes.mT, 255)
-        scale = pad(side.scale, 0.0).masked_fill(hole, torch.nan).half()
-        zero = None if side.zero is None else pad(side.zero, 0.0).masked_fill(hole, torch.inf).half()
+        scale = pad(side.scale, 0.0).masked_fill(unseen, torch.nan).half()
+        zero = None if side.zero is None else pad(side.zero, 0.0).masked_fill(unseen, torch.inf).half()
         out.append(rotated.Packed((codes if tokens_last else codes.mT).contiguous(), scale, zero))
     bound = pad(sides[1].scale, 0.0).amax(-1).float().clamp_min(rotated.SMALLEST_SCALE)
     read_at = pad(position, -1)[:, None].to(torch.int32) if p.rope else None
     return TierView(*out, bound, means, valid, p.per_mean, read_at)
 
 
-# -- what is compared
+# -- comparisons
 
 
 def _attend(found: Found, p: Problem, seed: int, where: str) -> None:
-    # As `step.attend` decides.
+    # The same condition as in `decode.attend`.
     p = replace(p, fused=found.fused and p.dtype.itemsize == 2 and p.group * p.new <= decode.MOST_ROWS)
     posed = pose(p, seed, found.device)
     lengths = [p.dense, *(slots.valid.shape[-1] for slots in posed.args[5])]
@@ -366,8 +369,8 @@ def _queries(posed: Posed, p: Problem) -> packed.Queries:
     query, matrix = posed.args[0], posed.args[4][:-1]
     wide = torch.promote_types(query.dtype, torch.float32)
     plain = query.to(wide).reshape(p.batch * p.heads, p.group * p.new, p.dim) * p.dim**-0.5
-    turned = plain @ matrix.to(wide).mT
-    return packed.Queries(plain, turned, turned.sum(-1), plain[..., 0] * 0 + 0.25)
+    rotated_queries = plain @ matrix.to(wide).mT
+    return packed.Queries(plain, rotated_queries, rotated_queries.sum(-1), plain[..., 0] * 0 + 0.25)
 
 
 def _bias_and_decoder(posed: Posed, queries: packed.Queries, slots: TierView):
@@ -378,16 +381,16 @@ def _bias_and_decoder(posed: Posed, queries: packed.Queries, slots: TierView):
 
 
 def _compare(found: Found, posed: Posed, p: Problem, ours: merge.Partial, where: str) -> None:
-    """A partial of the one tier, normalised, and its log-sum-exp."""
+    """Compare the partial of one tier: its normalized output and its log-sum-exp."""
     exact = [torch.stack(x) for x in zip(*(part[0] for part in posed.parts))]
     acc = ours.acc.double() @ posed.args[4][:-1].double()
-    mine = [x.double().cpu().reshape(y.shape) for x, y in zip((acc, ours.row_max, ours.total), dense)]
+    mine = [x.double().cpu().reshape(y.shape) for x, y in zip((acc, ours.row_max, ours.row_sum), exact)]
     for x, claim_of in ((0, "output"), (1, "log-sum-exp")):
         if x:
-            a, b = (t[1] + t[2].log() for t in (mine, dense))
+            a, b = (t[1] + t[2].log() for t in (mine, exact))
             a, b = a[exact[2] > 0], b[exact[2] > 0]
         else:
-            a, b = (t[0] / t[2].clamp_min(1e-300)[..., None] for t in (mine, dense))
+            a, b = (t[0] / t[2].clamp_min(1e-300)[..., None] for t in (mine, exact))
         error, name = relative_error(a, b), f"{where} {claim_of}".strip()
         found.near("partials", error, name, dtype=p.dtype, strain=posed.strain)
 
@@ -409,7 +412,7 @@ def _chunks(chunk: int):
 
 
 def _tiles(found: Found, p: Problem, seed: int, where: str) -> None:
-    """`packed.attend` tile by tile, tiles being short here."""
+    """`packed.attend` with several short tiles."""
     posed, before = pose(p, seed, found.device), packed.EAGER_TILE
     slots, queries = posed.args[5][0].flat(), _queries(posed, p)
     bias, decoder = _bias_and_decoder(posed, queries, slots)
@@ -423,7 +426,7 @@ def _tiles(found: Found, p: Problem, seed: int, where: str) -> None:
 
 
 def _twin(found: Found, p: Problem, seed: int, where: str) -> None:
-    """What the GPU's compiled twin computes, without a compiler."""
+    """The arithmetic of the compiled version on a GPU, run without a compiler."""
     posed = pose(p, seed, found.device)
     o, lengths = posed.options, [p.dense, *p.lengths]
     mass = [torch.full((p.batch, p.heads, n), torch.nan, device=found.device) for n in lengths]
@@ -437,7 +440,7 @@ def _twin(found: Found, p: Problem, seed: int, where: str) -> None:
 
 
 def _long(dim: int, group: int, dtype: torch.dtype):
-    """One query over many uncompressed columns: some settled, all visible, and a tail with holes."""
+    """One query over many uncompressed tokens. All tokens of the prefix are visible. The tail has padding."""
 
     def run(found: Found, seed: int) -> None:
         batch, heads, flash_prefix, capacity = 2, 2, 256, 600
@@ -454,8 +457,8 @@ def _long(dim: int, group: int, dtype: torch.dtype):
             sides = [[x[b].double() for x in (query, keys, values)] for b in range(batch)]
             parts = [spec.over_tensors(*side, at, position[b], terms) for b, side in enumerate(sides)]
             output = torch.stack([spec.merge([part]) for part in parts]).transpose(1, 2)
-            hole = ~seen[:, :, :, None]
-            keys, values = keys.masked_fill(hole, torch.nan), values.masked_fill(hole, torch.inf)
+            unseen = ~seen[:, :, :, None]
+            keys, values = keys.masked_fill(unseen, torch.nan), values.masked_fill(unseen, torch.inf)
             there = [x.to(found.device) for x in (query, keys, values, seen)]
             ours = dense.attend_long(*there, flash_prefix, dim**-0.5)
             limit = strain(dtype, size)
@@ -476,7 +479,7 @@ def _merge(name: str):
             total = 1 + draw.uniform(2, 3, 8) * 9
             gone = draw.chance(0.4, 2, 3, 8) | (torch.tensor(i == 2) & torch.tensor(name == "of no keys"))
             gone[0, 0, 0] = name == "of no keys"
-            dense.append(
+            exact.append(
                 spec.Partial(
                     acc.masked_fill(gone[..., None], 0.0),
                     top.masked_fill(gone, -torch.inf),
@@ -487,7 +490,7 @@ def _merge(name: str):
             [spec.merge([spec.Partial(*(x[b] for x in e)) for e in exact]) for b in (0, 1)]
         )
         for dtype in (torch.float64, torch.float32):
-            # The tops themselves are rounded: what a rounding of 900 is, a weight is off by.
+            # The row maxima are rounded. The rounding of a row maximum of 900 is the error of a weight.
             room = strain(dtype, apart * 4) * 4
             low = torch.finfo(dtype).min
             ours = [merge.Partial(*(x.clamp_min(low).to(dtype).to(found.device) for x in e)) for e in exact]

@@ -1,4 +1,4 @@
-"""Steps as generate() compiles and captures them, against eager ones."""
+"""Compares steps that generate() compiles and captures with eager steps."""
 
 import copy
 
@@ -14,8 +14,8 @@ from .. import cases as measure
 from ..case import Case, Draw, Found, relative_error
 
 SMALL = dict(recent_window=8, block_size=4)
-DRAFT = 2  # tokens that a copy of the model drafts for each step
-#: By default, on a GPU.
+DRAFT = 2  # tokens that a copy of the model drafts per step
+#: The cases that run compiled on a GPU by default.
 COMPILED = ("int4, int2, evict, padded", "int4, beams", "h2o, evict, ending", "evict, drafted")
 CONFIGS = {
     "int4": (FadeConfig(**SMALL), False),
@@ -44,10 +44,10 @@ def collect() -> list[Case]:
 
 
 def _steps(config, padded, beams=1, ends=None, drafted=False):
-    """Of two rows; with `ends` the text is over as soon as both have had their token of that number.
+    """A case with two rows. With `ends`, the text ends when both rows have produced the token of this index.
 
-    `drafted`: of the second row alone, by assisted decoding; attention adds so little then that a copy of
-    the model, without compression and with some noise, drafts what is often right.
+    `drafted`: only the second row runs, with assisted decoding. The draft model is a copy of the model with
+    noise and without compression. Attention adds little in this model, so most drafts are correct.
     """
 
     def run(found: Found, seed: int):
@@ -75,7 +75,7 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
                 num_assistant_tokens=DRAFT, num_assistant_tokens_schedule="constant",
                 assistant_confidence_threshold=0.0,
             )  # fmt: skip
-        torch._dynamo.reset()  # now, for the encoder's twins must not be counted below
+        torch._dynamo.reset()  # here, since the counters below must not count the compiled encoders
         books = measure.codebooks(64) if config.quant_backend == "product" else None
         books = books and books | {name.replace("0.", "1."): x for name, x in books.items()}
 
@@ -95,11 +95,11 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
             options["min_new_tokens"] = new
         counters.clear()
         twins = found.ran.new
-        # Without code generation what is shown is that steps can be captured, and what they do.
+        # Without code generation, the case tests whether steps can be captured, and their results.
         backend, mode = ("inductor", "reduce-overhead") if found.fused else ("aot_eager", None)
         compiling = CompileConfig(fullgraph=True, backend=backend, mode=mode)
         compiling._compile_all_devices = True
-        model.generation_config.compile_config = compiling  # what a beam search looks at
+        model.generation_config.compile_config = compiling  # beam search reads this attribute
         cache = fade_fast.create_cache(model, config, codebooks=books, verify=False)
         cache.decode_graph.compileable = True
         begin, widths = cache.decode_graph.begin, []
@@ -113,10 +113,10 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
         if found.fused:
             found.holds("captured as a whole", cache.decode_graph.captures, "refused")
             found.holds("ends", ends is None or cache.decode_graph.runs_ahead, "not ahead")
-        for layer in (*cache.tiered, *eager.tiered):  # a step too many may have demoted what was due
+        for layer in (*cache.tiered, *eager.tiered):  # a step after the end may have demoted a due block
             layer.compact()
-        own = counters["stats"]["unique_graphs"] - (found.ran.new - twins)
-        found.holds("one graph", own == 1 or drafted and own == 2, f"{own}")
+        graphs = counters["stats"]["unique_graphs"] - (found.ran.new - twins)
+        found.holds("one graph", graphs == 1 or drafted and graphs == 2, f"{graphs}")
         found.holds("one graph", not counters["graph_break"], "a graph break")
         found.same("lengths", cache.token_positions.logical, eager.token_positions.logical)
         claim = "captured, compiled" if found.fused else "captured"

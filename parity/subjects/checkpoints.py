@@ -1,4 +1,4 @@
-"""Checkpoints: a cache that was saved and loaded goes on like the one that was not, bit for bit."""
+"""Checkpoints: a loaded cache continues like the saved cache, bit for bit."""
 
 import copy
 import tempfile
@@ -27,7 +27,7 @@ AFTER = [1] * 7 + [18, 3, ("crop", 2), 1, ("reorder", [1, 0]), 1, ("select", [1]
 
 
 def registry() -> list[str]:
-    """What must have a checkpoint that is compared: all that a cache can hold."""
+    """The names that need a case with a checkpoint: everything that a cache can contain."""
     names = [f"tier {tier.name}" for tier in Tier] + [f"codec {name}" for name in hf_cache.CODECS]
     names += [f"policy {name}" for name in plan.SUPPORTED] + [f"plan scope {name}" for name in plan.SCOPES]
     names += [f"positions {name}" for name in POSITIONS] + [f"preset {name}" for name in PRESETS]
@@ -35,13 +35,13 @@ def registry() -> list[str]:
 
 
 def collect() -> list[Case]:
-    found = []
+    cases = []
 
     def case(group, name, config, *covers, dtype=None, **options):
         covers = (f"codec {config.quant_backend}", *covers)
         names = (*ALWAYS, *(f"checkpoint of {cover}" for cover in covers))
         run = _goes_on(config, dtype=dtype or torch.float32, **options)
-        found.append(Case("checkpoints", group, name, run, names, dtype))
+        cases.append(Case("checkpoints", group, name, run, names, dtype))
 
     for (k, first), (v, second) in ((a, b) for a in INTEGER_TIERS.items() for b in INTEGER_TIERS.items()):
         covers = {f"tier {first.name}", f"tier {second.name}"}
@@ -60,7 +60,8 @@ def collect() -> list[Case]:
             )
             case("policies", f"{policy}, {positions}", config, f"policy {policy}", f"positions {positions}")
     for scope in plan.SCOPES:
-        lower = 0 if scope == "head" else 6  # of renumbered heads, tiers would read slots at unlike positions
+        # With renumbering and a plan per head, two tiers would read slots at different positions.
+        lower = 0 if scope == "head" else 6
         config = FadeConfig(**SMALL, int4_budget=9, int2_budget=lower, plan_scope=scope)
         case("policies", f"plan_scope {scope}", config, f"plan scope {scope}", padding=9)
     for name in PRESETS:
@@ -80,14 +81,14 @@ def collect() -> list[Case]:
     learned = FadeConfig(**SMALL, int4_budget=9, eviction_policy="snapkv")
     case("what came before", "rows and columns changed", learned, before=changed)
     for before in ([5], [7], [8], [9], BEFORE):
-        # transformers' own layers cannot be cropped once their window is full
+        # The layers of transformers cannot be cropped after their window is full.
         run = _goes_on(evicting, model=_gemma, before=before, after=[1, 1, 1, 18, 1, ("reorder", [1, 0]), 1])
-        found.append(Case("checkpoints", "sliding windows of 8", f"{sum(before)} tokens", run))
+        cases.append(Case("checkpoints", "sliding windows of 8", f"{sum(before)} tokens", run))
     kinds = dict(int4=FadeConfig(**SMALL), int3=_both(3), codes=CODED) | {"int8, int2": _both(8)}
     for name, config in kinds.items():
-        found.append(Case("checkpoints", "bytes", name, _bytes(config), ALWAYS))
-    found.append(Case("checkpoints", "refused", "another configuration or model", _refused))
-    return found
+        cases.append(Case("checkpoints", "bytes", name, _bytes(config), ALWAYS))
+    cases.append(Case("checkpoints", "refused", "another configuration or model", _refused))
+    return cases
 
 
 def _both(bits: int) -> FadeConfig:
@@ -107,7 +108,7 @@ def _llama():
 
 
 def _gemma():
-    """A layer of a kind that keeps transformers' own cache, and one that is tiered."""
+    """A model with two layers: one keeps the cache of transformers, and one is tiered."""
     kinds = ["sliding_attention", "full_attention"]
     return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=8, layer_types=kinds))
 
@@ -117,7 +118,7 @@ def _weights(config: FadeConfig):
 
 
 def _given(config: FadeConfig, seed: int = 0) -> dict:
-    """What a cache needs beside its configuration."""
+    """The arguments of a cache in addition to its configuration."""
     if config.quant_backend != "product":
         return dict(policy_weights=_weights(config))
     books = measure.codebooks(SIZES["head_dim"], seed)
@@ -129,13 +130,13 @@ def _cache(model, config: FadeConfig):
 
 
 class Talk:
-    """A model, and a cache that it fills step by step with the same tokens every time."""
+    """A model that fills a cache step by step, always with the same tokens."""
 
     def __init__(self, model, cache, padding: int = 0):
         self.model, self.cache, self.padding = model, cache, padding
 
     def run(self, steps, ids: torch.Tensor) -> list[torch.Tensor]:
-        """Logits of each step of columns; `ids` [most rows, columns] are read on from the cache's length."""
+        """Logits of each step. The tokens are `ids` [rows, tokens], from the length of the cache on."""
         out = []
         for step in steps:
             if not isinstance(step, int):
@@ -143,16 +144,16 @@ class Talk:
                 continue
             start = self.cache.get_seq_length()
             rows = self.cache.token_positions.batch if self.cache.token_positions.length else 2
-            own = ids[:rows, : start + step].to(self.model.device)
-            mask = torch.ones_like(own)
-            if start:  # what became of the padding, whatever rows and columns have changed places
+            text = ids[:rows, : start + step].to(self.model.device)
+            mask = torch.ones_like(text)
+            if start:  # rows may have moved, so the cache says which tokens are padding
                 mask[:, :start] = self.cache.token_positions.logical >= 0
             else:
                 mask[0, : self.padding] = 0
-            found = self.model(
-                input_ids=own[:, start:], attention_mask=mask, **{CACHE_NAME: self.cache}, use_cache=True
+            output = self.model(
+                input_ids=text[:, start:], attention_mask=mask, **{CACHE_NAME: self.cache}, use_cache=True
             )
-            out.append(found.logits)
+            out.append(output.logits)
         return out
 
     def _change(self, what: str, how) -> None:
@@ -181,27 +182,27 @@ def _goes_on(config, *, dtype=torch.float32, padding=0, before=BEFORE, after=AFT
             loaded = fade_fast.load_cache(path, second, **_given(config), verify=False)
         _same_state(found, loaded, cache, "as loaded")
         found.holds("checkpoint", loaded.memory().tokens == cache.memory().tokens, "tokens by tier")
-        for name, x in sorted(loaded.state_dict()[0].items()):  # the format, and whole numbers
+        for name, x in sorted(loaded.state_dict()[0].items()):  # the digest covers format and integers
             found.bits("checkpoint", (name, x.dtype, x.shape))
             if name.endswith(("timeline", "position", "read_at", "evicted", "demoted")):
                 found.bits("checkpoint", x)
         pairs = zip(Talk(second, loaded, padding).run(after, ids), talk.run(after, ids))
-        for i, (ours, theirs) in enumerate(pairs):
-            found.holds("checkpoint", _same(ours, theirs), f"logits {i} after it")
+        for i, (ours, original) in enumerate(pairs):
+            found.holds("checkpoint", _same(ours, original), f"logits {i} after it")
         _same_state(found, loaded, cache, "in the end")
 
     return run
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors agree bit for bit, NaN equalling NaN."""
+    """Whether two tensors agree bit for bit. A NaN equals a NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return bool(((a == b) | (a != a) & (b != b)).all())
 
 
-def _same_state(found: Found, ours, theirs, when: str) -> None:
-    (a, known), (b, expected) = ours.state_dict(), theirs.state_dict()
+def _same_state(found: Found, ours, original, when: str) -> None:
+    (a, known), (b, expected) = ours.state_dict(), original.state_dict()
     found.holds("checkpoint", known == expected, f"lengths, {when}")
     found.holds("checkpoint", a.keys() == b.keys(), f"names, {when}")
     for name in a.keys() & b.keys():
@@ -209,7 +210,7 @@ def _same_state(found: Found, ours, theirs, when: str) -> None:
 
 
 def _bytes(config):
-    """A file of given numbers holds these on every machine, and nothing else."""
+    """On every machine, a file contains exactly the given numbers."""
 
     def run(found: Found, seed: int):
         torch.manual_seed(seed % 2**31)
@@ -237,7 +238,7 @@ def _bytes(config):
 
 
 def _refused(found: Found, seed: int):
-    """What was stored by another model, or under another configuration, changes nothing."""
+    """A file of another model or configuration is refused and changes nothing."""
     model = _llama().to(found.device).eval()
     cache = _cache(model, FadeConfig(**SMALL))
     Talk(model, cache).run(BEFORE, Draw(seed).integers(1, SIZES["vocab_size"], 3, 300))

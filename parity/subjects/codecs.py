@@ -1,4 +1,4 @@
-"""Bits of the integer tiers: packing, codes, scales, decoding, moving to a lower tier, means."""
+"""The bits of the integer tiers: packing, codes, scales, decoding, demotion to a lower tier, means."""
 
 import itertools
 from unittest import mock
@@ -23,41 +23,41 @@ DTYPES = (torch.float64, torch.float32, torch.float16)
 
 
 def collect() -> list[Case]:
-    found = []
+    cases = []
     for bits, tier in INTEGER_TIERS.items():
         covers = (f"tier {tier.name}", "codec rotated")
         for dim in (8, 72, *DIMS):
-            found.append(Case("codecs", f"packing, {bits} bits", f"D{dim}", _packing(bits, dim), covers))
+            cases.append(Case("codecs", f"packing, {bits} bits", f"D{dim}", _packing(bits, dim), covers))
         for dim, (name, make) in itertools.product(DIMS, INPUTS.items()):
             run = _encoding(bits, dim, make)
-            found.append(Case("codecs", f"encode, {bits} bits", f"D{dim} {name}", run, covers))
+            cases.append(Case("codecs", f"encode, {bits} bits", f"D{dim} {name}", run, covers))
         for name, make in INPUTS.items():
             run = _encoding_both(bits, make)
-            found.append(
+            cases.append(
                 Case("codecs", "encode keys and values", f"{bits} bits {name}", run, covers, compiled=True)
             )
         run = _encoding_prompts(bits)
-        found.append(Case("codecs", "encode prompts", f"{bits} bits", run, covers, compiled=bits == 4))
+        cases.append(Case("codecs", "encode prompts", f"{bits} bits", run, covers, compiled=bits == 4))
         for dim in DIMS:
-            found.append(Case("codecs", f"decode, {bits} bits", f"D{dim}", _decoding(bits, dim), covers))
+            cases.append(Case("codecs", f"decode, {bits} bits", f"D{dim}", _decoding(bits, dim), covers))
         for lower in (b for b in INTEGER_TIERS if b < bits):
             run = _requantize(bits, lower)
-            found.append(Case("codecs", "move to a lower tier", f"{bits} to {lower} bits", run, covers))
+            cases.append(Case("codecs", "move to a lower tier", f"{bits} to {lower} bits", run, covers))
         if rotated.is_uniform(bits):
             for name in ("on codes", "ties everywhere", "constant"):
                 run = _exact(bits, name)
                 title = f"{bits} bits, {name}"
-                found.append(Case("codecs", "codes of exact inputs", title, run, covers, compiled=True))
-    found.append(Case("codecs", "key mean", "with holes", _mean))
+                cases.append(Case("codecs", "codes of exact inputs", title, run, covers, compiled=True))
+    cases.append(Case("codecs", "key mean", "with holes", _mean))
     for codec in CODECS:
         if codec in hf_cache.CODECS:
             continue
-        run = BY_DEFINITION[codec]  # a codec without a case fails here
-        found.append(Case("codecs", "spec only", codec, run, (f"codec {codec}",)))
-    return found
+        run = BY_DEFINITION[codec]  # raises KeyError for a codec without a case
+        cases.append(Case("codecs", "spec only", codec, run, (f"codec {codec}",)))
+    return cases
 
 
-# -- inputs meant to break a codec: [2, 3, n, D] float32
+# -- inputs that are difficult for a codec: [2, 3, n, D] float32
 
 
 def _base(draw: Draw, dim: int, n: int = 60) -> torch.Tensor:
@@ -89,7 +89,7 @@ def _encoding(bits, dim, make):
         for centred in (True, False):
             where = "key" if centred else "value"
             result = measure.codes(x, bits, centred=centred, device=found.device)
-            # One code of a small sample may lie on a boundary.
+            # In a small sample, one code may be near a boundary.
             share = max(0, result.differing - 1) / max(1, result.total)
             found.near("codes differing", share, where)
             found.near("code distance", result.furthest, where)
@@ -98,11 +98,11 @@ def _encoding(bits, dim, make):
     return run
 
 
-TOKENS = (2, 3, 60, 64)  # one shape of keys and values for all that runs compiled
+TOKENS = (2, 3, 60, 64)  # all cases that run compiled share this shape of keys and values
 
 
 def _encoding_both(bits, make):
-    """The encoder of blocks, which on a GPU is compiled."""
+    """The encoder of blocks, which is compiled on a GPU."""
 
     def run(found: Found, seed: int):
         keys, values = (_as_many(make(Draw(seed + i), TOKENS[-1]).float()) for i in (0, 1))
@@ -118,7 +118,7 @@ def _encoding_both(bits, make):
 
 
 def _encoding_prompts(bits):
-    """The same in tiles, of which the last is filled up."""
+    """The encoder of prompts in tiles. The last tile is padded."""
 
     def run(found: Found, seed: int):
         with mock.patch.object(rotated, "MOST", 6 * 64 * 512), mock.patch.object(rotated, "TILE", 512):
@@ -137,7 +137,7 @@ def _encoding_prompts(bits):
 
 
 def _as_many(x: torch.Tensor) -> torch.Tensor:
-    """Vectors [2, 3, n, D], repeated or left out to be `TOKENS`."""
+    """Repeat or cut the vectors [2, 3, n, D] to the shape `TOKENS`."""
     return x[:, :, torch.arange(TOKENS[2]) % x.shape[2]].contiguous()
 
 
@@ -148,9 +148,9 @@ def _packing(bits, dim):
         samples = [draw.integers(0, 2**bits, 3, 7, dim), ramp, ramp * 0, ramp * 0 + 2**bits - 1]
         for i, codes in enumerate(samples):
             codes = codes.to(torch.uint8)
-            theirs, there = quantize.pack(codes, bits), codes.to(found.device)
+            specified, there = quantize.pack(codes, bits), codes.to(found.device)
             ours = rotated.pack(there, bits)
-            found.same("packing", ours, theirs, f"pack {i}")
+            found.same("packing", ours, specified, f"pack {i}")
             found.same("packing", rotated.unpack(ours, bits), codes, f"unpack {i}")
             found.same("packing", quantize.unpack(ours.cpu(), bits, dim), codes, f"unpack {i} by the other")
             for dtype, axis in itertools.product(DTYPES, (-1, -2)):
@@ -161,7 +161,7 @@ def _packing(bits, dim):
 
 
 def _numbers(found: Found, data, codes, bits, dtype, axis) -> None:
-    """What the products make of the fields of a byte, and what becomes of their sums."""
+    """Check the fields of a byte as factors of a product, and the sums of these products."""
     parts = packed.fields(data.movedim(-1, axis).contiguous(), bits, dtype, axis)
     width = packed.field_width(bits, codes.shape[-1])
     found.holds("packing", all(x.numbers.shape[axis] == width for x in parts))
@@ -170,7 +170,7 @@ def _numbers(found: Found, data, codes, bits, dtype, axis) -> None:
     where, dim = f"{dtype} axis {axis}", codes.shape[-1]
     kept = 0.0 if dtype == torch.float16 else (2**bits - 1) / 2
     found.same("numbers of codes", ours, codes.double() - kept, where)
-    by = torch.arange(1.0, dim + 1, dtype=torch.float64)  # a product with these is exact
+    by = torch.arange(1.0, dim + 1, dtype=torch.float64)  # products with these numbers are exact
     ours = sum((x.squeeze(-1).cpu() * y).sum(-1) for x, y in zip(numbers, packed.operands(by, bits)))
     found.same("products of codes", ours, ((codes.double() - kept) * by).sum(-1).flatten(), where)
 
@@ -204,7 +204,7 @@ def _decoding(bits, dim):
 
 
 def _requantize(bits, lower):
-    """Records of one tier as those of a lower one, without leaving the rotated domain."""
+    """Requantize records of one tier for a lower tier in the rotated domain."""
 
     def run(found: Found, seed: int):
         for dim in (64, 80, 128):
@@ -232,7 +232,7 @@ def _here(tensors):
 
 
 def _exact(bits, name):
-    """Vectors whose scale and zero are exact, under the identity: half to even decides, alike everywhere."""
+    """Vectors with exact scale and zero point, and no rotation: ties round half to even on every device."""
 
     def run(found: Found, seed: int):
         top = 2**bits - 1
@@ -273,11 +273,11 @@ def _mean(found: Found, seed: int):
         found.same("key mean", ours, exact, f"scale {scale}")
 
 
-# -- codecs that only the specification has
+# -- codecs that exist only in the specification
 
 
 def _channel(found: Found, seed: int):
-    """KIVI's codes by their definition, in exact arithmetic on a grid."""
+    """The codes of KIVI compared with their definition, in exact arithmetic on a grid."""
     refused_config(found, "quant_backend", "channel")
     for bits, (name, make) in itertools.product((8, 4, 3, 2), INPUTS.items()):
         x = make(Draw(seed), 64).float()
@@ -289,8 +289,8 @@ def _channel(found: Found, seed: int):
         ):
             codes, scale, zero = encode(x, bits, n)
             where = f"{bits} bits, {name}, axis {axis}"
-            own = rotated.unpack(rotated.pack(codes, bits), bits)
-            found.same("codec by definition", own, codes, where)
+            unpacked = rotated.unpack(rotated.pack(codes, bits), bits)
+            found.same("codec by definition", unpacked, codes, where)
             for part in (codes, scale, zero):
                 found.bits("codec by definition", part)
             step = scale.repeat_interleave(x.shape[axis] // scale.shape[axis], axis)
@@ -298,12 +298,12 @@ def _channel(found: Found, seed: int):
             far = (
                 decode(codes, scale, zero) - x.double()
             ).abs() > step / 2 + room + step * 2**bits * 2.0**-10
-            fits = x.abs().max() < 3e4  # a range beyond fp16 is cut
+            fits = x.abs().max() < 3e4  # a range larger than fp16 is clipped
             found.holds("codec by definition", not (far.any() and fits), f"{where}: beyond half a step")
 
 
 def _symmetric(found: Found, seed: int):
-    """fade-kv's nibbles by their definition."""
+    """The four-bit codes of fade-kv compared with their definition."""
     refused_config(found, "quant_backend", "symmetric")
     for (name, make), over in itertools.product(INPUTS.items(), (-1, -2)):
         x = make(Draw(seed), 64).float()

@@ -1,4 +1,4 @@
-"""Plans of a KV head: every head keeps tokens of its own."""
+"""One plan per KV head: each head keeps different tokens."""
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ STEPS = [14] + [1] * 9 + [20, 5, 1, 6, 1, 30, 1, 1]
 
 
 def collect() -> list[Case]:
-    found = []
+    cases = []
     for policy in plan.SUPPORTED:
-        if policy == "adaptive":  # refused: heads would hold different numbers of tokens
+        if policy == "adaptive":  # refused, since heads would keep different numbers of tokens
             continue
         kinds = [("contiguous", 0)]
         if policy in ("h2o", "position"):
@@ -33,18 +33,18 @@ def collect() -> list[Case]:
                 **SMALL, int2_budget=int2, eviction_policy=policy, positions=positions, plan_scope="head"
             )
             name = f"{policy}, {positions}, int2_budget {int2}"
-            found.append(Case("life", "a plan for each head", name, _run(config), ("plan scope head",)))
-    return found
+            cases.append(Case("life", "a plan for each head", name, _run(config), ("plan scope head",)))
+    return cases
 
 
 def survivors(layer: KVLayer, row: int, head: int) -> set[tuple[int, Tier, int]]:
-    """(position, tier, where it is read) of what a head of a row has compressed."""
-    found = set()
+    """(position, tier, read position) of each compressed token of a head in a row."""
+    tokens = set()
     for tier in layer.held_tiers():
         places = layer.middle.positions_by_head(tier)[row, head].tolist()
         at = tier.records["read_at"][row, head].tolist() if layer.config.contiguous else places
-        found |= {(p, tier.tier, r) for p, r in zip(places, at) if p >= 0}
-    return found
+        tokens |= {(p, tier.tier, r) for p, r in zip(places, at) if p >= 0}
+    return tokens
 
 
 def _run(config: FadeConfig):
@@ -83,18 +83,18 @@ def _run(config: FadeConfig):
 
 
 def _same(found: Found, layer: KVLayer, spec: LayerCache, where: str) -> None:
-    """Every head holds the same tokens, in the same tiers, read at the same positions."""
+    """Check that each head has the same tokens in the same tiers, at the same read positions."""
     for row, heads in enumerate(spec.rows):
-        for head, theirs in enumerate(heads):
-            tokens = zip(theirs.tokens, spec.read_at(theirs))
-            theirs = {(t.position, t.tier, at) for t, at in tokens if t.tier != Tier.FP16}
+        for head, stored in enumerate(heads):
+            tokens = zip(stored.tokens, spec.read_at(stored))
+            specified = {(t.position, t.tier, at) for t, at in tokens if t.tier != Tier.FP16}
             ours = survivors(layer, row, head)
-            found.holds("tokens", ours == theirs, f"{where}, row {row}, head {head}")
+            found.holds("tokens", ours == specified, f"{where}, row {row}, head {head}")
             found.bits("tokens", sorted(ours))
 
 
 def _plain(layer: KVLayer, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
-    """Attention [B, Hq, q, D] over all that is held, decoded, and the step's own tokens."""
+    """Attention [B, Hq, q, D] over all stored tokens, decoded, and the tokens of the step."""
     layer.compact()
     seen = valid[:, None, None, :] & torch.ones(valid.shape[1], valid.shape[1]).bool().tril().to(valid.device)
     if layer.length:

@@ -1,4 +1,4 @@
-"""The life of tokens: every step of a cache over fixed and random traces, and one layer's logits."""
+"""The life of tokens: every step of a cache in fixed and random traces, and the logits of one layer."""
 
 import contextlib
 from dataclasses import replace
@@ -37,13 +37,13 @@ WIDTHS = {
     for k in INTEGER_TIERS
     for v in INTEGER_TIERS
 }
-#: A middle of product-quantised tokens; the codebooks are `cases.codebooks`.
+#: The middle consists of tokens with product quantization. The codebooks are `cases.codebooks`.
 CODED = {
     "codes": FadeConfig(**SMALL, quant_backend="product"),
     "codes, no sinks": FadeConfig(n_sink=0, recent_window=0, block_size=3, quant_backend="product"),
 }
 CODED_COVERS = ("tier PQ", "codec product")
-#: Configurations whose survivors do not lie side by side.
+#: Configurations whose live tokens have gaps between them.
 GAPS = {
     "key norm": FadeConfig(**SMALL, int4_budget=10, eviction_policy="knorm"),
     "key norm, original positions": FadeConfig(
@@ -76,7 +76,7 @@ TERMS = {
     "learned sinks": dict(s_aux=torch.linspace(-1, 2, 6, dtype=torch.float64)),
     "all": dict(softcap=5.0, window=17, s_aux=torch.linspace(-1, 2, 6, dtype=torch.float64)),
 }
-#: Steps of several blocks, over tiers of several spans.
+#: Steps of several blocks, over tiers that are read in several parts.
 LONG = {
     "whole": {},
     "padding": dict(padding=(0, 7)),
@@ -86,7 +86,7 @@ LONG = {
     "bfloat16": dict(shape=dict(dtype=torch.bfloat16)),
 }
 RANDOM, CODED_RANDOM = 24, 8  # random traces
-#: Those that run compiled by default, where there is a GPU.
+#: The cases that run compiled on a GPU by default.
 COMPILED = ("int4", "evict, padding (0, 11)", "D128 G7 float16", "D80 G4 bfloat16", "logits int4, bfloat16")
 
 
@@ -127,7 +127,7 @@ def collect() -> list[Case]:
         for config in ("int4", "evict", "int4, int2, evict", "off", "codes"):
             run = _trace((CONFIGS | CODED)[config], terms=terms)
             found.append(Case("life", "what models ask", f"{name}, {config}", run))
-    for name, config in GAPS.items():  # what a window holds depends on how distances count
+    for name, config in GAPS.items():  # the content of a window depends on the way distances are counted
         for terms in ("window", "all"):
             run = _trace(config, terms=TERMS[terms], padding=(0, 3))
             found.append(Case("life", "what models ask", f"{terms}, survivors by {name}", run))
@@ -183,10 +183,10 @@ def collect() -> list[Case]:
 
 def _trace(config, steps=STEPS, *, padding=(), terms=None, shape=None):
     def run(found: Found, seed: int):
-        own = measure.Shape(**(shape or {}), device=found.device)
-        asked = Terms(own.head_dim**-0.5, **terms) if terms else None
+        sizes = measure.Shape(**(shape or {}), device=found.device)
+        asked = Terms(sizes.head_dim**-0.5, **terms) if terms else None
         holes = {2: 1, 14: 4} if padding else {}
-        walk(found, config, own, steps, padding=padding, holes=holes, terms=asked, seed=seed)
+        walk(found, config, sizes, steps, padding=padding, holes=holes, terms=asked, seed=seed)
 
     return run
 
@@ -200,13 +200,14 @@ def _in_tiles(run):
 
 
 def walk(found: Found, config, shape, steps, **options) -> None:
-    """Follow a trace, and check what each of its steps found."""
-    # Norms of queries, and of keys with an offset of up to 4 in each channel.
+    """Run a trace, and check the results of each step."""
+    # The product of the norms of queries and keys. Keys have an offset of up to 4 in each channel.
     score = (shape.head_dim * (1 + 4**2 / 3)) ** 0.5
     extra = strain(shape.dtype, score, fused=True) if found.fused else 0.0
     for i, step in enumerate(measure.trace(config, shape, steps, **options)):
         where = f"step {i}: {steps[i]}"
-        if config.quant_backend == "product" and shape.dtype == torch.float64:  # no rotation in float32
+        if config.quant_backend == "product" and shape.dtype == torch.float64:
+            # This codec has no float32 rotation, so its tolerance is smaller.
             found.near("product attention", step.output_error, where, dtype=shape.dtype)
         else:
             found.near("attention", step.output_error, where, dtype=shape.dtype, strain=extra)
@@ -229,7 +230,7 @@ def walk(found: Found, config, shape, steps, **options) -> None:
 
 @contextlib.contextmanager
 def tiles(tile: int, rows: int, eager: int, encoded: int):
-    """Short tiles, so that small inputs have several."""
+    """Use short tiles, so that small inputs need several tiles."""
     places = ((fast_attention, "TILE"), (fast_attention, "ROWS"), (packed, "EAGER_TILE"), (rotated, "TILE"))
     places += ((fast_attention, "SPAN"), (fast_attention, "BLOCK"))
     before = [getattr(module, name) for module, name in places]
@@ -243,12 +244,12 @@ def tiles(tile: int, rows: int, eager: int, encoded: int):
 
 
 def _random_codes(found: Found, seed: int):
-    """The same of product-quantised tokens, in float64: there codes agree to the bit."""
+    """A random trace with product quantization in float64. There the codes agree bit for bit."""
     _random(found, seed, coded=True)
 
 
 def _random(found: Found, seed: int, coded: bool = False):
-    """Any configuration, any steps: lengths around borders, crops, rows in another order, padding."""
+    """A random configuration and random steps: lengths near boundaries, crops, reordered rows, padding."""
     draw = Draw(seed)
     moves = draw.chance(0.7, 1).item()
     int4 = draw.pick([0, 1, 6, 15, 40]) if moves else None
@@ -275,7 +276,7 @@ def _random(found: Found, seed: int, coded: bool = False):
             "decode": [1] * draw.one(1, 4),
             "draft": [draw.one(2, 17)],
             "long": [draw.one(17, 45)],
-            # Without sinks, no token would be left beside the middle: a case of its own.
+            # Without sinks, a crop may leave only the middle. A separate case tests this.
             "crop": [("crop", draw.one(1, 9))] if config.n_sink or not config.compresses else [1],
             "reorder": [("reorder", draw.integers(0, rows, rows).tolist())],
             "select": [("select", draw.integers(0, rows, draw.one(1, rows + 2)).tolist())],
@@ -293,7 +294,7 @@ def _random(found: Found, seed: int, coded: bool = False):
 
 
 def _crop_refused(config):
-    """Columns that have left the recent region cannot be cropped, whatever became of them."""
+    """Tokens that have left the recent region cannot be cropped. Their tier does not matter."""
 
     def run(found: Found, seed: int):
         shape = measure.Shape(heads=1, group=1, device=found.device)

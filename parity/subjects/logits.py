@@ -1,4 +1,4 @@
-"""Logits of a one-layer model in its dtype against float64 after the specification's attention."""
+"""Logits of a one-layer model in its dtype, compared with float64 logits after the specified attention."""
 
 import copy
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ CHUNKS = [20, 1, 1, 18, 1, 5, 1]
 
 
 def logits(config, dtype, device, seed) -> Iterator[tuple[str, float]]:
-    """Relative errors of the logits of each step: what a model reads, from the same queries and codes."""
+    """Yield the relative error of the logits of each step. Both models use the same queries and codes."""
     torch.manual_seed(seed % 2**31)
     heads, dim = 2, 64
     model = LlamaForCausalLM(
@@ -37,7 +37,7 @@ def logits(config, dtype, device, seed) -> Iterator[tuple[str, float]]:
     seen = []
 
     def exact(module, query, key, value, mask, **kwargs):
-        """The specification's output, for what the fast model has just attended."""
+        """The output of the specification for the last attention of the fast model."""
         return seen[-1].transpose(1, 2), None
 
     def watch(module, query, key, value, mask, **kwargs):
@@ -54,7 +54,7 @@ def logits(config, dtype, device, seed) -> Iterator[tuple[str, float]]:
     try:
         for i, part in enumerate(ids.split(CHUNKS, dim=1)):
             ours = model(input_ids=part.to(device), **{CACHE_NAME: cache}, use_cache=True).logits
-            theirs = wide(input_ids=part, use_cache=False).logits
-            yield f"step {i}: {part.shape[1]}", relative_error(ours, theirs)
+            specified = wide(input_ids=part, use_cache=False).logits
+            yield f"step {i}: {part.shape[1]}", relative_error(ours, specified)
     finally:
         AttentionInterface.register(fast.NAME, fast.attention)

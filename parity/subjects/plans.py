@@ -1,4 +1,4 @@
-"""Plans from given scores, and what the specification's other policies ask for."""
+"""Plans from given scores, and plans of the policies that exist only in the specification."""
 
 import itertools
 
@@ -35,14 +35,14 @@ def collect() -> list[Case]:
             found.append(Case("plans", f"from given scores, {name}", f"n{n}", _given(name, n), covers))
     for policy in dict.fromkeys([*POLICIES, *policies.SCORES]):
         if policy in fast.SUPPORTED:
-            continue  # a trace of its own covers it, see `life`
+            continue  # a trace in `life` covers this policy
         found.append(Case("plans", "spec only", policy, _spec_only(policy), (f"policy {policy}",)))
     found.append(Case("plans", "from positions", "position", _position, ("policy position",)))
     return found + heads.collect()
 
 
 def _positions(draw: Draw, rows: int, n: int) -> torch.Tensor:
-    """Positions [rows, 1, n] in any order, some of them holes."""
+    """Positions [rows, 1, n] in random order, with some padding."""
     order = torch.stack([torch.randperm(n, generator=draw.generator) for _ in range(rows)])
     return order.masked_fill(draw.chance(0.2, rows, n), -1)[:, None]
 
@@ -67,7 +67,7 @@ def _given(name, n):
 
 
 def _kept(found: Found, tiers, position, there, tier) -> None:
-    """Where a tier's tokens are, oldest first."""
+    """Check the indices of the tokens of a tier. The oldest token is first."""
     index, real = fast.kept(tiers.to(found.device), there, tier)
     index, real = index.cpu(), real.cpu()
     for row in range(len(tiers)):
@@ -77,7 +77,7 @@ def _kept(found: Found, tiers, position, there, tier) -> None:
 
 
 def _position(found: Found, seed: int):
-    """The policy as generate() runs it, against the specification's plan."""
+    """Compare the policy as generate() runs it with the plan of the specification."""
     for n, high, low in ((40, 10, 0), (40, 10, 6), (40, 0, 5), (40, 100, 0), (40, 10, None)):
         draw = Draw(seed + n + high)
         position = _positions(draw, 3, n)[:, 0]
@@ -91,7 +91,7 @@ def _position(found: Found, seed: int):
 
 
 def _spec_only(policy):
-    """Refused by name; the specification's own plan is a digest, for two machines to compare."""
+    """fade_fast refuses the policy by name. A digest of the specified plan allows comparing two machines."""
 
     def run(found: Found, seed: int):
         refused_config(found, "eviction_policy", policy, int4_budget=8)
@@ -106,7 +106,7 @@ def _spec_only(policy):
 
 
 def _candidates(draw: Draw, rows=2, heads=2, n=40, dim=8) -> Candidates:
-    """All that any policy may ask for."""
+    """Candidates with all inputs that a policy may need."""
     position = torch.arange(n).expand(rows, -1).masked_fill(draw.chance(0.1, rows, n), -1)
     state = importance.empty(rows, heads)
     p = draw.uniform(rows, heads, 5, n) / n

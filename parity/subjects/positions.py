@@ -1,4 +1,4 @@
-"""RoPE: rotating by a position or a difference, finding a model's own rotation, renumbering."""
+"""RoPE: rotation by a position or a difference, detection of the rotation of a model, renumbering."""
 
 import types
 
@@ -23,7 +23,7 @@ from ..case import Case, Draw, Found, relative_error
 
 DIM, CONTEXT = 32, 2048
 ORIGINAL = dict(original_max_position_embeddings=512)
-#: Parameters that each scheme needs beside theta; a scheme that is not here fails the run.
+#: The parameters of each scheme in addition to theta. The run fails if a scheme is missing here.
 PARAMETERS = {
     "default": {},
     "linear": dict(factor=4.0),
@@ -46,7 +46,7 @@ def collect() -> list[Case]:
     for scheme in spec.SCHEMES:
         covers = (f"scheme {scheme}",)
         if scheme not in PARAMETERS:
-            continue  # the registry's case says so
+            continue  # the case of the registry reports it
         for style in MODELS:
             run = _rotate(scheme, style == "pairs")
             found.append(Case("positions", "rotate", f"{scheme}, {style}", run, covers))
@@ -95,7 +95,7 @@ def _compare(found: Found, x, position, rope: spec.Rope) -> None:
 
 
 def _partial(found: Found, seed: int):
-    """Channels beyond the frequencies pass; one position a row is broadcast."""
+    """Channels after the last frequency are unchanged. A position per row is broadcast."""
     for pairs, interleaved in ((1, False), (4, True), (12, False), (12, True)):
         rope = spec.Rope(10_000.0 ** -(torch.arange(pairs).float() / pairs).double(), interleaved=interleaved)
         rope = spec.Rope(rope.inv_freq.float().double(), interleaved=interleaved)
@@ -118,7 +118,7 @@ def _of_a_model(scheme, style):
             **sizes, **heads, max_position_embeddings=CONTEXT, rope_parameters=_parameters(scheme)
         )
         model = model_class(config).to(found.device)
-        if scheme == "dynamic":  # its frequencies change while the text grows
+        if scheme == "dynamic":  # the frequencies change with the length of the text
             found.refused(lambda: RopeProbe(model).find(0), "cannot be renumbered", "layer 0")
             return
         rope = RopeProbe(model).find(0)
@@ -133,7 +133,7 @@ def _of_a_model(scheme, style):
 
 
 def _without(found: Found, seed: int):
-    """A model without RoPE cannot be renumbered."""
+    """The tokens of a model without RoPE cannot be renumbered."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=32, n_layer=1, n_head=2, n_positions=64))
     config = FadeConfig(int4_budget=8)
     found.refused(lambda: fade_fast.create_cache(model, config), "cannot be renumbered", "layer 0")

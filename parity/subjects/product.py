@@ -1,4 +1,4 @@
-"""Product quantisation: codes, decoding, and attention by tables."""
+"""Product quantization: codes, decoding, and attention with tables."""
 
 import itertools
 
@@ -32,17 +32,17 @@ SHAPES = {
 
 
 def collect() -> list[Case]:
-    found = []
+    cases = []
     for (dim, width), dtype in itertools.product(BOOKS, (torch.float64, torch.float32, torch.bfloat16)):
         name = f"D{dim}, {width} elements a code, {dtype}".replace("torch.", "")
-        found.append(Case("product", "encode", name, _encode(dim, width, dtype), COVERS, dtype))
+        cases.append(Case("product", "encode", name, _encode(dim, width, dtype), COVERS, dtype))
     for scale in (2.0**-10, 1.0, 2.0**10):
-        found.append(Case("product", "encode", f"ties everywhere, scale {scale:g}", _ties(scale), COVERS))
-    found.append(Case("product", "decode", "books of heads and of all", _decode, COVERS))
+        cases.append(Case("product", "encode", f"ties everywhere, scale {scale:g}", _ties(scale), COVERS))
+    cases.append(Case("product", "decode", "books of heads and of all", _decode, COVERS))
     for name, dtype in itertools.product(SHAPES, PRODUCT):
         title = f"{name}, {dtype}".replace("torch.", "")
-        found.append(Case("product", "attention", title, _attend(SHAPES[name], dtype), COVERS, dtype))
-    return found
+        cases.append(Case("product", "attention", title, _attend(SHAPES[name], dtype), COVERS, dtype))
+    return cases
 
 
 def _encode(dim, width, dtype):
@@ -50,8 +50,8 @@ def _encode(dim, width, dtype):
         draw, offset = Draw(seed), torch.linspace(-9, 9, dim, dtype=torch.float64)
         x = (draw.normal(2, 3, 60, dim) + offset).to(dtype)
         book = (draw.normal(3, 64, dim) + offset).unflatten(-1, (-1, width)).transpose(1, 2).half()
-        for own in (book, book[0]):
-            result = measure.product_codes(x, own, device=found.device)
+        for books in (book, book[0]):
+            result = measure.product_codes(x, books, device=found.device)
             share = max(0, result.differing - 1) / result.total
             found.near("product codes differing", share)
             found.near("product codes", result.excess)
@@ -60,7 +60,7 @@ def _encode(dim, width, dtype):
 
 
 def _ties(scale):
-    """Inputs halfway between two centroids, to a rounding: either code, but no third."""
+    """Inputs halfway between two centroids, within a rounding. Both codes are allowed, but no third code."""
 
     def run(found: Found, seed: int):
         draw = Draw(seed)
@@ -87,7 +87,7 @@ def _attend(options, dtype):
     def run(found: Found, seed: int):
         shape = measure.Shape(**options["shape"], dtype=dtype, device=found.device)
         before = kernel.ELEMENTS
-        for elements in (1, before):  # tiles of tokens, short and long
+        for elements in (1, before):  # short and long tiles of tokens
             kernel.ELEMENTS = elements
             try:
                 errors = measure.product_attention(**{**options, "shape": shape}, seed=seed % 2**31)

@@ -1,4 +1,4 @@
-"""One tiny random model of each family that transformers offers, and what a tiered cache makes of it."""
+"""A tiny random model of each family of transformers, and the expected behavior of a tiered cache."""
 
 from dataclasses import dataclass, field
 
@@ -29,20 +29,20 @@ class Family:
     """A family of models.
 
     Attributes:
-        name: what the table calls it.
-        architecture: its classes in transformers, less "Config" and the head; a head may be given in full.
-        config: what its configuration sets beside `SIZES`; `...` leaves a size out.
-        tiered: layers that are tiered; those of `layers` that are not keep the cache of transformers.
-        layers: layers of the model's cache.
-        dispatches: whether the attention function can be replaced, so that decoding reads packed tokens.
-        renumbers: why survivors of eviction cannot be renumbered; empty if they can.
-        refused: why no cache can be made; empty if one can.
-        drops_cache: whether the model would go on with another cache, without our help.
-        state_of_batch: whether its frequencies depend on the longest row, so that rows differ alone.
-        branches: whether its forward pass branches on data, so that it never compiles into one graph.
-        dtype: float32 where stock attention gives NaN for padding in float64.
+        name: the name in the table.
+        architecture: the class names in transformers without "Config" and without the name of the head.
+        config: fields of the configuration in addition to `SIZES`. `...` removes a size.
+        tiered: the tiered layers. The other layers keep the cache of transformers.
+        layers: the number of layers in the cache of the model.
+        dispatches: whether the attention function can be replaced. Decoding then reads packed tokens.
+        renumbers: the reason why live tokens cannot be renumbered after eviction; empty if they can.
+        refused: the reason why no cache can be created; empty if one can.
+        drops_cache: whether the model replaces its cache if fade_fast is not attached.
+        state_of_batch: whether the frequencies depend on the longest row. A row alone gives other results.
+        branches: whether the forward pass branches on data. It then never compiles into one graph.
+        dtype: float32 if the attention of transformers returns NaN for padding in float64.
         note: a remark for the table.
-        eager: whether `sdpa` lacks what the model asks for, and `eager` is not exact in float64.
+        eager: whether `sdpa` lacks a feature of the model, and `eager` is not exact in float64.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Family:
     eager: bool = False
 
     def model(self, seed: int = 0) -> PreTrainedModel:
-        """A random model of the family, always the same for a seed."""
+        """A random model of the family. The seed determines the model."""
         torch.manual_seed(seed)
         head = getattr(transformers, self.architecture + "ForCausalLM", None) or getattr(
             transformers, self.architecture + "LMHeadModel", None
@@ -76,10 +76,10 @@ class Family:
             config = _sizes(self.config)
         model = head(getattr(transformers, name)(**config)).to(self.dtype).eval()
         if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("batched_mm")  # float64, and no branch on data
+            model.set_experts_implementation("batched_mm")  # it supports float64 and does not branch on data
         if self.eager:
             model.set_attn_implementation(REFERENCE)
-        model.generation_config.use_cache = True  # MPT says otherwise
+        model.generation_config.use_cache = True  # the default of MPT is False
         _sharpen(model)
         return model
 
@@ -88,7 +88,7 @@ REFERENCE = "float64 reference"
 
 
 def _reference(module, query, key, value, attention_mask, scaling, softcap=None, **kwargs):
-    """Eager attention whose softmax stays in float64: that of transformers gives NaN for padding rows."""
+    """Eager attention with a float64 softmax. In transformers eager attention gives NaN for padding rows."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.mT * scaling
     if softcap is not None:
@@ -109,7 +109,7 @@ def _sizes(config: dict) -> dict:
 
 
 def _sharpen(model: PreTrainedModel) -> None:
-    """Random parameters where transformers puts zeros and ones: norms, biases, sinks must matter."""
+    """Add noise to parameters that transformers initializes with 0 or 1: norms, biases, sinks must matter."""
     generator = torch.Generator().manual_seed(1)
     for name, x in model.named_parameters():
         if x.dim() == 1 and ("norm" in name or "bias" in name or "sinks" in name):
@@ -120,7 +120,7 @@ def rope(kind: str, **parameters) -> dict:
     return dict(rope_parameters=dict(rope_type=kind, rope_theta=10000.0, **parameters))
 
 
-MAX_DECODE_TOKENS = dict(max_position_embeddings=16)  # dynamic and long RoPE differ beyond
+MAX_DECODE_TOKENS = dict(max_position_embeddings=16)  # dynamic and long RoPE change after this length
 LAYER_TYPES = dict(
     sliding=["sliding_attention", "full_attention"],
     linear=["linear_attention", "full_attention"],
@@ -341,7 +341,7 @@ _ALL = [
     ),
 ]
 FAMILIES = {family.name: family for family in _ALL}
-#: A family of each kind. Tests of the others are slow.
+#: One family of each kind. Tests of the other families are slow.
 KINDS = (
     "Llama",  # grouped queries
     "Llama, dynamic RoPE",  # frequencies that change

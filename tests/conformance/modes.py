@@ -1,4 +1,4 @@
-"""Ways to decode, each as a function from a model and a cache to what has to come out the same."""
+"""The decoding modes. Each mode is a function that runs a model with a cache and returns its output."""
 
 import copy
 from collections.abc import Callable
@@ -21,13 +21,13 @@ PADS = (0, 13, 34)  # very unequal lengths
 
 @dataclass
 class Run:
-    """One way of decoding under way.
+    """One run of a mode.
 
     Attributes:
-        model: decodes.
-        make: a new, empty cache for it.
-        plain: whether this is a reference, which is never compiled.
-        cache: the cache last made.
+        model: the model that decodes.
+        make: a function that returns a new, empty cache.
+        plain: whether this is a reference run. A reference run is never compiled.
+        cache: the cache that was created last.
     """
 
     model: PreTrainedModel
@@ -40,7 +40,7 @@ class Run:
         return self.cache
 
     def generate(self, inputs: dict, cache=None, **options) -> Tensor:
-        """What `generate()` returns, greedy unless `options` say otherwise; the seed is always the same."""
+        """The output of `generate()`, greedy by default. The seed is always the same."""
         torch.manual_seed(5)
         options = dict(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW) | options
         cache = self.new_cache() if cache is None else cache
@@ -58,14 +58,14 @@ def prompt(batch: int = 2, pads=(), length: int = PROMPT) -> dict:
 
 
 def looped() -> dict:
-    """A prompt in which there is something to look up."""
+    """A prompt with a repeated part, so that prompt look-up finds drafts."""
     inputs = prompt(batch=1)
     inputs["input_ids"][:, PROMPT // 2 :] = inputs["input_ids"][:, : PROMPT // 2]
     return inputs
 
 
 def generating(inputs: Callable = prompt, **options) -> Callable[[Run], Tensor]:
-    """The mode of one call of `generate()` with some options."""
+    """A mode that calls `generate()` once with these options."""
     return lambda run: run.generate(inputs(), **options)
 
 
@@ -74,7 +74,7 @@ def padded(length: int = PROMPT) -> dict:
 
 
 def late() -> dict:
-    """A prompt of which some rows begin in the second of two long chunks."""
+    """A prompt with rows that begin in the second of two long chunks."""
     return padded(60)
 
 
@@ -86,7 +86,7 @@ def assisted(run: Run) -> Tensor:
 
 
 def turns(run: Run) -> Tensor:
-    """Two turns of a conversation on one cache; the second call must feed what is new only."""
+    """Two turns of a conversation with one cache. The second call must feed only the new tokens."""
     inputs, cache = prompt(), run.new_cache()
     first = {name: x[:, :24] for name, x in inputs.items()}
     answer = run.generate(first, cache)
@@ -95,7 +95,7 @@ def turns(run: Run) -> Tensor:
 
 
 class Listener(BaseStreamer):
-    """Collects what a `TextStreamer` would print."""
+    """Collects the tokens that a `TextStreamer` would print."""
 
     def __init__(self):
         self.heard, self.ended = [], False
@@ -115,7 +115,7 @@ def streaming(run: Run) -> Tensor:
 
 
 class AfterFive(StoppingCriteria):
-    """Stops row 0 after three new tokens and the others after five, as a stop string would."""
+    """Stops row 0 after three new tokens and the other rows after five, like a stop string."""
 
     def __call__(self, ids, scores, **kwargs):
         limit = torch.full((ids.shape[0],), PROMPT + 5)
@@ -130,7 +130,7 @@ def stopping(run: Run) -> Tensor:
 
 
 def feed(run: Run, cache, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits [B, n, V] of the newest `ids` [B, n]; `mask` covers all tokens."""
+    """Logits [B, n, V] of the new tokens `ids` [B, n]. `mask` covers all tokens."""
     position = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     step = dict(input_ids=ids, attention_mask=mask, position_ids=position)
     with torch.no_grad():
@@ -138,10 +138,10 @@ def feed(run: Run, cache, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def after(operation: Callable) -> Callable[[Run], Tensor]:
-    """The mode of steps by hand around an operation on the cache.
+    """A mode that calls the model directly and applies an operation to the cache between two steps.
 
-    `operation(cache, feed)` returns the cache to go on with, and which of the old rows its rows are;
-    `feed(ids)` feeds tokens that the operation itself has to get rid of.
+    `operation(cache, feed)` returns the new cache, the old row of each new row, and whether to start again.
+    `feed(ids)` feeds tokens that the operation must remove.
     """
 
     def mode(run: Run) -> Tensor:
@@ -215,7 +215,7 @@ def offload(cache, more):
 
 
 def chunks(run: Run) -> Tensor:
-    """Logits of a text fed in chunks, short and long, and single tokens."""
+    """Logits of a text in short chunks, long chunks, and single tokens."""
     ids, cache, start, out = prompt(length=62)["input_ids"], run.new_cache(), 0, []
     with torch.no_grad():
         for n in (30, 1, 1, 7, 20, 1, 1, 1):
@@ -228,7 +228,7 @@ def chunks(run: Run) -> Tensor:
 
 
 def compiled(inputs: Callable) -> Callable[[Run], Tensor]:
-    """The mode of steps compiled by `generate()` into one graph; references decode as they are."""
+    """A mode in which `generate()` compiles the steps into one graph. Reference runs stay eager."""
 
     def mode(run: Run) -> Tensor:
         if run.plain:
@@ -239,7 +239,7 @@ def compiled(inputs: Callable) -> Callable[[Run], Tensor]:
         config._compile_all_devices = True
         cache = run.new_cache()
         cache.decode_graph.compileable = True
-        for i, layer in enumerate(cache.layers):  # as create_cache() does on a GPU
+        for i, layer in enumerate(cache.layers):  # create_cache() does the same on a GPU
             if type(layer) is DynamicSlidingWindowLayer:
                 cache.layers[i] = StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
         out = run.generate(inputs(), cache, compile_config=config)
@@ -254,11 +254,11 @@ class Mode:
     """A way to decode.
 
     Attributes:
-        name: what the table calls it.
-        run: the way; returns tokens, or logits, of which the newest count.
-        everywhere: whether every family goes through it, or Llama alone.
+        name: the name in the table.
+        run: the function. It returns tokens, or logits of the newest tokens.
+        everywhere: whether every family runs this mode. Otherwise only Llama runs it.
         padded: whether rows are left-padded.
-        slow: whether it takes long.
+        slow: whether the mode takes long.
         compiles: whether the decode step is compiled.
     """
 

@@ -1,9 +1,10 @@
-"""`python -m tests.conformance.sweep`: every class of transformers is served or refused.
+"""`python -m tests.conformance.sweep`: test whether every class of transformers is served or refused.
 
 python -m tests.conformance.sweep --markdown docs/compatibility.md
 
-A tiny random model of each causal-LM and image-text-to-text class decodes text with a tiered cache, in
-configurations that keep all, compress and evict. It takes long, and is no test of pytest.
+A tiny random model of each causal-LM and image-text-to-text class decodes text with a tiered cache. There
+are configurations without compression, with compression, and with eviction. The sweep takes long, so pytest
+does not run it.
 """
 
 import argparse
@@ -40,11 +41,11 @@ from .families import REFERENCE
 from .modes import NEW, prompt
 from .twins import read_dense
 
-SECONDS = 60  # of computing, for a class
-PATIENCE = 5  # times as long may pass on a busy machine
-MEMORY = 16 << 30  # bytes that the process of a class may map
+SECONDS = 60  # CPU seconds per class
+PATIENCE = 5  # wall-clock limit as a multiple of SECONDS, for a busy machine
+MEMORY = 16 << 30  # address space of the process of a class, in bytes
 
-#: Name under which models take a cache: `cache` since transformers 5.24, `past_key_values` before.
+#: The argument of models for a cache: `cache` since transformers 5.24, `past_key_values` before.
 CACHE = (
     "cache"
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -53,7 +54,7 @@ CACHE = (
 
 # Tiny models
 
-#: Names that configurations have for one thing, and its tiny size in a decoder and in another tower.
+#: The names of a size in configurations, and its tiny value in a decoder and in another tower.
 _SIZES = [
     ("vocab_size unpadded_vocab_size ngram_vocab_size_base vocab_size_per_layer_input", 260, 260),
     ("hidden_size d_model n_embd embed_dim emb_dim dim embedding_size output_embedding_size", 64, 32),
@@ -95,7 +96,7 @@ _TEXT = {name: text for names, text, _ in _SIZES for name in names.split()}
 _TOWER = {name: tower for names, _, tower in _SIZES for name in names.split()}
 _DECODERS = ("text_config", "llm_config", "decoder", "decoder_config", "vlm_config")
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_OPTIONAL = ("head_dim", "num_key_value_heads")  # set even where they follow from others by default
+_OPTIONAL = ("head_dim", "num_key_value_heads")  # set even if the default depends on other fields
 _SPECIAL = ("_token_id", "_token_index")
 
 
@@ -114,7 +115,7 @@ _GEMMA_4 = _mixed(_SLIDING, _FULL, _SLIDING, _FULL) | dict(
     global_head_dim=32, num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=260
 )
 
-#: What the configuration of a class sets beside or instead of sizes; `...` leaves a field as it is.
+#: Fields of a configuration class in addition to the sizes, or instead of them. `...` keeps the default.
 OVERRIDES: dict[str, dict] = {
     "BambaConfig": dict(attn_layer_indices=[1]),
     "BltConfig": dict(encoder_hash_byte_group_vocab=64),
@@ -173,7 +174,7 @@ OVERRIDES: dict[str, dict] = {
 
 
 def names() -> list[str]:
-    """Every causal-LM and image-text-to-text class of transformers."""
+    """The names of all causal-LM and image-text-to-text classes of transformers."""
     found = set()
     for mapping in (
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -185,14 +186,14 @@ def names() -> list[str]:
 
 
 def build(name: str) -> PreTrainedModel:
-    """A tiny random model of a class, always the same, which is sensitive to what it has cached."""
+    """A tiny random model of a class, always the same. Its output depends strongly on the cache."""
     kind = getattr(transformers, name)
     torch.manual_seed(0)
     model = kind(kind.config_class(**tiny(kind.config_class))).eval()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")  # grouped_mm has no float64
     if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
-        model.set_attn_implementation(REFERENCE)  # sdpa has no softcap, eager is not exact in float64
+        model.set_attn_implementation(REFERENCE)  # sdpa has no softcap, and eager is not exact in float64
     model.generation_config = GenerationConfig(pad_token_id=0, use_cache=True)
     draw = torch.Generator().manual_seed(1)
     for x in model.parameters():
@@ -202,11 +203,11 @@ def build(name: str) -> PreTrainedModel:
 
 
 def tiny(kind: type[PreTrainedConfig], text: bool = True) -> dict:
-    """Arguments of a tiny configuration of a class, from what its fields are called.
+    """The arguments of a tiny configuration. The names of the fields determine them.
 
     Args:
-        kind: a class of configurations.
-        text: whether it is of a decoder, or else of another tower, which no text goes through.
+        kind: a configuration class.
+        text: whether the class is for a decoder. Other towers process no text.
     """
     default, sizes, found = kind(), _TEXT if text else _TOWER, {}
     special = iter(range(259, 128, -1))
@@ -233,18 +234,18 @@ def tiny(kind: type[PreTrainedConfig], text: bool = True) -> dict:
 
 
 def _value(config: PreTrainedConfig, field: dataclasses.Field):
-    """A field's value, or its default where values differ by layer and cannot be asked for."""
+    """The value of a field. If the value differs between layers, its default."""
     return vars(config).get(field.name, field.default)
 
 
 def _windowed(default: PreTrainedConfig) -> bool:
-    """Whether a class has a sliding window, which by default no layer is without."""
+    """Whether all layers of a class have a sliding window by default."""
     kinds = getattr(default, "layer_types", None) or ["sliding_attention"]
     return set(kinds) == {"sliding_attention"}
 
 
 def _layers(default: PreTrainedConfig) -> dict:
-    """Layers of each kind that a configuration lists by default, at least two."""
+    """One layer of each kind in the default configuration, and at least two layers."""
     fields = {field.name for field in dataclasses.fields(default)}
     count = next((name for name in _DEPTHS if name in fields), None)
     lists = {
@@ -262,7 +263,7 @@ def _layers(default: PreTrainedConfig) -> dict:
     return {name: [x[i] for i in chosen] for name, x in lists.items()} | {count: len(chosen)}
 
 
-# What a class is asked
+# The tests of a class
 
 EVICTING = FadeConfig(**SMALL, int4_budget=8)
 OWN_POSITIONS = FadeConfig(**SMALL, int4_budget=8, positions="original")
@@ -271,20 +272,23 @@ WRONG, CRASH, NOT_BUILT, DISAGREES = "WRONG", "CRASH", "not built", "CHECK DISAG
 BAD = (WRONG, CRASH, DISAGREES)
 PADS = (0, 13)
 CHUNKS = (30, 1, 1, 7, 20, 1)
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # rotary angles and some norms are float32 in both
-HUGE = 1e30  # some models mask logits by the least number there is
+TOLERANCE = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-3,
+}  # rotary angles and some norms use float32
+HUGE = 1e30  # some models mask logits with the smallest number of the dtype
 
 
 @dataclass(frozen=True)
 class Found:
-    """What became of a class in one configuration.
+    """The outcome of a class in one configuration.
 
     Attributes:
         name: the class.
-        config: the configuration of the cache; empty if none was reached.
+        config: the configuration of the cache; empty if the model was not built.
         outcome: one of the constants above.
         words: the reason, or the error.
-        how: the precision and the modes in which it was decoded.
+        how: the modes and their precision.
     """
 
     name: str
@@ -296,20 +300,20 @@ class Found:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Logits of steps, each [B, n, V], and the tokens [B, steps] that were chosen by them, if any were."""
+    """The logits of each step [B, n, V], and the chosen tokens [B, steps] if the mode chooses tokens."""
 
     logits: list[Tensor]
     tokens: Tensor | None = None
 
     @property
     def tells(self) -> bool:
-        """Whether a comparison with it would show anything."""
+        """Whether a comparison with these logits is meaningful."""
         return not any(x.isnan().any() for x in self.logits) and self.logits[-1].unique().numel() > 2
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to decode, with the model in a precision, and what it gives with `DynamicCache`."""
+    """A way to decode with a dtype of the model, and the result with `DynamicCache`."""
 
     name: str
     dtype: torch.dtype
@@ -340,7 +344,7 @@ def generated(model: PreTrainedModel, cache, pads=()) -> Decoded:
 
 
 def chunked(model: PreTrainedModel, cache, pads=()) -> Decoded:
-    """Logits of a text fed in chunks and single tokens."""
+    """The logits of a text in chunks and single tokens."""
     inputs, start, found = prompt(length=sum(CHUNKS), pads=pads), 0, []
     for n in CHUNKS:
         ids, mask = inputs["input_ids"][:, start : start + n], inputs["attention_mask"][:, : start + n]
@@ -351,7 +355,7 @@ def chunked(model: PreTrainedModel, cache, pads=()) -> Decoded:
 
 
 def difference(found: Decoded, expected: Decoded) -> float:
-    """The largest relative error of a step, up to the one where tokens part."""
+    """The largest relative error of a step. After the first different token, no step is compared."""
     steps = len(expected.logits)
     if len(found.logits) != steps:
         return float("inf")
@@ -370,7 +374,7 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 
 def modes(pristine: PreTrainedModel) -> tuple[list[Mode], str]:
-    """Ways in which the model decodes with `DynamicCache`; and why not, where it does not."""
+    """The ways in which the model can decode with `DynamicCache`, and the first error in another way."""
     found, words = [], ""
     for name, decode, padded in (
         ("generate(), left-padded", generated, True),
@@ -386,7 +390,7 @@ def modes(pristine: PreTrainedModel) -> tuple[list[Mode], str]:
                 expected = mode.run(model, DynamicCache(config=model.config))
                 if not expected.tells:
                     raise FloatingPointError("the logits are NaN, or all the same")
-            except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
+            except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
                 words = words or first_line(error)
                 continue
             found.append(dataclasses.replace(mode, expected=expected))
@@ -395,7 +399,7 @@ def modes(pristine: PreTrainedModel) -> tuple[list[Mode], str]:
 
 
 def examine(name: str, tell: Callable[[Found], None]) -> None:
-    """Tell what becomes of a class in each configuration."""
+    """Report the outcome of a class in each configuration."""
     try:
         pristine = build(name)
     except Exception as error:  # noqa: BLE001
@@ -406,19 +410,19 @@ def examine(name: str, tell: Callable[[Found], None]) -> None:
     for config_name, config in configs.items():
         refused = ask(partial(Found, name, config_name), config, pristine, ways, words, tell)
         if 'positions="original"' in refused:
-            own = partial(Found, name, "evicting, own positions")
-            ask(own, OWN_POSITIONS, pristine, ways, words, tell)
+            make = partial(Found, name, "evicting, own positions")
+            ask(make, OWN_POSITIONS, pristine, ways, words, tell)
 
 
 def ask(found: Callable[..., Found], config: FadeConfig, pristine, ways, words, tell) -> str:
-    """Tell what becomes of a class in one configuration; why it is refused at creation, if it is.
+    """Report the outcome of a class in one configuration. Returns the reason if create_cache() refuses it.
 
     Args:
-        found: makes what is told.
+        found: makes a `Found` from an outcome.
         config: the configuration.
-        pristine: the model, to be copied.
-        ways, words: what `modes` gave.
-        tell: hears it.
+        pristine: the model. It is copied before each use.
+        ways, words: the result of `modes`.
+        tell: receives each `Found`.
     """
     refused = ""
     try:
@@ -431,7 +435,7 @@ def ask(found: Callable[..., Found], config: FadeConfig, pristine, ways, words, 
             tell(found(THEIRS, words))
         else:
             tell(found(*decoded(pristine, config, ways)))
-    except Exception as error:  # noqa: BLE001 - the table has to say so
+    except Exception as error:  # noqa: BLE001 - the table must show it
         if not ways and first_line(error) == words:
             tell(found(THEIRS, words))
         else:
@@ -441,7 +445,7 @@ def ask(found: Callable[..., Found], config: FadeConfig, pristine, ways, words, 
 
 
 def decoded(pristine: PreTrainedModel, config: FadeConfig, ways: list[Mode]) -> tuple[str, str, str]:
-    """(outcome, words, how) of decoding in all ways, or of the first that is not equal."""
+    """(outcome, words, how) after decoding in all ways, or of the first way that is not equal."""
     for way in ways:
         outcome, words = compare(pristine, config, way)
         if outcome != EQUAL:
@@ -454,9 +458,9 @@ def how(way: Mode) -> str:
 
 
 def refusal(model: PreTrainedModel, config: FadeConfig) -> tuple[str, str]:
-    """Why no cache is created, empty if one is; and how `check_model` disagrees, empty if it does not.
+    """The reason if no cache is created, and the disagreement with `check_model`. Both are empty otherwise.
 
-    The cache is created as a user would, verification included; those decoded with are not verified again.
+    This cache is created with verification, as a user creates it. The caches for decoding skip it.
     """
     promised = fade_fast.check_model(model, config).refused
     try:
@@ -470,8 +474,8 @@ def refusal(model: PreTrainedModel, config: FadeConfig) -> tuple[str, str]:
 
 
 def compare(pristine: PreTrainedModel, config: FadeConfig, way: Mode) -> tuple[str, str]:
-    """(outcome, words) of decoding in one way, against `DynamicCache` or the same codes read dense."""
-    gc.collect()  # models that were attached are in cycles
+    """(outcome, words) of decoding in one way, compared with `DynamicCache` or dense copies of the codes."""
+    gc.collect()  # attached models are in reference cycles
     model = way.model(pristine)
     cache = create(model, config)
     try:
@@ -489,7 +493,7 @@ def compare(pristine: PreTrainedModel, config: FadeConfig, way: Mode) -> tuple[s
 
 
 def twin(pristine: PreTrainedModel, config: FadeConfig, way: Mode) -> Decoded:
-    """What comes out if the same codes are read back dense: by stock attention, where there is no padding."""
+    """The output with dense copies of the codes. Without padding, transformers computes the attention."""
     model = way.model(pristine)
     cache = create(model, config)
     if way.padded:
@@ -502,9 +506,9 @@ def twin(pristine: PreTrainedModel, config: FadeConfig, way: Mode) -> Decoded:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error that says something, in one length."""
+    """The first useful line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Configurations are validated by a library whose own line comes first.
+    # The library that validates configurations adds its own first line.
     said = [line for line in lines if not line.startswith(("Class validation error", "Validation error"))]
     return (said or lines or [type(error).__name__])[0]
 
@@ -513,7 +517,7 @@ def first_line(error: Exception) -> str:
 
 
 def _child(name: str, pipe) -> None:
-    """Examine a class, in a process of its own."""
+    """Examine a class. This function runs in a separate process."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     warnings.simplefilter("ignore")
@@ -521,16 +525,16 @@ def _child(name: str, pipe) -> None:
 
 
 def in_process(name: str) -> list[Found]:
-    """What becomes of a class, in bounded time, whatever its code does to its process."""
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(name, theirs))
+    """The outcomes of a class in bounded time, even if its code ends the process."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(name, sender))
     process.start()
-    theirs.close()
+    sender.close()
     found, end = [], time.monotonic() + PATIENCE * SECONDS
     with contextlib.suppress(EOFError):
-        while ours.poll(max(0, end - time.monotonic())):
-            found.append(ours.recv())
-        process.kill()  # it has neither said more nor ended
+        while receiver.poll(max(0, end - time.monotonic())):
+            found.append(receiver.recv())
+        process.kill()  # the process has ended, or has sent nothing for too long
     process.join()
     if process.exitcode:
         ended = signal.Signals(-process.exitcode).name if process.exitcode < 0 else process.exitcode
@@ -545,16 +549,16 @@ ORDER = (EQUAL, REFUSED, LATE, THEIRS, DISAGREES, WRONG, CRASH, NOT_BUILT)
 
 
 def general(found: Found) -> str:
-    """The words of an outcome without the names of class and layer, so that classes share them."""
+    """The words of an outcome without class name and layer index, so that classes can share them."""
     words = re.sub(rf"\b{found.name}\b", "the model", found.words)
     words = re.sub(r"\blayer \d+\b", "a layer", words)
-    if found.outcome in (REFUSED, DISAGREES):  # by how much it would have been wrong is no group
+    if found.outcome in (REFUSED, DISAGREES):  # classes with different errors belong to one group
         words = re.sub(r", relative error \S+ \(at most \S+ is rounding\)", "", words)
     return " ".join(words.split()).replace("|", "\\|")
 
 
 def grouped(found: list[Found]) -> dict[tuple[str, str, str], list[str]]:
-    """Names of classes by (outcome, words, configurations), in the order of the table."""
+    """The names of the classes for each (outcome, words, configurations), in the order of the table."""
     per_class: dict[tuple[str, str, str], list[str]] = {}
     for x in found:
         per_class.setdefault((x.name, x.outcome, general(x)), []).append(x.config)
@@ -565,17 +569,18 @@ def grouped(found: list[Found]) -> dict[tuple[str, str, str], list[str]]:
 
 
 def section(found: list[Found]) -> str:
-    """The section of Markdown, markers included."""
+    """The section as Markdown, with its markers."""
     groups, every = grouped(found), len({x.name for x in found})
     lines = [
         START,
         f"## Sweep over every class of transformers {transformers.__version__}",
         "",
-        "Written by `python -m tests.conformance.sweep --markdown docs/compatibility.md` with torch "
-        f"{torch.__version__.split('+')[0]}. Each causal-LM and image-text-to-text class, tiny and random, "
-        "decodes text: `generate()` left-padded, and a text in chunks. Off (nothing is compressed) is "
-        "compared with `DynamicCache`; safe and evicting, with the same codes read back dense, which a "
-        "model whose attention cannot be replaced does anyway.",
+        "`python -m tests.conformance.sweep --markdown docs/compatibility.md` writes this section, here with "
+        f"torch {torch.__version__.split('+')[0]}. Each causal-LM and image-text-to-text class is tiny and "
+        "random. It decodes text in two ways: with left-padded `generate()`, and as a text in chunks. The "
+        'configuration "off" compresses nothing and is compared with `DynamicCache`. The configurations '
+        '"safe" and "evicting" are compared with attention over the same codes, decoded to dense keys and '
+        "values. A model whose attention cannot be replaced always uses dense keys and values.",
         "",
         f"Of {every} classes:",
         "",
@@ -597,7 +602,8 @@ def section(found: list[Found]) -> str:
     if unusual:
         lines += [
             "",
-            "Compared in fewer ways, or in float32, as `DynamicCache` itself fails in the others:",
+            "These classes are compared in fewer ways or in float32, because `DynamicCache` itself fails in "
+            "the other ways:",
             "",
         ]
         lines += [f"- {ways}: {', '.join(names)}" for ways, names in unusual.items()]
@@ -605,7 +611,7 @@ def section(found: list[Found]) -> str:
 
 
 def unusually(found: list[Found]) -> dict[str, list[str]]:
-    """Classes that were decoded in other ways than most, by those ways."""
+    """The classes with unusual ways of decoding, for each list of ways."""
     usual, ways = "generate(), left-padded in float64; chunks in float64", {}
     for x in found:
         if x.outcome == EQUAL and x.config == "off" and x.how != usual:
@@ -614,7 +620,7 @@ def unusually(found: list[Found]) -> dict[str, list[str]]:
 
 
 def write(path: Path, text: str) -> None:
-    """Put the section into a file, in the place of an older one or at the end."""
+    """Write the section into a file. It replaces an older section, or is added at the end."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     before, marker, rest = old.partition(START)
     after = rest.partition(END)[2] if marker else ""
@@ -625,9 +631,9 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.conformance.sweep", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--markdown", type=Path, help="where to write the section; default: standard output")
-    parser.add_argument("--json", type=Path, help="where to write every outcome")
-    parser.add_argument("--only", default="", help="only classes whose name contains this")
+    parser.add_argument("--markdown", type=Path, help="file for the section. The default is standard output.")
+    parser.add_argument("--json", type=Path, help="file for all outcomes")
+    parser.add_argument("--only", default="", help="run only classes whose name contains this text")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""check_model() promises what create_cache() and generate() then do, over all families."""
+"""For all families, create_cache() and generate() do what check_model() says."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What every family owes beside its cells: renumbered keys, refusals, one cache for one feeding."""
+"""Tests of every family in addition to its cells: renumbered keys, refusals, one cache for one text."""
 
 import inspect
 import warnings
@@ -28,7 +28,7 @@ def named(families):
 
 
 class Keys(Exception):
-    """Stops an attention module when it hands its keys to the cache."""
+    """Stops an attention module when it passes its keys to the cache."""
 
 
 class Stop:
@@ -37,19 +37,19 @@ class Stop:
 
 
 def rotary(model, hidden, position, kind):
-    """Angles of the model's own rotary module."""
+    """The angles of the rotary module of the model."""
     (module,) = (x for name, x in model.get_decoder().named_modules() if name.split(".")[-1] == "rotary_emb")
     if "layer_type" in inspect.signature(module.forward).parameters:
         return module(hidden, position, kind)
     try:
         return module(hidden, position)
-    except (IndexError, RuntimeError):  # three axes, in older versions
+    except (IndexError, RuntimeError):  # older versions need three axes
         return module(hidden, position.expand(3, *position.shape))
 
 
 @named([family for family in SERVED if family.dispatches and not family.renumbers])
 def test_keys_after_eviction_are_those_of_the_models_own_rotary(family):
-    """Renumbered keys equal, to INT8, what the model makes of the same hidden states at the new positions."""
+    """Renumbered keys equal the keys of the same hidden states at the new positions, within INT8."""
     model = family.model()
     for index in family.tiered:
         cache, hidden = create(model, EVICTING), []
@@ -92,7 +92,7 @@ def test_families_that_cannot_be_renumbered_say_so(family):
 
 @named(SERVED)
 def test_use_cache_false_is_refused(family):
-    """transformers would feed every token again on top of what the cache holds."""
+    """transformers would feed every token again, and the cache would contain it twice."""
     model = family.model()
     with pytest.raises(ValueError, match="use_cache=True"):
         Run(model, lambda: create(model, SAFE)).generate(prompt(), use_cache=False)
@@ -106,7 +106,7 @@ def test_layers_tiered_are_those_the_table_names(family):
 
 @named(SERVED)
 def test_every_family_verifies_itself(family):
-    """Attaching compares outputs where attention is ours, and leaves no trace but that it did."""
+    """attach() compares outputs if it can replace the attention. It leaves no other trace."""
     model, twin = family.model(), family.model()
     state = torch.random.get_rng_state()
     with warnings.catch_warnings():
@@ -116,10 +116,10 @@ def test_every_family_verifies_itself(family):
     assert torch.equal(torch.random.get_rng_state(), state)
     fade_fast.detach(model)
     assert model.config._attn_implementation == twin.config._attn_implementation
-    for (name, ours), (_, theirs) in zip(model.named_modules(), twin.named_modules()):
-        assert ours.training == theirs.training and ours._buffers.keys() == theirs._buffers.keys(), name
-        assert ours.__dict__.keys() == theirs.__dict__.keys(), name
-        assert ours._forward_hooks.keys() == theirs._forward_hooks.keys(), name
-        assert ours._forward_pre_hooks.keys() == theirs._forward_pre_hooks.keys(), name
+    for (name, ours), (_, other) in zip(model.named_modules(), twin.named_modules()):
+        assert ours.training == other.training and ours._buffers.keys() == other._buffers.keys(), name
+        assert ours.__dict__.keys() == other.__dict__.keys(), name
+        assert ours._forward_hooks.keys() == other._forward_hooks.keys(), name
+        assert ours._forward_pre_hooks.keys() == other._forward_pre_hooks.keys(), name
         for buffer, x in ours._buffers.items():
-            assert x is theirs._buffers[buffer] or torch.equal(x, theirs._buffers[buffer]), (name, buffer)
+            assert x is other._buffers[buffer] or torch.equal(x, other._buffers[buffer]), (name, buffer)

@@ -1,6 +1,6 @@
-"""Images whose tokens attend to each other, in the first chunk, a later chunk, and a second turn.
+"""Images whose tokens attend to each other: in the first chunk, in a later chunk, and in a second turn.
 
-The reference is DynamicCache. Families are those whose masks let tokens of a step see later ones.
+The reference is DynamicCache. In these families, a mask lets tokens of a step see later tokens.
 """
 
 from dataclasses import dataclass
@@ -39,8 +39,15 @@ LAYERS = dict(sliding_window=64, layer_types=["full_attention", "sliding_attenti
 
 @dataclass(frozen=True)
 class Images:
-    """A family: its class and configuration, the name that it gives token types by, and whether its images
-    attend to each other in a later chunk, too: transformers has some causal there."""
+    """A family of models with images.
+
+    Attributes:
+        name: the class name without "Config" and the head.
+        config: the fields of the configuration.
+        kinds: the argument of the model for token types.
+        later: whether image tokens attend to each other in later chunks, too. In some families of
+            transformers, later chunks are causal.
+    """
 
     name: str
     config: dict
@@ -84,7 +91,7 @@ FAMILIES = [
         later=False,
     ),
 ]
-#: Where the image lies in a text of 60 tokens, and how the text is fed: at once, in chunks, in two turns.
+#: The position of the image in a text of 60 tokens, and the way to feed the text: in chunks or in two turns.
 PLACES = {
     "in the first chunk": (4, dict(prefill_chunk_size=30)),
     "in the second chunk": (34, dict(prefill_chunk_size=24)),
@@ -95,7 +102,7 @@ PLACES = {
 
 
 def scenario(family: Images, model, cache, place: str, marked: bool = True) -> torch.Tensor:
-    """Logits of three new tokens; `marked`: it is said where the image is."""
+    """Logits of three new tokens. With `marked`, the token types mark the image."""
     at, how = PLACES[place]
     ids = torch.randint(3, 240, (1, 60), generator=torch.Generator().manual_seed(1))
     ids[:, at : at + 4] = IMAGE
@@ -103,26 +110,26 @@ def scenario(family: Images, model, cache, place: str, marked: bool = True) -> t
     options = dict(do_sample=False, output_logits=True, return_dict_in_generate=True, **{CACHE_NAME: cache})
     options["prefill_chunk_size"] = how.get("prefill_chunk_size")
 
-    def told(ids, new, **more):
+    def generate(ids, new, **more):
         kinds = {family.kinds: (ids == IMAGE).long() * marked}
         return model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **kinds, **options, **more
         )
 
     if "turn" in how:
-        told(ids[:, : how["turn"]], 1)
-    return torch.stack(told(ids, 3, pixel_values=pixels).logits)
+        generate(ids[:, : how["turn"]], 1)
+    return torch.stack(generate(ids, 3, pixel_values=pixels).logits)
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
 def test_images_attend_to_each_other_wherever_they_come(family, place):
     model = family.model()
-    own = lambda: DynamicCache(config=model.config.get_text_config())  # noqa: E731
-    expected = scenario(family, model, own(), place)
-    causal = scenario(family, model, own(), place, marked=False)
+    dynamic = lambda: DynamicCache(config=model.config.get_text_config())  # noqa: E731
+    expected = scenario(family, model, dynamic(), place)
+    causal = scenario(family, model, dynamic(), place, marked=False)
     matters = family.later or place == "in the first chunk"
-    if versions.installed().startswith("5.24"):  # older versions have them causal elsewhere
+    if versions.installed().startswith("5.24"):  # in older versions later chunks are causal
         assert ((expected - causal).abs().max() > 1e-6) == matters
     found = scenario(family, model, fade_fast.create_cache(model, OFF), place)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)

@@ -1,4 +1,4 @@
-"""The same codes read back dense, by attention that is written down plainly."""
+"""Reference attention over the same codes, decoded to dense keys and values, in plain PyTorch."""
 
 from contextlib import contextmanager
 from unittest import mock
@@ -10,7 +10,7 @@ from fade_fast.cache.reads import AttentionQuery
 
 
 def held(layer) -> tuple[Tensor, Tensor, Tensor]:
-    """All that a tiered layer keeps, decoded: keys and values [B, H, n, D], positions [B, 1 or H, n]."""
+    """All tokens of a tiered layer, decoded: keys and values [B, H, n, D], positions [B, 1 or H, n]."""
     parts = [(layer.dense["key"], layer.dense["value"], _dense_positions(layer))]
     for tier in layer.held_tiers():
         keys, values = layer.decode(tier)
@@ -19,7 +19,7 @@ def held(layer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dense_positions(layer) -> Tensor:
-    """Positions [B, 1, n] of what is not compressed: sinks that have come, and recent columns."""
+    """Positions [B, 1, n] of uncompressed tokens: the sinks that have arrived, and the recent tokens."""
     positions, sinks = (
         layer.token_positions.logical[:, : layer.length],
         min(layer.length, layer.config.n_sink),
@@ -31,7 +31,7 @@ def _dense_positions(layer) -> Tensor:
 
 
 def _plain(rows: AttentionQuery, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """Attention [B, q, Hq, D] over keys at logical positions; -1 is padding."""
+    """Attention [B, q, Hq, D] over keys with logical positions. Position -1 is padding."""
     query, terms = rows.raw, rows.options
     keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (keys, values))
     scores = query @ keys.mT * terms.scaling
@@ -44,7 +44,7 @@ def _plain(rows: AttentionQuery, keys: Tensor, values: Tensor, position: Tensor)
     seen = (there >= 0) & (there <= here)
     if terms.window is not None:
         seen &= there > here - terms.window
-    if rows.step_mask is not None:  # the step's own tokens come last
+    if rows.step_mask is not None:  # the tokens of the step come last
         new = rows.step_mask.shape[-1]
         seen = torch.cat((seen[..., :-new], rows.step_mask.expand(*seen.shape[:-1], new)), dim=-1)
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
@@ -57,7 +57,7 @@ def _plain(rows: AttentionQuery, keys: Tensor, values: Tensor, position: Tensor)
 
 def _attend(self) -> Tensor:
     keys, values, position = held(self.layer)
-    exact = self.layer.dense.count  # uncompressed tokens, the newest last, come first there
+    exact = self.layer.dense.count  # the uncompressed tokens are first, and must be last
     order = [*range(exact, keys.shape[2]), *range(exact)]
     return _plain(self, keys[:, :, order], values[:, :, order], position[..., order])
 
@@ -70,7 +70,7 @@ def _attend_beside(self, first: int, keys: Tensor, values: Tensor, received=None
 
 @contextmanager
 def read_dense():
-    """Inside, tiered caches are read through plain attention over dense keys and values."""
+    """In this context, tiered caches use plain attention over dense keys and values."""
     with (
         mock.patch.object(AttentionQuery, "attend", _attend),
         mock.patch.object(AttentionQuery, "attend_beside", _attend_beside),

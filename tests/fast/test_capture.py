@@ -23,12 +23,11 @@ from fade_fast.hf.models import CACHE_NAME
 from fade_fast.saved.memory import storage_bytes
 from fade_ref.config import FadeConfig
 
-from ..marks import slow_but
+from ..marks import part, slow_but
 from .models import compressed_tokens, drafts, new_cache, predictable, prompt, tiny_llama
-from .test_stepper import CONFIGS, compiled, eager
+from .test_stepper import CAPTURED, CONFIGS, compiled, eager
 
 CUDA = torch.device("cuda")
-PADDED = [pytest.param(False, id="unpadded"), pytest.param(True, id="padded", marks=pytest.mark.slow)]
 
 
 class Tape:
@@ -79,8 +78,7 @@ def hold_the_same(cache, other):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "int4, int2, evict"))
-@pytest.mark.parametrize("padded", PADDED)
+@pytest.mark.parametrize("name, padded", slow_but(part("replays", CAPTURED), ("int4, int2, evict", False)))
 def test_replayed_steps_equal_eager_steps(tapes, name, padded):
     model = tiny_llama(dtype=torch.float64)
     inputs = prompt(30, batch=2, pads=(0, 9) if padded else ())
@@ -143,8 +141,7 @@ def test_samples_are_replayed(tapes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "evict"))
-@pytest.mark.parametrize("padded", PADDED)
+@pytest.mark.parametrize("name, padded", slow_but(part("beams", CAPTURED), ("evict", False)))
 def test_beam_search_is_captured(tapes, name, padded):
     """Transformers would run it uncompiled. Rows are reordered before each step, also by whole demotions."""
     model = tiny_llama(dtype=torch.float64)

@@ -23,7 +23,7 @@ from fade_fast.hf import generate as hooks
 from fade_fast.hf.models import CACHE_NAME, CACHE_NAMES, cache_parameter
 from fade_ref.config import FadeConfig
 
-from ..marks import slow_but
+from ..marks import pairwise, slow_but
 from .models import OFF, compressed_tokens, dense, generate, new_cache, prompt, tiny_llama
 
 SMALL = FadeConfig(recent_window=16, block_size=8)
@@ -357,9 +357,15 @@ def test_attention_weights_that_get_lost_are_announced():
         generate(model, new_cache(model, OFF), inputs, new=2)
 
 
-@pytest.mark.parametrize("dynamic", slow_but([None, True], None))
-@pytest.mark.parametrize("whole", slow_but([True, False], True), ids=["fullgraph", "graphs"])
-@pytest.mark.parametrize("name", slow_but(["off", "safe", "evicting", "h2o"], "evicting"))
+@pytest.mark.parametrize(
+    "name, whole, dynamic",
+    slow_but(
+        pairwise(
+            ("off", "safe", "evicting", "h2o"), (True, False), (None, True), keep=[("evicting", True, None)]
+        ),
+        ("evicting", True, None),
+    ),
+)
 def test_a_forward_that_the_user_compiles(name, whole, dynamic):
     """In one graph, in few compilations, with the tokens of eager steps."""
     configs = dict(off=OFF, safe=SMALL, evicting=FadeConfig(recent_window=16, block_size=8, int4_budget=8))

@@ -13,7 +13,7 @@ from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 from tests.conformance.twins import read_dense
 
-from ..marks import slow_but
+from ..marks import pairwise, slow_but
 from .models import OFF, compressed_tokens, new_cache, prompt, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -84,16 +84,13 @@ def scenario(model, cache, own, padded, wide):
     return torch.cat(found, dim=1)
 
 
-def seeded(kinds):
-    return pytest.mark.parametrize("kind", kinds)
-
-
 KINDS = list(own_masks(4))
+QUICK = [(kind, new, True) for kind in KINDS for new in (7, 70)]
 
 
-@pytest.mark.parametrize("padded", slow_but([False, True], True), ids=["whole", "padded"])
-@pytest.mark.parametrize("new", slow_but(COUNTS, 7, 70))
-@seeded(KINDS)
+@pytest.mark.parametrize(
+    "kind, new, padded", slow_but(pairwise(KINDS, COUNTS, (False, True), keep=QUICK), *QUICK)
+)
 def test_any_mask_over_a_steps_own_tokens_is_obeyed(kind, new, padded):
     """Without compression: what DynamicCache gives, for the step and for those after it."""
     own, model = own_masks(new)[kind], tiny_llama(dtype=torch.float64)
@@ -103,10 +100,14 @@ def test_any_mask_over_a_steps_own_tokens_is_obeyed(kind, new, padded):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("padded", slow_but([False, True], True), ids=["whole", "padded"])
-@pytest.mark.parametrize("new", (7, 70))
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "evict"))
-@seeded(["a tree", "random, both ways", "an image"])
+BOTH_WAYS = ("a tree", "random, both ways", "an image")
+QUICK = [(kind, "evict", new, True) for kind in BOTH_WAYS for new in (7, 70)]
+
+
+@pytest.mark.parametrize(
+    "kind, name, new, padded",
+    slow_but(pairwise(BOTH_WAYS, CONFIGS, (7, 70), (False, True), keep=QUICK), *QUICK),
+)
 def test_masks_are_obeyed_beside_compressed_tokens(kind, name, new, padded):
     own, model = own_masks(new)[kind], tiny_llama(dtype=torch.float64)
     cache = new_cache(model, CONFIGS[name])

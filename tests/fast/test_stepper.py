@@ -23,7 +23,7 @@ from fade_fast.kernels import decode, dense, rotated
 from fade_fast.policies import plan
 from fade_ref.config import FadeConfig
 
-from ..marks import slow_but
+from ..marks import pairwise, part, slow_but
 from .models import compressed_tokens, drafts, new_cache, predictable, prompt, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -63,8 +63,23 @@ def fresh_counters():
     counters.clear()
 
 
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "int4, int2, evict", "h2o"))
-@pytest.mark.parametrize("padded", slow_but([False, True], True), ids=["unpadded", "padded"])
+#: Tests that compare captured steps with eager steps share this grid. The test is its first axis.
+CAPTURED = pairwise(
+    ("steps", "replays", "beams"),
+    CONFIGS,
+    (False, True),
+    keep=[
+        ("steps", "int4, int2, evict", True),
+        ("steps", "h2o", True),
+        ("replays", "int4, int2, evict", False),
+        ("beams", "evict", False),
+    ],
+)
+
+
+@pytest.mark.parametrize(
+    "name, padded", slow_but(part("steps", CAPTURED), ("int4, int2, evict", True), ("h2o", True))
+)
 def test_steps_equal_eager_steps(name, padded):
     model = tiny_llama(dtype=torch.float64)
     inputs = prompt(30, batch=2, pads=(0, 9) if padded else ())

@@ -14,7 +14,7 @@ from fade_fast.hf.models import CACHE_NAME
 from fade_fast.saved import telemetry
 from fade_ref.config import FadeConfig
 
-from ..marks import slow_but
+from ..marks import pairwise, slow_but
 from .models import compressed_tokens, generate, prompt, teacher_forced, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -53,9 +53,14 @@ def events_of(name, chunks, seed=0, pads=(0, 0)):
     return cache, events, memories
 
 
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "two tiers", "h2o"))
-@pytest.mark.parametrize("seed", slow_but(range(2), 0))
-@pytest.mark.parametrize("pads", [(0, 0), (0, 11)], ids=["whole", "padded"])
+QUICK = [(name, 0, pads) for name in ("two tiers", "h2o") for pads in ((0, 0), (0, 11))]
+
+
+@pytest.mark.parametrize(
+    "name, seed, pads",
+    slow_but(pairwise(CONFIGS, range(2), [(0, 0), (0, 11)], keep=QUICK), *QUICK),
+    ids=str,
+)
 def test_events_are_those_that_the_trace_implies(name, seed, pads):
     """At every point of a random trace, the counts in the events so far are the cache's own."""
     draw = torch.Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ from parity import cases
 from parity.cases import Shape
 from parity.tolerances import ATTENTION, CODES_DIFFERING, SCALE_ULP, SCORES
 
-from ..marks import slow_but
+from ..marks import pairwise, slow_but
 
 SMALL = dict(recent_window=8, block_size=4)
 CONFIGS = {
@@ -126,9 +126,11 @@ def test_shapes_and_dtypes(name, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", slow_but([p for p in plan.SUPPORTED if p != "position"], "h2o", "knorm"))
-@pytest.mark.parametrize("padding", ROWS)
-@pytest.mark.parametrize("budget", slow_but(BUDGETS, "int4, int2, evict"))
+@pytest.mark.parametrize(
+    "policy, padding, budget",
+    pairwise([p for p in plan.SUPPORTED if p != "position"], [(), (0, 11), (3, 6)], BUDGETS),
+    ids=str,
+)
 def test_policies(policy, budget, padding):
     """The same tokens survive in the same tiers, and every token received the same."""
     config, shape = FadeConfig(**SMALL, eviction_policy=policy, **BUDGETS[budget]), Shape(dtype=torch.float64)

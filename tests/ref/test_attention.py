@@ -1,4 +1,4 @@
-"""fade_ref.attention: partials, the merge, masks and terms, against softmax written out."""
+"""fade_ref.attention: partials, the merge, masks and terms, compared with plain softmax attention."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def inputs(seed=0, n=N):
 
 
 def plain(query, keys, values, seen, terms, bias=0.0):
-    """Softmax attention, written out head by head."""
+    """Plain softmax attention, one head at a time."""
     out = torch.zeros_like(query)
     for h in range(query.shape[0]):
         k, v = keys[h // GROUP], values[h // GROUP]
@@ -62,7 +62,7 @@ def test_alibi_goes_by_distance():
     query, keys, values = inputs()
     qp, kp = POSITIONS
     kp = kp.clone()
-    kp[:10] = torch.arange(10) * 2  # gaps, as eviction leaves them
+    kp[:10] = torch.arange(10) * 2  # eviction leaves such gaps
     slopes = torch.rand(H * GROUP, dtype=torch.float64)
     terms = Terms(0.3, slopes=slopes)
     bias = -slopes[:, None, None] * (qp[:, None] - kp[None]).double()
@@ -92,8 +92,8 @@ def test_attention_on_codes_equals_decoding_first(bits, means):
     qp, kp = POSITIONS
     for terms in TERMS.values():
         ours = attention.over_codes(query, k, v, mean, codecs, qp, kp, terms)
-        theirs = attention.over_tensors(query, codecs[0].decode(k, mean), codecs[1].decode(v), qp, kp, terms)
-        for a, b in zip(ours, theirs):
+        decoded = attention.over_tensors(query, codecs[0].decode(k, mean), codecs[1].decode(v), qp, kp, terms)
+        for a, b in zip(ours, decoded):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""fade_ref.cache: the rules of a token's life, and that every field of the configuration matters."""
+"""fade_ref.cache: the rules for the life of a token, and the effect of each configuration field."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def tokens(count, batch=2, seed=0):
 
 
 def run(config, steps, *, batch=2, pads=(), seed=0, after=None, cache=None, **options):
-    """A cache fed with `steps` columns at a time, and the outputs."""
+    """Feed a cache with `steps[i]` tokens per row in step i. Returns the cache and the outputs."""
     cache = cache or LayerCache(config, batch, HEADS, D, ROPE, **options)
     outputs = []
     for i, n in enumerate(steps):
@@ -88,7 +88,7 @@ def test_rules_hold_after_every_step(name):
 
 @pytest.mark.parametrize("name", slow_but(CONFIGS, "two tiers"))
 def test_codes_are_written_once_a_tier(name):
-    """No token is ever re-quantised inside its tier, and none climbs back."""
+    """No token is requantized inside its tier, and no token returns to a higher tier."""
     seen = {}
 
     def follow(cache):
@@ -110,15 +110,15 @@ def test_without_compression_it_is_attention():
     query, keys, values = (torch.cat(x, dim=2) for x in zip(*parts))
     for b, pad in ((0, 0), (1, 3)):
         position = torch.arange(15 - pad)
-        whole = attention.over_tensors(
+        partial = attention.over_tensors(
             query[b, :, pad:], keys[b, :, pad:], values[b, :, pad:], position, position, cache.terms
         )
-        torch.testing.assert_close(output[b, :, pad:], attention.merge([whole]), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(output[b, :, pad:], attention.merge([partial]), rtol=1e-12, atol=1e-12)
         assert (output[b, :, :pad] == 0).all()
 
 
 def test_a_prefill_equals_its_tokens_one_by_one():
-    """Compression comes after attention, so only what is read back differs; what is stored does not."""
+    """Compression follows attention. So the outputs differ, but the stored tokens do not."""
     for name in ("int4", "evict"):
         once, _ = run(CONFIGS[name], [40])
         each = LayerCache(CONFIGS[name], 2, HEADS, D, ROPE)
@@ -127,7 +127,7 @@ def test_a_prefill_equals_its_tokens_one_by_one():
             each.step(query[:, :, i : i + 1], keys[:, :, i : i + 1], values[:, :, i : i + 1])
         for a, b in zip(rows(once), rows(each)):
             assert [(t.position, t.tier) for t in a.tokens] == [(t.position, t.tier) for t in b.tokens]
-            if name == "int4":  # the fixed mean of an evicting plan depends on the first demotion
+            if name == "int4":  # with eviction, the fixed mean depends on the first demotion
                 assert all(
                     torch.equal(s.key.codes, t.key.codes) for s, t in zip(once.middle(a), each.middle(b))
                 )
@@ -135,7 +135,7 @@ def test_a_prefill_equals_its_tokens_one_by_one():
 
 @pytest.mark.parametrize("name", slow_but(["int4", "evict", "two tiers", "heads"], "two tiers"))
 def test_rows_do_not_see_each_other(name):
-    """A row of a batch equals the row alone; padding shifts nothing that is kept exactly."""
+    """A row of a batch equals the row alone. Padding does not shift the uncompressed tokens."""
     together, output = run(CONFIGS[name], STEPS, batch=3)
     for b in range(3):
         alone = LayerCache(CONFIGS[name], 1, HEADS, D, ROPE)
@@ -149,7 +149,7 @@ def test_rows_do_not_see_each_other(name):
 
 
 def test_the_two_views_of_contiguous_positions_are_equal():
-    """Survivors moved forward and queries where they are; or survivors from 0 and queries moved back."""
+    """Live tokens moved forward with fixed queries equal live tokens from 0 with queries moved back."""
     cache, _ = run(CONFIGS["evict"], STEPS)
     query, keys, values = tokens(1, 2, 99)
     row = cache.rows[0][0]
@@ -194,7 +194,7 @@ def test_windows_go_by_positions_of_the_model():
 
 
 def test_slopes_and_sinks_belong_to_their_heads():
-    """A plan for each head attends with that head's own slopes and sinks."""
+    """With one plan per head, each head uses its slopes and sinks."""
     config = FadeConfig(**SMALL)
     heads = HEADS * GROUP
     terms = attention.Terms(
@@ -234,7 +234,7 @@ def test_plan_scopes_differ_and_backends_are_known():
 
 
 def test_codes_hold_the_nearest_centroids():
-    """Tier PQ: every middle token is the codes of its key and value, and is read back from them alone."""
+    """Tier PQ: each middle token consists of the codes of its key and value. Only these codes are read."""
     g = torch.Generator().manual_seed(1)
     books = tuple(torch.randn(D // w, 8, w, generator=g, dtype=torch.float64) + 1 for w in (4, 2))
     arrived = {}
@@ -263,7 +263,7 @@ def test_codes_hold_the_nearest_centroids():
     "policy", slow_but([p for p in POLICIES if p not in ("learned", "expected_attention")], "h2o", "snapkv")
 )
 def test_every_policy_lives_in_the_cache(policy):
-    """Inside the cache each evicts to its budgets, and stores scores for just the tokens it holds."""
+    """In the cache, each policy evicts to its budgets, and has scores only for the stored tokens."""
 
     def check(cache):
         for row in rows(cache):
@@ -277,7 +277,7 @@ def test_every_policy_lives_in_the_cache(policy):
 
 @pytest.mark.slow
 def test_heavy_hitters_survive_h2o_but_not_age():
-    """A token that every query attends to is kept by attention and forgotten by position."""
+    """Policies with attention scores keep a token that every query attends to. `position` evicts it."""
     kept = {}
     for policy in ("position", "h2o", "ema", "tova", "snapkv"):
         cache = LayerCache(FadeConfig(**SMALL, int4_budget=4, eviction_policy=policy), 1, HEADS, D)

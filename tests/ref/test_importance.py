@@ -1,4 +1,4 @@
-"""fade_ref.importance against slow loops written from the formulas, and its invariants."""
+"""fade_ref.importance compared with slow loops over the formulas, and its invariants."""
 
 import math
 from dataclasses import fields, replace
@@ -14,7 +14,7 @@ NAMES = [f.name for f in fields(imp.Importance)]
 
 
 def same(a, b, rtol=1e-12):
-    """Every field of two states agrees, NaN where NaN."""
+    """Check that each field of two states agrees. NaN equals NaN."""
     for name in NAMES:
         x, y = getattr(a, name), getattr(b, name)
         assert x.shape == y.shape and x.dtype == torch.float64, name
@@ -22,14 +22,14 @@ def same(a, b, rtol=1e-12):
 
 
 def causal(past, q, pads=(0,)):
-    """bool [B, q, past + q]: causal, and the first pads[b] slots of row b are padding."""
+    """A causal mask, bool [B, q, past + q]. The first pads[b] slots of row b are padding."""
     n = past + q
     seen = torch.arange(n) <= torch.arange(past, n).unsqueeze(-1)
     return torch.stack([seen & (torch.arange(n) >= pad) for pad in pads])
 
 
 def attention(visible, heads, seed, sharpness=3.0):
-    """Random softmax probabilities [B, H, q, n] under `visible`; rows that see nothing are 0."""
+    """Random softmax probabilities [B, H, q, n] under `visible`. A row without a visible token is 0."""
     generator = torch.Generator().manual_seed(seed)
     shape = (visible.shape[0], heads, *visible.shape[1:])
     logits = sharpness * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -37,7 +37,7 @@ def attention(visible, heads, seed, sharpness=3.0):
 
 
 def step_by_step(state, probabilities, visible, known):
-    """observe() one query at a time; query i comes together with slot known + i."""
+    """Call observe() with one query at a time. Query i arrives with slot known + i."""
     for i in range(probabilities.shape[-2]):
         n = known + i + 1
         now = slice(i, i + 1)
@@ -53,14 +53,14 @@ def step_by_step(state, probabilities, visible, known):
 def test_many_queries_equal_one_by_one(pads, window):
     visible = causal(0, 17, pads)
     p = attention(visible, 3, seed=window)
-    whole = imp.observe(imp.empty(len(pads), 3, window=window), p, visible)
-    same(whole, step_by_step(imp.empty(len(pads), 3, window=window), p, visible, 0))
-    # ... and again from a state with a history, also in two unequal chunks
+    state = imp.observe(imp.empty(len(pads), 3, window=window), p, visible)
+    same(state, step_by_step(imp.empty(len(pads), 3, window=window), p, visible, 0))
+    # The same from a state with a history, also in two chunks of different length.
     visible = causal(17, 9, pads)
     p = attention(visible, 3, seed=99)
-    after = imp.observe(whole, p, visible)
-    same(after, step_by_step(whole, p, visible, 17))
-    parts = imp.observe(whole, p[:, :, :4, :21], visible[:, :4, :21])
+    after = imp.observe(state, p, visible)
+    same(after, step_by_step(state, p, visible, 17))
+    parts = imp.observe(state, p[:, :, :4, :21], visible[:, :4, :21])
     same(after, imp.observe(parts, p[:, :, 4:], visible[:, 4:]))
 
 
@@ -83,7 +83,7 @@ def test_fields_against_slow_loops():
     for b in range(2):
         for h in range(heads):
             hybrid = {}
-            for i in range(14):  # AKV: decay, add, normalise by the maximum, mix with recency
+            for i in range(14):  # AKV: decay, add, normalize by the maximum, mix with recency
                 seen = range(pads[b], i + 1)
                 hybrid |= {t: 0.95 * hybrid.get(t, 0.0) + p[b, h, i, t].item() for t in seen}
                 top = max([*hybrid.values(), 1e-10])
@@ -106,7 +106,7 @@ def test_fields_against_slow_loops():
 
 
 def test_akv_hybrid_equals_akv_code_for_one_row_and_head():
-    """akv-cache's own update for decode steps: one row, one head, one query a call."""
+    """The update of akv-cache for decode steps: one row, one head, one query per call."""
     p = attention(causal(0, 12), 1, seed=8)
     state, scores = imp.empty(1, 1), torch.zeros(0, dtype=torch.float64)
     for i in range(12):
@@ -151,26 +151,27 @@ def test_generated_tokens_start_from_their_first_mass():
 
 
 def test_prefill_mass_does_not_dominate():
-    """Pitfall 111: after a prefill of 500, a token that decode attends to leads within a few steps.
+    """Pitfall 111: after a prefill of 500 tokens, a token that decode attends to leads within a few steps.
 
-    A prefill counted as one step would weigh 500 times as much, and lead for about 100 steps.
+    If the prefill counted as one step, its weight would be 500 times as large. It would lead for about 100
+    steps.
     """
     n = 500
     p = torch.zeros(1, 1, n, n, dtype=torch.float64)
-    p[..., 0] = 0.1  # slot 0 is liked by the whole prefill,
+    p[..., 0] = 0.1  # all queries of the prefill attend to slot 0
     state = imp.observe(imp.empty(1, 1), p, causal(0, n))
     assert state.ema[0, 0, 0] <= 1 and state.ema[0, 0, 0] == pytest.approx(0.1)
     steps = 0
     while state.ema[0, 0, 1] <= state.ema[0, 0, 0]:
         one = torch.zeros(1, 1, 1, n + steps + 1, dtype=torch.float64)
-        one[..., 1] = 0.5  # slot 1 only by decoding
+        one[..., 1] = 0.5  # only decode steps attend to slot 1
         state = imp.observe(state, one, torch.ones(1, 1, n + steps + 1).bool())
         steps += 1
     assert steps <= 5
 
 
 def test_half_precision_input_neither_overflows_nor_ties():
-    """Pitfall 110: fp16 sums end at 65504."""
+    """Pitfall 110: fp16 sums are limited to 65504."""
     state = replace(imp.append(imp.empty(1), 1), mass=torch.tensor([[65504.0]]).double())
     state = imp.observe(state, torch.ones(1, 40, 1).half(), torch.ones(40, 1).bool())
     assert state.mass.item() == 65544.0
@@ -186,7 +187,7 @@ def observed(n=9, rows=2, heads=3, seed=0, window=4):
 
 
 def test_scores_follow_tokens():
-    """Pitfalls 113, 114: eviction, new tokens, eviction: every score stays its token's."""
+    """Pitfalls 113, 114: after eviction, new tokens and eviction, each score still belongs to its token."""
     state = observed()
     tag = torch.arange(9.0).double().expand(2, 3, 9)
     state = replace(state, mass=tag, ema=tag, window=tag.unsqueeze(-2).expand(2, 3, 4, 9))
@@ -208,7 +209,7 @@ def test_a_hole_is_a_fresh_token_and_keeping_all_changes_nothing():
 
 
 def test_observing_after_keep_equals_keeping_after_observing():
-    """Evicted tokens that later queries cannot see leave the others' scores alone."""
+    """Later queries cannot see evicted tokens. These do not change the scores of other tokens."""
     state, kept = observed(), torch.tensor([0, 2, 3, 7])
     visible = torch.zeros(2, 2, 9).bool()
     visible[..., kept] = True
@@ -292,7 +293,7 @@ def test_key_scores_against_loops():
     generator = torch.Generator().manual_seed(2)
     keys = torch.randn(2, 3, 7, 4, generator=generator) + 1
     valid = torch.tensor([[True] * 7, [False] * 2 + [True] * 5]).unsqueeze(1)
-    keys[1, :, :2] = math.nan  # padding may hold anything
+    keys[1, :, :2] = math.nan  # padding may contain any value
     norm, diff = imp.key_norm(keys), imp.key_diff(keys, valid)
     assert norm.dtype == diff.dtype == torch.float64
     for b, h in ((0, 0), (0, 2), (1, 1)):
@@ -307,14 +308,14 @@ def test_key_scores_against_loops():
 
 
 def test_bf16_keys_keep_distinct_norms():
-    """Pitfall 115: norms rounded to bf16 tie for most tokens."""
+    """Pitfall 115: with norms rounded to bf16, most tokens tie."""
     keys = torch.randn(1, 400, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert keys.norm(dim=-1).unique().numel() < 200
     assert imp.key_norm(keys).unique().numel() == 400
 
 
 def expected_by_loop(k, v, mu, sigma, group, valid):
-    """Section 6 of the formulas, for one row: plain sums over tokens and query heads."""
+    """Section 6 of the formulas for one row, with plain sums over tokens and query heads."""
     heads, n, dim = k.shape
     out = torch.zeros(heads, n, dtype=torch.float64)
     for h in range(heads):
@@ -333,8 +334,8 @@ def test_expected_attention_against_a_loop():
     generator = torch.Generator().manual_seed(3)
     k, v = torch.randn(2, 2, 2, 6, 4, generator=generator, dtype=torch.float64)
     queries = torch.randn(2, 6, 50, 4, generator=generator, dtype=torch.float64) + 0.5
-    mu, centred = queries.mean(-2), queries - queries.mean(-2, keepdim=True)
-    sigma = centred.transpose(-1, -2) @ centred / 50
+    mu, centered = queries.mean(-2), queries - queries.mean(-2, keepdim=True)
+    sigma = centered.transpose(-1, -2) @ centered / 50
     valid = torch.tensor([[True] * 6, [False] + [True] * 5])
     score = imp.expected_attention(k, v, mu, sigma, valid.unsqueeze(1))
     for b in range(2):
@@ -343,7 +344,7 @@ def test_expected_attention_against_a_loop():
 
 
 def test_expected_attention_is_the_mean_over_gaussian_queries():
-    """E[exp(q.k / sqrt(D))] = exp(k.mu / sqrt(D) + k' Sigma k / (2 D)), by simulation."""
+    """A simulation of E[exp(q.k / sqrt(D))] = exp(k.mu / sqrt(D) + k' Sigma k / (2 D))."""
     generator = torch.Generator().manual_seed(4)
     k = torch.randn(1, 5, 8, generator=generator, dtype=torch.float64)
     mu = torch.randn(1, 8, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""fade_ref.policies: what plans promise, and each score against its formula."""
+"""fade_ref.policies: the properties of plans, and each score compared with its formula."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from ..marks import slow_but
 PLANS = (pol.plan, pol.adaptive_plan)
 BUDGETS = [*itertools.product((None, 0, 1, 5, 100), (0, 3, 100, None))]
 BUDGETS = slow_but(BUDGETS, (None, 0), (0, 3), (5, 3), (1, None), (100, 100))
-ROWS, HEADS, GROUP, N, DIM, PAST = 2, 4, 2, 24, 8, 3  # PAST: sinks before the middle
+ROWS, HEADS, GROUP, N, DIM, PAST = 2, 4, 2, 24, 8, 3  # PAST: the number of sinks before the middle
 
 
 def seeded(seed):
@@ -25,7 +25,7 @@ def seeded(seed):
 
 
 def random_rows(seed, rows=5, n=20):
-    """Scores with ties, NaN and infinities, and unsorted positions with holes."""
+    """Scores with ties, NaN and infinities, and unsorted positions with padding."""
     generator = seeded(seed)
     scores = torch.randint(0, 6, (rows, n), generator=generator).double()
     scores[torch.rand(rows, n, generator=generator) < 0.1] = math.nan
@@ -36,7 +36,7 @@ def random_rows(seed, rows=5, n=20):
 
 
 def candidates(seed=0, scope="sequence", holes=0, n=N):
-    """Everything a policy may ask for; the first `holes` slots of row 1 are padding."""
+    """Candidates with all inputs that a policy may need. The first `holes` slots of row 1 are padding."""
     generator = seeded(seed)
     total = PAST + n
     visible = torch.ones(total, total).tril().bool().expand(ROWS, total, total).clone()
@@ -65,7 +65,7 @@ def candidates(seed=0, scope="sequence", holes=0, n=N):
 
 
 def by_token(c, f):
-    """The candidates with every tensor that has a token axis mapped: f(tensor, axis)."""
+    """Apply f(tensor, axis) to each tensor of the candidates with a token axis."""
     state = imp.Importance(**{k: f(getattr(c.importance, k), -1) for k in imp.FRESH})
     return replace(
         c, position=f(c.position, -1), importance=state, keys=f(c.keys, -2), values=f(c.values, -2)
@@ -73,7 +73,7 @@ def by_token(c, f):
 
 
 def by_head(c, order):
-    """The candidates with their KV heads in another order."""
+    """The candidates with reordered KV heads."""
     fields = {k: getattr(c.importance, k)[:, order] for k in imp.FRESH}
     grouped = [x.unflatten(1, (HEADS, GROUP))[:, order].flatten(1, 2) for x in c.queries]
     position = c.position[:, order] if c.position.dim() == 3 else c.position
@@ -88,7 +88,7 @@ def config(policy, scope="sequence", int4=6, int2=5, **more):
 
 
 def with_axis(c):
-    """As make_plan() hands them to a score: `position` with the axis H or 1."""
+    """The candidates as make_plan() passes them to a score: `position` has the axis H or 1."""
     return replace(c, position=c.position.unsqueeze(-2))
 
 
@@ -100,7 +100,7 @@ def kept(tiers):
 
 
 def slow_plan(scores, position, int4, int2):
-    """Python's sort: better is (a number, the score, newer)."""
+    """A plan with Python's sort. A number is better than NaN, then a higher score, then a newer token."""
     real = [i for i, p in enumerate(position) if p >= 0]
 
     def worth(i):
@@ -129,7 +129,7 @@ def test_plan_against_a_slow_sort(int4, int2):
 @pytest.mark.parametrize("planner", PLANS)
 @pytest.mark.parametrize(("int4", "int2"), BUDGETS)
 def test_plans_respect_budgets_and_never_keep_padding(planner, int4, int2):
-    """Pitfall 117 for the adaptive one."""
+    """Pitfall 117 for the adaptive plan."""
     for seed in range(10):
         scores, position = random_rows(seed)
         tiers, real = planner(scores, position, int4, int2), position >= 0
@@ -171,8 +171,8 @@ def test_larger_budgets_keep_supersets(planner):
 
 def test_ties_and_nan():
     position = torch.tensor([5, 6, 7, 8])
-    assert pol.plan(torch.ones(4), position, 2, 1).tolist() == [6, 4, 2, 2]  # the older loses,
-    assert pol.plan(torch.ones(4), position.flip(0), 2, 1).tolist() == [2, 2, 4, 6]  # anywhere
+    assert pol.plan(torch.ones(4), position, 2, 1).tolist() == [6, 4, 2, 2]  # the oldest token loses,
+    assert pol.plan(torch.ones(4), position.flip(0), 2, 1).tolist() == [2, 2, 4, 6]  # in any slot
     nan = torch.tensor([math.nan, -math.inf, math.nan, -1e300]).double()
     assert pol.plan(nan, position, 1, 1).tolist() == [6, 4, 6, 2]
     assert pol.plan(nan, position, 2, 1).tolist() == [6, 2, 4, 2]
@@ -213,14 +213,14 @@ def test_bad_plans_raise(planner, call):
 
 
 def test_adaptive_splits_by_share_of_mass():
-    mass = torch.tensor([50.0, 30.0, 11.0, 4.0, 4.5, 0.3, 0.2])  # 100 in all
+    mass = torch.tensor([50.0, 30.0, 11.0, 4.0, 4.5, 0.3, 0.2])  # the sum is 100
     position = torch.arange(7)
 
     def codes(*budgets):
         return pol.adaptive_plan(mass, position, *budgets).tolist()
 
-    assert codes(100, 100) == [2, 2, 2, 4, 4, 6, 6]  # those before hold 91, 95.5 and 99.5
-    assert codes(2, 100) == [2, 2, 4, 4, 4, 6, 6]  # high beyond the budget goes to INT2
+    assert codes(100, 100) == [2, 2, 2, 4, 4, 6, 6]  # the better tokens have 91, 95.5 and 99.5
+    assert codes(2, 100) == [2, 2, 4, 4, 4, 6, 6]  # tokens above the INT4 budget go to INT2
     assert codes(2, 2) == [2, 2, 4, 6, 4, 6, 6]
     assert codes(100, 1) == [2, 2, 2, 4, 2, 6, 6]  # INT2 is full, INT4 is not
     assert codes(100, 0) == [2, 2, 2, 2, 2, 6, 6]
@@ -276,7 +276,7 @@ def test_aggregate_is_bit_equal_in_any_order_of_heads():
         assert torch.equal(pol.aggregate(shuffled, scope), pol.aggregate(scores, scope))
 
 
-# ---------------------------------------------------------------- every policy, every scope
+# ---------------------------------------------------------------- each policy with each scope
 
 
 def test_the_registry_holds_every_policy():
@@ -293,7 +293,7 @@ def test_every_policy_gives_a_plan(policy, scope):
     assert ((tiers == Tier.INT4).sum(-1) <= 6).all() and ((tiers == Tier.INT2).sum(-1) <= 5).all()
     if policy != "adaptive" and scope != "layer":
         assert (kept(tiers).sum(-1) == 11).all()
-    if scope == "layer":  # one plan for all rows, but for holes
+    if scope == "layer":  # one plan for all rows, except for padding
         assert torch.equal(tiers[0, 4:], tiers[1, 4:]) and kept(tiers[0]).sum() <= 11
     for unlimited in ({"int4": None, "int2": 0}, {"int4": 6, "int2": None}):
         assert kept(pol.make_plan(config(policy, scope, **unlimited), c))[c.position >= 0].all()
@@ -314,7 +314,7 @@ def test_permuting_tokens_or_heads_permutes_the_plan(policy, scope):
 
 @pytest.mark.parametrize("policy", slow_but(POLICIES, "h2o", "knorm"))
 def test_ragged_rows_equal_each_row_alone(policy):
-    """Padding is left out of every mean, softmax, pool and budget, whatever it holds."""
+    """No mean, softmax, pool or budget includes padding, for any content of the padding."""
     holes = 9
     c = candidates(seed=3, holes=holes)
     junk = torch.zeros(ROWS, 1, N, 1).bool()
@@ -330,7 +330,7 @@ def test_ragged_rows_equal_each_row_alone(policy):
 
 @pytest.mark.parametrize("policy", slow_but(POLICIES, "h2o", "knorm"))
 def test_head_scope_plans_each_head_by_itself(policy):
-    """Heads that hold different tokens: dropping other heads' tokens changes nothing."""
+    """Heads may keep different tokens. Dropping tokens of one head does not change the others."""
     c = candidates(seed=4, scope="head")
     tiers = pol.make_plan(config(policy, "head"), c)
     holes = torch.zeros_like(c.position).bool()
@@ -345,7 +345,7 @@ def test_policies_differ():
     plans = [pol.make_plan(config(p), c) for p in POLICIES if p != "adaptive"]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(plans, 2))
     ema, adaptive = (pol.make_plan(config(p, int4=23), c) for p in ("ema", "adaptive"))
-    assert not torch.equal(ema, adaptive)  # small budgets alone decide: there they agree
+    assert not torch.equal(ema, adaptive)  # with small budgets both agree
 
 
 def test_the_plan_scope_has_an_effect():
@@ -357,7 +357,7 @@ def test_the_plan_scope_has_an_effect():
 
 
 def test_layer_scope_orders_left_padded_rows_by_age():
-    """Positions count from each row's first real token, so a slot's position differs by row."""
+    """Positions count from the first real token of each row, so a slot has a different position per row."""
     position = torch.tensor([[0, 1, 2, 3, 4, 5], [-1, -1, 0, 1, 2, 3]])
     c = pol.Candidates(position, now=torch.tensor([[9], [7]]))
     tiers = pol.make_plan(config("position", "layer", int4=2, int2=2), c)
@@ -419,7 +419,7 @@ def test_attention_scores_against_formulas():
     assert all(s.dtype == torch.float64 for s in scores.values())
     for b, h, t in itertools.product(range(ROWS), range(HEADS), range(N)):
         at = b, h, t
-        queries = N - t  # a causal prefill: token t is seen by itself and all later ones
+        queries = N - t  # causal prefill: token t is visible to itself and to all later tokens
         assert scores["h2o"][at].item() == pytest.approx(state.mass[at].item() / queries)
         rows = [x for x in state.window[b, h, :, t].tolist() if not math.isnan(x)]
         assert len(rows) == min(8, N - t) and scores["tova"][at] == rows[-1]
@@ -429,7 +429,7 @@ def test_attention_scores_against_formulas():
 
 
 def test_snapkv_against_kvpress_formula():
-    """Mean over the window, avg_pool1d over the prefix: for tokens that the whole window saw."""
+    """The mean over the window, then avg_pool1d over the prefix, for tokens visible to the whole window."""
     c = candidates(seed=8)
     prefix = by_token(c, lambda x, axis: x.narrow(axis, 0, N - 8))
     want = torch.nn.functional.avg_pool1d(prefix.importance.window.mean(-2), 5, 1, 2)
@@ -444,9 +444,9 @@ def test_tova_averages_over_all_heads_unless_each_head_plans():
 
 
 def test_late_heavy_hitters_survive():
-    """Pitfall 112: among 60 prefilled and 20 generated tokens, generated slot 70 is the favourite.
+    """Pitfall 112: among 60 prefilled and 20 generated tokens, generated slot 70 gets the most attention.
 
-    Its sum is smaller than that of an early token with a small share of every query.
+    Its sum is smaller than the sum of an early token that gets a small share of every query.
     """
     total = 80
     p = torch.full((1, 1, total, total), 1e-4, dtype=torch.float64)

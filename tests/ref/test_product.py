@@ -1,4 +1,4 @@
-"""Product quantisation: training, coding, and attention by tables and histograms."""
+"""Product quantization: training, coding, and attention with tables and histograms."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_training_is_repeatable_and_leaves_the_random_state():
 
 @pytest.mark.slow
 def test_error_falls_with_bits():
-    """1, 1.5, 2 and 4 bits an element; 2 bits beat the best scalar code of 2 bits (0.1175)."""
+    """1, 1.5, 2 and 4 bits per element. 2 bits are better than the best scalar code of 2 bits (0.1175)."""
     x, unseen = normal(10240, 8), normal(2000, 8, seed=1)
     settings = ((4, 16), (4, 64), (4, 256), (2, 256))
     errors = [squared_error(unseen, pq.train(x, *setting)) for setting in settings]

@@ -1,4 +1,4 @@
-"""Codes, levels and packing against theory, bounds and slow independent constructions."""
+"""Codes, levels and packing, compared with theory, bounds and slow independent implementations."""
 
 import math
 from fractions import Fraction
@@ -54,7 +54,7 @@ def relative_error(decoded, x):
 
 
 def gaussian_mse(level):
-    """Expected squared error under N(0, 1), decided by midpoints: E x^2 - 2 E x c + E c^2."""
+    """Expected squared error for N(0, 1) with midpoints as boundaries: E x^2 - 2 E x c + E c^2."""
     end = torch.tensor([math.inf], dtype=torch.float64)
     bounds = torch.cat((-end, (level[1:] + level[:-1]) / 2, end))
     mass = torch.special.ndtr(bounds).diff()
@@ -98,7 +98,10 @@ def test_cubic_is_the_best_odd_cubic(bits):
 
 @pytest.mark.parametrize("bits, excess", [(2, 1.0117), (3, 1.0837)])
 def test_linear_levels_are_the_best_evenly_spaced_ones(bits, excess):
-    """By squared error on a fine grid of N(0, 1): no other step does better, and by how much it is worse."""
+    """No other step size has a smaller squared error on a fine grid of N(0, 1).
+
+    `excess` is the ratio to the error of the Gaussian levels.
+    """
     y = torch.linspace(-8, 8, 200_001, dtype=torch.float64)
     weight = torch.exp(-y.square() / 2)
 
@@ -116,7 +119,7 @@ def test_linear_levels_are_the_best_evenly_spaced_ones(bits, excess):
 
 @pytest.mark.parametrize("norm", ("plain", "least_squares", "unbiased"))
 def test_the_norm_does_not_depend_on_how_levels_are_written(norm):
-    """Stored for steps or for levels, a vector decodes to the same, up to the scale's rounding."""
+    """The scale may multiply steps or levels. The decoded vector is the same, up to the scale's rounding."""
     y = torch.randn(50, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     codes, scale = qz.lloyd_encode(y, 2, "linear", norm)
     z = qz.levels(2, "linear")[codes.long()]
@@ -132,7 +135,7 @@ def test_the_norm_does_not_depend_on_how_levels_are_written(norm):
 def test_levels_ascend_are_symmetric_and_cannot_be_spoiled(kind, bits):
     level = qz.levels(bits, kind, 128)
     assert (level.diff() > 0).all() and torch.equal(level, -level.flip(0))
-    level.zero_()  # the cache must not see this
+    level.zero_()  # this must not change the cached levels
     assert (qz.levels(bits, kind, 128).diff() > 0).all()
 
 
@@ -179,21 +182,21 @@ def test_unbiased_norm_keeps_the_inner_product(bits, kind):
     x = 1000 * normal(500, 64, seed=7)
     codes, scale = qz.lloyd_encode(x, bits, kind)
     ratio = (qz.lloyd_decode(codes, scale, bits, kind) * x).sum(-1) / x.square().sum(-1)
-    assert (ratio - 1).abs().max() <= 2.0**-11  # the rounding of an fp16 scale, nothing else
+    assert (ratio - 1).abs().max() <= 2.0**-11  # only the rounding of an fp16 scale
 
 
 @pytest.mark.parametrize("bits", (2, 3, 4))
 def test_a_value_on_a_midpoint_takes_the_lower_code(bits):
     level = qz.levels(bits)
     midpoints = (level[1:] + level[:-1]) / 2
-    # A vector of length sqrt(D) is its own normalised form; one filler element sets the length.
+    # A vector of length sqrt(D) equals its normalized form. One additional element sets the length.
     dim = 1024
     y = torch.zeros(2**bits - 1, dim, dtype=torch.float64)
     y[:, 0] = midpoints
     y[:, 1] = (dim - midpoints.square()).sqrt()
     on_it = (y * math.sqrt(dim) / y.norm(dim=-1, keepdim=True))[:, 0] == midpoints
     codes = qz.lloyd_encode(y, bits)[0][:, 0]
-    assert on_it.sum() >= 1  # 0 at least: it is exact
+    assert on_it.sum() >= 1  # at least the midpoint 0, which is exact
     assert torch.equal(codes[on_it].long(), torch.arange(2**bits - 1)[on_it])
     above = qz.lloyd_encode(torch.where(y == midpoints.unsqueeze(-1), y + 1e-9, y), bits)[0][:, 0]
     assert torch.equal(above.long(), torch.arange(1, 2**bits))
@@ -220,7 +223,7 @@ def test_lloyd_refuses_unknown_norms():
 
 
 def adversarial(bits):
-    """Vectors that sit on ties, at the ends, far from zero, or in a hair's breadth."""
+    """Vectors with ties, with values at the ends, far from zero, or with a very small range."""
     grid = torch.linspace(0, 2**bits - 1, 64, dtype=torch.float64)
     return torch.stack([
         grid, (grid.floor() + 0.5).clamp(max=2**bits - 1), grid - 1000, grid * 1e-6 + 0.5,
@@ -235,11 +238,11 @@ def test_uniform_error_is_at_most_half_a_step(bits):
     codes, scale, zero = qz.uniform_encode(x, bits)
     error = (qz.uniform_decode(codes, scale, zero) - x).abs().amax(-1)
     low, high = x.aminmax(dim=-1)
-    # Rounding the zero and the scale moves the ends of the range; only there can codes be clamped.
+    # The rounding of zero point and scale moves the ends of the range. Only there can codes be clamped.
     lower_end = (zero - low).clamp(min=0)
     upper_end = (high - zero - scale * (2**bits - 1)).clamp(min=0)
     assert (error <= torch.maximum(scale / 2, torch.maximum(lower_end, upper_end)) + 1e-9).all()
-    end = torch.maximum(low.abs(), high.abs()) * 2.0**-10  # how far fp16 can move them
+    end = torch.maximum(low.abs(), high.abs()) * 2.0**-10  # the largest shift by fp16 rounding
     assert (lower_end <= end).all() and (upper_end <= 2 * end).all()
 
 
@@ -251,7 +254,7 @@ def test_uniform_ties_go_to_even():
 
 
 def test_uniform_codes_are_chosen_from_stored_numbers():
-    """With exact fractions: zero and scale rounded first, then the nearest code."""
+    """With exact fractions: first zero point and scale are rounded, then the nearest code is chosen."""
     x = normal(30, 64, seed=5) + 3
     for bits in (8, 4, 2):
         codes, scale, zero = qz.uniform_encode(x, bits)
@@ -276,7 +279,7 @@ def test_uniform_refuses_other_widths(bits):
         qz.uniform_encode(normal(2, 64), bits)
 
 
-# Every encoder on difficult input
+# Each encoder with difficult input
 
 
 def lloyd(bits):
@@ -306,7 +309,7 @@ def test_difficult_input_stays_finite(name):
         assert torch.isfinite(trip(scale * noise.sign())).all(), scale
     assert torch.equal(trip(0 * noise), 0 * noise)
     assert (trip(1e-7 * noise).abs() < 1e-3).all()
-    if "lloyd" not in name:  # a constant is exact wherever fp16 holds it
+    if "lloyd" not in name:  # a constant is exact if fp16 can represent it
         assert torch.allclose(trip(torch.full_like(noise, 2.5)), 2.5 + 0 * noise, rtol=2.0**-11)
 
 
@@ -344,14 +347,14 @@ def test_stored_is_fp16_without_infinity():
 
 
 def slow_bytes(codes, bits):
-    """The bytes of one vector, with Python integers alone."""
+    """The bytes of one vector, computed with Python integers."""
     dim = len(codes)
     count = dim * bits // 8
     if bits == 3:
         n = dim // 8
         bit = lambda j, part: codes[part * n + j % n] >> j // n & 1  # noqa: E731
-        whole = [codes[j] + (codes[j + count] << 3) for j in range(count)]
-        return [x + (bit(j, 6) << 6) + (bit(j, 7) << 7) for j, x in enumerate(whole)]
+        low = [codes[j] + (codes[j + count] << 3) for j in range(count)]
+        return [x + (bit(j, 6) << 6) + (bit(j, 7) << 7) for j, x in enumerate(low)]
     return [sum(codes[j + part * count] << (bits * part) for part in range(8 // bits)) for j in range(count)]
 
 
@@ -399,8 +402,8 @@ def test_kivi_error(bits, table):
 
 def test_symmetric_error():
     x = normal(2048, 128, seed=12)
-    whole = qz.symmetric_decode(*qz.symmetric_encode(x, -2))
-    assert relative_error(whole, x) == pytest.approx(0.151, rel=0.02)
+    decoded = qz.symmetric_decode(*qz.symmetric_encode(x, -2))
+    assert relative_error(decoded, x) == pytest.approx(0.151, rel=0.02)
     for n, expected in ((32, 0.097), (64, 0.108), (128, 0.118)):
         for over, groups in ((-2, x.unflatten(0, (-1, n))), (-1, x.unflatten(1, (-1, n)))):
             decoded = qz.symmetric_decode(*qz.symmetric_encode(groups, over))
@@ -433,7 +436,7 @@ def test_group_and_channel_shapes_and_independence():
 
 
 def test_outlier_channels_want_per_channel_keys():
-    """One channel 20 times larger and one with an offset of 15: the error of the others."""
+    """The error of the other channels, if one channel is 20 times larger and one has an offset of 15."""
     x = normal(2048, 128, seed=13)
     x[:, 3] *= 20
     x[:, 77] += 15
@@ -451,5 +454,5 @@ def test_akv_pads_to_whole_groups_and_keeps_exact_scales():
     assert torch.equal(zero[:, 0], x.amin(-1))
     decoded = qz.akv_decode(codes, scale, zero, 64)
     assert relative_error(decoded, x) == pytest.approx(0.090, rel=0.02)
-    tiny = 1e-7 * x  # an unrounded scale follows where fp16 would stop
+    tiny = 1e-7 * x  # an unrounded scale works below the range of fp16
     assert relative_error(qz.akv_decode(*qz.akv_encode(tiny, 4), 64), tiny) < 0.1

@@ -1,4 +1,4 @@
-"""RoPE and ALiBi against Hugging Face's own modules; the identities that moving keys rests on."""
+"""RoPE and ALiBi compared with the modules of Hugging Face, and the identities for moving keys."""
 
 import contextlib
 import copy
@@ -40,7 +40,7 @@ def randn(*shape: int, seed: int, dtype: torch.dtype = F64) -> torch.Tensor:
 
 
 def random_alive(n: int, kept: int, seed: int) -> torch.Tensor:
-    """`kept` of n tokens survive, the newest among them."""
+    """A mask with `kept` live tokens of n. The newest token is live."""
     alive = torch.zeros(n, dtype=torch.bool)
     alive[torch.randperm(n - 1, generator=seeded(seed))[: kept - 1]] = True
     alive[-1] = True
@@ -52,12 +52,12 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-# ----------------------------------------------------------------------- the families' own rotation
+# ------------------------------------------------------------------------ the rotation of the families
 
 
 @dataclass(frozen=True)
 class Case:
-    """One variant: a family's tiny config and how to call its rotary module."""
+    """One variant: the tiny config of a family, and the call of its rotary module."""
 
     name: str
     family: str
@@ -66,7 +66,7 @@ class Case:
     layer_type: str | None = None
     interleaved: bool = False
     head_dim: int = 32
-    same_layout: bool = True  # keys come out of the family's rotation in the order they went in
+    same_layout: bool = True  # the rotation of the family keeps the order of the channels
 
 
 def yarn(**extra):
@@ -132,11 +132,11 @@ CASES = [
     Case("gemma4-sliding", "gemma4", GEMMA4_CLASSES, GEMMA4, layer_type="sliding_attention"),
     Case("smollm3", "smollm3", ("SmolLM3Config", "SmolLM3RotaryEmbedding"),
          dict(no_rope_layers=[1, 1, 1, 1])),
-    # Takes interleaved channels but leaves them half-split: what is stored moves as Llama's does.
+    # It reads interleaved channels and writes half-split channels. Stored keys move as in Llama.
     Case("deepseek_v3", "deepseek_v3", ("DeepseekV3Config", "DeepseekV3RotaryEmbedding"),
          dict(qk_rope_head_dim=32), same_layout=False),
 ]  # fmt: skip
-#: One for each scheme and layout of channels. Tests of the others are slow.
+#: One case for each scheme and each channel layout. Tests of the other cases are slow.
 KINDS = (
     "llama",
     "llama-dynamic-long",
@@ -150,21 +150,21 @@ TINY = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, num_h
 
 
 def load(family: str, *names: str) -> list:
-    """Classes or functions of a family's modules; skips where this transformers lacks them."""
-    found = []
+    """Classes or functions of a family. Skips the test if this version of transformers lacks them."""
+    loaded = []
     for name in names:
         part = "configuration" if name.endswith("Config") else "modeling"
         try:
             module = importlib.import_module(f"transformers.models.{family}.{part}_{family}")
-            found.append(getattr(module, name))
+            loaded.append(getattr(module, name))
         except (ImportError, AttributeError) as why:
             pytest.skip(f"transformers {transformers.__version__} has no {family}.{name}: {why}")
-    return found
+    return loaded
 
 
 @contextlib.contextmanager
 def in_float64():
-    """Runs Hugging Face's own lines in float64: redirects every way in which they say float32."""
+    """Run the code of Hugging Face in float64: replaces each expression that selects float32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(F64)
     try:
@@ -179,7 +179,7 @@ def in_float64():
 
 
 class Model:
-    """A family's rotary module and the function that applies it, on keys [B, H, n, head_dim]."""
+    """The rotary module of a family and the function that applies it, for keys [B, H, n, head_dim]."""
 
     def __init__(self, case: Case, dtype: torch.dtype):
         config_class, rotary_class = load(case.family, *case.classes)
@@ -192,21 +192,21 @@ class Model:
         return in_float64() if self.dtype == F64 else contextlib.nullcontext()
 
     def keys(self, k: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """What the family would store for the raw keys k at `position` [n]."""
+        """The keys that the family stores for the raw keys k at `position` [n]."""
         layer = {} if self.case.layer_type is None else dict(layer_type=self.case.layer_type)
         apply_names = dict(llama4="apply_rotary_emb", deepseek_v3="apply_rotary_pos_emb_interleave")
         (apply,) = load(self.case.family, apply_names.get(self.case.family, "apply_rotary_pos_emb"))
         with self.precision():
             position = position.expand(len(k), -1)
-            if self.case.family == "qwen3_5":  # time, height and width: the same for text
+            if self.case.family == "qwen3_5":  # time, height and width are the same for text
                 position = position.expand(3, -1, -1)
             embedding = self.rotary(k, position, **layer)
             if self.case.family == "llama4":  # complex numbers, [B, n, H, head_dim]
                 k = k.transpose(1, 2)
                 return apply(k, k, embedding)[1].transpose(1, 2)
-            if self.case.family == "gemma4":  # takes one tensor
+            if self.case.family == "gemma4":  # this function takes one tensor
                 return apply(k, *embedding)
-            if self.case.family in ("phi", "stablelm"):  # their attention modules cut and join
+            if self.case.family in ("phi", "stablelm"):  # their attention modules split and concatenate
                 k, rest = k.split([(d := embedding[0].shape[-1]), k.shape[-1] - d], dim=-1)
                 return torch.cat((apply(k, k, *embedding)[1], rest), dim=-1)
             return apply(k, k, *embedding)[1]
@@ -224,7 +224,7 @@ class Model:
 each_case = pytest.mark.parametrize("case", named(CASES, *KINDS))
 each_precision = pytest.mark.parametrize(
     ("dtype", "start", "tolerance"),
-    # In float32 a model's own angles are off by 6e-8 * position, so positions must be small.
+    # In float32 the angles of a model have an error of 6e-8 * position, so positions must be small.
     slow_but([(F64, 0, 1e-12), (F64, 1000, 1e-12), (torch.float32, 0, 1e-6)], (F64, 1000, 1e-12)),
     ids=["float64", "float64-far", "float32"],
 )
@@ -234,7 +234,7 @@ each_precision = pytest.mark.parametrize(
 @each_precision
 def test_moved_keys_equal_a_fresh_run_on_the_kept_tokens(case, dtype, start, tolerance):
     model = Model(case, dtype)
-    n, kept = 40, 24  # both beyond the switch of the "long" cases, both within that of the others
+    n, kept = 40, 24  # both above the switch of the "long" cases, and below the switch of the other cases
     raw = randn(2, 3, n, case.head_dim, seed=1, dtype=dtype)
     position = start + torch.arange(n)
     stored = model.keys(raw, position)
@@ -245,7 +245,7 @@ def test_moved_keys_equal_a_fresh_run_on_the_kept_tokens(case, dtype, start, tol
 
     alive = random_alive(n, kept, seed=2)
     rank, evicted = renumber(position, alive)
-    for new in (rank[alive] + evicted, rank[alive]):  # the cache's reading, and contiguous keys
+    for new in (rank[alive] + evicted, rank[alive]):  # read positions of the cache, and contiguous positions
         moved = rotate(stored[:, :, alive].to(F64), new - position[alive], rope)
         assert relative_error(moved, model.keys(raw[:, :, alive], new)) <= tolerance
 
@@ -297,7 +297,7 @@ def test_frequencies_switch_at_the_same_length_as_the_module(kind, side):
 @pytest.mark.parametrize("rope_type", [name for name in SCHEMES if name != "default"])
 def test_schemes_equal_transformers_functions(rope_type, seq_len, partial):
     if rope_type == "yarn" and partial == 0.3:
-        partial = 0.25  # transformers itself fails on an odd width here
+        partial = 0.25  # transformers itself fails for an odd width
     pairs = (int(32 * partial) + 1) // 2
     parameters = dict(rope_type=rope_type, rope_theta=5e5, factor=4.0)
     parameters["partial_rotary_factor"] = partial
@@ -321,8 +321,8 @@ def test_schemes_equal_transformers_functions(rope_type, seq_len, partial):
 
 @pytest.mark.parametrize(
     "extra",
-    [dict(beta_fast=8.0, beta_slow=8.0, truncate=False),  # a ramp of no width
-     dict(beta_fast=1e6, original_max_position_embeddings=10**9),  # one that ends past the pairs
+    [dict(beta_fast=8.0, beta_slow=8.0, truncate=False),  # a ramp of width 0
+     dict(beta_fast=1e6, original_max_position_embeddings=10**9),  # a ramp that ends after the last pair
      dict(mscale=0.7), dict(mscale_all_dim=0.7), dict(mscale=0.0, mscale_all_dim=1.0),
      dict(factor=0.5), dict(attention_factor=0.0)],
     ids=str,
@@ -360,7 +360,7 @@ def test_rotating_back_with_scaled_cos_and_sin_is_wrong_under_yarn():
     assert relative_error(moved, a * fresh) <= 1e-14 and relative_error(moved, fresh) > 0.2
 
 
-# ------------------------------------------------------------------------ layers that do not rotate
+# ------------------------------------------------------------------------- layers without a rotation
 
 
 class Recorded(Exception):
@@ -368,7 +368,7 @@ class Recorded(Exception):
 
 
 class Recorder:
-    """Stands in for a cache: takes the keys an attention layer stores and ends the forward."""
+    """Replaces a cache: it takes the keys of an attention layer and stops the forward pass."""
 
     def update(self, keys, values, *args, **kwargs):
         raise Recorded(keys)
@@ -383,7 +383,7 @@ class Recorder:
      ("llama4", "Llama4Text", True)],
 )  # fmt: skip
 def test_keys_that_a_mixed_model_stores(family, prefix, interleaved):
-    """Each layer's own attention module decides whether it rotates; from_config must agree."""
+    """The attention module of each layer decides whether it rotates. from_config must agree."""
     names = (f"{prefix}Config", f"{prefix}RotaryEmbedding", f"{prefix}Attention")
     config_class, rotary_class, attention_class = load(family, *names)
     config = config_class(**TINY, head_dim=32, use_qk_norm=False, attn_implementation="eager")
@@ -441,9 +441,9 @@ def test_rotation_identities(seed, interleaved):
     assert relative_error(scaled, 1.5 * rotate(k, a, rope)[..., :d]) <= 1e-14
 
     score = (rotate(q, a, rope) * rotate(k, b, rope)).sum(-1)
-    assert relative_error((rotate(q, a - b, rope) * k).sum(-1), score) <= 1e-11  # distance only
+    assert relative_error((rotate(q, a - b, rope) * k).sum(-1), score) <= 1e-11  # only the distance matters
     left, right = (rotate(k, a, rope) * q).sum(-1), (k * rotate(q, -a, rope)).sum(-1)
-    assert relative_error(left, right) <= 1e-12  # codes may stay where they are: turn the query
+    assert relative_error(left, right) <= 1e-12  # codes may stay unchanged: rotate the query instead
 
 
 def test_interleaved_is_half_split_with_the_channels_shuffled():
@@ -490,7 +490,7 @@ def test_renumbering_identities(seed):
     read = rank + evicted
     assert rank[alive].tolist() == list(range(kept)) and (rank[~alive] == -1).all()
     assert evicted == n - kept
-    assert read[-1] == n - 1  # the newest token, hence every later one, stays where it was
+    assert read[-1] == n - 1  # the newest token, and each later token, keeps its position
     after = (~alive).flip(0).cumsum(0).flip(0)
     assert torch.equal((read - position)[alive], after[alive])
 
@@ -498,14 +498,14 @@ def test_renumbering_identities(seed):
     distance = query[:, None] - read[alive]
     assert torch.equal(distance, (query - evicted)[:, None] - rank[alive])
 
-    # Again: from where they are read now, or at once from where they first stood.
+    # A second eviction: from the current read positions, or in one step from the original positions.
     again = random_alive(kept, 1 + kept // 2, seed=99 + seed)
     both = torch.zeros(n, dtype=torch.bool)
     both[alive.nonzero().flatten()[again]] = True
     once, twice = renumber(position, both), renumber(read[alive], again)
     assert torch.equal(once[0][both], twice[0][again]) and once[1] == twice[1]
 
-    # Storage order does not matter: a tier may hold its records in any.
+    # The storage order does not matter: a tier may store its records in any order.
     order = torch.randperm(n, generator=seeded(seed))
     shuffled = renumber(position[order], alive[order])
     assert torch.equal(shuffled[0], rank[order]) and shuffled[1] == evicted
@@ -518,13 +518,13 @@ def test_nothing_evicted_changes_nothing():
 
 def test_rows_with_padding_and_their_own_plans():
     pads = torch.tensor([0, 3])
-    position = (torch.arange(10) - pads[:, None]).clamp(min=0)  # as generate() numbers padded rows
+    position = (torch.arange(10) - pads[:, None]).clamp(min=0)  # generate() numbers padded rows like this
     alive = torch.rand(2, 10, generator=seeded(8)) < 0.5
     alive[:, -1] = True
     alive &= torch.arange(10) >= pads[:, None]
     rank, evicted = renumber(position, alive)
     for row, pad in enumerate(pads.tolist()):
-        alone = renumber(torch.arange(10 - pad), alive[row, pad:])  # pads count as nothing
+        alone = renumber(torch.arange(10 - pad), alive[row, pad:])  # padding is not counted
         assert torch.equal(rank[row, pad:], alone[0]) and evicted[row] == alone[1]
 
 
@@ -553,11 +553,11 @@ def test_slopes_equal_bloom_falcon_and_mpt(heads):
     bias = alibi_bias(slopes, torch.tensor([n - 1]), torch.arange(n))  # [H, 1, n]
 
     bloom = load("bloom", "build_alibi_tensor")[0](mask, heads, torch.float32).to(F64)
-    # Bloom adds slope * key position; a constant a query (softmax ignores it) makes it ours.
+    # Bloom adds slope * key position. It differs by a constant per query, which softmax ignores.
     assert torch.allclose(bloom - bloom[..., -1:], bias, rtol=1e-6, atol=0)
 
     falcon = load("falcon", "build_alibi_tensor")[0](mask, heads, torch.float32)
-    assert torch.equal(falcon[:, 0, 1], slopes.bfloat16().float())  # it rounds slopes to bfloat16
+    assert torch.equal(falcon[:, 0, 1], slopes.bfloat16().float())  # Falcon rounds slopes to bfloat16
 
     mpt = load("mpt", "build_mpt_alibi_tensor")[0](heads, n).to(F64)
     assert torch.allclose(mpt, bias, rtol=1e-6, atol=0)
@@ -569,7 +569,7 @@ def test_alibi_on_the_kept_tokens_equals_dense_attention_without_the_others():
     dense = (scores + alibi_bias(slopes, query, key)).masked_fill(~alive, -torch.inf).softmax(-1)
     kept = (scores[..., alive] + alibi_bias(slopes, query, key[alive])).softmax(-1)
     assert torch.allclose(kept, dense[..., alive], rtol=1e-13)
-    index = torch.arange(9)  # what a model does that knows only the cache
+    index = torch.arange(9)  # a model that knows only the cache uses these positions
     wrong = (scores[..., alive] + alibi_bias(slopes, query, index)).softmax(-1)
     assert relative_error(wrong, kept) > 0.01
 

@@ -1,4 +1,4 @@
-"""Rotations are orthogonal and spread spikes; the rotated codec centres, moves and re-quantises."""
+"""Rotations are orthogonal and spread spikes. The rotated codec subtracts means and requantizes codes."""
 
 import math
 
@@ -41,7 +41,7 @@ def codec(bits, dim=128, seed=0):
 def test_qr_rotation_is_orthogonal(dim):
     P = qr_rotation(dim, seed=dim)
     torch.testing.assert_close(P @ P.T, torch.eye(dim, dtype=torch.float64), rtol=0, atol=1e-13)
-    R = P.T @ normal(dim, dim, seed=dim)  # the triangle, made unique by its positive diagonal
+    R = P.T @ normal(dim, dim, seed=dim)  # the triangular factor, unique because of its positive diagonal
     assert (R.diagonal() > 0).all() and R.tril(-1).abs().max() < 1e-12
 
 
@@ -74,7 +74,7 @@ def test_rotations_come_from_their_seed_alone(make):
 
 
 def spiky(dim, spikes):
-    """All one-hot vectors, or two-hot ones (both signs)."""
+    """All one-hot vectors, or two-hot vectors with both signs."""
     eye = torch.eye(dim, dtype=torch.float64)
     if spikes == 1:
         return eye
@@ -82,7 +82,7 @@ def spiky(dim, spikes):
 
 
 def spiky_mse(make, spikes, bits):
-    """Mean over 16 rotations of the plain-norm error of spiky vectors, D = 128."""
+    """The error of spiky vectors with plain norms for D = 128, as a mean over 16 rotations."""
     total = 0.0
     for seed in range(16):
         x = spiky(128, spikes) @ make(seed).T
@@ -104,7 +104,7 @@ def test_one_hadamard_round_is_not_enough(bits, spikes):
     assert one > 1.5 * spiky_mse(lambda s: hadamard_rotation(128, s), spikes, bits)
 
 
-# Centring
+# Centering
 
 
 def test_key_mean():
@@ -113,14 +113,14 @@ def test_key_mean():
     assert mean.shape == (2, 3, 1, 64) and torch.equal(mean, qz.stored(x.mean(-2, keepdim=True)))
     valid = torch.zeros(2, 3, 50, dtype=torch.bool)
     valid[0, :, 10:] = True
-    padded = x.masked_fill(~valid.unsqueeze(-1), math.nan)  # whatever stands in the padding
+    padded = x.masked_fill(~valid.unsqueeze(-1), math.nan)  # the content of the padding does not matter
     mean = key_mean(padded, valid)
     assert torch.equal(mean[0], key_mean(x[0, :, 10:]))
     assert torch.equal(mean[1], torch.zeros(3, 1, 64, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_centring_helps_with_an_offset_and_costs_nothing_without(bits):
+def test_centering_helps_with_an_offset_and_costs_nothing_without(bits):
     x = normal(2048, 128, seed=bits)
     subject = codec(bits)
 
@@ -137,11 +137,11 @@ def test_a_mean_may_differ_by_token():
     x = normal(2, 30, 64)
     means = qz.stored(normal(2, 30, 64, seed=1))
     subject = codec(4, 64)
-    whole = subject.encode(x, means)
+    records = subject.encode(x, means)
     one = subject.encode(x[:, 7], means[:, 7])
-    assert torch.equal(whole.codes[:, 7], one.codes) and torch.equal(whole.zero[:, 7], one.zero)
-    half_step = whole.scale / 2 + 2.0**-9  # and the rounding of the stored zero
-    assert ((subject.decode(whole, means) - x).norm(dim=-1) <= math.sqrt(64) * half_step).all()
+    assert torch.equal(records.codes[:, 7], one.codes) and torch.equal(records.zero[:, 7], one.zero)
+    half_step = records.scale / 2 + 2.0**-9  # half a step, and the rounding of the stored zero point
+    assert ((subject.decode(records, means) - x).norm(dim=-1) <= math.sqrt(64) * half_step).all()
 
 
 # The codec
@@ -181,9 +181,9 @@ def test_codec_is_its_formula(bits):
     "bits, expected", [(8, 0.100**2 * (15 / 255) ** 2), (4, 0.100**2), (3, 0.0377), (2, 0.1307)]
 )
 def test_codec_error(bits, expected):
-    """Of a uniform code over groups of 128; at 3 and 2 bits TurboQuant with the unbiased norm."""
+    """The error of a uniform code over groups of 128. At 3 and 2 bits: TurboQuant with the unbiased norm."""
     x = normal(4096, 128, seed=21)
-    x[:, :4] *= 10  # outlier channels are what the rotation is for
+    x[:, :4] *= 10  # the rotation is needed for outlier channels
     subject = codec(bits)
     assert relative_mse(subject.decode(subject.encode(x)), x) == pytest.approx(expected, rel=0.03)
 
@@ -200,16 +200,16 @@ def test_decoded_vectors_are_unbiased(bits):
 def test_a_token_depends_on_no_other(bits):
     x = normal(4, 60, 64, seed=23)
     subject = codec(bits, 64)
-    whole = subject.encode(x)
+    records = subject.encode(x)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     moved = subject.encode(1 * x[:, order])
-    for part, moved_part in zip(whole, moved):
+    for part, moved_part in zip(records, moved):
         if part is not None:
             assert torch.equal(part[:, order], moved_part)
-    x[:, 30] *= 1e4  # one enormous token leaves the records of the others alone
+    x[:, 30] *= 1e4  # one very large token does not change the records of other tokens
     disturbed = subject.encode(x)
-    assert torch.equal(disturbed.codes[:, :30], whole.codes[:, :30])
-    assert torch.equal(disturbed.scale[:, 31:], whole.scale[:, 31:])
+    assert torch.equal(disturbed.codes[:, :30], records.codes[:, :30])
+    assert torch.equal(disturbed.scale[:, 31:], records.scale[:, 31:])
 
 
 def test_requantising_stays_in_the_rotated_domain():
@@ -221,9 +221,9 @@ def test_requantising_stays_in_the_rotated_domain():
     y = qz.uniform_decode(qz.unpack(record.codes, 4, 128), record.scale, record.zero)
     codes, scale = qz.lloyd_encode(y, 2, "linear")
     assert torch.equal(demoted.codes, qz.pack(codes, 2)) and torch.equal(demoted.scale, scale)
-    detour = two.encode(four.decode(record, mean), mean)  # the same up to rounding
+    detour = two.encode(four.decode(record, mean), mean)  # equal up to rounding
     assert (detour.codes == demoted.codes).double().mean() > 0.999
-    # 4 bits first costs little: their error adds up.
+    # Four bits as a first step add little error. Both errors are added.
     direct = relative_mse(two.decode(two.encode(x, mean), mean), x)
     assert relative_mse(two.decode(demoted, mean), x) < 1.15 * direct
     with pytest.raises(ValueError, match="rotation"):
