@@ -118,31 +118,6 @@ def group_mean(probabilities: Tensor, kv_heads: int) -> Tensor:
     return probabilities.double().unflatten(-3, (kv_heads, -1)).mean(-3)
 
 
-def pool_neighbours(scores: Tensor, position: Tensor, size: int = 5) -> Tensor:
-    """[..., H, n], n > 0: mean of `size` (odd) neighbours by position, with zeros past the ends.
-
-    NaN scores and holes (`position` -1; broadcastable int64) are zeros, and holes as good as past
-    the end, so it does not matter where tokens are stored. Source: SnapKV (2404.14469), kvpress.
-    """
-    order = position.expand(scores.shape).argsort(dim=-1, stable=True)  # holes first
-    real = torch.where((position >= 0) & ~scores.isnan(), scores.double(), 0.0).gather(-1, order)
-    pooled = F.pad(real, (size // 2, size // 2)).unfold(-1, size, 1).mean(-1)
-    return torch.empty_like(pooled).scatter(-1, order, pooled)
-
-
-def key_norm(keys: Tensor) -> Tensor:
-    """-|k|: [..., H, n, D] -> [..., H, n]. Source: Knorm, arXiv 2406.11430."""
-    return -keys.double().norm(dim=-1)
-
-
-def key_diff(keys: Tensor, valid: Tensor) -> Tensor:
-    """-cos(k, mean of k/|k|): [..., H, n, D] -> [..., H, n]. Source: KeyDiff, arXiv 2504.15364."""
-    keys, valid = keys.double(), valid.expand(keys.shape[:-1]).unsqueeze(-1)
-    unit = torch.where(valid, F.normalize(keys, dim=-1), 0.0)
-    anchor = unit.sum(-2, keepdim=True) / valid.sum(-2, keepdim=True).clamp(min=1)
-    return -F.cosine_similarity(keys, anchor, dim=-1)
-
-
 def expected_attention(
     keys: Tensor, values: Tensor, mean: Tensor, covariance: Tensor, valid: Tensor
 ) -> Tensor:

@@ -10,15 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import importance as imp
+from . import scores
 from .config import FadeConfig
+from .plan import adaptive_plan, aggregate, plan
+from .scores import MLP
 from .tiers import INTEGER_TIERS, Tier
-
-HIGH_SHARE, KEEP_SHARE = 0.9, 0.99  # of the attention that the middle received: `adaptive_plan`
-MLP = {"net.0.weight": (32, 4), "net.2.weight": (32, 32), "net.4.weight": (1, 32)}
-MLP |= {name.replace("weight", "bias"): shape[:1] for name, shape in MLP.items()}  # 1,249 numbers
 
 
 @dataclass(frozen=True)
@@ -76,29 +74,17 @@ def _h2o(c: Candidates) -> Tensor:
 
 
 def features(c: Candidates) -> Tensor:
-    """What `learned` sees of each token, in [0, 1]: [..., H, n, 4]. Source: fade-kv 1.1.0.
+    """What `learned` sees of each token, in [0, 1]: [..., H, n, 4], see `scores.features`.
 
-    0: position, 1: h2o's score, both min-max scaled over the candidates, 0 if all are equal;
-    2: layer / (layers - 1); 3: age / now. `position` must have the axis H or 1, as in `SCORES`.
+    `position` must have the axis H or 1, as in `SCORES`.
     """
-    hole = (c.position < 0).unsqueeze(-1)
-    x = torch.stack(torch.broadcast_tensors(c.position.double(), _h2o(c)), dim=-1)
-    low = x.masked_fill(hole, torch.inf).amin(-2, keepdim=True)
-    high = x.masked_fill(hole, -torch.inf).amax(-2, keepdim=True)
-    depth = torch.full_like(x[..., 0], c.layer / max(c.layers - 1, 1))
-    age = (c.age.double() / torch.as_tensor(c.now).clamp(min=1)).expand(depth.shape)
-    scaled = torch.where(low == high, 0.0, (x - low) / (high - low))
-    return torch.cat([scaled, torch.stack([depth, age], dim=-1)], dim=-1).clamp(0, 1)
+    return scores.features(_h2o(c), c.position, torch.as_tensor(c.now), c.layer / max(c.layers - 1, 1))
 
 
 def _learned(c: Candidates) -> Tensor:
-    # fade-kv's keep-probability: an MLP 4-32-32-1 with ReLU, ReLU, sigmoid; its own names.
     if {k: tuple(v.shape) for k, v in c.need("weights").items()} != MLP:
         raise ValueError(f"weights must have the names and shapes {MLP}")
-    w, x = {k: v.double() for k, v in c.weights.items()}, features(c)
-    x = F.linear(x, w["net.0.weight"], w["net.0.bias"]).relu()
-    x = F.linear(x, w["net.2.weight"], w["net.2.bias"]).relu()
-    return F.linear(x, w["net.4.weight"], w["net.4.bias"]).sigmoid().squeeze(-1)
+    return scores.keep_probability(features(c), {k: v.double() for k, v in c.weights.items()})
 
 
 #: The score of each policy: [..., H or 1, n], the shape that `position` must have here (`make_plan`
@@ -109,100 +95,16 @@ SCORES: dict[str, Callable[[Candidates], Tensor]] = {
     "ema": lambda c: c.need("importance").ema,  # fade-kv 1.1.0
     "adaptive": lambda c: c.need("importance").ema,  # fade-kv 1.1.0; see `adaptive_plan`
     "learned": _learned,
-    # SnapKV, arXiv 2404.14469: mean over the window, pooled over 5 neighbours as in kvpress 0.5.5.
-    "snapkv": lambda c: imp.pool_neighbours(c.need("importance").window.nanmean(-2), c.position),
+    # SnapKV, arXiv 2404.14469: mean over the window, pooled over 5 neighbors.
+    "snapkv": lambda c: scores.pool_neighbors(c.need("importance").window.nanmean(-2), c.position),
     "tova": lambda c: c.need("importance").window[..., -1, :],  # arXiv 2401.06104, but per head
-    "knorm": lambda c: imp.key_norm(c.need("keys")),
-    "keydiff": lambda c: imp.key_diff(c.need("keys"), c.position >= 0),
+    "knorm": lambda c: scores.key_norm(c.need("keys")),
+    "keydiff": lambda c: scores.key_diff(c.need("keys"), c.position >= 0),
     "expected_attention": lambda c: imp.expected_attention(
         c.need("keys"), c.need("values"), *c.need("queries"), c.position >= 0
     ),
     "hybrid": lambda c: c.need("importance").hybrid,  # akv-cache 1.0.0
 }
-
-
-def aggregate(scores: Tensor, scope: str, valid: Tensor | None = None) -> Tensor:
-    """Scores [..., H, n] of those who share a plan, the same in any order of heads.
-
-    "head": as they are; "sequence": mean over heads (as TOVA's), [..., n]; "layer": and over rows,
-    [n], each slot over those where `valid` (bool [..., n]; None: all). `ValueError`: another scope.
-    """
-    if scope not in ("layer", "sequence", "head"):
-        raise ValueError(f"plan_scope={scope!r}: 'layer', 'sequence' or 'head' is allowed")
-    # Sorted first: a sum in another order rounds differently, and that would break ties.
-    mean = scores if scope == "head" else scores.sort(dim=-2).values.mean(-2)
-    if scope != "layer":
-        return mean
-    valid = torch.ones_like(mean).bool() if valid is None else valid
-    rows = torch.where(valid, mean, 0.0).reshape(-1, mean.shape[-1])
-    return rows.sum(0) / valid.reshape(rows.shape).sum(0).clamp(min=1)
-
-
-def _rank(scores: Tensor, position: Tensor) -> Tensor:
-    """Place of each token, best 0: real before holes, numbers before NaN, by score, by newness."""
-    if scores.shape != position.shape or position.dtype != torch.int64:
-        raise ValueError(f"scores {scores.shape} for {position.dtype} position {position.shape}")
-    order = position.argsort(dim=-1, descending=True, stable=True)
-    for key in (torch.where(scores.isnan(), 0.0, scores), ~scores.isnan(), position >= 0):
-        key = key.double().gather(-1, order)
-        order = order.gather(-1, key.argsort(dim=-1, descending=True, stable=True))
-    return order.argsort(dim=-1)
-
-
-def _assign(scores, position, first, second, first_tier: Tier, spent: Tensor | None) -> Tensor:
-    """The best `first` tokens that are not `spent` to `first_tier`, the next `second` to INT2."""
-    spent = torch.zeros_like(position).bool() if spent is None else spent
-    high = (_rank(scores, position.masked_fill(spent, -1)) < first) & ~spent & (position >= 0)
-    low = (_rank(scores, position.masked_fill(high, -1)) < second) & ~high & (position >= 0)
-    tiers = torch.full(position.shape, Tier.EVICTED, dtype=torch.int8)
-    return tiers.masked_fill(high, first_tier).masked_fill(low, Tier.INT2)
-
-
-def plan(scores, position, int4_budget, int2_budget, first_tier=Tier.INT4, spent=None) -> Tensor:
-    """Tier codes, int8 [..., n]: the best `int4_budget` tokens, then `int2_budget`, then EVICTED.
-
-    Of equal `scores` [..., n] the older token loses; NaN is worst. `position` int64 [..., n]; -1
-    (padding, hole) is EVICTED and uses no budget, which each row has for itself. A budget of None
-    is no limit. `spent`, bool [..., n], marks tokens that are INT2 already and cannot climb: their
-    finer bits are gone. `ValueError`: shapes or dtypes that do not fit, a negative budget.
-
-    >>> plan(torch.tensor([0.5, 0.9, 0.5, 0.1]), torch.arange(4), 2, 1).tolist()  # EVICTED is 6
-    [4, 2, 2, 6]
-    """
-    if min(int4_budget or 0, int2_budget or 0) < 0:
-        raise ValueError(f"negative budget: {int4_budget}, {int2_budget}")
-    n = scores.shape[-1]
-    first, second = (n if budget is None else budget for budget in (int4_budget, int2_budget))
-    return _assign(scores, position, first, second, first_tier, spent)
-
-
-def adaptive_plan(scores, position, int4_budget, int2_budget, first_tier=Tier.INT4, spent=None) -> Tensor:
-    """`plan`, but a token must also earn its tier by its share of the attention mass, `scores`.
-
-    A token is high while those better than it hold at most HIGH_SHARE of the row's mass, and worth
-    keeping up to KEEP_SHARE. High ones go to `first_tier`, others worth keeping to INT2, or to
-    `first_tier` when INT2 is full, all within the budgets. Without a limit nothing is evicted, and
-    without any mass, this is `plan`. Source: fade-kv, which splits by count, beyond its budgets.
-
-    >>> adaptive_plan(torch.tensor([91.0, 8.5, 0.5]), torch.arange(3), 2, 2).tolist()
-    [2, 4, 6]
-    """
-    limits = plan(scores, position, int4_budget, int2_budget, first_tier, spent)
-    if int4_budget is None:
-        return limits
-    valid = position >= 0
-    mass = torch.where(valid & (scores > 0), scores.double(), 0.0)
-    best_first = _rank(scores, position).argsort(dim=-1)
-    better = F.pad(mass.gather(-1, best_first), (1, -1)).cumsum(-1)
-    shares = (better <= s * mass.sum(-1, keepdim=True) for s in (HIGH_SHARE, KEEP_SHARE))
-    high, kept = (s.sum(-1, keepdim=True).minimum(valid.sum(-1, keepdim=True)) for s in shares)
-    if int2_budget is None:
-        first, second = high.clamp(max=int4_budget), position.shape[-1]
-    else:
-        kept = kept.clamp(max=int4_budget + int2_budget)
-        first = high.maximum(kept - int2_budget).clamp(max=int4_budget)
-        second = kept - first
-    return _assign(scores, position, first, second, first_tier, spent)
 
 
 def make_plan(config: FadeConfig, candidates: Candidates) -> Tensor:
@@ -219,12 +121,12 @@ def make_plan(config: FadeConfig, candidates: Candidates) -> Tensor:
         return torch.zeros(position.shape, dtype=torch.int8)
     if scope != "head":  # the axis H, which all heads share
         c = replace(c, position=position.unsqueeze(-2), now=torch.as_tensor(c.now).unsqueeze(-1))
-    scores = aggregate(SCORES[config.eviction_policy](c), scope, position >= 0)
+    score = aggregate(SCORES[config.eviction_policy](c), scope, position >= 0)
     spent = c.spent
     if scope == "layer":  # in the order of the row that has the longest history
         position = position.reshape(-1, position.shape[-1]).amax(0)
         spent = spent if spent is None else spent.reshape(-1, spent.shape[-1]).any(0)
     first_tier = INTEGER_TIERS[max(config.middle_k_bits, config.middle_v_bits)]
     chosen = adaptive_plan if config.eviction_policy == "adaptive" else plan
-    tiers = chosen(scores, position, config.int4_budget, config.int2_budget, first_tier, spent)
+    tiers = chosen(score, position, config.int4_budget, config.int2_budget, first_tier, spent)
     return tiers.masked_fill(candidates.position < 0, Tier.EVICTED)

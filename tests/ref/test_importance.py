@@ -253,7 +253,7 @@ def test_bad_input_raises(call):
         call(observed())
 
 
-# ---------------------------------------------------------------- pooling and keys
+# ---------------------------------------------------------------- means, and queries to come
 
 
 def test_group_mean_takes_consecutive_query_heads():
@@ -261,56 +261,6 @@ def test_group_mean_takes_consecutive_query_heads():
     mean = imp.group_mean(p, 2)
     assert mean.dtype == torch.float64
     torch.testing.assert_close(mean[:, 1], (p[:, 3] + p[:, 4] + p[:, 5]).double() / 3)
-
-
-def test_pooling_against_a_loop_and_avg_pool1d():
-    scores = torch.rand(2, 3, 11, dtype=torch.float64)
-    pooled = imp.pool_neighbours(scores, torch.arange(11))
-    for t in range(11):
-        near = [scores[..., s] for s in range(t - 2, t + 3) if 0 <= s < 11]
-        torch.testing.assert_close(pooled[..., t], sum(near) / 5)
-    torch.testing.assert_close(pooled, torch.nn.functional.avg_pool1d(scores, 5, 1, 2))
-
-
-def test_pooling_depends_on_positions_not_on_storage():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(1, 8, generator=generator).double()
-    position = torch.tensor([3, 4, 7, 9, 10, 11, 20, 21])
-    want = imp.pool_neighbours(scores, position)
-    shuffle = torch.randperm(8, generator=generator)
-    assert torch.equal(imp.pool_neighbours(scores[:, shuffle], position[shuffle]), want[:, shuffle])
-    holes = torch.tensor([-1, 3, 4, 7, -1, 9, 10, 11, 20, 21, -1])
-    padded = torch.full((1, 11), 1e6).double()
-    padded[:, holes >= 0] = scores
-    assert torch.equal(imp.pool_neighbours(padded, holes)[:, holes >= 0], want)
-    assert imp.pool_neighbours(scores[:, :1], position[:1]).tolist() == [[scores[0, 0].item() / 5]]
-    nan, zero = (scores.index_fill(-1, torch.tensor([3]), x) for x in (math.nan, 0.0))
-    assert torch.equal(imp.pool_neighbours(nan, position), imp.pool_neighbours(zero, position))
-
-
-def test_key_scores_against_loops():
-    generator = torch.Generator().manual_seed(2)
-    keys = torch.randn(2, 3, 7, 4, generator=generator) + 1
-    valid = torch.tensor([[True] * 7, [False] * 2 + [True] * 5]).unsqueeze(1)
-    keys[1, :, :2] = math.nan  # padding may hold anything
-    norm, diff = imp.key_norm(keys), imp.key_diff(keys, valid)
-    assert norm.dtype == diff.dtype == torch.float64
-    for b, h in ((0, 0), (0, 2), (1, 1)):
-        real = [t for t in range(7) if valid[b, 0, t]]
-        k = [keys[b, h, t].double() for t in range(7)]
-        anchor = sum(k[t] / math.sqrt(sum(x * x for x in k[t])) for t in real) / len(real)
-        for t in real:
-            length = math.sqrt(sum(x * x for x in k[t]))
-            assert norm[b, h, t].item() == pytest.approx(-length, rel=1e-12)
-            cosine = sum(k[t] * anchor) / (length * anchor.norm())
-            assert diff[b, h, t].item() == pytest.approx(-cosine.item(), rel=1e-10)
-
-
-def test_bf16_keys_keep_distinct_norms():
-    """Pitfall 115: norms rounded to bf16 tie for most tokens."""
-    keys = torch.randn(1, 400, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert keys.norm(dim=-1).unique().numel() < 200
-    assert imp.key_norm(keys).unique().numel() == 400
 
 
 def expected_by_loop(k, v, mu, sigma, group, valid):
