@@ -27,7 +27,7 @@ from fade_fast.hf.cache import TieredKVCache
 from fade_fast.hf.codebooks import SIDES
 from fade_fast.hf.models import CACHE_NAME
 
-from . import texts
+from . import pictures, texts
 from .methods import Method, Unavailable, allocated, key_shape, method
 
 SUITE = (
@@ -262,9 +262,7 @@ def main(argv: list[str] | None = None) -> int:
             args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"\n{report['model']}, {report['dtype']}, {report['device']}\n\n{table(results)}")
     if args.plot:
-        from . import figures  # needs matplotlib
-
-        figures.memory_curves(report, args.plot)
+        pictures.memory_curves(results, args.plot)
     return 0
 
 

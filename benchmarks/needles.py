@@ -26,7 +26,7 @@ import fade_fast
 from fade_fast.hf import loading
 from fade_fast.hf.models import CACHE_NAME
 
-from . import texts
+from . import pictures, texts
 from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, Unavailable, compressed_tokens, eager, method
 from .quality import NothingCompressed, chunks
 
@@ -264,9 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     report, results = stored(args.show) if args.show else measured(args)
     print(f"\n{report['model']}, {report['dtype']}, {report['device']}\n\n{table(results)}")
     if args.plot:
-        from . import figures  # needs matplotlib
-
-        figures.heat_map(report, args.plot)
+        pictures.heat_map(results, args.plot)
     return 0
 
 

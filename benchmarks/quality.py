@@ -30,7 +30,7 @@ import fade_fast
 from fade_fast.hf import loading
 from fade_fast.hf.models import CACHE_NAME
 
-from . import memory, texts
+from . import memory, pictures, texts
 from .methods import (
     COMPRESSES,
     EVICTS,
@@ -311,24 +311,10 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def front(points: dict[str, tuple[float, float]]) -> list[str]:
-    """Names of the points that no other one beats in both numbers, both better smaller; by the first.
-
-    >>> front({"a": (1, 3), "b": (2, 2), "c": (3, 2.5), "d": (4, 1)})
-    ['a', 'b', 'd']
-    """
-    best, found = math.inf, []
-    for name, (_, y) in sorted(points.items(), key=lambda item: item[1]):
-        if y < best:
-            best = y
-            found.append(name)
-    return found
-
-
 def best_trades(results: list[Result]) -> str:
     """One line: which configurations no other beats in bytes and KL."""
     rows = {name: s for name, s in summaries(results).items() if s.smaller}
-    names = front({name: (s.bytes_per_token, s.kl) for name, s in rows.items()})
+    names = pictures.front({name: (s.bytes_per_token, s.kl) for name, s in rows.items()})
     return (
         f"No other is both smaller and nearer to uncompressed (KL) than: {', '.join(names)}." if names else ""
     )
@@ -401,9 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.markdown:
         args.markdown.write_text(show(report, results), encoding="utf-8")
     if args.plot:
-        from . import figures  # needs matplotlib
-
-        figures.pareto([report], args.plot)
+        pictures.pareto(summaries(results), args.plot)
     return 0
 
 
