@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import baselines
+from .moved import lookup
+
 EMA_ALPHA = 0.95  # fade-kv 1.1.0, tracker.py
-HYBRID_DECAY, HYBRID_ATTENTION = 0.95, 0.7  # akv-cache 1.0.0, importance.py
 FRESH = {"mass": 0.0, "queries": 0.0, "ema": 0.0, "window": math.nan, "hybrid": 0.0}
 
 
@@ -101,11 +103,7 @@ def observe(state: Importance, probabilities: Tensor, visible: Tensor) -> Import
         later = EMA_ALPHA * ema + (1 - EMA_ALPHA) * p
         ema = torch.where(seen, torch.where(queries == 0, p, later), ema)
         queries = queries + seen
-        decayed = torch.where(seen, HYBRID_DECAY * hybrid + p, 0.0)
-        share = decayed / decayed.amax(-1, keepdim=True).clamp(min=1e-10)
-        recency = (seen.double().cumsum(-1) - 1) / (seen.sum(-1, keepdim=True) - 1).clamp(min=1)
-        mixture = HYBRID_ATTENTION * share + (1 - HYBRID_ATTENTION) * recency
-        hybrid = torch.where(seen, mixture, hybrid)
+        hybrid = baselines.hybrid(hybrid, p, seen)
     window = torch.cat([state.window, torch.where(visible, probabilities, math.nan)], dim=-2)
     window = window[..., shape[-2] :, :]  # the oldest q make room
     return Importance(state.mass + probabilities.sum(-2), queries, ema, window, hybrid)
@@ -118,28 +116,11 @@ def group_mean(probabilities: Tensor, kv_heads: int) -> Tensor:
     return probabilities.double().unflatten(-3, (kv_heads, -1)).mean(-3)
 
 
-def expected_attention(
-    keys: Tensor, values: Tensor, mean: Tensor, covariance: Tensor, valid: Tensor
-) -> Tensor:
-    """Attention expected from Gaussian queries N(mu, Sigma) to come, times |v|: [..., H, n].
-
-    |v| times the mean over the group of softmax over n of k.mu / sqrt(D) + k' Sigma k / (2 D). Keys
-    and values [..., H, n, D], keys rotated; mu [..., Hq, D], Sigma [..., Hq, D, D] of the queries
-    before RoPE, mapped by the mean rotation of the next 512. Source: arXiv 2510.00636, kvpress.
-    """
-    heads, dim = keys.shape[-3], keys.shape[-1]
-    if mean.shape[-2] % heads or covariance.shape[-3:] != (mean.shape[-2], dim, dim):
-        raise ValueError(f"{heads} KV heads, but queries {mean.shape}, {covariance.shape}")
-    k = keys.double()
-    mu, sigma = (x.double().unflatten(d, (heads, -1)) for x, d in ((mean, -2), (covariance, -3)))
-    logits = torch.einsum("...hgd,...hnd->...hgn", mu, k) / math.sqrt(dim)
-    logits = logits + torch.einsum("...hnd,...hgde,...hne->...hgn", k, sigma, k) / (2 * dim)
-    attention = logits.masked_fill(~valid.unsqueeze(-2), -math.inf).softmax(-1).mean(-2)
-    return attention * values.double().norm(dim=-1)
-
-
 def _expand(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     fits = all(a in (1, b) for a, b in zip(tensor.shape[::-1], shape[::-1], strict=False))
     if tensor.dtype != dtype or tensor.dim() > len(shape) or not fits:
         raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)}: {dtype} {shape} is needed")
     return tensor.expand(shape)
+
+
+__getattr__ = lookup(__name__)

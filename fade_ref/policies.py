@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import baselines, scores
 from . import importance as imp
-from . import scores
 from .config import FadeConfig
+from .moved import lookup
 from .plan import adaptive_plan, aggregate, plan
 from .scores import MLP
 from .tiers import INTEGER_TIERS, Tier
@@ -29,7 +30,7 @@ class Candidates:
         now: position of the cache's newest token: int, or int64 [..., 1] ([..., 1, 1] with H).
         importance: attention received; every policy but position and the key-based needs it.
         keys, values: [..., H, n, D], rotated to their positions, for the key-based policies.
-        queries: mean and covariance of future queries, see `importance.expected_attention`.
+        queries: mean and covariance of future queries, see `baselines.expected_attention`.
         spent: bool, shape of `position`: tokens that are INT2 already, see `plan`; None: none is.
         layer, layers, weights: this layer's index, their number, `MLP` tensors; for learned.
 
@@ -100,7 +101,7 @@ SCORES: dict[str, Callable[[Candidates], Tensor]] = {
     "tova": lambda c: c.need("importance").window[..., -1, :],  # arXiv 2401.06104, but per head
     "knorm": lambda c: scores.key_norm(c.need("keys")),
     "keydiff": lambda c: scores.key_diff(c.need("keys"), c.position >= 0),
-    "expected_attention": lambda c: imp.expected_attention(
+    "expected_attention": lambda c: baselines.expected_attention(
         c.need("keys"), c.need("values"), *c.need("queries"), c.position >= 0
     ),
     "hybrid": lambda c: c.need("importance").hybrid,  # akv-cache 1.0.0
@@ -130,3 +131,6 @@ def make_plan(config: FadeConfig, candidates: Candidates) -> Tensor:
     chosen = adaptive_plan if config.eviction_policy == "adaptive" else plan
     tiers = chosen(score, position, config.int4_budget, config.int2_budget, first_tier, spent)
     return tiers.masked_fill(candidates.position < 0, Tier.EVICTED)
+
+
+__getattr__ = lookup(__name__)

@@ -14,9 +14,7 @@ decoded vectors, scores and sums.
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from .quantize import finite, stored
@@ -43,13 +41,15 @@ def train(x: Tensor, subspace_width: int = 4, centroids: int = 256, seed: int = 
     Take at least 40 samples a centroid. Raises ValueError for fewer samples than centroids, NaN,
     a width that does not divide D, or centroids that are no power of two up to 256.
     """
+    from sklearn.cluster import MiniBatchKMeans  # slow to import, and only training needs it
+
     _code_bits(centroids)
     parts = _cut(finite(x), subspace_width)
     if len(x) < centroids:
         raise ValueError(f"{len(x)} samples are too few for {centroids} centroids")
     kmeans = MiniBatchKMeans(centroids, random_state=seed, batch_size=4096, n_init=1)
-    centres = [kmeans.fit(part.numpy()).cluster_centers_ for part in parts.unbind(-2)]
-    return stored(torch.from_numpy(np.stack(centres)))
+    centers = [kmeans.fit(part.numpy()).cluster_centers_ for part in parts.unbind(-2)]
+    return stored(torch.stack([torch.from_numpy(center) for center in centers]))
 
 
 def encode(x: Tensor, codebook: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import math
 from functools import lru_cache
 
 import torch
-from scipy.special import betainc, gammaln
 from torch import Tensor
 
+from .moved import lookup
 from .tiers import INTEGER_TIERS, packed_bytes
 
 FP16_MAX = 65504.0
@@ -35,7 +35,7 @@ def finite(x: Tensor) -> Tensor:
     return x.to(torch.float64)
 
 
-def _min_max(x: Tensor, bits: int, least: float) -> tuple[Tensor, Tensor]:
+def min_max(x: Tensor, bits: int, least: float) -> tuple[Tensor, Tensor]:
     """(scale, zero) [...] that spread the 2^bits codes over the range of each vector [..., D]."""
     if bits not in range(1, 9):
         raise ValueError(f"bits={bits!r}: 1 to 8 are allowed")
@@ -43,7 +43,7 @@ def _min_max(x: Tensor, bits: int, least: float) -> tuple[Tensor, Tensor]:
     return ((high - low) / (2**bits - 1)).clamp(min=least), low
 
 
-def _nearest(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def nearest(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Codes [..., D] of x: half to even (torch.round), clamped to 0 .. 2^bits - 1."""
     codes = torch.round((x - zero.unsqueeze(-1)) / scale.unsqueeze(-1))
     return codes.clamp(0, 2**bits - 1).to(torch.uint8)
@@ -57,8 +57,8 @@ def uniform_encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     >>> uniform_encode(torch.tensor([-1.0, 0.4, 2.0], dtype=torch.float64), 2)[0].tolist()
     [0, 1, 3]
     """
-    scale, zero = map(stored, _min_max(x, bits, FP16_TINY))
-    return _nearest(x, scale, zero, bits), scale, zero
+    scale, zero = map(stored, min_max(x, bits, FP16_TINY))
+    return nearest(x, scale, zero, bits), scale, zero
 
 
 def uniform_decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -73,6 +73,8 @@ def _gaussian(t: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sphere(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The same of sqrt(dim) times a coordinate of a random unit vector (2504.19874, Lemma 1)."""
+    from scipy.special import betainc, gammaln  # slow to import, and only this kind needs it
+
     half, z = (dim - 1) / 2, (t / math.sqrt(dim)).clamp(-1, 1)
     norm = math.exp(gammaln(dim / 2) - gammaln(half)) / math.sqrt(math.pi)
     mass = torch.from_numpy(betainc(half, half, ((1 + z) / 2).numpy()))
@@ -226,64 +228,4 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     return strands.flatten(-2).to(torch.uint8)
 
 
-def group_encode(x: Tensor, bits: int, n: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Uniform codes of x [..., D] in groups of n channels (KIVI's values, 2402.02750, section 3).
-
-    Returns codes uint8 [..., D], scale and zero [..., D/n]; ValueError unless n divides D.
-    Bytes of a vector: D*bits/8 + 4*D/n.
-    """
-    if x.shape[-1] % n:
-        raise ValueError(f"{x.shape[-1]} values do not make whole groups of {n}")
-    codes, scale, zero = uniform_encode(x.unflatten(-1, (-1, n)), bits)
-    return codes.flatten(-2), scale, zero
-
-
-def group_decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Undo `group_encode`: float64 [..., D]."""
-    return uniform_decode(codes.unflatten(-1, (scale.shape[-1], -1)), scale, zero).flatten(-2)
-
-
-def channel_encode(x: Tensor, bits: int, n: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Uniform codes of x [..., S, D], per channel in blocks of n tokens (KIVI's keys, section 3).
-
-    Returns codes uint8 [..., S, D], scale and zero [..., S/n, D]; a token's codes depend on its
-    block. Bytes of a token: D*bits/8 + 4*D/n. Raises ValueError if n does not divide S.
-    """
-    return tuple(part.mT for part in group_encode(x.mT, bits, n))
-
-
-def channel_decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Undo `channel_encode`: float64 [..., S, D]."""
-    return group_decode(codes.mT, scale.mT, zero.mT).mT
-
-
-def symmetric_encode(x: Tensor, over: int = -1) -> tuple[Tensor, Tensor]:
-    """The INT4 of fade-kv: scale = max|x| / 7 along dimension `over` of x [..., S, D].
-
-    Keys `over=-2`: scale [..., 1, D], one a channel. Values `over=-1`: [..., S, 1], one a token.
-    Codes uint8: round(x / scale) in -7 .. 7 as a two's complement nibble, for `pack(codes, 4)`.
-    Bytes of a token: D/2, plus 2*D/S (keys) or 2 (values).
-    """
-    scale = stored((finite(x).abs().amax(over, keepdim=True) / 7).clamp(min=FP16_TINY))
-    return torch.round(x / scale).clamp(-8, 7).to(torch.int8).to(torch.uint8) & 15, scale
-
-
-def symmetric_decode(codes: Tensor, scale: Tensor) -> Tensor:
-    """scale * (the signed value of the nibble): float64, the shape of codes."""
-    return scale * ((codes.long() ^ 8) - 8)
-
-
-def akv_encode(x: Tensor, bits: int, n: int = 128) -> tuple[Tensor, Tensor, Tensor]:
-    """The quantiser of akv-cache: zero-padded groups of n channels; scales stay unrounded (fp32).
-
-    x [..., D] to codes uint8 [..., D'], scale and zero [..., D'/n], where D' is D rounded up to
-    whole groups: D = 64 costs double. Bytes of a vector: D'*bits/8 + 8*D'/n.
-    """
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % n)).unflatten(-1, (-1, n))
-    scale, zero = _min_max(padded, bits, 1e-10)  # this least scale would be 0 in fp16
-    return _nearest(padded, scale, zero, bits).flatten(-2), scale, zero
-
-
-def akv_decode(codes: Tensor, scale: Tensor, zero: Tensor, dim: int) -> Tensor:
-    """Undo `akv_encode`: float64 [..., dim], the padding dropped."""
-    return group_decode(codes, scale, zero)[..., :dim]
+__getattr__ = lookup(__name__)

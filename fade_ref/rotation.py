@@ -5,15 +5,14 @@ A random rotation makes the coordinates of any vector nearly independent Gaussia
 depends on no other. An offset shared by all keys would waste codes: their mean is subtracted first.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from scipy.linalg import hadamard
 from torch import Tensor
 
 from . import quantize
+from .moved import lookup
 from .tiers import INTEGER_TIERS, packed_bytes, token_bytes
 
 LEVELS = "linear"  # the kind of the Lloyd-Max levels: evenly spaced, so that a code is a number
@@ -31,39 +30,6 @@ def qr_rotation(dim: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     Q, R = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
     return Q * R.diagonal().sign()
-
-
-def _random_signs(dim: int, seed: int, rounds: int) -> Tensor:
-    """+1 or -1, float64 [rounds, dim]; like above, torch's global random state is left alone."""
-    if dim < 1 or dim & (dim - 1):
-        raise ValueError(f"a Hadamard rotation needs a power of two, not dim={dim}")
-    generator = torch.Generator().manual_seed(seed)
-    return 1.0 - 2.0 * torch.randint(2, (rounds, dim), generator=generator).to(torch.float64)
-
-
-def hadamard_rotation(dim: int, seed: int = 0, rounds: int = 3) -> Tensor:
-    """Randomised Hadamard rotation P [dim, dim], float64: P = (H D_r) ... (H D_1) / dim^(r/2).
-
-    H is the +-1 Walsh-Hadamard matrix, D_k a diagonal of random signs (QuaRot, arXiv 2404.00456,
-    section 3, has one round). One fails on vectors with one or two large entries, three match
-    `qr_rotation`. Raises ValueError unless dim is a power of two.
-    """
-    P = torch.eye(dim, dtype=torch.float64)
-    for signs in _random_signs(dim, seed, rounds):
-        P = torch.from_numpy(hadamard(dim, float)) @ (signs.unsqueeze(-1) * P) / math.sqrt(dim)
-    return P
-
-
-def hadamard_rotate(x: Tensor, seed: int = 0, rounds: int = 3) -> Tensor:
-    """x [..., D] @ hadamard_rotation(D, ...).T in D log2(D) additions a round, float64."""
-    dim = x.shape[-1]
-    for signs in _random_signs(dim, seed, rounds):
-        x = x * signs
-        for level in range(dim.bit_length() - 1):
-            a, b = x.unflatten(-1, (-1, 2, 2**level)).unbind(-2)
-            x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
-        x = x / math.sqrt(dim)  # once a round, not at every level
-    return x
 
 
 def key_mean(x: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -143,3 +109,6 @@ class RotatedCodec:
         if self.bits >= 4:
             return quantize.uniform_decode(codes, record.scale, record.zero)
         return quantize.lloyd_decode(codes, record.scale, self.bits, LEVELS)
+
+
+__getattr__ = lookup(__name__)

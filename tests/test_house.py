@@ -214,3 +214,11 @@ def test_imports(rule):
 
 def test_what_is_pending_is_still_a_violation():
     assert set().union(*map(violations, RULES)) >= PENDING
+
+
+def test_the_specification_needs_no_other_mathematics_until_a_function_asks():
+    """scipy and scikit-learn are slow to import: only functions that need them do."""
+    for path in files("fade_ref"):
+        top = ast.parse(path.read_text(encoding="utf-8")).body
+        named = [ast.unparse(node) for node in top if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert not any("scipy" in line or "sklearn" in line for line in named), path.name

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fade_ref import importance as imp
+from fade_ref.baselines import expected_attention
 
 from ..marks import slow_but
 
@@ -83,7 +84,7 @@ def test_fields_against_slow_loops():
     for b in range(2):
         for h in range(heads):
             hybrid = {}
-            for i in range(14):  # AKV: decay, add, normalise by the maximum, mix with recency
+            for i in range(14):  # AKV: decay, add, normalize by the maximum, mix with recency
                 seen = range(pads[b], i + 1)
                 hybrid |= {t: 0.95 * hybrid.get(t, 0.0) + p[b, h, i, t].item() for t in seen}
                 top = max([*hybrid.values(), 1e-10])
@@ -283,10 +284,10 @@ def test_expected_attention_against_a_loop():
     generator = torch.Generator().manual_seed(3)
     k, v = torch.randn(2, 2, 2, 6, 4, generator=generator, dtype=torch.float64)
     queries = torch.randn(2, 6, 50, 4, generator=generator, dtype=torch.float64) + 0.5
-    mu, centred = queries.mean(-2), queries - queries.mean(-2, keepdim=True)
-    sigma = centred.transpose(-1, -2) @ centred / 50
+    mu, centered = queries.mean(-2), queries - queries.mean(-2, keepdim=True)
+    sigma = centered.transpose(-1, -2) @ centered / 50
     valid = torch.tensor([[True] * 6, [False] + [True] * 5])
-    score = imp.expected_attention(k, v, mu, sigma, valid.unsqueeze(1))
+    score = expected_attention(k, v, mu, sigma, valid.unsqueeze(1))
     for b in range(2):
         want = expected_by_loop(k[b], v[b], mu[b], sigma[b], 3, valid[b])
         torch.testing.assert_close(score[b][:, valid[b]], want[:, valid[b]])
@@ -301,7 +302,7 @@ def test_expected_attention_is_the_mean_over_gaussian_queries():
     q = mu + torch.randn(400_000, 8, generator=generator, dtype=torch.float64) @ root.T
     drawn = (q @ k[0].T / math.sqrt(8)).exp().mean(0)
     unit = torch.nn.functional.normalize(torch.ones_like(k), dim=-1)
-    score = imp.expected_attention(k, unit, mu, (root @ root.T)[None], torch.ones(5).bool())
+    score = expected_attention(k, unit, mu, (root @ root.T)[None], torch.ones(5).bool())
     torch.testing.assert_close(score[0], drawn / drawn.sum(), rtol=0.03, atol=0)
 
 
@@ -309,4 +310,4 @@ def test_expected_attention_refuses_heads_that_do_not_fit():
     k = torch.randn(2, 5, 4)
     for mu, sigma in ((torch.randn(3, 4), torch.randn(3, 4, 4)), (torch.randn(4, 4), torch.eye(4))):
         with pytest.raises(ValueError):
-            imp.expected_attention(k, k, mu, sigma, torch.ones(5).bool())
+            expected_attention(k, k, mu, sigma, torch.ones(5).bool())
