@@ -1,9 +1,9 @@
-"""What is known about each token: the attention it received, and what its key looks like.
+"""The attention that each token received.
 
-Axes: `...` any batch dims, H KV heads, Hq query heads, q queries, n live tokens in order of
-arrival, w window queries, D head_dim. Input may be of any float dtype; every result is float64, so
-half-precision overflow and ties do not exist here. `valid` (bool, broadcastable to [..., H, n]) is
-False at padding and holes, which then count nowhere. Bad shapes and dtypes raise `ValueError`.
+`fade_fast.policies.scores` counts the same in closed form, and parity compares the two.
+
+Axes: `...` any batch dims, H KV heads, Hq query heads, q queries, n live tokens in order of arrival, w window
+queries. Input may be of any float dtype; every result is float64. Bad shapes and dtypes raise `ValueError`.
 """
 
 import math
@@ -24,18 +24,18 @@ FRESH = {"mass": 0.0, "queries": 0.0, "ema": 0.0, "window": math.nan, "hybrid": 
 class Importance:
     """Attention received by n live tokens: float64 [..., H, n], and `window` [..., H, w, n].
 
-    A probability p is what one query gives to one token, averaged over the GQA group.
+    p is the probability that one query gives to one token, averaged over the query heads of a KV head.
     """
 
-    mass: Tensor  # sum of the probabilities of all queries so far, prefill and decode alike
-    queries: Tensor  # how many queries could see the token
-    ema: Tensor  # s <- alpha s + (1 - alpha) p at each query that sees it; the first p starts it
-    window: Tensor  # p of the last w queries, newest last; NaN: not visible, or no such query
-    hybrid: Tensor  # AKV's mixture of decayed attention and recency, fed back into itself
+    mass: Tensor  # sum of p over all queries so far, of prefill and decode alike
+    queries: Tensor  # number of queries that could see the token
+    ema: Tensor  # s <- alpha s + (1 - alpha) p at each query that sees the token; the first p starts it
+    window: Tensor  # p of the last w queries, the newest last; NaN: not visible, or no such query
+    hybrid: Tensor  # see `baselines.hybrid`
 
 
 def empty(*shape: int, window: int = 64) -> Importance:
-    """The state before any token; `shape` is the batch dims, then H. `ValueError` if window < 1."""
+    """The state before any token; `shape` is the batch dims, then H. Raises `ValueError` if window < 1."""
     if window < 1 or not shape:
         raise ValueError(f"shape={shape}, window={window}: heads and a window of 1 are needed")
     none = torch.zeros(*shape, 0, dtype=torch.float64)
@@ -43,17 +43,17 @@ def empty(*shape: int, window: int = 64) -> Importance:
 
 
 def append(state: Importance, count: int) -> Importance:
-    """`count` new tokens at the end, seen by no query (`FRESH`). `ValueError` if negative."""
+    """Add `count` tokens at the end, which no query has seen yet. Raises `ValueError` if negative."""
     if count < 0:
         raise ValueError(f"count={count}: tokens leave through keep()")
     return Importance(**{k: F.pad(getattr(state, k), (0, count), value=FRESH[k]) for k in FRESH})
 
 
 def keep(state: Importance, index: Tensor) -> Importance:
-    """The state of the surviving tokens: their scores move with them.
+    """The state of the surviving tokens, whose scores move with them.
 
-    `index` is int64, the slots to keep: [m] for all, [..., m] for each row or [..., H, m] for each
-    head; -1 makes a hole, so that rows may keep different numbers. `ValueError`: no such slot.
+    `index` is int64, the slots to keep: [m] for all, [..., m] for each row or [..., H, m] for each head. -1
+    makes a hole, so rows may keep different numbers. Raises `ValueError` for a slot that does not exist.
     """
     n = state.mass.shape[-1]
     if ((index < -1) | (index >= n)).any():
@@ -70,22 +70,21 @@ def keep(state: Importance, index: Tensor) -> Importance:
 
 
 def observe(state: Importance, probabilities: Tensor, visible: Tensor) -> Importance:
-    """The state after q more queries; the same as observing them one by one.
+    """The state after q more queries; the same as after observing them one by one.
 
-    Tokens that `state` does not know are the newest, and appended. A query counts only for tokens
-    that it could see: a prefill of q queries weighs as much as q decode steps, and a generated
-    token starts from its own first probability.
+    Tokens that `state` does not know are the newest; they are appended. A query counts only for tokens that
+    it could see. So a prefill of q queries weighs as much as q decode steps, and a generated token starts
+    from its own first probability.
 
     Args:
-        probabilities: [..., H, q, n] softmax output, see `group_mean`.
-        visible: bool [..., q, n] (or [..., H, q, n]): causal, not padding, not evicted. Where it
-            is False, the probability is ignored, whatever it is.
+        probabilities: [..., H, q, n], the softmax after `group_mean`.
+        visible: bool [..., q, n] or [..., H, q, n]: causal, not padding, not evicted. Where it is False, the
+            probability is ignored.
 
-    Raises `ValueError`: shapes that do not fit, `visible` not bool, fewer tokens than known.
+    Raises `ValueError` for shapes that do not fit, `visible` that is not bool, and fewer tokens than known.
 
-    Sources: `mass` H2O (arXiv 2306.14048, algorithm 1); `ema` fade-kv; `window` SnapKV (2404.14469)
-    and TOVA (2401.06104); `hybrid` akv-cache: s <- .95 s + p, then .7 s / max(s) + .3 recency, 0 to
-    1 over the tokens seen; here for each query and head (AKV: each call, mean over rows and heads).
+    Sources: `mass` H2O (arXiv 2306.14048, algorithm 1); `ema` fade-kv 1.1.0; `window` SnapKV (arXiv
+    2404.14469) and TOVA (arXiv 2401.06104).
 
     >>> one = observe(empty(1), torch.tensor([[[0.25, 0.75]]]), torch.tensor([[False, True]]))
     >>> one.mass.tolist(), one.queries.tolist()
@@ -110,7 +109,7 @@ def observe(state: Importance, probabilities: Tensor, visible: Tensor) -> Import
 
 
 def group_mean(probabilities: Tensor, kv_heads: int) -> Tensor:
-    """[..., Hq, q, n] -> [..., H, q, n], mean over the Hq/H consecutive heads sharing a KV head."""
+    """Mean over the Hq/H consecutive heads that share a KV head: [..., Hq, q, n] gives [..., H, q, n]."""
     if kv_heads < 1 or probabilities.shape[-3] % kv_heads:
         raise ValueError(f"{kv_heads} KV heads do not divide {probabilities.shape[-3]} query heads")
     return probabilities.double().unflatten(-3, (kv_heads, -1)).mean(-3)

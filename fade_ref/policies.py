@@ -1,8 +1,6 @@
-"""Which token gets which tier: a score for each token, then a ranking under budgets.
+"""Policies: each scores the middle tokens, and `plan` gives the best tokens the best tiers.
 
-A score (`SCORES`, one function a policy) says how much a token is worth keeping; `plan` gives the
-best tokens the best tiers. Nothing is ever reordered: a plan is one tier code a slot. Axes: `...`
-any batch dims, H KV heads, n middle tokens, D head_dim. Scores are float64, larger is better.
+Axes: `...` any batch dims, H KV heads, n middle tokens, D head_dim. Scores are float64, larger is better.
 """
 
 from collections.abc import Callable
@@ -25,16 +23,17 @@ class Candidates:
     """The middle tokens of one layer, and all that a policy may know about them.
 
     Args:
-        position: int64 [..., n], or [..., H, n] for plan_scope "head", where each head has its own
-            survivors. Logical; -1 at padding and holes, which never get a place.
-        now: position of the cache's newest token: int, or int64 [..., 1] ([..., 1, 1] with H).
-        importance: attention received; every policy but position and the key-based needs it.
-        keys, values: [..., H, n, D], rotated to their positions, for the key-based policies.
+        position: int64 [..., n], or [..., H, n] for plan_scope "head", where each head has its own survivors.
+            Logical; -1 at padding and holes, which never get a place.
+        now: position of the newest token of the cache: int, or int64 [..., 1] ([..., 1, 1] with H).
+        importance: attention that the tokens received, for policies that rank by it.
+        keys, values: [..., H, n, D], keys rotated to their positions, for policies that rank by them.
         queries: mean and covariance of future queries, see `baselines.expected_attention`.
-        spent: bool, shape of `position`: tokens that are INT2 already, see `plan`; None: none is.
-        layer, layers, weights: this layer's index, their number, `MLP` tensors; for learned.
+        spent: bool, shape of `position`: tokens that are INT2 already, see `plan.plan`. None: no token is.
+        layer, layers, weights: index of this layer, number of layers, and `MLP` tensors, for `learned`.
 
-    Raises `ValueError`: position not int64, below -1 or after `now`; numbers of tokens that differ.
+    Raises `ValueError` for a position that is not int64, below -1 or after `now`, and for numbers of tokens
+    that differ.
     """
 
     position: Tensor
@@ -58,19 +57,19 @@ class Candidates:
 
     @property
     def age(self) -> Tensor:
-        """How many tokens are newer: int64, shape of `position`; meaningless at holes."""
+        """Number of newer tokens: int64, shape of `position`; meaningless at holes."""
         return torch.as_tensor(self.now) - self.position
 
     def need(self, field: str):
-        """The field's value; `ValueError` if it was not given."""
+        """The value of a field. Raises `ValueError` if it was not given."""
         if getattr(self, field) is None:
             raise ValueError(f"this eviction_policy needs Candidates.{field}")
         return getattr(self, field)
 
 
 def _h2o(c: Candidates) -> Tensor:
-    # H2O ranks by the sum (arXiv 2306.14048, algorithm 1). Divided by the queries that could see
-    # the token, all that merely came early no longer beats a late heavy hitter.
+    # H2O ranks by the sum (arXiv 2306.14048, algorithm 1). An early token has a large sum because many
+    # queries could see it, so the sum is divided by their number.
     return c.need("importance").mass / c.importance.queries.clamp(min=1)
 
 
@@ -88,8 +87,8 @@ def _learned(c: Candidates) -> Tensor:
     return scores.keep_probability(features(c), {k: v.double() for k, v in c.weights.items()})
 
 
-#: The score of each policy: [..., H or 1, n], the shape that `position` must have here (`make_plan`
-#: adds the axis). A field that is missing raises `ValueError`.
+#: The score of each policy: [..., H or 1, n]. `position` must have this axis, which `make_plan` adds. A
+#: missing field raises `ValueError`.
 SCORES: dict[str, Callable[[Candidates], Tensor]] = {
     "position": lambda c: -c.age.double(),  # StreamingLLM, arXiv 2309.17453 section 3.2
     "h2o": _h2o,
@@ -111,8 +110,8 @@ SCORES: dict[str, Callable[[Candidates], Tensor]] = {
 def make_plan(config: FadeConfig, candidates: Candidates) -> Tensor:
     """The tier of every candidate under `config`: int8, the shape of `candidates.position`.
 
-    With plan_scope "layer", all rows that have a token in a slot have it at one age. `ValueError`:
-    a field that the policy needs is missing, or shapes do not fit.
+    With plan_scope "layer", a slot must be of the same age in all rows that have a token there. Raises
+    `ValueError` if a field that the policy needs is missing, and for shapes that do not fit.
 
     >>> make_plan(FadeConfig(int4_budget=2), Candidates(torch.arange(4, 8), now=20)).tolist()
     [6, 6, 2, 2]
