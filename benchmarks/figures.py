@@ -1,9 +1,9 @@
 """Pictures and tables of stored results: `python -m benchmarks.figures`.
 
-Every JSON file in benchmarks/results that a quality, needles or memory run wrote becomes a picture of the
-same name in docs/figures, and every block of README.md, docs/quality.md and docs/speed.md between
-`<!-- results NAME -->` (or `<!-- results NAME short -->`) and `<!-- end -->` is written anew: picture,
-circumstances and table. No number there is typed. Needs the extra `docs` (matplotlib).
+Quality, needles and memory runs write JSON files to benchmarks/results. Each becomes a picture of the same
+name in docs/figures. README.md, docs/quality.md and docs/speed.md have blocks between `<!-- results NAME
+-->` (or `<!-- results NAME short -->`) and `<!-- end -->`. Each block is written again with picture,
+circumstances and table, so no number there is typed. Needs the extra `docs` (matplotlib).
 """
 
 import argparse
@@ -67,7 +67,7 @@ def load(name: str) -> dict:
 
 
 def short_table(results: list[quality.Result]) -> str:
-    """Of what ran: three numbers a config, which are the columns."""
+    """Three rows of numbers, with a column for each config of `SHORT` that ran."""
     rows = quality.summaries(results)
     rows = {name: rows[name] for name in SHORT if name in rows}
     numbers = {
@@ -82,7 +82,9 @@ def short_table(results: list[quality.Result]) -> str:
 
 
 def agreement(of: str) -> str:
-    """Table: what formats cost a model `of` by an independent simulation, by ours, and through the cache."""
+    """Table: the loss of formats on a model `of`, by an independent simulation, by ours, and through the
+    cache.
+    """
     kinds = [kind for kind in ("independent", "simulation", "quality") if has(kind, of)]
     sources = {kind: load(f"{kind}-{of}") for kind in kinds}
     theirs = sources["independent"]
@@ -106,7 +108,7 @@ def agreement(of: str) -> str:
 
 
 def generation(of: str, short: bool) -> str:
-    """Table of `benchmarks.generate` on a device `of`; short: milliseconds a step alone."""
+    """Table of `benchmarks.generate` on a device `of`. The short one has only milliseconds per step."""
     report = load(f"generate-{of}")
     results = [generate.Result(**r) for r in report["results"] if not r["failed"]]
     told = f"{report['device']}, torch {report['torch']}, transformers {report['transformers']}."
@@ -123,7 +125,7 @@ def generation(of: str, short: bool) -> str:
 
 
 def attention(of: str) -> str:
-    """Table of `benchmarks.decode_attention` on a device `of`, and what else it measured."""
+    """Table of `benchmarks.decode_attention` on a device `of`, and its other measurements."""
     report = load(f"decode_attention-{of}")
     results = [decode_attention.Result(**r) for r in report["results"]]
     told = [f"{report['device']}, torch {report['torch']}.", decode_attention.table(results)]
@@ -136,7 +138,7 @@ def has(kind: str, of: str) -> bool:
 
 
 def block(name: str, page: Path, short: bool = False) -> str:
-    """What stands between the marks of `name` in a page: the name of a report, or agreement-MODEL."""
+    """The text between the marks of `name` in a page. `name` is a report, or agreement-MODEL."""
     kind, _, of = name.partition("-")
     if kind == "agreement":
         return agreement(of)
@@ -160,7 +162,7 @@ def block(name: str, page: Path, short: bool = False) -> str:
 
 
 def filled(text: str, page: Path) -> str:
-    """A page with all of its blocks as the stored numbers say."""
+    """A page with all blocks filled from the stored numbers."""
 
     def replaced(found: re.Match) -> str:
         short = found["short"] or ""
@@ -171,7 +173,7 @@ def filled(text: str, page: Path) -> str:
 
 
 def stored_reports() -> dict[str, dict]:
-    """Every stored report that this draws, by name."""
+    """Every stored report that this module draws, by name."""
     found = {path.stem: load(path.stem) for path in sorted(RESULTS.glob("*.json"))}
     return {name: report for name, report in found.items() if report.get("kind") in KINDS}
 

@@ -1,7 +1,7 @@
-"""Pictures of measured records. Needs the extra `docs` (matplotlib), which only drawing imports.
+"""Pictures of measured records. Drawing needs the extra `docs` (matplotlib).
 
-The functions take records, not reports, so this module imports none of the benchmarks that measure them:
-those, and `figures`, import it.
+The functions take records, not reports. So this module imports none of the benchmarks that make the
+records; those benchmarks and `figures` import it.
 """
 
 import itertools
@@ -34,7 +34,8 @@ def group(name: str) -> str:
 
 
 def front(points: dict[str, tuple[float, float]]) -> list[str]:
-    """Names of the points that no other one beats in both numbers, both better smaller; by the first.
+    """Names of the points that no other point beats in both numbers. Smaller is better. Sorted by the first
+    number.
 
     >>> front({"a": (1, 3), "b": (2, 2), "c": (3, 2.5), "d": (4, 1)})
     ['a', 'b', 'd']
@@ -48,9 +49,9 @@ def front(points: dict[str, tuple[float, float]]) -> list[str]:
 
 
 def pareto(rows: dict, path: Path) -> None:
-    """Perplexity ratio and mean KL against allocated bytes a token; `rows` are `quality.Summary`, by name.
+    """Perplexity ratio and mean KL against allocated bytes per token. `rows` are `quality.Summary`, by name.
 
-    Rows that were not weighed, and uncompressed ones, are left out.
+    Rows without bytes, and uncompressed rows, are left out.
     """
     from matplotlib import pyplot as plt
 
@@ -87,7 +88,9 @@ def pareto(rows: dict, path: Path) -> None:
 
 
 def _name(axes, places: dict[str, tuple[float, float]]) -> None:
-    """Write names beside points, moved where they would lie on each other; of many, only the best."""
+    """Write names beside points, and move names that would overlap. If there are many points, name only the
+    front.
+    """
     if len(places) > MANY:
         places = {name: places[name] for name in front(places)}
     pixel = axes.figure.dpi / 72
@@ -110,9 +113,9 @@ def _name(axes, places: dict[str, tuple[float, float]]) -> None:
 
 
 def heat_map(results: list, path: Path) -> None:
-    """Share of examples answered in full, by config and depth; a panel for each task and length.
+    """Share of examples answered in full, by config and depth, with a panel for each task and length.
 
-    `results` are `needles.Result`; failed ones are left out.
+    `results` are `needles.Result`. Failed ones are left out.
     """
     from matplotlib import pyplot as plt
 
@@ -138,7 +141,7 @@ def heat_map(results: list, path: Path) -> None:
 
 
 def memory_curves(results: list, path: Path) -> None:
-    """Bytes held against length. `results` are `memory.Result`; failed ones are left out."""
+    """Bytes of a cache against length. `results` are `memory.Result`. Failed ones are left out."""
     from matplotlib import pyplot as plt
 
     results = [r for r in results if not r.failed]
