@@ -1,11 +1,11 @@
 """Decode attention over packed tiers against SDPA over bfloat16: `python -m benchmarks.decode_attention`.
 
-One attention layer, random data of a model's shape: of S tokens, the sinks and the recent ones are in
-bfloat16, the rest in tiers. Of every case are timed the whole step (`step.attend`, from the query to the
-output in bfloat16), the kernels of its tier alone (the figure that targets are about), and SDPA over all S
-tokens (`enable_gqa=True`, by the kernel that PyTorch picks). Times are medians of CUDA-graph replays in one
-process; each case is first checked against float64 with the same codes. The floor is the time in which a
-copy would move the bytes that the step must read.
+It measures one attention layer with random data of the shape of a model. Of S tokens, the sinks and the
+recent ones are in bfloat16, and the rest are in tiers. Each case times three things: the whole step
+(`step.attend`, from the query to the output in bfloat16), the kernels of its tier alone (targets refer to
+this number), and SDPA over all S tokens (`enable_gqa=True`, with the kernel that PyTorch chooses). Times
+are medians of CUDA-graph replays in one process. Each case is first checked against float64 with the same
+codes. The floor is the time in which a copy would move the bytes that the step must read.
 
 Instead of the cases, `--lengths` times one buffer at growing live lengths, `--encode` compares compressing
 a prompt with its prefill, `--paged` reads the tier through a block table and compares that with reading it
@@ -43,14 +43,14 @@ from fade_fast.saved.files import write_json
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import token_bytes
 
-BLOCK = 64  # slots a mean, but for tiers with a budget, which have one for all
-EXACT = 132  # uncompressed tokens: 4 sinks and 128 recent ones
+BLOCK = 64  # slots that share a mean; tiers with a budget have one mean for all slots
+EXACT = 132  # uncompressed tokens: 4 sinks and 128 recent tokens
 HOLES = 5  # slots at the end of a tier that hold no token
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape to measure, and how much faster than SDPA it should be."""
+    """A shape to measure, and the speedup over SDPA that it should reach."""
 
     model: str
     bits: int
@@ -61,9 +61,9 @@ class Case:
     group: int = 4
     head_dim: int = 128
     new: int = 1  # query tokens
-    budget: int | None = None  # most tokens of `bits`; what exceeds it has 2 bits, or is evicted
-    evicts: bool = False  # and keys are encoded before RoPE, to be renumbered
-    scores: bool = False  # also with attention probabilities gathered
+    budget: int | None = None  # most tokens of `bits`; further ones have 2 bits, or are evicted
+    evicts: bool = False  # keys are then encoded before RoPE, so that they can be renumbered
+    scores: bool = False  # also measure a step that gathers attention probabilities
 
     @property
     def name(self) -> str:
@@ -74,7 +74,7 @@ class Case:
 
     @property
     def tiers(self) -> list[tuple[int, int]]:
-        """Bits and tokens of each."""
+        """Bits and tokens of each tier."""
         rest = self.length - EXACT
         if self.budget is None:
             return [(self.bits, rest)]
@@ -91,7 +91,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """What a step must read: packed bytes, and uncompressed keys and values."""
+        """Bytes that a step must read: packed bytes, and uncompressed keys and values."""
         return self.tier_bytes + self.batch * self.heads * EXACT * 4 * self.head_dim
 
 
@@ -124,7 +124,7 @@ COMPILE_TARGETS = (60.0, 10.0)  # most seconds, without caches and with
 
 @dataclass
 class Result:
-    """What was measured of a case; times in microseconds unless the name says otherwise."""
+    """The measurements of a case. Times are in microseconds unless the name says otherwise."""
 
     name: str
     target: float | None
@@ -138,15 +138,15 @@ class Result:
     scores_us: float | None = None  # the step with probabilities gathered
     speedup: float | None = None
     tier_speedup: float | None = None
-    scores_percent: float | None = None  # what gathering adds
+    scores_percent: float | None = None  # the extra time of gathering
     floor_us: float | None = None
     fraction_of_floor: float | None = None  # of the step
-    tier_fraction: float | None = None  # of the tier's kernels, whose floor is their packed bytes'
-    compile_s: float | None = None  # the first call; from disk, where a process has compiled it before
+    tier_fraction: float | None = None  # of the tier's kernels; their floor counts packed bytes only
+    compile_s: float | None = None  # the first call; it reads from disk if a process has compiled it before
     tier_compile_s: float | None = None
 
     def compare(self, case: Case, bandwidth: float) -> None:
-        """Fill in what follows from the times."""
+        """Compute the fields that follow from the times."""
         self.speedup = self.sdpa_us / self.us
         self.floor_us = case.bytes / bandwidth * 1e6
         self.fraction_of_floor = self.floor_us / self.us
@@ -161,7 +161,7 @@ class Result:
 
 
 def tier_kernels(dynamic_sizes, queries: Queries, bias: Tensor, slots: TierView, *, chunk, bits, dtype):
-    """The kernels of a tier by themselves, between what the step does before and after."""
+    """The kernels of one tier, without the parts of the step before and after them."""
     flat = slots.flat().narrow(0, (dynamic_sizes[0].shape[0] - 1) * chunk)
     bias = bias.narrow(-1, 0, flat.means.shape[1])
     options = dict(chunk=chunk, bits=bits, softcap=None, dtype=dtype)
@@ -172,7 +172,7 @@ compiled_tier = Compiled(tier_kernels)
 
 
 class Problem:
-    """Random tokens of a case, encoded, and the query that attends to them."""
+    """Random tokens of a case, encoded, and a query that attends to them."""
 
     def __init__(self, case: Case, device: str, seed: int = 0):
         self.case, self.device = case, device
@@ -203,7 +203,7 @@ class Problem:
         size += packed.spare(size)
         per = BLOCK if self.case.budget is None else ONE_MEAN
         group, rows = min(per, size), []
-        for _ in range(b):  # a row at a time: float32 keys of all rows need not fit
+        for _ in range(b):  # one row at a time, because float32 keys of all rows may not fit
             k, v = (self.draw(1, h, -(-size // group) * group, d) for _ in range(2))
             k = (k + self.offset).unflatten(2, (-1, group))
             mean = k.mean(3, keepdim=True).half()
@@ -329,7 +329,7 @@ class Problem:
 
 
 def measure(case: Case, device: str, bandwidth: float) -> Result:
-    """All of a case. What competes with SDPA as a whole is timed as a whole."""
+    """All measurements of a case."""
     problem, alone = Problem(case, device), case.budget is None
     compile_s, tier_compile_s = seconds(problem.attend, device), None
     if alone:
@@ -433,7 +433,7 @@ def page_row(r: dict) -> str:
 
 
 def by_length(device: str, lengths: list[int]) -> dict:
-    """Times of a step over buffers made for the longest of `lengths`, as the text in them grows."""
+    """Times of a step as its text grows, over buffers made for the longest of `lengths`."""
     problem = Problem(Case(LLAMA, 4, 1, max(lengths) + EXACT), device)
     before, us = set(decode._compiled.graphs), []
     for length in lengths:
@@ -446,17 +446,18 @@ def by_length(device: str, lengths: list[int]) -> dict:
 
 
 def line(lengths: list[int], us: list[float]) -> dict:
-    """The least-squares line through times by length, and how far the farthest of them lies from it."""
+    """The least-squares line through times by length, and the largest distance of a time from it."""
     slope, intercept = statistics.linear_regression(lengths, us)
     off = max(abs(t / (intercept + slope * n) - 1) for n, t in zip(lengths, us))
     return dict(lengths=lengths, us=us, us_per_k=slope * K, intercept_us=intercept, farthest=off)
 
 
 def encoding(device: str, length: int, hidden: int = 4096, inner: int = 14336, layers: int = 32) -> dict:
-    """Milliseconds to demote a prompt's tokens, and an estimate of its prefill, of a model of 8B shape.
+    """Milliseconds to demote the tokens of a prompt, and an estimate of its prefill, for a model of the 8B
+    shape.
 
-    The estimate is FlashAttention and the products with the layers' weights alone, so that the share is an
-    upper bound.
+    The estimate counts only FlashAttention and the products with the weights of the layers, so the share is
+    an upper bound.
     """
     config, token_positions, heads, d = FadeConfig.safe(), TokenPositions(), 8, 128
     token_positions.extend(0, None, 1, length, device)
@@ -471,7 +472,7 @@ def encoding(device: str, length: int, hidden: int = 4096, inner: int = 14336, l
     last = first + (length - EXACT) // step_ * step_
 
     def demote():
-        middle.tiers[0].records.count = middle.means.count = 0  # into the memory there is
+        middle.tiers[0].records.count = middle.means.count = 0  # reuse the allocated memory
         middle.demote(keys[:, :, first:last], values[:, :, first:last], first, last, {})
 
     def attention():
@@ -497,7 +498,9 @@ def encoding(device: str, length: int, hidden: int = 4096, inner: int = 14336, l
 
 
 def processes(device: str) -> dict:
-    """Seconds of a case's first call in a fresh process, without caches and with those of the first."""
+    """Seconds of the first call of a case in a fresh process, without caches and with those of the first
+    process.
+    """
     case, found = CASES[3], {}
     with tempfile.TemporaryDirectory() as folder:
         places = dict(TORCHINDUCTOR_CACHE_DIR=folder, TRITON_CACHE_DIR=f"{folder}/triton")
@@ -519,7 +522,7 @@ def processes(device: str) -> dict:
 
 
 def seconds(function: Callable, device: str) -> float:
-    """Time of one call, its work on the device included."""
+    """Time of one call, including its work on the device."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
@@ -554,7 +557,7 @@ def microseconds(function: Callable, device: str = "cuda", repeats: int = 20, in
 
 
 def read_bandwidth(device: str = "cuda") -> float:
-    """Bytes a second of a large elementwise copy, read and written."""
+    """Bytes per second that a large elementwise copy reads and writes."""
     x = torch.rand(2**28 if device == "cuda" else 2**20, device=device)
     y = torch.empty_like(x)
     return 2 * x.nbytes / (microseconds(lambda: torch.add(x, 1, out=y), device, inner=3) * 1e-6)
@@ -583,7 +586,7 @@ def table(results: list[Result]) -> str:
 
 
 def describe(name: str, found: dict) -> str:
-    """A few lines about what one of the other measurements found."""
+    """A few lines about the results of one of the other measurements."""
     if name == "lengths":
         rows = [f"| {n} | {t:.1f} |" for n, t in zip(found["lengths"], found["us"])]
         return "\n".join(

@@ -1,11 +1,11 @@
 """A decode step of `model.generate()` with each cache: `python -m benchmarks.generate`.
 
-Models have the shape of a named one and random bfloat16 weights. Each method prefills random tokens
-and then decodes in plain `model.generate(..., cache=cache)`. A step's time is the median once
-compilation and capture are over; a logits processor stamps the steps with CUDA events, and so never
-makes the host wait. `--list` shows cases and methods. `--json FILE` writes what the tables show, after
-every measurement; `--show FILE...` prints the tables of several such files together, so that a long list
-can be run in parts. Without a GPU a tiny model runs through the same code, and its times mean nothing.
+Models have the shape of a named model and random bfloat16 weights. Each method prefills random tokens and
+then decodes in plain `model.generate(..., cache=cache)`. The time of a step is the median after compilation
+and capture. A logits processor marks the steps with CUDA events, so the host never waits. `--list` shows
+cases and methods. `--json FILE` writes the numbers of the tables after every measurement. `--show FILE...`
+prints the tables of several such files together, so that a long list can be run in parts. Without a GPU a
+tiny model runs through the same code, and its times mean nothing.
 """
 
 import argparse
@@ -37,22 +37,22 @@ from fade_ref.config import PRESETS, FadeConfig
 from .decode_attention import read_bandwidth
 from .models import GEMMA, LLAMA, QWEN, TINY, K, build, step_weights
 
-#: Methods that are ours; "fp16" never compresses. Beside them: "dynamic" and "static".
+#: Our methods; "fp16" never compresses. The others are "dynamic" and "static".
 OURS = {"fp16": FadeConfig(recent_window=None)}
 OURS |= {name: FadeConfig.preset(name) for name in PRESETS}
 OURS |= {f"int{bits}": FadeConfig(middle_k_bits=bits, middle_v_bits=bits) for bits in (3, 2)}
-OURS["h2o"] = replace(OURS["balanced"], eviction_policy="h2o")  # the same, by the attention received
+OURS["h2o"] = replace(OURS["balanced"], eviction_policy="h2o")  # the same, but ranked by received attention
 BASELINES = ("dynamic", "static")
 METHODS = (*BASELINES, *OURS)
 
 WARM_UP = 40  # most steps that compilation and capture may take
-CHUNK = 2048  # columns of a prefill in chunks
-ONCE = 64 * K  # most tokens prefilled the ordinary way; and prefilled twice, so that the second is warm
+CHUNK = 2048  # columns in each chunk of a chunked prefill
+ONCE = 64 * K  # most tokens prefilled in one go, and twice: the second time is warm
 FILLS = ("once", "rows", "chunk", "random")
 DRAFT = 4  # tokens that are drafted for each step of assisted decoding
-#: How tokens are asked for: what `generate()` is told. "padded": and rows are padded on the left, up to a
-#: quarter of their columns. "drafted": by assisted decoding, whose drafts are random and hardly ever right,
-#: so that a step checks DRAFT + 1 columns and crops most of them.
+#: Options of `generate()`. "padded" also pads rows on the left, up to a quarter of their columns. "drafted"
+#: is assisted decoding. Its drafts are random and hardly ever right, so a step checks DRAFT + 1 columns and
+#: crops most of them.
 MODES = {
     "greedy": {},
     "padded": {},
@@ -64,7 +64,7 @@ MODES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a context to decode after, and the methods to compare."""
+    """A model, a context to decode after, and the methods to compare."""
 
     model: str
     batch: int
@@ -102,7 +102,7 @@ TINY_CASES += [Case(TINY, 1, 192, ("dynamic", "safe"), mode) for mode in list(MO
 
 @dataclass
 class Result:
-    """What was measured of a method in a case; None: not measured, or not without a GPU."""
+    """The measurements of a method in a case. None: not measured, or it needs a GPU."""
 
     case: str
     method: str
@@ -115,17 +115,17 @@ class Result:
     mean_ms: float | None = None
     worst_ms: float | None = None
     tokens_per_s: float | None = None
-    cold_s: float | None = None  # to the first token of the first prefill, kernels' compilation included
-    first_token_s: float | None = None  # the same of a second prefill
-    captured: int | None = None  # steps of ours that were a CUDA graph's
-    compile_s: float | None = None  # what the steps of the warm-up took beyond that of later ones
+    cold_s: float | None = None  # to the first token of the first prefill, with the compilation of kernels
+    first_token_s: float | None = None  # the same for a second prefill
+    captured: int | None = None  # our steps that replayed a CUDA graph
+    compile_s: float | None = None  # extra time of the warm-up steps over later ones
     prefill_gb: float | None = None
     decode_gb: float | None = None
     cache_bytes: int | None = None
     packed_bytes: int | None = None
-    tokens: dict[str, float] = field(default_factory=dict)  # by tier, as `cache.memory()` has them
+    tokens: dict[str, float] = field(default_factory=dict)  # by tier, from `cache.memory()`
     live: float | None = None
-    floor_ms: float | None = None  # weights and packed bytes over the bandwidth of a copy
+    floor_ms: float | None = None  # weights and packed bytes divided by the bandwidth of a copy
     over_floor: float | None = None
 
 
@@ -134,10 +134,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on a quantity of a method, beside the best of some others (or on its own).
+    """A bound on a quantity of a method, relative to the best of some other methods or on its own.
 
-    `quantity` is a field of `Result`. Of "ms" the bound is on how many times faster, of "batch" on how
-    many times larger, and the ratio must reach it; any other ratio must stay below.
+    `quantity` is a field of `Result`. For "ms" the ratio says how many times faster the method is, and for
+    "batch" how many times larger its batch is. These ratios must reach the bound. Every other ratio must
+    stay below it.
     """
 
     case: str
@@ -145,7 +146,7 @@ class Target:
     quantity: str
     against: tuple[str, ...]
     bound: float
-    at: str | None = None  # case of the others, if it is another one
+    at: str | None = None  # case of the other methods, if it differs
 
     @property
     def higher(self) -> bool:
@@ -158,7 +159,7 @@ class Target:
 
 
 def largest_case(model: str, length: int) -> str:
-    """Name under which `--largest-batch` reports."""
+    """The name under which `--largest-batch` reports."""
     return f"{model} largest batch x S {length}"
 
 
@@ -190,7 +191,7 @@ TARGETS = [
 
 
 def measured(target: Target, results: Iterable[Result]) -> float | None:
-    """The ratio that a target bounds, None if any side of it is missing."""
+    """The ratio that a target bounds. None if one of its sides is missing."""
     found = {(r.case, r.method): getattr(r, target.quantity) for r in results if not r.failed}
     mine = found.get((target.case, target.method))
     others = [found.get((target.at or target.case, name)) for name in target.against]
@@ -208,7 +209,7 @@ def met(target: Target, value: float) -> bool:
 
 
 def steady(steps: list[float]) -> tuple[list[float], float]:
-    """The steps after the warm-up, and what those of the warm-up took beyond the median of the others."""
+    """The steps after the warm-up, and the extra time of the warm-up steps over the median of the others."""
     first = min(WARM_UP, len(steps) // 2)
     settled = steps[first:]
     usual = statistics.median(settled)
@@ -216,7 +217,7 @@ def steady(steps: list[float]) -> tuple[list[float], float]:
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest batch up to `most` that fits, to within a sixteenth; 0 if none does."""
+    """The largest batch up to `most` that fits, to within a sixteenth; 0 if none fits."""
     low, high = 0, most + 1
     while high - low > max(1, low // 16):
         middle = low + (high - low) * 3 // 4
@@ -228,9 +229,11 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def make_cache(model, method: str, room: int | None, length: int):
-    """An empty cache. Ours attach themselves to the model; others get the model's own attention.
+    """An empty cache. Ours attach themselves to the model; with other caches the model uses its own
+    attention.
 
-    `room` is the most tokens ours will see, None to let them grow; a static cache is made for `length`.
+    `room` is the largest number of tokens that our cache will see; None lets it grow. A static cache is
+    made for `length`.
     """
     fade_fast.detach(model)
     if method == "dynamic":
@@ -241,7 +244,7 @@ def make_cache(model, method: str, room: int | None, length: int):
 
 
 def weigh(cache, batch: int) -> tuple[int, int, dict[str, float]]:
-    """Bytes a cache has allocated, bytes of its live tokens, and those tokens by tier."""
+    """Bytes that a cache has allocated, bytes of its live tokens, and the number of those tokens by tier."""
     if isinstance(cache, TieredKVCache):
         memory = cache.memory()
         return memory.allocated, memory.packed, memory.tokens
@@ -250,7 +253,7 @@ def weigh(cache, batch: int) -> tuple[int, int, dict[str, float]]:
 
 
 def free(model, method: str) -> None:
-    """Leave nothing of the last measurement but compiled code of ours: one step serves all our caches."""
+    """Free everything of the last measurement except our compiled code: one step serves all our caches."""
     fade_fast.detach(model)
     gc.collect()
     if torch.cuda.is_available():
@@ -268,9 +271,9 @@ def free(model, method: str) -> None:
 
 
 class Clock(LogitsProcessor):
-    """Stamps the start, and every step when its logits are there; also the peaks of memory.
+    """Marks the start, and every step when its logits exist. It also records the peaks of memory.
 
-    A step asks `columns` times, once for each of its columns.
+    A step calls it `columns` times, once for each of its columns.
     """
 
     def __init__(self, device: str, columns: int = 1):
@@ -309,10 +312,10 @@ class Clock(LogitsProcessor):
 
 
 def choose_fill(case: Case, method: str) -> str:
-    """How to prefill so that it fits: what `--fill auto` does.
+    """How to prefill so that it fits: the choice of `--fill auto`.
 
     A static cache masks every slot for every query, so a long prompt must come in chunks. With many long
-    rows, MLP activations are what does not fit, so they are taken a row at a time.
+    rows the activations of the MLPs do not fit, so the MLPs then take one row at a time.
     """
     if method == "static":
         return "chunk" if case.length > CHUNK else "once"
@@ -320,7 +323,9 @@ def choose_fill(case: Case, method: str) -> str:
 
 
 def prefill(model, cache, ids, fill: str) -> None:
-    """Feed all columns but the last, which `generate()` then feeds; "once" leaves all of them to it."""
+    """Feed all columns but the last, which `generate()` then feeds. "once" leaves all columns to
+    `generate()`.
+    """
     before = ids[:, :-1]
     if fill == "rows":
         with mlp_by_row(model):
@@ -334,7 +339,7 @@ def prefill(model, cache, ids, fill: str) -> None:
 
 @contextlib.contextmanager
 def mlp_by_row(model):
-    """Every MLP takes a row of the batch at a time: the same numbers from smaller activations."""
+    """Make every MLP take one row of the batch at a time: the same numbers from smaller activations."""
     mlps = [layer.mlp for layer in model.model.layers]
     for mlp in mlps:
         mlp.forward = lambda x, whole=mlp.forward: torch.cat([whole(row) for row in x.split(1)])
@@ -346,7 +351,7 @@ def mlp_by_row(model):
 
 
 def random_fill(model, cache, batch: int, length: int) -> None:
-    """Fill a cache with random keys and values: no model is run, so nothing but the cache needs room."""
+    """Fill a cache with random keys and values. No model runs, so only the cache needs memory."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = (batch, config.num_key_value_heads, length, head_dim)
@@ -356,14 +361,14 @@ def random_fill(model, cache, batch: int, length: int) -> None:
     for i in range(config.num_hidden_layers):
         x = torch.randn(size, dtype=model.dtype, device=model.device)
         cache.update(x, x, i)
-        del x  # before the next one
+        del x  # free it before the next one
     if isinstance(cache, TieredKVCache):
         attach(model)
 
 
 @torch.no_grad()
 def run(model, cache, ids, new: int, fill: str, mode: str = "greedy") -> Clock:
-    """Prefill and `new` tokens, as a user would ask for them."""
+    """Prefill and generate `new` tokens, as a user would."""
     clock, mask = Clock(model.device.type, DRAFT + 1 if mode == "drafted" else 1), torch.ones_like(ids)
     if mode == "padded":
         padding = torch.linspace(0, ids.shape[1] // 4, len(ids), device=ids.device).ceil()
@@ -389,7 +394,7 @@ class Guesses(CandidateGenerator):
         return torch.cat((ids, drafted), dim=1), None
 
     def update_candidate_strategy(self, *args, **kwargs) -> None:
-        """Nothing is learned from what was refused."""
+        """Learn nothing from refused drafts."""
 
 
 def measure(
@@ -401,7 +406,7 @@ def measure(
     bandwidth: float | None = None,
     grow: bool = False,
 ) -> Result:
-    """One method in one case. Raises what the model raises, memory exhausted included."""
+    """One method in one case. Raises the errors of the model, including exhausted memory."""
     result = Result(case.name, method, case.batch, case.length, new, fill)
     if case.mode != "greedy" and fill != "once":
         raise ValueError(f"{case.mode} is prefilled by generate() itself, not by {fill!r}")
@@ -444,12 +449,12 @@ def measure(
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether an error means that memory ran out; a compiled call may wrap it."""
+    """Whether an error means that memory ran out. A compiled call may wrap that error."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
 def attempt(model, case: Case, method: str, new: int, fill: str = "auto", **options) -> Result:
-    """`measure`, with a failure as a result, and nothing left in memory after either."""
+    """`measure`, which returns a failure as a result and frees the memory after either."""
     fill = choose_fill(case, method) if fill == "auto" else fill
     try:
         return measure(model, case, method, new, fill, **options)
@@ -511,7 +516,7 @@ def table(results: list[Result]) -> str:
 
 
 def reached(results: list[Result]) -> list[dict]:
-    """The targets whose ratio was measured: what they bound, the ratio, and whether it is met."""
+    """The targets whose ratio was measured: the quantity, the ratio, and whether it meets the bound."""
     pairs = [(target, measured(target, results)) for target in TARGETS]
     return [asdict(t) | dict(text=t.text(), measured=x, met=met(t, x)) for t, x in pairs if x is not None]
 
@@ -528,12 +533,12 @@ def targets_table(rows: list[dict]) -> str:
 
 
 def report(head: dict, results: list[Result]) -> dict:
-    """What a JSON file holds."""
+    """The content of a JSON file."""
     return head | dict(results=[asdict(r) for r in results], targets=reached(results))
 
 
 def merged(files: Iterable[Path]) -> tuple[dict, list[Result]]:
-    """Head and results of several files; of a method measured twice in a case, the last counts."""
+    """Head and results of several files. If a method was measured twice in a case, the last one counts."""
     head, results = {}, {}
     for file in files:
         data = json.loads(file.read_text())

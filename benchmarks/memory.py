@@ -1,11 +1,11 @@
-"""What caches weigh: `python -m benchmarks.memory`.
+"""The size of caches: `python -m benchmarks.memory`.
 
-Bytes are those of every distinct storage that a cache holds, walked tensor by tensor and not what it says
-of itself: of one row of bfloat16 tokens of the model's shape. `--lengths` are reached in one prefill.
-"grown": the cache made room as tokens came; "reserved": it was made for that length (`max_length`).
-With `--peak` the model is run, too, and the most memory in use above its weights is measured during a
-prefill and during a step of 17 tokens after it, activations included: the caching allocator's count
-on CUDA, and on a CPU the storages that operators made.
+Bytes are those of every distinct storage that a cache holds. They are counted tensor by tensor, not taken
+from what the cache reports. The cache holds one row of bfloat16 tokens of the shape of a model, and one
+prefill reaches each of the `--lengths`. A "grown" cache made room as tokens came, and a "reserved" one was
+made for that length (`max_length`). With `--peak` the model also runs. The peak is the most memory in use
+above its weights, with activations, during a prefill and during a step of 17 tokens after it. On CUDA the
+caching allocator counts it, and on a CPU the storages that operators made are counted.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from fade_fast.hf.codebooks import SIDES
 from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import CACHE_NAME
 
-from . import texts
+from . import pictures, texts
 from .methods import Method, Unavailable, allocated, key_shape, method
 
 SUITE = (
@@ -44,16 +44,16 @@ SUITE = (
     "h2o",
 )
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
-STEP = 17  # tokens of the step after a prefill: more than are decoded by compiled kernels
+STEP = 17  # tokens of the step after a prefill, more than compiled decode kernels take
 
 
 @dataclass
 class Result:
-    """Bytes at a length; None: not measured.
+    """Bytes at a length. None: not measured.
 
     Attributes:
         grown, reserved: held by a cache that grew, and by one made for `length`.
-        prefill, step: most in use above the weights during each.
+        prefill, step: most bytes in use above the weights during each.
     """
 
     method: str
@@ -69,7 +69,8 @@ class Result:
 def fill(model, cache, length: int, dtype=torch.bfloat16, step: int | None = None) -> None:
     """Let a cache take in `length` random tokens of one row, as a model of `dtype` would hand them over.
 
-    No model is run: what a cache weighs depends on shapes alone. `step`: tokens at a time; None: all.
+    No model runs, because the size of a cache depends on shapes alone. `step` is the number of tokens at a
+    time; None: all.
     """
     generator = torch.Generator(model.device).manual_seed(0)
     for start in range(0, length, step or length):
@@ -89,7 +90,7 @@ def fill(model, cache, length: int, dtype=torch.bfloat16, step: int | None = Non
 def filled_bytes(model, m: Method, length: int, reserved: bool = False) -> int:
     """Bytes of every storage of a cache that holds `length` bfloat16 tokens of one row.
 
-    `reserved`: whether the cache was made for that length; of caches other than ours it makes no difference.
+    `reserved`: whether the cache was made for that length. It makes no difference for caches of others.
     """
     cache = m(model, length)
     if reserved and isinstance(cache, TieredKVCache):
@@ -106,7 +107,7 @@ def filled_bytes(model, m: Method, length: int, reserved: bool = False) -> int:
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the storages that operators made and that are still alive: `now`, and `peak`."""
+    """Bytes of the storages that operators made and that still exist: `now`, and `peak`."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +134,7 @@ class Meter(TorchDispatchMode):
 
 @torch.no_grad()
 def peaks(model, m: Method, length: int) -> tuple[int, int]:
-    """Most bytes in use above the weights while `length` tokens are prefilled, and in a step after that."""
+    """Most bytes in use above the weights during a prefill of `length` tokens, and during a step after it."""
     gc.collect()
     cuda = model.device.type == "cuda"
     ids = torch.arange(length + STEP, device=model.device)[None] % model.config.get_text_config().vocab_size
@@ -182,7 +183,7 @@ def run(model, methods: list[Method], lengths: list[int], peak: bool, say=print)
 # -- what is shown
 
 
-#: What is tabled of a result: field and heading.
+#: The tables of a result: field and heading.
 FIELDS = {
     "grown": "Held by a cache that grew: MiB, and how many times less than `DynamicCache`",
     "reserved": "Held by a cache made for its length (`max_length`)",
@@ -192,7 +193,7 @@ FIELDS = {
 
 
 def table(results: list[Result]) -> str:
-    """Markdown: a table for each of `FIELDS` that was measured, configurations by lengths."""
+    """Markdown: for each of `FIELDS` that was measured, a table of configurations by lengths."""
     found, blocks = {(r.method, r.length): r for r in results}, []
     for field, heading in FIELDS.items():
         told = [r for r in results if r.failed or getattr(r, field) is not None]
@@ -262,9 +263,7 @@ def main(argv: list[str] | None = None) -> int:
             args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"\n{report['model']}, {report['dtype']}, {report['device']}\n\n{table(results)}")
     if args.plot:
-        from . import figures  # needs matplotlib
-
-        figures.memory_curves(report, args.plot)
+        pictures.memory_curves(results, args.plot)
     return 0
 
 

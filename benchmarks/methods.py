@@ -1,6 +1,6 @@
-"""Named ways to keep a cache: our presets and formats, policies at equal bytes, and what to compare with.
+"""Named ways to keep a cache: our presets and formats, policies at equal bytes, and caches to compare with.
 
-A name is one of `NAMES`, or one of ours followed by fields of `FadeConfig` to change, as in
+A name is one of `NAMES`, or one of ours followed by changed fields of `FadeConfig`, as in
 "int4:recent_window=0:block_size=32".
 """
 
@@ -25,7 +25,7 @@ from fade_ref.config import PRESETS, FadeConfig
 
 #: Policies compared at equal bytes; "position" alone is StreamingLLM with its older tokens at INT4.
 POLICIES = ("position", "h2o", "ema", "adaptive", "snapkv", "tova", "knorm", "keydiff", "learned")
-SHARE = 4  # policies keep one token in so many
+SHARE = 4  # policies keep a quarter of the tokens
 QUANTIZED = {"quanto4": ("quanto", 4), "quanto2": ("quanto", 2), "hqq4": ("hqq", 4), "hqq2": ("hqq", 2)}
 WIDTHS = re.compile(r"int([8432])|k([8432])v([8432])")
 NAMES = ("dynamic", *QUANTIZED, "streaming", "off", *PRESETS, "int8|4|3|2", "k4v2", "codes", *POLICIES)
@@ -34,7 +34,7 @@ EXACT, COMPRESSES, EVICTS = "exact", "compresses", "evicts"
 
 
 class Unavailable(RuntimeError):
-    """A method that cannot run here, for a reason to be shown in its row."""
+    """A method cannot run here. Its row shows the reason."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Method:
     """A way to keep a cache.
 
     Attributes:
-        name: what tables call it.
-        does: `EXACT` keeps every token as it is, `COMPRESSES` some (it may evict others), `EVICTS`
-            keeps some as they are and drops the rest.
+        name: the name in tables.
+        does: `EXACT` keeps every token unchanged. `COMPRESSES` compresses some, and may evict others.
+            `EVICTS` keeps some unchanged and drops the rest.
         make: `(model, length)` to an empty cache for texts of `length` tokens, attached if it is ours.
-        rowwise: whether rows of a batch have no influence on each other.
+        rowwise: whether the rows of a batch do not influence each other.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Method:
     rowwise: bool = True
 
     def __call__(self, model: PreTrainedModel, length: int) -> Cache:
-        """An empty cache; `Unavailable` if what it needs is not there."""
+        """An empty cache. Raises `Unavailable` if something that it needs is missing."""
         fade_fast.detach(model)
         return self.make(model, length)
 
@@ -64,12 +64,11 @@ def method(name: str, weights=None, codebooks=None) -> Method:
     """The method called `name`.
 
     Args:
-        name: see `NAMES`, and the module.
-        weights: of the policy "learned": a safetensors file; None for those that are shipped, if any.
-        codebooks: of "codes", product quantisation: a file that `fade train-codebook` wrote.
+        name: see `NAMES` and the module.
+        weights: for the policy "learned", a safetensors file; None: the shipped ones.
+        codebooks: for "codes" (product quantization), a file that `fade train-codebook` wrote.
 
-    Raises:
-        ValueError: there is no such method, or a field cannot have such a value.
+    Raises `ValueError` if no method has this name, or a field cannot have such a value.
     """
     base, *changes = name.split(":")
     changed = {}
@@ -80,7 +79,7 @@ def method(name: str, weights=None, codebooks=None) -> Method:
         try:
             changed[field] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            changed[field] = value  # a word
+            changed[field] = value  # not a number: a string
     if base in POLICIES:
         return _policy(name, base, changed, weights)
     if base == "streaming":
@@ -124,7 +123,7 @@ def _quantized(model, backend: str, bits: int) -> Cache:
         return QuantizedCache(backend, model.config, nbits=bits)
     except ImportError as error:
         raise Unavailable(f"{backend} is not installed") from error
-    except ValueError as error:  # sliding or linear layers
+    except ValueError as error:  # a model with sliding or linear layers
         raise Unavailable(f"refused by transformers: {error}") from error
 
 
@@ -145,10 +144,10 @@ def _policy(name: str, policy: str, changed: dict, weights) -> Method:
 
 
 def at_equal_bytes(model, policy: str, length: int, changed: dict, weights=None) -> FadeConfig:
-    """A quarter of `length` tokens, all but sinks and recent ones at INT4, if `policy` is "position".
+    """A quarter of `length` tokens. All but sinks and recent ones are INT4 if `policy` is "position".
 
-    Other policies store something with each token, and get fewer tokens for as many bytes.
-    Raises `Unavailable` if not even the uncompressed tokens fit.
+    Other policies store something with each token, so they get fewer tokens for the same bytes. Raises
+    `Unavailable` if not even the uncompressed tokens fit.
     """
     base = replace(FadeConfig(int4_budget=1, eviction_policy=policy), **changed)
     plain = replace(base, eviction_policy="position")
@@ -166,7 +165,7 @@ def at_equal_bytes(model, policy: str, length: int, changed: dict, weights=None)
 
 
 def streaming(model, length: int, changed: dict) -> FadeConfig:
-    """StreamingLLM: sinks and recent tokens as they are, in as many bytes as "position" takes."""
+    """StreamingLLM: uncompressed sinks and recent tokens, in as many bytes as "position" takes."""
     if "recent_window" in changed:
         return replace(FadeConfig(int4_budget=0), **changed)
     config = at_equal_bytes(model, "position", length, {})
@@ -189,7 +188,7 @@ def record_bytes(model, config: FadeConfig, weights=None) -> tuple[int, int]:
 
 
 def key_shape(model, index: int) -> tuple[int, int]:
-    """KV heads and head_dim of a layer: read off its key projection, or as the configuration says."""
+    """KV heads and head_dim of a layer: from its key projection, or else from the configuration."""
     for module in model.modules():
         if getattr(module, "layer_idx", None) == index and hasattr(module, "k_proj"):
             return module.k_proj.weight.shape[0] // module.head_dim, module.head_dim
@@ -203,7 +202,7 @@ def key_shape(model, index: int) -> tuple[int, int]:
 
 @contextmanager
 def eager(wanted: bool = True) -> Iterator[None]:
-    """While this lasts, kernels run as they are written, on a GPU too, if `wanted`.
+    """Run kernels without compilation, also on a GPU, if `wanted`.
 
     They compute the same (`python -m parity`), and a run of many shapes spends no minutes on compilation.
     """
@@ -220,10 +219,10 @@ def eager(wanted: bool = True) -> Iterator[None]:
 
 
 def compressed_tokens(cache: Cache) -> torch.Tensor | float:
-    """Tokens a row that the next step will read back compressed, mean over rows and layers.
+    """Tokens per row that the next step will read compressed, mean over rows and layers.
 
-    Of our layers a tensor on their device, so that counting makes no step wait. Due blocks are demoted
-    first, as the next step would do.
+    For our layers it is a tensor on their device, so counting makes no step wait. Due blocks are demoted
+    first, as in the next step.
     """
     if isinstance(cache, TieredKVCache):
         found = [torch.zeros((), device=cache.device)]
@@ -240,14 +239,14 @@ def compressed_tokens(cache: Cache) -> torch.Tensor | float:
 
 
 def evicted_tokens(cache: Cache) -> float:
-    """Tokens a row that are gone, mean over rows and layers."""
+    """Tokens per row that are gone, mean over rows and layers."""
     if not isinstance(cache, TieredKVCache):
         return 0.0
     return cache.memory().tokens.get("EVICTED", 0) / cache.token_positions.batch
 
 
 def held_tensors(cache: Cache) -> list[torch.Tensor]:
-    """Every tensor a cache of any class holds, those inside quantised ones included."""
+    """Every tensor that a cache of any class holds, including those inside quantized ones."""
     found = cache.token_positions.tensors() if isinstance(cache, TieredKVCache) else []
     for layer in cache.layers:
         found += layer.kv.tensors() if isinstance(layer, TieredLayer) else list(_inside(vars(layer)))
@@ -268,5 +267,5 @@ def _inside(x):
 
 
 def allocated(cache: Cache) -> int:
-    """Bytes of every distinct storage that a cache holds, whatever it says of itself."""
+    """Bytes of every distinct storage that a cache holds, whatever the cache reports."""
     return storage_bytes(held_tensors(cache))

@@ -1,4 +1,4 @@
-"""Models of a named shape with random weights, for benchmarks: nothing is downloaded."""
+"""Models of a named shape with random weights for benchmarks. Nothing is downloaded."""
 
 import torch
 from transformers import (
@@ -15,7 +15,7 @@ LLAMA, QWEN, GEMMA, TINY = "Llama-3.1-8B", "Qwen2.5-7B", "Gemma-3-4B", "tiny"
 
 
 def shape(hidden, layers, heads, kv_heads, intermediate, vocab, **others) -> dict:
-    """Arguments of a model's configuration."""
+    """Arguments of the configuration of a model."""
     return dict(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -54,7 +54,7 @@ LONGEST = 144 * K  # positions every model is made for
 
 
 def build(name: str, device: str):
-    """A model of random bfloat16 weights, made on the device itself; its RoPE buffers are float32."""
+    """A model with random bfloat16 weights, made on the device. Its RoPE buffers are float32."""
     make, configure, options = MODELS[name]
     config = configure(**options, max_position_embeddings=LONGEST, attn_implementation="sdpa")
     torch.manual_seed(0)
@@ -71,7 +71,9 @@ def build(name: str, device: str):
 
 
 def step_weights(model) -> int:
-    """Bytes of the parameters that a decode step reads: all but an embedding table of its own."""
+    """Bytes of the parameters that a decode step reads: all except an embedding table that the head does not
+    share.
+    """
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     read = {id(p): p.nbytes for p in model.parameters()}
     return sum(read.values()) - (table.nbytes if table is not head else 0)

@@ -1,14 +1,17 @@
-"""Facts asked for again: `python -m benchmarks.needles`.
+"""Facts in long texts: `python -m benchmarks.needles`.
 
-Three tasks, each a prompt of exactly so many tokens with a five-digit code that nothing else tells:
+There are three tasks. Each is a prompt of an exact number of tokens, with a five-digit code that nothing
+else reveals:
 
 - passkey (arXiv 2305.16300): one sentence with the code among sentences that repeat;
-- multikey (after RULER, arXiv 2404.06654): four codes of four people in a real text; one is asked for;
-- recall: the code is told at the start, asked for and answered; then a long detour, and it is asked again.
+- multikey (after RULER, arXiv 2404.06654): four codes of four people in a real text; the question asks for
+  one;
+- recall: the start states the code, and it is asked for and answered; after a long detour it is asked for
+  again.
 
-The prompt is fed in chunks through the cache, then question and answer as one more step, which reads all
-before it as the cache kept it. An example counts if every token of the answer is the best one, which is
-when greedy decoding would have said it. Scores stand beside those of the uncompressed model.
+The prompt is fed in chunks through the cache. Question and answer follow as one more step, which reads
+everything before it as the cache kept it. An example counts if every token of the answer is the best one.
+Greedy decoding would then have produced it. The table also shows the scores of the uncompressed model.
 """
 
 import argparse
@@ -26,7 +29,7 @@ import fade_fast
 from fade_fast.hf import loading
 from fade_fast.hf.models import CACHE_NAME
 
-from . import texts
+from . import pictures, texts
 from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, Unavailable, compressed_tokens, eager, method
 from .quality import NothingCompressed, chunks
 
@@ -51,10 +54,11 @@ class Result:
     """Scores of a method in a task, at a length and a depth.
 
     Attributes:
-        depth: percent of the text before the fact; of "recall", always 0.
-        exact: share of examples answered in full. tokens: share of answer tokens that are the best.
+        depth: percent of the text before the fact; always 0 for "recall".
+        exact: share of examples answered in full.
+        tokens: share of answer tokens that are the best ones.
         nll: of an answer, mean over examples, in nats.
-        read: compressed tokens the question's step could read, mean over examples and layers.
+        read: compressed tokens that the step of the question could read, mean over examples and layers.
     """
 
     task: str
@@ -70,9 +74,9 @@ class Result:
 
 
 def example(tokenizer, task: str, length: int, depth: int, seed: int, text: Tensor) -> Example:
-    """One prompt of `length` tokens, context and question together; the same for the same `seed`.
+    """One prompt of `length` tokens, context and question together. The same `seed` gives the same prompt.
 
-    `text`: tokens of a real text, for the tasks that have one around the fact.
+    `text`: tokens of a real text, for tasks that put one around the fact.
     """
     rng = random.Random(f"{task} {length} {depth} {seed}")
     codes = [str(rng.randrange(10_000, 100_000)) for _ in NAMES]
@@ -112,9 +116,9 @@ def example(tokenizer, task: str, length: int, depth: int, seed: int, text: Tens
 
 @torch.no_grad()
 def ask(model, m: Method, examples: list[Example], size: int) -> tuple[Tensor, Tensor, float]:
-    """Which answer tokens are the best ones, bool [N, a]; nll of answers [N]; compressed tokens there were.
+    """Which answer tokens are the best ones, bool [N, a]; nll of answers [N]; number of compressed tokens.
 
-    Examples have as many tokens each in context, question and answer.
+    All examples have the same number of tokens in context, question and answer.
     """
     context, question, answer = (
         torch.stack([getattr(e, part) for e in examples]).to(model.device)
@@ -148,7 +152,7 @@ def run(
     say=print,
     keep=lambda results: None,
 ) -> list[Result]:
-    """Scores of every method at every depth of every length of every task."""
+    """Scores of every method at every depth and length of every task."""
     words, results = tokenizer(text[: 40 * max(lengths)], verbose=False).input_ids, []
     words = torch.tensor(words)
     for task in tasks:
@@ -183,7 +187,7 @@ def score(model, m: Method, task: str, length: int, cells, size: int, batch: int
         return [Result(task, length, d, m.name, failed=str(error)) for d in results]
     except NothingCompressed:
         raise
-    except Exception as error:  # one method must not cost the others
+    except Exception as error:  # one failed method must not end the run
         traceback.print_exc()
         failed = f"{type(error).__name__}: {error}"[:300]
         return [Result(task, length, d, m.name, failed=failed) for d in results]
@@ -264,14 +268,12 @@ def main(argv: list[str] | None = None) -> int:
     report, results = stored(args.show) if args.show else measured(args)
     print(f"\n{report['model']}, {report['dtype']}, {report['device']}\n\n{table(results)}")
     if args.plot:
-        from . import figures  # needs matplotlib
-
-        figures.heat_map(report, args.plot)
+        pictures.heat_map(results, args.plot)
     return 0
 
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
-    """Load, run, and say under which circumstances; the file of `--json` is written after every method."""
+    """Load, run, and record the circumstances. The file of `--json` is written after every method."""
     loading.quiet()
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()

@@ -28,9 +28,9 @@ from fade_fast.saved.files import write_json
 from .decode_attention import microseconds, read_bandwidth
 
 ROWS = (1, 2, 4, 8)
-CACHED = 1 << 28  # bytes of weights to go through, several times what an L2 cache holds
+CACHED = 1 << 28  # bytes of weights to read, several times the size of an L2 cache
 BLOCKS = [(8, 512), (8, 1024), (16, 256), (16, 512), (32, 128), (32, 256), (32, 512), (64, 64), (64, 128)]
-#: What `--sweep` tries: results and summands of a tile, warps, stages.
+#: The tiles of `--sweep`: results and summands, warps, stages.
 TILES = [(*blocks, w, s) for blocks, w, s in itertools.product(BLOCKS, (2, 4, 8), (3, 4, 5))]
 
 
@@ -52,7 +52,7 @@ def alone(x: Tensor, weights: list[Tensor], added: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Shape:
-    """Products of the same rows: `results` and `summands` of each of `count`, and what is made of them."""
+    """`count` products of the same rows, each of `results` and `summands`, and a function of the results."""
 
     name: str
     function: object
@@ -77,31 +77,31 @@ TINY = [Shape("tiny", gated, 512, 256, 2)]
 
 @dataclass
 class Result:
-    """One product: `tiles` is None for the library's; `error` of the norm of the float32 result."""
+    """One product. `tiles` is None for the library; `error` is relative to the norm of the float32 result."""
 
     shape: str
     rows: int
     how: str
     tiles: dict | None = None
     us: float | None = None
-    bandwidth: float | None = None  # bytes of weights a second
+    bandwidth: float | None = None  # bytes of weights per second
     error: float | None = None
     failed: str | None = None
 
 
 def compiled(shape: Shape, rows: int, tiles: dict | None, inputs: tuple):
-    """The function, compiled and called once: `tiles` None is for the library's products."""
+    """The function, compiled and called once. `tiles` None means the products of the library."""
     torch._dynamo.reset()
     function = compiling._own(lambda *args: shape.function(*args), {})
     graph = torch.compile(function, fullgraph=True, dynamic=False)
-    tag = torch.compiler.config.patch(cache_key_tag=f"{rows} {tiles}")  # for graphs kept on disk
+    tag = torch.compiler.config.patch(cache_key_tag=f"{rows} {tiles}")  # apart in the disk cache
     with torch.no_grad(), tag, mock.patch.object(compiling, "few_tile", lambda *args: dict(tiles)):
         with compiling.row_products() if tiles else contextlib.nullcontext():
             return graph, graph(*inputs)
 
 
 def measure(shape: Shape, rows: int, device: str, sweep: bool) -> Iterator[Result]:
-    """The library's products, then generated ones."""
+    """The products of the library, then the generated ones."""
     torch.manual_seed(0)
     options = dict(device=device, dtype=torch.bfloat16)
     x, added = torch.randn(rows, shape.summands, **options), torch.randn(rows, shape.results, **options)
@@ -123,7 +123,7 @@ def measure(shape: Shape, rows: int, device: str, sweep: bool) -> Iterator[Resul
                 total = microseconds(call, device, repeats=10, inner=3)
             result.us = total / copies
             result.bandwidth = shape.bytes / result.us * 1e6
-        except Exception as error:  # tiles that do not fit: the others are measured all the same
+        except Exception as error:  # tiles that do not fit; the others are still measured
             result.failed = f"{type(error).__name__}: {error}"[:200]
         yield result
 
@@ -138,7 +138,7 @@ def _flat(found) -> Tensor:
 
 
 def table(results: list[Result], bandwidth: float) -> str:
-    """The library's, and the best generated ones first."""
+    """The products of the library, and the fastest generated ones first."""
     lines = [
         "| product | rows | how | us | of a copy's bandwidth | error | tiles |",
         "|---|---|---|---|---|---|---|",

@@ -1,14 +1,13 @@
 """Perplexity through real caches: `python -m benchmarks.quality`.
 
-A text is fed to the model in chunks, through the cache: every chunk attends to itself, and to what the
-cache kept of all before it. So all but sinks, recent tokens and the chunk itself is read back compressed,
-as in generation, and every next-token distribution is scored against the text (perplexity) and against
-that of an uncompressed `DynamicCache` fed the same chunks (KL, top-1). How many compressed tokens the
-queries read is counted in the cache; a method that reads none, or drops none if that is all it does, is an
-error and not a result. Bytes are those of every storage that a cache made for 8192 bfloat16 tokens holds
-when they are there.
+A text is fed to the model in chunks, through the cache. Every chunk attends to itself and to the tokens
+that the cache kept. So everything except sinks, recent tokens and the chunk itself is read compressed, as
+in generation. Every next-token distribution is scored against the text (perplexity) and against an
+uncompressed `DynamicCache` that got the same chunks (KL, top-1). The cache counts the compressed tokens
+that the queries read. A method that reads none, or that should evict and drops none, is an error and not a
+result. Bytes are those of every storage of a cache made for 8192 bfloat16 tokens, when it holds them.
 
-`--json FILE` writes all numbers, `--show FILE` prints the tables of such files, `--markdown FILE` and
+`--json FILE` writes all numbers, and `--show FILE` prints the tables of such files. `--markdown FILE` and
 `--plot FILE` write table and picture. docs/quality.md explains the method.
 """
 
@@ -30,7 +29,7 @@ import fade_fast
 from fade_fast.hf import loading
 from fade_fast.hf.models import CACHE_NAME
 
-from . import memory, texts
+from . import memory, pictures, texts
 from .methods import (
     COMPRESSES,
     EVICTS,
@@ -50,28 +49,29 @@ SUITE = (
 )  # fmt: skip
 _FIELDS = dict(block_size=(16, 32, 128, 256), n_sink=(0, 1, 2, 8, 16), recent_window=(0, 16, 32, 128, 256))
 _BUDGETS = ("int4_budget=200", "int4_budget=400", "int4_budget=800", "int4_budget=200:int2_budget=400")
-#: What presets are chosen from: widths of keys and values, then one field at a time, then budgets.
+#: The candidates for presets: widths of keys and values, then one field at a time, then budgets.
 SWEEP = (
     *(f"k{k}v{v}" for k in (8, 4, 3, 2) for v in (8, 4, 3, 2)),
     *(f"{base}:{name}={x}" for base in ("int4", "int2") for name, values in _FIELDS.items() for x in values),
     *(f"{policy}:{budget}" for budget in _BUDGETS for policy in ("position", "h2o", "ema", "learned")),
 )
 SUITES = {"table": SUITE, "sweep": SWEEP}
-AT = 8192  # tokens at which caches are weighed
+AT = 8192  # tokens in the caches whose bytes are counted
 
 
 @dataclass
 class Result:
-    """What was measured of a method; None: not measured.
+    """The measurements of a method. None: not measured.
 
     Attributes:
-        method: its name. config: what our cache was told.
-        failed: why there are no numbers.
+        method: its name.
+        config: the configuration of our cache.
+        failed: the reason for missing numbers.
         nll, kl: of every window, mean over its scored tokens, in nats.
-        top1: share of scored tokens with the same best next token as uncompressed, of every window.
+        top1: of every window, share of scored tokens whose best next token is that of the uncompressed model.
         read: compressed tokens that a query read, mean over queries and layers.
-        evicted: tokens a window had lost at its end.
-        bytes: allocated by a cache made for `AT` bfloat16 tokens; `dense`: by a `DynamicCache`.
+        evicted: tokens of a window that were lost at its end.
+        bytes, dense: allocated by a cache made for `AT` bfloat16 tokens, and by a `DynamicCache`.
         seconds: for all windows.
     """
 
@@ -104,7 +104,7 @@ class Summary:
 
 
 class NothingCompressed(AssertionError):
-    """A method was measured that compressed, or evicted, nothing: its numbers would mean nothing."""
+    """A measured method compressed or evicted nothing, so its numbers would mean nothing."""
 
 
 # -- the measurement
@@ -119,7 +119,7 @@ def chunks(length: int, size: int) -> Iterator[slice]:
 def stream(model, cache, ids: Tensor, size: int, heard=lambda cache, new: None) -> Iterator[Tensor]:
     """Logits [B, n, vocabulary] of `ids` [B, L], fed in chunks of `size` through one cache.
 
-    `heard` is called before each chunk, with the cache and the length of the chunk.
+    `heard` is called before each chunk with the cache and the length of the chunk.
     """
     for part in chunks(ids.shape[1], size):
         heard(cache, part.stop - part.start)
@@ -127,7 +127,7 @@ def stream(model, cache, ids: Tensor, size: int, heard=lambda cache, new: None) 
 
 
 class Reader:
-    """Counts what the queries of a stream read; nothing waits for the device before `mean`."""
+    """Counts the tokens that the queries of a stream read. Nothing waits for the device before `mean`."""
 
     def __init__(self):
         self.read, self.queries = 0.0, 0
@@ -150,7 +150,7 @@ class Score:
 
     def add(self, logits: Tensor, exact: Tensor, targets: Tensor) -> None:
         """Score `logits` [B, n, V] against `targets` [B, n or n - 1] and uncompressed `exact` [B, n, V]."""
-        n = targets.shape[1]  # the window's last token predicts nothing that is known
+        n = targets.shape[1]  # the token after the window is not known
         ours, theirs = (x[:, :n].float().log_softmax(-1) for x in (logits, exact))
         self.nll -= ours.gather(-1, targets[..., None])[..., 0].sum(-1, dtype=torch.float64)
         self.top1 += (ours.argmax(-1) == theirs.argmax(-1)).sum(-1)
@@ -166,7 +166,7 @@ def measure(model, m: Method, ids: Tensor, exact: list[Tensor], size: int) -> tu
 
     `exact`: the uncompressed logits, chunk by chunk. Raises `NothingCompressed`, or `Unavailable`.
     """
-    if m.name == "dynamic":  # these are its logits
+    if m.name == "dynamic":  # the uncompressed logits are its own
         sums = Score(len(ids), ids.device)
         for where, logits in zip(chunks(ids.shape[1], size), exact):
             sums.add(logits, logits, ids[:, 1:][:, where])
@@ -191,7 +191,7 @@ def measure(model, m: Method, ids: Tensor, exact: list[Tensor], size: int) -> tu
 
 
 def check(m: Method, read: float, evicted: float) -> None:
-    """Refuse numbers of a cache that did nothing to its tokens."""
+    """Refuse the numbers of a cache that did nothing to its tokens."""
     if m.does == COMPRESSES and not read > 0:
         raise NothingCompressed(f"{m.name}: no query read a compressed token: use longer windows")
     if m.does == EVICTS and not evicted > 0:
@@ -209,14 +209,14 @@ def run(
     compiled: bool = False,
     keep=lambda results: None,
 ) -> list[Result]:
-    """Every method over every window. Uncompressed logits are computed once a batch of windows.
+    """Every method over every window. Uncompressed logits are computed once per batch of windows.
 
     Args:
         ids: windows [N, L]; `size` tokens of `batch` windows are fed at a time.
         weigh: whether to weigh caches of `AT` tokens, too.
-        say: what is done with a line of progress.
+        say: called with each line of progress.
         compiled: whether kernels run compiled on a GPU, as under `generate()`.
-        keep: called with the results so far after every batch.
+        keep: called after every batch with the results so far.
     """
     results = {m.name: Result(m.name, m.does, seconds=0.0) for m in methods}
     dynamic = method("dynamic")
@@ -236,7 +236,7 @@ def run(
                 continue
             except NothingCompressed:
                 raise
-            except Exception as error:  # one method must not cost the others
+            except Exception as error:  # one failed method must not end the run
                 traceback.print_exc()
                 r.failed = f"{type(error).__name__}: {error}"[:300]
                 continue
@@ -263,7 +263,7 @@ def run(
 
 
 def summary(r: Result, exact_nll: list[float]) -> Summary:
-    """The row of a result, given the uncompressed model's nll of each window."""
+    """The row of a result, from the uncompressed nll of each window."""
     more = [mine - theirs for mine, theirs in zip(r.nll, exact_nll)]
     ratio, n = math.exp(statistics.mean(more)), len(more)
     error = lambda x: statistics.stdev(x) / math.sqrt(n) if n > 1 else None  # noqa: E731
@@ -281,7 +281,7 @@ def summary(r: Result, exact_nll: list[float]) -> Summary:
 
 
 def summaries(results: list[Result]) -> dict[str, Summary]:
-    """Row of every method that ran, by name. Needs the result of "dynamic"."""
+    """The row of every method that ran, by name. Needs the result of "dynamic"."""
     exact = next(r for r in results if r.method == "dynamic").nll
     return {r.method: summary(r, exact) for r in results if not r.failed}
 
@@ -293,7 +293,7 @@ HEAD = (
 
 
 def table(results: list[Result]) -> str:
-    """Markdown, one row a method."""
+    """Markdown, with one row for each method."""
     rows, lines = summaries(results), ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     for r in results:
         if r.failed:
@@ -311,24 +311,10 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def front(points: dict[str, tuple[float, float]]) -> list[str]:
-    """Names of the points that no other one beats in both numbers, both better smaller; by the first.
-
-    >>> front({"a": (1, 3), "b": (2, 2), "c": (3, 2.5), "d": (4, 1)})
-    ['a', 'b', 'd']
-    """
-    best, found = math.inf, []
-    for name, (_, y) in sorted(points.items(), key=lambda item: item[1]):
-        if y < best:
-            best = y
-            found.append(name)
-    return found
-
-
 def best_trades(results: list[Result]) -> str:
-    """One line: which configurations no other beats in bytes and KL."""
+    """One line: the configurations that no other one beats in bytes and KL."""
     rows = {name: s for name, s in summaries(results).items() if s.smaller}
-    names = front({name: (s.bytes_per_token, s.kl) for name, s in rows.items()})
+    names = pictures.front({name: (s.bytes_per_token, s.kl) for name, s in rows.items()})
     return (
         f"No other is both smaller and nearer to uncompressed (KL) than: {', '.join(names)}." if names else ""
     )
@@ -385,7 +371,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.windows < 1 or args.length < 2 or args.chunk < 1 or args.batch < 1:
         parser.error("--windows, --chunk and --batch must be at least 1, --length at least 2")
     names = [name for name in args.configs or SUITES[args.suite] if name != "dynamic"]
-    try:  # the uncompressed run is what all others are compared with
+    try:  # all methods are compared with the uncompressed run
         args.methods = [
             method(name, args.policy_weights, args.codebooks) for name in ("dynamic", *dict.fromkeys(names))
         ]
@@ -401,14 +387,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.markdown:
         args.markdown.write_text(show(report, results), encoding="utf-8")
     if args.plot:
-        from . import figures  # needs matplotlib
-
-        figures.pareto([report], args.plot)
+        pictures.pareto(summaries(results), args.plot)
     return 0
 
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
-    """Load, run, and say under which circumstances; the file of `--json` is written after every batch."""
+    """Load, run, and record the circumstances. The file of `--json` is written after every batch."""
     loading.quiet()
     started = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = False

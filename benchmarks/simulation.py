@@ -1,10 +1,11 @@
-"""What a format costs, without a cache: `python -m benchmarks.simulation`.
+"""The loss of a format without a cache: `python -m benchmarks.simulation`.
 
-The control of benchmarks.quality. One forward over a window, whose attention reads every key and value
-either as it is or quantised by `fade_ref`'s codec, according to a mask; no code is shared with the cache.
-With the mask "blocks" that is what a cache fed in chunks reads, and the numbers must be those of
-benchmarks.quality. With "last" every query sees sinks and its last 64 tokens as they are, and all others
-quantised: what shared measurements of formats assume, and no cache that compresses block by block does.
+This is the control of benchmarks.quality. It runs one forward pass over a window. A mask says which keys
+and values attention reads after quantization by the codec of `fade_ref`, and which unchanged. It shares no
+code with the cache. The mask "blocks" is the one of a cache that is fed in chunks, so its numbers must be
+those of benchmarks.quality. With "last", every query sees the sinks and its last 64 tokens unchanged and
+all others quantized. Published measurements of formats assume this, but no cache that compresses by blocks
+does it.
 """
 
 import argparse
@@ -34,10 +35,10 @@ FORMATS = ("int8", "int4", "int3", "k4v2", "int2")
 
 
 def compressed(length: int, config: FadeConfig, mask: str, chunk: int) -> Tensor:
-    """Which key each query reads quantised, bool [query, key].
+    """Which keys each query reads quantized, bool [query, key].
 
-    "blocks": the cache is fed `chunk` tokens at a time, and when a chunk comes it holds quantised what the
-    chunks before pushed out of the recent region, whole blocks. "last": all but the last `recent_window`.
+    "blocks": the cache is fed `chunk` tokens at a time. The tokens that earlier chunks pushed out of the
+    recent region, in whole blocks, are quantized. "last": all tokens but the last `recent_window` are.
     """
     query, key = torch.arange(length)[:, None], torch.arange(length)[None]
     if mask == "last":
@@ -48,8 +49,8 @@ def compressed(length: int, config: FadeConfig, mask: str, chunk: int) -> Tensor
     return (key >= config.n_sink) & (key < bound)
 
 
-def quantised(keys: Tensor, values: Tensor, config: FadeConfig) -> tuple[Tensor, Tensor]:
-    """Keys after RoPE and values [B, H, n, D] as they are decoded; float64. Sinks are left as they are."""
+def quantized(keys: Tensor, values: Tensor, config: FadeConfig) -> tuple[Tensor, Tensor]:
+    """Decoded keys (after RoPE) and values [B, H, n, D], float64. Sinks are unchanged."""
     dim, block, sinks = keys.shape[-1], config.block_size, config.n_sink
     rotation = qr_rotation(dim)
     key_codec, value_codec = (
@@ -66,8 +67,9 @@ def quantised(keys: Tensor, values: Tensor, config: FadeConfig) -> tuple[Tensor,
 
 @contextmanager
 def simulating(model, config: FadeConfig, mask: str, chunk: int):
-    """While this lasts, the model's full-attention layers read quantised keys and values; sliding ones
-    read them as they are."""
+    """Let full-attention layers of the model read quantized keys and values. Sliding layers read them
+    unchanged.
+    """
 
     def attention(module, query, keys, values, attention_mask, scaling=None, **kwargs):
         n, group = query.shape[2], query.shape[1] // keys.shape[1]
@@ -78,7 +80,7 @@ def simulating(model, config: FadeConfig, mask: str, chunk: int):
         if window:
             sees, read = sees & (distance < window), torch.zeros_like(read)
         whole = lambda x: x.repeat_interleave(group, dim=1)  # noqa: E731
-        near, far = (keys, values), quantised(keys, values, config)
+        near, far = (keys, values), quantized(keys, values, config)
         scores = torch.where(read, query @ whole(far[0]).mT, query @ whole(near[0]).mT)
         p = (scores * (scaling or query.shape[-1] ** -0.5)).masked_fill(~sees, -torch.inf).softmax(-1)
         out = p.masked_fill(read, 0) @ whole(near[1]) + p.masked_fill(~read, 0) @ whole(far[1])

@@ -1,4 +1,4 @@
-"""Texts to measure on, as windows of tokens: a file, or a data set of `datasets`; and models to measure."""
+"""Texts to measure on, as windows of tokens, and models to measure."""
 
 from pathlib import Path
 
@@ -17,13 +17,11 @@ def read(source: str) -> str:
     """The text that `source` names.
 
     Args:
-        source: a file of plain text; a .json, .jsonl, .csv or .parquet file with a column "text"; or a
-            data set on the hub, NAME[:CONFIGURATION[:SPLIT[:COLUMN]]], of which the split "test" and the
-            column "text" are taken unless said. Rows are joined by an empty line, files are left as they are.
+        source: a file of plain text; or a .json, .jsonl, .csv or .parquet file with a column "text"; or a
+            data set on the hub, NAME[:CONFIGURATION[:SPLIT[:COLUMN]]], by default its split "test" and its
+            column "text". Rows are joined by an empty line. Files of plain text are unchanged.
 
-    Raises:
-        ValueError: there is no such column.
-        Exception: what `datasets` raises if it cannot load the set.
+    Raises `ValueError` if the column is missing, and the errors of `datasets` if it cannot load the set.
     """
     path = Path(source)
     if path.is_file() and path.suffix not in TABLES:
@@ -42,9 +40,9 @@ def read(source: str) -> str:
 
 
 def load_model(name: str, device, dtype: str):
-    """Model, tokenizer, and what reports call the model: a hub id, or the name of a folder or a GGUF file.
+    """Model, tokenizer, and the name of the model in reports: a hub id, or the name of a folder or GGUF file.
 
-    `name`: a hub id, a folder, of GGUF, too, or `SMOLLM2`. Raises what `loading.load` does.
+    `name` is a hub id, a folder (also of GGUF), or `SMOLLM2`. Raises the errors of `loading.load`.
     """
     model, tokenizer = loading.load(None if name == SMOLLM2 else name, device, dtype)
     if name == SMOLLM2:
@@ -57,7 +55,7 @@ def load_model(name: str, device, dtype: str):
 
 
 def called(source: str) -> str:
-    """What reports call a text: no folders."""
+    """The name of a text in reports, without folders."""
     return Path(source).name if Path(source).is_file() else source
 
 
@@ -76,7 +74,7 @@ def windows(tokenizer, text: str, count: int, length: int) -> Tensor:
 
 
 def circumstances(kind: str, model, name: str, text: str, dtype: str) -> dict:
-    """What a report says of its run: what was measured, where, and with which versions."""
+    """The part of a report that says what was measured, where, and with which versions."""
     return dict(
         kind=kind,
         model=name,

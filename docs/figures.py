@@ -26,7 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from fade_fast import FadeConfig, create_cache, detach
 from fade_fast.cli import demo
 from fade_fast.hf import loading
-from fade_ref import attention, product, quantize, rope, tiers
+from fade_ref import attention, baselines, product, rope, tiers
 from fade_ref.cache import LayerCache
 from fade_ref.rotation import RotatedCodec, key_mean, qr_rotation
 from fade_ref.tiers import Tier
@@ -247,12 +247,12 @@ def _before_rope(x: Tensor, bits: int, turns: rope.Rope) -> Tensor:
 
 
 def _by(name: str, x: Tensor, *args) -> Tensor:
-    """x through quantize.NAME_encode and back."""
-    return getattr(quantize, f"{name}_decode")(*getattr(quantize, f"{name}_encode")(x, *args))
+    """x through baselines.NAME_encode and back."""
+    return getattr(baselines, f"{name}_decode")(*getattr(baselines, f"{name}_encode")(x, *args))
 
 
 def _akv(x: Tensor, bits: int) -> Tensor:
-    return quantize.akv_decode(*quantize.akv_encode(x, bits, 32), x.shape[-1])
+    return baselines.akv_decode(*baselines.akv_encode(x, bits, 32), x.shape[-1])
 
 
 #: Name -> widths; keys and values, through the codec, as functions of (x [H, n, D], bits), and for keys

@@ -1,7 +1,7 @@
-"""Attention over one tier, the merge of tiers, and attention over all of them.
+"""Attention over one tier, and the merge of tiers.
 
-One batch row at a time. Shapes: query [Hq, q, D]; keys and values [H, n, D]; the Hq / H query heads
-of a group share a KV head (GQA). Everything is float64.
+One batch row at a time. A query is [Hq, q, D]; keys and values are [H, n, D]. The Hq / H query heads of a
+group share a KV head (GQA). Everything is float64.
 """
 
 from typing import NamedTuple
@@ -15,41 +15,35 @@ from .rotation import LEVELS, Record, RotatedCodec
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys, not normalised yet (FlashAttention, 2205.14135, section 3.1).
+    """Attention over some of the keys, not yet normalized (FlashAttention, arXiv 2205.14135, section 3.1).
 
-    `acc` [Hq, q, D] is sum_t exp(s_t - top) v_t, `top` [Hq, q] the largest score and `total` [Hq, q]
-    sum_t exp(s_t - top). Of no visible key: acc 0, top -inf, total 0.
+    If a query sees no key: acc 0, top -inf, total 0.
     """
 
-    acc: Tensor
-    top: Tensor
-    total: Tensor
+    acc: Tensor  # [Hq, q, D], sum_t exp(s_t - top) v_t
+    top: Tensor  # [Hq, q], the largest score s_t
+    total: Tensor  # [Hq, q], sum_t exp(s_t - top)
 
 
 class Terms(NamedTuple):
-    """What a model asks of its scores.
+    """How a model turns inner products into scores."""
 
-    `scaling` multiplies q.k; `softcap` c then gives c tanh(s / c) (Gemma 2, 2408.00118, section 2);
-    `window` is how many positions a query sees back, itself included; `slopes` [Hq] are ALiBi's, and
-    `s_aux` [Hq] the scores of learned attention sinks (gpt-oss), see `sink`.
-    """
-
-    scaling: float
-    softcap: float | None = None
-    window: int | None = None
-    slopes: Tensor | None = None
-    s_aux: Tensor | None = None
+    scaling: float  # multiplies q.k
+    softcap: float | None = None  # c: then s becomes c tanh(s / c) (Gemma 2, arXiv 2408.00118, section 2)
+    window: int | None = None  # positions that a query sees, its own included
+    slopes: Tensor | None = None  # [Hq], of ALiBi
+    s_aux: Tensor | None = None  # [Hq], scores of learned attention sinks, see `sink`
 
     def of(self, heads: list[int]) -> "Terms":
-        """The same for some of the query heads."""
+        """The terms of some query heads."""
         pick = lambda x: None if x is None else x[heads]  # noqa: E731
         return self._replace(slopes=pick(self.slopes), s_aux=pick(self.s_aux))
 
 
 def visible(query_position: Tensor, key_position: Tensor, window: int | None = None) -> Tensor:
-    """Which keys a query sees, bool [q, n]: real ones, not newer than itself, within the window.
+    """Which keys each query sees, bool [q, n]: real ones, not newer than the query, within the window.
 
-    Positions [q] and [n] are logical, int64, -1 where there is no token.
+    Positions are int64, [q] and [n], and -1 where there is no token.
 
     >>> visible(torch.tensor([2]), torch.tensor([-1, 0, 1, 2, 3]), window=2).tolist()
     [[False, False, True, True, False]]
@@ -62,8 +56,8 @@ def visible(query_position: Tensor, key_position: Tensor, window: int | None = N
 def partial(products: Tensor, weigh, query_position, key_position, terms: Terms) -> Partial:
     """A partial from the inner products q.k [Hq, q, n] of one tier.
 
-    `weigh` maps weights [Hq, q, n] to their sum of values [Hq, q, D]: a tier need not decode its
-    values to do that. Scaling, softcap and bias come before the mask, alike in every tier.
+    `weigh` maps weights [Hq, q, n] to the weighted sum of values [Hq, q, D], which a tier can compute without
+    decoding. Scaling, softcap and bias come before the mask, in every tier.
     """
     scores = terms.scaling * products
     if terms.softcap is not None:
@@ -78,9 +72,9 @@ def partial(products: Tensor, weigh, query_position, key_position, terms: Terms)
 
 
 def merge(partials: list[Partial]) -> Tensor:
-    """The output [Hq, q, D] over the keys of all partials; exact, in any order and grouping.
+    """The output [Hq, q, D] over the keys of all partials. It is exact, in any order and grouping.
 
-    A query that sees nothing gives 0. Source: formulas of FlashAttention, 2205.14135, section 3.1.
+    A query that sees nothing gives 0. Source: FlashAttention, arXiv 2205.14135, section 3.1.
 
     >>> p = Partial(torch.ones(1, 1, 2).double(), torch.zeros(1, 1).double(), torch.ones(1, 1).double())
     >>> merge([p, p]).tolist()
@@ -94,16 +88,16 @@ def merge(partials: list[Partial]) -> Tensor:
 
 
 def sink(s_aux: Tensor, shape: torch.Size) -> Partial:
-    """Learned attention sinks (gpt-oss): a key a head of score `s_aux` [Hq] and value 0.
+    """Learned attention sinks (gpt-oss): each head has one more key, of score `s_aux` [Hq] and value 0.
 
-    `shape` is the query's, (Hq, q, D).
+    `shape` is that of the query, (Hq, q, D).
     """
     top = s_aux.double()[:, None].expand(shape[:2])
     return Partial(torch.zeros(shape, dtype=torch.float64), top, torch.ones_like(top))
 
 
 def by_group(query: Tensor, heads: int) -> Tensor:
-    """[Hq, q, D] as [H, Hq / H, q, D]: the queries of each KV head."""
+    """The queries of each KV head: [Hq, q, D] as [H, Hq / H, q, D]."""
     return query.unflatten(0, (heads, -1))
 
 
@@ -118,7 +112,7 @@ def weighted(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def over_tensors(query, keys, values, query_position, key_position, terms: Terms) -> Partial:
-    """Partial over keys and values as they are: the FP16 tier, or any tier decoded first."""
+    """Partial over keys and values as tensors: the FP16 tier, or any tier after decoding."""
     products = dot(query, keys)
     return partial(products, lambda w: weighted(w, values), query_position, key_position, terms)
 
@@ -133,17 +127,17 @@ def over_codes(
     key_position: Tensor,
     terms: Terms,
 ) -> Partial:
-    """Partial over records of the rotated codec, which are never decoded.
+    """Partial over records of the rotated codec, without decoding them.
 
-    q.k = scale (P q).level + zero sum(P q) + q.mean, because P is orthogonal; the values are summed
-    in the rotated domain and rotated back once (formulas: TurboQuant, arXiv 2504.19874, section 3).
-    Equal to `over_tensors` on decoded records up to rounding. `mean` [H, n or 1, D].
+    q.k = scale (P q).level + zero sum(P q) + q.mean, because P is orthogonal. Values are summed in the
+    rotated domain, and the sum is rotated back (TurboQuant, arXiv 2504.19874, section 3). The result equals
+    `over_tensors` on decoded records, up to rounding. `mean` is [H, n or 1, D].
     """
     key_codec, value_codec = codecs
-    turned = query @ key_codec.rotation.T
-    products = dot(turned, _levels(keys, key_codec)) * _each(keys.scale, query)
+    rotated = query @ key_codec.rotation.T
+    products = dot(rotated, _levels(keys, key_codec)) * _each(keys.scale, query)
     if keys.zero is not None:
-        products = products + turned.sum(-1, keepdim=True) * _each(keys.zero, query)
+        products = products + rotated.sum(-1, keepdim=True) * _each(keys.zero, query)
     products = products + dot(query, mean.expand(-1, keys.scale.shape[-1], -1))
 
     def weigh(weights: Tensor) -> Tensor:
@@ -156,12 +150,12 @@ def over_codes(
 
 
 def _each(per_token: Tensor, query: Tensor) -> Tensor:
-    """A number a token [H, n], for the scores of all query heads: [Hq, 1, n]."""
+    """A number per token, [H, n], as the scores of all query heads need it: [Hq, 1, n]."""
     return per_token.repeat_interleave(query.shape[0] // per_token.shape[0], dim=0)[:, None]
 
 
 def _levels(record: Record, codec: RotatedCodec) -> Tensor:
-    """What the codes stand for before scale and zero, [H, n, D]."""
+    """The numbers that scale and zero point apply to, [H, n, D]."""
     codes = quantize.unpack(record.codes, codec.bits, codec.head_dim)
     return codes.double() if codec.bits >= 4 else quantize.steps(codec.bits, LEVELS)[codes.long()]
 
@@ -175,10 +169,10 @@ def over_tables(
     key_position: Tensor,
     terms: Terms,
 ) -> Partial:
-    """Partial over product-quantised keys and values [H, n, m], `books` being their codebooks.
+    """Partial over product codes of keys and values, [H, n, m]; `books` are their codebooks.
 
-    Keys by look-ups in a table of the query's, values by a histogram of the weights over centroids
-    (`product.py`). Equal to `over_tensors` on decoded codes up to rounding.
+    Keys are looked up in a table of the query, and values are summed by a histogram over centroids
+    (`product`). The result equals `over_tensors` on decoded codes, up to rounding.
     """
     key_book, value_book = books
     heads = key_codes.shape[0]

@@ -1,10 +1,11 @@
-"""The life of a token, step by step. One layer; nothing here is fast, everything is plain.
+"""The life of a token, step by step, in one layer.
 
-A token arrives in the model's own dtype and joins the recent region. When that holds
-`recent_window + block_size` columns, the oldest `block_size` leave it for the middle: the policy
-plans the middle, and every token there is encoded, moved to a lower tier, left alone or evicted.
+A token arrives in the dtype of the model and joins the recent region. When this region holds
+`recent_window + block_size` columns, the oldest `block_size` leave it for the middle. The policy plans the
+middle, and every token there is encoded, moved to a lower tier, left alone or evicted.
 
-A **column** is one step of the batch: every row gets a token or padding. Padding is never stored.
+A **column** is one index of the batch along the sequence: every row has a token or padding there. Padding is
+never stored.
 """
 
 from copy import deepcopy
@@ -26,9 +27,9 @@ from .tiers import INTEGER_TIERS, Tier
 class Token:
     """One stored token of one row, for H KV heads: a record that depends on no other token.
 
-    In tier FP16 `key` and `value` are [H, D], the key after RoPE. In tier PQ they are codes, uint8
-    [H, m], the key's after RoPE. In every other they are `Record`s of the rotated codec, the key less
-    `mean` [H, 1, D], and before RoPE if positions are contiguous.
+    In tier FP16, `key` and `value` are [H, D]; in tier PQ, codes uint8 [H, m]. In both, the key is after
+    RoPE. In every other tier they are `Record`s of the rotated codec. `mean` [H, 1, D] was subtracted from
+    the key, which is before RoPE if positions are contiguous.
     """
 
     position: int  # index among the real tokens of its row
@@ -40,7 +41,7 @@ class Token:
 
 
 class Row:
-    """The tokens of one batch row, oldest first, for the KV heads that share a plan."""
+    """The tokens of one batch row, the oldest first, for the KV heads that share a plan."""
 
     def __init__(self, heads: int):
         self.tokens: list[Token] = []
@@ -57,15 +58,15 @@ class LayerCache:
     """Keys and values of one attention layer.
 
     Args:
-        config: what is kept how; `quant_backend` must be "rotated" or "product".
+        config: how tokens are kept; `quant_backend` must be "rotated" or "product".
         batch, heads, head_dim: rows, KV heads, and channels of a head.
-        rope: how keys are rotated; needed where positions are contiguous.
-        terms: what the model asks of its scores; by default, scaling by 1 / sqrt(head_dim).
-        observe: whether to gather attention scores; by default, if the policy uses them.
+        rope: how keys are rotated, needed if positions are contiguous.
+        terms: how scores are made, by default scaled by 1 / sqrt(head_dim).
+        observe: whether to count the attention that tokens receive, by default if the policy uses it.
         codebooks: float64 [m, k, w] of keys (after RoPE) and of values, for the codec "product" alone.
-        layer, layers, weights: what the `learned` policy needs, see `policies.Candidates`.
+        layer, layers, weights: for the `learned` policy, see `policies.Candidates`.
 
-    Raises `ValueError` for another codec, and for codebooks that are missing or given in vain.
+    Raises `ValueError` for another codec, and if codebooks and codec do not go together.
     """
 
     def __init__(
@@ -101,10 +102,11 @@ class LayerCache:
         """Take in q new columns, attend, and only then compress.
 
         Args:
-            query: [B, Hq, q, D] after RoPE. keys, values: [B, H, q, D], keys after RoPE.
-            valid: bool [B, q], False for padding; None if there is none.
+            query: [B, Hq, q, D], after RoPE.
+            keys, values: [B, H, q, D], keys after RoPE.
+            valid: bool [B, q], False at padding. None: there is no padding.
 
-        Returns the output [B, Hq, q, D] float64; 0 where the query is padding.
+        Returns the output, float64 [B, Hq, q, D]; 0 where the query is padding.
         """
         valid = torch.ones(keys.shape[0], keys.shape[2]).bool() if valid is None else valid
         output = torch.zeros(query.shape, dtype=torch.float64)
@@ -119,7 +121,7 @@ class LayerCache:
         return output
 
     def _arrive(self, row: Row, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
-        """Store the real tokens among q new ones; positions [q] int64, -1 for padding."""
+        """Store the real tokens among q new ones. Returns their positions, int64 [q], -1 at padding."""
         position = torch.where(valid, row.seen + valid.long().cumsum(0) - 1, -1)
         for i in valid.nonzero().flatten().tolist():
             key, value = keys[:, i].double(), values[:, i].double()
@@ -130,17 +132,17 @@ class LayerCache:
     # -- reading
 
     def read_at(self, row: Row) -> list[int]:
-        """Position at which each token's key is read.
+        """Position at which the key of each token is read.
 
-        Contiguous survivors are numbered 0, 1, ... without gaps. Queries keep their logical
-        positions, so the number of evicted tokens is added: every distance stays the same.
+        Contiguous survivors are numbered 0, 1, ... without gaps. Queries keep their logical positions, so the
+        number of evicted tokens is added. Then every distance is that of the contiguous numbering.
         """
         if not self.config.contiguous:
             return [t.position for t in row.tokens]
         return [rank + row.evicted for rank in range(len(row.tokens))]
 
     def read(self, row: Row) -> tuple[Tensor, Tensor]:
-        """Keys, as they are read, and values of all tokens of a row, decoded: [H, n, D] each."""
+        """Decoded keys (at the positions of `read_at`) and values of a row, [H, n, D] each."""
         pairs = [self._decode(t, at) for t, at in zip(row.tokens, self.read_at(row))]
         return tuple(torch.stack(x, dim=1) for x in zip(*pairs))
 
@@ -154,11 +156,11 @@ class LayerCache:
         return key, value_codec.decode(token.value)
 
     def _attend(self, row: Row, query: Tensor, position: Tensor, terms: Terms) -> Tensor:
-        """Attention of queries [Hq, q, D] over the tokens of a row, tier by tier, merged."""
+        """Attention of queries [Hq, q, D] over the tokens of a row: tier by tier, then merged."""
         if not row.tokens:
             return torch.zeros_like(query)
         keys, values = self.read(row)
-        # Window, causality and ALiBi go by what the model sees: where keys are read.
+        # Window, causality and ALiBi use the positions at which keys are read: the model sees those.
         at = torch.tensor(self.read_at(row))
         tiers = torch.tensor([t.tier for t in row.tokens])
         partials = [
@@ -174,7 +176,7 @@ class LayerCache:
         return attention.merge(partials)
 
     def _observe(self, row: Row, query: Tensor, keys: Tensor, position: Tensor, at: Tensor, terms: Terms):
-        """Add the probabilities of this step to what is known of each token."""
+        """Count the attention that this step gives to each token."""
         seen = attention.visible(position, at, terms.window)
         one = torch.eye(len(at), dtype=torch.float64).expand(keys.shape[0], -1, -1)
         partials = [attention.over_tensors(query, keys, one, position, at, terms)]
@@ -205,7 +207,7 @@ class LayerCache:
             self._replan()
 
     def _between(self, row: Row, first: int, stop: int) -> list[Token]:
-        """Tokens of columns first to stop that are no sinks."""
+        """Tokens of columns `first` to `stop` that are not sinks."""
         return [t for t in row.tokens if first <= t.column < stop and t.position >= self.config.n_sink]
 
     def middle(self, row: Row) -> list[Token]:
@@ -213,11 +215,11 @@ class LayerCache:
         return self._between(row, 0, self.boundary)
 
     def _as_encoded(self, token: Token) -> Tensor:
-        """The key [H, D] that the codec sees: rotated back to position 0 if it is to be renumbered."""
+        """The key [H, D] that the codec sees, rotated back to position 0 if it can be renumbered."""
         return rotate(token.key, -token.position, self.rope) if self.config.contiguous else token.key
 
     def _mean(self, tokens: list[Token]) -> Tensor | None:
-        if not tokens or self.codebooks:  # centroids are where the keys are: no mean is taken off
+        if not tokens or self.codebooks:  # centroids lie where the keys are, so no mean is subtracted
             return None
         return key_mean(torch.stack([self._as_encoded(t) for t in tokens], dim=1))
 
@@ -226,7 +228,7 @@ class LayerCache:
             row.mean = self._mean(demoted)
 
     def _put(self, token: Token, tier: Tier, mean: Tensor) -> None:
-        """Move a token to a tier: encode it once, or re-encode it from a higher tier, never in its own."""
+        """Move a token to a tier: encode it, or re-encode it from a higher tier. Never within a tier."""
         if token.tier == tier:
             return
         codecs = self.codecs[tier]
@@ -241,7 +243,7 @@ class LayerCache:
         token.tier = tier
 
     def _replan(self) -> None:
-        """Plan the middle anew: of each row alone, or of all rows at once if they share a plan."""
+        """Plan the middle again: each row alone, or all rows together if they share a plan."""
         every = [row for rows in self.rows for row in rows]
         for rows in [every] if self.config.plan_scope == "layer" else [[row] for row in every]:
             for row, plan in zip(rows, self._plan(rows)):
@@ -258,7 +260,7 @@ class LayerCache:
             row.importance = importance.keep(row.importance, torch.tensor(alive, dtype=torch.int64))
 
     def _plan(self, rows: list[Row]) -> list[dict[int, Tier]]:
-        """For each row, the tier of each middle column; a row's padding is a hole in its plan."""
+        """For each row, the tier of each middle column. Padding is a hole in the plan of its row."""
         columns = sorted({t.column for row in rows for t in self.middle(row)})
         position, slots, spent = [], [], []
         for row in rows:
@@ -274,23 +276,16 @@ class LayerCache:
             each = [vars(importance.keep(row.importance, i)) for row, i in zip(rows, slots)]
             known = importance.Importance(**{f: torch.stack([e[f] for e in each]) for f in each[0]})
         now = torch.tensor([[max(row.seen - 1, 0)] for row in rows])
-        scope = "layer" if self.config.plan_scope == "layer" else "sequence"  # a head's row is its own
-        tiers = policies.make_plan(
-            replace(self.config, plan_scope=scope),
-            policies.Candidates(
-                torch.tensor(position, dtype=torch.int64),
-                now,
-                known,
-                keys,
-                values,
-                spent=torch.tensor(spent, dtype=torch.bool),
-                **self.learned,
-            ),
-        )
+        candidates = policies.Candidates(
+            torch.tensor(position, dtype=torch.int64), now, known, keys, values,
+            spent=torch.tensor(spent, dtype=torch.bool), **self.learned,
+        )  # fmt: skip
+        scope = "layer" if self.config.plan_scope == "layer" else "sequence"  # each head has a `Row`
+        tiers = policies.make_plan(replace(self.config, plan_scope=scope), candidates)
         return [dict(zip(columns, map(Tier, row))) for row in tiers.tolist()]
 
     def _pick(self, row: Row, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [H, n, D] of some slots of a row; holes (-1) repeat any token."""
+        """Keys and values [H, n, D] of some slots of a row. A hole (-1) repeats any token."""
         if not row.tokens:
             hole = torch.zeros(row.importance.mass.shape[0], len(slots), self.head_dim).double()
             return hole, hole
@@ -300,8 +295,10 @@ class LayerCache:
     # -- what generate() asks of a cache
 
     def crop(self, columns: int) -> None:
-        """Forget the newest columns; `ValueError` if there are not as many, or some have left the recent
-        region. Attention that their queries paid to older tokens stays counted in their importance."""
+        """Forget the newest columns. The attention that their queries gave to older tokens stays counted.
+
+        Raises `ValueError` if there are fewer columns, or if some have left the recent region.
+        """
         most = self.columns - self.boundary if self.boundary > self.config.n_sink else self.columns
         if not 0 <= columns <= most:
             raise ValueError(f"crop of {columns} columns: 0 to {most} are uncompressed")
@@ -312,10 +309,10 @@ class LayerCache:
             self._keep(row, alive)
 
     def reorder(self, index: list[int]) -> None:
-        """Row i becomes what row `index[i]` was (beam search)."""
+        """Row i becomes a copy of row `index[i]` (beam search)."""
         self.rows = [deepcopy(self.rows[i]) for i in index]
 
 
 def _of_heads(mean: Tensor | None) -> Tensor | None:
-    """A mean [H, 1, D] as it goes with one token, [H, D]."""
+    """A mean [H, 1, D] as one token needs it, [H, D]."""
     return None if mean is None else mean[:, 0]

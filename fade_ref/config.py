@@ -1,6 +1,6 @@
 """`FadeConfig`: every choice a user can make, its default, and what is refused.
 
-This is the only place where defaults stand; `fade_fast` uses the same class.
+Defaults stand here and nowhere else. `fade_fast` uses the same class.
 """
 
 from dataclasses import dataclass
@@ -18,33 +18,31 @@ PLAN_SCOPES = ("layer", "sequence", "head")
 
 @dataclass(frozen=True)
 class FadeConfig:
-    """How the tokens of a cache are kept. Token counts are a batch row's, for each layer.
+    """How the tokens of a cache are kept. Token counts are those of a batch row, for each layer.
 
-    `fade_ref` has all of it; `fade_fast.create_cache` refuses, by name, what it does not serve yet.
+    `fade_ref` has all of it. `fade_fast.create_cache` refuses, by name, what it does not serve yet.
 
     Args:
-        n_sink: first real (non-padding) tokens kept in the model's own dtype for ever.
-        recent_window: newest tokens kept in the model's own dtype; `None` keeps all of them, which
-            switches compression off.
-        block_size: tokens that leave the recent region together. One key mean is stored a block
-            where tokens never move (see `relocatable`).
-        int4_budget: most tokens the first middle tier holds, best score first; `None`: no limit.
-            Its width is `middle_k_bits` / `middle_v_bits`, 4 unless you say otherwise.
-        int2_budget: most tokens of the second, 2-bit tier; `None`: no limit. Needs a finite
-            `int4_budget`. What exceeds both budgets is evicted.
+        n_sink: first real (non-padding) tokens, which are always kept in the dtype of the model.
+        recent_window: newest tokens kept in the dtype of the model. `None` keeps all: no compression.
+        block_size: tokens that leave the recent region together. If tokens never move (see `relocatable`),
+            one key mean is stored for each block.
+        int4_budget: most tokens that the first middle tier holds, best score first; `None`: no limit. The
+            widths `middle_k_bits` and `middle_v_bits` set the bits of this tier.
+        int2_budget: most tokens of the second, 2-bit tier; `None`: no limit. Needs a finite `int4_budget`.
+            Tokens beyond both budgets are evicted.
         eviction_policy: what scores the middle, one of `POLICIES`.
-        middle_k_bits, middle_v_bits: width of keys and values in the first middle tier: 8, 4, 3, 2.
-        quant_backend: the codec, one of `CODECS`. "product" needs codebooks, which the cache is given;
-            they set the width, and the middle is one tier, PQ, that keeps every token.
-        positions: RoPE positions of survivors. "contiguous" renumbers them without gaps
-            (StreamingLLM, arXiv 2309.17453 section 3.2), "original" leaves their own. `None`, the
-            default, is "contiguous" if tokens can be evicted and "original" otherwise.
-        plan_scope: who shares a plan: "layer" (all rows and heads of a layer), "sequence" (each
-            batch row has its own) or "head" (each row and KV head).
+        middle_k_bits, middle_v_bits: bits of keys and values in the first middle tier: 8, 4, 3 or 2.
+        quant_backend: the codec, one of `CODECS`. With "product" the cache is given codebooks. They set the
+            width, and the middle is one tier, PQ, that keeps every token.
+        positions: RoPE positions of survivors. "contiguous" renumbers them without gaps (StreamingLLM, arXiv
+            2309.17453, section 3.2). "original" leaves their own. `None`, the default, is "contiguous" if
+            tokens can be evicted and "original" otherwise.
+        plan_scope: who shares a plan: "layer" (all rows and heads of a layer), "sequence" (each batch row has
+            its own) or "head" (each row and KV head has its own).
 
-    Raises:
-        ValueError: a value out of range, or two that contradict each other; the message names the
-            field, the value and what is allowed.
+    Raises `ValueError` for a value out of range and for two that contradict each other. The message names the
+    field, the value and what is allowed.
     """
 
     n_sink: int = 4
@@ -90,7 +88,7 @@ class FadeConfig:
             self._product()
 
     def _product(self) -> None:
-        """What goes with codebooks: tokens that stay where they are, as they are."""
+        """Refuse what contradicts codebooks: their tokens stay in one tier, at their own positions."""
         if self.relocatable:
             raise ValueError(
                 "quant_backend='product' has one tier, which keeps every token: "
@@ -129,7 +127,7 @@ class FadeConfig:
 
     @property
     def relocatable(self) -> bool:
-        """Whether a middle token can change tier or slot, so that each must be a movable record."""
+        """Whether a middle token can change its tier or slot. It must then be a record that can be moved."""
         return self.int4_budget is not None
 
     @property
@@ -139,7 +137,7 @@ class FadeConfig:
 
     @property
     def contiguous(self) -> bool:
-        """Whether survivors are renumbered; then keys are encoded before RoPE.
+        """Whether survivors are renumbered. Keys are then encoded before RoPE.
 
         >>> FadeConfig().contiguous, FadeConfig(int4_budget=400).contiguous
         (False, True)
@@ -160,17 +158,14 @@ class FadeConfig:
     def balanced(cls) -> "FadeConfig":
         """4 sinks, 64 to 128 recent tokens and the 400 newest of the middle at INT4.
 
-        Older tokens are evicted by position alone, so what the text said before its last few
-        hundred tokens is forgotten; positions are renumbered contiguously.
+        The policy evicts by position alone, so the model forgets the text before its last few hundred tokens.
+        Positions are renumbered contiguously.
         """
         return cls(int4_budget=400)
 
     @classmethod
     def aggressive(cls) -> "FadeConfig":
-        """4 sinks, 32 to 96 recent tokens and the 200 newest of the middle at INT4.
-
-        Evicts by position alone, like `balanced`, from a smaller budget.
-        """
+        """Like `balanced`, with 32 to 96 recent tokens and the 200 newest of the middle."""
         return cls(recent_window=32, int4_budget=200)
 
     @classmethod

@@ -1,9 +1,9 @@
-"""What is known about each token: the attention it received, and what its key looks like.
+"""The attention that each token received.
 
-Axes: `...` any batch dims, H KV heads, Hq query heads, q queries, n live tokens in order of
-arrival, w window queries, D head_dim. Input may be of any float dtype; every result is float64, so
-half-precision overflow and ties do not exist here. `valid` (bool, broadcastable to [..., H, n]) is
-False at padding and holes, which then count nowhere. Bad shapes and dtypes raise `ValueError`.
+`fade_fast.policies.scores` counts the same in closed form, and parity compares the two.
+
+Axes: `...` any batch dims, H KV heads, Hq query heads, q queries, n live tokens in order of arrival, w window
+queries. Input may be of any float dtype; every result is float64. Bad shapes and dtypes raise `ValueError`.
 """
 
 import math
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import baselines
+from .moved import lookup
+
 EMA_ALPHA = 0.95  # fade-kv 1.1.0, tracker.py
-HYBRID_DECAY, HYBRID_ATTENTION = 0.95, 0.7  # akv-cache 1.0.0, importance.py
 FRESH = {"mass": 0.0, "queries": 0.0, "ema": 0.0, "window": math.nan, "hybrid": 0.0}
 
 
@@ -22,18 +24,18 @@ FRESH = {"mass": 0.0, "queries": 0.0, "ema": 0.0, "window": math.nan, "hybrid": 
 class Importance:
     """Attention received by n live tokens: float64 [..., H, n], and `window` [..., H, w, n].
 
-    A probability p is what one query gives to one token, averaged over the GQA group.
+    p is the probability that one query gives to one token, averaged over the query heads of a KV head.
     """
 
-    mass: Tensor  # sum of the probabilities of all queries so far, prefill and decode alike
-    queries: Tensor  # how many queries could see the token
-    ema: Tensor  # s <- alpha s + (1 - alpha) p at each query that sees it; the first p starts it
-    window: Tensor  # p of the last w queries, newest last; NaN: not visible, or no such query
-    hybrid: Tensor  # AKV's mixture of decayed attention and recency, fed back into itself
+    mass: Tensor  # sum of p over all queries so far, of prefill and decode alike
+    queries: Tensor  # number of queries that could see the token
+    ema: Tensor  # s <- alpha s + (1 - alpha) p at each query that sees the token; the first p starts it
+    window: Tensor  # p of the last w queries, the newest last; NaN: not visible, or no such query
+    hybrid: Tensor  # see `baselines.hybrid`
 
 
 def empty(*shape: int, window: int = 64) -> Importance:
-    """The state before any token; `shape` is the batch dims, then H. `ValueError` if window < 1."""
+    """The state before any token; `shape` is the batch dims, then H. Raises `ValueError` if window < 1."""
     if window < 1 or not shape:
         raise ValueError(f"shape={shape}, window={window}: heads and a window of 1 are needed")
     none = torch.zeros(*shape, 0, dtype=torch.float64)
@@ -41,17 +43,17 @@ def empty(*shape: int, window: int = 64) -> Importance:
 
 
 def append(state: Importance, count: int) -> Importance:
-    """`count` new tokens at the end, seen by no query (`FRESH`). `ValueError` if negative."""
+    """Add `count` tokens at the end, which no query has seen yet. Raises `ValueError` if negative."""
     if count < 0:
         raise ValueError(f"count={count}: tokens leave through keep()")
     return Importance(**{k: F.pad(getattr(state, k), (0, count), value=FRESH[k]) for k in FRESH})
 
 
 def keep(state: Importance, index: Tensor) -> Importance:
-    """The state of the surviving tokens: their scores move with them.
+    """The state of the surviving tokens, whose scores move with them.
 
-    `index` is int64, the slots to keep: [m] for all, [..., m] for each row or [..., H, m] for each
-    head; -1 makes a hole, so that rows may keep different numbers. `ValueError`: no such slot.
+    `index` is int64, the slots to keep: [m] for all, [..., m] for each row or [..., H, m] for each head. -1
+    makes a hole, so rows may keep different numbers. Raises `ValueError` for a slot that does not exist.
     """
     n = state.mass.shape[-1]
     if ((index < -1) | (index >= n)).any():
@@ -68,22 +70,21 @@ def keep(state: Importance, index: Tensor) -> Importance:
 
 
 def observe(state: Importance, probabilities: Tensor, visible: Tensor) -> Importance:
-    """The state after q more queries; the same as observing them one by one.
+    """The state after q more queries; the same as after observing them one by one.
 
-    Tokens that `state` does not know are the newest, and appended. A query counts only for tokens
-    that it could see: a prefill of q queries weighs as much as q decode steps, and a generated
-    token starts from its own first probability.
+    Tokens that `state` does not know are the newest; they are appended. A query counts only for tokens that
+    it could see. So a prefill of q queries weighs as much as q decode steps, and a generated token starts
+    from its own first probability.
 
     Args:
-        probabilities: [..., H, q, n] softmax output, see `group_mean`.
-        visible: bool [..., q, n] (or [..., H, q, n]): causal, not padding, not evicted. Where it
-            is False, the probability is ignored, whatever it is.
+        probabilities: [..., H, q, n], the softmax after `group_mean`.
+        visible: bool [..., q, n] or [..., H, q, n]: causal, not padding, not evicted. Where it is False, the
+            probability is ignored.
 
-    Raises `ValueError`: shapes that do not fit, `visible` not bool, fewer tokens than known.
+    Raises `ValueError` for shapes that do not fit, `visible` that is not bool, and fewer tokens than known.
 
-    Sources: `mass` H2O (arXiv 2306.14048, algorithm 1); `ema` fade-kv; `window` SnapKV (2404.14469)
-    and TOVA (2401.06104); `hybrid` akv-cache: s <- .95 s + p, then .7 s / max(s) + .3 recency, 0 to
-    1 over the tokens seen; here for each query and head (AKV: each call, mean over rows and heads).
+    Sources: `mass` H2O (arXiv 2306.14048, algorithm 1); `ema` fade-kv 1.1.0; `window` SnapKV (arXiv
+    2404.14469) and TOVA (arXiv 2401.06104).
 
     >>> one = observe(empty(1), torch.tensor([[[0.25, 0.75]]]), torch.tensor([[False, True]]))
     >>> one.mass.tolist(), one.queries.tolist()
@@ -101,66 +102,17 @@ def observe(state: Importance, probabilities: Tensor, visible: Tensor) -> Import
         later = EMA_ALPHA * ema + (1 - EMA_ALPHA) * p
         ema = torch.where(seen, torch.where(queries == 0, p, later), ema)
         queries = queries + seen
-        decayed = torch.where(seen, HYBRID_DECAY * hybrid + p, 0.0)
-        share = decayed / decayed.amax(-1, keepdim=True).clamp(min=1e-10)
-        recency = (seen.double().cumsum(-1) - 1) / (seen.sum(-1, keepdim=True) - 1).clamp(min=1)
-        mixture = HYBRID_ATTENTION * share + (1 - HYBRID_ATTENTION) * recency
-        hybrid = torch.where(seen, mixture, hybrid)
+        hybrid = baselines.hybrid(hybrid, p, seen)
     window = torch.cat([state.window, torch.where(visible, probabilities, math.nan)], dim=-2)
     window = window[..., shape[-2] :, :]  # the oldest q make room
     return Importance(state.mass + probabilities.sum(-2), queries, ema, window, hybrid)
 
 
 def group_mean(probabilities: Tensor, kv_heads: int) -> Tensor:
-    """[..., Hq, q, n] -> [..., H, q, n], mean over the Hq/H consecutive heads sharing a KV head."""
+    """Mean over the Hq/H consecutive heads that share a KV head: [..., Hq, q, n] gives [..., H, q, n]."""
     if kv_heads < 1 or probabilities.shape[-3] % kv_heads:
         raise ValueError(f"{kv_heads} KV heads do not divide {probabilities.shape[-3]} query heads")
     return probabilities.double().unflatten(-3, (kv_heads, -1)).mean(-3)
-
-
-def pool_neighbours(scores: Tensor, position: Tensor, size: int = 5) -> Tensor:
-    """[..., H, n], n > 0: mean of `size` (odd) neighbours by position, with zeros past the ends.
-
-    NaN scores and holes (`position` -1; broadcastable int64) are zeros, and holes as good as past
-    the end, so it does not matter where tokens are stored. Source: SnapKV (2404.14469), kvpress.
-    """
-    order = position.expand(scores.shape).argsort(dim=-1, stable=True)  # holes first
-    real = torch.where((position >= 0) & ~scores.isnan(), scores.double(), 0.0).gather(-1, order)
-    pooled = F.pad(real, (size // 2, size // 2)).unfold(-1, size, 1).mean(-1)
-    return torch.empty_like(pooled).scatter(-1, order, pooled)
-
-
-def key_norm(keys: Tensor) -> Tensor:
-    """-|k|: [..., H, n, D] -> [..., H, n]. Source: Knorm, arXiv 2406.11430."""
-    return -keys.double().norm(dim=-1)
-
-
-def key_diff(keys: Tensor, valid: Tensor) -> Tensor:
-    """-cos(k, mean of k/|k|): [..., H, n, D] -> [..., H, n]. Source: KeyDiff, arXiv 2504.15364."""
-    keys, valid = keys.double(), valid.expand(keys.shape[:-1]).unsqueeze(-1)
-    unit = torch.where(valid, F.normalize(keys, dim=-1), 0.0)
-    anchor = unit.sum(-2, keepdim=True) / valid.sum(-2, keepdim=True).clamp(min=1)
-    return -F.cosine_similarity(keys, anchor, dim=-1)
-
-
-def expected_attention(
-    keys: Tensor, values: Tensor, mean: Tensor, covariance: Tensor, valid: Tensor
-) -> Tensor:
-    """Attention expected from Gaussian queries N(mu, Sigma) to come, times |v|: [..., H, n].
-
-    |v| times the mean over the group of softmax over n of k.mu / sqrt(D) + k' Sigma k / (2 D). Keys
-    and values [..., H, n, D], keys rotated; mu [..., Hq, D], Sigma [..., Hq, D, D] of the queries
-    before RoPE, mapped by the mean rotation of the next 512. Source: arXiv 2510.00636, kvpress.
-    """
-    heads, dim = keys.shape[-3], keys.shape[-1]
-    if mean.shape[-2] % heads or covariance.shape[-3:] != (mean.shape[-2], dim, dim):
-        raise ValueError(f"{heads} KV heads, but queries {mean.shape}, {covariance.shape}")
-    k = keys.double()
-    mu, sigma = (x.double().unflatten(d, (heads, -1)) for x, d in ((mean, -2), (covariance, -3)))
-    logits = torch.einsum("...hgd,...hnd->...hgn", mu, k) / math.sqrt(dim)
-    logits = logits + torch.einsum("...hnd,...hgde,...hne->...hgn", k, sigma, k) / (2 * dim)
-    attention = logits.masked_fill(~valid.unsqueeze(-2), -math.inf).softmax(-1).mean(-2)
-    return attention * values.double().norm(dim=-1)
 
 
 def _expand(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -168,3 +120,6 @@ def _expand(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...
     if tensor.dtype != dtype or tensor.dim() > len(shape) or not fits:
         raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)}: {dtype} {shape} is needed")
     return tensor.expand(shape)
+
+
+__getattr__ = lookup(__name__)

@@ -1,22 +1,17 @@
-"""Product quantisation (PQ): codes for short stretches of a vector (Jegou et al., TPAMI 2011).
+"""Product quantization (PQ): codes for short stretches of a vector (Jegou et al., TPAMI 2011).
 
-A vector of D elements is cut into m = D / w subspaces of w neighbouring elements. Each has its own
-codebook of k centroids, found by k-means, and a code names the nearest one: log2(k) / w bits an
-element, 2 bits by default. A **codebook** is a float64 tensor [m, k, w] of fp16 values, trained for
-one kind of vector: keys and values, and keys before and after RoPE, each need their own.
+A vector of D elements is cut into m = D / w subspaces of w adjacent elements. Each subspace has k
+centroids, found by k-means. A code names the nearest centroid: log2(k) / w bits per element, 2 bits by
+default. A **codebook** is a float64 tensor [m, k, w] of fp16 values. It is trained for one kind of vector:
+keys and values, and keys before and after RoPE, each need their own.
 
-Attention never decodes. A key's score is a sum of m table look-ups (asymmetric distance, here for
-inner products), and values are summed by adding up the weight that falls on each centroid.
-
-Residual PQ is the same twice: train a second codebook on x - decode(encode(x)), and add both parts'
-decoded vectors, scores and sums.
+Attention never decodes. The score of a key is a sum of m table look-ups (the paper's asymmetric distance,
+here for inner products). Values are summed by adding up the weight that falls on each centroid.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from .quantize import finite, stored
@@ -37,25 +32,27 @@ def _code_bits(centroids: int) -> int:
 
 
 def train(x: Tensor, subspace_width: int = 4, centroids: int = 256, seed: int = 0) -> Tensor:
-    """Codebook [m, centroids, w] for samples x [n, D] (paper, section II.B).
+    """Codebook [m, centroids, w] for samples x [n, D] (paper, section II.B), by mini-batch k-means.
 
-    Mini-batch k-means (scikit-learn, k-means++ start) in each subspace; `seed` makes it repeatable.
-    Take at least 40 samples a centroid. Raises ValueError for fewer samples than centroids, NaN,
-    a width that does not divide D, or centroids that are no power of two up to 256.
+    `seed` makes it repeatable. Take at least 40 samples for each centroid. Raises `ValueError` for fewer
+    samples than centroids, NaN, a width that does not divide D, and centroids that are no power of two up to
+    256.
     """
+    from sklearn.cluster import MiniBatchKMeans  # slow to import, and only training needs it
+
     _code_bits(centroids)
     parts = _cut(finite(x), subspace_width)
     if len(x) < centroids:
         raise ValueError(f"{len(x)} samples are too few for {centroids} centroids")
     kmeans = MiniBatchKMeans(centroids, random_state=seed, batch_size=4096, n_init=1)
-    centres = [kmeans.fit(part.numpy()).cluster_centers_ for part in parts.unbind(-2)]
-    return stored(torch.from_numpy(np.stack(centres)))
+    centers = [kmeans.fit(part.numpy()).cluster_centers_ for part in parts.unbind(-2)]
+    return stored(torch.stack([torch.from_numpy(center) for center in centers]))
 
 
 def encode(x: Tensor, codebook: Tensor) -> Tensor:
-    """Codes uint8 [..., m] of x [..., D]: the nearest centroid, of equals the lowest index.
+    """Codes uint8 [..., m] of x [..., D]: the nearest centroid, or the lowest index among equally near ones.
 
-    Raises ValueError for NaN and for D other than the codebook's.
+    Raises `ValueError` for NaN and for a D that is not the codebook's.
     """
     parts = _cut(finite(x), codebook.shape[-1])
     if parts.shape[-2] != len(codebook):
@@ -68,7 +65,7 @@ def encode(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor, codebook: Tensor) -> Tensor:
-    """Float64 [..., D]: the centroids that codes [..., m] name, side by side.
+    """The centroids that codes [..., m] name, side by side: float64 [..., D].
 
     >>> book = torch.tensor([[[0.0, 0.0], [1.0, 2.0]], [[3.0, 4.0], [5.0, 6.0]]])
     >>> decode(encode(torch.tensor([0.9, 1.7, 2.8, 4.4]), book), book).tolist()
@@ -79,7 +76,7 @@ def decode(codes: Tensor, codebook: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ProductCodec:
-    """`encode` and `decode` of one codebook, called as `rotation.RotatedCodec` is; there is no mean."""
+    """`encode` and `decode` with one codebook, called as in `rotation.RotatedCodec`. There is no mean."""
 
     codebook: Tensor
 
@@ -91,33 +88,33 @@ class ProductCodec:
 
 
 def score_table(q: Tensor, codebook: Tensor) -> Tensor:
-    """T [..., m, k] = <q of the subspace, centroid> for queries q [..., D] (section III.A)."""
+    """T [..., m, k] = <part of q in the subspace, centroid> for queries q [..., D] (section III.A)."""
     return torch.einsum("...mw,mkw->...mk", _cut(q, codebook.shape[-1]), codebook)
 
 
 def scores(q: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
-    """Inner products [..., Q, S] of queries q [..., Q, D] and coded keys codes [..., S, m].
+    """Inner products [..., Q, S] of queries q [..., Q, D] and keys with codes [..., S, m].
 
-    Sums m entries of the score table a key; equal to q @ decode(codes).mT up to rounding.
+    Each is a sum of m entries of the score table, and equals q @ decode(codes).mT up to rounding.
     """
     index = codes.long().mT.unsqueeze(-3)  # [..., 1, m, S]
     return torch.take_along_dim(score_table(q, codebook), index, dim=-1).sum(-2)
 
 
 def value_histogram(p: Tensor, codes: Tensor, centroids: int = 256) -> Tensor:
-    """Weight on each centroid, [..., Q, m, k], of weights p [..., Q, S] and codes [..., S, m]."""
+    """Sum of weights p [..., Q, S] that falls on each centroid, [..., Q, m, k], for codes [..., S, m]."""
     weight, index = torch.broadcast_tensors(p.unsqueeze(-2), codes.long().mT.unsqueeze(-3))
     empty = torch.zeros(*index.shape[:-1], centroids, dtype=p.dtype)
     return empty.scatter_add(-1, index, weight)
 
 
 def combine(histogram: Tensor, codebook: Tensor) -> Tensor:
-    """Weighted sums of values [..., Q, D] from a histogram: p @ decode(codes) up to rounding."""
+    """Weighted sums of values, [..., Q, D], from a histogram: p @ decode(codes) up to rounding."""
     return torch.einsum("...mk,mkw->...mw", histogram, codebook).flatten(-2)
 
 
 def bytes_per_token(dim: int, subspace_width: int = 4, centroids: int = 256) -> int:
-    """Packed bytes of one vector's codes; ValueError if they do not fill whole bytes.
+    """Packed bytes of the codes of one vector. Raises `ValueError` if they do not fill whole bytes.
 
     >>> [bytes_per_token(128, w) for w in (2, 4, 32)]  # 4, 2 and 0.25 bits an element
     [64, 32, 4]
@@ -126,7 +123,7 @@ def bytes_per_token(dim: int, subspace_width: int = 4, centroids: int = 256) -> 
 
 
 def codebook_bytes(dim: int, centroids: int = 256) -> int:
-    """Bytes of one fp16 codebook, shared by all vectors it codes: k * D * 2.
+    """Bytes of one fp16 codebook, which all vectors share: 2 k D.
 
     >>> codebook_bytes(128)
     65536

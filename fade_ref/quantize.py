@@ -1,26 +1,26 @@
-"""How bits are chosen: uniform codes, Lloyd-Max codes, how codes are packed, and baselines.
+"""Codes: uniform codes, Lloyd-Max codes, and how codes are packed.
 
-Pure functions. Reals are torch float64, in the units of the input; codes are uint8, one a byte
-until `pack`. A cache stores packed codes and one or two fp16 numbers a vector; uniform codes are
-chosen *after* those are rounded by `stored`, so that encoder and decoder use the same numbers.
-Every encoder raises ValueError for NaN and infinite input.
+All functions are pure. Reals are float64, in the units of the input. Codes are uint8, one in each byte
+until `pack`. A cache stores packed codes and one or two fp16 numbers for each vector. The encoder rounds
+those numbers first (`stored`) and then chooses uniform codes, so that it uses the same numbers as the
+decoder. Every encoder raises `ValueError` for NaN and infinite input.
 """
 
 import math
 from functools import lru_cache
 
 import torch
-from scipy.special import betainc, gammaln
 from torch import Tensor
 
+from .moved import lookup
 from .tiers import INTEGER_TIERS, packed_bytes
 
 FP16_MAX = 65504.0
-FP16_TINY = 2.0**-14  # smallest normal fp16, 6.1035e-05: a smaller scale would lose its precision
+FP16_TINY = 2.0**-14  # smallest normal fp16 number: a smaller scale would lose precision
 
 
 def stored(x: Tensor) -> Tensor:
-    """`x`, of any shape, rounded to fp16 (by way of fp32, as torch does), clamped to be finite.
+    """`x`, of any shape, clamped to the range of fp16 and rounded to it (through fp32, as torch does).
 
     >>> stored(torch.tensor([1 / 3, 1e6, -1e-9], dtype=torch.float64)).tolist()
     [0.333251953125, 65504.0, -0.0]
@@ -29,36 +29,36 @@ def stored(x: Tensor) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """`x` as float64; ValueError if a value is NaN or infinite."""
+    """`x` as float64. Raises `ValueError` if a value is NaN or infinite."""
     if not torch.isfinite(x).all():
-        raise ValueError("NaN or infinite input cannot be quantised")
+        raise ValueError("NaN or infinite input cannot be quantized")
     return x.to(torch.float64)
 
 
-def _min_max(x: Tensor, bits: int, least: float) -> tuple[Tensor, Tensor]:
-    """(scale, zero) [...] that spread the 2^bits codes over the range of each vector [..., D]."""
+def min_max(x: Tensor, bits: int, least: float) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [...] that spread 2^bits codes over the range of each vector [..., D]."""
     if bits not in range(1, 9):
         raise ValueError(f"bits={bits!r}: 1 to 8 are allowed")
     low, high = finite(x).aminmax(dim=-1)
     return ((high - low) / (2**bits - 1)).clamp(min=least), low
 
 
-def _nearest(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Codes [..., D] of x: half to even (torch.round), clamped to 0 .. 2^bits - 1."""
+def nearest(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Codes [..., D] of x, rounded half to even and clamped to 0 .. 2^bits - 1."""
     codes = torch.round((x - zero.unsqueeze(-1)) / scale.unsqueeze(-1))
     return codes.clamp(0, 2**bits - 1).to(torch.uint8)
 
 
 def uniform_encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric uniform codes of vectors x [..., D], 1 to 8 bits (KIVI, 2402.02750, section 3).
+    """Asymmetric uniform codes of vectors x [..., D], 1 to 8 bits (KIVI, arXiv 2402.02750, section 3).
 
-    Returns codes uint8 [..., D], scale [...] and zero [...].
+    Returns codes uint8 [..., D], scale [...] and zero point [...].
 
     >>> uniform_encode(torch.tensor([-1.0, 0.4, 2.0], dtype=torch.float64), 2)[0].tolist()
     [0, 1, 3]
     """
-    scale, zero = map(stored, _min_max(x, bits, FP16_TINY))
-    return _nearest(x, scale, zero, bits), scale, zero
+    scale, zero = map(stored, min_max(x, bits, FP16_TINY))
+    return nearest(x, scale, zero, bits), scale, zero
 
 
 def uniform_decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -67,12 +67,14 @@ def uniform_decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _gaussian(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Mass below t, and integral of x below t, of N(0, 1)."""
+    """For N(0, 1): the mass below t, and the integral of x below t."""
     return torch.special.ndtr(t), -torch.exp(-t * t / 2) / math.sqrt(2 * math.pi)
 
 
 def _sphere(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The same of sqrt(dim) times a coordinate of a random unit vector (2504.19874, Lemma 1)."""
+    """The same for sqrt(dim) times a coordinate of a random unit vector (arXiv 2504.19874, Lemma 1)."""
+    from scipy.special import betainc, gammaln  # slow to import, and only this kind needs it
+
     half, z = (dim - 1) / 2, (t / math.sqrt(dim)).clamp(-1, 1)
     norm = math.exp(gammaln(dim / 2) - gammaln(half)) / math.sqrt(math.pi)
     mass = torch.from_numpy(betainc(half, half, ((1 + z) / 2).numpy()))
@@ -80,7 +82,7 @@ def _sphere(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _closest_odd(centroid: Tensor, mass: Tensor, powers: tuple[int, ...]) -> Tensor:
-    """The odd polynomial of the index that is closest to the centroids, in weighted least squares."""
+    """The odd polynomial of the index that fits the centroids best, by least squares weighted with `mass`."""
     u = torch.arange(1 - len(mass), len(mass), 2, dtype=torch.float64)
     basis = torch.stack([u**power for power in powers], dim=1)
     weight = mass.sqrt()
@@ -106,20 +108,18 @@ def _levels(bits: int, kind: str, dim: int | None) -> tuple[float, ...]:
 
 
 def levels(bits: int, kind: str = "cubic", dim: int | None = None) -> Tensor:
-    """The 2^bits decoded values of a coordinate of unit variance, ascending, float64; cached.
+    """The 2^bits decoded values of a coordinate of unit variance: float64, ascending.
 
-    Lloyd's iteration (Lloyd 1982 method I, Max 1960): cells end midway between levels, and each
-    level moves to the centroid of its cell. `kind`:
+    Lloyd's iteration (Lloyd 1982, method I; Max 1960): cells end midway between levels, and each level moves
+    to the centroid of its cell. With u = 2 code - (2^bits - 1), `kind` is
 
-    - "gaussian": for N(0, 1).
-    - "sphere": for sqrt(dim) times a coordinate of a random unit vector (2504.19874, Lemma 1).
-    - "cubic": u * (a + b u^2), u = 2 code - (2^bits - 1), which a kernel computes without a table.
-      Fitting (a, b) to the centroids in every round gives the least squared error under N(0, 1)
-      for cells that end midway between the *cubic* levels. At 2 bits the same as "gaussian".
-    - "linear": a u, the best evenly spaced levels, which need no arithmetic at all. At 2 bits 1 %
-      more squared error than "gaussian", at 3 bits 8 %.
+    - "linear": a u, evenly spaced levels, the kind that the cache uses. A kernel multiplies codes directly.
+      The squared error is 1 % above "gaussian" at 2 bits, 8 % at 3 bits.
+    - "gaussian": any levels, for N(0, 1).
+    - "sphere": any levels, for sqrt(dim) times a coordinate of a random unit vector (arXiv 2504.19874).
+    - "cubic": u (a + b u^2), with (a, b) fitted to the centroids in every round; "gaussian" at 2 bits.
 
-    Raises ValueError for bits other than 2, 3, 4, an unknown kind, or "sphere" without dim >= 3.
+    Raises `ValueError` for bits other than 2, 3, 4, an unknown kind, and "sphere" without dim >= 3.
 
     >>> levels(2).round(decimals=4).tolist()
     [-1.5104, -0.4528, 0.4528, 1.5104]
@@ -128,7 +128,7 @@ def levels(bits: int, kind: str = "cubic", dim: int | None = None) -> Tensor:
 
 
 def steps(bits: int, kind: str = "cubic", dim: int | None = None) -> Tensor:
-    """What the stored scale multiplies, float64 [2^bits]: `levels`, or if "linear" code - centre.
+    """What the stored scale multiplies, float64 [2^bits]: `levels`; for "linear", the code less the center.
 
     >>> steps(2, "linear").tolist()
     [-1.5, -0.5, 0.5, 1.5]
@@ -152,17 +152,16 @@ def cubic(bits: int) -> tuple[float, float]:
 def lloyd_encode(y: Tensor, bits: int, kind: str = "cubic", norm: str = "unbiased") -> tuple[Tensor, Tensor]:
     """Lloyd-Max codes of rotated vectors y [..., D] (TurboQuant, arXiv 2504.19874, Algorithm 1).
 
-    code = number of midpoints strictly below y sqrt(D) / |y|: ties go down. With z the levels of
-    the codes (`steps`), decoding gives scale * z. `norm` chooses the scale:
+    A code is the number of midpoints strictly below y sqrt(D) / |y|, so ties go down. Decoding gives
+    scale * z, where z are the `steps` of the codes. `norm` chooses the scale:
 
-    - "plain": |y| / sqrt(D), times the distance of "linear" levels; decoded vectors come out too
-      short, by 12 % at 2 bits.
-    - "least_squares": <y, z> / <z, z>; the smallest error of one vector, and just as short.
-    - "unbiased": <y, y> / <y, z>, so that <decoded, y> = |y|^2. Attention averages over tokens:
-      independent errors cancel there, a shrinkage does not, so this is the default.
+    - "unbiased", the default: <y, y> / <y, z>, so that <decoded, y> = |y|^2. Attention averages over tokens.
+      There independent errors cancel, but a common shrinkage does not.
+    - "least_squares": <y, z> / <z, z>, the smallest error of one vector. Decoded vectors are too short.
+    - "plain": |y| / sqrt(D), times the distance of "linear" levels. Decoded vectors are as short.
 
-    Returns codes uint8 [..., D] and scale [...] (`stored`; 0 for a zero vector). Raises ValueError
-    for an unknown kind or norm and for bits other than 2, 3, 4.
+    Returns codes uint8 [..., D] and scale [...] (`stored`; 0 for a zero vector). Raises `ValueError` for an
+    unknown kind or norm, and for bits other than 2, 3, 4.
     """
     y, dim = finite(y), y.shape[-1]
     level = levels(bits, kind, dim)
@@ -185,17 +184,17 @@ def lloyd_decode(codes: Tensor, scale: Tensor, bits: int, kind: str = "cubic") -
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes [..., D] as bytes uint8 [..., D * bits / 8]. Most significant bit on the left:
+    """Codes [..., D] as bytes uint8 [..., D * bits / 8]. The most significant bit is on the left:
 
         8 bits  byte j = c[j]
-        4 bits  byte j = c[j+D/2] c[j]                      half of the channels to a nibble
-        2 bits  byte j = c[j+3D/4] c[j+D/2] c[j+D/4] c[j]   a quarter of them to each two bits
-        3 bits  byte j = h[j] g[j] c[j+3D/8] c[j]           two codes whole, and one bit of two more:
-                of c[6D/8], c[6D/8+1], .. first all lowest bits, then all middle and all highest
-                ones make up g, 3D/8 bits, and those of c[7D/8], c[7D/8+1], .. make up h
+        4 bits  byte j = c[j+D/2] c[j]
+        2 bits  byte j = c[j+3D/4] c[j+D/2] c[j+D/4] c[j]
+        3 bits  byte j = h[j] g[j] c[j+3D/8] c[j]: two whole codes, and one bit of each of two more.
+                g holds all lowest bits of c[6D/8], c[6D/8+1], .., then all middle bits, then all highest
+                bits: 3D/8 bits. h holds the same of c[7D/8], c[7D/8+1], ..
 
-    Neighbouring bytes hold neighbouring channels, as a kernel wants them.
-    Raises ValueError for codes out of range, other widths, and D that does not fill whole bytes.
+    Adjacent bytes hold adjacent channels, so a kernel needs no shuffle. Raises `ValueError` for codes out of
+    range, for other widths, and for D that does not fill whole bytes.
 
     >>> [hex(b) for b in pack(torch.tensor([1, 2, 3, 4]), 4).tolist()]
     ['0x31', '0x42']
@@ -213,7 +212,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
-    """Undo `pack`: bytes [..., dim * bits / 8], else ValueError, to codes uint8 [..., dim]."""
+    """Undo `pack`: codes uint8 [..., dim] of bytes [..., dim * bits / 8]; `ValueError` for another size."""
     if bits not in INTEGER_TIERS or packed.shape[-1] != packed_bytes(bits, dim):
         raise ValueError(f"{packed.shape[-1]} bytes do not hold {dim} codes of {bits!r} bits")
     packed = packed.unsqueeze(-2).long()
@@ -226,64 +225,4 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     return strands.flatten(-2).to(torch.uint8)
 
 
-def group_encode(x: Tensor, bits: int, n: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Uniform codes of x [..., D] in groups of n channels (KIVI's values, 2402.02750, section 3).
-
-    Returns codes uint8 [..., D], scale and zero [..., D/n]; ValueError unless n divides D.
-    Bytes of a vector: D*bits/8 + 4*D/n.
-    """
-    if x.shape[-1] % n:
-        raise ValueError(f"{x.shape[-1]} values do not make whole groups of {n}")
-    codes, scale, zero = uniform_encode(x.unflatten(-1, (-1, n)), bits)
-    return codes.flatten(-2), scale, zero
-
-
-def group_decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Undo `group_encode`: float64 [..., D]."""
-    return uniform_decode(codes.unflatten(-1, (scale.shape[-1], -1)), scale, zero).flatten(-2)
-
-
-def channel_encode(x: Tensor, bits: int, n: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Uniform codes of x [..., S, D], per channel in blocks of n tokens (KIVI's keys, section 3).
-
-    Returns codes uint8 [..., S, D], scale and zero [..., S/n, D]; a token's codes depend on its
-    block. Bytes of a token: D*bits/8 + 4*D/n. Raises ValueError if n does not divide S.
-    """
-    return tuple(part.mT for part in group_encode(x.mT, bits, n))
-
-
-def channel_decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Undo `channel_encode`: float64 [..., S, D]."""
-    return group_decode(codes.mT, scale.mT, zero.mT).mT
-
-
-def symmetric_encode(x: Tensor, over: int = -1) -> tuple[Tensor, Tensor]:
-    """The INT4 of fade-kv: scale = max|x| / 7 along dimension `over` of x [..., S, D].
-
-    Keys `over=-2`: scale [..., 1, D], one a channel. Values `over=-1`: [..., S, 1], one a token.
-    Codes uint8: round(x / scale) in -7 .. 7 as a two's complement nibble, for `pack(codes, 4)`.
-    Bytes of a token: D/2, plus 2*D/S (keys) or 2 (values).
-    """
-    scale = stored((finite(x).abs().amax(over, keepdim=True) / 7).clamp(min=FP16_TINY))
-    return torch.round(x / scale).clamp(-8, 7).to(torch.int8).to(torch.uint8) & 15, scale
-
-
-def symmetric_decode(codes: Tensor, scale: Tensor) -> Tensor:
-    """scale * (the signed value of the nibble): float64, the shape of codes."""
-    return scale * ((codes.long() ^ 8) - 8)
-
-
-def akv_encode(x: Tensor, bits: int, n: int = 128) -> tuple[Tensor, Tensor, Tensor]:
-    """The quantiser of akv-cache: zero-padded groups of n channels; scales stay unrounded (fp32).
-
-    x [..., D] to codes uint8 [..., D'], scale and zero [..., D'/n], where D' is D rounded up to
-    whole groups: D = 64 costs double. Bytes of a vector: D'*bits/8 + 8*D'/n.
-    """
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % n)).unflatten(-1, (-1, n))
-    scale, zero = _min_max(padded, bits, 1e-10)  # this least scale would be 0 in fp16
-    return _nearest(padded, scale, zero, bits).flatten(-2), scale, zero
-
-
-def akv_decode(codes: Tensor, scale: Tensor, zero: Tensor, dim: int) -> Tensor:
-    """Undo `akv_encode`: float64 [..., dim], the padding dropped."""
-    return group_decode(codes, scale, zero)[..., :dim]
+__getattr__ = lookup(__name__)

@@ -1,9 +1,9 @@
 """Positions: rotary embeddings (RoPE), renumbering after eviction, ALiBi.
 
-A rotary model turns channel pair i of a query or key at position m by the angle m * inv_freq[i].
-Rotations add, R(m) R(n) = R(m + n) (RoFormer, arXiv 2104.09864, eq. 14-16). So scores depend on
-distances only, and a stored key moves from m to n by one rotation through n - m. Positions are in
-tokens, angles in radians, parameters named as in Hugging Face's `rope_parameters`.
+A rotary model rotates channel pair i of a query or key at position m by the angle m * inv_freq[i].
+Rotations add, R(m) R(n) = R(m + n) (RoFormer, arXiv 2104.09864, eq. 14-16). So scores depend on distances
+only, and a rotation by n - m moves a stored key from m to n. Positions are in tokens and angles in radians.
+Parameters are named as in Hugging Face's `rope_parameters`.
 """
 
 import math
@@ -18,15 +18,12 @@ from torch import Tensor
 class Rope:
     """How one layer rotates (RoFormer, arXiv 2104.09864, section 3.2.2).
 
-    inv_freq: float64 [d/2], radians a token. The first d channels of a head rotate, the rest pass;
-    empty means no positions (NoPE). scaling: factor on cos and sin where the model makes queries
-    and keys (YaRN, 2309.00071, eq. 22). interleaved: pairs are channels (2i, 2i + 1), as in GPT-J,
-    Cohere, GLM; else (i, i + d/2), as in Llama. Raises ValueError unless inv_freq is as said.
+    Raises `ValueError` unless inv_freq is a float64 vector.
     """
 
-    inv_freq: Tensor
-    scaling: float = 1.0
-    interleaved: bool = False
+    inv_freq: Tensor  # [d/2], radians per token; the first d channels of a head rotate, the rest do not
+    scaling: float = 1.0  # multiplies cos and sin when a model makes queries and keys (YaRN, eq. 22)
+    interleaved: bool = False  # pairs are channels (2i, 2i + 1), as in GPT-J, Cohere, GLM; else (i, i + d/2)
 
     def __post_init__(self) -> None:
         if self.inv_freq.ndim != 1 or self.inv_freq.dtype != torch.float64:
@@ -40,23 +37,23 @@ Frequencies = tuple[Tensor, float]  # inv_freq and scaling, as in Rope
 def default(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
     """inv_freq[i] = theta^(-2i/d), 0 <= i < d/2 (RoFormer, arXiv 2104.09864, section 3.2.2).
 
-    d is head_dim * partial_rotary_factor, in the exponent too (GPT-NeoX, Phi). All schemes share
-    this signature: p, the model's `rope_parameters`; max_positions, its context; seq_len, tokens
-    it has seen (only dynamic and longrope care). All raise KeyError for a missing parameter.
+    d is head_dim * partial_rotary_factor, also in the exponent (GPT-NeoX, Phi). All schemes share this
+    signature: the `rope_parameters` p of the model, its context max_positions, and the tokens it has seen,
+    seq_len, which only dynamic and longrope use. All raise `KeyError` for a missing parameter.
     """
     d = int(head_dim * p.get("partial_rotary_factor", 1.0))
     return p["rope_theta"] ** (-torch.arange(0, d, 2, dtype=torch.float64) / d), 1.0
 
 
 def linear(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
-    """Every frequency / factor, as if positions were (PI, arXiv 2306.15595, section 2.3)."""
+    """Every frequency divided by factor, as if positions were (PI, arXiv 2306.15595, section 2.3)."""
     return default(p, head_dim, max_positions)[0] / p["factor"], 1.0
 
 
 def dynamic(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
-    """NTK: theta grows with seq_len beyond max_positions (YaRN, arXiv 2309.00071, 3.1 and 3.3).
+    """NTK: theta grows with seq_len beyond max_positions (YaRN, arXiv 2309.00071, sections 3.1 and 3.3).
 
-    A key stored before the growth keeps the frequencies it was made with: move it with those.
+    A key that is stored before the growth was made with other frequencies. Move it with those.
     """
     d = int(head_dim * p.get("partial_rotary_factor", 1.0))
     stretch = p["factor"] * max(seq_len, max_positions) / max_positions - (p["factor"] - 1)
@@ -65,7 +62,7 @@ def dynamic(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> 
 
 
 def _extension(p: Mapping, max_positions: int) -> tuple[int, float]:
-    """Tokens of the original training context, and the factor by which it was extended."""
+    """Tokens of the original training context, and the factor that extended it."""
     original = p.get("original_max_position_embeddings") or max_positions
     return original, p.get("factor") or max_positions / original
 
@@ -73,9 +70,9 @@ def _extension(p: Mapping, max_positions: int) -> tuple[int, float]:
 def yarn(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
     """NTK by parts (YaRN, arXiv 2309.00071, section 3.2, Definition 2), as in its authors' code.
 
-    Pairs that turn over beta_fast times in the original context keep their frequency, those that
-    turn under beta_slow times get it / factor, a ramp over the pair index joins the two. scaling
-    is 0.1 ln(factor) + 1 (section 3.4, eq. 22), unless attention_factor or mscale say else.
+    Pairs that turn more than beta_fast times in the original context keep their frequency. Pairs that turn
+    less than beta_slow times get it divided by factor. A ramp over the pair index joins the two. scaling is
+    0.1 ln(factor) + 1 (section 3.4, eq. 22), unless attention_factor or mscale say otherwise.
     """
     inv_freq, _ = default(p, head_dim, max_positions)
     d, (original, factor) = 2 * len(inv_freq), _extension(p, max_positions)
@@ -96,10 +93,10 @@ def yarn(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Fre
 
 
 def llama3(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
-    """YaRN with the ramp over the turns themselves (Llama 3.1, `apply_scaling` in Meta's code).
+    """YaRN with a ramp over the number of turns (Llama 3.1, `apply_scaling` in Meta's code).
 
-    Pairs that turn over high_freq_factor times in the original context keep their frequency, those
-    that turn under low_freq_factor times get it / factor.
+    Pairs that turn more than high_freq_factor times in the original context keep their frequency. Pairs that
+    turn less than low_freq_factor times get it divided by factor.
     """
     inv_freq, _ = default(p, head_dim, max_positions)
     original, factor = _extension(p, max_positions)
@@ -109,10 +106,10 @@ def llama3(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> F
 
 
 def longrope(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
-    """One divisor a pair, found by search (LongRoPE, arXiv 2402.13753, section 3).
+    """One divisor for each pair, found by search (LongRoPE, arXiv 2402.13753, section 3).
 
-    long_factor [d/2] once seq_len exceeds the original context, else short_factor; stored keys
-    keep theirs, as in `dynamic`. scaling = sqrt(1 + ln factor / ln original) is Phi-3's code.
+    The divisors are long_factor [d/2] once seq_len exceeds the original context, else short_factor. Stored
+    keys keep theirs, as in `dynamic`. scaling = sqrt(1 + ln factor / ln original), as in the code of Phi-3.
     """
     original, factor = _extension(p, max_positions)
     divisor = p["long_factor"] if seq_len > original else p["short_factor"]
@@ -124,8 +121,8 @@ def longrope(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) ->
 
 
 def proportional(p: Mapping, head_dim: int, max_positions: int, seq_len: int = 0) -> Frequencies:
-    """d = head_dim, but frequencies after the first partial_rotary_factor of them are 0: those
-    pairs never turn (p-RoPE, arXiv 2410.06205; Gemma 4)."""
+    """`default` of all channels, with frequency 0 after the first partial_rotary_factor of the pairs (p-RoPE,
+    arXiv 2410.06205; Gemma 4)."""
     inv_freq, _ = default({**p, "partial_rotary_factor": 1.0}, head_dim, max_positions)
     inv_freq[int(p.get("partial_rotary_factor", 1.0) * head_dim // 2) :] = 0
     return inv_freq / p.get("factor", 1.0), 1.0
@@ -139,9 +136,9 @@ def from_parameters(
     parameters: Mapping, *, head_dim: int, max_position_embeddings: int,
     seq_len: int | None = None, interleaved: bool = False,
 ) -> Rope:  # fmt: skip
-    """The `Rope` of a model's flat `rope_parameters`; shapes and sources as in its scheme.
+    """The `Rope` of a model's flat `rope_parameters`, by the scheme that they name.
 
-    Raises ValueError for an unknown rope_type and for a parameter that the scheme misses.
+    Raises `ValueError` for an unknown rope_type and for a missing parameter.
 
     >>> from_parameters({"rope_theta": 1e4}, head_dim=4, max_position_embeddings=8).inv_freq
     tensor([1.0000, 0.0100], dtype=torch.float64)
@@ -157,11 +154,10 @@ def from_parameters(
 
 
 def from_config(config, layer_type=None, layer_idx=None, seq_len=None, interleaved=False) -> Rope:
-    """The `Rope` of one layer of a Hugging Face text config, which is only read.
+    """The `Rope` of one layer of a Hugging Face text config; `NOPE` for a layer that does not rotate.
 
-    `NOPE` for layers that do not rotate. No config says `interleaved`: the family's own
-    `apply_rotary_pos_emb` does. Raises ValueError where positions are not rotary and where layers
-    differ but the call does not say which one is meant, by layer_type (str) or layer_idx (int).
+    No config says `interleaved`: the code of each model family does. Raises `ValueError` if positions are not
+    rotary, and if layers differ and neither layer_type (str) nor layer_idx (int) says which one is meant.
     """
     if layer_type is None and layer_idx is not None and getattr(config, "layer_types", None):
         layer_type = config.layer_types[layer_idx]
@@ -188,7 +184,7 @@ def _without_rope(config, layer_type: str | None, layer_idx: int | None) -> bool
             raise ValueError("some layers of this config have no RoPE: pass layer_idx")
         return not rotates[layer_idx]
     if getattr(config, "model_type", None) in ("cohere2", "exaone4") and config.sliding_window:
-        if layer_type is None:  # a rule that stands in these families' code only
+        if layer_type is None:  # the rule stands only in the code of these families
             raise ValueError("full-attention layers of this config have no RoPE: pass layer_type")
         return layer_type == "full_attention"
     return bool(getattr(config, "alibi", False))  # Falcon
@@ -197,10 +193,10 @@ def _without_rope(config, layer_type: str | None, layer_idx: int | None) -> bool
 def rotate(x: Tensor, position: Tensor | int, rope: Rope, *, scaled: bool = False) -> Tensor:
     """R(position) x, a new tensor (RoFormer, arXiv 2104.09864, eq. 34).
 
-    x, result: float64 [..., n, head_dim]. position: tokens, broadcastable to [..., n], any sign.
-    scaled: multiply by rope.scaling, as models do when they *make* queries and keys. A key that is
-    *moved*, by the difference of two positions, has that factor already: leave it out. Deltas add,
-    -delta undoes delta. Raises ValueError if x is not float64 or has too few channels.
+    x and the result are float64 [..., n, head_dim]. position is in tokens, of any sign, broadcastable to
+    [..., n]. scaled multiplies by rope.scaling, as models do when they *make* queries and keys; a key that
+    is *moved* by the difference of two positions has that factor already. Raises `ValueError` if x is not
+    float64 or has too few channels.
 
     >>> quarter_turn = Rope(torch.tensor([math.pi / 2], dtype=torch.float64))
     >>> rotate(torch.tensor([[1.0, 0.0]]).double(), 1, quarter_turn).round(decimals=9).tolist()
@@ -216,21 +212,22 @@ def rotate(x: Tensor, position: Tensor | int, rope: Rope, *, scaled: bool = Fals
         cos, sin = rope.scaling * cos, rope.scaling * sin
     shape, axis = ((d // 2, 2), -1) if rope.interleaved else ((2, d // 2), -2)
     a, b = x[..., :d].unflatten(-1, shape).unbind(axis)
-    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), axis).flatten(-2)
-    return torch.cat((turned, x[..., d:]), -1)
+    rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), axis).flatten(-2)
+    return torch.cat((rotated, x[..., d:]), -1)
 
 
 def renumber(position: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     """Contiguous positions after eviction (StreamingLLM, arXiv 2309.17453, section 3.2).
 
-    position: int64 [..., n], where the stored tokens stand now, in any order, the newest included.
-    alive: bool [..., n], False for the evicted and for padding. Returns rank, int64 [..., n], how
-    many survivors come before each (-1 for the dead), and evicted, int64 [...], how many tokens
-    of those ever seen are gone. Raises ValueError if two survivors share a position. Two readings:
-    - keys stand at rank, queries and new keys at their logical position - evicted;
-    - keys stand at rank + evicted, queries and new keys at their logical position, as the model
-      has them. All distances are as in the first. The cache uses this one: a key moves forward by
-      the number of tokens evicted after it, and the result can be renumbered again.
+    Args:
+        position: int64 [..., n], of the stored tokens now, in any order, the newest included.
+        alive: bool [..., n], False for evicted tokens and padding.
+
+    Returns rank, int64 [..., n], the number of survivors before each (-1 for the others), and evicted,
+    int64 [...], the number of tokens that are gone. Keys can be read at rank, with queries and new keys at
+    their logical position less evicted. Or keys are read at rank + evicted, and queries keep their logical
+    position: all distances are the same, and the cache does this. Raises `ValueError` if two survivors
+    share a position.
 
     >>> rank, evicted = renumber(torch.arange(6), torch.tensor([1, 0, 0, 1, 1, 1]).bool())
     >>> rank.tolist(), evicted.item()
@@ -245,10 +242,10 @@ def renumber(position: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """One slope a head, float64 [heads], score a token (ALiBi, arXiv 2108.12409, section 3).
+    """The slope of each head, float64 [heads], in score per token (ALiBi, arXiv 2108.12409, section 3).
 
-    2^(-8j/p), j = 1..p, for the largest power of two p <= heads; the rest are every other slope of
-    2p heads, as in the authors' code, Bloom, Falcon and MPT. Raises ValueError if heads < 1.
+    2^(-8j/p), j = 1..p, for the largest power of two p <= heads. The rest are every other slope of 2p
+    heads, as in the code of the authors, Bloom, Falcon and MPT. Raises `ValueError` if heads < 1.
 
     >>> alibi_slopes(3).tolist()
     [0.0625, 0.00390625, 0.25]
@@ -263,8 +260,8 @@ def alibi_slopes(heads: int) -> Tensor:
 def alibi_bias(slopes: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
     """-slope * distance, to be added to the scores (ALiBi, arXiv 2108.12409, section 3).
 
-    slopes [H], positions [..., Q] and [..., K] (tokens) give float64 [..., H, Q, K]. The keys carry
-    no position: after eviction pass logical or renumbered ones, never indices into the cache.
+    slopes [H] and positions [..., Q] and [..., K] (in tokens) give float64 [..., H, Q, K]. Keys carry no
+    position. After eviction, pass logical or renumbered positions, not indices into the cache.
 
     >>> alibi_bias(alibi_slopes(1), torch.tensor([4]), torch.tensor([0, 2])).tolist()
     [[[-0.015625, -0.0078125]]]

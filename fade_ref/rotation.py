@@ -1,29 +1,28 @@
-"""The rotated codec: subtract a mean, rotate, quantise each vector on its own.
+"""The rotated codec: subtract a mean, rotate, and quantize each vector on its own.
 
 A random rotation makes the coordinates of any vector nearly independent Gaussians of one variance
-(TurboQuant, arXiv 2504.19874, section 3.1). So one scale a vector is enough, and a stored token
-depends on no other. An offset shared by all keys would waste codes: their mean is subtracted first.
+(TurboQuant, arXiv 2504.19874, section 3.1). So one scale for each vector is enough, and a stored token
+depends on no other. An offset that all keys share would waste codes, so their mean is subtracted first.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from scipy.linalg import hadamard
 from torch import Tensor
 
 from . import quantize
+from .moved import lookup
 from .tiers import INTEGER_TIERS, packed_bytes, token_bytes
 
-LEVELS = "linear"  # the kind of the Lloyd-Max levels: evenly spaced, so that a code is a number
+LEVELS = "linear"  # evenly spaced Lloyd-Max levels: attention multiplies the codes directly
 
 
 def qr_rotation(dim: int, seed: int = 0) -> Tensor:
-    """A uniformly random orthogonal P [dim, dim], float64; use: y = x @ P.T, x = y @ P.
+    """A uniformly random orthogonal P [dim, dim], float64. Use: y = x @ P.T, x = y @ P.
 
-    QR of a seeded Gaussian matrix; the signs of R's diagonal make it unique (the same on every
-    machine, to rounding) and its law uniform (Haar; Mezzadri, math-ph/0609050, section 5).
+    QR of a seeded Gaussian matrix. The signs of R's diagonal make P unique, so every machine has the same, up
+    to rounding. They also make its distribution uniform (Haar; Mezzadri, math-ph/0609050, section 5).
 
     >>> round(abs(qr_rotation(64, seed=1).det().item()), 9)
     1.0
@@ -33,43 +32,10 @@ def qr_rotation(dim: int, seed: int = 0) -> Tensor:
     return Q * R.diagonal().sign()
 
 
-def _random_signs(dim: int, seed: int, rounds: int) -> Tensor:
-    """+1 or -1, float64 [rounds, dim]; like above, torch's global random state is left alone."""
-    if dim < 1 or dim & (dim - 1):
-        raise ValueError(f"a Hadamard rotation needs a power of two, not dim={dim}")
-    generator = torch.Generator().manual_seed(seed)
-    return 1.0 - 2.0 * torch.randint(2, (rounds, dim), generator=generator).to(torch.float64)
-
-
-def hadamard_rotation(dim: int, seed: int = 0, rounds: int = 3) -> Tensor:
-    """Randomised Hadamard rotation P [dim, dim], float64: P = (H D_r) ... (H D_1) / dim^(r/2).
-
-    H is the +-1 Walsh-Hadamard matrix, D_k a diagonal of random signs (QuaRot, arXiv 2404.00456,
-    section 3, has one round). One fails on vectors with one or two large entries, three match
-    `qr_rotation`. Raises ValueError unless dim is a power of two.
-    """
-    P = torch.eye(dim, dtype=torch.float64)
-    for signs in _random_signs(dim, seed, rounds):
-        P = torch.from_numpy(hadamard(dim, float)) @ (signs.unsqueeze(-1) * P) / math.sqrt(dim)
-    return P
-
-
-def hadamard_rotate(x: Tensor, seed: int = 0, rounds: int = 3) -> Tensor:
-    """x [..., D] @ hadamard_rotation(D, ...).T in D log2(D) additions a round, float64."""
-    dim = x.shape[-1]
-    for signs in _random_signs(dim, seed, rounds):
-        x = x * signs
-        for level in range(dim.bit_length() - 1):
-            a, b = x.unflatten(-1, (-1, 2, 2**level)).unbind(-2)
-            x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
-        x = x / math.sqrt(dim)  # once a round, not at every level
-    return x
-
-
 def key_mean(x: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean over the tokens of x [..., n, D], `stored` (fp16): [..., 1, D], ready to subtract.
+    """Mean over the tokens of x [..., n, D], rounded to fp16: float64 [..., 1, D].
 
-    Tokens (padding) where `valid`, bool [..., n], is False are left out; of no token it is 0.
+    `valid`, bool [..., n], is False at padding, which does not count. Without any token the mean is 0.
     """
     valid = torch.ones_like(x[..., :1], dtype=torch.bool) if valid is None else valid.unsqueeze(-1)
     total = x.to(torch.float64).where(valid, 0.0).sum(-2, keepdim=True)
@@ -77,7 +43,7 @@ def key_mean(x: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 class Record(NamedTuple):
-    """Stored vectors: packed codes uint8 [..., D*bits/8], scale [...], zero [...] (8, 4 bits)."""
+    """Stored vectors: codes uint8 [..., D*bits/8], scale [...], and zero point [...] at 8 and 4 bits."""
 
     codes: Tensor
     scale: Tensor
@@ -86,11 +52,10 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RotatedCodec:
-    """Vectors of `head_dim` as records of `bits` bits an element, by `rotation` [D, D].
+    """Vectors of `head_dim` channels as records of `bits` bits per element, rotated by `rotation` [D, D].
 
-    Uniform codes (scale, zero) at 8 and 4 bits; Lloyd-Max codes (unbiased norm) of `LEVELS`
-    at 3 and 2.
-    Raises ValueError for other widths, odd head_dim and a matrix that is not orthogonal.
+    Codes are uniform at 8 and 4 bits, and Lloyd-Max codes of `LEVELS` at 3 and 2. Raises `ValueError` for
+    other widths, for a head_dim that does not fill whole bytes, and for a matrix that is not orthogonal.
 
     >>> codec, x = RotatedCodec(4, 64, qr_rotation(64)), torch.ones(10, 64)
     >>> record = codec.encode(x, mean=key_mean(x))
@@ -112,21 +77,24 @@ class RotatedCodec:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of one vector: packed codes, the fp16 scale, the fp16 zero where there is one."""
+        """Bytes of one vector: packed codes, fp16 scale, and fp16 zero point if there is one."""
         return token_bytes(self.bits, self.head_dim)
 
     def encode(self, x: Tensor, mean: Tensor | None = None) -> Record:
-        """x [..., D] less `mean` (broadcast to x), rotated and quantised, each vector alone."""
+        """The record of x [..., D] less `mean` (broadcast to x)."""
         x = x.to(torch.float64)
         return self._encode_rotated((x if mean is None else x - mean) @ self.rotation.T)
 
     def decode(self, record: Record, mean: Tensor | None = None) -> Tensor:
-        """Undo `encode`: float64 [..., D], with `mean` added back."""
+        """Undo `encode`: float64 [..., D]; `mean` is added back."""
         x = self._decode_rotated(record) @ self.rotation
         return x if mean is None else x + mean
 
     def requantize(self, record: Record, other: "RotatedCodec") -> Record:
-        """`record` as `other`'s, in the rotated domain; ValueError unless both share a rotation."""
+        """`record` in the codec `other`, without leaving the rotated domain.
+
+        Raises `ValueError` unless both codecs share a rotation.
+        """
         if not torch.equal(self.rotation, other.rotation):
             raise ValueError("requantize needs two codecs of one rotation")
         return other._encode_rotated(self._decode_rotated(record))
@@ -143,3 +111,6 @@ class RotatedCodec:
         if self.bits >= 4:
             return quantize.uniform_decode(codes, record.scale, record.zero)
         return quantize.lloyd_decode(codes, record.scale, self.bits, LEVELS)
+
+
+__getattr__ = lookup(__name__)

@@ -1,7 +1,7 @@
-"""What a tier is: how many bits of a token are kept.
+"""Tiers: how many bits of a token are kept.
 
-A **tier** says how much of a token survives; a **codec** (`quantize.py`, `rotation.py`,
-`product.py`) says how its bits are chosen. A **plan** is a tensor holding one tier code a token.
+A **tier** says how much of a token survives. A **codec** (`quantize`, `rotation`, `product`) chooses its
+bits. A **plan** is a tensor of tier codes, one for each token.
 """
 
 from enum import IntEnum
@@ -19,7 +19,7 @@ class Tier(IntEnum):
     EVICTED = 6
 
 
-#: Widths the integer tiers come in, in bits, and the tier each belongs to.
+#: Width in bits -> integer tier.
 INTEGER_TIERS = {8: Tier.INT8, 4: Tier.INT4, 3: Tier.INT3, 2: Tier.INT2}
 
 
@@ -40,8 +40,8 @@ def packed_bytes(bits: int, head_dim: int) -> int:
 def token_bytes(bits: int, head_dim: int) -> int:
     """Bytes of one rotated-codec vector (one key, or one value, of one KV head).
 
-    `bits` 16 is an uncompressed vector of a 16-bit dtype. The integer tiers add an fp16 scale, and
-    at 8 and 4 bits (uniform codes) an fp16 zero.
+    `bits` 16 is an uncompressed vector of a 16-bit dtype. The integer tiers add an fp16 scale, and at 8 and 4
+    bits (uniform codes) an fp16 zero point.
 
     >>> [token_bytes(b, 128) for b in (16, 8, 4, 3, 2)]
     [256, 132, 68, 50, 34]

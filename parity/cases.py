@@ -16,7 +16,7 @@ from fade_fast.kernels import product as tables
 from fade_fast.kernels import rotated
 from fade_fast.kernels.merge import merge
 from fade_ref import attention as spec_attention
-from fade_ref import policies, product, quantize
+from fade_ref import product, quantize, scores
 from fade_ref.cache import LayerCache, Row, Token
 from fade_ref.config import FadeConfig
 from fade_ref.importance import Importance
@@ -283,7 +283,7 @@ class Step:
 def policy_weights(seed: int = 0) -> dict[str, Tensor]:
     """Random weights for the network of the `learned` policy."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) / 2 for name, shape in policies.MLP.items()}
+    return {name: torch.randn(shape, generator=generator) / 2 for name, shape in scores.MLP.items()}
 
 
 def codebooks(head_dim: int, seed: int = 0) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import pytest
 
 import fade_fast
 from fade_fast import deprecated
+from fade_ref import moved
 
 
 @pytest.mark.parametrize("old, new", deprecated.MOVED.items())
@@ -24,3 +25,15 @@ def test_old_names_of_modules_that_are_packages_now():
     assert TieredKVCache is fade_fast.TieredKVCache
     with pytest.raises(ImportError):
         from fade_fast.cache import nonsense  # noqa: F401
+
+
+@pytest.mark.parametrize("module", moved.MOVED)
+def test_old_names_of_the_specification(module):
+    place = importlib.import_module(f"fade_ref.{module}")
+    for old, new in moved.MOVED[module].items():
+        home, name = new.split(".")
+        with pytest.warns(DeprecationWarning, match=f"fade_ref.{module}.{old} moved to fade_ref.{new};"):
+            thing = getattr(place, old)
+        assert thing is getattr(importlib.import_module(f"fade_ref.{home}"), name)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = place.nonsense

@@ -4,6 +4,10 @@ What is stored of a token lies beside its key and value, as further fields of it
 with it: `received`, a dict of tensors, one a field. Policies that need none have no observer, and
 cost nothing.
 
+fade_fast takes no numerics from fade_ref, with one exception: the arithmetic of scores and plans
+(`fade_ref.scores`, `fade_ref.plan`). A second copy would only repeat it, and prove nothing. How queries
+are counted is implemented twice, here and in `fade_ref.importance`, and parity compares the two.
+
 Shapes: B rows, H KV heads, q queries, n slots. A share [B, H, q, n] is the probability that a query
 gives to a token, mean over the query heads of the KV head.
 """
@@ -13,21 +17,18 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fade_ref.config import FadeConfig
+from fade_ref.scores import MLP, features, keep_probability, pool_neighbors
 
 from ..cache.buffers import Field
 from ..compile.compiled import TOGETHER, Compiled, use_compiled
 
 ALPHA = 0.95  # decay of `Decayed` a query: fade-kv 1.1.0, tracker.py
 WINDOW = 64  # queries that SnapKV observes
-#: Names and shapes of the tensors of the `learned` policy's network, as fade-kv names them.
-MLP = {"net.0.weight": (32, 4), "net.2.weight": (32, 32), "net.4.weight": (1, 32)}
-MLP |= {name.replace("weight", "bias"): shape[:1] for name, shape in MLP.items()}
-#: What that network sees of a token, see `features`.
+#: What the network of the `learned` policy sees of a token, see `features`.
 FEATURES = ("position, scaled", "mean share, scaled", "depth of the layer", "age over that of the first")
 #: Its weights, unless others are given; `python -m fade_fast.hf.train_policy` made them.
 SHIPPED = Path(__file__).parent / "weights" / "learned.safetensors"
@@ -235,7 +236,7 @@ class Pooled(Windowed):
     """SnapKV (arXiv 2404.14469): the mean over the window, pooled over neighbours."""
 
     def score_candidates(self, attention_stats, position, now):
-        return pool_neighbours(self.score(attention_stats), position)
+        return pool_neighbors(self.score(attention_stats), position)
 
 
 class Learned(Summed):
@@ -258,33 +259,11 @@ class Learned(Summed):
         self.weights = {name: x.to(device) for name, x in self.weights.items()}
 
     def score_candidates(self, attention_stats, position, now):
-        w, x = self.weights, features(self.score(attention_stats), position, now, self.depth)
-        x = F.linear(x, w["net.0.weight"], w["net.0.bias"]).relu()
-        x = F.linear(x, w["net.2.weight"], w["net.2.bias"]).relu()
-        return F.linear(x, w["net.4.weight"], w["net.4.bias"]).sigmoid().squeeze(-1)
+        x = features(self.score(attention_stats), position, now, self.depth)
+        return keep_probability(x, self.weights)
 
     def tensors(self):
         return list(self.weights.values())
-
-
-def features(score: Tensor, position: Tensor, now: Tensor, depth: float) -> Tensor:
-    """What `Learned` sees of each candidate, float64 in [0, 1], [B, H, n, 4]: `FEATURES`.
-
-    Position and mean share are scaled by their extremes over the candidates, 0 if all are equal.
-
-    Args:
-        score: mean share, float64 [B, H, n].
-        position, now: as in `Observer.worth`.
-        depth: the layer's, 0 for the first and 1 for the last.
-    """
-    hole = (position < 0).unsqueeze(-1)
-    x = torch.stack(torch.broadcast_tensors(position.double(), score), dim=-1)
-    low = x.masked_fill(hole, torch.inf).amin(-2, keepdim=True)
-    high = x.masked_fill(hole, -torch.inf).amax(-2, keepdim=True)
-    age = ((now - position).double() / now.clamp_min(1)).expand(score.shape)
-    scaled = torch.where(low == high, 0.0, (x - low) / (high - low))
-    rest = torch.stack([torch.full_like(age, depth), age], dim=-1)
-    return torch.cat([scaled, rest], dim=-1).clamp(0, 1)
 
 
 #: The observer that a policy needs. TOVA: arXiv 2401.06104.
@@ -315,18 +294,6 @@ def load(weights: str | os.PathLike | dict[str, Tensor]) -> dict[str, Tensor]:
     """A float64 copy of weights of the `learned` policy, from a safetensors file or from tensors."""
     found = weights if isinstance(weights, dict) else load_file(weights)
     return {name: x.detach().to(torch.float64, copy=True) for name, x in found.items()}
-
-
-def pool_neighbours(scores: Tensor, position: Tensor, size: int = 5) -> Tensor:
-    """Mean of `size` (odd) neighbours by position: float64 [B, H, n], for `position` [B, 1, n].
-
-    NaN scores and holes are zeros, as is what lies past the ends. Source: SnapKV (arXiv 2404.14469),
-    kvpress 0.5.5.
-    """
-    order = position.argsort(dim=-1, stable=True).expand(scores.shape)  # holes first
-    real = torch.where((position >= 0) & ~scores.isnan(), scores, 0.0).gather(-1, order)
-    pooled = F.pad(real, (size // 2, size // 2)).unfold(-1, size, 1).mean(-1)
-    return torch.empty_like(pooled).scatter_(-1, order, pooled)
 
 
 def _add_step(

@@ -9,7 +9,7 @@ from fade_fast.cache import store
 from fade_fast.formats import rotated as formats
 from fade_fast.hf import cache as hf_cache
 from fade_fast.kernels import packed, rotated
-from fade_ref import quantize
+from fade_ref import baselines, quantize
 from fade_ref.config import CODECS
 from fade_ref.rotation import Record, RotatedCodec, key_mean, qr_rotation
 from fade_ref.tiers import INTEGER_TIERS
@@ -284,8 +284,8 @@ def _channel(found: Found, seed: int):
         x = x[:, :, : x.shape[2] // 3 * 3]
         n = 3
         for encode, decode, axis in (
-            (quantize.channel_encode, quantize.channel_decode, -2),
-            (lambda x, b, n: quantize.group_encode(x, b, 64), quantize.group_decode, -1),
+            (baselines.channel_encode, baselines.channel_decode, -2),
+            (lambda x, b, n: baselines.group_encode(x, b, 64), baselines.group_decode, -1),
         ):
             codes, scale, zero = encode(x, bits, n)
             where = f"{bits} bits, {name}, axis {axis}"
@@ -307,12 +307,12 @@ def _symmetric(found: Found, seed: int):
     refused_config(found, "quant_backend", "symmetric")
     for (name, make), over in itertools.product(INPUTS.items(), (-1, -2)):
         x = make(Draw(seed), 64).float()
-        codes, scale = quantize.symmetric_encode(x, over)
+        codes, scale = baselines.symmetric_encode(x, over)
         found.same("codec by definition", rotated.unpack(rotated.pack(codes, 4), 4), codes, name)
         for part in (codes, scale):
             found.bits("codec by definition", part)
         signed = torch.round(x.double() / scale).clamp(-8, 7)
-        again = quantize.symmetric_decode(codes, scale)
+        again = baselines.symmetric_decode(codes, scale)
         found.same("codec by definition", again, signed * scale, f"{name}, over {over}")
 
 

@@ -1,11 +1,15 @@
-"""Plans from given scores, and plans of the policies that exist only in the specification."""
+"""Plans from given scores, and what the specification's other policies ask for.
+
+Both packages share one ranking (`fade_ref.plan`), so it is compared with a plain sort of Python's.
+"""
 
 import itertools
+import math
 
 import torch
 
 from fade_fast.policies import plan as fast
-from fade_ref import importance, policies
+from fade_ref import importance, policies, scores
 from fade_ref.config import POLICIES, FadeConfig
 from fade_ref.policies import Candidates
 from fade_ref.tiers import Tier
@@ -47,19 +51,39 @@ def _positions(draw: Draw, rows: int, n: int) -> torch.Tensor:
     return order.masked_fill(draw.chance(0.2, rows, n), -1)[:, None]
 
 
+def sorted_plan(scores: list[float], position: list[int], int4: int | None, int2: int | None) -> list[Tier]:
+    """The plan of one row, by a sort: better is a number, then the higher score, then the newer token."""
+    real = [i for i, p in enumerate(position) if p >= 0]
+    number = [not math.isnan(x) for x in scores]
+    real.sort(key=lambda i: (number[i], scores[i] if number[i] else 0.0, position[i]), reverse=True)
+    int4 = len(real) if int4 is None else int4
+    int2 = len(real) if int2 is None else int2
+    tiers = [Tier.EVICTED] * len(scores)
+    for place, i in enumerate(real[: int4 + int2]):
+        tiers[i] = Tier.INT4 if place < int4 else Tier.INT2
+    return tiers
+
+
+def _sorted(scores: torch.Tensor, position: torch.Tensor, int4: int | None, int2: int | None) -> torch.Tensor:
+    """`sorted_plan` of rows [rows, 1, n]: int8."""
+    rows = zip(scores[:, 0].tolist(), position[:, 0].tolist())
+    return torch.tensor([[sorted_plan(*row, int4, int2)] for row in rows], dtype=torch.int8)
+
+
 def _given(name, n):
     def run(found: Found, seed: int):
         for round_ in range(4):
             draw = Draw(seed + round_)
             position = _positions(draw, 3, n)
-            scores = SCORES[name](draw, (3, 1, n))
+            given = SCORES[name](draw, (3, 1, n))
+            budgets = BUDGETS if n else [(1, 1)]
+            exact = {pair: _sorted(given, position, *pair) for pair in [*budgets, (n // 2, n // 4)]}
             for dtype in (torch.int64, torch.int32):
-                there = scores.to(found.device), position.to(dtype).to(found.device)
-                for high, low in BUDGETS if n else [(1, 1)]:
-                    exact = policies.plan(scores, position, high, low, Tier.INT4)
-                    where = f"budgets {high}, {low}"
-                    found.same("plan", fast.plan(*there, high, low, Tier.INT4), exact, where)
-                tiers = policies.plan(scores, position, n // 2, n // 4, Tier.INT4)
+                there = given.to(found.device), position.to(dtype).to(found.device)
+                for high, low in budgets:
+                    ours = fast.plan(*there, high, low, Tier.INT4)
+                    found.same("plan", ours, exact[high, low], f"budgets {high}, {low}")
+                tiers = exact[n // 2, n // 4]
                 for tier in (Tier.INT4, Tier.INT2):
                     _kept(found, tiers, position, there[1], tier)
 
@@ -114,5 +138,5 @@ def _candidates(draw: Draw, rows=2, heads=2, n=40, dim=8) -> Candidates:
     keys, values = draw.normal(rows, heads, n, dim), draw.normal(rows, heads, n, dim)
     mean = draw.normal(rows, heads, dim)
     covariance = torch.eye(dim, dtype=torch.float64).expand(rows, heads, dim, dim)
-    weights = {name: draw.normal(*shape) for name, shape in policies.MLP.items()}
+    weights = {name: draw.normal(*shape) for name, shape in scores.MLP.items()}
     return Candidates(position, n, state, keys, values, (mean, covariance), weights=weights)

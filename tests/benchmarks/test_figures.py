@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks import figures, memory, needles, quality
+from benchmarks import figures, memory, needles, pictures, quality
 
 REPORTS = figures.stored_reports()
 
@@ -57,7 +57,7 @@ def test_numbers_of_a_table():
 
 def test_the_front():
     points = {"a": (1, 3), "b": (2, 2), "c": (3, 2.5), "d": (4, 1), "e": (4, 1.5)}
-    assert quality.front(points) == ["a", "b", "d"]
+    assert pictures.front(points) == ["a", "b", "d"]
     assert quality.best_trades([DYNAMIC, INT4, GONE]).endswith("than: int4, dynamic.")
 
 

@@ -7,9 +7,8 @@ from fade_fast.cache import reads
 from fade_fast.kernels import flash, packed, rotated
 from fade_fast.policies import plan
 from fade_fast.policies.scores import OBSERVERS
-from fade_ref import policies, quantize
+from fade_ref import quantize
 from fade_ref.config import FadeConfig
-from fade_ref.tiers import Tier
 from parity import cases
 from parity.cases import Shape
 from parity.tolerances import ATTENTION, CODES_DIFFERING, SCALE_ULP, SCORES
@@ -189,23 +188,6 @@ def test_tiles_and_horizons_of_long_steps(policy, flashes, monkeypatch):
     found = list(cases.trace(config, shape, steps, seed=1))
     assert all(s.same_tokens for s in found) and found[-1].middle == 40
     assert max(s.score_error for s in found) <= SCORES
-
-
-@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
-@pytest.mark.parametrize("budgets", [(5, 4), (9, None), (0, 6), (12, 0), (None, 0)], ids=str)
-def test_plans(budgets, adaptive):
-    """Random scores with ties, NaN, padding and tokens that are spent."""
-    generator = torch.Generator().manual_seed(0)
-    chosen = policies.adaptive_plan if adaptive else policies.plan
-    for sharpness in (0.0, 1.0, 3.0, 6.0):
-        scores = (sharpness * torch.randn(40, 25, generator=generator).double()).exp()
-        scores = torch.where(torch.rand(40, 25, generator=generator) < 0.2, scores.round(), scores)
-        scores[::3, ::7] = torch.nan
-        position = torch.stack([torch.randperm(25, generator=generator) for _ in range(40)])
-        position[torch.rand(40, 25, generator=generator) < 0.2] = -1
-        already_int2 = torch.rand(40, 25, generator=generator) < 0.3
-        expected = chosen(scores, position, *budgets, Tier.INT4, already_int2)
-        assert torch.equal(plan.plan(scores, position, *budgets, Tier.INT4, already_int2, adaptive), expected)
 
 
 WINDOWS = {

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fade_ref import importance as imp
+from fade_ref.baselines import expected_attention
 
 from ..marks import slow_but
 
@@ -254,7 +255,7 @@ def test_bad_input_raises(call):
         call(observed())
 
 
-# ---------------------------------------------------------------- pooling and keys
+# ---------------------------------------------------------------- means, and queries to come
 
 
 def test_group_mean_takes_consecutive_query_heads():
@@ -262,56 +263,6 @@ def test_group_mean_takes_consecutive_query_heads():
     mean = imp.group_mean(p, 2)
     assert mean.dtype == torch.float64
     torch.testing.assert_close(mean[:, 1], (p[:, 3] + p[:, 4] + p[:, 5]).double() / 3)
-
-
-def test_pooling_against_a_loop_and_avg_pool1d():
-    scores = torch.rand(2, 3, 11, dtype=torch.float64)
-    pooled = imp.pool_neighbours(scores, torch.arange(11))
-    for t in range(11):
-        near = [scores[..., s] for s in range(t - 2, t + 3) if 0 <= s < 11]
-        torch.testing.assert_close(pooled[..., t], sum(near) / 5)
-    torch.testing.assert_close(pooled, torch.nn.functional.avg_pool1d(scores, 5, 1, 2))
-
-
-def test_pooling_depends_on_positions_not_on_storage():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(1, 8, generator=generator).double()
-    position = torch.tensor([3, 4, 7, 9, 10, 11, 20, 21])
-    want = imp.pool_neighbours(scores, position)
-    shuffle = torch.randperm(8, generator=generator)
-    assert torch.equal(imp.pool_neighbours(scores[:, shuffle], position[shuffle]), want[:, shuffle])
-    holes = torch.tensor([-1, 3, 4, 7, -1, 9, 10, 11, 20, 21, -1])
-    padded = torch.full((1, 11), 1e6).double()
-    padded[:, holes >= 0] = scores
-    assert torch.equal(imp.pool_neighbours(padded, holes)[:, holes >= 0], want)
-    assert imp.pool_neighbours(scores[:, :1], position[:1]).tolist() == [[scores[0, 0].item() / 5]]
-    nan, zero = (scores.index_fill(-1, torch.tensor([3]), x) for x in (math.nan, 0.0))
-    assert torch.equal(imp.pool_neighbours(nan, position), imp.pool_neighbours(zero, position))
-
-
-def test_key_scores_against_loops():
-    generator = torch.Generator().manual_seed(2)
-    keys = torch.randn(2, 3, 7, 4, generator=generator) + 1
-    valid = torch.tensor([[True] * 7, [False] * 2 + [True] * 5]).unsqueeze(1)
-    keys[1, :, :2] = math.nan  # padding may contain any value
-    norm, diff = imp.key_norm(keys), imp.key_diff(keys, valid)
-    assert norm.dtype == diff.dtype == torch.float64
-    for b, h in ((0, 0), (0, 2), (1, 1)):
-        real = [t for t in range(7) if valid[b, 0, t]]
-        k = [keys[b, h, t].double() for t in range(7)]
-        anchor = sum(k[t] / math.sqrt(sum(x * x for x in k[t])) for t in real) / len(real)
-        for t in real:
-            length = math.sqrt(sum(x * x for x in k[t]))
-            assert norm[b, h, t].item() == pytest.approx(-length, rel=1e-12)
-            cosine = sum(k[t] * anchor) / (length * anchor.norm())
-            assert diff[b, h, t].item() == pytest.approx(-cosine.item(), rel=1e-10)
-
-
-def test_bf16_keys_keep_distinct_norms():
-    """Pitfall 115: with norms rounded to bf16, most tokens tie."""
-    keys = torch.randn(1, 400, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert keys.norm(dim=-1).unique().numel() < 200
-    assert imp.key_norm(keys).unique().numel() == 400
 
 
 def expected_by_loop(k, v, mu, sigma, group, valid):
@@ -337,7 +288,7 @@ def test_expected_attention_against_a_loop():
     mu, centered = queries.mean(-2), queries - queries.mean(-2, keepdim=True)
     sigma = centered.transpose(-1, -2) @ centered / 50
     valid = torch.tensor([[True] * 6, [False] + [True] * 5])
-    score = imp.expected_attention(k, v, mu, sigma, valid.unsqueeze(1))
+    score = expected_attention(k, v, mu, sigma, valid.unsqueeze(1))
     for b in range(2):
         want = expected_by_loop(k[b], v[b], mu[b], sigma[b], 3, valid[b])
         torch.testing.assert_close(score[b][:, valid[b]], want[:, valid[b]])
@@ -352,7 +303,7 @@ def test_expected_attention_is_the_mean_over_gaussian_queries():
     q = mu + torch.randn(400_000, 8, generator=generator, dtype=torch.float64) @ root.T
     drawn = (q @ k[0].T / math.sqrt(8)).exp().mean(0)
     unit = torch.nn.functional.normalize(torch.ones_like(k), dim=-1)
-    score = imp.expected_attention(k, unit, mu, (root @ root.T)[None], torch.ones(5).bool())
+    score = expected_attention(k, unit, mu, (root @ root.T)[None], torch.ones(5).bool())
     torch.testing.assert_close(score[0], drawn / drawn.sum(), rtol=0.03, atol=0)
 
 
@@ -360,4 +311,4 @@ def test_expected_attention_refuses_heads_that_do_not_fit():
     k = torch.randn(2, 5, 4)
     for mu, sigma in ((torch.randn(3, 4), torch.randn(3, 4, 4)), (torch.randn(4, 4), torch.eye(4))):
         with pytest.raises(ValueError):
-            imp.expected_attention(k, k, mu, sigma, torch.ones(5).bool())
+            expected_attention(k, k, mu, sigma, torch.ones(5).bool())

@@ -10,11 +10,14 @@ import torch
 from fade_ref import importance as imp
 from fade_ref import policies as pol
 from fade_ref.config import PLAN_SCOPES, POLICIES, FadeConfig
+from fade_ref.plan import HIGH_SHARE, KEEP_SHARE, adaptive_plan, aggregate, plan
+from fade_ref.scores import MLP
 from fade_ref.tiers import Tier
+from parity.subjects.plans import sorted_plan
 
 from ..marks import slow_but
 
-PLANS = (pol.plan, pol.adaptive_plan)
+PLANS = (plan, adaptive_plan)
 BUDGETS = [*itertools.product((None, 0, 1, 5, 100), (0, 3, 100, None))]
 BUDGETS = slow_but(BUDGETS, (None, 0), (0, 3), (5, 3), (1, None), (100, 100))
 ROWS, HEADS, GROUP, N, DIM, PAST = 2, 4, 2, 24, 8, 3  # PAST: the number of sinks before the middle
@@ -60,7 +63,7 @@ def candidates(seed=0, scope="sequence", holes=0, n=N):
         ),
         layer=2,
         layers=5,
-        weights={k: torch.randn(s, generator=generator) / 2 for k, s in pol.MLP.items()},
+        weights={k: torch.randn(s, generator=generator) / 2 for k, s in MLP.items()},
     )
 
 
@@ -99,31 +102,14 @@ def kept(tiers):
 # ---------------------------------------------------------------- plans
 
 
-def slow_plan(scores, position, int4, int2):
-    """A plan with Python's sort. A number is better than NaN, then a higher score, then a newer token."""
-    real = [i for i, p in enumerate(position) if p >= 0]
-
-    def worth(i):
-        number = not math.isnan(scores[i])
-        return (number, scores[i] if number else 0, position[i])
-
-    ranked = sorted(real, key=worth, reverse=True)
-    int4 = len(ranked) if int4 is None else int4
-    int2 = len(ranked) if int2 is None else int2
-    tiers = [Tier.EVICTED] * len(scores)
-    for place, i in enumerate(ranked[: int4 + int2]):
-        tiers[i] = Tier.INT4 if place < int4 else Tier.INT2
-    return tiers
-
-
 @pytest.mark.parametrize(("int4", "int2"), BUDGETS)
 def test_plan_against_a_slow_sort(int4, int2):
     for seed in range(10):
         scores, position = random_rows(seed)
-        tiers = pol.plan(scores, position, int4, int2)
+        tiers = plan(scores, position, int4, int2)
         assert tiers.dtype == torch.int8
         rows = zip(scores.tolist(), position.tolist(), strict=True)
-        assert tiers.tolist() == [slow_plan(*row, int4, int2) for row in rows]
+        assert tiers.tolist() == [sorted_plan(*row, int4, int2) for row in rows]
 
 
 @pytest.mark.parametrize("planner", PLANS)
@@ -171,12 +157,12 @@ def test_larger_budgets_keep_supersets(planner):
 
 def test_ties_and_nan():
     position = torch.tensor([5, 6, 7, 8])
-    assert pol.plan(torch.ones(4), position, 2, 1).tolist() == [6, 4, 2, 2]  # the oldest token loses,
-    assert pol.plan(torch.ones(4), position.flip(0), 2, 1).tolist() == [2, 2, 4, 6]  # in any slot
+    assert plan(torch.ones(4), position, 2, 1).tolist() == [6, 4, 2, 2]  # the older loses,
+    assert plan(torch.ones(4), position.flip(0), 2, 1).tolist() == [2, 2, 4, 6]  # anywhere
     nan = torch.tensor([math.nan, -math.inf, math.nan, -1e300]).double()
-    assert pol.plan(nan, position, 1, 1).tolist() == [6, 4, 6, 2]
-    assert pol.plan(nan, position, 2, 1).tolist() == [6, 2, 4, 2]
-    assert pol.plan(torch.tensor([0.0, -0.0]), position[:2], 1, 0).tolist() == [6, 2]
+    assert plan(nan, position, 1, 1).tolist() == [6, 4, 6, 2]
+    assert plan(nan, position, 2, 1).tolist() == [6, 2, 4, 2]
+    assert plan(torch.tensor([0.0, -0.0]), position[:2], 1, 0).tolist() == [6, 2]
 
 
 def test_nothing_to_plan():
@@ -188,8 +174,8 @@ def test_nothing_to_plan():
 
 def test_first_tier():
     scores, position = torch.arange(4.0), torch.arange(4)
-    assert pol.plan(scores, position, 2, 1, Tier.INT8).tolist() == [6, 4, 1, 1]
-    assert pol.adaptive_plan(scores, position, 2, 1, Tier.INT3)[-1] == Tier.INT3
+    assert plan(scores, position, 2, 1, Tier.INT8).tolist() == [6, 4, 1, 1]
+    assert adaptive_plan(scores, position, 2, 1, Tier.INT3)[-1] == Tier.INT3
 
 
 @pytest.mark.parametrize(
@@ -217,7 +203,7 @@ def test_adaptive_splits_by_share_of_mass():
     position = torch.arange(7)
 
     def codes(*budgets):
-        return pol.adaptive_plan(mass, position, *budgets).tolist()
+        return adaptive_plan(mass, position, *budgets).tolist()
 
     assert codes(100, 100) == [2, 2, 2, 4, 4, 6, 6]  # the better tokens have 91, 95.5 and 99.5
     assert codes(2, 100) == [2, 2, 4, 4, 4, 6, 6]  # tokens above the INT4 budget go to INT2
@@ -229,12 +215,61 @@ def test_adaptive_splits_by_share_of_mass():
     assert codes(None, 0) == [2] * 7
 
 
+def slow_adaptive(mass, position, int4, int2):
+    """One row, token by token, best first, from the definition; the mass is a whole number of units."""
+    ranked = sorted((i for i, p in enumerate(position) if p >= 0), key=lambda i: (mass[i], position[i]))[::-1]
+    before, high, worthy = 0, 0, 0
+    for i in ranked:
+        high += before <= HIGH_SHARE * sum(mass[i] for i in ranked)
+        worthy += before <= KEEP_SHARE * sum(mass[i] for i in ranked)
+        before += mass[i]
+    worthy = len(ranked) if int2 is None else min(worthy, int4 + int2)
+    first = min(high if int2 is None else max(high, worthy - int2), int4)
+    tiers = [Tier.EVICTED] * len(mass)
+    for place, i in enumerate(ranked[:worthy]):
+        tiers[i] = Tier.INT4 if place < first else Tier.INT2
+    return tiers
+
+
+@pytest.mark.parametrize(("int4", "int2"), [(0, 3), (3, 0), (5, 3), (5, None), (100, 100)])
+def test_adaptive_against_a_slow_loop(int4, int2):
+    for seed in range(20):
+        generator = seeded(seed)
+        mass = (4 * torch.randn(5, 20, generator=generator)).exp().round().clamp(max=1e5).double()
+        position = random_rows(seed)[1]
+        rows = zip(mass.tolist(), position.tolist(), strict=True)
+        expected = [slow_adaptive(*row, int4, int2) for row in rows]
+        assert adaptive_plan(mass, position, int4, int2).tolist() == expected
+
+
+@pytest.mark.parametrize("planner", PLANS)
+def test_tokens_that_are_int2_already_never_climb(planner):
+    """The plan of the others is then the plan without them, as far as the first tier goes."""
+    for seed in range(10):
+        _, position = random_rows(seed)
+        scores = torch.rand(position.shape, generator=seeded(seed)).double()
+        spent = torch.rand(position.shape, generator=seeded(seed + 100)) < 0.3
+        tiers = planner(scores, position, 4, 6, spent=spent)
+        assert not (tiers[spent] == Tier.INT4).any()
+        if planner is plan:
+            others = plan(scores, position.masked_fill(spent, -1), 4, 0)
+            assert torch.equal(tiers == Tier.INT4, others == Tier.INT4)
+            assert (kept(tiers).sum(-1) == (position >= 0).sum(-1).clamp(max=10)).all()
+
+
+def test_plans_are_the_same_for_both_integer_types():
+    scores, position = random_rows(0)
+    for planner in PLANS:
+        long, short = planner(scores, position, 4, 3), planner(scores, position.int(), 4, 3)
+        assert torch.equal(long, short) and short.dtype == torch.int8
+
+
 def test_adaptive_keeps_a_better_part_of_what_plan_keeps():
     for seed in range(10):
         scores, position = random_rows(seed)
         for budgets in ((4, 3), (1, 0), (0, 5), (50, 50)):
-            limits = pol.plan(scores, position, *budgets)
-            tiers = pol.adaptive_plan(scores, position, *budgets)
+            limits = plan(scores, position, *budgets)
+            tiers = adaptive_plan(scores, position, *budgets)
             assert (kept(limits) | ~kept(tiers)).all()
             for tier, score, real in zip(tiers, scores.nan_to_num(-9), position >= 0, strict=True):
                 for better, worse in itertools.pairwise((Tier.INT4, Tier.INT2, Tier.EVICTED)):
@@ -247,8 +282,8 @@ def test_adaptive_without_any_mass_is_plan():
     for budgets in ((3, 4), (0, 2), (40, 0), (2, None)):
         for nothing in (0.0, -1.0):
             scores = torch.full(position.shape, nothing)
-            want = pol.plan(scores, position, *budgets)
-            assert torch.equal(pol.adaptive_plan(scores, position, *budgets), want)
+            want = plan(scores, position, *budgets)
+            assert torch.equal(adaptive_plan(scores, position, *budgets), want)
 
 
 # ---------------------------------------------------------------- aggregation
@@ -259,21 +294,21 @@ def test_aggregate_against_means():
     valid = torch.ones(ROWS, N).bool()
     valid[1, :5] = False
     valid[:, 7] = False
-    assert pol.aggregate(scores, "head") is scores
-    torch.testing.assert_close(pol.aggregate(scores, "sequence"), scores.mean(1))
-    torch.testing.assert_close(pol.aggregate(scores, "layer"), scores.mean((0, 1)))
-    layer = pol.aggregate(scores.masked_fill(~valid.unsqueeze(1), math.nan), "layer", valid)
+    assert aggregate(scores, "head") is scores
+    torch.testing.assert_close(aggregate(scores, "sequence"), scores.mean(1))
+    torch.testing.assert_close(aggregate(scores, "layer"), scores.mean((0, 1)))
+    layer = aggregate(scores.masked_fill(~valid.unsqueeze(1), math.nan), "layer", valid)
     torch.testing.assert_close(layer[:5], scores[0, :, :5].mean(0))
     torch.testing.assert_close(layer[8:], scores[..., 8:].mean((0, 1)))
     with pytest.raises(ValueError, match="plan_scope='batch'"):
-        pol.aggregate(scores, "batch")
+        aggregate(scores, "batch")
 
 
 def test_aggregate_is_bit_equal_in_any_order_of_heads():
     scores = torch.randn(ROWS, 9, 300, generator=seeded(1)).double().exp()
     for scope, order in itertools.product(("sequence", "layer"), range(5)):
         shuffled = scores[:, torch.randperm(9, generator=seeded(order))]
-        assert torch.equal(pol.aggregate(shuffled, scope), pol.aggregate(scores, scope))
+        assert torch.equal(aggregate(shuffled, scope), aggregate(scores, scope))
 
 
 # ---------------------------------------------------------------- each policy with each scope
@@ -439,7 +474,7 @@ def test_snapkv_against_kvpress_formula():
 def test_tova_averages_over_all_heads_unless_each_head_plans():
     c = candidates(seed=9)
     mean = c.importance.window[..., -1, :].mean(1)
-    want = pol.plan(mean, c.position, 6, 5)
+    want = plan(mean, c.position, 6, 5)
     assert torch.equal(pol.make_plan(config("tova"), c), want)
 
 
