@@ -11,14 +11,11 @@ caching allocator counts it, and on a CPU the storages that operators made are c
 import argparse
 import gc
 import json
-import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fade_fast
 from fade_fast.hf import loading
@@ -26,6 +23,7 @@ from fade_fast.hf.cache import TieredKVCache
 from fade_fast.hf.codebooks import SIDES
 from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import CACHE_NAME
+from fade_fast.saved.memory import StorageMeter
 
 from . import pictures, texts
 from .methods import Method, Unavailable, allocated, key_shape, method
@@ -106,39 +104,13 @@ def filled_bytes(model, m: Method, length: int, reserved: bool = False) -> int:
         fade_fast.detach(model)
 
 
-class Meter(TorchDispatchMode):
-    """Bytes of the storages that operators made and that still exist: `now`, and `peak`."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {
-            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
-        }
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self.known:
-                    self.known[storage._cdata] = size = storage.nbytes()
-                    weakref.finalize(storage, self._gone, storage._cdata)
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-        return result
-
-    def _gone(self, key: int) -> None:
-        self.now -= self.known.pop(key)
-
-
 @torch.no_grad()
 def peaks(model, m: Method, length: int) -> tuple[int, int]:
     """Most bytes in use above the weights during a prefill of `length` tokens, and during a step after it."""
     gc.collect()
     cuda = model.device.type == "cuda"
     ids = torch.arange(length + STEP, device=model.device)[None] % model.config.get_text_config().vocab_size
-    parts, found, meter = (ids[:, :length], ids[:, length:]), [], Meter()
+    parts, found, meter = (ids[:, :length], ids[:, length:]), [], StorageMeter()
     before = torch.cuda.memory_allocated() if cuda else 0
 
     def forward(part, cache):

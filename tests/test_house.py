@@ -28,21 +28,7 @@ GENERATES = ("Cache", "Generation", "Stopping", "LogitsProcessor", "Streamer")
 OF_BENCHMARKS = ("tests/benchmarks/", "tests/test_benchmarks.py", "tests/test_docs.py")
 
 #: Violations of today, as (file, import). A fixed entry fails the last test, so the set can only shrink.
-PENDING = {
-    ("fade_fast/cache/cuda_graph.py", "transformers.Cache"),
-    ("fade_fast/cache/cuda_graph.py", "transformers.utils.ModelOutput"),
-    ("fade_fast/cache/layer.py", "fade_fast.hf.rope_probe.Rope"),
-    ("fade_fast/cache/layer.py", "transformers.cache_utils.CacheLayerMixin"),
-    ("fade_fast/cache/product_store.py", "fade_fast.hf.codebooks.SIDES"),
-    ("fade_fast/cache/store.py", "fade_fast.hf.rope_probe.Rope"),
-    ("fade_fast/policies/scores.py", "fade_fast.cache.buffers.Field"),
-    ("fade_fast/saved/checkpoint.py", "transformers.cache_utils.Cache"),
-    ("fade_fast/saved/checkpoint.py", "transformers.cache_utils.DynamicSlidingWindowLayer"),
-    ("fade_fast/saved/checkpoint.py", "transformers.cache_utils.StaticSlidingWindowLayer"),
-    ("tests/fast/test_stepper.py", "benchmarks.generate.Guesses"),
-    ("tests/fast/test_stepper.py", "benchmarks.generate.MODES"),
-    ("tests/fast/test_stepper.py", "benchmarks.memory.Meter"),
-}
+PENDING: set[tuple[str, str]] = set()
 
 
 def files(*tops: str) -> list[Path]:

@@ -23,8 +23,8 @@ from torch import Tensor
 from fade_ref.config import FadeConfig
 from fade_ref.scores import MLP, features, keep_probability, pool_neighbors
 
-from ..cache.buffers import Field
 from ..compile.compiled import TOGETHER, Compiled, use_compiled
+from ..formats.base import Field
 
 ALPHA = 0.95  # decay of `Decayed` a query: fade-kv 1.1.0, tracker.py
 WINDOW = 64  # queries that SnapKV observes

@@ -1,8 +1,12 @@
 """What a cache weighs."""
 
+import weakref
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fade_ref.tiers import Tier
 
@@ -72,3 +76,29 @@ def of(layers: list, others: list[Tensor]) -> Memory:
         dense=rest + sum(dense for _, dense, _ in sizes),
         tokens={name: int(x) if x == int(x) else x for name, x in tokens.items()},
     )
+
+
+class StorageMeter(TorchDispatchMode):
+    """Bytes of the storages that operators made and that still exist: `now`, and `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self.known:
+                    self.known[storage._cdata] = size = storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage._cdata)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+        return result
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.known.pop(key)

@@ -146,3 +146,17 @@ def new_cache(model, config, **options):
 def compressed_tokens(cache) -> int:
     """Tokens in any tier of a middle."""
     return sum(n for name, n in cache.memory().tokens.items() if name not in ("FP16", "EVICTED"))
+
+
+class RandomDrafts(CandidateGenerator):
+    """Drafts `count` random tokens per step, which are hardly ever right."""
+
+    def __init__(self, vocabulary: int, count: int):
+        self.vocabulary, self.count = vocabulary, count
+
+    def get_candidates(self, ids, **kwargs):
+        drafted = torch.randint(self.vocabulary, (len(ids), self.count), device=ids.device)
+        return torch.cat((ids, drafted), dim=1), None
+
+    def update_candidate_strategy(self, *args, **kwargs) -> None:
+        """Learn nothing from refused drafts."""

@@ -9,8 +9,6 @@ from transformers import CompileConfig, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fade_fast
-from benchmarks.generate import MODES, Guesses
-from benchmarks.memory import Meter
 from fade_fast.cache.decode_graph import DecodeGraph
 from fade_fast.cache.layer import KVLayer
 from fade_fast.cache.reads import AttentionQuery
@@ -21,6 +19,7 @@ from fade_fast.hf.attention import NAME
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.kernels import decode, dense, rotated
 from fade_fast.policies import plan
+from fade_fast.saved.memory import StorageMeter
 from fade_ref.config import FadeConfig
 
 from ..marks import pairwise, part, slow_but
@@ -416,7 +415,7 @@ def test_attach_is_undone():
 def test_a_step_leaves_no_tensor_behind(name):
     """What a captured step makes lies in its graph's memory, so nothing else may keep it."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
-    cache, meter, left = new_cache(model, CONFIGS[name]), Meter(), []
+    cache, meter, left = new_cache(model, CONFIGS[name]), StorageMeter(), []
     run = cache.decode_graph.run
 
     def watched(*args):
@@ -443,8 +442,8 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name, drafted, mon
     inputs = {k: v.cuda() for k, v in prompt(300, batch=1 if drafted else 2).items()}
     options = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
     if drafted:
-        options |= MODES["drafted"]
-        guesses = Guesses(model.config.vocab_size)
+        options |= dict(prompt_lookup_num_tokens=3)
+        guesses = RandomDrafts(model.config.vocab_size, 3)
         monkeypatch.setattr(type(model), "_get_candidate_generator", lambda *args, **kwargs: guesses)
     long = dict(recent_window=8, block_size=64)
     configs = dict(int4=FadeConfig(**long), evict=FadeConfig(**long, int4_budget=64), off=CONFIGS["off"])

@@ -12,6 +12,7 @@ from parity import mutants, report, subjects, twins
 from parity.__main__ import main
 from parity.case import Case, Check, Draw, Found, perform, relative_error
 from parity.mutants import Mutant
+from parity.mutation import call, compare
 from parity.subjects import codecs
 from parity.tolerances import CLAIMS
 
@@ -199,7 +200,7 @@ def test_what_a_cache_can_hold_without_a_checkpoint_fails_the_run(monkeypatch, c
 
 
 def test_mutants_are_of_this_source():
-    """Each is one line of it, as it is now, and has cases that may notice."""
+    """Each finds its function and its operation as they are now, and has cases that may notice."""
     titles = [case.title for case in subjects.collect()]
     for mutant in mutants.MUTANTS:
         with mutants.corrupted(mutant):
@@ -220,17 +221,21 @@ def test_mutants_are_caught(name, capsys):
 
 
 def test_mutants_that_survive_or_are_stale(monkeypatch, capsys):
-    harmless = Mutant("harmless", "kernels.rotated.pack", "bits == 8", "bits == 8 or False", "packing, 4")
-    stale = Mutant("old", "kernels.rotated.pack", "nonesuch", "", "packing, 4")
-    gone = Mutant("gone", "kernels.rotated.nonesuch", "a", "b", "packing, 4")
-    monkeypatch.setattr(mutants, "MUTANTS", [harmless, stale, gone])
+    pack = "kernels.rotated.pack"
+    harmless = Mutant("harmless", pack, compare("==")[0].becomes("_ or False"), "packing, 4")
+    stale = Mutant("old", pack, call("nonesuch").drop(), "packing, 4")
+    gone = Mutant("gone", "kernels.rotated.nonesuch", call("sum").drop(), "packing, 4")
+    broken = Mutant("broken", pack, call("sum").becomes("nonesuch"), "packing, 4")
+    monkeypatch.setattr(mutants, "MUTANTS", [harmless, stale, gone, broken])
     assert main(["mutate"]) == 1
     said = capsys.readouterr().out
-    assert said.count("SURVIVES") == 3 and "nothing, in 7 cases" in said and said.count("stale") == 2
+    assert said.count("SURVIVES") == 4 and "nothing, in 7 cases" in said
+    assert said.count("stale: ") == 3 and "it breaks the function: NameError" in said
 
 
 def test_mutants_are_many_and_unlike():
-    assert len({m.name for m in mutants.MUTANTS}) == len(mutants.MUTANTS) >= 30
+    assert len({m.name for m in mutants.MUTANTS}) == len(mutants.MUTANTS) >= 120
+    assert len({(m.where, str(m.change)) for m in mutants.MUTANTS}) == len(mutants.MUTANTS)
 
 
 def test_nan_and_other_shapes_never_pass():
