@@ -18,7 +18,7 @@ MOVED = {
     "check": "hf.check",
     "checkpoint": "saved.checkpoint",
     "codebooks": "hf.codebooks",
-    "coded": "cache.product_store",
+    "coded": "formats.product",
     "create": "hf.create",
     "entry": "hf.entry",
     "files": "saved.files",

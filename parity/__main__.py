@@ -2,7 +2,7 @@
 
 python -m parity                        runs every case; the exit code is 1 if a case fails
 python -m parity compare A.json B.json  lists the differences between two machines; 1 if bits differ
-python -m parity mutate                 corrupts one kernel at a time; 1 if no case notices a corruption
+python -m parity mutate                 corrupts one function at a time; 1 if a corruption survives
 """
 
 import argparse

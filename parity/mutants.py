@@ -42,7 +42,7 @@ from .report import _laid_out
 
 @dataclass(frozen=True)
 class Mutant:
-    """One corruption: a change of `where`, a function `module.name` of fade_fast, or of fade_ref by its full path."""
+    """One corruption of `where`, a function `module.name` of fade_fast, or of fade_ref by its full path."""
 
     name: str
     where: str

@@ -207,7 +207,7 @@ class TieredLayer(CacheLayerMixin):
         Raises `ValueError` for a positive number, and where the cut would fall into the middle.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give a negative number, of columns to remove")
+            raise ValueError(f"crop({tokens_to_remove}): give a negative number, of tokens to remove")
         self.kv.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -38,7 +38,7 @@ def test_ratios_rise_as_bits_fall(model):
 
 
 def test_the_meter():
-    with memory.Meter() as meter:
+    with memory.StorageMeter() as meter:
         a = torch.zeros(1000, dtype=torch.uint8)
         b = a + 1
         a.add_(1), b.view(10, 100)  # nothing new

@@ -23,7 +23,7 @@ from fade_fast.saved.memory import StorageMeter
 from fade_ref.config import FadeConfig
 
 from ..marks import pairwise, part, slow_but
-from .models import compressed_tokens, drafts, new_cache, predictable, prompt, tiny_llama
+from .models import RandomDrafts, compressed_tokens, drafts, new_cache, predictable, prompt, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=4)
 CONFIGS = {
