@@ -5,12 +5,12 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import types
 import warnings
 
 PACKAGE = __package__
 #: Old modules of this package, and the modules that hold their public names now.
 MOVED = {
-    "attach": "hf.attach",
     "attention": "hf.attention",
     "buffers": "cache.buffers",
     "calls": "hf.generate",
@@ -49,6 +49,8 @@ MOVED = {
 }
 #: Modules that became packages. Their old names are looked up here.
 PACKAGES = {"cache": "hf.cache"}
+#: Modules with the name of a public function. An import must not put the module in the function's place.
+HIDDEN = {"attach": "hf.attach"}
 
 
 def _warn(old: str, new: str) -> None:
@@ -75,9 +77,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         sys.modules[module.__name__] = importlib.import_module(f"{PACKAGE}.{MOVED[old]}")
 
 
-def _attribute_of(package: str):
+def _attribute_of(package: str, new: str):
     def __getattr__(name: str):
-        new = PACKAGES[package]
         if not name.startswith("_") and hasattr(module := importlib.import_module(f"{PACKAGE}.{new}"), name):
             _warn(f"{package}.{name}", f"{new}.{name}")
             return getattr(module, name)
@@ -90,5 +91,8 @@ def install() -> None:
     """Let the old paths be imported."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
-    for package in PACKAGES:
-        importlib.import_module(f"{PACKAGE}.{package}").__getattr__ = _attribute_of(package)
+    for package, new in PACKAGES.items():
+        importlib.import_module(f"{PACKAGE}.{package}").__getattr__ = _attribute_of(package, new)
+    for old, new in HIDDEN.items():
+        module = sys.modules[f"{PACKAGE}.{old}"] = types.ModuleType(f"{PACKAGE}.{old}")
+        module.__getattr__ = _attribute_of(old, new)

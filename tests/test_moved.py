@@ -37,3 +37,11 @@ def test_old_names_of_the_specification(module):
         assert thing is getattr(importlib.import_module(f"fade_ref.{home}"), name)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = place.nonsense
+
+
+def test_an_old_module_does_not_replace_the_function_of_its_name():
+    import fade_fast.attach  # noqa: F401 - the old module
+
+    with pytest.warns(DeprecationWarning, match="fade_fast.attach.detach moved to fade_fast.hf.attach.detach"):
+        from fade_fast.attach import detach
+    assert callable(fade_fast.attach) and detach is fade_fast.detach
