@@ -42,6 +42,6 @@ def test_old_names_of_the_specification(module):
 def test_an_old_module_does_not_replace_the_function_of_its_name():
     import fade_fast.attach  # noqa: F401 - the old module
 
-    with pytest.warns(DeprecationWarning, match="fade_fast.attach.detach moved to fade_fast.hf.attach.detach"):
+    with pytest.warns(DeprecationWarning, match="fade_fast.attach.detach moved to fade_fast.hf.attach"):
         from fade_fast.attach import detach
     assert callable(fade_fast.attach) and detach is fade_fast.detach
