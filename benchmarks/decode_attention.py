@@ -463,7 +463,7 @@ def encoding(device: str, length: int, hidden: int = 4096, inner: int = 14336, l
     token_positions.extend(0, None, 1, length, device)
     table = rotated.with_sum(rotated.rotation(d)).float().to(device)
     format = RotatedFormat([(4, 4)], lambda dim, device: table)
-    format.allocate(d, device)
+    format.allocate(d, torch.bfloat16, device)
     middle = AppendStore(config, format, token_positions, None, 1, heads)
     middle.reserve(length)
     random = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from . import attention, importance, policies
 from .attention import Terms
-from .config import FadeConfig
+from .config import KEPT, FadeConfig
 from .product import ProductCodec
 from .rope import NOPE, Rope, rotate
 from .rotation import Record, RotatedCodec, key_mean, qr_rotation
-from .tiers import INTEGER_TIERS, Tier
+from .tiers import INTEGER_TIERS, Tier, first_tier
 
 
 @dataclass
@@ -54,6 +54,19 @@ class Row:
         return self.seen - len(self.tokens)
 
 
+class Unquantized:
+    """The codec of values that have 16 bits: a vector is its own record."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, record: Tensor) -> Tensor:
+        return record.double()
+
+    def requantize(self, record: Tensor, other: "Unquantized") -> Tensor:
+        return record
+
+
 class LayerCache:
     """Keys and values of one attention layer.
 
@@ -79,6 +92,9 @@ class LayerCache:
         if (config.quant_backend == "product") != (codebooks is not None):
             raise ValueError(f"quant_backend={config.quant_backend!r}: 'product' alone has codebooks")
         self.config, self.rope, self.learned, self.head_dim = config, rope, learned, head_dim
+        #: Bits of keys and values in the first middle tier of this layer.
+        self.widths = config.bits(learned.get("layer", 0), learned.get("layers", 1))
+        self.compresses = config.compresses
         self.terms = terms or Terms(head_dim**-0.5)
         by_attention = config.eviction_policy not in ("position", "knorm", "keydiff", "expected_attention")
         self.observe = by_attention if observe is None else observe
@@ -93,10 +109,12 @@ class LayerCache:
             self.codecs = {Tier.PQ: tuple(map(ProductCodec, codebooks))}
             return
         codec = {bits: RotatedCodec(bits, head_dim, qr_rotation(head_dim)) for bits in INTEGER_TIERS}
-        widths = config.middle_k_bits, config.middle_v_bits
-        self.first_tier = INTEGER_TIERS[max(widths)]
-        self.codecs = {Tier.INT2: (codec[2], codec[2])}
-        self.codecs[self.first_tier] = tuple(codec[bits] for bits in widths)
+        codec[KEPT] = Unquantized()
+        keys, values = self.widths
+        self.compresses = self.compresses and keys != KEPT
+        self.first_tier = first_tier(keys, values) if self.compresses else Tier.FP16
+        self.codecs = {Tier.INT2: (codec[2], codec[KEPT if values == KEPT else 2])}
+        self.codecs[self.first_tier] = codec[keys], codec[values]
 
     def step(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
         """Take in q new columns, attend, and only then compress.
@@ -190,7 +208,7 @@ class LayerCache:
     def _demote(self) -> None:
         """Move whole blocks of the oldest recent columns to the middle, once there are enough."""
         c, recent = self.config, self.columns - self.boundary
-        if not c.compresses or recent < c.recent_window + c.block_size:
+        if not self.compresses or recent < c.recent_window + c.block_size:
             return
         first, blocks = self.boundary, (recent - c.recent_window) // c.block_size
         self.boundary += blocks * c.block_size
@@ -281,7 +299,11 @@ class LayerCache:
             spent=torch.tensor(spent, dtype=torch.bool), **self.learned,
         )  # fmt: skip
         scope = "layer" if self.config.plan_scope == "layer" else "sequence"  # each head has a `Row`
-        tiers = policies.make_plan(replace(self.config, plan_scope=scope), candidates)
+        keys, values = self.widths
+        config = replace(
+            self.config, plan_scope=scope, middle_k_bits=keys, middle_v_bits=values, layer_bits=None
+        )
+        tiers = policies.make_plan(config, candidates)
         return [dict(zip(columns, map(Tier, row))) for row in tiers.tolist()]
 
     def _pick(self, row: Row, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 Defaults stand here and nowhere else. `fade_fast` uses the same class.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from .tiers import INTEGER_TIERS
 
@@ -14,6 +15,11 @@ POLICIES = (
 CODECS = ("rotated", "channel", "symmetric", "product")
 POSITIONS = ("original", "contiguous")
 PLAN_SCOPES = ("layer", "sequence", "head")
+KEPT = 16  # bits of keys or values that stay in the model's dtype
+#: Named rules for `layer_bits`: bits of keys and values in the first two and the last two layers.
+BOUNDARIES = {"boundary": (8, 8), "boundary-16": (KEPT, KEPT)}
+#: Bits of keys and values.
+Bits = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,13 @@ class FadeConfig:
         int2_budget: most tokens of the second, 2-bit tier; `None`: no limit. Needs a finite `int4_budget`.
             Tokens beyond both budgets are evicted.
         eviction_policy: what scores the middle, one of `POLICIES`.
-        middle_k_bits, middle_v_bits: bits of keys and values in the first middle tier: 8, 4, 3 or 2.
+        middle_k_bits, middle_v_bits: bits of keys and values in the first middle tier: 8, 4, 3 or 2. Values
+            may have 16: then only keys are compressed, and values stay in the dtype of the model.
+        layer_bits: other bits for other layers: a mapping from a layer's index to (keys, values); "boundary",
+            8 bits in the first two and the last two layers; "boundary-16", these layers not compressed; or a
+            function `(layer, layers) -> (keys, values)` of a layer's index and the number of layers. (16, 16)
+            is a layer that is not compressed: it keeps every token, and budgets do not apply to it. Indices
+            are those of the model's layers.
         quant_backend: the codec, one of `CODECS`. With "product" the cache is given codebooks. They set the
             width, and the middle is one tier, PQ, that keeps every token.
         positions: RoPE positions of survivors. "contiguous" renumbers them without gaps (StreamingLLM, arXiv
@@ -56,6 +68,7 @@ class FadeConfig:
     quant_backend: str = "rotated"
     positions: str | None = None
     plan_scope: str = "sequence"
+    layer_bits: Mapping[int, Bits] | str | Callable[[int, int], Bits] | None = None
 
     def __post_init__(self):
         self._integer("n_sink", 0)
@@ -65,7 +78,7 @@ class FadeConfig:
         self._integer("int2_budget", 0, optional=True)
         self._choice("eviction_policy", POLICIES)
         self._choice("middle_k_bits", tuple(INTEGER_TIERS))
-        self._choice("middle_v_bits", tuple(INTEGER_TIERS))
+        self._choice("middle_v_bits", (KEPT, *INTEGER_TIERS))
         self._choice("quant_backend", CODECS)
         self._choice("positions", (None, *POSITIONS))
         self._choice("plan_scope", PLAN_SCOPES)
@@ -86,6 +99,69 @@ class FadeConfig:
             )
         if self.quant_backend == "product":
             self._product()
+        self._normalize_layer_bits()
+        if self.quant_backend != "rotated" and (self.layer_bits or self.middle_v_bits == KEPT):
+            raise ValueError(
+                f"quant_backend={self.quant_backend!r} has one width for all layers: layer_bits and "
+                "middle_v_bits=16 need quant_backend='rotated'"
+            )
+
+    def _normalize_layer_bits(self) -> None:
+        """Store a mapping as sorted pairs, (layer, (keys, values)): they can be hashed and stored as JSON."""
+        rule = self.layer_bits
+        if rule is None or callable(rule):
+            return
+        if isinstance(rule, str):
+            self._choice("layer_bits", (None, *BOUNDARIES))
+            return
+        try:
+            pairs = sorted((int(layer), self._bits(bits)) for layer, bits in dict(rule).items())
+        except TypeError as error:
+            raise ValueError(
+                f"layer_bits={rule!r}: a mapping from layers to (keys, values), one of "
+                f"{', '.join(map(repr, BOUNDARIES))}, a function or None is allowed"
+            ) from error
+        if pairs and pairs[0][0] < 0:
+            raise ValueError(f"layer_bits={rule!r}: layers are numbered from 0")
+        object.__setattr__(self, "layer_bits", tuple(pairs) or None)
+
+    def _bits(self, bits) -> Bits:
+        """Bits of keys and values, checked."""
+        keys, values = bits
+        allowed = (KEPT, *INTEGER_TIERS)
+        if keys not in allowed or values not in allowed or (keys == KEPT and values != KEPT):
+            raise ValueError(
+                f"layer_bits has {bits!r}: keys and values have one of {', '.join(map(str, allowed))} bits, "
+                "keys of 16 bits go with values of 16 bits"
+            )
+        return int(keys), int(values)
+
+    def bits(self, layer: int, layers: int) -> Bits:
+        """Bits of keys and values in the first middle tier of a layer; a model has `layers` layers.
+
+        >>> [FadeConfig(layer_bits="boundary").bits(layer, 6) for layer in range(6)]
+        [(8, 8), (8, 8), (4, 4), (4, 4), (8, 8), (8, 8)]
+        """
+        rule, default = self.layer_bits, (self.middle_k_bits, self.middle_v_bits)
+        if rule is None:
+            return default
+        if callable(rule):
+            return self._bits(rule(layer, layers))
+        if isinstance(rule, str):
+            return BOUNDARIES[rule] if min(layer, layers - 1 - layer) < 2 else default
+        return dict(rule).get(layer, default)
+
+    def resolved(self, layers: int, tiered: list[int]) -> "FadeConfig":
+        """The same configuration without a function: its results for the layers `tiered`, of `layers` layers.
+
+        Raises `ValueError` if `layer_bits` names a layer that is not among `tiered`.
+        """
+        if callable(self.layer_bits):
+            return replace(self, layer_bits={i: self.bits(i, layers) for i in tiered})
+        named = {} if isinstance(self.layer_bits, str) else dict(self.layer_bits or ())
+        if without := sorted(named.keys() - set(tiered)):
+            raise ValueError(f"layer_bits names layers {without}: layers {tiered} can be compressed")
+        return self
 
     def _product(self) -> None:
         """Refuse what contradicts codebooks: their tokens stay in one tier, at their own positions."""

@@ -15,7 +15,7 @@ from .config import FadeConfig
 from .moved import lookup
 from .plan import adaptive_plan, aggregate, plan
 from .scores import MLP
-from .tiers import INTEGER_TIERS, Tier
+from .tiers import Tier, first_tier
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ def make_plan(config: FadeConfig, candidates: Candidates) -> Tensor:
     if scope == "layer":  # in the order of the row that has the longest history
         position = position.reshape(-1, position.shape[-1]).amax(0)
         spent = spent if spent is None else spent.reshape(-1, spent.shape[-1]).any(0)
-    first_tier = INTEGER_TIERS[max(config.middle_k_bits, config.middle_v_bits)]
+    finest = first_tier(config.middle_k_bits, config.middle_v_bits)
     chosen = adaptive_plan if config.eviction_policy == "adaptive" else plan
-    tiers = chosen(score, position, config.int4_budget, config.int2_budget, first_tier, spent)
+    tiers = chosen(score, position, config.int4_budget, config.int2_budget, finest, spent)
     return tiers.masked_fill(candidates.position < 0, Tier.EVICTED)
 
 

@@ -23,6 +23,15 @@ class Tier(IntEnum):
 INTEGER_TIERS = {8: Tier.INT8, 4: Tier.INT4, 3: Tier.INT3, 2: Tier.INT2}
 
 
+def first_tier(key_bits: int, value_bits: int) -> Tier:
+    """Tier of tokens with these widths: that of the side with more bits. 16 bits are not quantized.
+
+    >>> first_tier(4, 8).name, first_tier(4, 16).name
+    ('INT8', 'INT4')
+    """
+    return INTEGER_TIERS[max(bits for bits in (key_bits, value_bits) if bits in INTEGER_TIERS)]
+
+
 def packed_bytes(bits: int, head_dim: int) -> int:
     """Bytes that hold `head_dim` codes of `bits` bits each.
 

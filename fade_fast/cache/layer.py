@@ -131,7 +131,7 @@ class KVLayer:
         if self.observer:
             self.observer.allocate(heads, keys.dtype, keys.device)
             extra = self.observer.fields
-        self.format.allocate(dim, keys.device)
+        self.format.allocate(dim, keys.dtype, keys.device)
         self.dense = DenseStore(c, self.token_positions, extra, heads, dim, keys.dtype, batch, keys.device)
         if self.compresses:
             kind = BudgetStore if c.relocatable else AppendStore

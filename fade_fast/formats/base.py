@@ -123,8 +123,8 @@ class Format(ABC):
     def check(self, head_dim: int, layer: int | None) -> None:
         """Raise `ValueError` if heads of `head_dim` channels cannot be stored; `layer` is for the message."""
 
-    def allocate(self, head_dim: int, device: torch.device) -> None:
-        """Make the tables for heads of `head_dim` channels on `device`."""
+    def allocate(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make the tables for heads of `head_dim` channels; `dtype` and `device` are those of the keys."""
         self.table = self._tables(head_dim, device)
 
     def tensors(self) -> list[Tensor]:

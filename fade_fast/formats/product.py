@@ -84,8 +84,8 @@ class ProductFormat(Format):
                     f"layer {layer} has {side} of {head_dim} channels, its codebook is for {channels}"
                 )
 
-    def allocate(self, head_dim, device):
-        super().allocate(head_dim, device)
+    def allocate(self, head_dim, dtype, device):
+        super().allocate(head_dim, dtype, device)
         self.codebooks = tuple(book.to(device) for book in self.codebooks)
 
     @property

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from fade_ref.config import FadeConfig
-from fade_ref.tiers import INTEGER_TIERS, Tier, packed_bytes
+from fade_ref.tiers import INTEGER_TIERS, Tier, first_tier, packed_bytes
 
 from ..kernels import packed, rotated
 from ..kernels.merge import Partial
-from ..kernels.packed import Decoder, Queries, TierView
+from ..kernels.packed import DENSE, Decoder, Queries, TierView
 from ..kernels.rope import RoPE
 from ..kernels.rotated import Packed
 from .base import Field, Format, TierFormat
@@ -21,10 +21,14 @@ TRANSPOSED = ("value_codes",)
 
 
 def tier_widths(config: FadeConfig, bits: tuple[int, int]) -> list[tuple[int, int]]:
-    """Widths of keys and values in each tier, finest first, given those of the first tier."""
-    if config.int2_budget != 0 and max(bits) > 2:
-        return [bits, (2, 2)]
-    return [bits]  # one tier has both budgets
+    """Widths of keys and values in each tier, finest first, given those of the first tier.
+
+    The list is empty if keys have 16 bits: then the layer is not compressed.
+    """
+    if bits[0] == DENSE:
+        return []
+    second = (2, DENSE if bits[1] == DENSE else 2)
+    return [bits] if config.int2_budget == 0 or bits == second else [bits, second]
 
 
 def tier_name(bits: tuple[int, int]) -> str:
@@ -51,20 +55,27 @@ def unpack_record(fields: dict[str, Tensor], side: str) -> Packed:
 class RotatedTier(TierFormat):
     """Codes of `bits` = (keys, values), a scale per vector, and a zero point at 8 and 4 bits.
 
+    Values of 16 bits are stored in the model's dtype, neither rotated nor quantized.
+
     Args:
         matrix: the codec's rotation, float32 [D, D].
         tier: the tier's code.
+        dtype: of the keys and values.
     """
 
     has_bound = True
 
-    def __init__(self, bits: tuple[int, int], matrix: Tensor, tier: Tier):
+    def __init__(self, bits: tuple[int, int], matrix: Tensor, tier: Tier, dtype: torch.dtype):
         self.bits, self.matrix, self.tier, self.name = bits, matrix, tier, tier_name(bits)
+        self.dtype = dtype
 
     def fields(self, heads):
         made = {}
         for side, bits in zip(("key", "value"), self.bits):
             axis = -1 if f"{side}_codes" in TRANSPOSED else 2
+            if bits == DENSE:
+                made[f"{side}_codes"] = Field((len(self.matrix),), self.dtype, heads, axis)
+                continue
             made[f"{side}_codes"] = Field((packed_bytes(bits, len(self.matrix)),), torch.uint8, heads, axis)
             made[f"{side}_scale"] = Field((), torch.float16, heads)
             if rotated.is_uniform(bits):
@@ -81,7 +92,10 @@ class RotatedTier(TierFormat):
         return rotated.decode(unpack_record(fields, "value"), None, self.matrix, self.bits[1], dtype)
 
     def value_bound(self, fields):
-        return fields["value_scale"].float().amax(-1)
+        if self.bits[1] != DENSE:
+            return fields["value_scale"].float().amax(-1)
+        most = fields["value_codes"].abs().amax((-2, -1)).float()
+        return torch.nextafter(most, torch.full_like(most, torch.inf))  # float64 may be rounded down
 
     def requantize(self, fields, source):
         """The records never leave the rotated domain."""
@@ -98,8 +112,10 @@ def requantize(fields: dict[str, Tensor], bits: tuple[int, int], to: tuple[int, 
     """Records of widths `to`, made from records of widths `bits`."""
     sides = []
     for side, old, new in zip(("key", "value"), bits, to):
-        vectors = rotated.dequantize(unpack_record(fields, side), old, torch.float32)
-        sides.append(rotated.quantize(vectors, new))
+        codes = unpack_record(fields, side)
+        if old != new:
+            codes = rotated.quantize(rotated.dequantize(codes, old, torch.float32), new)
+        sides.append(codes)
     return pack_record(*sides)
 
 
@@ -130,11 +146,11 @@ class RotatedFormat(Format):
         for bits in {b for pair in self.widths for b in pair}:
             packed_bytes(bits, head_dim)
 
-    def allocate(self, head_dim, device):
-        super().allocate(head_dim, device)
-        codes = [INTEGER_TIERS[max(bits)] if i == 0 else Tier.INT2 for i, bits in enumerate(self.widths)]
+    def allocate(self, head_dim, dtype, device):
+        super().allocate(head_dim, dtype, device)
+        codes = [first_tier(*bits) if i == 0 else Tier.INT2 for i, bits in enumerate(self.widths)]
         matrix = self.table[:head_dim]
-        self._tiers = [RotatedTier(bits, matrix, code) for bits, code in zip(self.widths, codes)]
+        self._tiers = [RotatedTier(bits, matrix, code, dtype) for bits, code in zip(self.widths, codes)]
 
     def attend_tier(self, tier, query, view, count, score_reference, rope: RoPE | None, softcap) -> Partial:
         shape, matrix = query.shape[:2], tier.matrix.to(query.dtype)
@@ -148,5 +164,6 @@ class RotatedFormat(Format):
             bias = query @ flat.means.to(query.dtype).mT
         queries = Queries(query, turned, turned.sum(-1), reference)
         part = packed.attend(queries, bias, flat, decoder, tier.bits, softcap)
-        part = part._replace(acc=part.acc @ matrix)
+        if tier.bits[1] != DENSE:
+            part = part._replace(acc=part.acc @ matrix)
         return Partial(*(x.unflatten(0, shape) for x in part))

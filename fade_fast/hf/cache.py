@@ -98,6 +98,9 @@ class TieredKVCache(Cache):
                 f"{type(model).__name__} does not dispatch its attention, whose masks and biases would count "
                 "evicted tokens: use a configuration that keeps every token"
             )
+        layers = list(DynamicCache(config=model_config).layers)
+        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        config = config.resolved(len(layers), full)
         self.fade_config, self.token_positions, self.seen = config, TokenPositions(), SeenTokens()
         self.fingerprint, self.model_config = fingerprint(model), model_config
         self.began: dict[int, int] = {}  # by thread: tokens held when its forward pass began
@@ -107,8 +110,7 @@ class TieredKVCache(Cache):
         # Captured steps keep their counters on one device, so all layers must be there.
         on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
         on_gpu &= len({p.device for p in model.parameters()}) == 1
-        layers, by_layer = list(DynamicCache(config=model_config).layers), {}
-        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        by_layer = {}
         if not full:
             kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
             raise ValueError(
@@ -129,9 +131,8 @@ class TieredKVCache(Cache):
             if i in by_layer:
                 format = ProductFormat(by_layer[i], self._table)
             else:
-                bits = (config.middle_k_bits, config.middle_v_bits)
-                format = RotatedFormat(tier_widths(config, bits), self._table)
-            observer = scores.observer(config, weights, i, len(layers))
+                format = RotatedFormat(tier_widths(config, config.bits(i, len(layers))), self._table)
+            observer = scores.observer(config, weights, i, len(layers)) if format.compresses else None
             rope = ropes.find(i) if ropes else None
             self.tiered.append(
                 KVLayer(config, format, self.token_positions, rope, index, max_length, observer, i)

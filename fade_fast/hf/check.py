@@ -123,7 +123,9 @@ def check_model(
     except ValueError as error:
         return ModelCheck(name, refused=str(error))
     layers = tuple(
-        LayerCheck(i, i in sizes, _codec(config) if i in sizes else _reason(layer))
+        LayerCheck(
+            i, i in sizes, _codec(config, config.bits(i, len(cache.layers))) if i in sizes else _reason(layer)
+        )
         for i, layer in enumerate(cache.layers)
     )
     return ModelCheck(
@@ -137,12 +139,14 @@ def check_model(
     )
 
 
-def _codec(config: FadeConfig) -> str:
+def _codec(config: FadeConfig, bits: tuple[int, int]) -> str:
     if not config.compresses:
         return "tiered, but every token stays in the model's dtype (recent_window=None)"
+    if bits[0] == 16:
+        return "tiered, but every token stays in the model's dtype (layer_bits)"
     if config.quant_backend == "product":
         return "tiered: product-quantised"
-    text = f"tiered: keys at {config.middle_k_bits} bits, values at {config.middle_v_bits}"
+    text = f"tiered: keys at {bits[0]} bits, values at {bits[1]}"
     if not config.evicts:
         return f"{text}, {config.quant_backend}"
     kept = config.int4_budget + config.int2_budget
@@ -172,7 +176,7 @@ def _bytes(layer: KVLayer, heads: int, dim: int, dtype: torch.dtype, length: int
     """(dense, packed) bytes of a layer at a length, from a few blocks that are really encoded."""
     config, token = layer.config, heads * 2 * dim * dtype.itemsize
     dense = length * token
-    if not config.compresses:
+    if not layer.compresses:
         return dense, dense
     due = max(0, length - config.n_sink - config.recent_window) // config.block_size * config.block_size
     zeros = torch.zeros(1, heads, config.block_size, dim, dtype=dtype)

@@ -119,6 +119,8 @@ def _check(query, keys, values, seen, matrix, tiers, bits, slots_read, s_aux, in
         raise ValueError(f"{counts}; allowed: one of each per tier")
     for i, (view, pair, num_read) in enumerate(zip(tiers, bits, slots_read)):
         _check_tier(f"tiers[{i}]", view, pair, num_read, (batch, heads, dim), rows, on)
+    if len({pair[1] == packed.DENSE for pair in bits}) > 1:
+        raise ValueError(f"bits are {bits}; allowed: 16-bit values in all tiers, or in none")
     if any(view.read_at is not None for view in tiers):
         if inv_freq is None:
             raise ValueError("inv_freq is None; allowed with a tier that has `read_at`: a tensor")
@@ -132,8 +134,9 @@ def _check(query, keys, values, seen, matrix, tiers, bits, slots_read, s_aux, in
 
 def _check_tier(name: str, view: TierView, bits: tuple[int, int], num_read: int, sizes, rows, device) -> None:
     batch, heads, dim = sizes
-    if len(bits) != 2 or any(b not in (8, 4, 3, 2) or b * dim % 8 for b in bits):
-        allowed = "two of 8, 4, 3 and 2, whose codes fill whole bytes"
+    widths = ((8, 4, 3, 2), (packed.DENSE, 8, 4, 3, 2))
+    if len(bits) != 2 or any(b not in allowed or b * dim % 8 for b, allowed in zip(bits, widths)):
+        allowed = "two of 8, 4, 3 and 2, whose codes fill whole bytes; 16 for values"
         raise ValueError(f"{name} has bits {tuple(bits)} at head_dim {dim}; allowed: {allowed}")
     capacity = view.valid.shape[-1] if view.valid.dim() else 0
     if not 1 <= num_read <= capacity:
@@ -142,6 +145,9 @@ def _check_tier(name: str, view: TierView, bits: tuple[int, int], num_read: int,
     if view.block_table is not None:
         outer, slots = _check_table(name, view, batch, heads, capacity, device)
     for side, packed_, b in zip(("keys", "values"), (view.keys, view.values), bits):
+        if b == packed.DENSE:
+            _expect(f"{name}.values.codes", packed_.codes, (*outer, dim, slots), FLOATS, device)
+            continue
         shape = (slots, b * dim // 8) if side == "keys" else (b * dim // 8, slots)
         _expect(f"{name}.{side}.codes", packed_.codes, (*outer, *shape), (torch.uint8,), device)
         _expect(f"{name}.{side}.scale", packed_.scale, (*outer, slots), (torch.float16,), device)
@@ -365,7 +371,10 @@ def _attend(
     above = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0).to(dtype)
     weights = weights * factors[0]
     left = F.pad(weights, (0, 0, 0, dim))
+    # Sums of codes are rotated back. Those of 16-bit values are not rotated.
     below = matrix.narrow(0, 0, dim).to(dtype)
+    if bits and bits[0][1] == packed.DENSE:
+        below = torch.eye(dim, dtype=dtype, device=query.device)
     right = F.pad(above, (0, 0, 0, dim)) + F.pad(below, (0, 0, length, 0))
     for i, (parts, _, _) in enumerate(partials):
         before = length

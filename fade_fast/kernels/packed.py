@@ -30,6 +30,7 @@ from .rotated import Packed, center, dequantize, thirds
 
 LOG2E = math.log2(math.e)
 TOP = 2.0**14  # float16 weights are scaled by this, so that small ones stay normal numbers
+DENSE_TOP = 16.0  # the same for weights of 16-bit values: the sum of a chunk must stay within float16
 LIMIT = 60_000.0  # where float16 scores are cut, in powers of two from the reference
 LONG = 1 << 14  # slots of a buffer in which a few more for alignment are not many
 EAGER_TILE = 2048  # slots whose codes become numbers at a time where nothing is fused
@@ -195,6 +196,7 @@ class Field(NamedTuple):
     center_offset: float
 
 
+DENSE = 16  # bits of values that are stored in the model's dtype, neither rotated nor quantized
 #: The fields of a byte, by bits a code: shift and width. Of the one-bit fields, see `rotated.thirds`.
 FIELDS = {
     8: [(0, 8)],
@@ -211,6 +213,8 @@ def fields(codes: Tensor, bits: int, dtype: torch.dtype, axis: int) -> list[Fiel
     product in float16 and ends its kernel there; a sum of products stays in float32, and what
     follows stays in the kernel.
     """
+    if bits == DENSE:
+        return [Field(x, 1.0, 0.0) for x in codes.to(dtype).chunk(2, axis)]
     out = []
     for shift, width in FIELDS[bits]:
         unit, center_offset = 1.0, center(width)
@@ -346,6 +350,8 @@ def statistics(scores: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int)
     scores = scores.to(dtype)
     top = scores.amax(-1, keepdim=True).clamp_min(-65504.0)
     weights = torch.exp2(scores - top)
+    if scale is None:
+        return top.squeeze(-1), weights.sum(-1), None, None
     scale = each(scale)
     total, scaled, shift = weights.sum(-1), (weights * scale).sum(-1), None
     if zero is not None:
@@ -356,18 +362,29 @@ def statistics(scores: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int)
 def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> list[Tensor]:
     """Weighted sums of value codes less their centre, over bound: [Z, W, R] for each of the `fields`.
 
-    `codes` [N, W, S] are stored tokens last; `bound` [N] is at least every valid scale.
+    `codes` [N, W, S] are stored tokens last; `bound` [N] is at least every valid scale. Values of 16 bits
+    have no scale: `bound` is at least every valid absolute value. Divided by it, no value overflows float16,
+    and slots without a token, which may hold anything larger or NaN, become 0.
     """
     blocks, codes = scores.shape[0] // bound.shape[0], _cut(codes, chunk, 2)
-    factor = _chunks((TOP if dtype == torch.float16 else 1.0) / bound, blocks).reshape(-1, 1, 1)
-    lean = scaled.unsqueeze(1) / _chunks(bound, blocks).reshape(-1, 1, 1)
+    bounds, most = _chunks(bound, blocks), TOP if dtype == torch.float16 else 1.0
     top = _chosen(top) if bits == 8 and dtype == torch.float16 and top.shape[1] <= 4 else top.unsqueeze(-1)
     weights = torch.exp2(scores.to(wide(dtype)) - top)
-    weights = (weights * (finite(_cut(scale, chunk), wide(dtype)).unsqueeze(1) * factor)).to(dtype).mT
+    if bits == DENSE:
+        numbers = codes.to(wide(dtype))
+        bounds = bounds.reshape(-1, 1, 1)
+        codes = torch.where(numbers.abs() <= bounds, numbers / bounds, 0.0)
+        weights, lean = (weights * DENSE_TOP).to(dtype).mT, 0.0
+    else:
+        factor = _chunks(most / bound, blocks).reshape(-1, 1, 1)
+        lean = scaled.unsqueeze(1) / bounds.reshape(-1, 1, 1)
+        weights = (weights * (finite(_cut(scale, chunk), wide(dtype)).unsqueeze(1) * factor)).to(dtype).mT
     out = []
     for field in fields(codes, bits, dtype, -2):
         product = torch.bmm(field.numbers, weights).to(wide(dtype))
-        if dtype == torch.float16:
+        if bits == DENSE:
+            product = product * (1 / DENSE_TOP)
+        elif dtype == torch.float16:
             product = product * (1 / (field.unit * TOP)) - field.center_offset * lean
             product = product * (1 / _shrink(bits, chunk))
         out.append(force_materialize(product.to(dtype)))
@@ -389,6 +406,8 @@ def _chosen(top: Tensor) -> Tensor:
 
 def _shrink(bits: int, chunk: int) -> float:
     """A power of two that keeps a chunk's sum of codes within float16."""
+    if bits == DENSE:
+        return 1.0
     return 2.0 ** max(0, math.ceil(math.log2((2**bits - 1) * chunk / 60_000)))
 
 

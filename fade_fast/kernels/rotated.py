@@ -206,12 +206,15 @@ def _join(parts: tuple) -> Tensor | None:
 
 def _encode_both(dynamic_sizes, keys, values, mean, matrix, *, bits) -> tuple[Packed, Packed]:
     groups = keys.unflatten(2, (mean.shape[2], keys.shape[2] // mean.shape[2]))
-    sides = encode(groups, mean.unsqueeze(3), matrix, bits[0]), encode(values, None, matrix, bits[1])
+    side = encode(groups, mean.unsqueeze(3), matrix, bits[0])
+    sides = side, Packed(values, None, None) if bits[1] == 16 else encode(values, None, matrix, bits[1])
     return Packed(*(x if x is None else x.flatten(2, 3) for x in sides[0])), sides[1]
 
 
 def decode(packed: Packed, mean: Tensor | None, matrix: Tensor, bits: int, dtype) -> Tensor:
     """Vectors [B, H, n, D] as they were before `encode`, up to quantization."""
+    if bits == 16:  # values in the model's dtype
+        return packed.codes.to(dtype)
     x = dequantize(packed, bits, dtype) @ matrix.to(dtype)
     return x if mean is None else x + mean.to(dtype)
 

@@ -80,13 +80,14 @@ def of_file(path: str | os.PathLike, positions: bool = False) -> dict:
 def _of_file(path: str | os.PathLike, positions: bool) -> dict:
     header, shapes = checkpoint.read_header(path)
     config = FadeConfig(**header["config"])
-    names = {f"tier{i}": name for i, name in enumerate(tier_names(config))}
     layers, batch = [], 0
     for i, about in enumerate(header["layers"]):
         tensors = {n.partition(".")[2]: x for n, x in shapes.items() if n.startswith(f"{i}.")}
         layer = dict(layer=i, kind=about["kind"], bytes=sum(size for _, size in tensors.values()))
         if about["kind"] == checkpoint.TIERED:
             layer |= dict(kind=TIERED, tiers={})
+            names = tier_names(config, i, len(header["layers"]))
+            names = {f"tier{n}": name for n, name in enumerate(names)}
             for part, name in dict(exact=Tier.FP16.name, **names).items():
                 fields = {n: x for n, x in tensors.items() if n.startswith(f"{part}.")}
                 keys = tensors.get("exact.key" if part == "exact" else f"{part}.key_codes")
@@ -115,7 +116,6 @@ def _add_positions(path, snapshot: dict, config: FadeConfig, shapes: dict) -> No
     tensors = checkpoint.read_tensors(path, kept)
     timeline = tensors["timeline"]
     snapshot["tokens"] = int((timeline >= 0).sum())
-    names = tier_names(config)
     for layer in snapshot["layers"]:
         if layer["kind"] != TIERED or not layer["tiers"]:
             continue
@@ -124,6 +124,7 @@ def _add_positions(path, snapshot: dict, config: FadeConfig, shapes: dict) -> No
         late = timeline[:, timeline.shape[1] - recent :]
         exact = torch.cat((timeline.masked_fill(timeline >= config.n_sink, -1), late), -1)
         tiers["FP16"]["positions"] = ranges(exact[:, None])
+        names = tier_names(config, layer["layer"], len(snapshot["layers"]))
         for i, name in enumerate(names if config.compresses else ()):
             at = tensors.get(f"{layer['layer']}.tier{i}.position")
             if at is None:  # no token moved: all tokens between the sinks and the recent ones

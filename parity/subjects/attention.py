@@ -38,7 +38,7 @@ class Problem:
     new: int = 1
     bits: tuple[tuple[int, int], ...] = ((4, 4),)
     lengths: tuple[int, ...] = (37,)
-    exact: int = 5
+    dense: int = 5
     batch: int = 2
     heads: int = 2
     dtype: torch.dtype = torch.float32
@@ -103,7 +103,7 @@ def collect() -> list[Case]:
         covers = (f"tier {tier.name}",)
         for (name, options), dim in itertools.product(FEATURES.items(), DIMS):
             each = [
-                (f"G{g} q{q}", Problem(dim, g, q, **{"lengths": (37,), **options}, exact=q + 4))
+                (f"G{g} q{q}", Problem(dim, g, q, **{"lengths": (37,), **options}, dense=q + 4))
                 for g, q in shapes
             ]
             each = [(w, replace(p, bits=((bits, bits), (2, 2))[: len(p.lengths)])) for w, p in each]
@@ -111,20 +111,20 @@ def collect() -> list[Case]:
         for dtype in ATTENTION:
             if dtype != torch.float32:
                 for name, options in FEATURES.items():
-                    p = Problem(128, 4, **{"lengths": (37,), **options}, exact=12, dtype=dtype)
+                    p = Problem(128, 4, **{"lengths": (37,), **options}, dense=12, dtype=dtype)
                     p = replace(p, bits=((bits, bits), (2, 2))[: len(p.lengths)])
                     short = str(dtype).removeprefix("torch.")
                     marked = (bits, short) == (4, "float16") or name in COMPILED.get(short, ())
                     case(f"step, {short}", f"{bits} bits {name}", [("", p)], covers, dtype, compiled=marked)
         for i, (shape, options) in enumerate(COMPILED_SHAPES.items()):
             dim, group, new = shape
-            p = Problem(dim, group, new, **{"lengths": (37,), **options}, exact=new + 4)
+            p = Problem(dim, group, new, **{"lengths": (37,), **options}, dense=new + 4)
             p = replace(p, bits=((bits, bits), (2, 2))[: len(p.lengths)])
             marked = (i + bits) % 2 == 0 or bits == 4
             title = f"{bits} bits D{dim} G{group} q{new}"
             case("step, shapes in float16", title, [("", p)], covers, torch.float16, compiled=marked)
         for name in STRESS:
-            p = Problem(stress=name, bits=((bits, bits),), lengths=(70,), new=3, exact=7)
+            p = Problem(stress=name, bits=((bits, bits),), lengths=(70,), new=3, dense=7)
             each = [("", p), ("before RoPE", replace(p, rope="halves", per_mean=ONE))]
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 short = str(dtype).removeprefix("torch.")
@@ -165,7 +165,7 @@ def collect() -> list[Case]:
         # Sums of three-bit values overflow float16. A compiled kernel keeps them in float32.
         widths = (bits, 4 if bits == 3 else bits)
         p = Problem(bits=(widths,), lengths=(256,), dim=64, per_mean=64, mass=True, holes=0.1)
-        wide = replace(p, dim=128, softcap=8.0, new=3, exact=9, sinks=True)
+        wide = replace(p, dim=128, softcap=8.0, new=3, dense=9, sinks=True)
         each = [("", p), ("G1", replace(p, group=1)), ("wide", wide)]
         each += [("RoPE", replace(p, rope="halves", per_mean=ONE))]
         case("twin, run eagerly", f"{bits} bits", each, covers, torch.float16, _twin)
@@ -175,7 +175,7 @@ def collect() -> list[Case]:
         case("step, keys and values of two widths", f"{key} and {value} bits", each, covers)
         title, marked = f"{key} and {value} bits, float16", key == 2 * value
         case("step, keys and values of two widths", title, each[:1], covers, torch.float16, compiled=marked)
-    each = [(f"q{q}", Problem(bits=(), lengths=(), new=q, exact=q + 9, mass=True)) for q in range(1, 17)]
+    each = [(f"q{q}", Problem(bits=(), lengths=(), new=q, dense=q + 9, mass=True)) for q in range(1, 17)]
     case("step, no tier", "q1 to q16", each)
     for (dim, group), dtype in itertools.product(((64, 3), (80, 1), (128, 4)), ATTENTION):
         short = str(dtype).removeprefix("torch.")

@@ -30,6 +30,13 @@ CONFIGS = {
     "int4, int2, evict, padded, beams": (FadeConfig(**SMALL, int4_budget=10, int2_budget=6), True, 3),
     "int4, ending": (FadeConfig(**SMALL), False, 1, 9),
     "h2o, evict, ending": (FadeConfig(**SMALL, int4_budget=10, eviction_policy="h2o"), False, 1, 9),
+    "layers of other widths": (FadeConfig(**SMALL, layer_bits={0: (16, 16), 1: (8, 16)}), False),
+    "layers of other widths, padded, beams": (FadeConfig(**SMALL, layer_bits={0: (3, 2)}), True, 3),
+    "a layer not compressed, drafted": (FadeConfig(**SMALL, layer_bits={0: (16, 16)}), False, 1, None, True),
+    "a layer that evicts, one that does not": (
+        FadeConfig(**SMALL, int4_budget=10, int2_budget=6, layer_bits={1: (16, 16)}),
+        True,
+    ),
     "int4, drafted": (FadeConfig(**SMALL), False, 1, None, True),
     "evict, drafted": (FadeConfig(**SMALL, int4_budget=10), False, 1, None, True),
     "codes, padded, drafted": (FadeConfig(**SMALL, quant_backend="product"), True, 1, None, True),

@@ -51,6 +51,9 @@ def collect() -> list[Case]:
             config = FadeConfig(**SMALL, middle_k_bits=k, middle_v_bits=v, int4_budget=9, int2_budget=6)
             case("tiers", f"{k} bits, 2 bits, evict", config, *covers, "tier INT2", "tier EVICTED")
     case("tiers", "off", FadeConfig(recent_window=None))
+    case("tiers", "keys alone", FadeConfig(**SMALL, middle_v_bits=16))
+    case("tiers", "keys alone, evict", FadeConfig(**SMALL, middle_v_bits=16, int4_budget=20, int2_budget=8))
+    case("tiers", "layers of other widths", FadeConfig(**SMALL, layer_bits={0: (8, 3), 1: (16, 16)}))
     for padding in (0, 13):
         case("tiers", f"codes, {padding} columns of padding", CODED, "tier PQ", padding=padding)
     for policy in plan.SUPPORTED:

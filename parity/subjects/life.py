@@ -37,6 +37,13 @@ WIDTHS = {
     for k in INTEGER_TIERS
     for v in INTEGER_TIERS
 }
+WIDTHS |= {
+    f"k{k}v16{name}": FadeConfig(**SMALL, middle_k_bits=k, middle_v_bits=16, **more)
+    for k in INTEGER_TIERS
+    for name, more in {"": {}, ", evict": dict(int4_budget=8, int2_budget=5)}.items()
+}
+WIDTHS["a layer with widths of its own"] = FadeConfig(**SMALL, layer_bits={0: (3, 8)})
+WIDTHS["a layer that is not compressed"] = FadeConfig(**SMALL, int4_budget=8, layer_bits={0: (16, 16)})
 #: The middle consists of tokens with product quantization. The codebooks are `cases.codebooks`.
 CODED = {
     "codes": FadeConfig(**SMALL, quant_backend="product"),
@@ -107,7 +114,7 @@ def collect() -> list[Case]:
                 Case("life", "of tokens", title, _trace(config, padding=padding), tokens, compiled=marked)
             )
     for name, config in WIDTHS.items():
-        tiers = {INTEGER_TIERS[b] for b in (config.middle_k_bits, config.middle_v_bits)}
+        tiers = {INTEGER_TIERS[b] for b in (config.middle_k_bits, config.middle_v_bits) if b in INTEGER_TIERS}
         covers = tuple(f"tier {tier.name}" for tier in tiers)
         found.append(Case("life", "widths", name, _trace(config, [30, 1, 1, 18, 3, 1, 1]), covers))
     for name, config in CODED.items():

@@ -22,7 +22,9 @@ from .twins import read_dense
 SMALL = dict(recent_window=16, block_size=8)
 OFF = FadeConfig(recent_window=None)
 SAFE = FadeConfig(**SMALL)
-CONFIGS = ("off", "safe", "evicting")
+#: Keys alone at 8 bits in even layers; odd layers are not compressed.
+BY_LAYER = FadeConfig(**SMALL, layer_bits=lambda layer, layers: (16, 16) if layer % 2 else (8, 16))
+CONFIGS = ("off", "safe", "evicting", "by layer")
 EQUAL, THEIRS, OURS = "equal", "refused by transformers", "refused"
 
 #: Cells that transformers refuses with its own DynamicCache: (family, mode), and the text of the error.
@@ -55,6 +57,8 @@ def configs(family: Family) -> dict[str, FadeConfig]:
     if family.dispatches:
         positions = "original" if family.renumbers else None
         served["evicting"] = FadeConfig(**SMALL, int4_budget=8, positions=positions)
+    if family.name == "Llama":
+        served["by layer"] = BY_LAYER
     return served
 
 
