@@ -33,7 +33,8 @@ from torch import Tensor
 from fade_fast.cache.append_store import AppendStore
 from fade_fast.cache.positions import TokenPositions
 from fade_fast.cache.store import ONE_MEAN
-from fade_fast.compile.compiled import Compiled, dynamic_size, tier_tiles
+from fade_fast.compile.compiled import Compiled, dynamic_size
+from fade_fast.compile.tiles import tier_tiles
 from fade_fast.formats.rotated import RotatedFormat
 from fade_fast.kernels import decode, packed, rotated
 from fade_fast.kernels.packed import Queries, TierView

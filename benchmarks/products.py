@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fade_fast.compile import compiled as compiling
+from fade_fast.compile import inductor
 from fade_fast.compile.small_matmul import few_tile, tile
 from fade_fast.saved.files import write_json
 
@@ -96,7 +97,7 @@ def compiled(shape: Shape, rows: int, tiles: dict | None, inputs: tuple):
     graph = torch.compile(function, fullgraph=True, dynamic=False)
     tag = torch.compiler.config.patch(cache_key_tag=f"{rows} {tiles}")  # apart in the disk cache
     with torch.no_grad(), tag, mock.patch.object(compiling, "few_tile", lambda *args: dict(tiles)):
-        with compiling.row_products() if tiles else contextlib.nullcontext():
+        with inductor.row_products() if tiles else contextlib.nullcontext():
             return graph, graph(*inputs)
 
 

@@ -31,7 +31,7 @@ from transformers.generation import utils as generation
 from ..cache.cuda_graph import Captured
 from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import without_autocast
-from ..compile.compiled import row_products, uncaptured
+from ..compile.inductor import row_products, uncaptured
 from .cache import TieredKVCache
 from .models import CACHE_NAME, named_cache, text_config
 from .prompts import Prompt

@@ -17,16 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compile.compiled import (
-    Compiled,
-    Tiles,
-    dynamic_size,
-    more_rows,
-    rounded,
-    step_tiles,
-    tier_tiles,
-    use_compiled,
-)
+from ..compile.compiled import Compiled, dynamic_size, more_rows, rounded, use_compiled
+from ..compile.tiles import Tiles, step_tiles, tier_tiles
 from . import packed
 from .packed import LOG2E, Decoder, Queries, TierView, force_materialize, wide
 from .rotated import Packed, is_uniform

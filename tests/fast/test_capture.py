@@ -17,7 +17,7 @@ import fade_fast
 from fade_fast.cache import cuda_graph, decode_graph
 from fade_fast.cache.cuda_graph import Captured
 from fade_fast.cache.decode_graph import MAX_DECODE_TOKENS
-from fade_fast.compile.compiled import uncaptured
+from fade_fast.compile.inductor import uncaptured
 from fade_fast.hf import generate
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.saved.memory import storage_bytes

@@ -12,7 +12,7 @@ from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fade_fast.compile import compiled as compiling
-from fade_fast.compile import small_matmul
+from fade_fast.compile import inductor, small_matmul
 
 from ..marks import slow_but
 
@@ -68,7 +68,7 @@ def test_a_model_compiles_with_its_products_of_rows(batch):
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(compiling, "RowProducts", Seen)
-        with torch._inductor.config.patch(force_disable_caches=True), compiling.row_products():
+        with torch._inductor.config.patch(force_disable_caches=True), inductor.row_products():
             found = torch.compile(block, fullgraph=True)(x)
         for ours, theirs in zip(found, block(x), strict=True):
             torch.testing.assert_close(ours, theirs)
@@ -82,7 +82,7 @@ def test_a_pass_of_the_user_stays():
         pass
 
     own = Own()
-    with torch._inductor.config.patch(post_grad_custom_pre_pass=own), compiling.row_products():
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=own), inductor.row_products():
         assert torch._inductor.config.post_grad_custom_pre_pass is own
 
 
@@ -141,12 +141,12 @@ def test_other_operations_stay():
 def test_kernels_compiled_within_a_step_keep_their_own_choice():
     theirs, asked = mm.use_native_matmul, []
     before = torch._inductor.config.triton.native_matmul
-    with compiling.row_products():
+    with inductor.row_products():
         assert torch._inductor.config.triton.native_matmul
         assert mm.use_native_matmul is bmm.use_native_matmul and mm.use_native_matmul is not theirs
-        with compiling._pinned({}):
-            assert V.choices is not compiling._row_choices()
-            assert compiling._generates(lambda *x: asked.append(x) or True, 1, 2)
+        with inductor.pinned_tiles({}):
+            assert V.choices is not inductor._row_choices()
+            assert inductor._generates(lambda *x: asked.append(x) or True, 1, 2)
         assert asked == [(1, 2)]
     assert mm.use_native_matmul is theirs and bmm.use_native_matmul is theirs
     assert torch._inductor.config.triton.native_matmul == before
@@ -156,25 +156,25 @@ def test_kernels_compiled_within_a_step_keep_their_own_choice():
 @pytest.mark.parametrize("options", [{}, compiling.TOGETHER, compiling.OPTIONS], ids=["none", "few", "all"])
 def test_kernels_compiled_within_a_step_keep_their_own_options(options, monkeypatch):
     torch._dynamo.reset()
-    inductor, asked = torch._inductor.config, []
+    options, asked = torch._inductor.config, []
 
     def asks(*operands):
-        asked.append((inductor.triton.native_matmul, inductor.post_grad_custom_pre_pass))
+        asked.append((options.triton.native_matmul, options.post_grad_custom_pre_pass))
         return False
 
     monkeypatch.setattr(bmm, "use_native_matmul", asks)
     monkeypatch.setattr(mm, "use_native_matmul", asks)
     twin = compiling.Compiled(lambda dynamic_sizes, a, b: a @ b, options)
     a, b = torch.randn(2, 300, 300), torch.randn(2, 300, 300)
-    with compiling.row_products(), inductor.patch(force_disable_caches=True):
-        assert inductor.triton.native_matmul and inductor.post_grad_custom_pre_pass
+    with inductor.row_products(), options.patch(force_disable_caches=True):
+        assert options.triton.native_matmul and options.post_grad_custom_pre_pass
         torch.testing.assert_close(twin([], dict, a, b), a @ b)
     assert asked == [(options.get("triton.native_matmul", False), None)]
 
 
 def test_choices_are_restored_after_an_error():
     theirs = mm.use_native_matmul
-    with pytest.raises(InterruptedError), compiling.row_products():
+    with pytest.raises(InterruptedError), inductor.row_products():
         raise InterruptedError
     assert mm.use_native_matmul is theirs and bmm.use_native_matmul is theirs
 
@@ -211,7 +211,7 @@ def test_generated_products_are_as_exact_as_those_of_a_library(batch, dynamic):
     block, x = Block().cuda().bfloat16(), torch.randn(batch, 1, 256, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         eager, exact = block(x), copy.deepcopy(block).float()(x.float())
-        with compiling.row_products():
+        with inductor.row_products():
             graph = torch.compile(block, fullgraph=True)
             if dynamic:  # as the columns of drafts are; compiled for half as many
                 first = x[: max(2, batch // 2)].clone()
