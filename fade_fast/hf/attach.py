@@ -1,56 +1,51 @@
-"""Attach a model to tiered caches, and detach it.
+"""Attach a model to tiered caches, after our attention was compared with the model's own; detach it.
 
-What `attach` changes: which attention function the configurations of the model name, the hooks of generate()
-(`calls.py`), and two hooks around the model's forward (`entry.py`). `detach` undoes all of it.
+`generate.py` lists the changes to the model.
 """
 
-import functools
 import warnings
 import weakref
-from dataclasses import dataclass, field
 
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fade_ref.config import FadeConfig
 
 from ..cache.guard import without_autocast
-from . import entry, generate, versions
+from . import generate, versions
 from .attention import NAME
 from .cache import TieredKVCache
-from .models import cache_in, cache_parameter, unwrapped
-from .undisturbed import attention_names, restore_attention
+from .models import unwrapped
 from .verify import Verification, compare
 
-
-@dataclass
-class Attachment:
-    """What `attach` changed of a model: kept on the model, so that a copy of the model has a copy.
-
-    Attributes:
-        names: attention functions of its configurations before; None if they could not be replaced.
-        hooks: what removes the hooks around its forward.
-        replaced: attributes of the model that hooks of generate() took the place of, by name.
-        parameter: name under which its forward takes a cache.
-    """
-
-    names: list[tuple[PreTrainedConfig, str | None]] | None = None
-    hooks: list = field(default_factory=list)
-    replaced: dict = field(default_factory=dict)
-    parameter: str | None = None
-
-
-#: What was found out about models, which holds as long as their attention does; not on the models, which
-#: `detach` leaves as they were.
+#: Results of comparisons, which hold as long as a model's attention function does. They are not kept on the
+#: models, because `detach` leaves these as they were.
 _verified: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, Verification]]" = (
     weakref.WeakKeyDictionary()
 )
 
 
-def attach(model: PreTrainedModel, *, verify: bool = True) -> bool:
+class Attached:
+    """What `attach` gives: true if the model's attention was replaced; a context that detaches the model."""
+
+    def __init__(self, model: PreTrainedModel, dispatches: bool):
+        self.model, self.dispatches = model, dispatches
+
+    def __bool__(self) -> bool:
+        return self.dispatches
+
+    def __enter__(self) -> PreTrainedModel:
+        return self.model
+
+    def __exit__(self, *exception) -> None:
+        detach(self.model)
+
+
+def attach(model: PreTrainedModel, *, verify: bool = True) -> Attached:
     """Let the model's attention read tiered caches; plain caches go on working under it.
 
-    Returns whether the model dispatches its attention, and so could be attached. The setting lives
-    on the model's configuration: models built from one configuration object share it.
+    The result is true if the model dispatches its attention, and so could be attached. In a `with` block it
+    detaches the model at the end. The setting lives on the model's configuration: models built from one
+    configuration object share it.
 
     Args:
         model: a decoder of transformers.
@@ -68,27 +63,14 @@ def attach(model: PreTrainedModel, *, verify: bool = True) -> bool:
             raise ValueError(verification.refused)
         if verification.untried:
             warnings.warn(verification.untried, stacklevel=3)
-    held = model.__dict__.setdefault("_fade", Attachment())
-    held.parameter = cache_parameter(type(model).forward)
-    if not held.hooks:
-        held.hooks = [
-            model.register_forward_pre_hook(entry.before, with_kwargs=True),
-            model.register_forward_hook(entry.after, with_kwargs=True),
-        ]
-    if model.config.model_type in SWITCHING:
-        model.__dict__["prepare_inputs_for_generation"] = functools.partial(_prepare_inputs, model)
-    dispatches = model._can_set_attn_implementation()
-    if dispatches and model.config._attn_implementation != NAME:
-        held.names = attention_names(model)
-        model.set_attn_implementation(NAME)
-    generate.attach(model, held.replaced)
+    dispatches = generate.install(model)
     if not dispatches:
         warnings.warn(
             f"{type(model).__name__} does not dispatch its attention: a tiered cache hands it dense "
             "keys and values at every step, so it saves memory between steps but no time",
             stacklevel=3,
         )
-    return dispatches
+    return Attached(model, dispatches)
 
 
 def verified(model: PreTrainedModel) -> Verification:
@@ -122,32 +104,4 @@ def _own_attention(model: PreTrainedModel) -> str:
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`: the model is as it was before. Nothing happens without one."""
-    model = unwrapped(model)
-    held = model.__dict__.pop("_fade", None)
-    if held is None:
-        return
-    if held.names is not None:
-        restore_attention(held.names)
-    for hook in held.hooks:
-        hook.remove()
-    prepare = model.__dict__.get("prepare_inputs_for_generation")
-    if isinstance(prepare, functools.partial) and prepare.func is _prepare_inputs:
-        del model.__dict__["prepare_inputs_for_generation"]
-    generate.detach(model, held.replaced)
-
-
-#: Models that drop their cache, for good, when the text reaches the length where long RoPE switches.
-SWITCHING = ("phi3", "phimoe", "phi4_multimodal")
-
-
-def _prepare_inputs(model, input_ids, *args, **kwargs):
-    """What such a model feeds in a step, but through the same cache after the switch."""
-    prepare = type(model).prepare_inputs_for_generation
-    length = getattr(model.config, "original_max_position_embeddings", None)
-    cache = cache_in((*args, *kwargs.values()))
-    if not isinstance(cache, TieredKVCache) or length is None or input_ids.shape[1] <= length:
-        return prepare(model, input_ids, *args, **kwargs)
-    if cache.get_seq_length() <= length:  # keys of the short frequencies are made anew
-        cache.reset()
-        kwargs["next_sequence_length"] = None
-    return GenerationMixin.prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
+    generate.remove(unwrapped(model))

@@ -1,18 +1,22 @@
-"""How generate() works with a tiered cache: what `attach` changes of it, in one place.
+"""Every change to transformers, in one place. `install` makes them for a model, `remove` undoes them.
 
 | hook | why | undone by |
 |---|---|---|
+| `_attn_implementation` of the model's configurations | attention reads compressed tokens | detach |
+| two hooks around the model's forward (`entry.py`) | name the cache, refuse what would go wrong | detach |
 | `model.generate` | checks the prompt, names the cache as this version does, remembers ids | detach |
-| `model.generate_batch`, `.init_continuous_batching` | have a cache of their own: refused | detach |
-| `model.get_compiled_call` | demotions and counters around the compiled step; captures it | detach |
-| `model._valid_auto_compile_criteria` | whether steps are compiled; eager ones do not run ahead | detach |
+| `model.generate_batch`, `.init_continuous_batching` | these have a cache of their own: refused | detach |
+| `model.get_compiled_call` | demotions and counters around the compiled step; captures the step | detach |
+| `model._valid_auto_compile_criteria` | tells whether steps are compiled | detach |
 | `model._beam_search_has_unfinished_sequences` | the next call is a step of a beam search | detach |
 | `model._get_candidate_generator` | the next calls check drafts | detach |
 | `model._compiled_call_impl` | compiles steps of beams and drafts, which generate() calls plainly | detach |
+| `model.prepare_inputs_for_generation` (Phi-3) | keeps the cache where long RoPE switches | detach |
 | `DeferredStopCheck.is_supported` | lets generate() run a step ahead on CUDA | the end of each generate() |
+| functions named "fade" in transformers' registries (`attention.py`) | attention and masks | no need |
 
-Tested with transformers 5.17 to 5.24. Names that begin with an underscore carry no promise. So a hook that
-is never reached although it should have been is noticed, and said once (`_notice`): the text is right then,
+Tested with transformers 5.17 and 5.24. Names that begin with an underscore carry no promise. So a hook that
+is never reached although it should have been is noticed, and said once (`_notice`). The text is right then,
 but slow.
 """
 
@@ -21,62 +25,95 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 import transformers
-from transformers import Cache, CompileConfig, PreTrainedModel
+from transformers import Cache, CompileConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation import utils as generation
 
 from ..cache.cuda_graph import Captured
 from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import without_autocast
 from ..compile.inductor import row_products, uncaptured
+from . import entry
+from .attention import NAME
 from .cache import TieredKVCache
-from .models import CACHE_NAME, named_cache, text_config
+from .models import CACHE_NAME, cache_in, cache_parameter, named_cache, text_config
 from .prompts import Prompt
+from .undisturbed import attention_names, restore_attention
 
-#: What generate() asks in beam search, and nowhere else: after each step, whether there will be another.
+#: Private method that only beam search calls, once per step.
 BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES = "_beam_search_has_unfinished_sequences"
-#: What it asks before it samples or decodes greedily: whether to compile the steps.
+#: Private method that greedy decoding and sampling call to learn whether to compile the steps.
 VALID_AUTO_COMPILE_CRITERIA = "_valid_auto_compile_criteria"
-#: What it asks for once in assisted decoding, and nowhere else: what drafts tokens.
+#: Private method that only assisted decoding calls, once, to get the drafter.
 GET_CANDIDATE_GENERATOR = "_get_candidate_generator"
-#: What it asks for to compile a step.
+#: Method that compiles a step.
 GET_COMPILED_CALL = "get_compiled_call"
 
 
-def attach(model: PreTrainedModel, replaced: dict) -> None:
-    """Put the hooks of the table above on a model; what others had put there goes into `replaced`, by "
-    "name."""
-    hooks = {
-        "generate": generate,
-        "generate_batch": _refuse_batching,
-        "init_continuous_batching": _refuse_batching,
-        GET_COMPILED_CALL: compiled_call,
-        BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES: _unfinished,
-        VALID_AUTO_COMPILE_CRITERIA: _compiles,
-        GET_CANDIDATE_GENERATOR: _drafter,
-    }
+@dataclass
+class Attachment:
+    """The changes to one model. They are kept on the model, so that a copy of the model has a copy.
+
+    Attributes:
+        names: attention functions of its configurations before; None if they could not be replaced.
+        hooks: handles that remove the hooks around its forward.
+        replaced: attributes of the model whose place a hook took, by name.
+        parameter: name under which its forward takes a cache.
+    """
+
+    names: list[tuple[PreTrainedConfig, str | None]] | None = None
+    hooks: list = field(default_factory=list)
+    replaced: dict = field(default_factory=dict)
+    parameter: str | None = None
+
+
+def install(model: PreTrainedModel) -> bool:
+    """Put every hook of the table above on a model, once; returns whether its attention was replaced."""
+    held = model.__dict__.setdefault("_fade", Attachment())
+    held.parameter = cache_parameter(type(model).forward)
+    if not held.hooks:
+        held.hooks = [
+            model.register_forward_pre_hook(entry.before, with_kwargs=True),
+            model.register_forward_hook(entry.after, with_kwargs=True),
+        ]
+    hooks = _methods()
+    if model.config.model_type in SWITCHING:
+        hooks["prepare_inputs_for_generation"] = _prepare_inputs
     for name, hook in hooks.items():
         before = model.__dict__.get(name)
         if not hasattr(type(model), name) or _is_hook(before):
             continue
         if before is not None:
-            replaced[name] = before
+            held.replaced[name] = before
         # A partial function is pickled and copied with the model; a bound method could not be.
         model.__dict__[name] = functools.partial(hook, model)
     if model._compiled_call_impl is None:  # what `model.compile()` sets
         model._compiled_call_impl = functools.partial(_call, model)
+    dispatches = model._can_set_attn_implementation()
+    if dispatches and model.config._attn_implementation != NAME:
+        held.names = attention_names(model)
+        model.set_attn_implementation(NAME)
+    return dispatches
 
 
-def detach(model: PreTrainedModel, replaced: dict) -> None:
-    """Undo `attach`; what others have put in the place of a hook since then stays."""
+def remove(model: PreTrainedModel) -> None:
+    """Undo `install`; what others have put in the place of a hook since then stays."""
+    held = model.__dict__.pop("_fade", None)
+    if held is None:
+        return
+    if held.names is not None:
+        restore_attention(held.names)
+    for hook in held.hooks:
+        hook.remove()
     for name, hook in list(model.__dict__.items()):
         if _is_hook(hook):
             del model.__dict__[name]
-            if name in replaced:
-                model.__dict__[name] = replaced[name]
+            if name in held.replaced:
+                model.__dict__[name] = held.replaced[name]
     model.__dict__.pop("_fade_searching", None)
 
 
@@ -342,4 +379,36 @@ def _graph_of(arguments: dict) -> DecodeGraph | None:
     return decode_graph if isinstance(decode_graph, DecodeGraph) else None
 
 
-_HOOKS = {generate, _refuse_batching, compiled_call, _unfinished, _compiles, _drafter, _call}
+# -- models that drop their cache
+
+#: Models that drop their cache, for good, when the text reaches the length where long RoPE switches.
+SWITCHING = ("phi3", "phimoe", "phi4_multimodal")
+
+
+def _prepare_inputs(model, input_ids, *args, **kwargs):
+    """What such a model feeds in a step, but through the same cache after the switch."""
+    prepare = type(model).prepare_inputs_for_generation
+    length = getattr(model.config, "original_max_position_embeddings", None)
+    cache = cache_in((*args, *kwargs.values()))
+    if not isinstance(cache, TieredKVCache) or length is None or input_ids.shape[1] <= length:
+        return prepare(model, input_ids, *args, **kwargs)
+    if cache.get_seq_length() <= length:  # keys of the short frequencies are made anew
+        cache.reset()
+        kwargs["next_sequence_length"] = None
+    return GenerationMixin.prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
+
+
+def _methods() -> dict[str, Callable]:
+    """Methods of a model whose place a hook takes."""
+    return {
+        "generate": generate,
+        "generate_batch": _refuse_batching,
+        "init_continuous_batching": _refuse_batching,
+        GET_COMPILED_CALL: compiled_call,
+        BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES: _unfinished,
+        VALID_AUTO_COMPILE_CRITERIA: _compiles,
+        GET_CANDIDATE_GENERATOR: _drafter,
+    }
+
+
+_HOOKS = {*_methods().values(), _call, _prepare_inputs}

@@ -542,3 +542,16 @@ def test_a_worker_waits_for_a_reader():
     cache.reset()
     assert done == ["read"]
     thread.join()
+
+
+def test_attach_in_a_with_block():
+    """The model is attached inside, and as it was afterwards, also after an error."""
+    model = tiny_llama()
+    before = dict(vars(model)), model.config._attn_implementation
+    with fade_fast.attach(model) as inside:
+        assert inside is model and model.config._attn_implementation == "fade"
+        generate(model, new_cache(model, SMALL), prompt(30), new=2)
+    assert (dict(vars(model)), model.config._attn_implementation) == before
+    with pytest.raises(KeyError), fade_fast.attach(model):
+        raise KeyError
+    assert (dict(vars(model)), model.config._attn_implementation) == before

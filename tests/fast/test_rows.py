@@ -156,18 +156,18 @@ def test_kernels_compiled_within_a_step_keep_their_own_choice():
 @pytest.mark.parametrize("options", [{}, compiling.TOGETHER, compiling.OPTIONS], ids=["none", "few", "all"])
 def test_kernels_compiled_within_a_step_keep_their_own_options(options, monkeypatch):
     torch._dynamo.reset()
-    options, asked = torch._inductor.config, []
+    config, asked = torch._inductor.config, []
 
     def asks(*operands):
-        asked.append((options.triton.native_matmul, options.post_grad_custom_pre_pass))
+        asked.append((config.triton.native_matmul, config.post_grad_custom_pre_pass))
         return False
 
     monkeypatch.setattr(bmm, "use_native_matmul", asks)
     monkeypatch.setattr(mm, "use_native_matmul", asks)
     twin = compiling.Compiled(lambda dynamic_sizes, a, b: a @ b, options)
     a, b = torch.randn(2, 300, 300), torch.randn(2, 300, 300)
-    with inductor.row_products(), options.patch(force_disable_caches=True):
-        assert options.triton.native_matmul and options.post_grad_custom_pre_pass
+    with inductor.row_products(), config.patch(force_disable_caches=True):
+        assert config.triton.native_matmul and config.post_grad_custom_pre_pass
         torch.testing.assert_close(twin([], dict, a, b), a @ b)
     assert asked == [(options.get("triton.native_matmul", False), None)]
 
