@@ -33,6 +33,11 @@ class Attached:
     def __bool__(self) -> bool:
         return self.dispatches
 
+    def __eq__(self, other) -> bool:
+        return self.dispatches == bool(other)
+
+    __hash__ = None
+
     def __enter__(self) -> PreTrainedModel:
         return self.model
 

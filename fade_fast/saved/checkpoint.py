@@ -44,7 +44,9 @@ def state_dict(cache) -> tuple[dict[str, Tensor], dict]:
             raise ValueError(f"layer {i}: {error}") from error
         tensors |= {f"{i}.{name}": x for name, x in parts.items()}
         layers.append(dict(kind=_kind(layer)) | known)
-    known = dict(config=_as_dict(cache.fade_config), holes=cache.token_positions.has_padding, layers=layers)
+    known = dict(
+        config=config_dict(cache.fade_config), holes=cache.token_positions.has_padding, layers=layers
+    )
     if cache.codebooks is not None:
         known["codebooks"] = cache.codebooks
     return {name: x.detach().clone().contiguous() for name, x in tensors.items()}, known
@@ -63,7 +65,7 @@ def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
         raise TypeError("load_state_dict takes what state_dict gives: a dict of tensors, and one of the rest")
     if cache.token_positions.length:
         raise ValueError("the cache is not empty: reset() it first")
-    if _as_json(known["config"]) != _as_json(_as_dict(cache.fade_config)):
+    if _as_json(known["config"]) != _as_json(config_dict(cache.fade_config)):
         raise ValueError(f"the stored configuration is {known['config']}, the cache's {cache.fade_config}")
     if known.get("codebooks") != cache.codebooks:
         raise ValueError("what is stored are codes of other codebooks than the cache's")
@@ -98,7 +100,7 @@ def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
         raise ValueError(f"what is stored does not fit the cache: {error}") from error
 
 
-def _as_dict(config: FadeConfig) -> dict:
+def config_dict(config: FadeConfig) -> dict:
     """A configuration as JSON has it; a field that older versions do not know is left out where unused."""
     fields = dataclasses.asdict(config)
     if fields["layer_bits"] is None:

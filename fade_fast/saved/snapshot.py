@@ -9,7 +9,6 @@ tiered layer also has `tiers`, by name: `slots` or `tokens` over all rows, `byte
 `positions`, the logical positions held, as ranges [first, last + 1] for each row.
 """
 
-import dataclasses
 import os
 
 import torch
@@ -42,7 +41,7 @@ def of(cache, positions: bool = True) -> dict:
         length=token_positions.length,
         batch=token_positions.batch if token_positions.length else 0,
         tokens=int((token_positions.logical >= 0).sum()) if token_positions.length else 0,
-        config=dataclasses.asdict(cache.fade_config),
+        config=checkpoint.config_dict(cache.fade_config),
         allocated=memory.allocated,
         packed=memory.packed,
         dense=memory.dense,

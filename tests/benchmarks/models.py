@@ -6,7 +6,7 @@ import random
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ..fast.models import tiny_llama
+from ..models import tiny_llama
 
 WORDS = ["".join(pair) for pair in itertools.product("abcdefghijklmn", repeat=2)]
 

@@ -7,7 +7,7 @@ from benchmarks import memory
 from benchmarks.methods import allocated, method
 from fade_fast.hf.models import CACHE_NAME
 
-from ..fast.models import prompt, tiny_llama
+from ..models import prompt, tiny_llama
 from . import models
 
 

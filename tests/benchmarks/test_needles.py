@@ -7,8 +7,8 @@ from benchmarks import needles
 from benchmarks.methods import method
 from benchmarks.quality import NothingCompressed
 
-from ..fast.models import tiny_llama
 from ..marks import slow_but
+from ..models import tiny_llama
 from . import models
 
 

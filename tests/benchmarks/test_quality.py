@@ -11,7 +11,7 @@ from benchmarks.methods import Unavailable, at_equal_bytes, compressed_tokens, m
 from fade_fast.kernels import rotated
 from fade_ref.config import PRESETS, FadeConfig
 
-from ..fast.models import prompt, tiny_llama
+from ..models import prompt, tiny_llama
 from . import models
 
 LENGTH, CHUNK = 384, 64

@@ -7,8 +7,8 @@ from benchmarks import quality, simulation
 from benchmarks.methods import method
 from fade_ref.config import FadeConfig
 
-from ..fast.models import prompt, tiny_llama
 from ..marks import slow_but
+from ..models import prompt, tiny_llama
 
 
 @pytest.mark.parametrize("name", slow_but(["int8", "int4", "int3", "k4v2", "int2"], "int4"))

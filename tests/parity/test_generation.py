@@ -11,8 +11,8 @@ from fade_ref.cache import LayerCache
 from fade_ref.config import FadeConfig
 from fade_ref.rope import Rope
 
-from ..fast.models import SMALL, compressed_tokens, generate, prompt, tiny_llama
 from ..marks import slow_but
+from ..models import SMALL, compressed_tokens, generate, prompt, tiny_llama
 
 BUDGETS = dict(int4_budget=20, int2_budget=12)
 CONFIGS = {

@@ -1,0 +1,291 @@
+"""Subcommands of `fade`: sessions that go on in another process, pictures, codebooks, what is passed on."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import fade_fast
+from fade_fast.cli import command, demo, plots, session
+from fade_fast.cli.command import main
+from fade_fast.hf import codebooks, loading
+from fade_fast.kernels import merge, product
+from fade_fast.saved import checkpoint, snapshot, telemetry
+
+from ..models import compressed_tokens, generate, prompt, tiny_llama
+from .test_demo import loud_again, one_line, tiny  # noqa: F401
+
+CONFIG = "recent_window=16,block_size=8"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [(), *((name,) for name in (*command.COMMANDS, "parity", "bench", "quality", "memory"))],
+    ids=str,
+)
+def test_help_fits_a_screen(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    said = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == 0 and 5 < len(said) <= 36
+    assert said[0].startswith("usage: ") and max(map(len, said)) <= 100
+
+
+def test_every_command_of_the_issue_is_there(capsys):
+    names = "demo check generate quality memory bench parity inspect plot train-codebook train-policy"
+    assert {*command.COMMANDS, *command.PASSED} == set(names.split())
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
+    path = tmp_path_factory.mktemp("document") / "document.txt"
+    path.write_text(demo.built_in_text()[:1500], encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def common(tiny):  # noqa: F811
+    return ["--model", tiny, "--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "12"]
+
+
+@pytest.mark.slow
+def test_a_session_goes_on_in_another_process(tiny, document, tmp_path, common):  # noqa: F811
+    """Save here; answer in a new process, to the token as after a fresh prefill, compressed."""
+    saved, out = tmp_path / "document.fade", tmp_path / "out.json"
+    events = tmp_path / "events.jsonl"
+    arguments = [*common, "--config", CONFIG, "--document", document]
+    assert main(["generate", *arguments, "--save", str(saved), "--telemetry", str(events)]) == 0
+    model, _ = loading.load(tiny, "cpu", "fp32")
+    cache, ids = session.resume(saved, model)
+    assert compressed_tokens(cache) > 300 and cache.get_seq_length() == ids.shape[1] > 400
+    told = [e for e in telemetry.read(events) if e["event"] == "demotion"]
+    assert sum(e["tokens"] for e in told) == compressed_tokens(cache) * len(cache.tiered)
+    question = ["--prompt", "What is an object?", "--compare", "--json", str(out)]
+    command = [sys.executable, "-m", "fade_fast", "generate", *common, "--resume", str(saved), *question]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["same"] and found["read_tokens"] == ids.shape[1]
+    assert 0 < found["first_token_s"] and 0 < found["fresh_first_token_s"]
+    assert 0 < found["new_tokens"] <= 12 and found["text"].strip() in done.stdout
+
+
+def test_the_ids_of_a_document_do_not_depend_on_the_question(tiny):  # noqa: F811
+    _, tokenizer = loading.load(tiny, "cpu")
+    for template in (None, "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"):
+        tokenizer.chat_template = template
+        (read, rest), (again, other) = (
+            session.encode(tokenizer, "Some text.", q) for q in ("Why?", "How so?")
+        )
+        assert torch.equal(read, again) and not torch.equal(rest, other)
+        said = tokenizer.decode(session.joined(read, rest)[0])
+        assert said.startswith("<u>Some text." if template else "Some text.")
+        assert said.endswith("Why?</u><a>" if template else "Why?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "nothing to do"),
+        (["--prompt", "a", "--prompt-file", "{doc}"], "give one of them"),
+        (["--prompt", "a", "--save", "{tmp}/c"], "--save stores what was read of a --document"),
+        (["--prompt", "a", "--compare"], "--compare needs --resume"),
+        (["--prompt", "a", "--resume", "{doc}", "--document", "{doc}"], "leave out --document"),
+        (["--prompt", "a", "--resume", "{doc}"], "is not a stored cache, or is damaged"),
+    ],
+)
+def test_what_generate_refuses(arguments, says, document, common, tmp_path, capsys):
+    arguments = [x.format(doc=document, tmp=tmp_path) for x in arguments]
+    assert main(["generate", *common, *arguments]) == 2
+    assert says in one_line(capsys) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("frugal", "unknown preset 'frugal'"),
+        ("colour=3", "unexpected keyword"),
+        ("n_sink=-1", "n_sink=-1: an integer of at least 0"),
+        ("n_sink=1=2", "too many values"),
+    ],
+)
+def test_configurations_that_are_refused(text, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", "--config", text])
+    assert stopped.value.code == 2 and says in one_line(capsys)
+
+
+def test_an_interrupt_while_saving_leaves_no_file(document, common, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupt)
+    saved = tmp_path / "document.fade"
+    assert main(["generate", *common, "--document", document, "--save", str(saved)]) == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_says_no_with_its_exit_code(tiny, tmp_path, capsys, monkeypatch):  # noqa: F811
+    out = tmp_path / "out.json"
+    arguments = ["check", "--model", tiny, "--device", "cpu", "--length", "512", "--json", str(out)]
+    assert main(arguments) == 0
+    assert "2 of 2 layers are tiered" in capsys.readouterr().out
+    assert json.loads(out.read_text())["length"] == 512
+    refused = fade_fast.ModelCheck("Some", refused="it is too old")
+    monkeypatch.setattr("fade_fast.cli.check.check_model", lambda *args, **kwargs: refused)
+    assert main(arguments) == 1
+    assert "refused: it is too old" in capsys.readouterr().out
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A cache in a file, and the events that led to it."""
+    model, path, events = tiny_llama(), tmp_path / "cache.fade", tmp_path / "events.jsonl"
+    cache = fade_fast.create_cache(model, fade_fast.FadeConfig(recent_window=8, block_size=4, int4_budget=24))
+    with cache.listen(events):
+        generate(model, cache, prompt(60, batch=2, pads=(0, 5)), new=20)
+        cache.memory()
+    cache.save(path)
+    return cache, path, events
+
+
+def test_inspect_prints_without_loading(saved, tmp_path, capsys, monkeypatch):
+    cache, path, _ = saved
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(checkpoint, "read", lambda *args: pytest.fail("tensors are loaded"))
+    monkeypatch.setattr(checkpoint, "read_tensors", lambda *args: pytest.fail("tensors are loaded"))
+    assert main(["inspect", str(path), "--json", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "model_type llama" in said and "layer 1: tiered" in said and "48 INT4" in said
+    assert json.loads(out.read_text())["length"] == cache.get_seq_length()
+    path.write_bytes(path.read_bytes()[:100])
+    assert main(["inspect", str(path)]) == 2
+    assert "damaged" in one_line(capsys)
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", str(path) + ".none"])
+    assert stopped.value.code == 2 and "no such file" in one_line(capsys)
+
+
+def test_pictures(saved, tmp_path, capsys):
+    """What they show at the end is what the cache holds; every kind of file is drawn."""
+    cache, path, events = saved
+    columns, series = plots.tokens_over_time(telemetry.read(events))
+    tokens = cache.memory().tokens
+    assert columns[-1] <= cache.get_seq_length() and columns == sorted(columns)
+    assert series["INT4"][-1] == tokens["INT4"] == 48 and series["EVICTED"][-1] == tokens["EVICTED"] > 0
+    assert list(series) == ["FP16", "INT4", "EVICTED"]
+    for n, column in enumerate(columns):
+        assert sum(x[n] for x in series.values()) == 2 * column
+    shot = tmp_path / "snapshot.json"
+    shot.write_text(json.dumps(cache.snapshot()))
+    for file in (path, events, shot):
+        assert main(["plot", str(file)]) == 0
+        assert file.with_name(file.name + ".png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = plots.of_file(path, row=1).axes
+    drawn = {c.get_label(): c.get_paths() for c in axes.collections if not c.get_label().startswith("_")}
+    held = snapshot.of_file(path, positions=True)["layers"][0]["tiers"]
+    for name in ("FP16", "INT4"):
+        spans = [[x.get_extents().x0, x.get_extents().x1] for x in drawn[name]]
+        assert spans == held[name]["positions"][1]
+
+
+def test_what_plot_refuses(saved, tmp_path, capsys):
+    _, path, _ = saved
+    wrong = tmp_path / "wrong"
+    for text in ("{}", '{"event": "demotion"', "[1]", "\x00\x01"):
+        wrong.write_text(text)
+        assert main(["plot", str(wrong)]) == 2
+        one_line(capsys)
+    assert main(["plot", str(path), "--row", "2"]) == 2
+    assert "row 2: from 0 to 1 is possible" in one_line(capsys)
+    assert {x.name for x in tmp_path.iterdir()} == {"cache.fade", "events.jsonl", "wrong"}
+
+
+def test_codebooks(tiny, document, tmp_path, capsys):  # noqa: F811
+    """They code unseen text better than the mean does, attention reads the codes, and files are strict."""
+    out = tmp_path / "books"
+    arguments = ["train-codebook", "--model", tiny, "--device", "cpu", "--dtype", "fp32", "--text", document]
+    assert main([*arguments, "--out", str(out), "--centroids", "16", "--tokens", "300"]) == 0
+    assert "keys: relative error" in capsys.readouterr().out
+    model, tokenizer = loading.load(tiny, "cpu", "fp32")
+    books = codebooks.load(out, model)
+    assert books.tensors["1.value"].shape == (16, 16, 4) and books.tensors["1.value"].dtype == torch.float16
+    assert books.provenance["tokens"] == 300 and books.provenance["centroids"] == 16
+    assert str(tmp_path) not in json.dumps(books.provenance)
+    unseen = tokenizer(demo.built_in_text()[5000:6000], return_tensors="pt").input_ids
+    for name, x in codebooks.collect(model, unseen).items():
+        layer, side = name.split(".")
+        codes = books.encode(int(layer), side, x[None, None])
+        back = books.decode(int(layer), side, codes)[0, 0]
+        assert (back - x).norm() < 0.9 * (x - x.mean(0)).norm()
+    keys, values = (x[None, None] for x in list(codebooks.collect(model, unseen).values())[:2])
+    query, seen = torch.randn(1, 1, 3, 64) / 8, torch.ones(1, 1, 3, keys.shape[2], dtype=torch.bool)
+    key_codes, value_codes = books.encode(0, "key", keys), books.encode(0, "value", values)
+    part = product.attend(
+        query, key_codes, books.tensors["0.key"], value_codes, books.tensors["0.value"], seen
+    )
+    weights = (query @ books.decode(0, "key", key_codes).mT).softmax(-1)
+    torch.testing.assert_close(merge.merge([part]), weights @ books.decode(0, "value", value_codes))
+    with pytest.raises(ValueError, match="learned from another model"):
+        codebooks.load(out, tiny_llama())
+    common = ["generate", "--model", tiny, "--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "4"]
+    coded = ["--config", "quant_backend=product,recent_window=8,block_size=4"]
+    saved = ["--document", document, "--save", str(tmp_path / "cache")]
+    assert main([*common, *coded, *saved]) == 2
+    assert "codebooks missing" in one_line(capsys)
+    assert main([*common, *coded, *saved, "--codebooks", str(out)]) == 0
+    questions = [*common, "--resume", str(tmp_path / "cache"), "--prompt", "What is it about?"]
+    assert main(questions) == 2
+    assert "codebooks missing" in one_line(capsys)
+    assert main([*questions, "--codebooks", str(out), "--compare"]) == 0
+    assert "the same tokens" in capsys.readouterr().out
+    assert "PQ" in fade_fast.load_cache(tmp_path / "cache", model, codebooks=out).describe()
+    out.write_bytes(out.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="holds no codebooks, or is damaged"):
+        codebooks.load(out)
+    for more, says in (["--centroids", "7"], "power of two"), (["--subspace-width", "5"], "do not divide"):
+        assert main([*arguments, "--out", str(tmp_path / "x"), *more]) == 2
+        assert says in one_line(capsys)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_training_again_gives_the_same_codebooks():
+    model, ids = tiny_llama(), prompt(200)["input_ids"]
+    one, two = (codebooks.train(model, ids, centroids=8) for _ in range(2))
+    assert one.tensors.keys() == {"0.key", "0.value", "1.key", "1.value"}
+    assert all(torch.equal(x, two.tensors[name]) for name, x in one.tensors.items())
+    assert one.provenance == two.provenance
+
+
+def test_commands_of_their_own_get_what_follows(monkeypatch, capsys):
+    heard = []
+
+    def module(name):
+        if name == "benchmarks.absent":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name == "benchmarks.needy":
+            raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
+        return types.SimpleNamespace(main=lambda argv: heard.append((name, argv, sys.argv)) or 3)
+
+    monkeypatch.setattr(command.importlib, "import_module", module)
+    assert main(["bench", "attention", "--only", "x"]) == 3
+    assert main(["bench", "--list"]) == 3
+    assert main(["parity", "compare", "a", "b"]) == 3
+    assert [(name, argv) for name, argv, _ in heard] == [
+        ("benchmarks.decode_attention", ["--only", "x"]),
+        ("benchmarks.generate", ["--list"]),
+        ("parity.__main__", ["compare", "a", "b"]),
+    ]
+    assert heard[0][2] == ["fade bench attention", "--only", "x"]
+    monkeypatch.setitem(command.PASSED, "quality", ("benchmarks.absent", ""))
+    assert main(["quality"]) == 2
+    assert "benchmarks.absent is not part of this installation" in one_line(capsys)
+    monkeypatch.setitem(command.PASSED, "quality", ("benchmarks.needy", ""))
+    assert main(["quality"]) == 2
+    assert "needs datasets, which is not installed" in one_line(capsys)
