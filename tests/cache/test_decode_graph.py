@@ -505,7 +505,7 @@ def test_steps_follow_a_cache_that_moved():
         out = compiled(model, cache, turn, new=3)
         cache.memory()
         for layer in cache.tiered:
-            layer._map(torch.clone)
+            layer.map(torch.clone)
     expected = eager(model, fade_fast.create_cache(model, CONFIGS["int4"]), inputs, new=24)
     assert torch.equal(out, expected)
 
