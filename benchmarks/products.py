@@ -96,7 +96,7 @@ def compiled(shape: Shape, rows: int, tiles: dict | None, inputs: tuple):
     function = compiling._own(lambda *args: shape.function(*args), {})
     graph = torch.compile(function, fullgraph=True, dynamic=False)
     tag = torch.compiler.config.patch(cache_key_tag=f"{rows} {tiles}")  # apart in the disk cache
-    with torch.no_grad(), tag, mock.patch.object(compiling, "few_tile", lambda *args: dict(tiles)):
+    with torch.no_grad(), tag, mock.patch.object(inductor, "few_tile", lambda *args: dict(tiles)):
         with inductor.row_products() if tiles else contextlib.nullcontext():
             return graph, graph(*inputs)
 

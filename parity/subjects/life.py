@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 import fade_fast
-import fade_fast.hf.attention as fast_attention
+from fade_fast.cache import reads
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.kernels import packed, rotated
 from fade_fast.policies import plan
@@ -238,8 +238,8 @@ def walk(found: Found, config, shape, steps, **options) -> None:
 @contextlib.contextmanager
 def tiles(tile: int, rows: int, eager: int, encoded: int):
     """Use short tiles, so that small inputs need several tiles."""
-    places = ((fast_attention, "TILE"), (fast_attention, "ROWS"), (packed, "EAGER_TILE"), (rotated, "TILE"))
-    places += ((fast_attention, "SPAN"), (fast_attention, "BLOCK"))
+    places = ((reads, "TILE"), (reads, "ROWS"), (packed, "EAGER_TILE"), (rotated, "TILE"))
+    places += ((reads, "FLASH_TILE"), (reads, "FLASH_ROWS"))
     before = [getattr(module, name) for module, name in places]
     try:
         for (module, name), value in zip(places, (tile, rows, eager, encoded, tile, rows)):

@@ -67,7 +67,7 @@ def test_a_model_compiles_with_its_products_of_rows(batch):
             seen.append((before, products(graph)))
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(compiling, "RowProducts", Seen)
+        patch.setattr(inductor, "RowProducts", Seen)
         with torch._inductor.config.patch(force_disable_caches=True), inductor.row_products():
             found = torch.compile(block, fullgraph=True)(x)
         for ours, theirs in zip(found, block(x), strict=True):

@@ -217,7 +217,7 @@ class Life:
             return
         ids, d = torch.ones(self.rows, 2, dtype=torch.long), self.cache.tiered[0].dense["key"].shape
         keys, dim = torch.randn(self.rows, d[1], 2, d[3], dtype=torch.float64), d[3]
-        layer = self.cache.tiered[0]
+        layer = self.cache.layers[self.cache.tiered[0].layer_idx]
         actions = [
             lambda: forward(self.model, self.cache, torch.ones(self.rows + 1, 2, dtype=torch.long)),
             lambda: self.model(input_ids=ids, **{CACHE_NAME: self.cache}, use_cache=False),
