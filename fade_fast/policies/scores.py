@@ -44,8 +44,8 @@ class Observer(ABC):
         horizon: how many of the newest queries of a step can change the statistics. None means all queries.
         additive: whether `probs` may be summed over the queries of a step.
         by_head: whether the heads of a row hold different tokens.
-        compiles: whether `update` may be compiled. The compiled version keeps the fields twice. It is not
-            used if the fields are large and `update` writes only a part of them.
+        compiles: whether `update` may be compiled, and whether the cache may keep the fields twice. False if
+            the fields are large and `update` writes only a part of them.
         cursor: int64 [1], the counter that `update` uses in addition to the fields. None if there is none.
     """
 
@@ -204,7 +204,7 @@ class Windowed(Observer):
 
     Each step index is one query. Padding queries also take a place in the ring, but they see no token. For
     models of two-byte dtypes the probabilities are stored in bfloat16. They need 2 * window bytes per token
-    and KV head. They use bfloat16 because little else limits their size.
+    and KV head. bfloat16 is used because little else limits this size.
     """
 
     fresh = dict(window=UNSEEN)
