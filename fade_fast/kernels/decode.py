@@ -254,7 +254,8 @@ def _ties(view: TierView, blocks: int, num_read: int) -> bool:
     """Return whether the compiler would specialize on the number of slots read.
 
     It specializes if there is one chunk, or if the number of slots read equals the size of the buffer. If
-    the page size does not divide the chunk, it also adds a guard whether each number ends at a page boundary.
+    the page size does not divide the chunk, the compiler would also check for each number whether it ends at
+    a page boundary.
     """
     tied = blocks == 1 or num_read == view.capacity
     if view.block_table is None or tied:
