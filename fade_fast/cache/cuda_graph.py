@@ -1,8 +1,9 @@
-"""A compiled decode step as one CUDA graph, of which the host only writes the inputs.
+"""Captures a compiled decode step as one CUDA graph. For a replay, the host only writes the inputs.
 
-Inductor can capture graphs itself. But then Dynamo looks at all it knows of the model before each step,
-and Inductor whether the weights still lie where they did, while the GPU waits: 0.8 ms for 32 layers on an
-H100. Here both look once for each graph, that is once a `generate()` and an epoch.
+Inductor can capture graphs itself. But then Dynamo evaluates all its guards on the model before each step,
+and Inductor checks that the addresses of the weights did not change. The GPU waits during these checks:
+0.8 ms for 32 layers on an H100. Here both checks run once per graph, that is, once per `generate()` and
+graph id.
 """
 
 import warnings
@@ -15,12 +16,12 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 
 class Captured:
-    """Calls of a compiled model, of which those that repeat are replayed.
+    """Calls a compiled model, and replays a CUDA graph for calls that repeat.
 
-    The first call of a kind is an ordinary one, for what has yet to be compiled; the second is captured.
-    A kind is arguments that differ in the numbers of their tensors alone; a new epoch ends all kinds.
-    Whatever else a call depends on must not change while this object is used, nor may a call change Python
-    objects. The next call overwrites the logits of the output.
+    Two calls are of the same kind if their arguments differ only in the values of their tensors. The first
+    call of a kind runs normally, so that the model can compile. The second call is captured. A new graph id
+    ends all kinds. All other state that a call depends on must not change while this object is used. A call
+    must not change Python objects. The next call overwrites the logits of the output.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class Captured:
         """Wrap a compiled model.
 
         Args:
-            compiled: what is captured.
-            otherwise: makes the function that is called instead if `compiled` cannot be captured.
-            must_clone: whether the caller may keep tensors of an output, which the next call overwrites.
+            compiled: the function to capture.
+            otherwise: returns the function to call instead, if `compiled` cannot be captured.
+            must_clone: returns whether the caller may keep tensors of an output. These tensors must be
+                cloned, because the next call overwrites them.
         """
         self.compiled, self.otherwise, self.must_clone = compiled, otherwise, must_clone
         self.refused = False
@@ -75,7 +77,7 @@ class Captured:
 
 @dataclass
 class Recording:
-    """What calls of one kind are replayed from, once there is a graph."""
+    """The CUDA graph that replays the calls of one kind. `graph` is None until the capture."""
 
     kind: tuple
     graph: torch.cuda.CUDAGraph | None = None
@@ -84,12 +86,12 @@ class Recording:
 
 
 def record(call: Callable, pool: tuple[int, int] | None = None, **arguments):
-    """The CUDA graph of a call, not yet run, and what the call returned.
+    """Capture a call. Returns its CUDA graph, which has not run yet, and the output of the call.
 
-    `pool`: memory to share with graphs that never run at the same time, or None.
+    `pool` is memory to share with graphs that never run at the same time, or None.
     """
     graph = torch.cuda.CUDAGraph()
-    # Others may go on using the GPU.
+    # Other threads may continue to use the GPU.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = call(**arguments)
     return graph, output

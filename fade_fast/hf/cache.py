@@ -1,4 +1,4 @@
-"""`TieredKVCache`: the cache that goes into `model.generate(cache=...)`."""
+"""`TieredKVCache`: the cache that users pass to `model.generate(cache=...)`."""
 
 import copy
 import os
@@ -33,14 +33,14 @@ from .models import attention_modules, execution_device, fingerprint, text_confi
 from .prompts import SeenTokens
 from .rope_probe import RopeProbe
 
-CODECS = ("rotated", "product")  # that a cache can have
+CODECS = ("rotated", "product")  # the supported values of `quant_backend`
 
 
 class TieredKVCache(Cache):
     """A `transformers` cache whose full-attention layers keep their tokens in tiers.
 
-    Make one with `fade_fast.create_cache(model)`. Layers of other kinds (sliding window, linear
-    attention, shared) keep the classes that `DynamicCache` gives them.
+    `fade_fast.create_cache(model)` creates one. Layers of other kinds (sliding window, linear attention,
+    shared) keep the classes that `DynamicCache` gives them.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class TieredKVCache(Cache):
         config = config.resolved(len(layers), full)
         self.fade_config, self.token_positions, self.seen = config, TokenPositions(), SeenTokens()
         self.fingerprint, self.model_config = fingerprint(model), model_config
-        self.began: dict[int, int] = {}  # by thread: tokens held when its forward pass began
+        self.began: dict[int, int] = {}  # by thread id: number of tokens when its forward pass began
         self.guard = Guard()
         self._tables: dict[tuple, Tensor] = {}
-        self.codebooks: str | None = None  # their digest
-        # Captured steps keep their counters on one device, so all layers must be there.
+        self.codebooks: str | None = None  # the digest of the codebooks
+        # Captured steps keep their counters on one device, so all layers must be on that device.
         on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
         on_gpu &= len({p.device for p in model.parameters()}) == 1
         by_layer = {}
@@ -118,7 +118,7 @@ class TieredKVCache(Cache):
                 f"layer that caches keys and values alone. transformers gives its layers {kinds}"
             )
         modules = attention_modules(model)
-        #: Device of each layer's keys, which is not that of its weights if they are offloaded.
+        #: The device of each layer's keys. If the weights are offloaded, they are on another device.
         self.homes = [
             i in modules and execution_device(modules[i]) or model.device for i in range(len(layers))
         ]
@@ -155,16 +155,19 @@ class TieredKVCache(Cache):
         super().__init__(layers=layers)
 
     def __deepcopy__(self, memo: dict) -> "TieredKVCache":
-        """An independent copy for the same model: its configuration, rotary modules, codebooks are shared."""
+        """Return an independent copy for the same model.
+
+        The copy shares the configuration of the model, the rotary modules and the codebooks.
+        """
         memo[id(self.model_config)] = self.model_config
         for layer in self.tiered:
             for shared in (layer.rope, layer.telemetry, *layer.format.tensors()):
                 memo[id(shared)] = shared
         for graph in (self.decode_graph.demotion, self.decode_graph.order):
-            memo[id(graph)] = None  # a captured graph cannot be copied
+            memo[id(graph)] = None  # a captured CUDA graph cannot be copied
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        twin.decode_graph.clear()  # captured steps of this cache must not become those of the copy
+        twin.decode_graph.clear()  # the copy must not replay the captured steps of this cache
         for layer in twin.tiered:
             layer.telemetry = None
         return twin
@@ -177,7 +180,10 @@ class TieredKVCache(Cache):
         )
 
     def _table(self, dim: int, device) -> Tensor:
-        """The codec's rotation and the sum of its rows, float32: one for all layers of a head_dim."""
+        """Return the rotation of the codec and the sum of its rows, float32.
+
+        All layers with the same head_dim share one table.
+        """
         key = (dim, str(device))
         if key not in self._tables:
             self._tables[key] = rotated.with_sum(rotated.rotation(dim)).float().to(device)
@@ -185,23 +191,24 @@ class TieredKVCache(Cache):
 
     @property
     def device(self) -> torch.device:
-        """Device of the first tiered layer."""
+        """The device of the first tiered layer."""
         return self.homes[self.tiered[0].layer_idx]
 
     def stored_layers(self) -> list[KVLayer | ForeignLayer]:
-        """The layers as files and reports see them, in order."""
+        """Return the layers in order, in the form that files and reports use."""
         return [layer.kv if isinstance(layer, TieredLayer) else ForeignLayer(layer) for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Logical length: tokens seen, whatever became of them."""
+        """Return the logical length: the number of tokens seen. Evicted tokens count too."""
         layer = self.layers[layer_idx]
         return layer.get_seq_length() if isinstance(layer, TieredLayer) else super().get_seq_length(layer_idx)
 
     def _rollback_step(self, start: int) -> None:
-        """Take back a step from column `start` on, which failed halfway: the layers before have its tokens.
+        """Undo a step that began at step index `start` and failed in some layer.
 
-        Where that cannot be, the next step is refused: the step was long and came after others, so that
-        some layers have compressed what it brought; or layers of transformers cannot take it back.
+        The layers before that layer already hold the tokens of the step. If the step cannot be undone, the
+        cache refuses the next step. This happens in two cases. The step was long and followed other steps, so
+        some layers have already compressed its tokens. Or a layer of transformers cannot undo the step.
         """
         if not start:
             self.reset()
@@ -219,14 +226,14 @@ class TieredKVCache(Cache):
         try:
             for layer in sorted(ahead, key=lambda layer: isinstance(layer, TieredLayer)):
                 layer.crop(start - layer.get_seq_length())
-        except RuntimeError:  # a sliding window that has moved on
+        except RuntimeError:  # a sliding window has already dropped tokens
             self.decode_graph.failed = True
             return
         self._cropped(self.token_positions.length - start)
         self.decode_graph.touch()
 
     def _cropped(self, n: int) -> None:
-        """What the layers share: the newest `n` columns are gone, which they have cropped."""
+        """Crop the state that the layers share, after the layers have cropped their newest `n` tokens."""
         self.token_positions.crop(n)
         self.seen.crop(self.token_positions.length)
         self.decode_graph.crop(n)
@@ -238,10 +245,10 @@ class TieredKVCache(Cache):
 
     @single_threaded
     def reset(self) -> None:
-        """Forget every token; the next ones may have another batch size, dtype or device."""
+        """Remove every token. The next tokens may have another batch size, dtype or device."""
         super().reset()
         for layer in self.layers:
-            if isinstance(layer, DynamicLayer):  # transformers before 5.18 only zeroes them
+            if isinstance(layer, DynamicLayer):  # transformers before 5.18 only zeroes keys and values
                 layer.keys, layer.values, layer.is_initialized = None, None, False
         self.token_positions.clear()
         self.seen.set(None)
@@ -249,10 +256,11 @@ class TieredKVCache(Cache):
 
     @single_threaded
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens from every layer; nothing if one refuses.
+        """Remove the newest `-tokens_to_remove` tokens from every layer. If a layer refuses, remove nothing.
 
-        To remove all is to `reset()`. What policies counted of the attention of these tokens stays counted,
-        but for a step that generate() takes back (`TieredLayer.record_past`).
+        Removing all tokens is the same as `reset()`. Policies have already counted the attention of the
+        removed tokens, and they keep these counts. The exception is a step that generate() undoes
+        (`TieredLayer.record_past`).
         """
         self.decode_graph.check_whole()
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
@@ -279,10 +287,10 @@ class TieredKVCache(Cache):
 
     @single_threaded
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was: int64 [B]."""
+        """Replace row i by the old row `beam_idx[i]`. `beam_idx` is int64 [B]."""
         self._check_rows(beam_idx, same=True)
         self.decode_graph.reorder(beam_idx, self._reorder)
-        if not self.decode_graph.within:  # a beam search must not wait for indices
+        if not self.decode_graph.within:  # a beam search must not wait until the host knows the indices
             self.seen.select_rows(beam_idx)
 
     def _reorder(self, beam_idx: Tensor) -> None:
@@ -291,7 +299,7 @@ class TieredKVCache(Cache):
 
     @single_threaded
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep rows `indices` [B'], in that order."""
+        """Keep the rows `indices` [B'], in that order."""
         self._check_rows(indices)
         for layer in self.layers:
             if isinstance(layer, TieredLayer):
@@ -309,7 +317,10 @@ class TieredKVCache(Cache):
             self.batch_select_indices(torch.arange(self.token_positions.batch).repeat_interleave(repeats))
 
     def _check_rows(self, index: Tensor, same: bool = False) -> None:
-        """Refuse an index of no rows, or (`same`) of another number of them; on a GPU it is not read."""
+        """Refuse an index without rows. With `same`, also refuse an index with another number of rows.
+
+        If the index is on a GPU, its values are not read.
+        """
         self.decode_graph.check_whole()
         if not self.token_positions.length:
             return
@@ -322,9 +333,9 @@ class TieredKVCache(Cache):
 
     @reading
     def memory(self) -> Memory:
-        """What the cache weighs now. Blocks whose demotion was due are demoted first.
+        """Return how much memory the cache uses now. Blocks that are due for demotion are demoted first.
 
-        Raises `RuntimeError` while another thread is in a step.
+        Raises `RuntimeError` while another thread runs a step.
         """
         self.decode_graph.check_whole()
         for layer in self.tiered:
@@ -333,44 +344,51 @@ class TieredKVCache(Cache):
 
     @reading
     def save(self, path: str | os.PathLike, tokens: Tensor | None = None) -> None:
-        """Write the cache to a file, whole or not at all; `load_cache` reads it.
+        """Write the cache to a file, completely or not at all. `load_cache` reads the file.
 
-        `tokens`, an integer tensor, travels along: the ids that were fed, which a cache does not know, for
-        `checkpoint.read_tokens`.
+        `tokens` is an integer tensor with the input ids. A cache does not know these ids. The file stores
+        them, and `checkpoint.read_tokens` reads them.
 
-        Raises `ValueError` for a layer of a kind that cannot be stored, `OSError` as the system does.
+        Raises `ValueError` for a layer of a kind that cannot be stored. Raises `OSError` if the system cannot
+        write the file.
         """
         self.decode_graph.check_whole()
         checkpoint.save(self, path, tokens)
 
     @reading
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
-        """Tensors, cloned, and what else the cache knows, for people who store it themselves."""
+        """Return cloned tensors and the other state of the cache, for users who store it themselves."""
         self.decode_graph.check_whole()
         return checkpoint.state_dict(self)
 
     @single_threaded
     def load_state_dict(self, tensors: dict[str, Tensor], known: dict) -> None:
-        """Fill this cache, which must be empty, with what `state_dict` gave.
+        """Fill this cache with the result of `state_dict`. The cache must be empty.
 
-        Raises `ValueError`, and leaves the cache empty, if they do not fit; `TypeError` for other things.
+        Raises `ValueError` if the result does not fit this cache, and leaves the cache empty. Raises
+        `TypeError` for arguments of another type.
         """
         checkpoint.load_state_dict(self, tensors, known)
 
     def listen(self, sink) -> telemetry.Listener:
-        """Tell `sink` of demotions, plans, evictions, renumbering, growth and compilation from now on.
+        """Send events to `sink` from now on.
 
-        `telemetry.py` says what the events hold. A sink is a path, to which lines of JSON are appended; a
-        `logging.Logger`; or a function of an event. Close the result, or use it in a `with` block.
-        Raises `TypeError` for another sink, `OSError` as the system does.
+        The events are demotions, plans, evictions, renumbering, growth and compilation. `telemetry.py`
+        documents their contents. A sink is a path, a `logging.Logger`, or a function of an event. At a path,
+        lines of JSON are appended to the file. Close the returned listener, or use it in a `with` block.
+
+        Raises `TypeError` for a sink of another type. Raises `OSError` if the system cannot open the file.
         """
         return telemetry.listen(self.tiered, self.tiered[0].telemetry, sink)
 
     def describe(self) -> str:
-        """A text saying what each layer keeps, and how."""
+        """Return a text that lists the tokens each layer keeps and their storage format."""
         return snapshot.text(snapshot.of(self, positions=False))
 
     @reading
     def snapshot(self) -> dict:
-        """The same and more as JSON has it: each layer's tiers, positions and bytes; see `snapshot.py`."""
+        """Return the same information and more in a form that JSON can store.
+
+        It contains the tiers, the positions and the bytes of each layer. See `snapshot.py`.
+        """
         return snapshot.of(self)

@@ -1,4 +1,4 @@
-"""Caches for a model: new ones, and those that were saved."""
+"""Create a new cache for a model, or load a saved cache."""
 
 import os
 
@@ -23,34 +23,38 @@ def create_cache(
     codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
     verify: bool = True,
 ) -> TieredKVCache:
-    """A cache for `model.generate(..., cache=cache)` that compresses as it fills.
+    """Create a cache for `model.generate(..., cache=cache)`. The cache compresses tokens while it fills.
 
-    The argument may be named `past_key_values` as well, whichever version of transformers is installed.
-    Attaches our attention to the model, so that it reads compressed tokens as they are; `detach`
-    undoes that. Models that do not let their attention be replaced get dense keys and values at
-    every step, and a warning: their memory falls between steps, their speed does not rise.
+    The argument may also be named `past_key_values`, with every version of transformers. This function
+    attaches our attention to the model, so that it reads compressed tokens directly. `detach` undoes this.
+    Some models do not allow a replacement of their attention. They get dense keys and values at every step,
+    and a warning. Their memory decreases between steps, but their speed does not increase.
 
     Args:
-        model: a decoder of transformers, of any dtype and on any device, or what `torch.compile` made of it.
-        config: a preset, "lossless", "safe", "balanced" or "aggressive", or a `FadeConfig`. `safe`
-            keeps every token; `balanced` and `aggressive` evict by position alone, oldest first. Of
-            the other policies (`plan.SUPPORTED`), those in `importance.OBSERVERS` rank tokens by the
-            attention they receive: that costs some numbers a token and, in a prompt, its scores twice
-            more (of `snapkv` and `tova`, those of the last queries).
-        max_length: the most tokens the cache will see; room for them is made at once. By default
-            the buffers grow with the text.
-        policy_weights: for `eviction_policy="learned"`: a safetensors file, or its tensors, named and
-            shaped as `importance.MLP` says. By default those that `fade_fast` brings, trained on
-            SmolLM2-135M; what the network sees has no model's shape, so they fit any other.
-        codebooks: for `quant_backend="product"`: a file that `fade train-codebook` wrote, what
-            `codebooks.train` gave, or tensors named and shaped as there. They are of one model.
+        model: a decoder of transformers, of any dtype and on any device. The result of `torch.compile` for
+            such a model is also allowed.
+        config: a `FadeConfig`, or a preset: "lossless", "safe", "balanced" or "aggressive". `safe` keeps
+            every token. `balanced` and `aggressive` evict by position alone, and evict the oldest token
+            first. The other policies are in `plan.SUPPORTED`. The policies in `scores.OBSERVERS` rank tokens
+            by the attention that the tokens receive. They store some numbers per token. In a prompt, they
+            also compute the scores twice more (`snapkv` and `tova`: only the scores of the last queries).
+        max_length: the largest number of tokens that the cache will see. The buffers for them are allocated
+            at once. By default the buffers grow with the text.
+        policy_weights: weights for `eviction_policy="learned"`: a safetensors file, or its tensors. `MLP` in
+            `fade_ref.scores` gives their names and shapes. By default the weights of `fade_fast` are used,
+            which were trained on SmolLM2-135M. The inputs of the network do not depend on the shape of a
+            model, so the weights fit every model.
+        codebooks: codebooks for `quant_backend="product"`: a file that `fade train-codebook` wrote, the
+            result of `codebooks.train`, or tensors with the same names and shapes. Codebooks belong to one
+            model.
         verify: see `attach`.
 
     Raises:
-        ValueError: an unknown preset, or a model or a policy that cannot be served; a policy that
-            ranks by attention needs a model whose attention can be replaced; what `attach` raises.
-            Codebooks that are missing, given in vain, of another model, or incomplete.
-        TypeError: `model`, `config` or `codebooks` is of another type.
+        ValueError: the preset is unknown, or the model or the policy is not supported. A policy that ranks by
+            attention needs a model whose attention can be replaced. Codebooks are missing, incomplete, from
+            another model, or given although the configuration does not use them. `attach` can also raise
+            `ValueError`.
+        TypeError: `model`, `config` or `codebooks` has another type.
     """
     if isinstance(config, str):
         config = FadeConfig.preset(config)
@@ -74,17 +78,18 @@ def load_cache(
     codebooks=None,
     verify: bool = True,
 ) -> TieredKVCache:
-    """A cache for `model` as `TieredKVCache.save` wrote it; decoding goes on to the bit.
+    """Load a cache for `model` from a file of `TieredKVCache.save`. Decoding continues with identical bits.
 
     Args:
-        path: what `save` wrote.
-        model: the model it was filled by, on any device.
-        max_length, policy_weights, codebooks, verify: as `create_cache` takes them; codebooks are not in the
-            file, but it knows which they were.
+        path: the file that `save` wrote.
+        model: the model that filled the cache, on any device.
+        max_length, policy_weights, codebooks, verify: as in `create_cache`. The file does not contain the
+            codebooks, but it identifies them.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not such a file, damaged, of another version, of another model or other codebooks.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a saved cache, is damaged, or belongs to another version, another model or
+            other codebooks.
     """
     model, (tensors, header) = unwrapped(model), checkpoint.read(path)
     theirs, ours = header["model"], fingerprint(model)

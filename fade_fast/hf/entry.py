@@ -1,4 +1,4 @@
-"""What is checked where a step enters a model: once, before any layer has written anything."""
+"""Checks when a step enters a model. They run once, before any layer has written anything."""
 
 import threading
 
@@ -13,10 +13,10 @@ from .models import cache_in
 
 
 def before(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """A forward pre-hook: name the cache as the model does, and refuse what would go wrong with it.
+    """A forward pre-hook. It renames the cache argument for the model and refuses arguments that would fail.
 
-    Raises `ValueError` for `use_cache=False`, layers that gradient checkpointing would run without their
-    cache, and masks that contradict the cache.
+    Raises `ValueError` in three cases: `use_cache=False`, layers that gradient checkpointing would run
+    without their cache, and masks that contradict the cache.
     """
     cache = cache_in((*kwargs.values(), *args))
     if not isinstance(cache, TieredKVCache):
@@ -42,7 +42,7 @@ def before(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, di
 
 
 def after(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
-    """A forward hook: raise `RuntimeError` if the model did not use the cache that it was given."""
+    """A forward hook. It raises `RuntimeError` if the model did not use the given cache."""
     if torch.compiler.is_compiling():
         return
     cache = cache_in((*kwargs.values(), *args))
@@ -58,7 +58,10 @@ def after(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
 
 
 def _renamed(model: PreTrainedModel, cache: TieredKVCache, kwargs: dict) -> dict:
-    """The arguments, the cache under the name that the model's forward knows: it differs by version."""
+    """Return the arguments with the cache under the name that the model's forward uses.
+
+    The name depends on the version of transformers.
+    """
     name = next((name for name, x in kwargs.items() if x is cache), None)
     known = model._fade.parameter
     if name is None or known is None or name == known:
@@ -69,20 +72,20 @@ def _renamed(model: PreTrainedModel, cache: TieredKVCache, kwargs: dict) -> dict
 
 
 def _tokens(args: tuple, kwargs: dict) -> Tensor | None:
-    """Ids [B, q] or embeddings [B, q, hidden] of a step."""
+    """Return the ids [B, q] or the embeddings [B, q, hidden] of a step."""
     given = (kwargs.get("input_ids"), args[0] if args else None, kwargs.get("inputs_embeds"))
     return next((x for x in given if isinstance(x, Tensor)), None)
 
 
 def _check_mask(model: PreTrainedModel, cache: TieredKVCache, mask, tokens: Tensor) -> None:
-    """Refuse a mask that the cache cannot obey; generate() checks its own once, at its beginning."""
+    """Refuse a mask that the cache cannot apply. generate() checks its own mask once, when it begins."""
     new = tokens.shape[1]
     if cache.decode_graph.within and new == 1:
         return
     token_positions = cache.token_positions
     if model.config._attn_implementation != NAME:
-        return  # the model's own attention obeys masks
-    if isinstance(mask, dict):  # by kind of layer
+        return  # the model's own attention applies every mask
+    if isinstance(mask, dict):  # one mask per kind of layer
         mask = mask.get("full_attention")
     positions = token_positions.logical if token_positions.length else None
     if isinstance(mask, Tensor):

@@ -15,9 +15,9 @@
 | `DeferredStopCheck.is_supported` | lets generate() run a step ahead on CUDA | the end of each generate() |
 | functions named "fade" in transformers' registries (`attention.py`) | attention and masks | no need |
 
-Tested with transformers 5.17 and 5.24. Names that begin with an underscore carry no promise. So a hook that
-is never reached although it should have been is noticed, and said once (`_notice`). The text is right then,
-but slow.
+The hooks are tested with transformers 5.17 and 5.24. Names that begin with an underscore may change in any
+version. If transformers never calls a hook that it should call, `_notice` warns once. The generated text is
+then correct, but generation is slow.
 """
 
 import contextlib
@@ -44,25 +44,26 @@ from .models import CACHE_NAME, cache_in, cache_parameter, named_cache, text_con
 from .prompts import Prompt
 from .undisturbed import attention_names, restore_attention
 
-#: Private method that only beam search calls, once per step.
+#: Private method that only beam search calls. It calls the method once per step.
 BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES = "_beam_search_has_unfinished_sequences"
-#: Private method that greedy decoding and sampling call to learn whether to compile the steps.
+#: Private method that greedy decoding and sampling call. It tells them whether to compile the steps.
 VALID_AUTO_COMPILE_CRITERIA = "_valid_auto_compile_criteria"
-#: Private method that only assisted decoding calls, once, to get the drafter.
+#: Private method that only assisted decoding calls. It calls the method once, to get the drafter.
 GET_CANDIDATE_GENERATOR = "_get_candidate_generator"
-#: Method that compiles a step.
+#: The method that compiles a step.
 GET_COMPILED_CALL = "get_compiled_call"
 
 
 @dataclass
 class Attachment:
-    """The changes to one model. They are kept on the model, so that a copy of the model has a copy.
+    """The changes to one model. The model stores them, so a copy of the model has its own copy.
 
     Attributes:
-        names: attention functions of its configurations before; None if they could not be replaced.
-        hooks: handles that remove the hooks around its forward.
-        replaced: attributes of the model whose place a hook took, by name.
-        parameter: name under which its forward takes a cache.
+        names: the original attention functions of the model's configurations. None if the attention could
+            not be replaced.
+        hooks: handles that remove the hooks around the model's forward.
+        replaced: the attributes of the model that a hook replaced, by name.
+        parameter: the name of the forward parameter that takes a cache.
     """
 
     names: list[tuple[PreTrainedConfig, str | None]] | None = None
@@ -72,7 +73,7 @@ class Attachment:
 
 
 def install(model: PreTrainedModel) -> bool:
-    """Put every hook of the table above on a model, once; returns whether its attention was replaced."""
+    """Install every hook of the table above on a model, once. Returns whether its attention is replaced."""
     held = model.__dict__.setdefault("_fade", Attachment())
     held.parameter = cache_parameter(type(model).forward)
     if not held.hooks:
@@ -89,9 +90,9 @@ def install(model: PreTrainedModel) -> bool:
             continue
         if before is not None:
             held.replaced[name] = before
-        # A partial function is pickled and copied with the model; a bound method could not be.
+        # A partial function can be pickled and copied with the model. A bound method cannot.
         model.__dict__[name] = functools.partial(hook, model)
-    if model._compiled_call_impl is None:  # what `model.compile()` sets
+    if model._compiled_call_impl is None:  # `model.compile()` sets this attribute
         model._compiled_call_impl = functools.partial(_call, model)
     dispatches = model._can_set_attn_implementation()
     if dispatches and model.config._attn_implementation != NAME:
@@ -101,7 +102,7 @@ def install(model: PreTrainedModel) -> bool:
 
 
 def remove(model: PreTrainedModel) -> None:
-    """Undo `install`; what others have put in the place of a hook since then stays."""
+    """Undo `install`. If other code has replaced a hook since then, its replacement stays."""
     held = model.__dict__.pop("_fade", None)
     if held is None:
         return
@@ -125,15 +126,15 @@ def _is_hook(x) -> bool:
 
 
 def generate(model: PreTrainedModel, *args, **kwargs):
-    """`model.generate(...)`: with a tiered cache, checked before and noted after."""
+    """Run `model.generate(...)`. With a tiered cache, check the prompt before and remember the ids after."""
     attachment = model.__dict__.get("_fade")
-    call = attachment and attachment.replaced.get("generate")  # by another library
+    call = attachment and attachment.replaced.get("generate")  # a hook of another library
     call = call or functools.partial(type(model).generate, model)
     name, cache = named_cache(kwargs)
     decode_graph = getattr(cache, "decode_graph", None)
     if not isinstance(decode_graph, DecodeGraph):
         return call(*args, **kwargs)
-    # The installed version knows the cache by one name, users by two.
+    # Users may use two names for the cache, but the installed version of transformers accepts only one.
     kwargs[CACHE_NAME] = kwargs.pop(name)
     prompt = Prompt.of(model, cache, args, kwargs)
     prompt.check()
@@ -146,18 +147,18 @@ def generate(model: PreTrainedModel, *args, **kwargs):
             output = call(*args, **kwargs)
     finally:
         decode_graph.close_text()
-        if decode_graph.reordered:  # by beam search: rows are no longer those that were noted
+        if decode_graph.reordered:  # beam search moved the rows, so the remembered ids are wrong
             cache.seen.set(None)
     prompt.remember(output)
     _notice(decode_graph)
     return output
 
 
-_noticed: set[str] = set()  # warnings that were given
+_noticed: set[str] = set()  # warnings that were already given
 
 
 def _notice(decode_graph: DecodeGraph) -> None:
-    """Say, once, which hook a text did not come by although it should have."""
+    """Warn once if generate() did not call a hook that it should have called."""
     reached, missed = decode_graph.reached, None
     if not decode_graph.compileable or "declined" in reached:
         return
@@ -185,25 +186,26 @@ def _refuse_batching(model: PreTrainedModel, *args, **kwargs):
 
 
 def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, plain=None):
-    """What generate() gets for `model.get_compiled_call`: the compiled step, with its surroundings.
+    """Replace `model.get_compiled_call`: return a function that runs the compiled step of a tiered cache.
 
-    `plain`: what runs a step that is not compiled; None for the model.
+    The function also runs demotions and updates counters around the step. `plain` is the function that runs
+    a step that is not compiled. If it is None, the model runs that step.
     """
-    if plain is None:  # not through `_call`, which would compile the step once more
+    if plain is None:  # avoid `_call`, because it would compile the step again
         plain = model._call_impl if _is_hook(model._compiled_call_impl) else model
     made = functools.partial(type(model).get_compiled_call, model)
 
     @functools.cache
     def ours(cache: TieredKVCache) -> bool:
-        """Whether the cache is of this model; attention refuses others."""
+        """Return whether the cache belongs to this model. The attention refuses other caches."""
         return cache.model_config is text_config(model)
 
     @functools.cache
     def step_of(decode_graph: DecodeGraph):
-        """The compiled step, a function of the epoch and the arguments."""
+        """Return the compiled step. It is a function of the graph id and the arguments."""
 
         def otherwise():
-            decode_graph.captures = False  # later calls of generate() need not try
+            decode_graph.captures = False  # later calls of generate() do not try again
             return made(compile_config)
 
         config = (
@@ -226,7 +228,7 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         usual = not args and tokens is not None and ours(cache)
         if usual and tokens.shape[1] == 1 and decode_graph.drafts() is not None:
-            # The last step of a text has no drafts: by itself it is not worth a graph of one column.
+            # The last step of a text has no drafts. This one step does not justify a graph for one token.
             usual, decode_graph.undrafted = decode_graph.undrafted, True
         with cache.guard:
             with without_autocast():
@@ -250,17 +252,18 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
 
 
 def _must_clone(output) -> bool:
-    """Whether generate() may keep a tensor of a step's output: it copies logits itself."""
+    """Return whether generate() may keep tensors of a step's output. It copies the logits itself."""
     return any(name != "logits" and not isinstance(x, Cache) for name, x in output.items())
 
 
 def _of_any_length(arguments: dict, tokens: torch.Tensor) -> dict:
-    """The arguments of a step of several tokens [B, q], for a graph that is compiled once for any q."""
+    """Change the arguments of a step of several tokens [B, q], so that one compiled graph serves any q."""
     batch, new = tokens.shape[:2]
-    if arguments.get("attention_mask") is None:  # or the model would make one, by the length of the cache
+    # Without a mask, the model would make one whose size depends on the length of the cache.
+    if arguments.get("attention_mask") is None:
         arguments = arguments | {"attention_mask": _causal(batch, new, tokens.device)}
     if arguments.get("logits_to_keep") == new:
-        arguments = arguments | {"logits_to_keep": 0}  # all, by a number that is the same for any q
+        arguments = arguments | {"logits_to_keep": 0}  # 0 keeps all logits, and is the same number for any q
     for x in arguments.values():
         for dim, length in enumerate(x.shape if isinstance(x, torch.Tensor) else ()):
             if length == new:
@@ -270,7 +273,7 @@ def _of_any_length(arguments: dict, tokens: torch.Tensor) -> dict:
 
 @functools.lru_cache(maxsize=64)
 def _causal(batch: int, new: int, device: torch.device) -> torch.Tensor:
-    """What `new` columns see of each other, bool [B, 1, q, q]; kept, so that no step allocates it."""
+    """Return the causal mask of `new` tokens, bool [B, 1, q, q]. It is cached, so no step allocates it."""
     with without_autocast():
         return torch.ones(batch, 1, new, new, dtype=torch.bool, device=device).tril()
 
@@ -278,17 +281,18 @@ def _causal(batch: int, new: int, device: torch.device) -> torch.Tensor:
 # -- whether there is another step
 
 
-_ahead = threading.Lock()  # of what follows
-_deferring = 0  # texts under way
+_ahead = threading.Lock()  # protects `_deferring` and the replaced method
+_deferring = 0  # number of running generate() calls
 
 
 @contextlib.contextmanager
 def _deferred_checks() -> Iterator[None]:
-    """Inside, generate() asks one step late whether a text is over, if its tiered cache captures steps.
+    """Inside this context, generate() checks one step late whether a text has ended.
 
-    Otherwise it waits for each step before it prepares the next, and the GPU then waits for Python: half a
-    millisecond of nine on an H100. Transformers can run a step ahead, and undo it by `crop`, but does so on
-    one kind of device only; other caches are left to it.
+    This applies only to a tiered cache that captures steps. Without it, generate() waits for each step before
+    it prepares the next step, and the GPU waits for Python: half a millisecond of nine on an H100.
+    Transformers can run one step ahead and undo it with `crop`, but it does this on one kind of device only.
+    For other caches, transformers decides.
     """
     global _deferring
     late = getattr(generation, "DeferredStopCheck", None)
@@ -310,7 +314,7 @@ def _deferred_checks() -> Iterator[None]:
 
 
 def _is_supported(device, cache, *args, is_assistant=False, **kwargs):
-    """The answer of transformers, but for our caches: yes, where steps are captured."""
+    """Return the answer of transformers. For our caches, the answer is yes if steps are captured."""
     decode_graph = getattr(cache, "decode_graph", None)
     if isinstance(decode_graph, DecodeGraph):
         decode_graph.reached.add("ahead")
@@ -320,7 +324,7 @@ def _is_supported(device, cache, *args, is_assistant=False, **kwargs):
 
 
 def _compiles(model: PreTrainedModel, model_kwargs: dict, generation_config) -> bool:
-    """The answer of transformers, which the cache is told: eager steps do not run ahead."""
+    """Return the answer of transformers, and store it in the cache: eager steps do not run ahead."""
     answer = getattr(type(model), VALID_AUTO_COMPILE_CRITERIA)(model, model_kwargs, generation_config)
     if decode_graph := _graph_of(model_kwargs):
         decode_graph.compiled = answer
@@ -333,19 +337,19 @@ def _compiles(model: PreTrainedModel, model_kwargs: dict, generation_config) -> 
 
 
 def _unfinished(model: PreTrainedModel, *args, **kwargs) -> bool:
-    """The answer of transformers; the next step, if there is one, is a search's."""
+    """Return the answer of transformers. If it is true, the next step belongs to a beam search."""
     model._fade_searching = bool(getattr(type(model), BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES)(*args, **kwargs))
     return model._fade_searching
 
 
 def _drafter(model: PreTrainedModel, generation_config, *args, **kwargs):
-    """What drafts tokens; as long as it lives, the steps of the cache check them."""
+    """Return the object that drafts tokens. While it exists, the steps of the cache check its drafts."""
     made = getattr(type(model), GET_CANDIDATE_GENERATOR)(model, generation_config, *args, **kwargs)
     asked = kwargs.get("model_kwargs", {})
     if decode_graph := _graph_of(asked):
         cache = named_cache(asked)[1]
         length = cache.get_seq_length()
-        if length:  # transformers would append the prompt, of a DynamicCache, too
+        if length:  # transformers would append the prompt again; it does this with a DynamicCache, too
             warnings.warn(
                 "assisted decoding reads the whole prompt again: "
                 f"the {length} tokens that the cache holds are dropped first",
@@ -359,7 +363,7 @@ def _drafter(model: PreTrainedModel, generation_config, *args, **kwargs):
 
 
 def _call(model: PreTrainedModel, *args, **kwargs):
-    """`model(...)`, compiled in beam search and in assisted decoding."""
+    """Run `model(...)`. The step is compiled in beam search and in assisted decoding."""
     if not torch.compiler.is_compiling():
         decode_graph, searching = _graph_of(kwargs), model.__dict__.pop("_fade_searching", False)
         if decode_graph and (searching or decode_graph.drafts() is not None):
@@ -374,32 +378,32 @@ def _call(model: PreTrainedModel, *args, **kwargs):
 
 
 def _graph_of(arguments: dict) -> DecodeGraph | None:
-    """The stepper of the tiered cache among arguments; None without one."""
+    """Return the `DecodeGraph` of the tiered cache in the arguments. None if there is no tiered cache."""
     decode_graph = getattr(named_cache(arguments)[1], "decode_graph", None)
     return decode_graph if isinstance(decode_graph, DecodeGraph) else None
 
 
 # -- models that drop their cache
 
-#: Models that drop their cache, for good, when the text reaches the length where long RoPE switches.
+#: Models that drop their cache permanently when the text reaches the length at which long RoPE switches.
 SWITCHING = ("phi3", "phimoe", "phi4_multimodal")
 
 
 def _prepare_inputs(model, input_ids, *args, **kwargs):
-    """What such a model feeds in a step, but through the same cache after the switch."""
+    """Prepare the inputs of a step of such a model. The model keeps the same cache after the switch."""
     prepare = type(model).prepare_inputs_for_generation
     length = getattr(model.config, "original_max_position_embeddings", None)
     cache = cache_in((*args, *kwargs.values()))
     if not isinstance(cache, TieredKVCache) or length is None or input_ids.shape[1] <= length:
         return prepare(model, input_ids, *args, **kwargs)
-    if cache.get_seq_length() <= length:  # keys of the short frequencies are made anew
+    if cache.get_seq_length() <= length:  # the keys use the short frequencies, so compute all keys again
         cache.reset()
         kwargs["next_sequence_length"] = None
     return GenerationMixin.prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
 
 
 def _methods() -> dict[str, Callable]:
-    """Methods of a model whose place a hook takes."""
+    """Return the hooks that replace methods of a model, by method name."""
     return {
         "generate": generate,
         "generate_batch": _refuse_batching,

@@ -1,14 +1,16 @@
-"""Attention of a short step over all tiers of a layer: from the query to the output, in one graph.
+"""Attention of a short step over all tiers of a layer. One graph computes the output from the query.
 
-Compiled, it is three kernels and four a tier:
+The compiled version has three kernels, plus four kernels per tier:
 
-1. the query against one table: the codec's rotation, the uncompressed keys and the tiers' key means;
-2. the row maximum and the sum of weights of the uncompressed keys;
-3. scores, statistics, sums and join of each tier (`packed.py`);
-4. the weights against uncompressed values, and the tiers' sums against the rotation back.
+1. One product multiplies the query with one table. The table holds the rotation of the codec, the
+   uncompressed keys and the key means of the tiers.
+2. One kernel computes the row maximum and the row sum of the uncompressed keys.
+3. Four kernels per tier compute scores, statistics, sums and join (`packed.py`).
+4. One product multiplies the weights with the uncompressed values. It also multiplies the sums of the tiers
+   with the inverse rotation.
 
-Nothing is concatenated in memory: the first product reads its table, and the last its operands, from
-where the parts lie.
+No kernel concatenates tensors in memory. The first product reads its table from the original tensors, and
+the last product reads its operands from the original tensors.
 """
 
 import functools
@@ -24,7 +26,7 @@ from .packed import LOG2E, Decoder, Queries, TierView, force_materialize, wide
 from .rotated import Packed, is_uniform
 
 LOWEST = -3.0e38  # stands for -inf where -inf less -inf would be NaN
-MOST_ROWS = 64  # most query rows of a KV head that the compiled twin is made for
+MOST_ROWS = 64  # the compiled version supports at most this many query rows per KV head
 
 
 def attend(
@@ -44,34 +46,36 @@ def attend(
     interleaved: bool = False,
     mass: list[Tensor] | None = None,
 ) -> Tensor:
-    """Attention output [B, q, Hq, D] in the dtype of the query.
+    """Compute the attention output [B, q, Hq, D] in the dtype of the query.
 
     Args:
-        query: [B, Hq, q, D]; Hq a multiple of H.
+        query: [B, Hq, q, D]. Hq is a multiple of H.
         keys, values: [B, H, E, D], uncompressed.
-        seen: bool [B, 1 or q, E], which of them each query sees.
-        matrix: float32 [D + 1, D], the codec's rotation and, below it, the sum of its rows.
-        tiers: buffers of each tier at full capacity, all of [B, H, capacity, ...], or of pages.
-        bits: widths of keys and values of each tier.
-        slots_read: how many slots of each tier are read: all that `valid` may allow, as `packed.bucket`
-            rounds them. One compiled twin serves all spans below the capacity.
-        scaling, softcap: of scores.
+        seen: bool [B, 1 or q, E]. True where a query sees an uncompressed token.
+        matrix: float32 [D + 1, D]. The rotation of the codec, followed by the sum of its rows.
+        tiers: the buffers of each tier at full capacity, all [B, H, capacity, ...], or pages.
+        bits: bits per code of keys and values of each tier.
+        slots_read: number of slots that the step reads from each tier. It must cover all slots that `valid`
+            may allow, and be rounded by `packed.bucket`. One compiled version serves all numbers of slots
+            read below the capacity.
+        scaling, softcap: applied to the scores.
         s_aux: [Hq], scores of learned attention sinks, or None.
-        inv_freq: [d / 2], where tiers have `read_at`; `interleaved` is the style of its pairs.
-        mass: where to write what the policies count, or None: float32 [B, H, E] and, a tier,
-            [B, H, capacity], the attention probabilities summed over query rows, 0 past the span.
+        inv_freq: [d / 2], required if a tier has `read_at`. `interleaved` is the style of the RoPE pairs.
+        mass: output tensors for the counts of the policies, or None. The first tensor is float32 [B, H, E],
+            and each tier has a tensor [B, H, capacity]. They receive the attention probabilities, summed over
+            query rows. Slots after the slots read receive 0.
 
-    On CUDA, for two-byte dtypes and up to `MOST_ROWS` rows, products run in float16 (relative error
-    below 2e-3, bfloat16 output apart) in one compiled graph; elsewhere tile by tile in float32, or in
-    float64 if the query is.
+    On CUDA, for two-byte dtypes and up to `MOST_ROWS` rows, one compiled graph runs the products in float16.
+    The relative error is below 2e-3, without the rounding of bfloat16 output. In all other cases the function
+    runs tile by tile in float32, or in float64 if the query is float64.
 
-    Raises `ValueError` for shapes, dtypes, devices and spans that do not fit together.
+    Raises `ValueError` if shapes, dtypes, devices or numbers of slots read do not match.
     """
     _check(query, keys, values, seen, matrix, tiers, bits, slots_read, s_aux, inv_freq, mass or [])
     new, columns = query.shape[2], rounded(query.shape[2])
-    # Queries that are ignored afterwards, unless `mass` would count them.
+    # Add padding queries, and ignore them afterwards. Add none with `mass`, because it would count them.
     fits = use_compiled(query) and not mass and query.shape[1] // keys.shape[1] * columns <= MOST_ROWS
-    if fits and new > 1:  # contiguous, for one twin to serve those that are and those that are not
+    if fits and new > 1:  # contiguous: one compiled version then serves all strides of the query
         query, seen = more_rows(query, columns).contiguous(), more_rows(seen, columns)
         tiers = [view._replace(valid=more_rows(view.valid, columns)) for view in tiers]
     flat = [x for view in tiers for x in _to_list(view)]
@@ -87,7 +91,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _check(query, keys, values, seen, matrix, tiers, bits, slots_read, s_aux, inv_freq, mass) -> None:
-    """Refuse what would be misread. Looks at no number, so that the host waits for nothing."""
+    """Refuse arguments that kernels would misread. Reads no tensor data, so the host never waits."""
     if query.dim() != 4 or keys.dim() != 4:
         sizes = f"{list(query.shape)} and {list(keys.shape)}"
         raise ValueError(f"query and keys are {sizes}; allowed: [B, Hq, q, D] and [B, H, E, D]")
@@ -101,7 +105,7 @@ def _check(query, keys, values, seen, matrix, tiers, bits, slots_read, s_aux, in
         raise ValueError(f"query is {query.dtype}; allowed: {', '.join(map(str, FLOATS))}")
     for name, x in dict(keys=keys, values=values).items():
         _expect(name, x, (batch, heads, length, dim), FLOATS, on)
-    rows = 1 if new == 1 else (1, new)  # the numbers of rows a mask may have
+    rows = 1 if new == 1 else (1, new)  # the allowed numbers of mask rows
     _expect("seen", seen, (batch, rows, length), (torch.bool,), on)
     _expect("matrix", matrix, (dim + 1, dim), (torch.float32,), on)
     if s_aux is not None:
@@ -160,7 +164,7 @@ def _check_tier(name: str, view: TierView, bits: tuple[int, int], num_read: int,
 
 
 def _check_table(name: str, view: TierView, batch: int, heads: int, capacity: int, device):
-    """The first axes of its pages, and how many slots a page has."""
+    """Check the block table. Returns the first two sizes of the pages, and the number of slots per page."""
     codes, table = view.keys.codes, view.block_table
     if codes.dim() != 4 or min(codes.shape[0], codes.shape[2]) < 1:
         has = f"{name}.keys.codes is {list(codes.shape)}"
@@ -174,7 +178,7 @@ def _check_table(name: str, view: TierView, batch: int, heads: int, capacity: in
 
 
 def _expect(name: str, x: Tensor, shape: tuple, dtypes: tuple, device) -> None:
-    """`ValueError` unless `x` is such a tensor; a tuple in `shape` lists the lengths that are allowed."""
+    """Raise `ValueError` unless `x` has this shape, dtype and device. A tuple in `shape` lists sizes."""
     fits = x.dim() == len(shape) and all(
         n in m if isinstance(m, tuple) else n == m for n, m in zip(x.shape, shape)
     )
@@ -202,7 +206,7 @@ def _operator(
     softcap: float | None,
     interleaved: bool,
 ) -> Tensor:
-    """`attend` as one operator, which a larger compiled graph need not look into."""
+    """Run `attend` as one operator. A larger compiled graph does not trace into it."""
     batch, q_heads, new, dim = query.shape
     rows, heads = max(2, q_heads // keys.shape[1] * new), batch * keys.shape[1]
     pairs = tuple(zip(bits[::2], bits[1::2]))
@@ -234,7 +238,10 @@ def _(query, *args):
 
 
 def _chunks_of(heads: int, slots_read: list[int], rows: int, bits, paged=()) -> tuple[int, ...]:
-    """Chunks of each tier of the compiled twin; slots beyond the last whole one would be left out."""
+    """Return the chunk size of each tier for the compiled version.
+
+    Slots after the last whole chunk would be left out, so such numbers of slots read raise `ValueError`.
+    """
     paged = paged or [False] * len(slots_read)
     each = zip(slots_read, bits, paged)
     chunks = tuple(packed.chunk_of(heads, n, rows, b[1], by_table) for n, b, by_table in each)
@@ -244,9 +251,11 @@ def _chunks_of(heads: int, slots_read: list[int], rows: int, bits, paged=()) -> 
 
 
 def _ties(view: TierView, blocks: int, num_read: int) -> bool:
-    """Whether the compiler would tie a length for good: to 1, or to the size of what is read to its end.
+    """Return whether the compiler would specialize on the number of slots read.
 
-    Of pages that do not divide a chunk, it would ask of each length whether it ends with a page.
+    It specializes if there is one chunk, or if the number of slots read equals the size of the buffer. If
+    the page size does not divide the chunk, the compiler would also check for each number whether it ends at
+    a page boundary.
     """
     tied = blocks == 1 or num_read == view.capacity
     if view.block_table is None or tied:
@@ -255,7 +264,7 @@ def _ties(view: TierView, blocks: int, num_read: int) -> bool:
     return chunk % page != 0 or num_read // page in (1, view.block_table.shape[1])
 
 
-FLAT = 11  # tensors of a `TierView`
+FLAT = 11  # number of tensors in a `TierView`
 
 
 def _to_list(view: TierView) -> list[Tensor | None]:
@@ -269,18 +278,18 @@ def _from_list(tensors: list[Tensor | None], per_mean: int) -> TierView:
 
 
 def _means(view: TierView, num_read: int) -> int:
-    """Rows that a tier adds to the table of the first product."""
+    """Return the number of rows that a tier adds to the table of the first product."""
     return 0 if view.read_at is not None else min(view.means.shape[2], -(-num_read // view.per_mean))
 
 
 def _of_span(args: tuple, slots_read: list) -> tuple:
-    """The arguments with flat tiers, cut to their spans."""
+    """Return the arguments with flat tiers, cut to the slots read."""
     tiers = [view.flat().first(num_read) for view, num_read in zip(args[5], slots_read)]
     return *args[:5], tiers, *args[6:]
 
 
 def _of_dynamic_size(dynamic_sizes, *args, chunks, slots_read, **options) -> Tensor:
-    """The compiled function. Without `slots_read`, lengths of `dynamic_sizes` give the chunks per tier."""
+    """The compiled function. Without `slots_read`, the sizes in `dynamic_sizes` give the chunks per tier."""
     slots_read = slots_read or [
         (dynamic_size.shape[0] - 1) * chunk for dynamic_size, chunk in zip(dynamic_sizes, chunks)
     ]
@@ -291,13 +300,13 @@ def _attend(
     query, keys, values, seen, matrix, tiers, s_aux, inv_freq, mass,
     *, bits, chunks, scaling, softcap, interleaved,
 ) -> Tensor:  # fmt: skip
-    """`attend` over flat tiers: in `chunks`, all at once in float16; without them tile by tile."""
+    """Run `attend` over flat tiers: with `chunks` all at once in float16, without `chunks` tile by tile."""
     batch, q_heads, new, dim = query.shape
     heads, length = keys.shape[1:3]
     dtype = torch.float16 if chunks else torch.promote_types(query.dtype, torch.float32)
     real = q_heads // heads * new
     plain = query.to(dtype).reshape(batch * heads, real, dim)
-    plain = plain.expand(-1, 2, -1) if real == 1 else plain  # one column would not run on tensor cores
+    plain = plain.expand(-1, 2, -1) if real == 1 else plain  # tensor cores need more than one query row
     rows = plain.shape[1]
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     seen = _for_rows(seen, rows).unsqueeze(1).expand(-1, heads, -1, -1).flatten(0, 1).mT  # [N, E, 1 or R]
@@ -306,7 +315,7 @@ def _attend(
     table = [matrix.expand(batch * heads, -1, -1), keys]
     table += [view.means for view in tiers if view.read_at is None]
     table = torch.cat([x.to(dtype) for x in table], dim=1)
-    # Halves: see `packed.fields`.
+    # The product is split into halves. `packed.fields` explains the reason.
     halves = [torch.bmm(t, q.mT).to(wide(dtype)) for t, q in zip(table.chunk(2, -1), plain.chunk(2, -1))]
     found = force_materialize((halves[0] + halves[1]) * scaling)
     plain = plain.to(wide(dtype)) * scaling
@@ -317,7 +326,7 @@ def _attend(
     scores = torch.where(seen, scores, LOWEST)
     top = force_materialize(
         scores.amax(1)
-    )  # of few tokens the compiler would unroll it into the last product
+    )  # with few tokens, the compiler would unroll this maximum into the last product
     if s_aux is not None:
         learned = _rows_of(s_aux.to(wide(dtype)), batch, heads, rows)
         top = torch.maximum(top, learned)
@@ -328,7 +337,7 @@ def _attend(
         total = total + torch.exp2((learned - top) * LOG2E)
 
     rotated = found.narrow(1, 0, dim).mT
-    # A sum rounded to float32 would show in float64.
+    # In float64, the error of a sum rounded to float32 would be visible.
     queries = Queries(plain, rotated, found.select(1, dim) if chunks else rotated.sum(-1), top)
     decoder = None if inv_freq is None else Decoder(matrix.narrow(0, 0, dim), inv_freq, interleaved)
     partials, kept, start = [], [], dim + 1 + length
@@ -349,7 +358,8 @@ def _attend(
             kept.append((bias, own))
         partials.append(partial)
 
-    # Statistics have one row, or are the last tier's, as wide as its sums: so the last join ends in this.
+    # The statistics of the last tier are as wide as its sums, and all other statistics have one row. The
+    # kernel of the last join can therefore also compute this part.
     stats = [(top.unsqueeze(1), total.unsqueeze(1))]
     stats += [(t.narrow(1, 0, 1), n.narrow(1, 0, 1)) for _, t, n in partials[:-1]]
     stats += [(t, n) for _, t, n in partials[-1:]]
@@ -359,11 +369,11 @@ def _attend(
     share = 1 / whole.clamp_min(torch.finfo(whole.dtype).tiny)
     factors = [force_materialize(by * share).narrow(1, 0, 1) for by in shrink[: max(1, len(partials))]]
 
-    # Values that no query sees may be NaN, and 0 * NaN is NaN.
+    # Values that no query sees may be NaN, and 0 * NaN is NaN. Replace them by 0.
     above = torch.where(values.abs() <= torch.finfo(values.dtype).max, values, 0.0).to(dtype)
     weights = weights * factors[0]
     left = F.pad(weights, (0, 0, 0, dim))
-    # Sums of codes are rotated back. Those of 16-bit values are not rotated.
+    # Sums of codes are rotated back. Sums of 16-bit values are not rotated.
     below = matrix.narrow(0, 0, dim).to(dtype)
     if bits and bits[0][1] == packed.DENSE:
         below = torch.eye(dim, dtype=dtype, device=query.device)
@@ -380,7 +390,7 @@ def _attend(
     output = force_materialize(torch.bmm(left.to(dtype).mT, right).to(query.dtype))
     output = output.narrow(1, 0, real).reshape(batch, q_heads, new, dim)
     if mass:
-        # Written by the last join; or each token would take logarithms anew.
+        # The last join writes `level`. Otherwise the logarithm would be computed again for each token.
         level = (
             force_materialize((top.unsqueeze(1) - best) * LOG2E + torch.log2(share))
             .select(1, 0)
@@ -400,7 +410,7 @@ def _attend(
 
 
 def _for_rows(seen: Tensor, rows: int) -> Tensor:
-    """bool [B, 1 or q, n] for the query rows of a KV head: [B, 1 or R, n]."""
+    """Expand a bool mask [B, 1 or q, n] to the query rows of a KV head: [B, 1 or R, n]."""
     batch, new, length = seen.shape
     if new == 1:
         return seen
@@ -408,7 +418,7 @@ def _for_rows(seen: Tensor, rows: int) -> Tensor:
 
 
 def _rows_of(x: Tensor, batch: int, heads: int, rows: int) -> Tensor:
-    """[Hq], one number a query head, for the query rows of each KV head: [N, R]."""
+    """Expand [Hq], one number per query head, to the query rows of each KV head: [N, R]."""
     group = x.shape[0] // heads
     x = x.reshape(1, heads, group, 1).expand(batch, -1, -1, -(-rows // group))
     return x.reshape(batch * heads, -1)

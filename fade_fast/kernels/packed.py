@@ -1,20 +1,21 @@
-"""Attention on codes: the partial of an integer tier, whose tokens are never decoded.
+"""Attention on codes. Computes the partial attention of an integer tier without decoding its tokens.
 
-Four steps: scores of chunks of tokens, their statistics, weighted sums of value codes, and the merge
-of the chunks. Compiled (`step.py`), each is one kernel, and every stored byte is read once:
+There are four steps: the scores of chunks of tokens, their statistics, the weighted sums of value codes,
+and the merge of the chunks. When compiled (`step.py`), each step is one kernel. Every stored byte is read
+once:
 
-- a field of a byte, masked in place and read as the bits of a float16, is code * 2^(shift - 24)
-  exactly: no shift and no conversion. The powers of two go into the query, and into the sums. So do
-  those of the bits of a code that are spread over three bytes;
-- codes are the long side of both products and the few queries the short one, so that the tensor cores
-  hardly multiply padding;
-- scales, zeros, means, softcap and validity are applied to scores as they leave the first product;
-  exponential and value scale to weights as they enter the second.
+- A field of a byte is masked in place and read as the bits of a float16. Its value is then exactly
+  code * 2^(shift - 24), so the kernel needs no shift and no conversion. The query and the sums absorb
+  the powers of two. They also absorb the powers of two for code bits that are spread over three bytes.
+- The codes are the long side of both products, and the few queries are the short side. The tensor cores
+  therefore multiply almost no padding.
+- The first product's epilogue applies scales, zero points, means, softcap and validity to the scores.
+  The second product's prologue applies the exponential and the value scale to the weights.
 
-In float32 and float64 the same code makes numbers of the fields, and keeps nothing in float16.
+In float32 and float64 the same code converts the fields to numbers, and keeps nothing in float16.
 
-Shapes: N = batch times KV heads, R query rows a KV head (group size times query length), S slots,
-Z = N * S / chunk chunks, W bytes of codes a token, D = head_dim.
+Shapes: N = batch times KV heads. R = query rows per KV head (group size times query length). S = slots.
+Z = N * S / chunk = chunks. W = bytes of codes per token. D = head_dim.
 """
 
 import math
@@ -29,36 +30,39 @@ from .rope import as_sum, cos_sin, swap
 from .rotated import Packed, center, dequantize, thirds
 
 LOG2E = math.log2(math.e)
-TOP = 2.0**14  # float16 weights are scaled by this, so that small ones stay normal numbers
-DENSE_TOP = 16.0  # the same for weights of 16-bit values: the sum of a chunk must stay within float16
-LIMIT = 60_000.0  # where float16 scores are cut, in powers of two from the reference
-LONG = 1 << 14  # slots of a buffer in which a few more for alignment are not many
-EAGER_TILE = 2048  # slots whose codes become numbers at a time where nothing is fused
+TOP = 2.0**14  # float16 weights are multiplied by this, so that small weights stay normal numbers
+DENSE_TOP = 16.0  # the same factor for 16-bit values: the sum of a chunk must stay within float16
+LIMIT = 60_000.0  # upper limit of float16 scores, in powers of two from the reference
+LONG = 1 << 14  # slots of a long buffer, where extra slots for alignment cost little memory
+EAGER_TILE = 2048  # slots per tile in eager mode: the codes of one tile are converted at a time
 
 
 class TierView(NamedTuple):
-    """What kernels read of a tier.
+    """The tensors of a tier that the kernels read.
 
     Attributes:
-        keys: codes [B, H, S, W] uint8, scale and zero (or None) [B, H, S] float16.
-        values: codes [B, H, W, S] uint8, tokens last; scale and zero as for keys.
-        bound: [B, H], at least every valid value scale.
-        means: [B, H, M, D] float16, the means of the keys: one for each `per_mean` slots, or one for all.
-        valid: bool [B, 1 or R, S], False where a slot holds no token that the row sees.
-        read_at: int32 [B, 1, S], where RoPE reads keys that were encoded before it; None if they were
-            encoded as they are read.
-        block_table: int32 or int64 [B, n], the pages of each row of the batch, which all its KV heads
-            share; None if slots lie side by side.
+        keys: codes [B, H, S, W] uint8. Scale and zero point (or None) are [B, H, S] float16.
+        values: codes [B, H, W, S] uint8, with tokens as the last dimension. Scale and zero point have the
+            same shapes as those of the keys.
+        bound: [B, H]. At least as large as every valid value scale.
+        means: [B, H, M, D] float16. The means of the keys: one mean per `per_mean` slots, or one mean for
+            all slots.
+        valid: bool [B, 1 or R, S]. False where a slot holds no token that the row sees.
+        read_at: int32 [B, 1, S]. The positions at which RoPE rotates the keys, if the tier stores keys from
+            before RoPE. None if the tier stores keys after RoPE.
+        block_table: int32 or int64 [B, n]. The pages of each row of the batch. All KV heads of a row share
+            them. None if the slots of a row are contiguous.
 
-    With a block table, codes, scales and zeros are those of P pages: of keys [P, H, page, W], of values
-    [P, H, W, page], scales and zeros [P, H, page]. Slot i of row b is slot i % page of page
-    `block_table[b, i // page]`. All else means the same: `bound` and `means` belong to rows, `valid` and
-    `read_at` to their slots. Where no slot of a block is valid, its entry may be any number, for
-    an entry is cut to the pages that there are; the numbers of its page may be NaN.
+    With a block table, codes, scales and zero points are stored in P pages. Key codes are [P, H, page, W],
+    value codes are [P, H, W, page], scales and zero points are [P, H, page]. Slot i of row b is slot
+    i % page of page `block_table[b, i // page]`. The other attributes do not change: `bound` and `means`
+    belong to the rows, `valid` and `read_at` belong to the slots of the rows. If no slot of a block is
+    valid, its table entry may be any number, because the kernels clamp entries to the existing pages. The
+    page that they then read may contain NaN.
 
-    Strides are free: bytes of a token may lie side by side in value codes, too.
+    All strides are allowed. For example, the bytes of a token may be contiguous in value codes too.
 
-    `flat` is the same with batch and heads as one dimension of N, but for `valid`, `read_at` and pages.
+    `flat` merges batch and heads into one dimension N. It does not change `valid`, `read_at` and pages.
     """
 
     keys: Packed
@@ -72,12 +76,12 @@ class TierView(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Slots of each row."""
+        """Number of slots in each row."""
         return self.valid.shape[-1]
 
     @property
     def page_size(self) -> int:
-        """Slots of a page."""
+        """Number of slots in a page."""
         return self.keys.codes.shape[2]
 
     def flat(self) -> "TierView":
@@ -91,13 +95,13 @@ class TierView(NamedTuple):
         return view._replace(keys=keys, values=values)
 
     def first(self, length: int) -> "TierView":
-        """Of a flat record, the first `length` slots; pages stay where they are."""
+        """Return the first `length` slots of a flat view. Pages are not gathered."""
         return self._cut(0, length) if self.block_table is not None else self.narrow(0, length)
 
     def narrow(self, start: int, length: int) -> "TierView":
-        """Of a flat record, slots `start` to `start + length`; `start` is a whole number of means.
+        """Return slots `start` to `start + length` of a flat view. `start` must be a multiple of `per_mean`.
 
-        Without a block table: pages are gathered.
+        The result has no block table, because this method gathers the pages.
         """
         view = self._cut(start, length)
         if self.block_table is not None:
@@ -115,7 +119,7 @@ class TierView(NamedTuple):
         )
 
     def _cut(self, start: int, length: int) -> "TierView":
-        """What does not lie in pages, of these slots."""
+        """Cut the tensors that are not stored in pages to these slots."""
         first, means = start // self.per_mean, -(-length // self.per_mean)
         if self.means.shape[1] == 1:
             first, means = 0, 1
@@ -125,17 +129,20 @@ class TierView(NamedTuple):
         )
 
     def paged(self) -> tuple[Packed, Packed]:
-        """Keys and values as `Pages`, of a record with a block table."""
+        """Return keys and values as `Pages`. The view must have a block table."""
         make = lambda x: None if x is None else Pages(x, self.block_table, self.capacity)  # noqa: E731
         return Packed(*map(make, self.keys)), Packed(*map(make, self.values))
 
 
 class Pages(NamedTuple):
-    """A field of a tier with a block table: what [N, S, ...] or, of value codes, [N, W, S] would hold.
+    """One tensor of a tier with a block table.
+
+    It represents a tensor [N, S, ...], or [N, W, S] for value codes.
 
     Attributes:
-        pages: [P, H, page, ...], of value codes [P, H, W, page].
-        table: [B, n]. length: S.
+        pages: [P, H, page, ...]. Value codes are [P, H, W, page].
+        table: [B, n].
+        length: S.
     """
 
     pages: Tensor
@@ -143,7 +150,7 @@ class Pages(NamedTuple):
     length: int
 
     def slots(self, start: int, length: int, axis: int = 1) -> Tensor:
-        """Slots `start` to `start + length`, along `axis`: 1, of value codes 2."""
+        """Return slots `start` to `start + length` along `axis`. The axis is 1, or 2 for value codes."""
         page = self.pages.shape[axis + 1]
         first, last = start // page, -(-(start + length) // page)
         found = self._of(self.table.narrow(1, first, last - first))  # [B, n, H, ...]
@@ -151,8 +158,10 @@ class Pages(NamedTuple):
         return found.narrow(axis, start - first * page, length)
 
     def chunks(self, chunk: int, axis: int = 1) -> Tensor:
-        """As `_cut` makes them. The table is cut, and not what it gathers: the compiler then divides by
-        constants only."""
+        """Return the same chunks as `_cut`.
+
+        This method cuts the table and not the gathered tensor. The compiler then divides by constants only.
+        """
         page, blocks = self.pages.shape[axis + 1], self.length // chunk
         if chunk % page:
             return _cut(self.slots(0, blocks * chunk, axis), chunk, axis)
@@ -165,12 +174,14 @@ class Pages(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Queries of a step as a tier needs them; computed once for all tiers.
+    """The queries of a step, in the forms that a tier needs. They are computed once for all tiers.
 
     Attributes:
-        plain: [N, R, D], scaled. turned: the same rotated by the codec, total: [N, R] its sum over D.
-        reference: [N, R], a score near the row's largest. What is kept in float16 is the distance
-            from it, so that the largest weights are exact; any value is right.
+        plain: [N, R, D], the scaled queries.
+        rotated: [N, R, D], `plain` rotated by the codec.
+        total: [N, R], the sum of `rotated` over D.
+        reference: [N, R], a score near the largest score of the row. The code keeps the distance from the
+            reference in float16, so that the largest weights are exact. Any reference gives a correct result.
     """
 
     plain: Tensor
@@ -180,7 +191,13 @@ class Queries(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """What decodes keys that RoPE has yet to rotate: P [D, D], frequencies [d / 2], the style of pairs."""
+    """Decodes keys that were stored before RoPE.
+
+    Attributes:
+        matrix: P [D, D], the rotation of the codec.
+        inv_freq: [d / 2], the frequencies of RoPE.
+        interleaved: the style of the RoPE pairs.
+    """
 
     matrix: Tensor
     inv_freq: Tensor
@@ -188,16 +205,19 @@ class Decoder(NamedTuple):
 
 
 class Field(NamedTuple):
-    """Codes as a matrix, one field of their bytes: `numbers` are unit * (code - centre), but in float16
-    unit * code, of which `center_offset`, the centre, is still to be taken off."""
+    """One field of the bytes of the codes, as a matrix.
+
+    `numbers` contain unit * (code - center). In float16 they contain unit * code, and the caller must still
+    subtract `center_offset`, which is the center.
+    """
 
     numbers: Tensor
     unit: float
     center_offset: float
 
 
-DENSE = 16  # bits of values that are stored in the model's dtype, neither rotated nor quantized
-#: The fields of a byte, by bits a code: shift and width. Of the one-bit fields, see `rotated.thirds`.
+DENSE = 16  # bits of values that are stored in the model's dtype: they are not rotated and not quantized
+#: The fields of a byte as (shift, width), by bits per code. `rotated.thirds` explains the one-bit fields.
 FIELDS = {
     8: [(0, 8)],
     4: [(0, 4), (4, 4)],
@@ -207,11 +227,11 @@ FIELDS = {
 
 
 def fields(codes: Tensor, bits: int, dtype: torch.dtype, axis: int) -> list[Field]:
-    """Codes as matrices of `dtype`, whose bytes lie along `axis`.
+    """Convert codes to matrices of `dtype`. The bytes of a token lie along `axis`.
 
-    There are at least two matrices, halves where a byte has one field: the compiler keeps a single
-    product in float16 and ends its kernel there; a sum of products stays in float32, and what
-    follows stays in the kernel.
+    There are always at least two matrices. If a byte has one field, the matrix is split into halves. The
+    reason is the compiler: it keeps a single product in float16 and ends the kernel there. It keeps a sum of
+    products in float32 and fuses the next operations into the kernel.
     """
     if bits == DENSE:
         return [Field(x, 1.0, 0.0) for x in codes.to(dtype).chunk(2, axis)]
@@ -228,13 +248,15 @@ def fields(codes: Tensor, bits: int, dtype: torch.dtype, axis: int) -> list[Fiel
 
 
 def field_width(bits: int, dim: int) -> int:
-    """Rows of the matrices that `fields` makes of a token's bytes."""
+    """Return the number of rows in the matrices that `fields` makes from the bytes of a token."""
     return dim * min(bits, 4) // 8
 
 
 def operands(x: Tensor, bits: int) -> list[Tensor]:
-    """Channels [..., D] as what the fields are multiplied with: where a byte has one bit of a code, the
-    channel three times, by what its bits are worth."""
+    """Split channels [..., D] into the operands that the fields are multiplied with.
+
+    If a byte holds one bit of a code, its channel appears three times, multiplied by the weights of the bits.
+    """
     if bits != 3:
         return list(x.split(field_width(bits, x.shape[-1]), dim=-1))
     first, second, *cut = x.split(thirds(x.shape[-1]), dim=-1)
@@ -243,7 +265,7 @@ def operands(x: Tensor, bits: int) -> list[Tensor]:
 
 
 def channels(parts: list[Tensor], bits: int) -> list[Tensor]:
-    """Sums of the fields, [N, W, R] each, as those of the channels: D rows in all, in order."""
+    """Convert the sums of the fields, [N, W, R] each, to sums of the channels: D rows in total, in order."""
     if bits != 3:
         return parts
     first, second, *cut = parts
@@ -252,31 +274,32 @@ def channels(parts: list[Tensor], bits: int) -> list[Tensor]:
 
 
 def offset(bits: int, dtype: torch.dtype) -> float:
-    """What every code still lacks: see `Field`."""
+    """Return the center that must still be subtracted from every code. See `Field`."""
     return center(bits) if dtype == torch.float16 else 0.0
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What is summed in: float32 for products of float16."""
+    """Return the dtype of sums: float32 for float16 products, otherwise `dtype`."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def finite(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` as `dtype`, 0 where it is NaN or infinite, as slots may be that hold no token."""
+    """Convert `x` to `dtype` and replace NaN and infinity by 0. Slots without a token may contain them."""
     x = x.to(dtype)
     return torch.where(x.abs() <= 65504.0, x, 0.0)
 
 
 def force_materialize(x: Tensor) -> Tensor:
-    """`x`, at a place where a compiled kernel has to end and write it.
+    """Return `x`, and force the compiled kernel to end here and write `x` to memory.
 
-    To the compiler, a view by strides needs memory to view; without it, a consumer may compute `x` anew.
+    The compiler needs `x` in memory for a view by strides. Without this view, each consumer may compute `x`
+    again.
     """
     return x.as_strided(x.shape, x.stride())
 
 
 def products(query: Queries, bias: Tensor, view: TierView, *, bits, chunk, dtype) -> Tensor:
-    """Scores from codes, [Z, chunk, R]; `bias` [N, R, M] is what the keys' means add."""
+    """Compute scores [Z, chunk, R] from codes. `bias` [N, R, M] is the contribution of the key means."""
     codes, *rest = view.keys
     blocks, sum_dtype = view.capacity // chunk, wide(dtype)
     parts = fields(_cut(codes, chunk), bits, dtype, -1)
@@ -290,31 +313,31 @@ def products(query: Queries, bias: Tensor, view: TierView, *, bits, chunk, dtype
     if zero is None:
         out = (out / largest - center_offset * total) * scale
     else:
-        if not center_offset:  # codes as stored are counted from their zero, others from their centre
+        if not center_offset:  # the zero point belongs to stored codes, but these codes are centered
             zero = zero + center(bits) * scale
         out = out * (scale / largest) + zero * total
     return out + _spread(bias.mT, view.per_mean, blocks, chunk)
 
 
 def decoded_products(query: Queries, decoder: Decoder, view: TierView, *, bits, chunk, dtype) -> Tensor:
-    """Scores [Z, chunk, R] of keys that are decoded, and rotated to where they are read."""
+    """Compute scores [Z, chunk, R] of keys that are first decoded and rotated to their read positions."""
     heads, batch = query.total.shape[0], view.read_at.shape[0]
     blocks = view.capacity // chunk
     position = _cut(view.read_at.squeeze(1), chunk)
     codes = Packed(*(None if x is None else _cut(x, chunk) for x in view.keys))
     rotated = dequantize(codes, bits, wide(dtype)).to(dtype)
-    # Once for all heads, or each would take sines of its own.
+    # Computed once for all heads. Otherwise each head would compute the sines again.
     angles = [force_materialize(x) for x in cos_sin(position, decoder.inv_freq, wide(dtype))]
     factors = as_sum(*angles, rotated.shape[-1], decoder.interleaved)
     width, keys = 2 * angles[0].shape[-1], 0.0
-    # RoPE's two terms as two products: then it ends the kernel that decodes.
+    # RoPE has two terms. With two products, the kernel that decodes can also apply RoPE at its end.
     for factor, swapped in zip(factors, (False, True)):
         to = (lambda x: swap(x, width, decoder.interleaved)) if swapped else lambda x: x
         part = torch.bmm(rotated, to(decoder.matrix).to(dtype).expand(rotated.shape[0], -1, -1))
         mean = _spread(to(view.means).to(wide(dtype)), view.per_mean, blocks, chunk)
         factor = factor.unsqueeze(1).expand(-1, heads // batch, -1, -1).flatten(0, 1)
         keys = keys + (part.to(wide(dtype)) + mean) * factor
-    keys = force_materialize(keys.to(dtype))  # or the product would take sines of every tile it loads
+    keys = force_materialize(keys.to(dtype))  # otherwise the product computes sines for every tile it loads
     halves = zip(keys.chunk(2, -1), query.plain.to(dtype).chunk(2, -1))  # see `fields`
     return sum(torch.bmm(k, _chunks(q, blocks).mT).to(wide(dtype)) for k, q in halves)
 
@@ -322,7 +345,7 @@ def decoded_products(query: Queries, decoder: Decoder, view: TierView, *, bits, 
 def scores(
     query: Queries, bias, view: TierView, decoder: Decoder | None, *, bits, chunk, softcap, dtype
 ) -> Tensor:
-    """Scores in base 2, less the row's reference: [Z, R, chunk], -inf where there is no token."""
+    """Compute base-2 scores minus the reference of the row: [Z, R, chunk]. They are -inf without a token."""
     options = dict(bits=bits, chunk=chunk, dtype=dtype)
     if decoder is None:
         scores = products(query, bias, view, **options)
@@ -334,7 +357,7 @@ def scores(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores * LOG2E - _chunks(reference * LOG2E, blocks).unsqueeze(1)
-    if dtype == torch.float16:  # below, it may become -inf: a weight of 0
+    if dtype == torch.float16:  # a very low score may become -inf, which gives a weight of 0
         scores = torch.where(scores > LIMIT, LIMIT, scores)
     batch, rows, _ = valid.shape
     seen = valid.reshape(batch, 1, rows, blocks, chunk).expand(-1, heads // batch, -1, -1, -1)
@@ -343,8 +366,12 @@ def scores(
 
 
 def statistics(scores: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int):
-    """Of each chunk, [Z, R] each: the maximum, and the sums of weights, of weights times scales, and of
-    weights times what a value code at its centre stands for (None where that is 0)."""
+    """Compute the statistics of each chunk.
+
+    Returns four tensors [Z, R]: the row maximum, the sum of weights, the sum of weights times scales, and the
+    sum of weights times the value that the center code represents. The last is None if that value is 0. The
+    third and the last are None if there is no scale.
+    """
     dtype, chunk = wide(scores.dtype), scores.shape[-1]
     each = lambda x: finite(_cut(x, chunk), dtype).unsqueeze(1)  # noqa: E731
     scores = scores.to(dtype)
@@ -360,11 +387,12 @@ def statistics(scores: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int)
 
 
 def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> list[Tensor]:
-    """Weighted sums of value codes less their centre, over bound: [Z, W, R] for each of the `fields`.
+    """Compute weighted sums of centered value codes, divided by `bound`: [Z, W, R] for each of the `fields`.
 
-    `codes` [N, W, S] are stored tokens last; `bound` [N] is at least every valid scale. Values of 16 bits
-    have no scale: `bound` is at least every valid absolute value. Divided by it, no value overflows float16,
-    and slots without a token, which may hold anything larger or NaN, become 0.
+    `codes` [N, W, S] are stored with tokens as the last dimension. `bound` [N] is at least as large as every
+    valid scale. 16-bit values have no scale; for them, `bound` is at least as large as every valid absolute
+    value. After the division by `bound`, no value overflows float16. Slots without a token may contain larger
+    numbers or NaN; these become 0.
     """
     blocks, codes = scores.shape[0] // bound.shape[0], _cut(codes, chunk, 2)
     bounds, most = _chunks(bound, blocks), TOP if dtype == torch.float16 else 1.0
@@ -392,10 +420,10 @@ def sums(scores, top, scaled, codes, scale, bound, *, bits, chunk, dtype) -> lis
 
 
 def _chosen(top: Tensor) -> Tensor:
-    """`top` [Z, R] as [Z, R, 1], each row's number chosen from all instead of loaded.
+    """Return `top` [Z, R] as [Z, R, 1]. Each row selects its number from all numbers instead of loading it.
 
-    Then each weight is formed by one thread, where a few would each form it: of 8 bits 1.4 % of a step, with
-    tiles that suit it; of fewer bits nothing (docs/lab-notebook.md).
+    One thread then computes each weight. Otherwise several threads compute the same weight. At 8 bits, with
+    suitable tiles, this saves 1.4 % of a step. At fewer bits it saves nothing (docs/lab-notebook.md).
     """
     row = torch.arange(top.shape[1], device=top.device).unsqueeze(-1)
     best = top.narrow(1, 0, 1).unsqueeze(-1)
@@ -405,16 +433,16 @@ def _chosen(top: Tensor) -> Tensor:
 
 
 def _shrink(bits: int, chunk: int) -> float:
-    """A power of two that keeps a chunk's sum of codes within float16."""
+    """Return a power of two. Divided by it, the sum of the codes of a chunk stays within float16."""
     if bits == DENSE:
         return 1.0
     return 2.0 ** max(0, math.ceil(math.log2((2**bits - 1) * chunk / 60_000)))
 
 
 def join(parts, top, total, shift, reference, bound, *, bits, chunk, dtype):
-    """One partial of all chunks: the fields' sums [N, W, R], and `top` and `total` of the same shape.
+    """Merge all chunks into one partial: the sums of the fields [N, W, R], `top` and `total`, all one shape.
 
-    Statistics are broadcast over the bytes of a token, so that all reductions have one shape.
+    The statistics are broadcast over the bytes of a token, so that all reductions have the same shape.
     """
     heads, width = bound.shape[0], parts[0].shape[1]
     wider = lambda x: x.unflatten(0, (-1, heads)).unsqueeze(2).expand(-1, -1, width, -1)  # noqa: E731
@@ -432,7 +460,7 @@ def join(parts, top, total, shift, reference, bound, *, bits, chunk, dtype):
 def attend_chunks(
     query: Queries, bias, view: TierView, decoder: Decoder | None, *, bits, chunk, softcap, dtype
 ):
-    """All four steps on a flat record. Returns what `join` does, and the scores."""
+    """Run all four steps on a flat view. Returns the results of `join`, and the scores."""
     options = dict(chunk=chunk, dtype=dtype)
     if view.block_table is not None:
         view = view._replace(**dict(zip(("keys", "values"), view.paged())))
@@ -445,10 +473,11 @@ def attend_chunks(
 
 
 def _cut(x: Tensor | Pages, chunk: int, axis: int = 1) -> Tensor:
-    """[N, S, ...] as chunks: [Z, chunk, ...]. In two steps, for the compiler to see whole chunks.
+    """Cut [N, S, ...] into chunks [Z, chunk, ...]. It uses two steps, so that the compiler sees whole chunks.
 
-    Slots may be the other `axis`, 2. Heads are the inner ones of Z, for their number is a constant: a
-    program finds its own by dividing by it, and not by a number of chunks that is data, in 64 bits.
+    The slots may also be on `axis` 2. The heads are the inner part of Z, because their number is a constant.
+    A program finds its head with a division by this constant. The number of chunks is data, and a division by
+    it would use 64 bits.
     """
     if isinstance(x, Pages):
         return x.chunks(chunk, axis)
@@ -456,12 +485,12 @@ def _cut(x: Tensor | Pages, chunk: int, axis: int = 1) -> Tensor:
 
 
 def _chunks(x: Tensor, blocks: int) -> Tensor:
-    """One [N, ...] for each chunk: [blocks * N, ...]."""
+    """Repeat [N, ...] for each chunk: [blocks * N, ...]."""
     return x.expand(blocks, *x.shape).flatten(0, 1)
 
 
 def _spread(x: Tensor, per_mean: int, blocks: int, chunk: int) -> Tensor:
-    """[N, M, X], one a mean, for the slots of each chunk: [Z, chunk, X]."""
+    """Spread [N, M, X], which has one row per mean, over the slots of each chunk: [Z, chunk, X]."""
     if x.shape[1] == 1:
         return _chunks(x, blocks).expand(-1, chunk, -1)
     if chunk % per_mean == 0:
@@ -472,7 +501,7 @@ def _spread(x: Tensor, per_mean: int, blocks: int, chunk: int) -> Tensor:
 
 
 def tiles(view: TierView) -> list[tuple[int, int]]:
-    """`(start, length)` of the tiles that are attended one by one where nothing is fused."""
+    """Return `(start, length)` of each tile. Eager attention processes the tiles one by one."""
     length, per = view.capacity, view.per_mean
     tile = max(1, EAGER_TILE // per) * per
     return [(start, min(tile, length - start)) for start in range(0, length, tile)]
@@ -486,17 +515,17 @@ def attend(
     bits: tuple[int, int],
     softcap: float | None = None,
 ) -> Partial:
-    """Partial attention of an integer tier, tile by tile; its `acc` is in the rotated domain.
+    """Compute the partial attention of an integer tier, tile by tile. Its `acc` is in the rotated domain.
 
     Args:
         query: float32 or float64, [N, R, D].
-        bias: [N, R, M], the products of the query with the means; None where there is a decoder.
-        view: the tier, flat.
-        decoder: where keys were encoded before RoPE.
-        bits: widths of keys and values.
+        bias: [N, R, M], the products of the query with the means. None if there is a decoder.
+        view: the flat view of the tier.
+        decoder: decodes keys that were stored before RoPE. None for keys that were stored after RoPE.
+        bits: bits per code of keys and values.
         softcap: c in c * tanh(s / c), or None.
 
-    Returns a `Partial` with N for [B, H].
+    Returns a `Partial` with N in place of [B, H].
     """
     whole = empty(query.plain)
     for start, length in tiles(view):
@@ -511,9 +540,9 @@ def attend(
 
 
 def probabilities(found: Tensor, level: Tensor) -> Tensor:
-    """Attention probabilities [N, S] summed over rows, from scores [Z, R', chunk] of R' >= R rows.
+    """Compute attention probabilities [N, S], summed over rows, from scores [Z, R', chunk] with R' >= R rows.
 
-    `level` [N, R] is what lies between a row's reference and its log-sum-exp, in powers of two.
+    `level` [N, R] is the reference of a row minus its log-sum-exp, in powers of two.
     """
     heads, rows = level.shape
     blocks = found.shape[0] // heads
@@ -522,7 +551,7 @@ def probabilities(found: Tensor, level: Tensor) -> Tensor:
 
 
 def probabilities_by_tile(query: Queries, bias, view: TierView, decoder, level, *, bits, softcap) -> Tensor:
-    """The same where scores are not kept: they are formed again."""
+    """Compute the same as `probabilities` where the scores are not kept. The scores are computed again."""
     out, options = [], dict(softcap=softcap, dtype=query.plain.dtype)
     for start, length in tiles(view):
         tile = view.narrow(start, length)
@@ -532,17 +561,18 @@ def probabilities_by_tile(query: Queries, bias, view: TierView, decoder, level, 
 
 
 def _near(bias: Tensor | None, start: int, tile: TierView) -> Tensor | None:
-    """The part of `bias` that a tile from slot `start` on needs."""
+    """Return the part of `bias` for a tile that begins at slot `start`."""
     if bias is None or bias.shape[-1] == 1:
         return bias
     return bias.narrow(-1, start // tile.per_mean, tile.means.shape[1])
 
 
 def chunk_of(heads: int, length: int, rows: int, bits: int = 4, paged: bool = False) -> int:
-    """Tokens a program of the second product sums: measured on an H100 (docs/lab-notebook.md).
+    """Return how many tokens one program of the second product sums.
 
-    Fewer where values have 8 bits: tensor cores round sums down, and codes of that width are mostly centre.
-    Fewer through a block table: programs do not load ahead there, so that there must be more of them.
+    The numbers were measured on an H100 (docs/lab-notebook.md). 8-bit values use shorter chunks, because
+    tensor cores round sums down, and the center is the largest part of 8-bit codes. A block table also uses
+    shorter chunks. Programs do not prefetch there, so there must be more programs.
     """
     total = heads * length
     chunk = 2048 if total >= 1 << 20 else 512 if total >= 1 << 18 else 256 if total >= 1 << 17 else 128
@@ -550,22 +580,26 @@ def chunk_of(heads: int, length: int, rows: int, bits: int = 4, paged: bool = Fa
 
 
 def bucket(heads: int, length: int) -> int:
-    """Slots that are read of `length` in use, if there are as many: one of few numbers, in whole chunks.
+    """Return how many slots a step reads when `length` slots are in use, if the buffer has that many.
 
-    What is read is rounded up, so that few different launches serve a growing text; slots beyond those
-    in use are masked. Long steps read more than they need, short ones capture a graph more often, which
-    takes as long as some ten steps: the best one shrinks with the root of `heads`.
+    The result is a whole number of chunks. It is rounded up, so that a growing text needs few different
+    launches. Slots after those in use are masked. With a large rounding step, kernels read more slots than
+    they need. With a small rounding step, a graph is captured more often, and a capture takes as long as
+    about ten decode steps. The best rounding step shrinks with the square root of `heads`.
     """
     return _rounded(heads, length, _best_step(heads))
 
 
 def roomy(heads: int, length: int) -> int:
-    """Slots to make for `length` in a text that grows: the same, but an eighth more at most, for memory."""
+    """Return how many slots to allocate for `length` tokens of a growing text.
+
+    It is the result of `bucket`, but at most about an eighth more than `length`, to save memory.
+    """
     return _rounded(heads, length, min(_best_step(heads), (1 << max(0, length - 1).bit_length()) // 8))
 
 
 def whole(heads: int, length: int) -> int:
-    """The smallest number of whole chunks that holds `length` slots, in slots."""
+    """Return the smallest number of slots that is at least `length` and a whole number of chunks."""
     return _rounded(heads, length, 1)
 
 
@@ -576,19 +610,21 @@ def _best_step(heads: int) -> int:
 def _rounded(heads: int, length: int, step: int) -> int:
     step = max(chunk_of(heads, length, 1), step)
     found = -(-length // step) * step
-    # Rounded up, it may belong to longer chunks.
+    # The rounded length may use longer chunks.
     return _rounded(heads, found, step) if found % chunk_of(heads, found, 1) else found
 
 
 def spare(view: int) -> int:
-    """Slots of a buffer on CUDA beyond the longest span: a graph would take a span of all for the capacity.
+    """Return how many slots a CUDA buffer has beyond the largest number of slots read.
 
-    In long buffers, so many that rows of value codes begin at multiples of a cache line: 3 % of a step.
+    If a step could read all slots, the graph would confuse the number of slots read with the capacity. Long
+    buffers get enough extra slots to start each row of value codes at a multiple of a cache line. This saves
+    3 % of a step.
     """
     return 128 if view >= LONG else 32
 
 
 def longest(heads: int, capacity: int) -> int:
-    """The longest span of such a buffer."""
+    """Return the largest number of slots that a step reads from such a buffer."""
     room = max(0, capacity - spare(capacity))
     return room - room % chunk_of(heads, room, 1)

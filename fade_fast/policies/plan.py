@@ -1,8 +1,8 @@
-"""Which middle tokens stay, and in which tier: scores and budgets to a plan.
+"""Plans: which middle tokens stay, and in which tier. Scores and budgets determine a plan.
 
-The ranking and the budgets are those of `fade_ref.plan`, and the scores of keys those of `fade_ref.scores`:
-the exception to the rule that fade_fast takes no numerics from fade_ref. A second copy would only repeat
-them. This module adds what a running cache knows.
+This module takes the ranking and the budgets from `fade_ref.plan`, and the scores of keys from
+`fade_ref.scores`. This is the exception to the rule that fade_fast takes no numerics from fade_ref. A second
+copy would only repeat the same code. This module adds the information of a running cache.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,11 @@ from .scores import OBSERVERS, Observer
 
 
 def sizes(config: FadeConfig, held: list[int], new: int) -> list[int] | None:
-    """Tokens of each tier once `new` ones have joined those `held`: what `plan` comes to, for a batch
-    without padding. None where that depends on scores."""
+    """Return the number of tokens in each tier after `new` tokens join the `held` tokens.
+
+    The result equals the sizes of the tiers in a `plan` for a batch without padding. It is None if the sizes
+    depend on scores.
+    """
     if config.eviction_policy == "adaptive":
         return None
     total = sum(held) + new
@@ -32,11 +35,11 @@ def sizes(config: FadeConfig, held: list[int], new: int) -> list[int] | None:
 
 
 def kept(tiers: Tensor, position: Tensor, tier: Tier, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Where a tier's tokens are, oldest first.
+    """Find the tokens of a tier, oldest first.
 
-    Returns `(index, real)` of shape [..., m], m the most any row has: `index` int64 into the last
-    dimension of `tiers`, and `real` False where a row has fewer than m. Without `most`, which is m,
-    the host waits for it.
+    Returns `(index, real)` of shape [..., m]. m is the largest number of tokens in any row. `index` is int64
+    and indexes the last dimension of `tiers`. `real` is False where a row has fewer than m tokens. `most` is
+    m. If `most` is None, the host waits until the GPU has computed m.
     """
     chosen = tiers == tier
     counts = chosen.sum(-1, keepdim=True)
@@ -49,16 +52,17 @@ def kept(tiers: Tensor, position: Tensor, tier: Tier, most: int | None = None) -
 
 @dataclass(frozen=True)
 class Candidates:
-    """The tokens that compete for the middle of a layer, in any order, and all that policies ask of them.
+    """The tokens that compete for the middle of a layer, in any order, and the data that policies need.
 
     Attributes:
-        position: int32 [B, 1, n], logical, negative where there is no token; [B, H, n] with
-            plan_scope "head", where each head has its own survivors.
-        now: int32 [B, 1, 1], position of each row's newest token.
-        spent: bool of the shape of `position`, tokens that are INT2 already.
-        keys: gives the keys as they are read, [B, H, n, D] of float32 or float64.
-        observer, received: what is known of the attention that they received, where the policy asks.
-        planned: is told scores, positions and tiers, where anything listens.
+        position: int32 [B, 1, n], the logical positions, negative where there is no token. The shape is
+            [B, H, n] with plan_scope "head", because each head then keeps its own tokens.
+        now: int32 [B, 1, 1], the position of the newest token of each row.
+        already_int2: bool with the shape of `position`, True for tokens that are already INT2.
+        keys: a function that returns the keys as attention reads them, [B, H, n, D], float32 or float64.
+        observer, attention_stats: the statistics of the attention that the tokens received, if the policy
+            needs them.
+        planned: a function that receives scores, positions and tiers. None if there is no listener.
     """
 
     position: Tensor
@@ -70,22 +74,24 @@ class Candidates:
     planned: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
 
-#: Policies that score without attention: StreamingLLM (arXiv 2309.17453), Knorm (2406.11430), KeyDiff
-#: (2504.15364). Each gives float64 [B, 1 or H, n], larger is better.
+#: Policies that score without attention: StreamingLLM (arXiv 2309.17453), Knorm (arXiv 2406.11430) and
+#: KeyDiff (arXiv 2504.15364). Each returns float64 [B, 1 or H, n]. A larger score is better.
 SCORES: dict[str, Callable[[Candidates], Tensor]] = {
     "position": lambda c: (c.position - c.now).double(),
     "knorm": lambda c: key_norm(c.keys()),
     "keydiff": lambda c: key_diff(c.keys(), c.position >= 0),
 }
 
-#: Policies this package can run inside generate(), and who can share a plan.
+#: The policies that this package can run inside generate(), and the scopes in which tokens share a plan.
 SUPPORTED = (*SCORES, *OBSERVERS)
 SCOPES = ("sequence", "layer", "head")
 
 
 def scores(policy: str, c: Candidates) -> Tensor:
-    """Scores of candidates, larger is better: float64 [B, 1 or H, n]. `ValueError` for a policy that is not
-    `SUPPORTED`."""
+    """Return the scores of candidates, float64 [B, 1 or H, n]. A larger score is better.
+
+    Raises `ValueError` for a policy that is not in `SUPPORTED`.
+    """
     if policy not in SUPPORTED:
         raise ValueError(f"eviction_policy={policy!r}: one of {', '.join(SUPPORTED)} is supported here")
     score = SCORES.get(policy)
@@ -94,11 +100,11 @@ def scores(policy: str, c: Candidates) -> Tensor:
 
 
 def choose(config: FadeConfig, c: Candidates, first: Tier) -> tuple[Tensor, Tensor]:
-    """`(tiers, position)`: the tier of every candidate, int8 of the shape of `c.position`, and by what they
-    are ordered.
+    """Choose the tier of every candidate.
 
-    With plan_scope "layer" all rows share a plan, and both are [1, 1, n]: slot i must then be the same
-    column in every row, and counts where any row has a token in it.
+    Returns `(tiers, position)`. `tiers` is int8 with the shape of `c.position`. `position` gives the order of
+    the candidates. With plan_scope "layer" all rows share one plan, and both tensors are [1, 1, n]. Slot i
+    must then belong to the same step index in every row. A slot counts if any row has a token in it.
     """
     found, position, already_int2 = scores(config.eviction_policy, c), c.position, c.already_int2
     if config.plan_scope == "head":

@@ -1,15 +1,15 @@
-"""Attention that tokens received: what the policies that rank by it store, and how queries add to it.
+"""Statistics of the attention that tokens received. Some policies rank tokens by these statistics.
 
-What is stored of a token lies beside its key and value, as further fields of its slot, and so moves
-with it: `received`, a dict of tensors, one a field. Policies that need none have no observer, and
-cost nothing.
+The statistics of a token are additional fields of its slot, next to its key and value. They move together
+with the token. `attention_stats` is a dict of tensors with one tensor per field. Policies that need no
+statistics have no observer and no extra cost.
 
 fade_fast takes no numerics from fade_ref, with one exception: the arithmetic of scores and plans
-(`fade_ref.scores`, `fade_ref.plan`). A second copy would only repeat it, and prove nothing. How queries
-are counted is implemented twice, here and in `fade_ref.importance`, and parity compares the two.
+(`fade_ref.scores`, `fade_ref.plan`). A second copy would only repeat this arithmetic and prove nothing. The
+counting of queries is implemented twice, here and in `fade_ref.importance`. The parity tests compare both.
 
-Shapes: B rows, H KV heads, q queries, n slots. A share [B, H, q, n] is the probability that a query
-gives to a token, mean over the query heads of the KV head.
+Shapes: B rows, H KV heads, q queries, n slots. `probs` [B, H, q, n] are the probabilities that a query
+gives to a token, averaged over the query heads of the KV head.
 """
 
 import os
@@ -26,27 +26,27 @@ from fade_ref.scores import MLP, features, keep_probability, pool_neighbors
 from ..compile.compiled import TOGETHER, Compiled, use_compiled
 from ..formats.base import Field
 
-ALPHA = 0.95  # decay of `Decayed` a query: fade-kv 1.1.0, tracker.py
-WINDOW = 64  # queries that SnapKV observes
-#: What the network of the `learned` policy sees of a token, see `features`.
+ALPHA = 0.95  # decay of `Decayed` per query, from fade-kv 1.1.0, tracker.py
+WINDOW = 64  # number of queries that SnapKV observes
+#: The inputs of the network of the `learned` policy for each token. See `features`.
 FEATURES = ("position, scaled", "mean share, scaled", "depth of the layer", "age over that of the first")
-#: Its weights, unless others are given; `python -m fade_fast.hf.train_policy` made them.
+#: The default weights of this network. `python -m fade_fast.hf.train_policy` produced them.
 SHIPPED = Path(__file__).parent / "weights" / "learned.safetensors"
-UNSEEN = -1.0  # stands where no query could see the token
+UNSEEN = -1.0  # marks a token that no query could see
 
 
 class Observer(ABC):
-    """What one layer knows of the attention that its tokens received.
+    """Counts the attention that the tokens of one layer received.
 
     Attributes:
-        fields: name -> what a slot holds; set by `start`, which comes before everything else.
+        fields: name -> the field that a slot holds. `allocate` sets it, and must be called first.
         fresh: name -> the value for a token that no query has seen yet.
-        horizon: how many of the newest queries of a step can make a difference; None: all.
-        additive: whether shares may come summed over the queries of a step.
+        horizon: how many of the newest queries of a step can change the statistics. None means all queries.
+        additive: whether `probs` may be summed over the queries of a step.
         by_head: whether the heads of a row hold different tokens.
-        compiles: whether `rule` may be compiled, and the fields be kept twice: not where they are large, and
-            it writes only a part of them.
-        cursor: int64 [1], what `rule` counts by beside the fields; None if nothing.
+        compiles: whether `update` may be compiled, and whether the cache may keep the fields twice. False if
+            the fields are large and `update` writes only a part of them.
+        cursor: int64 [1], the counter that `update` uses in addition to the fields. None if there is none.
     """
 
     fresh: dict[str, float]
@@ -61,24 +61,25 @@ class Observer(ABC):
 
     @abstractmethod
     def allocate(self, heads: int, dtype: torch.dtype, device) -> None:
-        """Learn the KV heads, and the dtype and device of the keys."""
+        """Set `fields` for this number of KV heads, and for the dtype and device of the keys."""
 
     @staticmethod
     @abstractmethod
     def update(
         attention_stats: dict[str, Tensor], probs: Tensor, seen: Tensor, cursor: Tensor | None
     ) -> None:
-        """Count q queries, the oldest first, in place; every tile of tokens has its own call.
+        """Count q queries in place, the oldest query first. Each tile of tokens has its own call.
 
         Args:
-            received: the fields of n tokens, views.
-            shares: [B, H, q, n], 0 where not seen; [B, H, 1, n], their sum over queries, if `additive`.
-            seen: bool [B, 1, q, n], which tokens each query could see.
-            cursor: see there.
+            attention_stats: the fields of n tokens, as views.
+            probs: [B, H, q, n], 0 where a query does not see a token. If `additive`, it may be their sum over
+                queries, [B, H, 1, n].
+            seen: bool [B, 1, q, n], True where a query could see a token.
+            cursor: see the attribute `cursor`.
         """
 
     def add(self, attention_stats: dict[str, Tensor], probs: Tensor, seen: Tensor) -> None:
-        """Count queries by the `rule`."""
+        """Count queries with `update`."""
         self.update(attention_stats, probs, seen, self.cursor)
 
     def add_step(
@@ -90,14 +91,15 @@ class Observer(ABC):
         group: int,
         slot: Tensor | None,
     ) -> None:
-        """Count a step of one column by its sums over `group` query heads, on CUDA in one kernel.
+        """Count a step of one token from its sums over `group` query heads. On CUDA this is one kernel.
 
         Args:
-            buffers: of the uncompressed slots and of each tier, the fields.
-            sums: [B, H, n] for each of them. seen: bool [B, 1, n], likewise.
-            real: bool [B]; a query that is padding counts nowhere.
-            slot: int64 [1], which of the uncompressed ones the step's own token took: its fields start
-                afresh. None if that was counted already.
+            buffers: the fields of the uncompressed slots, followed by the fields of each tier.
+            sums: [B, H, n] for each buffer.
+            seen: bool [B, 1, n] for each buffer.
+            real: bool [B]. A padding query is not counted.
+            slot: int64 [1], the uncompressed slot of the step's own token. Its fields are first set to
+                `fresh`. None if the token was already counted.
         """
         args, options = (buffers, sums, seen, real, self.cursor), dict(update=self.update, group=group)
         if self.compiles and use_compiled(real):
@@ -111,27 +113,30 @@ class Observer(ABC):
 
     @abstractmethod
     def score(self, attention_stats: dict[str, Tensor]) -> Tensor:
-        """What each token received by itself, float64 [B, H, n], NaN where nothing is known."""
+        """Return the score of each token alone, float64 [B, H, n]. It is NaN if nothing is known."""
 
     def score_candidates(self, attention_stats: dict[str, Tensor], position: Tensor, now: Tensor) -> Tensor:
-        """What the policy ranks candidates by, as `score`; it may depend on who else is one.
+        """Return the scores by which the policy ranks candidates, in the same form as `score`.
+
+        The score of a candidate may depend on the other candidates.
 
         Args:
-            received: the fields of all candidates.
-            position: int32 [B, 1 or H, n], negative where there is none. now: [B, 1, 1], of the newest token.
+            attention_stats: the fields of all candidates.
+            position: int32 [B, 1 or H, n], negative where there is no token.
+            now: [B, 1, 1], the position of the newest token.
         """
         return self.score(attention_stats)
 
     def advance(self, queries: int) -> None:
-        """Say that all tiles of `queries` queries have been added."""
+        """Advance the cursor after all tiles of `queries` queries have been counted."""
         return None
 
     def tensors(self) -> list[Tensor]:
-        """What is held beside the fields."""
+        """Return the tensors that the observer holds in addition to the fields."""
         return []
 
     def arrive(self, batch: int, count: int, device) -> dict[str, Tensor]:
-        """The fields of `count` new tokens, seen by no query."""
+        """Return the fields of `count` new tokens that no query has seen."""
         return {
             name: field.empty(batch, count, device).fill_(self.fresh[name])
             for name, field in self.fields.items()
@@ -139,10 +144,10 @@ class Observer(ABC):
 
 
 class Summed(Observer):
-    """Sum of shares, and the number of queries that could see the token.
+    """The sum of the probabilities of a token, and the number of queries that could see the token.
 
-    H2O ranks by the sum (arXiv 2306.14048, algorithm 1). Divided by the number of queries, all that
-    merely came early no longer beats a late heavy hitter.
+    H2O ranks by the sum (arXiv 2306.14048, algorithm 1). This class divides the sum by the number of queries.
+    An early token then no longer beats a late heavy hitter only because more queries saw it.
     """
 
     fresh = dict(mass=0.0, queries=0.0)
@@ -163,8 +168,10 @@ class Summed(Observer):
 
 
 class Decayed(Observer):
-    """Moving average of shares: s <- alpha s + (1 - alpha) p at each query that sees the token; the
-    first p starts it (fade-kv 1.1.0)."""
+    """The moving average of the probabilities of a token (fade-kv 1.1.0).
+
+    Each query that sees the token updates it: s <- alpha s + (1 - alpha) p. The first p is the start value.
+    """
 
     fresh = dict(ema=UNSEEN)
     horizon = 1024  # earlier queries weigh less than 0.95^1024 = 2e-23
@@ -180,7 +187,7 @@ class Decayed(Observer):
             later = ALPHA * ema + (1 - ALPHA) * p
             ema.copy_(torch.where(seen, torch.where(ema < 0, p, later), ema))
             return
-        count = seen.cumsum(2)  # of the queries that saw it so far
+        count = seen.cumsum(2)  # number of queries that saw the token so far
         last = count[:, :, -1:]
         first = (count == 1) & (ema < 0).unsqueeze(2)
         factor = ALPHA ** (last - count).to(probs.dtype) * torch.where(first, 1.0, 1 - ALPHA)
@@ -193,10 +200,11 @@ class Decayed(Observer):
 
 
 class Windowed(Observer):
-    """Shares of the last `window` queries, in a ring.
+    """The probabilities from the last `window` queries, in a ring buffer.
 
-    A query is a column: padding takes its turn, too, and sees nothing. For models of two-byte dtypes
-    the shares are kept in bfloat16, 2 * window bytes a token and KV head, as little bounds their size.
+    Each step index is one query. Padding queries also take a place in the ring, but they see no token. For
+    models of two-byte dtypes the probabilities are stored in bfloat16. They need 2 * window bytes per token
+    and KV head. bfloat16 is used because little else limits this size.
     """
 
     fresh = dict(window=UNSEEN)
@@ -204,7 +212,7 @@ class Windowed(Observer):
 
     def __init__(self, window: int):
         super().__init__()
-        self.window = self.horizon = window  # `cursor` is the ring's oldest place
+        self.window = self.horizon = window  # `cursor` is the oldest place in the ring
 
     def allocate(self, heads, dtype, device):
         dtype = torch.bfloat16 if dtype.itemsize == 2 else dtype
@@ -233,18 +241,20 @@ class Windowed(Observer):
 
 
 class Pooled(Windowed):
-    """SnapKV (arXiv 2404.14469): the mean over the window, pooled over neighbours."""
+    """SnapKV (arXiv 2404.14469): the mean over the window, pooled over neighboring tokens."""
 
     def score_candidates(self, attention_stats, position, now):
         return pool_neighbors(self.score(attention_stats), position)
 
 
 class Learned(Summed):
-    """The probability of a small network that a token is worth keeping (fade-kv 1.1.0), from its `features`.
+    """A small network that computes the probability that a token is worth keeping (fade-kv 1.1.0).
+
+    The inputs of the network are the `features` of the token.
 
     Args:
-        weights: float64 tensors named and shaped as `MLP` says; `ValueError` if they are not.
-        layer, layers: index of this layer, and their number.
+        weights: float64 tensors with the names and shapes of `MLP`. Other names or shapes raise `ValueError`.
+        layer, layers: the index of this layer, and the number of layers.
     """
 
     def __init__(self, weights: dict[str, Tensor], layer: int, layers: int):
@@ -266,7 +276,7 @@ class Learned(Summed):
         return list(self.weights.values())
 
 
-#: The observer that a policy needs. TOVA: arXiv 2401.06104.
+#: The observer of each policy. TOVA is described in arXiv 2401.06104.
 OBSERVERS = {
     "h2o": Summed,
     "ema": Decayed,
@@ -278,9 +288,9 @@ OBSERVERS = {
 
 
 def observer(config: FadeConfig, weights: dict[str, Tensor] | None = None, layer: int = 0, layers: int = 1):
-    """An `Observer` of what a layer's tokens receive under `config`; None if nothing ever asks.
+    """Return the `Observer` of a layer under `config`. None if no policy reads the statistics.
 
-    `weights`, `layer` and `layers` are for the `learned` policy, see `Learned`.
+    `weights`, `layer` and `layers` are for the `learned` policy. See `Learned`.
     """
     make = OBSERVERS.get(config.eviction_policy)
     if make is None or not config.relocatable:
@@ -291,7 +301,7 @@ def observer(config: FadeConfig, weights: dict[str, Tensor] | None = None, layer
 
 
 def load(weights: str | os.PathLike | dict[str, Tensor]) -> dict[str, Tensor]:
-    """A float64 copy of weights of the `learned` policy, from a safetensors file or from tensors."""
+    """Return a float64 copy of the `learned` weights, from a safetensors file or from tensors."""
     found = weights if isinstance(weights, dict) else load_file(weights)
     return {name: x.detach().to(torch.float64, copy=True) for name, x in found.items()}
 
@@ -302,7 +312,7 @@ def _add_step(
     real = real[:, None, None]
     if slot is not None:
         for name, value in fresh:
-            own = buffers[0][name]  # not by `index_fill_`: that would be a kernel of its own
+            own = buffers[0][name]  # `index_fill_` is avoided, because it would be a separate kernel
             own.copy_(torch.where(torch.arange(own.shape[-1], device=own.device) == slot, value, own))
     for attention_stats, each, sees in zip(buffers, sums, seen):
         update(attention_stats, (each * real / group).unsqueeze(2), (sees & real).unsqueeze(1), cursor)
