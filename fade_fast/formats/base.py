@@ -44,7 +44,8 @@ class TierFormat(ABC):
     Attributes:
         tier: the tier's code.
         name: the tier's name in reports: `INT4`, or `K4V2` where the widths differ.
-        has_bound: whether kernels need a bound of all value scales, [B, H] float32.
+        has_bound: whether kernels need a bound of all value scales, [B, H] float32; then `value_bound` gives
+            that of some records.
     """
 
     tier: Tier
@@ -72,14 +73,6 @@ class TierFormat(ABC):
     @abstractmethod
     def decode_values(self, fields: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Values [B, H, n, D] of `dtype`."""
-
-    @abstractmethod
-    def value_bound(self, fields: dict[str, Tensor]) -> Tensor:
-        """At least every value scale of these records, [B, H] float32. Used where `has_bound`."""
-
-    @abstractmethod
-    def requantize(self, fields: dict[str, Tensor], source: "TierFormat") -> dict[str, Tensor]:
-        """Records of this tier, made from records of a finer tier of the same format."""
 
     @abstractmethod
     def view(

@@ -45,12 +45,6 @@ class ProductTier(TierFormat):
     def decode_values(self, fields, dtype):
         return product.decode(fields["value_codes"], self.codebooks[1], dtype)
 
-    def value_bound(self, fields):
-        raise NotImplementedError("codes of product quantization have no scales")
-
-    def requantize(self, fields, source):
-        raise NotImplementedError("product quantization has one tier")
-
     def view(self, tensors, bound, means, valid, per_mean, read_at):
         keys, values = (Packed(tensors[f"{side}_codes"], None, None) for side in SIDES)
         return TierView(keys, values, bound, means, valid, per_mean, read_at)

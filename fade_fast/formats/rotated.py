@@ -91,14 +91,16 @@ class RotatedTier(TierFormat):
     def decode_values(self, fields, dtype):
         return rotated.decode(unpack_record(fields, "value"), None, self.matrix, self.bits[1], dtype)
 
-    def value_bound(self, fields):
+    def value_bound(self, fields: dict[str, Tensor]) -> Tensor:
+        """At least every value scale of these records, or absolute value at 16 bits: [B, H] float32."""
         if self.bits[1] != DENSE:
             return fields["value_scale"].float().amax(-1)
-        most = fields["value_codes"].abs().amax((-2, -1)).float()
+        values = fields["value_codes"].abs().nan_to_num(0.0, 0.0)  # padding may hold anything
+        most = values.amax((-2, -1)).float()
         return torch.nextafter(most, torch.full_like(most, torch.inf))  # float64 may be rounded down
 
-    def requantize(self, fields, source):
-        """The records never leave the rotated domain."""
+    def requantize(self, fields: dict[str, Tensor], source: "RotatedTier") -> dict[str, Tensor]:
+        """Records of this tier, made from records of a finer one, which never leave the rotated domain."""
         return requantize(fields, source.bits, self.bits)
 
     def view(self, tensors, bound, means, valid, per_mean, read_at):
