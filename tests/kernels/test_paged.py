@@ -57,8 +57,13 @@ def in_pages(args, pages, seed=0, **options):
     return (*args[:5], tiers)
 
 
+#: Largest difference between pages and what they hold. Tensors of other strides go to other products of the
+#: BLAS library, which sums in another order.
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
 def both(args, options, pages, seed=0):
-    """Bit-identical outputs and probabilities of pages and of what they hold; returns the output."""
+    """Outputs and probabilities of pages equal those of what they hold, up to rounding; returns the output."""
     expected, counted = check(args, options)
     query, keys = args[0], args[1]
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -66,9 +71,9 @@ def both(args, options, pages, seed=0):
     mass = [torch.full((*keys.shape[:2], n), math.nan, dtype=wide) for n in lengths]
     moved = in_pages(args, pages, seed)
     found = decode.attend(*moved, **options)
-    assert torch.equal(found, expected)
-    assert torch.equal(decode.attend(*moved, **options, mass=mass), expected)
-    assert all(torch.equal(x.double(), y) for x, y in zip(mass, counted))
+    assert distance(found, expected.double()) <= ROUNDING[query.dtype]
+    assert torch.equal(decode.attend(*moved, **options, mass=mass), found)
+    assert all(distance(x, y) <= ROUNDING[wide] for x, y in zip(mass, counted))
     return found
 
 
@@ -164,7 +169,7 @@ def test_rows_may_share_pages():
     )
     bound = torch.full_like(dense.bound, 1.0)
     found = [decode.attend(*args[:5], [x._replace(bound=bound)], **options) for x in (dense, shared)]
-    assert torch.equal(*found) and found[0].isfinite().all()
+    assert distance(found[1], found[0]) <= ROUNDING[torch.float64] and found[0].isfinite().all()
 
 
 @pytest.mark.parametrize("page", [16, 64, 128, 256, 48])
