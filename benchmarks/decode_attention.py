@@ -191,7 +191,7 @@ class Problem:
         self.tiers = self.dense = [self._tier(bits, n) for bits, n in case.tiers]
         self.options = dict(
             bits=[(bits, bits) for bits, _ in case.tiers],
-            slots_read=[self._span(n, x) for (_, n), x in zip(case.tiers, self.tiers)],
+            slots_read=[self._slots_read(n, x) for (_, n), x in zip(case.tiers, self.tiers)],
             scaling=d**-0.5,
         )
         if case.evicts:
@@ -223,7 +223,7 @@ class Problem:
         return TierView(keys, values, values.scale.float().amax(-1), means, valid, per, at)
 
     @staticmethod
-    def _span(length: int, slots: TierView) -> int:
+    def _slots_read(length: int, slots: TierView) -> int:
         """Slots that are read, as `StoredTier` has it on CUDA."""
         heads = slots.bound.numel()
         return min(packed.bucket(heads, length), packed.longest(heads, slots.valid.shape[-1]))
@@ -241,7 +241,7 @@ class Problem:
         (slots,) = self.tiers
         valid = torch.arange(slots.valid.shape[-1], device=self.device) < length
         self.tiers = [slots._replace(valid=valid.expand_as(slots.valid).contiguous())]
-        self.options["slots_read"] = [self._span(length, slots)]
+        self.options["slots_read"] = [self._slots_read(length, slots)]
 
     def mass(self) -> list[Tensor]:
         """Where `attend` can write probabilities."""

@@ -46,12 +46,12 @@ BASELINES = ("dynamic", "static")
 METHODS = (*BASELINES, *OURS)
 
 WARM_UP = 40  # most steps that compilation and capture may take
-CHUNK = 2048  # columns in each chunk of a chunked prefill
+CHUNK = 2048  # tokens of each row in a chunk of a chunked prefill
 ONCE = 64 * K  # most tokens prefilled in one go, and twice: the second time is warm
 FILLS = ("once", "rows", "chunk", "random")
 DRAFT = 4  # tokens that are drafted for each step of assisted decoding
-#: Options of `generate()`. "padded" also pads rows on the left, up to a quarter of their columns. "drafted"
-#: is assisted decoding. Its drafts are random and hardly ever right, so a step checks DRAFT + 1 columns and
+#: Options of `generate()`. "padded" also pads rows on the left, up to a quarter of their tokens. "drafted"
+#: is assisted decoding. Its drafts are random and hardly ever right, so a step checks DRAFT + 1 tokens and
 #: crops most of them.
 MODES = {
     "greedy": {},
@@ -273,12 +273,12 @@ def free(model, method: str) -> None:
 class Clock(LogitsProcessor):
     """Marks the start, and every step when its logits exist. It also records the peaks of memory.
 
-    A step calls it `columns` times, once for each of its columns.
+    A step calls it `tokens` times, once for each of its tokens.
     """
 
-    def __init__(self, device: str, columns: int = 1):
+    def __init__(self, device: str, tokens: int = 1):
         self.cuda, self.stamps, self.prefill_peak = device == "cuda", [], None
-        self.columns, self.asked = columns, 0
+        self.tokens, self.asked = tokens, 0
 
     def start(self) -> None:
         if self.cuda:
@@ -288,7 +288,7 @@ class Clock(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         self.asked += 1
-        if self.asked % self.columns:
+        if self.asked % self.tokens:
             return scores
         self._stamp()
         if self.cuda and len(self.stamps) == 2:
@@ -323,7 +323,7 @@ def choose_fill(case: Case, method: str) -> str:
 
 
 def prefill(model, cache, ids, fill: str) -> None:
-    """Feed all columns but the last, which `generate()` then feeds. "once" leaves all columns to
+    """Feed all tokens but the last, which `generate()` then feeds. "once" leaves all tokens to
     `generate()`.
     """
     before = ids[:, :-1]

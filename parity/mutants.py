@@ -208,15 +208,15 @@ CORRUPTIONS = {
             "step, 4 bits/D64 window",
         ),
         ("mass not normalized", call("log2").becomes("0.0"), "step, 4 bits/D64 two tiers"),
-        ("mass past the span", call("new_zeros").rename("new_ones"), "step, 4 bits/D64 holes"),
+        ("mass past the slots read", call("new_zeros").rename("new_ones"), "step, 4 bits/D64 holes"),
         ("mass of the padded row", call("narrow").inside(call("copy_")).drop(), "step, 4 bits/D64 two tiers"),
         ("last join without its shrink", item(at=-1).becomes("1.0"), "step, 4 bits/D64 plain"),
     ],
     "kernels.decode._rows_of": [
         ("learned sinks of another head", call("reshape")[0].object.becomes("_.flip(0)"), "learned sinks")
     ],
-    "kernels.decode._of_span": [
-        ("off-by-one span", call("first").argument(0).becomes("max(1, _ - 1)"), "step, 4 bits/D64 plain")
+    "kernels.decode._of_slots_read": [
+        ("last slot not read", call("first").argument(0).becomes("max(1, _ - 1)"), "step, 4 bits/D64 plain")
     ],
     # -- merge, uncompressed tokens, product quantization
     "kernels.merge.merge": [("merge without the maxima", call("exp").becomes("torch.ones_like(_)"), "merge")],
@@ -232,9 +232,9 @@ CORRUPTIONS = {
         ("histogram forgets a tile", call("combine").becomes("_1"), "product/attention")
     ],
     "kernels.dense._with_tail": [
-        ("settled columns forgotten", call("merge").argument(0).becomes("_[1:]"), "many uncompressed"),
+        ("settled tokens forgotten", call("merge").argument(0).becomes("_[1:]"), "many uncompressed"),
         (
-            "settled columns with another weight",
+            "settled tokens with another weight",
             call("Partial").argument(1).becomes("_ + 0.01"),
             "many uncompressed",
         ),
@@ -358,7 +358,7 @@ CORRUPTIONS = {
         ("long steps look ahead", call("attend").argument("causal").becomes("False"), "long steps/int4"),
         ("long steps forget their earlier blocks", binary("-")[0].becomes("0 * _"), "long steps/int4"),
         (
-            "long steps read one span again and again",
+            "long steps read the same slots again and again",
             call("tiles").becomes("[(0, b - a) for a, b in _]"),
             "long steps/int4",
         ),
@@ -407,7 +407,7 @@ CORRUPTIONS = {
         ("holes forgotten", name("holes").becomes("False"), "checkpoints/what came before/padding")
     ],
     "saved.checkpoint.state_dict": [
-        ("newest column lost", attribute("logical").becomes("_[:, :-1]"), "checkpoints/tiers/off")
+        ("newest token lost", attribute("logical").becomes("_[:, :-1]"), "checkpoints/tiers/off")
     ],
     "saved.checkpoint.load_state_dict": [
         (
@@ -458,7 +458,7 @@ CORRUPTIONS = {
     ],
     "cache.decode_graph.DecodeGraph._demote": [
         (
-            "what is demoted beside drafts is taken from their columns",
+            "what is demoted beside drafts is taken from their tokens",
             call("sub_").argument(0).becomes("0"),
             "captured/steps/evict, drafted",
         )

@@ -96,7 +96,7 @@ def test_drafts_are_checked_step_by_step(model, method, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode, held", [("padded", 2 * 203 - 48), ("sampled", 2 * 203), ("beams", 8 * 203)])
 def test_other_ways_to_decode(model, mode, held):
-    """Of two rows the second has 48 columns of padding; beams are rows of the cache."""
+    """Of two rows the second has 48 tokens of padding; beams are rows of the cache."""
     case = generate.Case(models.TINY, 2, 192, mode=mode)
     for method in ("dynamic", "safe"):
         found = generate.attempt(model, case, method, 12)

@@ -150,7 +150,7 @@ class TieredLayer(CacheLayerMixin):
         if config.evicts and not self.shows_survivors or config.relocatable and positions.has_padding:
             raise ValueError(
                 "this cache evicts or moves tokens, and masks of the model's own attention would count "
-                "columns: fade_fast.attach(model) brings ours back"
+                "every token seen: fade_fast.attach(model) brings ours back"
             )
         start, new = kv.length, keys.shape[2]
         try:

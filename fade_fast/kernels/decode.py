@@ -136,7 +136,7 @@ def _check_tier(name: str, view: TierView, bits: tuple[int, int], num_read: int,
         raise ValueError(f"{name} has bits {tuple(bits)} at head_dim {dim}; allowed: {allowed}")
     capacity = view.valid.shape[-1] if view.valid.dim() else 0
     if not 1 <= num_read <= capacity:
-        raise ValueError(f"{name} has span {num_read}; allowed: 1 to its capacity, {capacity}")
+        raise ValueError(f"{name} reads {num_read} slots; allowed: 1 to its capacity, {capacity}")
     outer, slots = (batch, heads), capacity
     if view.block_table is not None:
         outer, slots = _check_table(name, view, batch, heads, capacity, device)
@@ -214,7 +214,7 @@ def _operator(
     view = [_from_list(tiers[i * FLAT : (i + 1) * FLAT], n) for i, n in enumerate(per_mean)]
     args = (query, keys, values, seen, matrix, view, s_aux, inv_freq, mass)
     if not (use_compiled(query) and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
-        return _attend(*_of_span(args, slots_read), chunks=None, **options)
+        return _attend(*_of_slots_read(args, slots_read), chunks=None, **options)
     paged = [x.block_table is not None for x in view]
     chunks = _chunks_of(heads, slots_read, rows, pairs, paged)
     blocks = [num_read // chunk for num_read, chunk in zip(slots_read, chunks)]
@@ -246,7 +246,8 @@ def _chunks_of(heads: int, slots_read: list[int], rows: int, bits, paged=()) -> 
     each = zip(slots_read, bits, paged)
     chunks = tuple(packed.chunk_of(heads, n, rows, b[1], by_table) for n, b, by_table in each)
     if any(n % chunk for n, chunk in zip(slots_read, chunks)):
-        raise ValueError(f"spans are {slots_read}; allowed: as `packed.bucket` rounds, multiples of {chunks}")
+        allowed = f"as `packed.bucket` rounds, multiples of {chunks}"
+        raise ValueError(f"slots read are {slots_read}; allowed: {allowed}")
     return chunks
 
 
@@ -282,7 +283,7 @@ def _means(view: TierView, num_read: int) -> int:
     return 0 if view.read_at is not None else min(view.means.shape[2], -(-num_read // view.per_mean))
 
 
-def _of_span(args: tuple, slots_read: list) -> tuple:
+def _of_slots_read(args: tuple, slots_read: list) -> tuple:
     """Return the arguments with flat tiers, cut to the slots read."""
     tiers = [view.flat().first(num_read) for view, num_read in zip(args[5], slots_read)]
     return *args[:5], tiers, *args[6:]
@@ -293,7 +294,7 @@ def _of_dynamic_size(dynamic_sizes, *args, chunks, slots_read, **options) -> Ten
     slots_read = slots_read or [
         (dynamic_size.shape[0] - 1) * chunk for dynamic_size, chunk in zip(dynamic_sizes, chunks)
     ]
-    return _attend(*_of_span(args, slots_read), chunks=chunks, **options)
+    return _attend(*_of_slots_read(args, slots_read), chunks=chunks, **options)
 
 
 def _attend(

@@ -204,8 +204,8 @@ class Telemetry:
             self.emit("growth", _of(layer) | dict(buffer=buffer, before=before, after=after, bytes=size))
         self.deliver()
 
-    def demotion(self, layer, columns: int, first: int) -> Callable[[], None]:
-        """Called before a layer demotes `columns` tokens per row, from step index `first` on.
+    def demotion(self, layer, count: int, first: int) -> Callable[[], None]:
+        """Called before a layer demotes `count` tokens per row, from step index `first` on.
 
         The caller calls the result after the demotion.
         """
@@ -219,13 +219,13 @@ class Telemetry:
         def done() -> None:
             seconds, middle.on_plan = time.perf_counter() - start, None
             batch = layer.token_positions.batch
-            counts = dict(first=first, columns=columns, tokens=batch * columns)
+            counts = dict(first=first, columns=count, tokens=batch * count)
             counts |= dict(rows=batch, into=middle.tiers[0].name, planned=layer.config.relocatable)
             counts |= dict(bytes_before=counts["tokens"] * layer.dense.record_bytes)
             counts |= dict(bytes_after=_bytes(middle) - size, seconds=seconds)
             later = {}
             if layer.token_positions.has_padding:
-                later["tokens"] = (middle.middle_positions(first, columns) != PAD).sum()
+                later["tokens"] = (middle.middle_positions(first, count) != PAD).sum()
             self.emit("demotion", _of(layer) | counts, later)
             if middle.evicted is not None and layer.config.evicts:
                 self._dropped(layer, evicted, places)

@@ -430,7 +430,7 @@ def _twin(found: Found, p: Problem, seed: int, where: str) -> None:
     posed = pose(p, seed, found.device)
     o, lengths = posed.options, [p.dense, *p.lengths]
     mass = [torch.full((p.batch, p.heads, n), torch.nan, device=found.device) for n in lengths]
-    args = decode._of_span((*posed.args, o["s_aux"], o.get("inv_freq"), mass), o["slots_read"])
+    args = decode._of_slots_read((*posed.args, o["s_aux"], o.get("inv_freq"), mass), o["slots_read"])
     options = dict(bits=tuple(p.bits), scaling=o["scaling"], softcap=p.softcap)
     options["interleaved"] = o.get("interleaved", False)
     out = decode._attend(*args, chunks=(128,) * len(p.lengths), **options)

@@ -213,7 +213,7 @@ def test_generated_products_are_as_exact_as_those_of_a_library(batch, dynamic):
         eager, exact = block(x), copy.deepcopy(block).float()(x.float())
         with inductor.row_products():
             graph = torch.compile(block, fullgraph=True)
-            if dynamic:  # as the columns of drafts are; compiled for half as many
+            if dynamic:  # as the tokens of drafts are; compiled for half as many
                 first = x[: max(2, batch // 2)].clone()
                 torch._dynamo.mark_dynamic(first, 0)
                 graph(first)

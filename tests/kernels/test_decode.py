@@ -250,7 +250,7 @@ def test_buckets_are_whole_chunks_and_few():
             assert room % packed.chunk_of(heads, room, 1) == longest % packed.chunk_of(heads, longest, 1) == 0
             assert packed.longest(heads, longest + packed.spare(longest)) == longest
         assert len({packed.bucket(heads, length) for length in lengths}) < 120
-    with pytest.raises(ValueError, match="spans are .*1900.*bucket"):
+    with pytest.raises(ValueError, match="slots read are .*1900.*bucket"):
         decode._chunks_of(72, [1900], 4, [(4, 4)])
 
 
@@ -372,7 +372,9 @@ def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
         ]
         with torch.no_grad():
             found = twin(dynamic_sizes, dict, *inputs, mass, chunks=chunks, slots_read=None, **constants)
-            eager = decode._attend(*decode._of_span((*inputs, []), slots_read), chunks=chunks, **constants)
+            eager = decode._attend(
+                *decode._of_slots_read((*inputs, []), slots_read), chunks=chunks, **constants
+            )
         expected, counted = naive(*args, **options | dict(slots_read=slots_read))
         assert distance(found, eager) <= 1e-3
         assert distance(found, expected) <= 0.02  # a CPU rounds sums of float16 products
@@ -385,7 +387,7 @@ def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
 def test_inductor_compiles_it_for_the_cpu():
     args, options = problem(10, new=2, lengths=(90,), dtype=torch.float32)
     constants = dict(bits=((4, 4),), chunks=None, scaling=options["scaling"], softcap=None, interleaved=False)
-    inputs = decode._of_span((*args, None, None, []), options["slots_read"])
+    inputs = decode._of_slots_read((*args, None, None, []), options["slots_read"])
     with torch.no_grad():
         found = torch.compile(compiling._own(decode._attend, constants), fullgraph=True)(*inputs)
     assert distance(found, decode.attend(*args, **options).double()) <= 1e-6
@@ -453,9 +455,9 @@ REFUSED = {
     "1 tiers, 1 pairs of bits, 0 slots_read": [of_option(slots_read=[])],
     "has bits .5, 4. .*8, 4, 3 and 2": [of_option(bits=[(5, 4)])],
     "has bits .4,. ": [of_option(bits=[(4,)])],
-    "span 151; allowed: 1 to its capacity, 150": [of_option(slots_read=[151])],
-    "span 0; allowed": [of_option(slots_read=[0])],
-    "span -1; allowed": [of_option(slots_read=[-1])],
+    "reads 151 slots; allowed: 1 to its capacity, 150": [of_option(slots_read=[151])],
+    "reads 0 slots; allowed": [of_option(slots_read=[0])],
+    "reads -1 slots; allowed": [of_option(slots_read=[-1])],
     "keys.codes is .*32.*allowed: .2, 2, 150, 64., torch.uint8": [of_option(bits=[(8, 4)])],
     "keys.codes is .*torch.int8": [of_tier(keys_codes=lambda x: x.to(torch.int8))],
     "values.codes is .*allowed: .2, 2, 32, 150.": [of_tier(values_codes=lambda x: x.mT)],

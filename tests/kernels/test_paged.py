@@ -197,7 +197,7 @@ def test_the_compiled_function_run_eagerly(shape, page):
     for arguments in (args, in_pages(args, [page])):
         mass = [torch.full((2, 2, n), math.nan) for n in (args[1].shape[2], 600)]
         inputs = (*arguments, options["s_aux"], options.get("inv_freq"), mass)
-        found.append(decode._attend(*decode._of_span(inputs, [512]), **constants))
+        found.append(decode._attend(*decode._of_slots_read(inputs, [512]), **constants))
         masses.append(mass)
     assert torch.equal(*found) and all(map(torch.equal, *masses))
     expected, counted = naive(*args, **options)
@@ -223,7 +223,7 @@ def test_one_compiled_graph_serves_every_length(page, graphs, monkeypatch):
     with torch.no_grad():
         for num_read in (1024, 896, 640):
             found = decode.attend(*args, **options | dict(slots_read=[num_read]))
-            inputs = decode._of_span((*args, None, None, []), [num_read])
+            inputs = decode._of_slots_read((*args, None, None, []), [num_read])
             constants = dict(bits=((4, 4),), softcap=None, interleaved=False, scaling=options["scaling"])
             eager = decode._attend(*inputs, chunks=(128,), **constants)
             assert distance(found, eager.double()) <= 1e-3
@@ -270,7 +270,7 @@ REFUSED = {
     "keys.zero is .*allowed: .22, 2, 16.": [of_pages(keys_zero=lambda x: x[..., :15])],
     "values.codes is .22, 2, 16, 32.*allowed: .22, 2, 32, 16.": [of_pages(values_codes=lambda x: x.mT)],
     "values.scale is .*allowed: .22, 2, 16.": [of_pages(values_scale=lambda x: x[..., :8])],
-    "span 151; allowed: 1 to its capacity, 150": [
+    "reads 151 slots; allowed: 1 to its capacity, 150": [
         lambda args, options: of_option(slots_read=[151])(in_pages(args, [16]), options)
     ],
 }
