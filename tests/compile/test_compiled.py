@@ -23,12 +23,8 @@ TRACE = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
 
 
 @pytest.fixture
-def twin(monkeypatch):
-    """A twin of `x * 2 + marker's length`, traced as on CUDA, without code generation."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **k: real(f, **k) if "backend" in k else TRACE(f))
-    torch._dynamo.reset()
-    counters.clear()
+def twin(traced_kernels):
+    """A twin of `x * 2 + marker's length`."""
     return compiling.Compiled(lambda dynamic_sizes, x, *, factor: x * factor + len(dynamic_sizes[0]))
 
 
@@ -88,13 +84,9 @@ def test_no_second_graph_inside_another_compiled_one(twin):
     "context", slow_but([torch.no_grad, torch.inference_mode], torch.no_grad), ids=lambda c: c.__name__
 )
 @pytest.mark.parametrize("name", slow_but(["int4", "int4, int2, evict", "h2o", "ema", "snapkv"], "h2o"))
-def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
+def test_twins_inside_captured_steps(name, context, traced_kernels, compiled_on):
     """A GPU's whole decode path traced on the CPU: every twin of every kernel is compiled once."""
-    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
-    monkeypatch.setattr(decode, "_compiled", compiling.Compiled(decode._of_dynamic_size))
-    monkeypatch.setattr(rotated, "_compiled", compiling.Compiled(rotated._encode_both))
-    monkeypatch.setattr(dense, "_compiled_store", compiling.Compiled(dense._store))
-    monkeypatch.setattr(scores, "_compiled", compiling.Compiled(scores._add_step, compiling.TOGETHER))
+    compiled_on("cpu")
     config, counts = CONFIGS[name], []
     model = tiny_llama(dtype=torch.float16)
     with context():
@@ -111,14 +103,10 @@ def test_twins_inside_captured_steps(name, context, twin, monkeypatch):
 
 
 @pytest.mark.slow
-def test_twin_of_long_uncompressed_texts(twin, monkeypatch):
+def test_twin_of_long_uncompressed_texts(traced_kernels, compiled_on, short_flash_prefixes):
     """The same for what FlashAttention leaves over; the settled part moves on, the twin stays."""
-    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
-    monkeypatch.setattr("fade_fast.cache.layer.MIN_FLASH_PREFIX", 64)
-    monkeypatch.setattr(dense, "TAIL", 256)
-    tail = compiling.Compiled(lambda dynamic_sizes, *args, scaling: dense._with_tail(*args, scaling))
-    monkeypatch.setattr(dense, "_compiled", tail)
-    monkeypatch.setattr(dense, "_compiled_store", compiling.Compiled(dense._store))
+    compiled_on("cpu")
+    tail = dense._compiled
     model = tiny_llama(dtype=torch.float32)
     inputs = prompt(600, batch=2)
     cache = fade_fast.create_cache(model, CONFIGS["off"], max_length=1500)
@@ -143,12 +131,9 @@ def drafted(run, model, config, inputs, new):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "int4, int2, evict"])
-def test_twins_inside_steps_that_check_drafts(name, twin, monkeypatch):
-    """Steps of 2 to 8 columns, for which the model is compiled once, and attention for 2, 4 and 8."""
-    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
-    monkeypatch.setattr(decode, "_compiled", compiling.Compiled(decode._of_dynamic_size))
-    monkeypatch.setattr(rotated, "_compiled", compiling.Compiled(rotated._encode_both))
-    monkeypatch.setattr(dense, "_compiled_store", compiling.Compiled(dense._store))
+def test_twins_inside_steps_that_check_drafts(name, traced_kernels, compiled_on):
+    """Steps of 2 to 8 tokens, for which the model is compiled once, and attention for 2, 4 and 8."""
+    compiled_on("cpu")
     model = predictable(tiny_llama(dtype=torch.float16))
     found = [drafted(captured, model, CONFIGS[name], prompt(40), 60) for _ in range(2)]
     assert torch.equal(*found)
@@ -160,14 +145,13 @@ def test_twins_inside_steps_that_check_drafts(name, twin, monkeypatch):
 
 
 @pytest.mark.parametrize("name", slow_but(["h2o", "ema"], "h2o"))
-def test_counting_compiled_counts_the_same(name, twin, monkeypatch):
+def test_counting_compiled_counts_the_same(name, traced_kernels, compiled_on):
     """A row of padding, real queries of the other: fields of the uncompressed slots and of a tier."""
-    monkeypatch.setattr(scores, "_compiled", compiling.Compiled(scores._add_step, compiling.TOGETHER))
     draw, found = torch.Generator().manual_seed(0), []
     sums = [torch.rand(2, 3, n, generator=draw) for n in (20, 48)]
     seen = [torch.rand(2, 1, n, generator=draw) < 0.7 for n in (20, 48)]
-    for fused in (set(), {"cpu"}):
-        monkeypatch.setattr(compiling, "COMPILED_ON", fused)
+    for fused in ((), ("cpu",)):
+        compiled_on(*fused)
         observer = scores.observer(CONFIGS[name])
         observer.allocate(3, torch.float16, "cpu")
         buffers = [observer.arrive(2, n, "cpu") for n in (20, 48)]
@@ -182,12 +166,10 @@ def test_counting_compiled_counts_the_same(name, twin, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", slow_but([1, 48, 64, None], 64))
-def test_three_graphs_encode_prompts_of_all_lengths(step, twin, monkeypatch):
+def test_three_graphs_encode_prompts_of_all_lengths(step, traced_kernels, compiled_on, monkeypatch):
     """`step` tokens share a mean, or all do. A permutation as rotation, so that no sum depends on tiles."""
     draw = torch.Generator().manual_seed(0)
     matrix = torch.eye(16)[torch.randperm(16, generator=draw)]
-    tiled = compiling.Compiled(rotated._encode_both)
-    monkeypatch.setattr(rotated, "_compiled", tiled)
     monkeypatch.setattr(rotated, "MOST", 2 * 3 * 16 * 4000)  # 4000 tokens, 500 and 256
     whole = torch.randn(2, 3, 16, 9100, generator=draw).mT  # strided, as a model's are
     for length in (257, 400, 500, 501, 1999, 2001, 4000, 4001, 8999):
@@ -195,14 +177,14 @@ def test_three_graphs_encode_prompts_of_all_lengths(step, twin, monkeypatch):
         keys, values = whole[:, :, 4 : 4 + length], whole[:, :, -length:]
         mean = torch.randn(2, 3, length // step if step else 1, 16, generator=draw)
         args = keys, values, mean, matrix, (4, 2)
-        monkeypatch.setattr(compiling, "COMPILED_ON", set())
+        compiled_on()
         expected = rotated._encode_both([], *args[:-1], bits=(4, 2))
         several = rotated.encode_both(*args)
-        monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
+        compiled_on("cpu")
         for found in (several, rotated.encode_both(*args)):
             for x, y in zip(itertools.chain(*found), itertools.chain(*expected)):
                 assert x is y is None or torch.equal(x, y), length
-    assert graphs() == len(tiled.graphs) == 3
+    assert graphs() == len(rotated._compiled.graphs) == 3
 
 
 def test_tiles_are_powers_of_two():

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import fade_fast
-from fade_fast.compile import compiled as compiling
 from fade_fast.formats.rotated import RotatedTier
 from fade_fast.kernels import decode, packed
 from fade_fast.kernels.packed import TierView
@@ -135,13 +134,11 @@ def test_values_of_16_bits_are_as_they_came():
     + [(dtype, True) for dtype in (torch.float16, torch.bfloat16)],  # others are never compiled
     ids=str,
 )
-def test_attention_over_values_of_16_bits(dtype, compiles, monkeypatch):
+def test_attention_over_values_of_16_bits(dtype, compiles, request):
     """Against float64. Slots without a token hold NaN and infinity."""
     draw, seeds = torch.Generator().manual_seed(0), random.Random(0)
     if compiles:
-        monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
-        run = lambda sizes, pinned, *args, **more: decode._of_dynamic_size(sizes, *args, **more)  # noqa: E731
-        monkeypatch.setattr(decode, "_compiled", run)
+        request.getfixturevalue("uncompiled_kernels")
     for large in (1.0, 1e3):
         batch, heads, group, dim, held = 2, 2, 4, 64, seeds.randint(130, 250)
         normal = lambda *shape: torch.randn(*shape, generator=draw)  # noqa: E731
@@ -166,6 +163,7 @@ def test_attention_over_values_of_16_bits(dtype, compiles, monkeypatch):
         exact = ((query.double() @ keys.mT * 0.1).softmax(-1) @ exact).transpose(1, 2)
         allowed = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
         assert (output.double() - exact).norm() <= allowed * exact.norm()
+    assert not compiles or decode._compiled.graphs
 
 
 def test_tiers_with_and_without_values_of_16_bits_cannot_be_mixed():

@@ -11,10 +11,9 @@ import fade_fast
 from fade_fast.cache import store
 from fade_fast.cache.buffers import copy_all, take_rows
 from fade_fast.cache.positions import PAD
-from fade_fast.compile import compiled as compiling
 from fade_fast.hf.attention import NAME
 from fade_fast.hf.models import CACHE_NAME
-from fade_fast.kernels import decode, packed, rotated
+from fade_fast.kernels import packed
 from fade_fast.policies import plan
 from fade_ref.config import POLICIES, FadeConfig
 
@@ -134,7 +133,7 @@ def test_crop_leaves_no_trace(config):
         cropped.crop(-5)
         cropped.crop(0)
         teacher_forced_step(model, plain, 7)
-        for layer in plain.tiered:  # by hand: the newest five columns never were
+        for layer in plain.tiered:  # by hand: the newest five tokens never were
             layer.dense.count -= 5
             layer.length -= 5
         plain.token_positions.crop(5)
@@ -216,14 +215,10 @@ def test_means_do_not_depend_on_how_many_are_taken_at_once(at_once, monkeypatch)
     assert store.key_mean(keys[:, :, :0], None).shape == (2, 3, 0, 8)
 
 
-def test_more_rows_have_room_for_longer_chunks(monkeypatch):
-    """On CUDA chunks grow with the batch; no span may then end before the tokens do."""
-    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
+def test_more_rows_have_room_for_longer_chunks(uncompiled_kernels, monkeypatch):
+    """On CUDA chunks grow with the batch; the slots read may then not end before the tokens do."""
     chunk_of = lambda heads, n, *more: 16 if heads * n < 500 else 128  # noqa: E731
     monkeypatch.setattr(packed, "chunk_of", chunk_of)
-    for module, twin in ((rotated, rotated._encode_both), (decode, decode._of_dynamic_size)):
-        eager = lambda dynamic_sizes, pinned, *args, f=twin, **k: f(dynamic_sizes, *args, **k)  # noqa: E731
-        monkeypatch.setattr(module, "_compiled", eager)
     model = tiny_llama(dtype=torch.float16)
     cache = fade_fast.create_cache(model, SAFE, max_length=100)
     teacher_forced_step(model, cache, 96)
@@ -237,9 +232,9 @@ def test_more_rows_have_room_for_longer_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("window, held, new, most", [(64, 131, 9, 148), (1 << 15, 5000, 9, 5100)])
-def test_room_for_a_draft_is_made_with_the_first(window, held, new, most, monkeypatch):
+def test_room_for_a_draft_is_made_with_the_first(window, held, new, most, compiled_on):
     """On CUDA, where addresses should last; a window longer than the text is not made room for at once."""
-    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
+    compiled_on("cpu")
     model = tiny_llama(dtype=torch.float16)
     layer = fade_fast.create_cache(model, FadeConfig(recent_window=window), verify=False).tiered[0]
     x, capacities = torch.zeros(1, 2, held, 64, dtype=torch.float16), []

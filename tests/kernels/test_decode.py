@@ -94,6 +94,38 @@ def problem(
     return (query, keys, values, seen, table(dim), tiers), options
 
 
+#: Slots of a tile of an eager step; short ones too, so that there are several.
+TILES = [48, 100, 2048]
+
+
+def random_problem(seed, tiers=(0, 1, 1, 2)):
+    """A `problem` of any shape, dtype and mask. `tiers` are the numbers of tiers to draw from."""
+    pick = random.Random(seed)
+    new = pick.choice([1, 1, 2, 3, 7, 16])
+    lengths = [pick.randint(1, 400) for _ in range(pick.choice(tiers))]
+    return problem(
+        seed,
+        batch=pick.randint(1, 3),
+        heads=pick.randint(1, 3),
+        group=pick.choice([1, 3, 4, 7, 8]),
+        dim=pick.choice([64, 80, 96, 128, 256]),
+        new=new,
+        exact=new + pick.randint(0, 40),
+        lengths=lengths,
+        capacities=[n + pick.choice([0, 1, 70]) for n in lengths],
+        widths=[pick.choice(WIDTHS) for _ in lengths],
+        per_mean=pick.choice([64, 48, ONE]),
+        contiguous=pick.random() < 0.4,
+        interleaved=pick.random() < 0.5,
+        softcap=pick.choice([None, None, 0.5, 30.0]),
+        sinks=pick.random() < 0.3,
+        window=pick.random() < 0.3,
+        holes=pick.choice([0.0, 0.1, 0.9]),
+        dtype=pick.choice(list(CLOSE)),
+        sharp=pick.choice([1.0, 10.0]),
+    )
+
+
 def turned(x, position, inv_freq, interleaved):
     """RoPE by complex numbers."""
     width = 2 * len(inv_freq)
@@ -173,34 +205,10 @@ def poisoned():
 
 
 @pytest.mark.parametrize("seed", slow_but(range(80), *range(8)))
-def test_random_cases(seed, monkeypatch):
+def test_random_cases(seed, eager_tile):
     """Any shape, dtype and mask; tiles are short, so that there are several."""
-    pick = random.Random(seed)
-    monkeypatch.setattr(packed, "EAGER_TILE", pick.choice([48, 100, 2048]))
-    new = pick.choice([1, 1, 2, 3, 7, 16])
-    lengths = [pick.randint(1, 400) for _ in range(pick.choice([0, 1, 1, 2]))]
-    args, options = problem(
-        seed,
-        batch=pick.randint(1, 3),
-        heads=pick.randint(1, 3),
-        group=pick.choice([1, 3, 4, 7]),
-        dim=pick.choice([64, 80, 96, 128, 256]),
-        new=new,
-        exact=new + pick.randint(0, 40),
-        lengths=lengths,
-        capacities=[n + pick.choice([0, 1, 70]) for n in lengths],
-        widths=[pick.choice(WIDTHS) for _ in lengths],
-        per_mean=pick.choice([64, 48, ONE]),
-        contiguous=pick.random() < 0.4,
-        interleaved=pick.random() < 0.5,
-        softcap=pick.choice([None, None, 0.5, 30.0]),
-        sinks=pick.random() < 0.3,
-        window=pick.random() < 0.3,
-        holes=pick.choice([0.0, 0.1, 0.9]),
-        dtype=pick.choice(list(CLOSE)),
-        sharp=pick.choice([1.0, 10.0]),
-    )
-    check(args, options)
+    eager_tile(TILES[seed % len(TILES)])
+    check(*random_problem(seed))
 
 
 @pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.float64], torch.float64))
@@ -343,19 +351,13 @@ def test_opcheck(gathers):
         dict(lengths=(900,)),
     ),
 )
-def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
-    """The twin for CUDA, traced by the same code, without code generation; spans are below the capacity."""
+def test_one_compiled_graph_serves_every_length(shape, traced_kernels):
+    """The twin for CUDA, traced by the same code; fewer slots are read than the capacity."""
     bits = shape.get("widths", [(4, 4)])
     capacities = [2048] * len(bits)
     args, options = problem(
         9, exact=20, dtype=torch.float16, **dict(shape, widths=bits, capacities=capacities)
     )
-    compiler = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(
-        compiling.torch, "compile", lambda f, fullgraph, options: compiler(f, fullgraph=fullgraph)
-    )
-    torch._dynamo.reset()
-    counters.clear()
     heads, rows = 4, max(2, shape.get("group", 4) * shape.get("new", 1))
     twin = compiling.Compiled(decode._of_dynamic_size)
     sinks, frequencies = options["s_aux"], options.get("inv_freq")
@@ -372,9 +374,8 @@ def test_one_compiled_graph_serves_every_length(shape, monkeypatch):
         ]
         with torch.no_grad():
             found = twin(dynamic_sizes, dict, *inputs, mass, chunks=chunks, slots_read=None, **constants)
-            eager = decode._attend(
-                *decode._of_slots_read((*inputs, []), slots_read), chunks=chunks, **constants
-            )
+            inputs = decode._of_slots_read((*inputs, []), slots_read)
+            eager = decode._attend(*inputs, chunks=chunks, **constants)
         expected, counted = naive(*args, **options | dict(slots_read=slots_read))
         assert distance(found, eager) <= 1e-3
         assert distance(found, expected) <= 0.02  # a CPU rounds sums of float16 products

@@ -1,6 +1,5 @@
 """Tiers that are read through a block table: any page size, order and mask, against the gathered tokens."""
 
-import functools
 import math
 import random
 
@@ -8,13 +7,23 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from fade_fast.compile import compiled as compiling
-from fade_fast.kernels import decode, packed
+from fade_fast.kernels import decode
 from fade_fast.kernels.packed import TierView
 from fade_fast.kernels.rotated import Packed
 
 from ..marks import slow_but
-from .test_decode import CLOSE, ONE, WIDTHS, check, distance, naive, of_option, of_tier, problem
+from .test_decode import (
+    ONE,
+    TILES,
+    WIDTHS,
+    check,
+    distance,
+    naive,
+    of_option,
+    of_tier,
+    problem,
+    random_problem,
+)
 
 NOWHERE = torch.iinfo(torch.int32).max  # what a table may hold for blocks that nobody sees
 
@@ -63,7 +72,7 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torc
 
 
 def both(args, options, pages, seed=0):
-    """Outputs and probabilities of pages equal those of what they hold, up to rounding; returns the output."""
+    """Outputs and probabilities of pages equal those of their tokens, up to rounding. Returns the output."""
     expected, counted = check(args, options)
     query, keys = args[0], args[1]
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -86,35 +95,12 @@ def poisoned():
 
 
 @pytest.mark.parametrize("seed", slow_but(range(60), *range(8)))
-def test_random_cases(seed, monkeypatch):
+def test_random_cases(seed, eager_tile):
     """Any shape, mask and page, beside tiers without a table; tiles are short, and end within pages."""
+    eager_tile(TILES[seed % len(TILES)])
     pick = random.Random(seed)
-    monkeypatch.setattr(packed, "EAGER_TILE", pick.choice([48, 100, 2048]))
-    new = pick.choice([1, 1, 2, 3, 7, 16])
-    lengths = [pick.randint(1, 300) for _ in range(pick.choice([1, 1, 2]))]
-    args, options = problem(
-        seed,
-        batch=pick.randint(1, 3),
-        heads=pick.randint(1, 3),
-        group=pick.choice([1, 4, 7, 8]),
-        dim=pick.choice([64, 80, 128]),
-        new=new,
-        exact=new + pick.randint(0, 20),
-        lengths=lengths,
-        capacities=[n + pick.choice([0, 1, 70]) for n in lengths],
-        widths=[pick.choice(WIDTHS) for _ in lengths],
-        per_mean=pick.choice([64, 48, ONE]),
-        contiguous=pick.random() < 0.4,
-        interleaved=pick.random() < 0.5,
-        softcap=pick.choice([None, None, 0.5, 30.0]),
-        sinks=pick.random() < 0.3,
-        window=pick.random() < 0.3,
-        holes=pick.choice([0.0, 0.1, 0.9]),
-        dtype=pick.choice(list(CLOSE)),
-        sharp=pick.choice([1.0, 10.0]),
-    )
     pages = [pick.choice([1, 5, 16, 64, 128, 1000]), pick.choice([0, 16])]
-    both(args, options, pages, seed)
+    both(*random_problem(seed, tiers=(1, 1, 2)), pages, seed)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -207,19 +193,12 @@ def test_the_compiled_function_run_eagerly(shape, page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page, graphs", [(16, 1), (64, 1), (256, 3)])
-def test_one_compiled_graph_serves_every_length(page, graphs, monkeypatch):
+def test_one_compiled_graph_serves_every_length(page, graphs, traced_kernels, compiled_on):
     """The twin for CUDA, traced by the same code, without code generation; a length each if pages divide no
     chunk."""
     args, options = problem(4, lengths=(900,), capacities=(2048,), exact=20, dtype=torch.float16)
     args = in_pages(args, [page])
-    compiler = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(
-        compiling.torch, "compile", lambda f, fullgraph, options: compiler(f, fullgraph=fullgraph)
-    )
-    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
-    monkeypatch.setattr(decode, "_compiled", compiling.Compiled(decode._of_dynamic_size))
-    torch._dynamo.reset()
-    counters.clear()
+    compiled_on("cpu")
     with torch.no_grad():
         for num_read in (1024, 896, 640):
             found = decode.attend(*args, **options | dict(slots_read=[num_read]))

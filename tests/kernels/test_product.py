@@ -34,9 +34,9 @@ def decoded_first(query, keys, key_book, values, value_book, visible, softcap=No
 
 
 @pytest.fixture(autouse=True, params=["counted", "decoded"])
-def poisoned(request, monkeypatch):
+def poisoned(request, product_elements, monkeypatch):
     """Uninitialised memory holds NaN, and tiles are as short as they get; values as on a CPU and a GPU."""
-    monkeypatch.setattr(product, "ELEMENTS", 1)
+    product_elements(1)
     monkeypatch.setattr(product, "counts_repeatably", lambda x: request.param == "counted")
     torch.use_deterministic_algorithms(True)  # which fills new memory
     assert torch.empty(3).isnan().all()
@@ -129,9 +129,9 @@ def test_codes_of_nan_and_of_equals():
     assert product.encode(x, book).flatten().tolist() == [0, 1, 0]
 
 
-def test_memory_is_that_of_a_tile(monkeypatch):
+def test_memory_is_that_of_a_tile(product_elements):
     """No operation allocates more numbers than a tile has, however many the tokens."""
-    monkeypatch.setattr(product, "ELEMENTS", 1 << 12)
+    product_elements(1 << 12)
     book, query, x = sample(16, K, 4), sample(1, 1, 2, 64), sample(1, 1, 2000, 64)
     visible = torch.ones(1, 1, 1, 2000, dtype=torch.bool)
     allocated = []
@@ -199,7 +199,7 @@ def test_refusals():
 
 @pytest.mark.parametrize("compiler", slow_but(["as written", "inductor"], "as written"))
 @pytest.mark.parametrize("heads, rows, softcap", [(1, 2, None), (3, 5, 2.0)])
-def test_the_compiled_twin_reads_its_span_and_no_more(heads, rows, softcap, compiler):
+def test_the_compiled_twin_reads_its_slots_and_no_more(heads, rows, softcap, compiler):
     """One graph for all spans, bytes beyond the centroids in slots that nobody sees, keys unlike values."""
     books = sample(4, K, 8, seed=1), sample(16, 5, 2, seed=2)
     capacity, query = 5 * product_decode.UNIT + 32, sample(2, heads, rows, 32, seed=3)

@@ -70,8 +70,8 @@ SHAPES = [
 )
 @pytest.mark.parametrize("dtype", slow_but([torch.float64, torch.float32], torch.float32))
 @pytest.mark.parametrize("elements", [1, kernel.ELEMENTS], ids=["short tiles", "tiles"])
-def test_attention(case, dtype, elements, monkeypatch):
-    monkeypatch.setattr(kernel, "ELEMENTS", elements)
+def test_attention(case, dtype, elements, product_elements):
+    product_elements(elements)
     shape = Shape(**{**vars(case["shape"]), "dtype": dtype})
     found = cases.product_attention(**{**case, "shape": shape}, seed=case["length"])
     assert max(found.values()) <= PRODUCT[dtype], found
