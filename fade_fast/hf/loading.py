@@ -62,22 +62,22 @@ def load(
         raise LoadError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from error
 
 
-def hub_reachable() -> bool:
-    """Whether the hub answers within `PATIENCE` seconds; False under HF_HUB_OFFLINE."""
+def hub_reachable(endpoint: str = constants.ENDPOINT, patience: float = PATIENCE) -> bool:
+    """Whether the hub at `endpoint` answers within `patience` seconds; False under HF_HUB_OFFLINE."""
     if constants.HF_HUB_OFFLINE:
         return False
     answers = []
 
     def ask() -> None:
         try:
-            answers.append(get_session().head(constants.ENDPOINT, timeout=PATIENCE))
+            answers.append(get_session().head(endpoint, timeout=patience))
         except Exception as error:  # any failure of any HTTP library means unreachable
             del error
 
     # A thread, because a silent name server blocks for longer than any HTTP timeout.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(patience)
     return bool(answers)
 
 

