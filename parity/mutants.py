@@ -11,7 +11,7 @@ To add one: a name, the function's path below `fade_fast`, the change of an oper
 the better.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -530,9 +530,9 @@ def hunt(mutant: Mutant, cases) -> Fate:
     return fate
 
 
-def main(only: str = "") -> int:
+def main(only: str = "", mutants: Sequence[Mutant] = MUTANTS) -> int:
     """Hunt all mutants whose name has `only`; print what noticed each; 1 if one survives."""
-    chosen = [m for m in MUTANTS if only in m.name]
+    chosen = [m for m in mutants if only in m.name]
     if not chosen:
         raise ValueError(f"--only {only}: no mutant has it in its name")
     cases = subjects.collect()

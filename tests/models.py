@@ -83,7 +83,14 @@ def predictable(model, by=0.002):
 @contextmanager
 def drafts(model, text, most=5, least=0):
     """Where `generate(**options)`, given these options, checks drafts of `text`."""
-    made = mock.Mock(side_effect=lambda *args, **kwargs: Oracle(text, most, least))
+    with drafted_by(model, lambda: Oracle(text, most, least), most) as options:
+        yield options
+
+
+@contextmanager
+def drafted_by(model, drafter, most):
+    """Where `generate(**options)`, given these options, checks tokens, at most `most`, of `drafter()`."""
+    made = mock.Mock(side_effect=lambda *args, **kwargs: drafter())
     with mock.patch.object(type(model), "_get_candidate_generator", made):
         yield dict(prompt_lookup_num_tokens=most)
     assert made.called

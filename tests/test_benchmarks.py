@@ -73,15 +73,13 @@ def test_products_are_measured_without_a_gpu(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dynamic", "fp16", "safe"])
-def test_drafts_are_checked_step_by_step(model, method, monkeypatch):
+def test_drafts_are_checked_step_by_step(model, method, request):
     """Each step is stamped once; of a draft hardly a token is right."""
-    widths, forward = [], type(model).forward
-
-    def watched(own, input_ids, **kwargs):
-        widths.append(input_ids.shape[1])
-        return forward(own, input_ids, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", watched)
+    widths = []
+    watch = model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: widths.append(args[0].shape[1])
+    )
+    request.addfinalizer(watch.remove)
     case = generate.Case(models.TINY, 1, 192, mode="drafted")
     cache = generate.make_cache(model, method, None, 256)
     ids = torch.randint(model.config.vocab_size, (1, 192), generator=torch.Generator().manual_seed(1))
@@ -272,7 +270,7 @@ def test_pages_are_measured_without_a_gpu(tmp_path, capsys):
     assert {case.bits for case in decode_attention.PAGED} == {8, 4, 3, 2}
 
 
-def test_a_table_that_is_not_read_is_noticed(monkeypatch):
+def test_a_table_that_is_not_read_is_noticed():
     """By pages in order, and by an output that does not change with the table."""
     case = decode_attention.Case("tiny", 4, 2, 512, heads=2, head_dim=64)
     problem = decode_attention.Problem(case, "cpu")
@@ -284,7 +282,7 @@ def test_a_table_that_is_not_read_is_noticed(monkeypatch):
     problem.move(16)
     decode_attention.check_pages(problem)
     found = problem.attend()
-    monkeypatch.setattr(problem, "attend", lambda mass=None: found)
+    problem.attend = lambda mass=None: found
     with pytest.raises(AssertionError, match="another table"):
         decode_attention.check_pages(problem)
 
@@ -306,11 +304,8 @@ def test_a_decode_step(benchmark):
 
 
 @pytest.mark.slow
-def test_one_graph_of_a_tier_serves_every_length(monkeypatch):
+def test_one_graph_of_a_tier_serves_every_length(traced_kernels):
     """What CUDA compiles of a tier alone, traced by the same code without code generation."""
-    compiler = torch.compile
-    trace = lambda f, fullgraph, options: compiler(f, fullgraph=fullgraph, backend="aot_eager")  # noqa: E731
-    monkeypatch.setattr(torch, "compile", trace)
     problem = decode_attention.Problem(decode_attention.Case("tiny", 4, 1, 132 + 1000, head_dim=64), "cpu")
     compiled = decode_attention.compiled_tier
     compiled.graphs.clear()

@@ -29,6 +29,7 @@ class Captured:
         compiled: Callable,
         otherwise: Callable[[], Callable],
         must_clone: Callable[[object], bool] = lambda output: True,
+        capture: Callable | None = None,
     ):
         """Wrap a compiled model.
 
@@ -37,8 +38,10 @@ class Captured:
             otherwise: returns the function to call instead, if `compiled` cannot be captured.
             must_clone: returns whether the caller may keep tensors of an output. These tensors must be
                 cloned, because the next call overwrites them.
+            capture: captures a call; by default the function `record`, which needs a GPU.
         """
         self.compiled, self.otherwise, self.must_clone = compiled, otherwise, must_clone
+        self.capture = capture or record
         self.refused = False
         self.graph_id, self.recordings, self.replays = 0, [], 0
 
@@ -61,7 +64,7 @@ class Captured:
             pool = next((x.graph.pool() for x in self.recordings if x.graph), None)
             try:
                 arguments = tree_unflatten(leaves, structure)
-                recording.graph, recording.output = record(self.compiled, pool, **arguments)
+                recording.graph, recording.output = self.capture(self.compiled, pool, **arguments)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

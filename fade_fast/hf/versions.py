@@ -7,7 +7,7 @@ from packaging.version import Version
 
 NEWEST = "5.24.0"
 
-_warned = False
+_warned: set[str] = set()  # versions that a warning has named
 
 
 def installed() -> str:
@@ -27,7 +27,6 @@ def untested() -> str:
 
 def warn_if_untested() -> None:
     """Warn once per process, by a `UserWarning`, if the installed transformers is untested."""
-    global _warned
-    if not _warned and (text := untested()):
-        _warned = True
+    if installed() not in _warned and (text := untested()):
+        _warned.add(installed())
         warnings.warn(text, stacklevel=4)

@@ -61,9 +61,14 @@ def test_the_front():
     assert quality.best_trades([DYNAMIC, INT4, GONE]).endswith("than: int4, dynamic.")
 
 
-def test_blocks(tmp_path, monkeypatch):
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """An empty folder of results, and its folder of pictures."""
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     monkeypatch.setattr(figures, "FIGURES", tmp_path / "docs/figures")
+
+
+def test_blocks(results, tmp_path):
     report = dict(ABOUT, kind="quality", text="t", windows=2, length=64, chunk=8)
     report["results"] = [asdict(r) for r in (DYNAMIC, INT4, GONE)]
     (tmp_path / "quality-x.json").write_text(json.dumps(report))
@@ -78,8 +83,7 @@ def test_blocks(tmp_path, monkeypatch):
     assert "Not measured yet." in figures.filled(missing, page)
 
 
-def test_agreement_compares_the_same_windows(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+def test_agreement_compares_the_same_windows(results, tmp_path):
     independent = dict(windows=1, results=[dict(format="int4", ratio=1.1, kl=0.012)])
     (tmp_path / "independent-x.json").write_text(json.dumps(independent))
     report = dict(windows=2, results=[asdict(r) for r in (DYNAMIC, INT4)])

@@ -31,17 +31,14 @@ CUDA = torch.device("cuda")
 
 
 class Tape:
-    """What `capture.record` makes, without a GPU: a replay runs the call again, on the same inputs.
+    """What `cuda_graph.record` makes, without a GPU: a replay runs the call again, on the same inputs.
 
     As with a graph, recording computes nothing, and a replay leaves its output where the last one was.
     """
 
-    made: list["Tape"] = []
-
     def __init__(self, call, arguments):
         self.call, self.arguments, self.replays = call, arguments, 0
         self.output, self.tensors = CausalLMOutputWithPast(), {}
-        Tape.made.append(self)
 
     def pool(self) -> int:
         return id(self)
@@ -54,21 +51,28 @@ class Tape:
             self.output[name] = x
 
 
+class Tapes(list):
+    """The tapes that were made. With an `error`, calls are refused, and counted."""
+
+    error, refused = None, 0
+
+    def record(self, call, pool=None, **arguments):
+        if self.error:
+            self.refused += 1
+            raise self.error
+        assert pool in {None, *map(id, self)}
+        self.append(Tape(call, arguments))
+        return self[-1], self[-1].output
+
+
 @pytest.fixture
 def tapes(monkeypatch):
     """Captures on the CPU; the tapes that were made."""
-
-    def record(call, pool=None, **arguments):
-        assert pool in {None, *(id(tape) for tape in Tape.made)}
-        tape = Tape(call, arguments)
-        return tape, tape.output
-
-    Tape.made = []
-    monkeypatch.setattr(cuda_graph, "record", record)
-    plain = CompileConfig(backend="aot_eager", mode=None)
+    made, plain = Tapes(), CompileConfig(backend="aot_eager", mode=None)
+    monkeypatch.setattr(cuda_graph, "record", made.record)
     monkeypatch.setattr(generate, "uncaptured", lambda config, device: plain)
     torch._dynamo.reset()
-    return Tape.made
+    return made
 
 
 def hold_the_same(cache, other):
@@ -120,7 +124,7 @@ def test_a_plain_generate_is_captured_on_a_gpu(name, options):
 
 
 def test_outputs_that_generate_keeps_are_those_of_their_own_step(tapes):
-    model, inputs = tiny_llama(dtype=torch.float64), prompt(30, batch=2)
+    model, inputs = tiny_llama(layers=1, dtype=torch.float64), prompt(30, batch=2)
     asked = dict(return_dict_in_generate=True, output_hidden_states=True, output_logits=True)
     expected = eager(model, new_cache(model, CONFIGS["int4"]), inputs, **asked)
     found = compiled(model, new_cache(model, CONFIGS["int4"]), inputs, **asked)
@@ -201,7 +205,7 @@ DRAFTED += [(name, True) for name in ("evict", "codes")]
 @pytest.mark.parametrize("name, padded", DRAFTED)
 def test_assisted_decoding_is_captured(tapes, name, padded):
     """Transformers would run it uncompiled. Two graphs, for a column and for any number; where a policy
-    counts attention, several columns stay eager."""
+    counts attention, steps of several tokens stay eager."""
     model, inputs = predictable(tiny_llama(dtype=torch.float64)), prompt(40, pads=(9,) if padded else ())
     widths, refused = [], []
     theirs, cache = new_cache(model, CONFIGS[name]), new_cache(model, CONFIGS[name])
@@ -551,13 +555,12 @@ def test_what_makes_a_call_of_another_kind(tapes):
         assert tapes[-1].replays == 3
 
 
-def test_a_step_that_cannot_be_captured_is_compiled_otherwise(monkeypatch):
+def test_a_step_that_cannot_be_captured_is_compiled_otherwise():
     def record(call, pool=None, **arguments):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(cuda_graph, "record", record)
     x, other = torch.arange(4.0), Sum()
-    call = Captured(Sum(), otherwise=lambda: other)
+    call = Captured(Sum(), otherwise=lambda: other, capture=record)
     call(1, dict(x=x))
     with pytest.warns(UserWarning, match="not permitted when stream is capturing"):
         assert torch.equal(call(1, dict(x=x)).logits, x)
@@ -566,15 +569,9 @@ def test_a_step_that_cannot_be_captured_is_compiled_otherwise(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_model_that_cannot_be_captured_is_tried_once_a_cache(tapes, monkeypatch):
-    tried = []
-
-    def record(call, pool=None, **arguments):
-        tried.append(1)
-        raise RuntimeError("operation not permitted when stream is capturing")
-
+def test_a_model_that_cannot_be_captured_is_tried_once_a_cache(tapes):
+    tapes.error = RuntimeError("operation not permitted when stream is capturing")
     model, ids = tiny_llama(dtype=torch.float64), prompt(30, batch=2)["input_ids"]
-    monkeypatch.setattr(cuda_graph, "record", record)
     cache, twin, found, expected = *(new_cache(model, CONFIGS["int4"]) for _ in range(2)), ids, ids
     with pytest.warns(UserWarning, match="cannot be captured as a whole"):
         for _ in range(2):
@@ -584,15 +581,14 @@ def test_a_model_that_cannot_be_captured_is_tried_once_a_cache(tapes, monkeypatc
             expected = eager(
                 model, twin, dict(input_ids=expected, attention_mask=torch.ones_like(expected)), new=9
             )
-    assert torch.equal(found, expected) and len(tried) == 1 and compressed_tokens(cache) > 0
+    assert torch.equal(found, expected) and tapes.refused == 1 and not tapes and compressed_tokens(cache) > 0
 
 
-def test_memory_that_ran_out_is_no_reason_to_compile_otherwise(monkeypatch):
+def test_memory_that_ran_out_is_no_reason_to_compile_otherwise():
     def record(call, pool=None, **arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(cuda_graph, "record", record)
-    call = Captured(Sum(), otherwise=lambda: pytest.fail("compiled otherwise"))
+    call = Captured(Sum(), otherwise=lambda: pytest.fail("compiled otherwise"), capture=record)
     call(1, dict(x=torch.ones(2)))
     with pytest.raises(torch.OutOfMemoryError):
         call(1, dict(x=torch.ones(2)))

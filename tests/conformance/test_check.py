@@ -19,7 +19,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("config", slow_but(CONFIGS.values(), SAFE, CONFIGS["evicting"]), ids=CONFIGS)
+@pytest.mark.parametrize("config", slow_but(CONFIGS.values(), CONFIGS["evicting"]), ids=CONFIGS)
 @pytest.mark.parametrize("family", named(FAMILIES.values(), *KINDS))
 def test_what_is_promised_is_done(family, config):
     model, length = family.model(), PROMPT + 7

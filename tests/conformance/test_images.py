@@ -15,6 +15,7 @@ from fade_fast.hf import versions
 from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
+from ..marks import slow_but
 from .cells import OFF, compressed
 from .twins import read_dense
 
@@ -121,7 +122,7 @@ def scenario(family: Images, model, cache, place: str, marked: bool = True) -> t
     return torch.stack(generate(ids, 3, pixel_values=pixels).logits)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", slow_but(PLACES, "in the first chunk", "in a short second turn"))
 @pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
 def test_images_attend_to_each_other_wherever_they_come(family, place):
     model = family.model()

@@ -12,6 +12,17 @@ from .modes import MODES
 #: The modes of every family with a second version of transformers. The first mode is quick for one family
 #: of each kind.
 BRIEF = ("greedy, left-padded", "beam")
+#: The quick modes of Llama. Its other modes are slow.
+QUICK = (
+    "greedy",
+    "greedy, left-padded",
+    "chunked prefill, left-padded",
+    "sampling",
+    "beam",
+    "prompt look-up",
+    "two turns on one cache",
+    "deepcopy",
+)
 #: "short" runs fewer cells, for a second version of transformers. "full" compiles the steps of every family,
 #: as `python -m tests.conformance` does. By default only the steps of Llama are compiled.
 FORM = os.environ.get("FADE_CONFORMANCE", "")
@@ -33,7 +44,7 @@ def cells() -> list:
                 continue
             if FORM == "short" and (mode.slow or not is_llama and mode.name not in BRIEF):
                 continue
-            quick = is_llama and not mode.slow or family.name in KINDS and mode.name == BRIEF[0]
+            quick = is_llama and mode.name in QUICK or family.name in KINDS and mode.name == BRIEF[0]
             marks = [] if quick else [pytest.mark.slow]
             every = is_llama or quick or FULL or FORM
             names = CONFIGS if every else (available[(i + j) % len(available)],)

@@ -79,7 +79,7 @@ def test_layers_that_cannot_be_compressed_are_refused():
 
 
 @pytest.mark.parametrize("pads", [pytest.param((), marks=pytest.mark.slow, id="unpadded"), (0, 11)])
-@pytest.mark.parametrize("name", slow_but(RULES, "mapping", "by attention"))
+@pytest.mark.parametrize("name", slow_but(RULES, "by attention"))
 def test_each_layer_has_its_format(name, pads, tmp_path):
     """Text, tiers, memory and a checkpoint, against a cache that reads the same codes dense."""
     model, config = tiny_llama(layers=6, dtype=torch.float64), FadeConfig(**SMALL, **RULES[name])

@@ -1,5 +1,7 @@
 """generate() through a tiered cache, on tiny random models."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -25,8 +27,9 @@ from ..models import (
 )
 
 
-@pytest.mark.parametrize("group", slow_but([1, 3, 4, 7], 1, 4))
-@pytest.mark.parametrize("head_dim", slow_but([64, 80, 96, 128, 256], 64, 80))
+@pytest.mark.parametrize(
+    "group, head_dim", slow_but(itertools.product([1, 3, 4, 7], [64, 80, 96, 128, 256]), (1, 80), (4, 64))
+)
 def test_without_compression_tokens_equal_dynamic_cache(group, head_dim):
     model, inputs = tiny_llama(heads=1, group=group, head_dim=head_dim), prompt(50)
     expected = generate(model, dense(model), inputs)
@@ -50,7 +53,14 @@ def test_dtypes(dtype):
         assert cache.tiered[0].dense["key"].dtype == dtype
 
 
-@pytest.mark.parametrize("mode", ["sampling", "beam", "beam sampling", "return sequences", "prompt look-up"])
+@pytest.mark.parametrize(
+    "mode",
+    slow_but(
+        ["sampling", "beam", "beam sampling", "return sequences", "prompt look-up"],
+        "beam",
+        "return sequences",
+    ),
+)
 def test_modes_without_compression(mode):
     options = {
         "sampling": dict(do_sample=True, temperature=1.5),
@@ -67,8 +77,11 @@ def test_modes_without_compression(mode):
     assert torch.equal(*outs)
 
 
+MODES = [dict(), dict(num_beams=3), dict(num_beams=2, do_sample=True)]
+
+
 @pytest.mark.parametrize("config", slow_but([SAFE, EVICTING], EVICTING), ids=["safe", "evicting"])
-@pytest.mark.parametrize("mode", [dict(), dict(num_beams=3), dict(num_beams=2, do_sample=True)], ids=str)
+@pytest.mark.parametrize("mode", slow_but(MODES, MODES[-1]), ids=str)
 def test_modes_with_compression_equal_the_dense_twin(mode, config):
     """Stock attention over the same codes, decoded, chooses the same tokens."""
     model, inputs = tiny_llama(dtype=torch.float64), prompt(50, batch=2)
@@ -119,7 +132,7 @@ TWINS = {
 }
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", slow_but(TWINS, "int4 and int2", "k3v2"))
 @pytest.mark.parametrize("group, head_dim", slow_but([(1, 64), (3, 80), (4, 96), (7, 128)], (3, 80)))
 def test_logits_equal_the_dense_twin(name, group, head_dim):
     """The cache path adds no error beyond quantisation: float64 logits, chunked prefill and decode."""
@@ -132,21 +145,22 @@ def test_logits_equal_the_dense_twin(name, group, head_dim):
     torch.testing.assert_close(ours, twin, rtol=1e-6, atol=1e-6 * twin.abs().max().item())
 
 
-@pytest.mark.parametrize("config", [OFF, SAFE, EVICTING], ids=["off", "safe", "evicting"])
+@pytest.mark.parametrize(
+    "config", slow_but([OFF, SAFE, EVICTING], OFF, EVICTING), ids=["off", "safe", "evicting"]
+)
 def test_left_padded_rows_equal_the_same_rows_alone(config):
     model, pads = tiny_llama(dtype=torch.float64), (0, 9, 41, 3)
     inputs = prompt(70, batch=4, pads=pads)
     cache = fade_fast.create_cache(model, config)
-    together = generate(model, cache, inputs)
+    together = generate(model, cache, inputs, new=20)
     assert config is OFF or compressed_tokens(cache) > 0
     for b, n in enumerate(pads):
         alone = {name: x[b : b + 1, n:] for name, x in inputs.items()}
         # Blocks start at other tokens in a padded row, so that codes may differ: without
         # compression, and where the mean is the same, tokens are equal; else the row is its own twin.
         if config is OFF or n == 0:
-            assert torch.equal(
-                together[b : b + 1], generate(model, fade_fast.create_cache(model, config), alone)
-            )
+            own = fade_fast.create_cache(model, config)
+            assert torch.equal(together[b : b + 1], generate(model, own, alone, new=20))
 
 
 def test_second_turn_continues_the_conversation():

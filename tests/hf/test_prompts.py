@@ -9,6 +9,7 @@ import fade_fast
 from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
+from ..marks import slow_but
 from ..models import OFF, compressed_tokens, dense, generate, new_cache, prompt, tiny_llama
 
 SMALL = FadeConfig(recent_window=16, block_size=8)
@@ -32,7 +33,7 @@ def filled():
     return model, cache, text
 
 
-@pytest.mark.parametrize("length", [1, 10, 48, 49])
+@pytest.mark.parametrize("length", slow_but([1, 10, 48, 49], 1, 49))
 def test_a_prompt_that_is_not_longer_than_the_cache_is_refused(filled, length):
     model, cache, text = filled
     for ids in (text[:, :length], (text[:, :length] + 1) % 250 + 3):
@@ -45,7 +46,7 @@ def test_a_prompt_that_is_not_longer_than_the_cache_is_refused(filled, length):
     assert cache.get_seq_length() == 49
 
 
-@pytest.mark.parametrize("differs", [0, 17, 39, 44, 48])
+@pytest.mark.parametrize("differs", slow_but([0, 17, 39, 44, 48], 0, 44))
 @pytest.mark.parametrize("length", [50, 90])
 def test_a_prompt_that_differs_from_what_is_cached_is_refused(filled, differs, length):
     """Also where it differs in what the model itself has written."""

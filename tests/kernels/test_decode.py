@@ -324,7 +324,7 @@ def test_strides_do_not_matter():
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize("gathers", slow_but([False, True], True))
 def test_opcheck(gathers):
     (*args, tiers), options = problem(
         8, new=2, lengths=(40, 30), widths=[(4, 4), (2, 2)], dtype=torch.float32

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from fade_fast.compile import compiled as compiling
 from fade_fast.hf import cache as hf_cache
 from fade_ref import rope
 from parity import mutants, report, subjects, twins
@@ -21,10 +20,10 @@ from ..marks import slow_but
 QUICK = ["--only", "codecs/packing, 4 bits"]
 
 
-def only(monkeypatch, *runs):
-    """Let these be all cases there are."""
-    cases = [Case("subject", "group", f"case {i}", run) for i, run in enumerate(runs)]
-    monkeypatch.setattr(subjects, "collect", lambda dtype=None: cases)
+@pytest.fixture
+def only(monkeypatch):
+    """A function that lets some cases be all cases there are."""
+    return lambda *cases: monkeypatch.setattr(subjects, "collect", lambda dtype=None: list(cases))
 
 
 def good(found: Found, seed: int):
@@ -75,8 +74,9 @@ def test_every_subject_has_a_case_that_passes():
     assert {subject for subject, _ in seen} >= {"registry", "codecs", "attention", "plans", "life"}
 
 
-def test_a_failure_and_an_exception_fail_their_cases_only(monkeypatch, capsys):
-    only(monkeypatch, good, bad, broken, lambda found, seed: None)
+def test_a_failure_and_an_exception_fail_their_cases_only(only, capsys):
+    runs = good, bad, broken, lambda found, seed: None
+    only(*(Case("subject", "group", f"case {i}", run) for i, run in enumerate(runs)))
     assert main([]) == 1
     said = capsys.readouterr().out
     assert "4 cases" in said and "3 failed" in said and "1 ok, 3 FAILED" in said
@@ -85,9 +85,8 @@ def test_a_failure_and_an_exception_fail_their_cases_only(monkeypatch, capsys):
     assert "case 3: it checked nothing" in said
 
 
-def test_known_bugs_are_shown_and_do_not_fail(monkeypatch, capsys):
-    cases = [Case("s", "g", "a", bad, known="a reason"), Case("s", "g", "b", good, known="another")]
-    monkeypatch.setattr(subjects, "collect", lambda dtype=None: cases)
+def test_known_bugs_are_shown_and_do_not_fail(only, capsys):
+    only(Case("s", "g", "a", bad, known="a reason"), Case("s", "g", "b", good, known="another"))
     assert main([]) == 0
     said = capsys.readouterr().out
     assert "known bug s/g/a: a reason" in said and "fixed s/g/b" in said
@@ -105,21 +104,8 @@ def test_what_cannot_run(capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().err.count("error: ") == 6
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A CPU whose kernels are compiled: to themselves, so that only their shapes count."""
-
-    def call(self, key, dynamic_sizes, pinned, args, constants):
-        self.graphs[key] = pinned(), None
-        return self.function(dynamic_sizes, *args, **constants)
-
-    monkeypatch.setattr(compiling, "COMPILED_ON", {"cpu"})
-    monkeypatch.setattr(compiling, "compiled_of", lambda code: True)
-    monkeypatch.setattr(compiling.Compiled, "_call", call)
-
-
 @pytest.mark.slow
-def test_compiled_cases_share_their_shapes(gpu):
+def test_compiled_cases_share_their_shapes(uncompiled_kernels):
     """Compiling a kernel takes seconds on a GPU: so many fit into minutes."""
     marked = [c for c in subjects.collect() if c.compiled and c.subject in ("attention", "codecs")]
     graphs = set()
@@ -132,10 +118,10 @@ def test_compiled_cases_share_their_shapes(gpu):
     assert len(graphs) < len(marked) / 2 < 60
 
 
-def test_what_runs_compiled_is_chosen_and_told(gpu, monkeypatch, tmp_path, capsys):
+def test_what_runs_compiled_is_chosen_and_told(uncompiled_kernels, only, tmp_path, capsys):
     every = [c for c in subjects.collect() if c.title.startswith("codecs/encode keys and values/4 bits z")]
     every += [Case("codecs", "encode keys and values", "unmarked", every[0].run)]
-    monkeypatch.setattr(subjects, "collect", lambda dtype=None: every)
+    only(*every)
     for choice, expected in (("none", [False, False]), ("some", [True, False]), ("all", [True, True])):
         path = tmp_path / f"{choice}.json"
         assert main(["--compiled", choice, "--json", str(path)]) == 0
@@ -220,14 +206,13 @@ def test_mutants_are_caught(name, capsys):
     assert main(["--only", "codecs/packing, 4 bits/D64"]) == 0  # and taken out again
 
 
-def test_mutants_that_survive_or_are_stale(monkeypatch, capsys):
+def test_mutants_that_survive_or_are_stale(capsys):
     pack = "kernels.rotated.pack"
     harmless = Mutant("harmless", pack, compare("==")[0].becomes("_ or False"), "packing, 4")
     stale = Mutant("old", pack, call("nonesuch").drop(), "packing, 4")
     gone = Mutant("gone", "kernels.rotated.nonesuch", call("sum").drop(), "packing, 4")
     broken = Mutant("broken", pack, call("sum").becomes("nonesuch"), "packing, 4")
-    monkeypatch.setattr(mutants, "MUTANTS", [harmless, stale, gone, broken])
-    assert main(["mutate"]) == 1
+    assert mutants.main(mutants=[harmless, stale, gone, broken]) == 1
     said = capsys.readouterr().out
     assert said.count("SURVIVES") == 4 and "nothing, in 7 cases" in said
     assert said.count("stale: ") == 3 and "it breaks the function: NameError" in said

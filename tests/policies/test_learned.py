@@ -28,7 +28,7 @@ def test_weights_from_a_file(tmp_path):
     found = []
     for weights in (tmp_path / "weights.safetensors", policy_weights(), policy_weights(1)):
         cache = fade_fast.create_cache(model, LEARNED, policy_weights=weights)
-        generate(model, cache, inputs)
+        generate(model, cache, inputs, new=16)
         assert cache.memory().tokens["INT4"] == 12
         found.append(survivors(cache))
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1]))
