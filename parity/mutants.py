@@ -96,7 +96,7 @@ CORRUPTIONS = {
         ("rotated back the wrong way", binary("@").becomes("_0 @ _1.mT"), "decode, 8"),
     ],
     "kernels.rotated.dequantize": [("zero dropped", compare("is").becomes("True"), "decode, 8")],
-    "cache.store._key_mean": [
+    "kernels.rotated._key_mean": [
         ("mean counts padding", call("sum").inside(call("clamp_min")).object.becomes("_ | True"), "key mean")
     ],
     "kernels.rotated.encode_both": [

@@ -1,6 +1,7 @@
 """`TieredKVCache`: the cache that users pass to `model.generate(cache=...)`."""
 
 import copy
+import functools
 import os
 
 import torch
@@ -14,11 +15,13 @@ from transformers.cache_utils import (
 )
 
 from fade_ref.config import FadeConfig
+from fade_ref.rope import NOPE
 
 from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import Guard, reading, single_threaded
 from ..cache.layer import KVLayer
 from ..cache.positions import TokenPositions
+from ..formats.matched import MatchedFormat
 from ..formats.product import ProductFormat
 from ..formats.rotated import RotatedFormat, tier_widths
 from ..kernels import rotated
@@ -26,6 +29,7 @@ from ..policies import plan, scores
 from ..saved import checkpoint, memory, snapshot, telemetry
 from ..saved.memory import Memory
 from .attention import NAME
+from .calibration import Calibration
 from .codebooks import Codebooks, given
 from .foreign import ForeignLayer, static_window
 from .layer import TieredLayer
@@ -33,7 +37,11 @@ from .models import attention_modules, execution_device, fingerprint, text_confi
 from .prompts import SeenTokens
 from .rope_probe import RopeProbe
 
-CODECS = ("rotated", "product")  # the supported values of `quant_backend`
+CODECS = ("rotated", "matched", "product")  # the supported values of `quant_backend`
+
+
+def _tables_of(calibration: Calibration, kind: str, layer: int, device: torch.device):
+    return calibration.tables(kind, device)[layer]
 
 
 class TieredKVCache(Cache):
@@ -50,6 +58,7 @@ class TieredKVCache(Cache):
         max_length: int | None = None,
         policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
         codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
+        calibration: str | os.PathLike | Calibration | None = None,
     ):
         model = unwrapped(model)
         model_config = text_config(model)
@@ -122,18 +131,27 @@ class TieredKVCache(Cache):
         self.homes = [
             i in modules and execution_device(modules[i]) or model.device for i in range(len(layers))
         ]
-        ropes = RopeProbe(model) if config.contiguous else None
+        by_rope = config.contiguous or (config.quant_backend == "matched" and not config.relocatable)
+        ropes = RopeProbe(model) if by_rope else None
+        self.calibration = calibration
         if codebooks is not None:
             codebooks = given(codebooks, model)
             by_layer, self.codebooks = codebooks.by_layer(full), codebooks.digest
         self.tiered: list[KVLayer] = []
         for index, i in enumerate(full):
+            rope = None
+            if ropes and (config.contiguous or self.calibration.ropes[i] is not NOPE):
+                rope = ropes.find(i)
             if i in by_layer:
                 format = ProductFormat(by_layer[i], self._table)
+            elif config.quant_backend == "matched":
+                kind = "still" if config.contiguous else "moved" if rope is None else "block"
+                tables = functools.partial(_tables_of, self.calibration, kind, i)
+                widths = tier_widths(config, config.bits(i, len(layers)))
+                format = MatchedFormat(widths, tables, rope if kind == "block" else None)
             else:
                 format = RotatedFormat(tier_widths(config, config.bits(i, len(layers))), self._table)
             observer = scores.observer(config, weights, i, len(layers)) if format.compresses else None
-            rope = ropes.find(i) if ropes else None
             self.tiered.append(
                 KVLayer(config, format, self.token_positions, rope, index, max_length, observer, i)
             )

@@ -21,6 +21,7 @@ def create_cache(
     max_length: int | None = None,
     policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
     codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
+    calibration=None,
     verify: bool = True,
 ) -> TieredKVCache:
     """Create a cache for `model.generate(..., cache=cache)`. The cache compresses tokens while it fills.
@@ -64,7 +65,7 @@ def create_cache(
         isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
     ):
         raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
-    cache = TieredKVCache(model, config, max_length, policy_weights, codebooks)
+    cache = TieredKVCache(model, config, max_length, policy_weights, codebooks, calibration)
     attach(model, verify=verify)
     return cache
 

@@ -1,0 +1,216 @@
+"""Calibration: what the `matched` codec knows of a model's keys, values and queries.
+
+`calibrate(model, ids)` runs the model over a text and measures moments; `fade_ref.matched` derives matrices
+from them. One calibration serves all caches of a model.
+
+A file is safetensors. Its tensors are "{layer}.{name}", float32, for the fields of `matched.Moments`, and
+"{layer}.inv_freq", float64. Its metadata hold the provenance.
+"""
+
+import contextvars
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from fade_ref import matched as spec
+from fade_ref.matched import Moments
+from fade_ref.rope import NOPE, Rope
+
+from ..kernels.matched import Matrices
+from ..saved.files import whole
+from .attention import attention
+from .models import attention_modules, execution_device, fingerprint
+from .rope_probe import RopeProbe
+from .undisturbed import undisturbed
+
+NAME = "fade calibration"  # name of the recording attention function in transformers
+VERSION = 1
+SINKS = 4  # first tokens of the text, which moments leave out
+#: Names that models give the projection behind their attention.
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "o")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Moments of a model's full-attention layers.
+
+    Attributes:
+        moments: by layer index, float32 on the CPU.
+        ropes: how each layer rotates its keys; `NOPE` if that is unknown, and then moments are after RoPE.
+        provenance: model and text.
+    """
+
+    moments: dict[int, Moments]
+    ropes: dict[int, Rope]
+    provenance: dict
+    _tables: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names, shapes and bytes of the tensors, in hexadecimal."""
+        digest = hashlib.sha256()
+        for name, x in sorted(self.tensors().items()):
+            digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+            digest.update(x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+        return digest.hexdigest()
+
+    def tables(self, kind: str, device: torch.device) -> dict[int, tuple[Tensor, Matrices, Matrices]]:
+        """Mean of the keys [H, D], and matrices of keys and of values, by layer, float32 on `device`.
+
+        They are computed once in float64 on the CPU, several layers at a time. `kind` is one of
+        `matched.FRAMES`.
+        """
+        if (kind, device) not in self._tables:
+            if device.type != "cpu":
+                here = self.tables(kind, torch.device("cpu"))
+                self._tables[kind, device] = {i: _to(x, device) for i, x in here.items()}
+            else:
+                with ThreadPoolExecutor() as pool:
+                    made = pool.map(lambda i: self._derive(i, kind), self.moments)
+                    self._tables[kind, device] = dict(zip(self.moments, made))
+        return self._tables[kind, device]
+
+    def _derive(self, layer: int, kind: str) -> tuple[Tensor, Matrices, Matrices]:
+        moments = Moments(*(x.double() for x in self.moments[layer]))
+        mean, keys, queries = spec.frame(moments, kind, self.ropes[layer])
+        sides = spec.matched(keys, queries), spec.matched(moments.values, moments.outputs)
+        return mean.float(), *(_matrices(side) for side in sides)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a file."""
+        named = {f"{i}.{name}": x for i, m in self.moments.items() for name, x in m._asdict().items()}
+        return named | {f"{i}.inv_freq": rope.inv_freq for i, rope in self.ropes.items()}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a file, atomically. Raises `OSError` if the file cannot be written."""
+        styles = {str(i): rope.interleaved for i, rope in self.ropes.items()}
+        header = json.dumps(self.provenance | dict(interleaved=styles))
+        with whole(path) as written:
+            save_file(self.tensors(), written, metadata={"fade-calibration": header})
+
+
+def _matrices(side: spec.Matrices) -> Matrices:
+    decode = side.decode.mT
+    return Matrices(
+        side.encode.float().contiguous(),
+        torch.cat((decode, decode.sum(1, keepdim=True)), dim=1).float(),
+        side.feedback.float().contiguous(),
+    )
+
+
+def _to(tables, device: torch.device):
+    mean, *sides = tables
+    return mean.to(device), *(Matrices(*(x.to(device) for x in side)) for side in sides)
+
+
+def load(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Calibration:
+    """Load a file of `Calibration.save`. With `model`, the calibration must be of this model.
+
+    Raises `FileNotFoundError`. Raises `ValueError` for another kind of file, another version or another
+    model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            provenance = json.loads((file.metadata() or {})["fade-calibration"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            version, _ = provenance["version"], provenance["fingerprint"]
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{path} holds no calibration, or is damaged: {error}") from error
+    if version != VERSION:
+        raise ValueError(f"{path} has version {version}; {VERSION} is understood here")
+    return of_tensors(tensors, provenance)
+
+
+def of_tensors(tensors: dict[str, Tensor], provenance: dict) -> Calibration:
+    """The calibration of a file's tensors and provenance."""
+    styles = {int(i): interleaved for i, interleaved in provenance.pop("interleaved").items()}
+    moments = {i: Moments(*(tensors[f"{i}.{name}"] for name in Moments._fields)) for i in sorted(styles)}
+    ropes = {i: Rope(tensors[f"{i}.inv_freq"], interleaved=styles[i]) for i in sorted(styles)}
+    return Calibration(moments, ropes, provenance)
+
+
+def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibration:
+    """Measure the moments of some layers as the model reads `ids` [1, n]. The model is left unchanged.
+
+    Raises:
+        ValueError: the model does not let its attention be replaced, or cannot run on token ids alone.
+    """
+    heard: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
+    modules = attention_modules(model)
+    with undisturbed(model):
+        token = _heard.set(heard)
+        try:
+            model.set_attn_implementation(NAME)
+            device = execution_device(model.get_input_embeddings()) or model.device
+            type(model).forward(model, input_ids=ids.to(device), use_cache=False, logits_to_keep=1)
+        except Exception as error:  # noqa: BLE001 - any error of the model's own code
+            raise ValueError(
+                f"{type(model).__name__} cannot be calibrated: over {ids.shape[1]} tokens its forward pass "
+                f"raises {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            _heard.reset(token)
+    if missing := sorted(set(layers) - heard.keys()):
+        raise ValueError(
+            f"{type(model).__name__} cannot be calibrated: its layers {missing} reach no attention function"
+        )
+    probe, ropes, moments = RopeProbe(model), {}, {}
+    for i in layers:
+        try:
+            found = probe.find(i)()
+            ropes[i] = Rope(found.inv_freq.double().cpu(), interleaved=found.interleaved)
+        except ValueError:
+            ropes[i] = NOPE
+        query, keys, values, scaling = heard[i]
+        output = output_projection(modules[i], query.shape[1] * query.shape[3]) if i in modules else None
+        output = None if output is None else output.detach().cpu()
+        vectors = (x[0].cpu() for x in (query, keys, values))
+        measured = spec.measure(*vectors, output, ropes[i], scaling, SINKS)
+        moments[i] = Moments(*(x.float().contiguous() for x in measured))
+    provenance = dict(
+        version=VERSION,
+        fingerprint=fingerprint(model),
+        tokens=ids.shape[1],
+        ids_sha256=hashlib.sha256(ids.to(torch.int32).cpu().numpy().tobytes()).hexdigest(),
+        torch=torch.__version__,
+    )
+    return Calibration(moments, ropes, provenance)
+
+
+def output_projection(module: nn.Module, channels: int) -> Tensor | None:
+    """Weight [hidden, channels] of the projection behind an attention module; None if it is not found."""
+    for name in OUTPUTS:
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
+            if type(getattr(module, name)).__name__ == "Conv1D":  # GPT-2 stores the transposed matrix
+                weight = weight.mT
+            if weight.shape[1] == channels and not weight.is_meta:
+                return weight
+    return None
+
+
+_heard: contextvars.ContextVar[dict] = contextvars.ContextVar("calibration")
+
+
+def _note(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Attention function that records the queries, keys and values of each layer."""
+    index = getattr(module, "layer_idx", None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(index, int):
+        _heard.get().setdefault(index, (query, key, value, scale))
+    return attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+AttentionInterface.register(NAME, _note)
+AttentionMaskInterface.register(NAME, sdpa_mask)
