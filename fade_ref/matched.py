@@ -134,11 +134,13 @@ def mean_at(mean: Tensor, rope: Rope, span: int) -> Tensor:
     return ((mean.to(turn.dtype) @ turn.mT * _average(frequency, span)) @ turn.conj()).real
 
 
-def frame(moments: Moments, kind: str, rope: Rope, span: int = SPAN) -> tuple[Tensor, Tensor, Tensor]:
+def frame(
+    moments: Moments, kind: str, rope: Rope, block: int = BLOCK, span: int = SPAN
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [H, D] that the frame `kind` subtracts, and moments of centered keys and of queries, [H, D, D].
 
-    In the frame "block" the mean is that before RoPE: `block_mean` takes it to a block. Keys and queries are
-    at random positions below `span`. In the frame "still" queries are at random distances from the keys.
+    In the frame "block" the mean is that before RoPE: `block_mean` takes it to a block of `block` positions.
+    Keys and queries are at random positions below `span`. In the frame "still" queries are at random distances from the keys.
     """
     if kind not in FRAMES:
         raise ValueError(f"frame {kind!r}: one of {', '.join(FRAMES)} is allowed")
@@ -151,7 +153,7 @@ def frame(moments: Moments, kind: str, rope: Rope, span: int = SPAN) -> tuple[Te
     if kind == "moved":
         one = mean_at(mean, rope, span)
         return one, keys - outer(one), queries
-    of_blocks = at_random_positions(outer(mean_at(mean, rope, BLOCK)), rope, span, BLOCK)
+    of_blocks = at_random_positions(outer(mean_at(mean, rope, block)), rope, max(span, block), block)
     return mean, keys - of_blocks, queries
 
 
@@ -254,6 +256,22 @@ class MatchedCodec:
         if self.matrices is not other.matrices:
             raise ValueError("requantize needs two codecs with the same matrices")
         return other._encode_rotated(self._decode_rotated(record))
+
+    def levels(self, record: Record) -> Tensor:
+        """The numbers that the scale applies to, code less center: [..., D]."""
+        return self._centered(quantize.unpack(record.codes, self.bits, self.head_dim))
+
+    def rotate_query(self, query: Tensor) -> Tensor:
+        """Queries [Hq, q, D] as they are multiplied with rotated keys: A^-T q."""
+        return self._by_group(self.matrices.decode.mT, query)
+
+    def rotate_back(self, x: Tensor) -> Tensor:
+        """Sums of rotated values [Hq, q, D] as sums of values: A^-1 x."""
+        return self._by_group(self.matrices.decode, x)
+
+    def _by_group(self, matrix: Tensor, x: Tensor) -> Tensor:
+        """The matrix of each KV head times the vectors of its query heads, [Hq, q, D]."""
+        return self._each(matrix, x.unflatten(0, (matrix.shape[0], -1))).flatten(0, 1)
 
     def damage(self, error: Tensor) -> Tensor:
         """|V e|^2 of errors e of rotated vectors [H, ..., D]: [H, ...]."""

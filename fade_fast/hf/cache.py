@@ -40,8 +40,8 @@ from .rope_probe import RopeProbe
 CODECS = ("rotated", "matched", "product")  # the supported values of `quant_backend`
 
 
-def _tables_of(calibration: Calibration, kind: str, layer: int, device: torch.device):
-    return calibration.tables(kind, device)[layer]
+def _tables_of(calibration: Calibration, kind: str, block: int, layer: int, device: torch.device):
+    return calibration.tables(kind, block, device)[layer]
 
 
 class TieredKVCache(Cache):
@@ -146,7 +146,7 @@ class TieredKVCache(Cache):
                 format = ProductFormat(by_layer[i], self._table)
             elif config.quant_backend == "matched":
                 kind = "still" if config.contiguous else "moved" if rope is None else "block"
-                tables = functools.partial(_tables_of, self.calibration, kind, i)
+                tables = functools.partial(_tables_of, self.calibration, kind, config.block_size, i)
                 widths = tier_widths(config, config.bits(i, len(layers)))
                 format = MatchedFormat(widths, tables, rope if kind == "block" else None)
             else:

@@ -63,25 +63,28 @@ class Calibration:
             digest.update(x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
         return digest.hexdigest()
 
-    def tables(self, kind: str, device: torch.device) -> dict[int, tuple[Tensor, Matrices, Matrices]]:
+    def tables(
+        self, kind: str, block: int, device: torch.device
+    ) -> dict[int, tuple[Tensor, Matrices, Matrices]]:
         """Mean of the keys [H, D], and matrices of keys and of values, by layer, float32 on `device`.
 
         They are computed once in float64 on the CPU, several layers at a time. `kind` is one of
-        `matched.FRAMES`.
+        `matched.FRAMES`, and `block` the number of tokens that share a mean.
         """
-        if (kind, device) not in self._tables:
+        key = kind, block, device
+        if key not in self._tables:
             if device.type != "cpu":
-                here = self.tables(kind, torch.device("cpu"))
-                self._tables[kind, device] = {i: _to(x, device) for i, x in here.items()}
+                here = self.tables(kind, block, torch.device("cpu"))
+                self._tables[key] = {i: _to(x, device) for i, x in here.items()}
             else:
                 with ThreadPoolExecutor() as pool:
-                    made = pool.map(lambda i: self._derive(i, kind), self.moments)
-                    self._tables[kind, device] = dict(zip(self.moments, made))
-        return self._tables[kind, device]
+                    made = pool.map(lambda i: self._derive(i, kind, block), self.moments)
+                    self._tables[key] = dict(zip(self.moments, made))
+        return self._tables[key]
 
-    def _derive(self, layer: int, kind: str) -> tuple[Tensor, Matrices, Matrices]:
+    def _derive(self, layer: int, kind: str, block: int) -> tuple[Tensor, Matrices, Matrices]:
         moments = Moments(*(x.double() for x in self.moments[layer]))
-        mean, keys, queries = spec.frame(moments, kind, self.ropes[layer])
+        mean, keys, queries = spec.frame(moments, kind, self.ropes[layer], block)
         sides = spec.matched(keys, queries), spec.matched(moments.values, moments.outputs)
         return mean.float(), *(_matrices(side) for side in sides)
 
