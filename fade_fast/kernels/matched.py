@@ -17,7 +17,6 @@ from .rotated import LARGEST, Packed, center, pack
 #: Distance between evenly spaced levels of N(0, 1) with the least squared error, by bits.
 STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
 FACTORS = (0.75, 0.9, 1.0, 1.15, 1.35)  # scales that the encoder tries, relative to that of `STEPS`
-PASSES = 1  # times that all codes are rounded again, with the errors of all other channels
 TOGETHER = 16  # channels between two products with the errors of all channels before
 
 
@@ -41,32 +40,30 @@ class Matrices(NamedTuple):
         return self.decode_and_sum[:, :-1]
 
 
-def round_in_order(unit: Tensor, weight: Tensor, errors: Tensor | None, bits: int) -> Tensor:
+def round_with_feedback(unit: Tensor, feedback: Tensor, bits: int) -> Tensor:
     """Centered codes (code - center) of `unit` [H, D, T], in units of the distance between levels.
 
-    Channels are rounded in order. Before channel i is rounded, the errors of the other channels are added to
-    it, weighted by `weight` [H, D, D]: the new errors of the channels before, and `errors` [H, D, T] of the
-    channels after. With `errors` None, those count as 0.
+    Each channel is rounded after the errors of the channels before were added, weighted by V_ij / V_ii.
     """
+    weight = feedback / feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     top, middle, dim = 2**bits - 1, center(bits), unit.shape[1]
-    now = torch.zeros_like(unit) if errors is None else errors
-    done, rounded = [], []
+    rounded, errors = [], []
     for start in range(0, dim, TOGETHER):
-        stop = min(start + TOGETHER, dim)
-        known = torch.cat((*done, now[:, start:]), dim=1)
-        wanted = unit[:, start:stop] + weight[:, start:stop] @ known
-        block, changes = [], []
-        for i in range(start, stop):
+        channels = range(start, min(start + TOGETHER, dim))
+        wanted, block = unit[:, start : channels.stop], []
+        if start:
+            before = torch.cat(errors, dim=1)
+            wanted = wanted + weight[:, start : channels.stop, :start] @ before
+        for i in channels:
             own = wanted[:, i - start]
             if torch.compiler.is_compiling():  # one kernel keeps the block in registers
-                for j, change in zip(range(start, i), changes):
-                    own = own + weight[:, i, j].unsqueeze(-1) * change
-            elif changes:
-                own = own + (weight[:, i : i + 1, start:i] @ torch.stack(changes, dim=1)).squeeze(1)
+                for j, error in zip(range(start, i), block):
+                    own = own + weight[:, i, j].unsqueeze(-1) * error
+            elif block:
+                own = own + (weight[:, i : i + 1, start:i] @ torch.stack(block, dim=1)).squeeze(1)
             rounded.append((own + middle).round().clamp(0, top) - middle)
             block.append(unit[:, i] - rounded[-1])
-            changes.append(block[-1] - now[:, i])
-        done.append(torch.stack(block, dim=1))
+        errors.append(torch.stack(block, dim=1))
     return torch.stack(rounded, dim=1)
 
 
@@ -78,12 +75,12 @@ def quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
     """
     batch, heads, length, dim = y.shape
     y = y.permute(1, 3, 0, 2).flatten(2)  # [H, D, T]
-    each = lambda x: x.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # noqa: E731
     size = y.square().mean(1, keepdim=True).sqrt() * STEPS[bits]
     factors = torch.tensor(FACTORS, device=y.device).reshape(-1, 1)
     tried = (size.unsqueeze(2) * factors).flatten(2)  # [H, 1, F * T]
-    unit = (y.unsqueeze(2) / _positive(tried).unflatten(2, (len(FACTORS), -1))).flatten(2)
-    codes = round_in_order(unit, (feedback / each(feedback)).tril(-1), None, bits)
+    safe = torch.where(tried > 0, tried, 1.0)
+    unit = (y.unsqueeze(2) / safe.unflatten(2, (len(FACTORS), -1))).flatten(2)
+    codes = round_with_feedback(unit, feedback, bits)
     seen, wanted = feedback @ codes, feedback @ y  # [H, D, F * T] and [H, D, T]
     error = wanted.unsqueeze(2) - (tried * seen).unflatten(2, (len(FACTORS), -1))
     best = error.square().sum(1, keepdim=True).argmin(2, keepdim=True)  # [H, 1, 1, T]
@@ -92,29 +89,13 @@ def quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
         x = x.unflatten(2, (len(FACTORS), -1))
         return x.gather(2, best.expand(-1, x.shape[1], -1, -1)).squeeze(2)
 
-    codes, seen, tried = chosen(codes), chosen(seen), chosen(tried)
-    metric = feedback.mT @ feedback
-    around = metric / each(metric)
-    around = around - torch.diag_embed(around.diagonal(dim1=-2, dim2=-1))
-    for _ in range(PASSES):
-        aligned, square = (wanted * seen).sum(1, keepdim=True), seen.square().sum(1, keepdim=True)
-        scale = aligned / _positive(square)
-        tried = torch.minimum(torch.maximum(scale, tried / 2), tried * 2)
-        unit = y / _positive(tried)
-        codes = round_in_order(unit, around, unit - codes, bits)
-        seen = feedback @ codes
-    tried = tried.squeeze(1)
+    codes, seen, tried = chosen(codes), chosen(seen), chosen(tried).squeeze(1)
     aligned = (wanted * seen).sum(1)
-    scale = wanted.square().sum(1) / _positive(aligned)
+    scale = wanted.square().sum(1) / torch.where(aligned > 0, aligned, 1.0)
     scale = torch.where(aligned > 0, scale, tried)
     scale = torch.minimum(torch.maximum(scale, tried / 2), tried * 2).clamp_max(LARGEST).half()
     codes = (codes + center(bits)).to(torch.uint8).unflatten(2, (batch, length)).permute(2, 0, 3, 1)
     return Packed(pack(codes, bits), scale.unflatten(1, (batch, length)).transpose(0, 1).contiguous(), None)
-
-
-def _positive(x: Tensor) -> Tensor:
-    """`x`, with 1 in place of what cannot be a divisor."""
-    return torch.where(x > 0, x, 1.0)
 
 
 def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, feedback: Tensor, bits: int) -> Packed:
