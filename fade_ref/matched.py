@@ -91,6 +91,13 @@ def measure(
     )  # fmt: skip
 
 
+def mean_of(texts: list[Moments]) -> Moments:
+    """Moments over several texts of the same length."""
+    mean, keys, *rest = (torch.stack(x).mean(0) for x in zip(*texts))
+    apart = torch.stack([m.mean - mean for m in texts])
+    return Moments(mean, keys + torch.einsum("thi,thj->hij", apart, apart) / len(texts), *rest)
+
+
 def _half(weight: Tensor) -> Tensor:
     """Weights [H, n] of mean 1, half of them even."""
     return 0.5 + 0.5 * weight / weight.mean(-1, keepdim=True)

@@ -30,6 +30,7 @@ from ..saved import checkpoint, memory, snapshot, telemetry
 from ..saved.memory import Memory
 from .attention import NAME
 from .calibration import Calibration
+from .calibration import Calibration, calibration_of
 from .codebooks import Codebooks, given
 from .foreign import ForeignLayer, static_window
 from .layer import TieredLayer
@@ -133,7 +134,13 @@ class TieredKVCache(Cache):
         ]
         by_rope = config.contiguous or (config.quant_backend == "matched" and not config.relocatable)
         ropes = RopeProbe(model) if by_rope else None
-        self.calibration = calibration
+        self.calibration: Calibration | None = None
+        if config.quant_backend == "matched":
+            self.calibration = calibration_of(model, calibration, full)
+        elif calibration is not None:
+            raise ValueError(
+                f"quant_backend={config.quant_backend!r}, calibration given: 'matched' has one, others take none"
+            )
         if codebooks is not None:
             codebooks = given(codebooks, model)
             by_layer, self.codebooks = codebooks.by_layer(full), codebooks.digest

