@@ -111,7 +111,7 @@ class LayerCache:
         self.rows = [[Row(len(g), i) for i, g in enumerate(self.groups)] for _ in range(batch)]
         self.columns = 0  # seen: the logical length
         self.boundary = config.n_sink  # columns before it have left the recent region
-        self.codebooks, self.expected = codebooks, None
+        self.codebooks, self.moments, self.expected = codebooks, moments, None
         if codebooks:
             self.first_tier = Tier.PQ
             self.codecs = [{Tier.PQ: tuple(map(ProductCodec, codebooks))}] * len(self.groups)

@@ -170,7 +170,7 @@ def block_mean(mean: Tensor, position: Tensor, rope: Rope) -> Tensor:
     `position` is int64 [n]: the positions of the real tokens of the block. Without any, the mean is 0.
     """
     if not len(position):
-        return torch.zeros_like(mean)
+        return torch.zeros_like(mean, dtype=torch.float64)
     turned = rotate(mean.double()[:, None].expand(-1, len(position), -1), position, rope)
     return quantize.stored(turned.mean(1))
 

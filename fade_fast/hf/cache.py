@@ -185,6 +185,7 @@ class TieredKVCache(Cache):
         The copy shares the configuration of the model, the rotary modules and the codebooks.
         """
         memo[id(self.model_config)] = self.model_config
+        memo[id(self.calibration)] = self.calibration
         for layer in self.tiered:
             for shared in (layer.rope, layer.telemetry, *layer.format.tensors()):
                 memo[id(shared)] = shared

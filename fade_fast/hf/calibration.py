@@ -106,7 +106,7 @@ class Calibration:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a file."""
         named = {f"{i}.{name}": x for i, m in self.moments.items() for name, x in m._asdict().items()}
-        return named | {f"{i}.inv_freq": rope.inv_freq for i, rope in self.ropes.items()}
+        return named | {f"{i}.inv_freq": rope.inv_freq.clone() for i, rope in self.ropes.items()}
 
     def header(self) -> dict:
         """The metadata of a file, as JSON values."""
