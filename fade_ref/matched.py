@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import quantize
-from .rope import Rope, rotate
+from .rope import NOPE, Rope, rotate  # noqa: F401 - callers of `measure` need NOPE
 from .rotation import Record, qr_rotation
 from .tiers import INTEGER_TIERS, packed_bytes
 
@@ -54,7 +54,13 @@ class Moments(NamedTuple):
 
 
 def measure(
-    query: Tensor, keys: Tensor, values: Tensor, output: Tensor | None, rope: Rope, scaling: float, n_sink: int
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output: Tensor | None,
+    rope: Rope,
+    scaling: float,
+    n_sink: int,
 ) -> Moments:
     """Moments of one layer from the vectors of a text whose tokens stand at positions 0 to n - 1.
 
@@ -64,6 +70,8 @@ def measure(
     Args:
         query: [Hq, n, D]; keys, values: [H, n, D], all after RoPE. Hq / H query heads read a KV head.
         output: [hidden, Hq * D], the output projection. None: all channels count alike.
+        rope: how the vectors were rotated. `NOPE`: not at all, or in an unknown way; then moments are those
+            of the vectors as they are.
         scaling: of the scores. n_sink: first tokens, which are never encoded.
 
     Raises `ValueError` if there are no tokens beside the sinks.
@@ -147,7 +155,8 @@ def frame(
     """Mean [H, D] that the frame `kind` subtracts, and moments of centered keys and of queries, [H, D, D].
 
     In the frame "block" the mean is that before RoPE: `block_mean` takes it to a block of `block` positions.
-    Keys and queries are at random positions below `span`. In the frame "still" queries are at random distances from the keys.
+    Keys and queries are at random positions below `span`. In the frame "still" queries are at random
+    distances from the keys.
     """
     if kind not in FRAMES:
         raise ValueError(f"frame {kind!r}: one of {', '.join(FRAMES)} is allowed")

@@ -94,13 +94,14 @@ CLAIMS = {
         SCALE_ULP,
     ),
     "vectors differing": Claim(
-        "share of vectors of the matched codec with any other code: a code near a boundary changes those after "
-        "it, and two scales may do nearly the same damage; D codes and 5 scales give each vector 5 D chances",
+        "share of vectors of the matched codec with any other code: a code near a boundary changes the codes "
+        "after it, and two scales may do nearly the same damage; D codes and 5 scales give each vector 5 D "
+        "chances",
         2e-2,
     ),
     "damage": Claim(
-        "relative difference of the damage that all codes of the matched codec do: vectors that differ are as "
-        "good, up to the rounding of their choice",
+        "relative difference of the damage that all codes of the matched codec do: vectors that differ are "
+        "as good, up to the rounding of their choice",
         2e-3,
     ),
     "decoding": Claim(

@@ -16,7 +16,9 @@ from . import options
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade calibrate`."""
     options.add_model(parser)
-    parser.add_argument("--text", type=options.text_file, metavar="FILE", help="UTF-8 text (default: built in)")
+    parser.add_argument(
+        "--text", type=options.text_file, metavar="FILE", help="UTF-8 text (default: built in)"
+    )
     parser.add_argument("--out", type=options.writable, required=True, metavar="FILE", help="safetensors")
     parser.add_argument(
         "--tokens",

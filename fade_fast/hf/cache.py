@@ -15,7 +15,6 @@ from transformers.cache_utils import (
 )
 
 from fade_ref.config import FadeConfig
-from fade_ref.rope import NOPE
 
 from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import Guard, reading, single_threaded
@@ -29,7 +28,6 @@ from ..policies import plan, scores
 from ..saved import checkpoint, memory, snapshot, telemetry
 from ..saved.memory import Memory
 from .attention import NAME
-from .calibration import Calibration
 from .calibration import Calibration, calibration_of
 from .codebooks import Codebooks, given
 from .foreign import ForeignLayer, static_window
@@ -139,7 +137,8 @@ class TieredKVCache(Cache):
             self.calibration = calibration_of(model, calibration, full)
         elif calibration is not None:
             raise ValueError(
-                f"quant_backend={config.quant_backend!r}, calibration given: 'matched' has one, others take none"
+                f"quant_backend={config.quant_backend!r}, calibration given: "
+                "'matched' has one, others take none"
             )
         if codebooks is not None:
             codebooks = given(codebooks, model)
@@ -147,7 +146,7 @@ class TieredKVCache(Cache):
         self.tiered: list[KVLayer] = []
         for index, i in enumerate(full):
             rope = None
-            if ropes and (config.contiguous or self.calibration.ropes[i] is not NOPE):
+            if ropes and (config.contiguous or self.calibration.rotates(i)):
                 rope = ropes.find(i)
             if i in by_layer:
                 format = ProductFormat(by_layer[i], self._table)

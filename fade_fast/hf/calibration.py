@@ -27,8 +27,7 @@ from transformers import AttentionInterface, AutoTokenizer, DynamicCache, PreTra
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fade_ref import matched as spec
-from fade_ref.matched import Moments
-from fade_ref.rope import NOPE, Rope
+from fade_ref.matched import NOPE, Moments, Rope
 
 from ..kernels.matched import Matrices
 from ..saved.files import whole
@@ -77,6 +76,10 @@ class Calibration:
             digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
             digest.update(x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
         return digest.hexdigest()
+
+    def rotates(self, layer: int) -> bool:
+        """Whether it is known how a layer rotates its keys."""
+        return len(self.ropes[layer].inv_freq) > 0
 
     def tables(
         self, kind: str, block: int, device: torch.device

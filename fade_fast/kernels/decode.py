@@ -121,7 +121,9 @@ def _check(query, keys, values, seen, matrices, tiers, bits, slots_read, s_aux, 
         counts = f"{len(tiers)} tiers, {len(bits)} pairs of bits, {len(slots_read)} slots_read"
         raise ValueError(f"{counts}; allowed: one of each per tier")
     for i, (view, pair, num_read) in enumerate(zip(tiers, bits, slots_read)):
-        _check_tier(f"tiers[{i}]", view, pair, num_read, (batch, heads, dim), rows, on)
+        # Codes of the rotated codec, which has one matrix, have a zero point at 8 and 4 bits.
+        has_zero = matrices[0].dim() == 2
+        _check_tier(f"tiers[{i}]", view, pair, num_read, (batch, heads, dim), rows, on, has_zero)
     if len({pair[1] == packed.DENSE for pair in bits}) > 1:
         raise ValueError(f"bits are {bits}; allowed: 16-bit values in all tiers, or in none")
     if any(view.read_at is not None for view in tiers):
@@ -135,7 +137,9 @@ def _check(query, keys, values, seen, matrices, tiers, bits, slots_read, s_aux, 
         _expect(f"mass[{i}]", x, (batch, heads, n), (torch.float32, torch.float64), on)
 
 
-def _check_tier(name: str, view: TierView, bits: tuple[int, int], num_read: int, sizes, rows, device) -> None:
+def _check_tier(
+    name: str, view: TierView, bits: tuple[int, int], num_read: int, sizes, rows, device, has_zero: bool
+) -> None:
     batch, heads, dim = sizes
     widths = ((8, 4, 3, 2), (packed.DENSE, 8, 4, 3, 2))
     if len(bits) != 2 or any(b not in allowed or b * dim % 8 for b, allowed in zip(bits, widths)):
@@ -154,8 +158,9 @@ def _check_tier(name: str, view: TierView, bits: tuple[int, int], num_read: int,
         shape = (slots, b * dim // 8) if side == "keys" else (b * dim // 8, slots)
         _expect(f"{name}.{side}.codes", packed_.codes, (*outer, *shape), (torch.uint8,), device)
         _expect(f"{name}.{side}.scale", packed_.scale, (*outer, slots), (torch.float16,), device)
-        if packed_.zero is not None and not is_uniform(b):
-            raise ValueError(f"{name}.{side}.zero is a tensor; allowed at {b} bits: None")
+        if (packed_.zero is not None) != (has_zero and is_uniform(b)):
+            allowed = "a tensor" if has_zero and is_uniform(b) else "None"
+            raise ValueError(f"{name}.{side}.zero is {type(packed_.zero).__name__}; allowed: {allowed}")
         if packed_.zero is not None:
             _expect(f"{name}.{side}.zero", packed_.zero, (*outer, slots), (torch.float16,), device)
     _expect(f"{name}.valid", view.valid, (batch, rows, capacity), (torch.bool,), device)

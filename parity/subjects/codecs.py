@@ -166,7 +166,7 @@ def _encoding_matched(bits, dim):
             same = (codes == wanted.codes).all(-1)
             found.near("vectors differing", 1 - same.double().mean().item(), side)
             error = (scale - wanted.scale).abs() / wanted.scale.clamp_min(2.0**-14)
-            found.near("scales", error[same].max().item(), side)
+            found.near("scales", error[same].max().item() if same.any() else 0.0, side)
             damage = [
                 codec.damage(torch.einsum("hij,hnj->hni", codec.matrices.encode, codec.decode(r, own) - x))
                 for r in (Record(codes, scale, None), wanted)

@@ -169,7 +169,7 @@ def test_generate_save_copy(name, pads, tmp_path):
     twin, again = copy.deepcopy(cache), fade_fast.load_cache(tmp_path / "cache", model, verify=False)
     assert twin.calibration is cache.calibration and again.calibration is not cache.calibration
     step = dict(input_ids=torch.tensor([[5], [9]]), attention_mask=torch.ones(2, cache.get_seq_length() + 1))
-    step["attention_mask"][:, : 60] = inputs["attention_mask"]
+    step["attention_mask"][:, :60] = inputs["attention_mask"]
     with torch.no_grad():
         outputs = [model(**step, **{CACHE_NAME: x}).logits for x in (cache, twin, again)]
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
@@ -263,14 +263,19 @@ def test_codes_of_another_calibration_are_refused():
     assert not caches[1].get_seq_length()
 
 
-def test_a_model_without_rope():
+def test_a_model_without_rope(tmp_path):
     """Its keys are coded as they come, less one mean."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=64, n_head=2, n_layer=2, n_positions=300)).eval()
     cache = fade_fast.create_cache(model, FadeConfig(**SMALL))
-    assert all(rope is NOPE or not len(rope.inv_freq) for rope in cache.calibration.ropes.values())
+    assert not any(cache.calibration.rotates(i) for i in range(2))
     generate(model, cache, dict(input_ids=prompt(50)["input_ids"] % 99), new=20)
     assert compressed_tokens(cache) > 0
+    cache.save(tmp_path / "cache")
+    again = fade_fast.load_cache(tmp_path / "cache", model)
+    step = dict(input_ids=torch.tensor([[7]]))
+    with torch.no_grad():
+        assert torch.equal(*(model(**step, **{CACHE_NAME: x}).logits for x in (cache, again)))
 
 
 def test_means_follow_positions():
