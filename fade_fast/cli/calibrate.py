@@ -1,4 +1,7 @@
-"""Calibrate a model for `FadeConfig(quant_backend="matched")` on a text, and write the result to a file."""
+"""Calibrate a model for the codec "matched" on a text, and write a file.
+
+Caches with `FadeConfig(quant_backend="matched")` use it.
+"""
 
 import argparse
 

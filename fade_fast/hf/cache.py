@@ -68,8 +68,9 @@ class TieredKVCache(Cache):
             )
         if config.quant_backend not in CODECS or config.plan_scope not in plan.SCOPES:
             raise ValueError(
-                f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: 'rotated' or "
-                f"'product', and one of {', '.join(plan.SCOPES)}, are supported inside generate()"
+                f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: 'rotated', "
+                f"'matched' or 'product', and one of {', '.join(plan.SCOPES)}, are supported inside "
+                "generate()"
             )
         if (config.quant_backend == "product") != (codebooks is not None):
             what = "missing" if codebooks is None else "given"
