@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import product, quantize
+from . import product
+from .matched import MatchedCodec
 from .rope import alibi_bias
-from .rotation import LEVELS, Record, RotatedCodec
+from .rotation import Record, RotatedCodec
 
 
 class Partial(NamedTuple):
@@ -122,29 +123,30 @@ def over_codes(
     keys: Record,
     values: Record,
     mean: Tensor,
-    codecs: tuple[RotatedCodec, RotatedCodec],
+    codecs: tuple[RotatedCodec, RotatedCodec] | tuple[MatchedCodec, MatchedCodec],
     query_position: Tensor,
     key_position: Tensor,
     terms: Terms,
 ) -> Partial:
-    """Partial over records of the rotated codec, without decoding them.
+    """Partial over records of the rotated or the matched codec, without decoding them.
 
-    q.k = scale (P q).level + zero sum(P q) + q.mean, because P is orthogonal. Values are summed in the
-    rotated domain, and the sum is rotated back (TurboQuant, arXiv 2504.19874, section 3). The result equals
-    `over_tensors` on decoded records, up to rounding. `mean` is [H, n or 1, D].
+    q.k = scale (P q).level + zero sum(P q) + q.mean, because P is orthogonal. The matched codec has A^-T in
+    place of P, and no zero point. Values are summed in the rotated domain, and the sum is rotated back
+    (TurboQuant, arXiv 2504.19874, section 3). The result equals `over_tensors` on decoded records, up to
+    rounding. `mean` is [H, n or 1, D].
     """
     key_codec, value_codec = codecs
-    rotated = query @ key_codec.rotation.T
-    products = dot(rotated, _levels(keys, key_codec)) * _each(keys.scale, query)
+    rotated = key_codec.rotate_query(query)
+    products = dot(rotated, key_codec.levels(keys)) * _each(keys.scale, query)
     if keys.zero is not None:
         products = products + rotated.sum(-1, keepdim=True) * _each(keys.zero, query)
     products = products + dot(query, mean.expand(-1, keys.scale.shape[-1], -1))
 
     def weigh(weights: Tensor) -> Tensor:
-        acc = weighted(weights * _each(values.scale, query), _levels(values, value_codec))
+        acc = weighted(weights * _each(values.scale, query), value_codec.levels(values))
         if values.zero is not None:
             acc = acc + (weights * _each(values.zero, query)).sum(-1, keepdim=True)
-        return acc @ value_codec.rotation
+        return value_codec.rotate_back(acc)
 
     return partial(products, weigh, query_position, key_position, terms)
 
@@ -152,12 +154,6 @@ def over_codes(
 def _each(per_token: Tensor, query: Tensor) -> Tensor:
     """A number per token, [H, n], as the scores of all query heads need it: [Hq, 1, n]."""
     return per_token.repeat_interleave(query.shape[0] // per_token.shape[0], dim=0)[:, None]
-
-
-def _levels(record: Record, codec: RotatedCodec) -> Tensor:
-    """The numbers that scale and zero point apply to, [H, n, D]."""
-    codes = quantize.unpack(record.codes, codec.bits, codec.head_dim)
-    return codes.double() if codec.bits >= 4 else quantize.steps(codec.bits, LEVELS)[codes.long()]
 
 
 def over_tables(

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import attention, importance, policies
+from . import attention, importance, matched, policies
 from .attention import Terms
 from .config import KEPT, FadeConfig
 from .product import ProductCodec
+from .quantize import stored
 from .rope import NOPE, Rope, rotate
 from .rotation import Record, RotatedCodec, key_mean, qr_rotation
 from .tiers import INTEGER_TIERS, Tier, first_tier
@@ -28,8 +29,8 @@ class Token:
     """One stored token of one row, for H KV heads: a record that depends on no other token.
 
     In tier FP16, `key` and `value` are [H, D]; in tier PQ, codes uint8 [H, m]. In both, the key is after
-    RoPE. In every other tier they are `Record`s of the rotated codec. `mean` [H, 1, D] was subtracted from
-    the key, which is before RoPE if positions are contiguous.
+    RoPE. In every other tier they are `Record`s of the rotated or matched codec. `mean` [H, 1, D] was
+    subtracted from the key, which is before RoPE if positions are contiguous.
     """
 
     position: int  # index among the real tokens of its row
@@ -41,10 +42,14 @@ class Token:
 
 
 class Row:
-    """The tokens of one batch row, the oldest first, for the KV heads that share a plan."""
+    """The tokens of one batch row, the oldest first, for the KV heads that share a plan.
 
-    def __init__(self, heads: int):
+    `group` is the place of these heads among the groups of the layer.
+    """
+
+    def __init__(self, heads: int, group: int = 0):
         self.tokens: list[Token] = []
+        self.group = group
         self.seen = 0  # real tokens that ever arrived
         self.mean: Tensor | None = None  # of keys, where tokens move: fixed at the first demotion
         self.importance = importance.empty(heads)
@@ -71,26 +76,29 @@ class LayerCache:
     """Keys and values of one attention layer.
 
     Args:
-        config: how tokens are kept; `quant_backend` must be "rotated" or "product".
+        config: how tokens are kept; `quant_backend` must be "rotated", "matched" or "product".
         batch, heads, head_dim: rows, KV heads, and channels of a head.
         rope: how keys are rotated, needed if positions are contiguous.
         terms: how scores are made, by default scaled by 1 / sqrt(head_dim).
         observe: whether to count the attention that tokens receive, by default if the policy uses it.
         codebooks: float64 [m, k, w] of keys (after RoPE) and of values, for the codec "product" alone.
+        moments: what calibration knows of the layer, for the codec "matched" alone.
         layer, layers, weights: for the `learned` policy, see `policies.Candidates`.
 
-    Raises `ValueError` for another codec, and if codebooks and codec do not go together.
+    Raises `ValueError` for another codec, and if codebooks or moments do not go with the codec.
     """
 
     def __init__(
         self, config: FadeConfig, batch: int, heads: int, head_dim: int, rope: Rope = NOPE,
         terms: Terms | None = None, observe: bool | None = None,
-        codebooks: tuple[Tensor, Tensor] | None = None, **learned,
+        codebooks: tuple[Tensor, Tensor] | None = None, moments: matched.Moments | None = None, **learned,
     ):  # fmt: skip
-        if config.quant_backend not in ("rotated", "product"):
+        if config.quant_backend not in ("rotated", "matched", "product"):
             raise ValueError(f"quant_backend={config.quant_backend!r}: its tokens cannot be moved")
-        if (config.quant_backend == "product") != (codebooks is not None):
-            raise ValueError(f"quant_backend={config.quant_backend!r}: 'product' alone has codebooks")
+        for codec, given in dict(product=codebooks, matched=moments).items():
+            if (config.quant_backend == codec) != (given is not None):
+                name = dict(product="codebooks", matched="moments")[codec]
+                raise ValueError(f"quant_backend={config.quant_backend!r}: {codec!r} alone has {name}")
         self.config, self.rope, self.learned, self.head_dim = config, rope, learned, head_dim
         #: Bits of keys and values in the first middle tier of this layer.
         self.widths = config.bits(learned.get("layer", 0), learned.get("layers", 1))
@@ -100,21 +108,43 @@ class LayerCache:
         self.observe = by_attention if observe is None else observe
         # Heads that share a plan share a list of tokens.
         self.groups = [[h] for h in range(heads)] if config.plan_scope == "head" else [[*range(heads)]]
-        self.rows = [[Row(len(group)) for group in self.groups] for _ in range(batch)]
+        self.rows = [[Row(len(g), i) for i, g in enumerate(self.groups)] for _ in range(batch)]
         self.columns = 0  # seen: the logical length
         self.boundary = config.n_sink  # columns before it have left the recent region
-        self.codebooks = codebooks
+        self.codebooks, self.moments, self.expected = codebooks, moments, None
         if codebooks:
             self.first_tier = Tier.PQ
-            self.codecs = {Tier.PQ: tuple(map(ProductCodec, codebooks))}
+            self.codecs = [{Tier.PQ: tuple(map(ProductCodec, codebooks))}] * len(self.groups)
             return
-        codec = {bits: RotatedCodec(bits, head_dim, qr_rotation(head_dim)) for bits in INTEGER_TIERS}
-        codec[KEPT] = Unquantized()
-        keys, values = self.widths
-        self.compresses = self.compresses and keys != KEPT
-        self.first_tier = first_tier(keys, values) if self.compresses else Tier.FP16
-        self.codecs = {Tier.INT2: (codec[2], codec[KEPT if values == KEPT else 2])}
-        self.codecs[self.first_tier] = codec[keys], codec[values]
+        key_bits, value_bits = self.widths
+        self.compresses = self.compresses and key_bits != KEPT
+        self.first_tier = first_tier(key_bits, value_bits) if self.compresses else Tier.FP16
+        self.codecs = []
+        for keys, values in self._integer_codecs(moments):
+            pairs = {Tier.INT2: (keys[2], values[KEPT if value_bits == KEPT else 2])}
+            self.codecs.append(pairs | {self.first_tier: (keys[key_bits], values[value_bits])})
+
+    def _integer_codecs(self, moments: matched.Moments | None) -> list[tuple[dict, dict]]:
+        """Codecs of keys and of values by bits, for each group of heads. All groups share those of "rotated".
+
+        With moments this sets `expected`, the mean of the keys of each head: it is known before they come.
+        """
+        if moments is None:
+            rotation = qr_rotation(self.head_dim)
+            codecs = {bits: RotatedCodec(bits, self.head_dim, rotation) for bits in INTEGER_TIERS}
+            codecs[KEPT] = Unquantized()
+            return [(codecs, codecs)] * len(self.groups)
+        kind = "still" if self.config.contiguous else "moved" if self.config.relocatable else "block"
+        self.expected, *second = matched.frame(moments, kind, self.rope, self.config.block_size)
+        sides = matched.matched(*second), matched.matched(moments.values, moments.outputs)
+        found = []
+        for group in self.groups:
+            own = [matched.Matrices(*(x[group] for x in side)) for side in sides]
+            found.append(tuple(
+                {bits: matched.MatchedCodec(bits, side) for bits in INTEGER_TIERS} | {KEPT: Unquantized()}
+                for side in own
+            ))  # fmt: skip
+        return found
 
     def step(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
         """Take in q new columns, attend, and only then compress.
@@ -161,13 +191,13 @@ class LayerCache:
 
     def read(self, row: Row) -> tuple[Tensor, Tensor]:
         """Decoded keys (at the positions of `read_at`) and values of a row, [H, n, D] each."""
-        pairs = [self._decode(t, at) for t, at in zip(row.tokens, self.read_at(row))]
+        pairs = [self._decode(row, t, at) for t, at in zip(row.tokens, self.read_at(row))]
         return tuple(torch.stack(x, dim=1) for x in zip(*pairs))
 
-    def _decode(self, token: Token, at: int) -> tuple[Tensor, Tensor]:
+    def _decode(self, row: Row, token: Token, at: int) -> tuple[Tensor, Tensor]:
         if token.tier == Tier.FP16:
             return rotate(token.key, at - token.position, self.rope), token.value
-        key_codec, value_codec = self.codecs[token.tier]
+        key_codec, value_codec = self.codecs[row.group][token.tier]
         key = key_codec.decode(token.key, _of_heads(token.mean))
         if self.config.contiguous:
             key = rotate(key, at, self.rope)
@@ -218,9 +248,9 @@ class LayerCache:
                 continue
             for start in range(first, self.boundary, c.block_size):
                 block = self._between(row, start, start + c.block_size)
-                mean = self._mean(block)
+                mean = self._mean(row, block)
                 for token in block:
-                    self._put(token, self.first_tier, mean)
+                    self._put(row, token, self.first_tier, mean)
         if c.relocatable:
             self._replan()
 
@@ -236,26 +266,32 @@ class LayerCache:
         """The key [H, D] that the codec sees, rotated back to position 0 if it can be renumbered."""
         return rotate(token.key, -token.position, self.rope) if self.config.contiguous else token.key
 
-    def _mean(self, tokens: list[Token]) -> Tensor | None:
+    def _mean(self, row: Row, tokens: list[Token]) -> Tensor | None:
         if not tokens or self.codebooks:  # centroids lie where the keys are, so no mean is subtracted
             return None
+        if self.expected is not None:
+            expected = self.expected[self.groups[row.group]]
+            if self.config.relocatable:
+                return stored(expected)[:, None]
+            positions = torch.tensor([t.position for t in tokens])
+            return matched.block_mean(expected, positions, self.rope)[:, None]
         return key_mean(torch.stack([self._as_encoded(t) for t in tokens], dim=1))
 
     def _fix_mean(self, row: Row, demoted: list[Token]) -> None:
         if row.mean is None:
-            row.mean = self._mean(demoted)
+            row.mean = self._mean(row, demoted)
 
-    def _put(self, token: Token, tier: Tier, mean: Tensor) -> None:
+    def _put(self, row: Row, token: Token, tier: Tier, mean: Tensor) -> None:
         """Move a token to a tier: encode it, or re-encode it from a higher tier. Never within a tier."""
         if token.tier == tier:
             return
-        codecs = self.codecs[tier]
+        codecs = self.codecs[row.group][tier]
         if token.tier == Tier.FP16:
             token.mean = mean
             token.key = codecs[0].encode(self._as_encoded(token), _of_heads(mean))
             token.value = codecs[1].encode(token.value)
         else:
-            old = self.codecs[token.tier]
+            old = self.codecs[row.group][token.tier]
             token.key = old[0].requantize(token.key, codecs[0])
             token.value = old[1].requantize(token.value, codecs[1])
         token.tier = tier
@@ -269,7 +305,7 @@ class LayerCache:
                     if plan[token.column] == Tier.EVICTED:
                         token.tier = Tier.EVICTED
                     else:
-                        self._put(token, plan[token.column], row.mean)
+                        self._put(row, token, plan[token.column], row.mean)
                 self._keep(row, [i for i, t in enumerate(row.tokens) if t.tier != Tier.EVICTED])
 
     def _keep(self, row: Row, alive: list[int]) -> None:

@@ -12,7 +12,7 @@ POLICIES = (
     "position", "h2o", "ema", "adaptive", "learned", "snapkv", "tova",
     "knorm", "keydiff", "expected_attention", "hybrid",
 )  # fmt: skip
-CODECS = ("rotated", "channel", "symmetric", "product")
+CODECS = ("rotated", "matched", "channel", "symmetric", "product")
 POSITIONS = ("original", "contiguous")
 PLAN_SCOPES = ("layer", "sequence", "head")
 KEPT = 16  # bits of keys or values that stay in the model's dtype
@@ -100,10 +100,11 @@ class FadeConfig:
         if self.quant_backend == "product":
             self._product()
         self._normalize_layer_bits()
-        if self.quant_backend != "rotated" and (self.layer_bits or self.middle_v_bits == KEPT):
+        by_layer = self.quant_backend in ("rotated", "matched")
+        if not by_layer and (self.layer_bits or self.middle_v_bits == KEPT):
             raise ValueError(
                 f"quant_backend={self.quant_backend!r} has one width for all layers: layer_bits and "
-                "middle_v_bits=16 need quant_backend='rotated'"
+                "middle_v_bits=16 need quant_backend='rotated' or 'matched'"
             )
 
     def _normalize_layer_bits(self) -> None:

@@ -99,6 +99,19 @@ class RotatedCodec:
             raise ValueError("requantize needs two codecs of one rotation")
         return other._encode_rotated(self._decode_rotated(record))
 
+    def levels(self, record: Record) -> Tensor:
+        """The numbers that scale and zero point apply to, [..., D]."""
+        codes = quantize.unpack(record.codes, self.bits, self.head_dim)
+        return codes.double() if self.bits >= 4 else quantize.steps(self.bits, LEVELS)[codes.long()]
+
+    def rotate_query(self, query: Tensor) -> Tensor:
+        """Queries [..., D] as they are multiplied with rotated keys."""
+        return query @ self.rotation.T
+
+    def rotate_back(self, x: Tensor) -> Tensor:
+        """Sums of rotated values [..., D] as sums of values."""
+        return x @ self.rotation
+
     def _encode_rotated(self, y: Tensor) -> Record:
         if self.bits >= 4:
             codes, scale, *zero = quantize.uniform_encode(y, self.bits)

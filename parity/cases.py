@@ -11,12 +11,14 @@ import fade_fast
 from fade_fast.cache.layer import KVLayer
 from fade_fast.formats.rotated import unpack_record
 from fade_fast.hf.attention import attention
+from fade_fast.hf.calibration import Calibration
 from fade_fast.hf.layer import PendingKV
+from fade_fast.hf.models import fingerprint
 from fade_fast.kernels import product as tables
 from fade_fast.kernels import rotated
 from fade_fast.kernels.merge import merge
 from fade_ref import attention as spec_attention
-from fade_ref import product, quantize, scores
+from fade_ref import matched, product, quantize, scores
 from fade_ref.cache import LayerCache, Row, Token
 from fade_ref.config import FadeConfig
 from fade_ref.importance import Importance
@@ -204,7 +206,7 @@ def product_attention(
 
 def mirror(layer: KVLayer, spec: LayerCache) -> LayerCache:
     """A specification cache with exactly the codes of a layer of fade_fast, for the model of `spec`."""
-    options = dict(codebooks=spec.codebooks) | spec.learned
+    options = dict(codebooks=spec.codebooks, moments=spec.moments) | spec.learned
     shape = len(spec.rows), layer.heads, spec.head_dim
     twin = LayerCache(layer.config, *shape, spec.rope, spec.terms, **options)
     twin.columns, twin.boundary = layer.length, layer.length - layer.recent
@@ -297,6 +299,17 @@ def codebooks(head_dim: int, seed: int = 0) -> dict[str, Tensor]:
     return books
 
 
+def calibrated(model, shape: Shape, seed: int = 0) -> Calibration:
+    """The calibration of a one-layer model whose keys, queries and values are those of `Shape.random`."""
+    generator = torch.Generator().manual_seed(seed)
+    query, keys, values = (x[0] for x in shape.random(queries=160, generator=generator))
+    rope = Rope(model.model.rotary_emb.inv_freq.double().cpu())
+    output = model.model.layers[0].self_attn.o_proj.weight.detach().cpu()
+    known = matched.measure(query, keys, values, output, rope, shape.head_dim**-0.5, n_sink=4)
+    moments = matched.Moments(*(x.float() for x in known))
+    return Calibration({0: moments}, {0: rope}, dict(fingerprint=fingerprint(model)))
+
+
 #: A step of a trace: the number of new tokens per row, or a change of the stored tokens.
 Change = int | tuple[str, int] | tuple[str, list[int]]
 
@@ -326,7 +339,8 @@ def trace(
     module = model.model.layers[0].self_attn
     learned = dict(layer=0, layers=1, weights=policy_weights(seed)) if by_network else {}
     books = codebooks(shape.head_dim, seed) if config.quant_backend == "product" else None
-    given = dict(policy_weights=learned.get("weights"), codebooks=books)
+    known = calibrated(model, shape, seed) if config.quant_backend == "matched" else None
+    given = dict(policy_weights=learned.get("weights"), codebooks=books, calibration=known)
     cache = fade_fast.create_cache(model, config, **given, verify=False)
     layer: KVLayer = cache.tiered[0]
     rope = Rope(model.model.rotary_emb.inv_freq.double().cpu())
@@ -334,7 +348,8 @@ def trace(
         terms = spec_attention.Terms(shape.head_dim**-0.5, **terms)
     exact_books = tuple(x.double() for x in books.values()) if books else None
     sizes = shape.batch, shape.heads, shape.head_dim
-    spec = LayerCache(config, *sizes, rope, terms, codebooks=exact_books, **learned)
+    moments = None if known is None else matched.Moments(*(x.double() for x in known.moments[0]))
+    spec = LayerCache(config, *sizes, rope, terms, codebooks=exact_books, moments=moments, **learned)
     asked = {} if terms is None else _options(spec.terms, shape)
     generator = torch.Generator().manual_seed(seed)
     for i, count in enumerate(steps):

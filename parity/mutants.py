@@ -95,11 +95,35 @@ CORRUPTIONS = {
         ("mean not added back", compare("is").becomes("True"), "decode, 4"),
         ("rotated back the wrong way", binary("@").becomes("_0 @ _1.mT"), "decode, 8"),
     ],
-    "kernels.rotated.dequantize": [("zero dropped", compare("is").becomes("True"), "decode, 8")],
-    "cache.store._key_mean": [
+    "kernels.rotated.dequantize": [
+        ("zero dropped", compare("is")[1].becomes("True"), "decode, 8"),
+        ("codes without a zero point not centered", compare("is")[0].becomes("False"), "life/matched"),
+    ],
+    # -- the matched codec
+    "kernels.matched.round_with_feedback": [
+        ("errors of earlier blocks lost", binary("@")[0].becomes("0 * (_)"), "matched codes, 4"),
+        ("errors of the own block lost", binary("@")[1].becomes("0 * (_)"), "matched codes, 4"),
+        ("feedback not scaled", binary("/").becomes("_0"), "matched codes, 2"),
+    ],
+    "kernels.matched.quantize": [
+        ("the first scale, not the best", call("argmin").becomes("torch.zeros_like(_)"), "matched codes, 3"),
+        ("biased scale", call("square")[2].becomes("0.99 * _"), "matched codes, 4"),
+        ("distance of other levels", item("STEPS").becomes("1.2 * _"), "matched codes, 2"),
+    ],
+    "kernels.matched.encode": [
+        ("dropped mean of matched keys", compare("is").becomes("True"), "matched codes, 4"),
+        ("matrix transposed", attribute("mT").drop(), "matched codes, 8"),
+    ],
+    "formats.matched.MatchedFormat.key_means": [
+        ("mean not rotated to its block", call("rotate").becomes("still.clone()"), "life/matched")
+    ],
+    "formats.matched.MatchedTier.encode": [
+        ("matrices of keys and values swapped", attribute("matrices").becomes("_[::-1]"), "life/matched")
+    ],
+    "kernels.rotated._key_mean": [
         ("mean counts padding", call("sum").inside(call("clamp_min")).object.becomes("_ | True"), "key mean")
     ],
-    "kernels.rotated.encode_both": [
+    "kernels.rotated.in_tiles": [
         ("means of the first tile", item("mean").becomes("mean[:, :, : _.shape[2]]"), "random traces")
     ],
     "kernels.rotated._encode_both": [

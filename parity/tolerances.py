@@ -93,6 +93,17 @@ CLAIMS = {
         "determine their scale, so these scales are compared where the codes agree",
         SCALE_ULP,
     ),
+    "vectors differing": Claim(
+        "share of vectors of the matched codec with any other code: a code near a boundary changes the codes "
+        "after it, and two scales may do nearly the same damage; D codes and 5 scales give each vector 5 D "
+        "chances",
+        2e-2,
+    ),
+    "damage": Claim(
+        "relative difference of the damage that all codes of the matched codec do: vectors that differ are "
+        "as good, up to the rounding of their choice",
+        2e-3,
+    ),
     "decoding": Claim(
         "a product of D terms with a rotation stored in float32: each term adds 2^-24 of the vector's norm, "
         "and the sum adds the same again",

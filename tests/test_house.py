@@ -20,7 +20,7 @@ FLOORS = (
 #: These folders of fade_fast know neither transformers nor vLLM.
 NEUTRAL = {"cache", "policies", "formats", "kernels", "compile"}
 #: Modules of fade_ref that fade_fast imports: vocabulary, and the arithmetic that both share.
-SHARED = {"config", "tiers", "scores", "plan"}
+SHARED = {"config", "tiers", "scores", "plan", "matched"}
 #: Parts of transformers that hold its generation and cache classes, and names of them that it exports.
 GENERATION = ("transformers.generation", "transformers.cache_utils")
 GENERATES = ("Cache", "Generation", "Stopping", "LogitsProcessor", "Streamer")

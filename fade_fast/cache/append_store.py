@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..kernels.packed import TierView
 from .positions import PAD, DeviceCounters
-from .store import CompressedStore, StoredTier, key_mean
+from .store import CompressedStore, StoredTier
 
 
 class AppendStore(CompressedStore):
@@ -40,8 +40,9 @@ class AppendStore(CompressedStore):
         keys = self.before_rope(keys, position)
         if self.means is not None:
             blocks = (count // self.per_mean, self.per_mean)
-            real = position.unflatten(2, blocks) if self.token_positions.has_padding else None
-            mean = key_mean(keys.unflatten(2, blocks), real)
+            grouped = position.unflatten(2, blocks)
+            real = grouped != PAD if self.token_positions.has_padding else None
+            mean = self.format.key_means(keys.unflatten(2, blocks), grouped, real)
         fields = tier.format.encode(keys, values, mean, recurs=True)
         if counters is not None:
             at = self._slots(first, count, counters)

@@ -13,7 +13,7 @@ from ..formats.base import Field
 from ..policies import plan
 from .buffers import along, take
 from .positions import PAD, DeviceCounters
-from .store import CompressedStore, StoredTier, key_mean
+from .store import CompressedStore, StoredTier
 
 #: Where a tier's new records come from: slots among the candidates, and False for slots without a token.
 Choice = tuple[Tensor, Tensor]
@@ -129,7 +129,8 @@ class BudgetStore(CompressedStore):
         """Fix each row's mean at the first demotion that brings the row a real token."""
         if self.means.count and not self.token_positions.has_padding:
             return
-        new = key_mean(keys[:, :, None], position[:, :, None])
+        grouped = position[:, :, None]
+        new = self.format.key_means(keys[:, :, None], grouped, grouped != PAD)
         if not self.means.count:
             self.means.append(mean=new)
         else:

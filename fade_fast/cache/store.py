@@ -5,7 +5,6 @@ token as one record that depends on no other token. So moving a token is a gathe
 """
 
 import contextlib
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -23,7 +22,6 @@ from .buffers import Buffers
 from .positions import PAD, DeviceCounters, TokenPositions
 
 HEADROOM = 1024  # least slots on CUDA for tokens to come, when a tier is first filled
-ELEMENTS_SUMMED = 1 << 24  # elements that are copied to float64 at a time
 ONE_MEAN = 1 << 30  # slots that share a mean, where there is one mean for all
 
 
@@ -114,29 +112,6 @@ class StoredTier:
         return [*self.records.tensors.values()] + ([] if self.bound is None else [self.bound])
 
 
-def key_mean(keys: Tensor, position: Tensor | None) -> Tensor:
-    """Mean of the real tokens of each group: keys [B, H, G, n, D] to fp16 [B, H, G, D].
-
-    `position` [B, 1, G, n]: `PAD` marks tokens that do not count; None: all count. A group without a real
-    token has mean 0. The sum is in float64, so that its order leaves no trace in the fp16 result. A few
-    groups are summed at a time, because PyTorch copies the summands to float64.
-    """
-    step = max(1, ELEMENTS_SUMMED // max(1, keys[:, :, :1].numel()))
-    positions = itertools.repeat(None) if position is None else position.split(step, dim=2)
-    means = [_key_mean(*part) for part in zip(keys.split(step, dim=2), positions)]
-    return means[0] if len(means) == 1 else torch.cat(means, dim=2)
-
-
-def _key_mean(keys: Tensor, position: Tensor | None) -> Tensor:
-    if position is None:
-        mean = keys.sum(-2, dtype=torch.float64) / keys.shape[-2]
-    else:
-        real = (position != PAD)[..., None]
-        total = keys.masked_fill(~real, 0).sum(-2, dtype=torch.float64)
-        mean = total / real.sum(-2).clamp_min(1)
-    return mean.clamp(-rotated.LARGEST, rotated.LARGEST).half()
-
-
 class CompressedStore(ABC):
     """Common parts of both kinds of store.
 
@@ -167,7 +142,7 @@ class CompressedStore(ABC):
         self.config, self.format, self.token_positions, self.rope = config, format, positions, rope
         self.observer = observer
         self.plans = heads if config.plan_scope == "head" else 1  # plans per row
-        device, dim = format.table.device, format.table.shape[1]
+        device, dim = format.table.device, format.table.shape[-1]
         self.tiers: list[StoredTier] = []
         for tier, budget in zip(format.tiers, (config.int4_budget, config.int2_budget)):
             records = Buffers(self.own_fields() | tier.fields(heads), self.slots_step, batch, device)

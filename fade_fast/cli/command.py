@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..hf.loading import LoadError
-from . import check, demo, generate, inspect, plot, train_codebook
+from . import calibrate, check, demo, generate, inspect, plot, train_codebook
 
 COMMANDS = {
     "demo": demo,
@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": generate,
     "inspect": inspect,
     "plot": plot,
+    "calibrate": calibrate,
     "train-codebook": train_codebook,
 }
 #: Module and help of separate commands. The module's `main(argv)` returns an exit code.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fade_ref.tiers import Tier
 
-from ..kernels import decode
+from ..kernels import decode, rotated
 from ..kernels.merge import Partial
 from ..kernels.packed import TierView
 from ..kernels.rope import RoPE
@@ -91,11 +91,13 @@ class Format(ABC):
             float32 [D + 1, D].
 
     Attributes:
-        table: that tensor, once `allocate` was called.
+        table: that tensor, or one for each KV head, [H, D + 1, D], once `allocate` was called.
+        value_table: [H, D, D] where values have matrices of their own, else None.
         has_means: whether keys are stored less their mean.
     """
 
     has_means = False
+    value_table: Tensor | None = None
     table_bytes = 0  # of tables that belong to this layer alone
 
     def __init__(self, tables: Callable[[int, torch.device], Tensor]):
@@ -124,6 +126,18 @@ class Format(ABC):
         """The tables that this format holds or shares."""
         return [] if self.table is None else [self.table]
 
+    def key_means(self, keys: Tensor, position: Tensor, real: Tensor | None) -> Tensor:
+        """Means that are subtracted from the keys of some groups of tokens.
+
+        Args:
+            keys: [B, H, G, n, D], as they are encoded.
+            position: [B, 1, G, n] int, of the tokens.
+            real: bool [B, 1, G, n], False at padding. None: all tokens are real.
+
+        Returns fp16 [B, H, G, D]; 0 for a group without a real token.
+        """
+        return rotated.key_mean(keys, real)
+
     def attend(
         self,
         query: Tensor,
@@ -150,8 +164,9 @@ class Format(ABC):
             options.update(inv_freq=rope.inv_freq, interleaved=rope.interleaved)
         bits = [tier.bits for tier in tiers]
         return decode.attend(
-            query, keys, values, visible, self.table, views, bits=bits, slots_read=slots_read, **options
-        )
+            query, keys, values, visible, self.table, views, bits=bits, slots_read=slots_read,
+            value_matrix=self.value_table, **options,
+        )  # fmt: skip
 
     @abstractmethod
     def attend_tier(

@@ -65,20 +65,34 @@ class RotatedTier(TierFormat):
 
     has_bound = True
 
+    has_zero = True  # whether codes of 8 and 4 bits have a zero point
+
     def __init__(self, bits: tuple[int, int], matrix: Tensor, tier: Tier, dtype: torch.dtype):
         self.bits, self.matrix, self.tier, self.name = bits, matrix, tier, tier_name(bits)
         self.dtype = dtype
+
+    @property
+    def key_matrix(self) -> Tensor:
+        """Decodes rotated keys, as rows y: y @ matrix. [D, D], or [H, D, D]."""
+        return self.matrix
+
+    value_matrix = key_matrix
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.key_matrix.shape[-1]
 
     def fields(self, heads):
         made = {}
         for side, bits in zip(("key", "value"), self.bits):
             axis = -1 if f"{side}_codes" in TRANSPOSED else 2
             if bits == DENSE:
-                made[f"{side}_codes"] = Field((len(self.matrix),), self.dtype, heads, axis)
+                made[f"{side}_codes"] = Field((self.head_dim,), self.dtype, heads, axis)
                 continue
-            made[f"{side}_codes"] = Field((packed_bytes(bits, len(self.matrix)),), torch.uint8, heads, axis)
+            made[f"{side}_codes"] = Field((packed_bytes(bits, self.head_dim),), torch.uint8, heads, axis)
             made[f"{side}_scale"] = Field((), torch.float16, heads)
-            if rotated.is_uniform(bits):
+            if self.has_zero and rotated.is_uniform(bits):
                 made[f"{side}_zero"] = Field((), torch.float16, heads)
         return made
 
@@ -86,10 +100,10 @@ class RotatedTier(TierFormat):
         return pack_record(*rotated.encode_both(keys, values, mean, self.matrix, self.bits, recurs))
 
     def decode_keys(self, fields, mean, dtype):
-        return rotated.decode(unpack_record(fields, "key"), mean, self.matrix, self.bits[0], dtype)
+        return rotated.decode(unpack_record(fields, "key"), mean, self.key_matrix, self.bits[0], dtype)
 
     def decode_values(self, fields, dtype):
-        return rotated.decode(unpack_record(fields, "value"), None, self.matrix, self.bits[1], dtype)
+        return rotated.decode(unpack_record(fields, "value"), None, self.value_matrix, self.bits[1], dtype)
 
     def value_bound(self, fields: dict[str, Tensor]) -> Tensor:
         """At least every value scale of these records, or absolute value at 16 bits: [B, H] float32."""
@@ -101,7 +115,7 @@ class RotatedTier(TierFormat):
 
     def requantize(self, fields: dict[str, Tensor], source: "RotatedTier") -> dict[str, Tensor]:
         """Records of this tier, made from records of a finer one, which never leave the rotated domain."""
-        return requantize(fields, source.bits, self.bits)
+        return requantize(fields, source.bits, self.bits, (rotated.quantize, rotated.quantize))
 
     def view(self, tensors, bound, means, valid, per_mean, read_at):
         keys, values = (
@@ -110,13 +124,21 @@ class RotatedTier(TierFormat):
         return TierView(keys, values, bound, means, valid, per_mean, read_at)
 
 
-def requantize(fields: dict[str, Tensor], bits: tuple[int, int], to: tuple[int, int]) -> dict[str, Tensor]:
-    """Records of widths `to`, made from records of widths `bits`."""
+def requantize(
+    fields: dict[str, Tensor],
+    bits: tuple[int, int],
+    to: tuple[int, int],
+    quantize: tuple[Callable[[Tensor, int], Packed], Callable[[Tensor, int], Packed]],
+) -> dict[str, Tensor]:
+    """Records of widths `to`, made from records of widths `bits`.
+
+    `quantize` makes codes of rotated keys and of rotated values, `(vectors, bits) -> codes`.
+    """
     sides = []
-    for side, old, new in zip(("key", "value"), bits, to):
+    for side, old, new, encode in zip(("key", "value"), bits, to, quantize):
         codes = unpack_record(fields, side)
         if old != new:
-            codes = rotated.quantize(rotated.dequantize(codes, old, torch.float32), new)
+            codes = encode(rotated.dequantize(codes, old, torch.float32), new)
         sides.append(codes)
     return pack_record(*sides)
 
@@ -150,12 +172,16 @@ class RotatedFormat(Format):
 
     def allocate(self, head_dim, dtype, device):
         super().allocate(head_dim, dtype, device)
-        codes = [first_tier(*bits) if i == 0 else Tier.INT2 for i, bits in enumerate(self.widths)]
         matrix = self.table[:head_dim]
-        self._tiers = [RotatedTier(bits, matrix, code, dtype) for bits, code in zip(self.widths, codes)]
+        self._tiers = [RotatedTier(bits, matrix, code, dtype) for bits, code in self._coded_widths()]
+
+    def _coded_widths(self) -> list[tuple[tuple[int, int], Tier]]:
+        """Widths and code of each tier."""
+        return [(bits, first_tier(*bits) if i == 0 else Tier.INT2) for i, bits in enumerate(self.widths)]
 
     def attend_tier(self, tier, query, view, count, score_reference, rope: RoPE | None, softcap) -> Partial:
-        shape, matrix = query.shape[:2], tier.matrix.to(query.dtype)
+        shape = query.shape[:2]
+        matrix, value_matrix = (_each(m, shape, query.dtype) for m in (tier.key_matrix, tier.value_matrix))
         flat = view.flat().narrow(0, count)
         query, reference = query.flatten(0, 1), score_reference.flatten(0, 1)
         reference = reference.masked_fill(reference <= torch.finfo(reference.dtype).min, 0.0)
@@ -167,5 +193,11 @@ class RotatedFormat(Format):
         queries = Queries(query, turned, turned.sum(-1), reference)
         part = packed.attend(queries, bias, flat, decoder, tier.bits, softcap)
         if tier.bits[1] != DENSE:
-            part = part._replace(acc=part.acc @ matrix)
+            part = part._replace(acc=part.acc @ value_matrix)
         return Partial(*(x.unflatten(0, shape) for x in part))
+
+
+def _each(matrix: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A matrix [D, D], or that of each KV head [H, D, D] for all rows and heads: [B * H, D, D]."""
+    matrix = matrix.to(dtype)
+    return matrix if matrix.dim() == 2 else matrix.expand(*shape, -1, -1).flatten(0, 1)

@@ -1,6 +1,7 @@
 """`TieredKVCache`: the cache that users pass to `model.generate(cache=...)`."""
 
 import copy
+import functools
 import os
 
 import torch
@@ -19,6 +20,7 @@ from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import Guard, reading, single_threaded
 from ..cache.layer import KVLayer
 from ..cache.positions import TokenPositions
+from ..formats.matched import MatchedFormat
 from ..formats.product import ProductFormat
 from ..formats.rotated import RotatedFormat, tier_widths
 from ..kernels import rotated
@@ -26,6 +28,7 @@ from ..policies import plan, scores
 from ..saved import checkpoint, memory, snapshot, telemetry
 from ..saved.memory import Memory
 from .attention import NAME
+from .calibration import Calibration, calibration_of
 from .codebooks import Codebooks, given
 from .foreign import ForeignLayer, static_window
 from .layer import TieredLayer
@@ -33,7 +36,11 @@ from .models import attention_modules, execution_device, fingerprint, text_confi
 from .prompts import SeenTokens
 from .rope_probe import RopeProbe
 
-CODECS = ("rotated", "product")  # the supported values of `quant_backend`
+CODECS = ("rotated", "matched", "product")  # the supported values of `quant_backend`
+
+
+def _tables_of(calibration: Calibration, kind: str, block: int, layer: int, device: torch.device):
+    return calibration.tables(kind, block, device)[layer]
 
 
 class TieredKVCache(Cache):
@@ -50,6 +57,7 @@ class TieredKVCache(Cache):
         max_length: int | None = None,
         policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
         codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
+        calibration: str | os.PathLike | Calibration | None = None,
     ):
         model = unwrapped(model)
         model_config = text_config(model)
@@ -60,8 +68,9 @@ class TieredKVCache(Cache):
             )
         if config.quant_backend not in CODECS or config.plan_scope not in plan.SCOPES:
             raise ValueError(
-                f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: 'rotated' or "
-                f"'product', and one of {', '.join(plan.SCOPES)}, are supported inside generate()"
+                f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: 'rotated', "
+                f"'matched' or 'product', and one of {', '.join(plan.SCOPES)}, are supported inside "
+                "generate()"
             )
         if (config.quant_backend == "product") != (codebooks is not None):
             what = "missing" if codebooks is None else "given"
@@ -122,18 +131,34 @@ class TieredKVCache(Cache):
         self.homes = [
             i in modules and execution_device(modules[i]) or model.device for i in range(len(layers))
         ]
-        ropes = RopeProbe(model) if config.contiguous else None
+        by_rope = config.contiguous or (config.quant_backend == "matched" and not config.relocatable)
+        ropes = RopeProbe(model) if by_rope else None
+        self.calibration: Calibration | None = None
+        if config.quant_backend == "matched":
+            self.calibration = calibration_of(model, calibration, full)
+        elif calibration is not None:
+            raise ValueError(
+                f"quant_backend={config.quant_backend!r}, calibration given: "
+                "'matched' has one, others take none"
+            )
         if codebooks is not None:
             codebooks = given(codebooks, model)
             by_layer, self.codebooks = codebooks.by_layer(full), codebooks.digest
         self.tiered: list[KVLayer] = []
         for index, i in enumerate(full):
+            rope = None
+            if ropes and (config.contiguous or self.calibration.rotates(i)):
+                rope = ropes.find(i)
             if i in by_layer:
                 format = ProductFormat(by_layer[i], self._table)
+            elif config.quant_backend == "matched":
+                kind = "still" if config.contiguous else "moved" if rope is None else "block"
+                tables = functools.partial(_tables_of, self.calibration, kind, config.block_size, i)
+                widths = tier_widths(config, config.bits(i, len(layers)))
+                format = MatchedFormat(widths, tables, rope if kind == "block" else None)
             else:
                 format = RotatedFormat(tier_widths(config, config.bits(i, len(layers))), self._table)
             observer = scores.observer(config, weights, i, len(layers)) if format.compresses else None
-            rope = ropes.find(i) if ropes else None
             self.tiered.append(
                 KVLayer(config, format, self.token_positions, rope, index, max_length, observer, i)
             )
@@ -160,6 +185,7 @@ class TieredKVCache(Cache):
         The copy shares the configuration of the model, the rotary modules and the codebooks.
         """
         memo[id(self.model_config)] = self.model_config
+        memo[id(self.calibration)] = self.calibration
         for layer in self.tiered:
             for shared in (layer.rope, layer.telemetry, *layer.format.tensors()):
                 memo[id(shared)] = shared

@@ -10,6 +10,7 @@ from fade_ref.config import FadeConfig
 from ..saved import checkpoint
 from .attach import attach
 from .cache import TieredKVCache
+from .calibration import Calibration, of_tensors
 from .codebooks import Codebooks
 from .models import fingerprint, unwrapped
 
@@ -21,6 +22,7 @@ def create_cache(
     max_length: int | None = None,
     policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
     codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
+    calibration: str | os.PathLike | Calibration | None = None,
     verify: bool = True,
 ) -> TieredKVCache:
     """Create a cache for `model.generate(..., cache=cache)`. The cache compresses tokens while it fills.
@@ -47,14 +49,17 @@ def create_cache(
         codebooks: codebooks for `quant_backend="product"`: a file that `fade train-codebook` wrote, the
             result of `codebooks.train`, or tensors with the same names and shapes. Codebooks belong to one
             model.
+        calibration: for `quant_backend="matched"`: a file that `fade calibrate` wrote, or a `Calibration`. By
+            default the model is calibrated at its first cache of this kind, on a short text. The result is
+            kept in the user's cache folder. A calibration belongs to one model.
         verify: see `attach`.
 
     Raises:
         ValueError: the preset is unknown, or the model or the policy is not supported. A policy that ranks by
             attention needs a model whose attention can be replaced. Codebooks are missing, incomplete, from
-            another model, or given although the configuration does not use them. `attach` can also raise
-            `ValueError`.
-        TypeError: `model`, `config` or `codebooks` has another type.
+            another model, or given although the configuration does not use them. The same holds for a
+            calibration. `attach` can also raise `ValueError`.
+        TypeError: `model`, `config`, `codebooks` or `calibration` has another type.
     """
     if isinstance(config, str):
         config = FadeConfig.preset(config)
@@ -64,7 +69,7 @@ def create_cache(
         isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
     ):
         raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
-    cache = TieredKVCache(model, config, max_length, policy_weights, codebooks)
+    cache = TieredKVCache(model, config, max_length, policy_weights, codebooks, calibration)
     attach(model, verify=verify)
     return cache
 
@@ -84,7 +89,7 @@ def load_cache(
         path: the file that `save` wrote.
         model: the model that filled the cache, on any device.
         max_length, policy_weights, codebooks, verify: as in `create_cache`. The file does not contain the
-            codebooks, but it identifies them.
+            codebooks, but it identifies them. The file contains the calibration.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -92,13 +97,18 @@ def load_cache(
             other codebooks.
     """
     model, (tensors, header) = unwrapped(model), checkpoint.read(path)
+    calibration = None
+    if "calibration" in header:
+        marker = checkpoint.CALIBRATION
+        named = {n.removeprefix(marker): x for n, x in tensors.items() if n.startswith(marker)}
+        calibration = of_tensors(named, header["calibration"])
     theirs, ours = header["model"], fingerprint(model)
     if theirs != ours:
         different = ", ".join(name for name in ours if theirs.get(name) != ours[name])
         raise ValueError(f"{path} was filled by another model: {different} differ")
     config = FadeConfig(**header["config"])
     options = dict(max_length=max_length, policy_weights=policy_weights, verify=verify)
-    cache = create_cache(model, config, codebooks=codebooks, **options)
+    cache = create_cache(model, config, codebooks=codebooks, calibration=calibration, **options)
     cache.load_state_dict(tensors, header)
     ids = checkpoint.read_tokens(path)
     if (

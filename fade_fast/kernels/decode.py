@@ -45,6 +45,7 @@ def attend(
     inv_freq: Tensor | None = None,
     interleaved: bool = False,
     mass: list[Tensor] | None = None,
+    value_matrix: Tensor | None = None,
 ) -> Tensor:
     """Compute the attention output [B, q, Hq, D] in the dtype of the query.
 
@@ -52,7 +53,8 @@ def attend(
         query: [B, Hq, q, D]. Hq is a multiple of H.
         keys, values: [B, H, E, D], uncompressed.
         seen: bool [B, 1 or q, E]. True where a query sees an uncompressed token.
-        matrix: float32 [D + 1, D]. The rotation of the codec, followed by the sum of its rows.
+        matrix: float32 [D + 1, D]. The rotation of the codec, followed by the sum of its rows. Or
+            [H, D + 1, D], the matrix of each KV head, which decodes its keys.
         tiers: the buffers of each tier at full capacity, all [B, H, capacity, ...], or pages.
         bits: bits per code of keys and values of each tier.
         slots_read: number of slots that the step reads from each tier. It must cover all slots that `valid`
@@ -61,6 +63,7 @@ def attend(
         scaling, softcap: applied to the scores.
         s_aux: [Hq], scores of learned attention sinks, or None.
         inv_freq: [d / 2], required if a tier has `read_at`. `interleaved` is the style of the RoPE pairs.
+        value_matrix: float32 [H, D, D], the matrix of each KV head that decodes its values. None: `matrix`.
         mass: output tensors for the counts of the policies, or None. The first tensor is float32 [B, H, E],
             and each tier has a tensor [B, H, capacity]. They receive the attention probabilities, summed over
             query rows. Slots after the slots read receive 0.
@@ -71,7 +74,8 @@ def attend(
 
     Raises `ValueError` if shapes, dtypes, devices or numbers of slots read do not match.
     """
-    _check(query, keys, values, seen, matrix, tiers, bits, slots_read, s_aux, inv_freq, mass or [])
+    matrices = matrix, value_matrix
+    _check(query, keys, values, seen, matrices, tiers, bits, slots_read, s_aux, inv_freq, mass or [])
     new, columns = query.shape[2], rounded(query.shape[2])
     # Add padding queries, and ignore them afterwards. Add none with `mass`, because it would count them.
     fits = use_compiled(query) and not mass and query.shape[1] // keys.shape[1] * columns <= MOST_ROWS
@@ -82,7 +86,7 @@ def attend(
     output = torch.ops.fade.attend(
         query, keys, values, seen, matrix, flat, s_aux, inv_freq, mass or [],
         [b for pair in bits for b in pair], slots_read, [view.per_mean for view in tiers],
-        scaling, softcap, interleaved,
+        scaling, softcap, interleaved, value_matrix,
     )  # fmt: skip
     return output if output.shape[1] == new else output.narrow(1, 0, new).contiguous()
 
@@ -90,7 +94,7 @@ def attend(
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _check(query, keys, values, seen, matrix, tiers, bits, slots_read, s_aux, inv_freq, mass) -> None:
+def _check(query, keys, values, seen, matrices, tiers, bits, slots_read, s_aux, inv_freq, mass) -> None:
     """Refuse arguments that kernels would misread. Reads no tensor data, so the host never waits."""
     if query.dim() != 4 or keys.dim() != 4:
         sizes = f"{list(query.shape)} and {list(keys.shape)}"
@@ -107,14 +111,19 @@ def _check(query, keys, values, seen, matrix, tiers, bits, slots_read, s_aux, in
         _expect(name, x, (batch, heads, length, dim), FLOATS, on)
     rows = 1 if new == 1 else (1, new)  # the allowed numbers of mask rows
     _expect("seen", seen, (batch, rows, length), (torch.bool,), on)
-    _expect("matrix", matrix, (dim + 1, dim), (torch.float32,), on)
+    for name, x, rows_of in zip(("matrix", "value_matrix"), matrices, (dim + 1, dim)):
+        if x is not None:
+            each = () if x.dim() == 2 and name == "matrix" else (heads,)
+            _expect(name, x, (*each, rows_of, dim), (torch.float32,), on)
     if s_aux is not None:
         _expect("s_aux", s_aux, (q_heads,), FLOATS, on)
     if not len(tiers) == len(bits) == len(slots_read):
         counts = f"{len(tiers)} tiers, {len(bits)} pairs of bits, {len(slots_read)} slots_read"
         raise ValueError(f"{counts}; allowed: one of each per tier")
     for i, (view, pair, num_read) in enumerate(zip(tiers, bits, slots_read)):
-        _check_tier(f"tiers[{i}]", view, pair, num_read, (batch, heads, dim), rows, on)
+        # Codes of the rotated codec, which has one matrix, have a zero point at 8 and 4 bits.
+        has_zero = matrices[0].dim() == 2
+        _check_tier(f"tiers[{i}]", view, pair, num_read, (batch, heads, dim), rows, on, has_zero)
     if len({pair[1] == packed.DENSE for pair in bits}) > 1:
         raise ValueError(f"bits are {bits}; allowed: 16-bit values in all tiers, or in none")
     if any(view.read_at is not None for view in tiers):
@@ -128,7 +137,9 @@ def _check(query, keys, values, seen, matrix, tiers, bits, slots_read, s_aux, in
         _expect(f"mass[{i}]", x, (batch, heads, n), (torch.float32, torch.float64), on)
 
 
-def _check_tier(name: str, view: TierView, bits: tuple[int, int], num_read: int, sizes, rows, device) -> None:
+def _check_tier(
+    name: str, view: TierView, bits: tuple[int, int], num_read: int, sizes, rows, device, has_zero: bool
+) -> None:
     batch, heads, dim = sizes
     widths = ((8, 4, 3, 2), (packed.DENSE, 8, 4, 3, 2))
     if len(bits) != 2 or any(b not in allowed or b * dim % 8 for b, allowed in zip(bits, widths)):
@@ -147,8 +158,8 @@ def _check_tier(name: str, view: TierView, bits: tuple[int, int], num_read: int,
         shape = (slots, b * dim // 8) if side == "keys" else (b * dim // 8, slots)
         _expect(f"{name}.{side}.codes", packed_.codes, (*outer, *shape), (torch.uint8,), device)
         _expect(f"{name}.{side}.scale", packed_.scale, (*outer, slots), (torch.float16,), device)
-        if (packed_.zero is not None) != is_uniform(b):
-            allowed = "a tensor" if is_uniform(b) else "None"
+        if (packed_.zero is not None) != (has_zero and is_uniform(b)):
+            allowed = "a tensor" if has_zero and is_uniform(b) else "None"
             raise ValueError(f"{name}.{side}.zero is {type(packed_.zero).__name__}; allowed: {allowed}")
         if packed_.zero is not None:
             _expect(f"{name}.{side}.zero", packed_.zero, (*outer, slots), (torch.float16,), device)
@@ -205,6 +216,7 @@ def _operator(
     scaling: float,
     softcap: float | None,
     interleaved: bool,
+    value_matrix: Tensor | None = None,
 ) -> Tensor:
     """Run `attend` as one operator. A larger compiled graph does not trace into it."""
     batch, q_heads, new, dim = query.shape
@@ -212,7 +224,7 @@ def _operator(
     pairs = tuple(zip(bits[::2], bits[1::2]))
     options = dict(bits=pairs, scaling=scaling, softcap=softcap, interleaved=interleaved)
     view = [_from_list(tiers[i * FLAT : (i + 1) * FLAT], n) for i, n in enumerate(per_mean)]
-    args = (query, keys, values, seen, matrix, view, s_aux, inv_freq, mass)
+    args = (query, keys, values, seen, matrix, view, s_aux, inv_freq, mass, value_matrix)
     if not (use_compiled(query) and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
         return _attend(*_of_slots_read(args, slots_read), chunks=None, **options)
     paged = [x.block_table is not None for x in view]
@@ -298,7 +310,7 @@ def _of_dynamic_size(dynamic_sizes, *args, chunks, slots_read, **options) -> Ten
 
 
 def _attend(
-    query, keys, values, seen, matrix, tiers, s_aux, inv_freq, mass,
+    query, keys, values, seen, matrix, tiers, s_aux, inv_freq, mass, value_matrix=None,
     *, bits, chunks, scaling, softcap, interleaved,
 ) -> Tensor:  # fmt: skip
     """Run `attend` over flat tiers: with `chunks` all at once in float16, without `chunks` tile by tile."""
@@ -313,6 +325,8 @@ def _attend(
     seen = _for_rows(seen, rows).unsqueeze(1).expand(-1, heads, -1, -1).flatten(0, 1).mT  # [N, E, 1 or R]
     tiers = [view._replace(valid=_for_rows(view.valid, rows)) for view in tiers]
 
+    each = lambda x: x.expand(batch, heads, -1, -1).flatten(0, 1) if x.dim() == 3 else x  # noqa: E731
+    matrix, value_matrix = each(matrix), None if value_matrix is None else each(value_matrix)
     table = [matrix.expand(batch * heads, -1, -1), keys]
     table += [view.means for view in tiers if view.read_at is None]
     table = torch.cat([x.to(dtype) for x in table], dim=1)
@@ -340,7 +354,7 @@ def _attend(
     rotated = found.narrow(1, 0, dim).mT
     # In float64, the error of a sum rounded to float32 would be visible.
     queries = Queries(plain, rotated, found.select(1, dim) if chunks else rotated.sum(-1), top)
-    decoder = None if inv_freq is None else Decoder(matrix.narrow(0, 0, dim), inv_freq, interleaved)
+    decoder = None if inv_freq is None else Decoder(matrix.narrow(-2, 0, dim), inv_freq, interleaved)
     partials, kept, start = [], [], dim + 1 + length
     for i, view in enumerate(tiers):
         own, bias = decoder, None
@@ -375,7 +389,7 @@ def _attend(
     weights = weights * factors[0]
     left = F.pad(weights, (0, 0, 0, dim))
     # Sums of codes are rotated back. Sums of 16-bit values are not rotated.
-    below = matrix.narrow(0, 0, dim).to(dtype)
+    below = (matrix.narrow(-2, 0, dim) if value_matrix is None else value_matrix).to(dtype)
     if bits and bits[0][1] == packed.DENSE:
         below = torch.eye(dim, dtype=dtype, device=query.device)
     right = F.pad(above, (0, 0, 0, dim)) + F.pad(below, (0, 0, length, 0))

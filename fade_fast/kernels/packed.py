@@ -194,7 +194,7 @@ class Decoder(NamedTuple):
     """Decodes keys that were stored before RoPE.
 
     Attributes:
-        matrix: P [D, D], the rotation of the codec.
+        matrix: P [D, D], the rotation of the codec, or the matrix of each row, [N, D, D].
         inv_freq: [d / 2], the frequencies of RoPE.
         interleaved: the style of the RoPE pairs.
     """
@@ -333,7 +333,9 @@ def decoded_products(query: Queries, decoder: Decoder, view: TierView, *, bits, 
     # RoPE has two terms. With two products, the kernel that decodes can also apply RoPE at its end.
     for factor, swapped in zip(factors, (False, True)):
         to = (lambda x: swap(x, width, decoder.interleaved)) if swapped else lambda x: x
-        part = torch.bmm(rotated, to(decoder.matrix).to(dtype).expand(rotated.shape[0], -1, -1))
+        matrix = to(decoder.matrix).to(dtype)
+        matrix = matrix.expand(heads, -1, -1) if matrix.dim() == 2 else matrix
+        part = torch.bmm(rotated, _chunks(matrix, blocks))
         mean = _spread(to(view.means).to(wide(dtype)), view.per_mean, blocks, chunk)
         factor = factor.unsqueeze(1).expand(-1, heads // batch, -1, -1).flatten(0, 1)
         keys = keys + (part.to(wide(dtype)) + mean) * factor

@@ -5,6 +5,8 @@ others. 8 and 4 bits are uniform codes with a scale and a zero point. 3 and 2 bi
 evenly spaced levels, with a scale that makes the decoded vector unbiased.
 """
 
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ class Packed(NamedTuple):
     """Codes of n tokens of one tier, keys or values, with their scales and zero points.
 
     Shapes: `codes` [B, H, n, D * bits / 8] uint8, `scale` and `zero` (zero point) [B, H, n] fp16. `zero` is
-    None at 3 and 2 bits.
+    None if codes are centered on zero: at 3 and 2 bits, and in the matched codec.
     """
 
     codes: Tensor
@@ -93,9 +95,9 @@ def thirds(dim: int) -> list[int]:
     return [3 * dim // 8, 3 * dim // 8, dim // 8, dim // 8]
 
 
-def levels(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """The number that the scale multiplies: the code, minus the center at 3 and 2 bits."""
-    return codes.to(dtype) if is_uniform(bits) else codes.to(dtype) - center(bits)
+def levels(codes: Tensor, bits: int, dtype: torch.dtype, centered: bool) -> Tensor:
+    """The number that the scale multiplies: the code, minus the center if there is no zero point."""
+    return codes.to(dtype) - center(bits) if centered else codes.to(dtype)
 
 
 def quantize(rotated: Tensor, bits: int) -> Packed:
@@ -109,7 +111,7 @@ def quantize(rotated: Tensor, bits: int) -> Packed:
         return Packed(pack(codes.to(torch.uint8), bits), scale.squeeze(-1), zero.squeeze(-1))
     norm = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True)
     unit = rotated / norm.clamp_min(torch.finfo(norm.dtype).tiny) * rotated.shape[-1] ** 0.5
-    table = levels(torch.arange(steps + 1, device=rotated.device), bits, rotated.dtype)
+    table = levels(torch.arange(steps + 1, device=rotated.device), bits, rotated.dtype, True)
     ends = (table[1:] + table[:-1]) / 2 * STEPS[bits]
     codes = torch.bucketize(unit, ends)
     # Unbiased: the inner product of decoded and original vector is the squared norm of the original.
@@ -120,7 +122,8 @@ def quantize(rotated: Tensor, bits: int) -> Packed:
 
 def dequantize(packed: Packed, bits: int, dtype: torch.dtype) -> Tensor:
     """Vectors [B, H, n, D] in the rotated, centered domain."""
-    decoded = levels(unpack(packed.codes, bits), bits, dtype) * packed.scale.to(dtype).unsqueeze(-1)
+    codes = levels(unpack(packed.codes, bits), bits, dtype, packed.zero is None)
+    decoded = codes * packed.scale.to(dtype).unsqueeze(-1)
     return decoded if packed.zero is None else decoded + packed.zero.to(dtype).unsqueeze(-1)
 
 
@@ -153,25 +156,66 @@ def encode_both(
     encoded in one piece. More are encoded in tiles of three sizes, the last tile padded, so that a few graphs
     serve prompts of all lengths.
     """
+    return in_tiles(_compiled, _encode_both, keys, values, mean, [matrix], bits, recurs)
+
+
+def in_tiles(
+    compiled: Compiled,
+    eager: Callable,
+    keys: Tensor,
+    values: Tensor,
+    mean: Tensor,
+    tables: list[Tensor],
+    bits: tuple[int, int],
+    recurs: bool,
+    copies: int = 1,
+) -> tuple[Packed, Packed]:
+    """Codes of keys and values by `eager` or its `compiled` version; see `encode_both`.
+
+    The function holds `copies` float32 copies of its keys at a time: a tile is smaller by that factor.
+    """
     (batch, heads, length, dim), means = keys.shape, mean.shape[2]
     if recurs and use_compiled(keys) and 0 < length <= SMALL:
-        return _compiled([], dict, keys, values, mean, matrix, bits=bits)
+        return compiled([], dict, keys, values, mean, *tables, bits=bits)
     each = length // means if means > 1 else 1  # a tile holds whole groups
     pads = use_compiled(keys) and length > SMALL
     parts = []
-    for start, stop, size in _tiles(length, MOST // (batch * heads * dim) if pads else None, each):
+    for start, stop, size in _tiles(length, MOST // (batch * heads * dim * copies) if pads else None, each):
         groups = mean if means == 1 else mean[:, :, start // each : stop // each]
         part = keys[:, :, start:stop], values[:, :, start:stop], groups
         if pads:
             sizes = size, size, 1 if means == 1 else size // each
             part = [_padded(x, n) for x, n in zip(part, sizes)]
-            sides = _compiled([], dict, *part, matrix, bits=bits)
+            sides = compiled([], dict, *part, *tables, bits=bits)
             parts.append([[x if x is None else x[:, :, : stop - start] for x in side] for side in sides])
         else:
-            parts.append(_encode_both([], *part, matrix, bits=bits))
+            parts.append(eager([], *part, *tables, bits=bits))
     return tuple(Packed(*(_join(x) for x in zip(*side))) for side in zip(*parts))
 
 
+def key_mean(keys: Tensor, real: Tensor | None) -> Tensor:
+    """Mean of the real tokens of each group: keys [B, H, G, n, D] to fp16 [B, H, G, D].
+
+    `real` is bool [B, 1, G, n]; None: all tokens count. A group without a real token has mean 0. The sum is
+    in float64, so that its order leaves no trace in the fp16 result. A few groups are summed at a time,
+    because PyTorch copies the summands to float64.
+    """
+    step = max(1, ELEMENTS_SUMMED // max(1, keys[:, :, :1].numel()))
+    masks = itertools.repeat(None) if real is None else real.split(step, dim=2)
+    means = [_key_mean(*part) for part in zip(keys.split(step, dim=2), masks)]
+    return means[0] if len(means) == 1 else torch.cat(means, dim=2)
+
+
+def _key_mean(keys: Tensor, real: Tensor | None) -> Tensor:
+    if real is None:
+        mean = keys.sum(-2, dtype=torch.float64) / keys.shape[-2]
+    else:
+        total = keys.masked_fill(~real[..., None], 0).sum(-2, dtype=torch.float64)
+        mean = total / real[..., None].sum(-2).clamp_min(1)
+    return mean.clamp(-LARGEST, LARGEST).half()
+
+
+ELEMENTS_SUMMED = 1 << 24  # elements that are copied to float64 at a time
 TILE = 2048  # tokens per tile without compilation
 MOST = 1 << 24  # elements of keys in the largest compiled tile
 MOST_TOKENS = 1 << 14  # most tokens of the largest compiled tile
@@ -212,7 +256,10 @@ def _encode_both(dynamic_sizes, keys, values, mean, matrix, *, bits) -> tuple[Pa
 
 
 def decode(packed: Packed, mean: Tensor | None, matrix: Tensor, bits: int, dtype) -> Tensor:
-    """Vectors [B, H, n, D] as they were before `encode`, up to quantization."""
+    """Vectors [B, H, n, D] as they were before `encode`, up to quantization.
+
+    `matrix` is P [D, D], or that of each KV head, [H, D, D].
+    """
     if bits == 16:  # values in the model's dtype
         return packed.codes.to(dtype)
     x = dequantize(packed, bits, dtype) @ matrix.to(dtype)

@@ -2,7 +2,7 @@
 
 The slots in use are stored exactly as in memory, so decoding continues bit for bit. State that follows from
 the configuration (the codec's rotation, capacities, captured CUDA graphs) is created anew. Of codebooks only
-the digest is stored, so the loader must supply the codebooks.
+the digest is stored, so the loader must supply the codebooks. A calibration is stored with the cache.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from .files import whole
 
 VERSION = 3
 TIERED = "TieredLayer"  # kind of a tiered layer in files
+CALIBRATION = "calibration."  # begins the names of the tensors of a calibration
 TOKENS = "tokens"  # name of a tensor of ids that goes with a cache, but is none of it
 
 
@@ -49,6 +50,9 @@ def state_dict(cache) -> tuple[dict[str, Tensor], dict]:
     )
     if cache.codebooks is not None:
         known["codebooks"] = cache.codebooks
+    if cache.calibration is not None:  # without it, nobody could decode the codes
+        tensors |= {CALIBRATION + name: x for name, x in cache.calibration.tensors().items()}
+        known["calibration"] = cache.calibration.header()
     return {name: x.detach().clone().contiguous() for name, x in tensors.items()}, known
 
 
@@ -76,6 +80,10 @@ def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
     if kinds != ours:
         raise ValueError(f"the stored layers are {kinds}, the cache's {ours}")
     unplaced = dict(tensors)
+    given = {n.removeprefix(CALIBRATION): unplaced.pop(n) for n in tensors if n.startswith(CALIBRATION)}
+    held = {} if cache.calibration is None else cache.calibration.tensors()
+    if given.keys() != held.keys() or not all(torch.equal(x.cpu(), held[n]) for n, x in given.items()):
+        raise ValueError("what is stored are codes of another calibration than the cache's")
     position = unplaced.pop("timeline", None)
     by_layer = [{} for _ in layers]
     for name in list(unplaced):

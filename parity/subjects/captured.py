@@ -26,6 +26,8 @@ CONFIGS = {
     "off": (FadeConfig(recent_window=None), False),
     "codes": (FadeConfig(**SMALL, quant_backend="product"), False),
     "codes, padded": (FadeConfig(**SMALL, quant_backend="product"), True),
+    "matched": (FadeConfig(**SMALL, quant_backend="matched"), True),
+    "matched, evict": (FadeConfig(**SMALL, quant_backend="matched", int4_budget=10), False),
     "int4, beams": (FadeConfig(**SMALL), False, 3),
     "int4, int2, evict, padded, beams": (FadeConfig(**SMALL, int4_budget=10, int2_budget=6), True, 3),
     "int4, ending": (FadeConfig(**SMALL), False, 1, 9),

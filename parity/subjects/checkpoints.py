@@ -53,6 +53,10 @@ def collect() -> list[Case]:
     case("tiers", "off", FadeConfig(recent_window=None))
     case("tiers", "keys alone", FadeConfig(**SMALL, middle_v_bits=16))
     case("tiers", "keys alone, evict", FadeConfig(**SMALL, middle_v_bits=16, int4_budget=20, int2_budget=8))
+    case("tiers", "matched", FadeConfig(**SMALL, quant_backend="matched"))
+    case(
+        "tiers", "matched, evict", FadeConfig(**SMALL, quant_backend="matched", int4_budget=9, int2_budget=6)
+    )
     case("tiers", "layers of other widths", FadeConfig(**SMALL, layer_bits={0: (8, 3), 1: (16, 16)}))
     for padding in (0, 13):
         case("tiers", f"codes, {padding} columns of padding", CODED, "tier PQ", padding=padding)

@@ -5,12 +5,14 @@ from unittest import mock
 
 import torch
 
-from fade_fast.cache import store
+from fade_fast.cache.positions import PAD
 from fade_fast.formats import rotated as formats
 from fade_fast.hf import cache as hf_cache
-from fade_fast.kernels import packed, rotated
+from fade_fast.kernels import matched, packed, rotated
 from fade_ref import baselines, quantize
+from fade_ref import matched as matched_spec
 from fade_ref.config import CODECS
+from fade_ref.rope import NOPE
 from fade_ref.rotation import Record, RotatedCodec, key_mean, qr_rotation
 from fade_ref.tiers import INTEGER_TIERS
 
@@ -36,6 +38,11 @@ def collect() -> list[Case]:
             cases.append(
                 Case("codecs", "encode keys and values", f"{bits} bits {name}", run, covers, compiled=True)
             )
+        for dim in DIMS:
+            run = _encoding_matched(bits, dim)
+            covers_it = (f"tier {tier.name}", "codec matched")
+            title = f"matched codes, {bits} bits"
+            cases.append(Case("codecs", title, f"D{dim}", run, covers_it, compiled=dim == 128))
         run = _encoding_prompts(bits)
         cases.append(Case("codecs", "encode prompts", f"{bits} bits", run, covers, compiled=bits == 4))
         for dim in DIMS:
@@ -136,6 +143,39 @@ def _encoding_prompts(bits):
     return run
 
 
+def _encoding_matched(bits, dim):
+    """Nearly all vectors have the specified codes, and the others are as good."""
+
+    def run(found: Found, seed: int):
+        draw = Draw(seed)
+        mix = draw.normal(2, dim, dim) * torch.linspace(0.1, 1, dim, dtype=torch.float64)
+        keys = draw.normal(2, 300, dim) @ mix / dim**0.5 + draw.normal(2, 1, dim)
+        query, values = draw.normal(6, 300, dim) @ mix[0].mT / dim**0.5, draw.normal(2, 300, dim) @ mix.mT
+        moments = matched_spec.measure(query, keys, values, None, NOPE, dim**-0.5, 4)
+        mean, *pair = matched_spec.frame(moments, "still", NOPE)
+        mean = quantize.stored(mean)[:, None]
+        for side, x, own, second in (
+            ("key", keys, mean, pair), ("value", values, None, (moments.values, moments.outputs))
+        ):  # fmt: skip
+            codec = matched_spec.MatchedCodec(bits, matched_spec.matched(*second))
+            wanted = codec.encode(x, own)
+            A, _, V = (m.float().to(found.device) for m in codec.matrices)
+            there = None if own is None else own[None].to(found.device)
+            ours = matched.encode(x[None].float().to(found.device), there, A, V, bits)
+            codes, scale = ours.codes[0].cpu(), ours.scale[0].cpu().double()
+            same = (codes == wanted.codes).all(-1)
+            found.near("vectors differing", 1 - same.double().mean().item(), side)
+            error = (scale - wanted.scale).abs() / wanted.scale.clamp_min(2.0**-14)
+            found.near("scales", error[same].max().item() if same.any() else 0.0, side)
+            damage = [
+                codec.damage(torch.einsum("hij,hnj->hni", codec.matrices.encode, codec.decode(r, own) - x))
+                for r in (Record(codes, scale, None), wanted)
+            ]
+            found.near("damage", (damage[0].sum() / damage[1].sum() - 1).abs().item(), side)
+
+    return run
+
+
 def _as_many(x: torch.Tensor) -> torch.Tensor:
     """Repeat or cut the vectors [2, 3, n, D] to the shape `TOKENS`."""
     return x[:, :, torch.arange(TOKENS[2]) % x.shape[2]].contiguous()
@@ -214,7 +254,8 @@ def _requantize(bits, lower):
             half = [None if x is None else x.half().to(found.device) for x in spec[1:]]
             ours = rotated.Packed(spec.codes.to(found.device), *half)
             names = formats.pack_record(ours, ours)
-            twin = formats.requantize(names, (bits, bits), (lower, lower))
+            quantizers = (rotated.quantize, rotated.quantize)
+            twin = formats.requantize(names, (bits, bits), (lower, lower), quantizers)
             exact = high.requantize(spec, low)
             for side in ("key", "value"):
                 out = formats.unpack_record(twin, side)
@@ -267,7 +308,7 @@ def _mean(found: Found, seed: int):
         x = (draw.normal(2, 3, 4, 50, 64) * scale + torch.linspace(-9, 9, 64)).half()
         position = torch.arange(50).expand(2, 1, 4, -1).masked_fill(draw.chance(0.3, 2, 1, 4, 50), -1)
         position[0, 0, 1] = -1
-        ours = store.key_mean(x.to(found.device), position.to(found.device))
+        ours = rotated.key_mean(x.to(found.device), (position != PAD).to(found.device))
         valid = (position >= 0).expand(-1, 3, -1, -1)
         exact = key_mean(x.masked_fill(~valid[..., None], torch.nan), valid)[..., 0, :]
         found.same("key mean", ours, exact, f"scale {scale}")

@@ -44,6 +44,17 @@ WIDTHS |= {
 }
 WIDTHS["a layer with widths of its own"] = FadeConfig(**SMALL, layer_bits={0: (3, 8)})
 WIDTHS["a layer that is not compressed"] = FadeConfig(**SMALL, int4_budget=8, layer_bits={0: (16, 16)})
+#: Matrices of the matched codec come from `cases.calibrated`.
+MATCHED = {
+    "matched": FadeConfig(**SMALL, quant_backend="matched"),
+    "matched, k2v3": FadeConfig(**SMALL, quant_backend="matched", middle_k_bits=2, middle_v_bits=3),
+    "matched, keys alone": FadeConfig(**SMALL, quant_backend="matched", middle_k_bits=8, middle_v_bits=16),
+    "matched, evict": FadeConfig(**SMALL, quant_backend="matched", int4_budget=10),
+    "matched, int4, int2": FadeConfig(**SMALL, quant_backend="matched", int4_budget=10, int2_budget=None),
+    "matched, original positions": FadeConfig(
+        **SMALL, quant_backend="matched", int4_budget=10, int2_budget=6, positions="original"
+    ),
+}
 #: The middle consists of tokens with product quantization. The codebooks are `cases.codebooks`.
 CODED = {
     "codes": FadeConfig(**SMALL, quant_backend="product"),
@@ -117,6 +128,10 @@ def collect() -> list[Case]:
         tiers = {INTEGER_TIERS[b] for b in (config.middle_k_bits, config.middle_v_bits) if b in INTEGER_TIERS}
         covers = tuple(f"tier {tier.name}" for tier in tiers)
         found.append(Case("life", "widths", name, _trace(config, [30, 1, 1, 18, 3, 1, 1]), covers))
+    for name, config in MATCHED.items():
+        for padding in ((), (0, 7)):
+            where = f"{name}, padded" if padding else name
+            found.append(Case("life", "matched", where, _trace(config, padding=padding), ("codec matched",)))
     for name, config in CODED.items():
         for padding in ((), (0, 11), (3, 6)):
             for dtype in (torch.float64, torch.float32, torch.bfloat16):

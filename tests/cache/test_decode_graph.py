@@ -40,6 +40,11 @@ CONFIGS = {
     "evict, original positions": FadeConfig(**SMALL, int4_budget=10, positions="original"),
     "int4, int2, evict": FadeConfig(**SMALL, int4_budget=10, int2_budget=6),
     "codes": FadeConfig(**SMALL, quant_backend="product"),
+    "matched": FadeConfig(**SMALL, quant_backend="matched"),
+    "matched, evict": FadeConfig(**SMALL, quant_backend="matched", int4_budget=10),
+    "matched, two tiers": FadeConfig(
+        **SMALL, quant_backend="matched", int4_budget=10, int2_budget=6, positions="original"
+    ),
     "off": FadeConfig(recent_window=None),
 }
 CONFIGS |= {

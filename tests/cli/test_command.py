@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ import torch
 import fade_fast
 from fade_fast.cli import command, demo, plots, session
 from fade_fast.cli.command import main
-from fade_fast.hf import codebooks, loading
+from fade_fast.hf import calibration, codebooks, loading
 from fade_fast.kernels import merge, product
 from fade_fast.saved import checkpoint, snapshot, telemetry
+from fade_ref.config import FadeConfig
 
 from ..models import compressed_tokens, generate, prompt, tiny_llama
 from .test_demo import loud_again, one_line, refused, tiny  # noqa: F401
@@ -37,7 +39,8 @@ def test_help_fits_a_screen(command, capsys, monkeypatch):
 
 
 def test_every_command_of_the_issue_is_there(capsys):
-    names = "demo check generate quality memory bench parity inspect plot train-codebook train-policy"
+    names = "demo check generate quality memory bench parity inspect plot calibrate"
+    names += " train-codebook train-policy"
     assert {*command.COMMANDS, *command.PASSED} == set(names.split())
 
 
@@ -206,6 +209,23 @@ def test_what_plot_refuses(saved, tmp_path, capsys):
     assert main(["plot", str(path), "--row", "2"]) == 2
     assert "row 2: from 0 to 1 is possible" in one_line(capsys)
     assert {x.name for x in tmp_path.iterdir()} == {"cache.fade", "events.jsonl", "wrong"}
+
+
+def test_calibrate(tiny, document, tmp_path, capsys):  # noqa: F811
+    """The file serves its model, and is that of the text."""
+    common = ["calibrate", "--model", tiny, "--device", "cpu", "--dtype", "fp32"]
+    for name, more in {"own": [], "text": ["--text", document, "--tokens", "100"]}.items():
+        assert main([*common, "--out", str(tmp_path / name), *more]) == 0
+        assert "2 layers" in capsys.readouterr().out
+    model, tokenizer = loading.load(tiny, "cpu", "fp32")
+    own, text = (calibration.load(tmp_path / name, model) for name in ("own", "text"))
+    assert own.digest != text.digest and text.provenance["tokens"] == 100
+    ids = tokenizer(Path(document).read_text()[:1600], return_tensors="pt").input_ids[:, :100]
+    assert calibration.calibrate(model, ids, [0, 1]).digest == text.digest
+    config = FadeConfig(quant_backend="matched", recent_window=8, block_size=4)
+    assert (
+        fade_fast.create_cache(model, config, calibration=tmp_path / "text").calibration.digest == text.digest
+    )
 
 
 def test_codebooks(tiny, document, tmp_path, capsys):  # noqa: F811

@@ -24,7 +24,8 @@ OFF = FadeConfig(recent_window=None)
 SAFE = FadeConfig(**SMALL)
 #: Keys alone at 8 bits in even layers; odd layers are not compressed.
 BY_LAYER = FadeConfig(**SMALL, layer_bits=lambda layer, layers: (16, 16) if layer % 2 else (8, 16))
-CONFIGS = ("off", "safe", "evicting", "by layer")
+MATCHED = FadeConfig(**SMALL, quant_backend="matched")
+CONFIGS = ("off", "safe", "evicting", "by layer", "matched")
 EQUAL, THEIRS, OURS = "equal", "refused by transformers", "refused"
 
 #: Cells that transformers refuses with its own DynamicCache: (family, mode), and the text of the error.
@@ -58,7 +59,7 @@ def configs(family: Family) -> dict[str, FadeConfig]:
         positions = "original" if family.renumbers else None
         served["evicting"] = FadeConfig(**SMALL, int4_budget=8, positions=positions)
     if family.name == "Llama":
-        served["by layer"] = BY_LAYER
+        served["by layer"], served["matched"] = BY_LAYER, MATCHED
     return served
 
 

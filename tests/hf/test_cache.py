@@ -8,7 +8,6 @@ import torch
 from transformers import FalconConfig, FalconForCausalLM, T5Config, T5ForConditionalGeneration
 
 import fade_fast
-from fade_fast.cache import store
 from fade_fast.cache.buffers import copy_all, take_rows
 from fade_fast.cache.positions import PAD
 from fade_fast.hf.attention import NAME
@@ -207,12 +206,12 @@ def test_means_do_not_depend_on_how_many_are_taken_at_once(at_once, monkeypatch)
     keys = torch.randn(2, 3, 41, 16, 8, generator=draw).bfloat16()
     position = torch.where(torch.rand(2, 1, 41, 16, generator=draw) < 0.3, PAD, 5)
     position[0, 0, 3] = PAD
-    monkeypatch.setattr(store, "ELEMENTS_SUMMED", at_once)
-    real = (position != PAD)[..., None]
-    exact = keys.double().masked_fill(~real, 0).sum(-2) / real.sum(-2).clamp_min(1)
-    assert torch.equal(store.key_mean(keys, position), exact.half())
-    assert torch.equal(store.key_mean(keys, None), keys.double().mean(-2).half())
-    assert store.key_mean(keys[:, :, :0], None).shape == (2, 3, 0, 8)
+    monkeypatch.setattr(rotated, "ELEMENTS_SUMMED", at_once)
+    real = position != PAD
+    exact = keys.double().masked_fill(~real[..., None], 0).sum(-2) / real.sum(-1, keepdim=True).clamp_min(1)
+    assert torch.equal(rotated.key_mean(keys, real), exact.half())
+    assert torch.equal(rotated.key_mean(keys, None), keys.double().mean(-2).half())
+    assert rotated.key_mean(keys[:, :, :0], None).shape == (2, 3, 0, 8)
 
 
 def test_more_rows_have_room_for_longer_chunks(uncompiled_kernels, monkeypatch):

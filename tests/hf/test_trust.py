@@ -8,8 +8,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fade_fast
-from fade_fast.cache import append_store, budget_store, buffers, dense, layer, store
+from fade_fast.cache import budget_store, buffers, dense, layer, store
 from fade_fast.formats import base
+from fade_fast.formats.base import Format
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.kernels import product, rotated
 from fade_ref.config import FadeConfig
@@ -55,8 +56,7 @@ PLACES = [
     (product, "encode"),
     (buffers.Buffers, "reserve"),
     (buffers.Buffers, "removal"),
-    (append_store, "key_mean"),
-    (budget_store, "key_mean"),
+    (Format, "key_means"),
     (budget_store, "take"),
     (dense, "rotate"),
     (budget_store.BudgetStore, "_renumber"),

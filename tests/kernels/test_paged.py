@@ -72,7 +72,7 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torc
 
 
 def both(args, options, pages, seed=0):
-    """Outputs and probabilities of pages equal those of their tokens, up to rounding. Returns the output."""
+    """Outputs and probabilities of pages and of their content agree up to rounding; returns the output."""
     expected, counted = check(args, options)
     query, keys = args[0], args[1]
     wide = torch.promote_types(query.dtype, torch.float32)

@@ -1,0 +1,52 @@
+"""Calibrate a model for the codec "matched" on a text, and write a file.
+
+Caches with `FadeConfig(quant_backend="matched")` use it.
+"""
+
+import argparse
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..hf import calibration
+from ..hf.calibration_text import TEXT
+from ..hf.loading import LoadError, load, quiet
+from ..hf.models import text_config
+from . import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fade calibrate`."""
+    options.add_model(parser)
+    parser.add_argument(
+        "--text", type=options.text_file, metavar="FILE", help="UTF-8 text (default: built in)"
+    )
+    parser.add_argument("--out", type=options.writable, required=True, metavar="FILE", help="safetensors")
+    parser.add_argument(
+        "--tokens",
+        type=options.positive,
+        default=calibration.TOKENS,
+        metavar="N",
+        help=f"tokens of the text (default: {calibration.TOKENS})",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Calibrate the model and write the file."""
+    quiet()
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    text = (args.text or TEXT)[: args.tokens * 16]  # enough characters for every tokenizer
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens]
+    layers = DynamicCache(config=text_config(model)).layers
+    full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    try:
+        found = calibration.calibrate(model, ids, full)
+    except ValueError as error:
+        raise LoadError(str(error)) from error
+    found.save(args.out)
+    size = args.out.stat().st_size / 2**20
+    print(f"{args.out}: {size:.2f} MiB, {len(full)} layers, from {ids.shape[1]} tokens")
+    tables = found.tables("block", 64, torch.device("cpu"))
+    held = sum(x.nbytes for mean, *sides in tables.values() for side in sides for x in side)
+    print(f"tables in memory, shared by all caches of the model: {held / 2**20:.2f} MiB")

@@ -1,0 +1,86 @@
+"""The `matched` format: codes whose matrices fit the keys and queries of a model; see `fade_ref.matched`."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..kernels import matched, rotated
+from ..kernels.matched import Matrices
+from ..kernels.rope import RoPE, rotate
+from .rotated import RotatedFormat, RotatedTier, pack_record, requantize
+
+#: Mean of the keys [H, D] float32, and matrices of keys and of values, on a device.
+Tables = tuple[Tensor, Matrices, Matrices]
+
+
+class MatchedTier(RotatedTier):
+    """Symmetric codes of `bits` = (keys, values), with one scale per vector."""
+
+    has_zero = False
+
+    def __init__(self, bits, matrices: tuple[Matrices, Matrices], tier, dtype):
+        super().__init__(bits, matrices[0].decode, tier, dtype)
+        self.matrices = matrices
+
+    @property
+    def value_matrix(self):
+        return self.matrices[1].decode
+
+    def encode(self, keys, values, mean, recurs):
+        return pack_record(*matched.encode_both(keys, values, mean, self.matrices, self.bits, recurs))
+
+    def requantize(self, fields, source):
+        quantize = [
+            lambda y, bits, side=side: matched.quantize(y, side.feedback, bits) for side in self.matrices
+        ]
+        return requantize(fields, source.bits, self.bits, quantize)
+
+
+class MatchedFormat(RotatedFormat):
+    """One or two tiers of the `matched` codec.
+
+    Args:
+        widths: of keys and values in each tier, finest first; none where the layer is not compressed.
+        tables: `(device)` -> the tables of this layer. All caches of a model share them.
+        rope: how the model rotates the keys of this layer, where the mean follows the positions of a block;
+            None where one mean serves all tokens.
+    """
+
+    def __init__(
+        self,
+        widths: list[tuple[int, int]],
+        tables: Callable[[torch.device], Tables],
+        rope: Callable[[], RoPE] | None,
+    ):
+        super().__init__(widths, lambda dim, device: None)
+        self._of_device, self.rope = tables, rope
+
+    def check(self, head_dim, layer):
+        super().check(head_dim, layer)
+        mean, *_ = self._of_device(torch.device("cpu"))
+        if mean.shape[-1] != head_dim:
+            raise ValueError(
+                f"layer {layer} has keys of {head_dim} channels, its calibration is for {mean.shape[-1]}"
+            )
+
+    def allocate(self, head_dim, dtype, device):
+        self.mean, *matrices = self._of_device(device)
+        keys, values = matrices
+        self.table, self.value_table = keys.decode_and_sum, values.decode
+        self.matrices = keys, values
+        self._tiers = [MatchedTier(bits, (keys, values), code, dtype) for bits, code in self._coded_widths()]
+
+    def tensors(self):
+        if self.table is None:
+            return []
+        sides = (x for side in self.matrices for x in (side.encode, side.decode_and_sum, side.feedback))
+        return [self.mean, *sides]
+
+    def key_means(self, keys, position, real):
+        if self.rope is None:
+            means = self.mean.clamp(-rotated.LARGEST, rotated.LARGEST).half()[None, :, None]
+            return means.expand(len(keys), -1, keys.shape[2], -1).contiguous()
+        batch, heads, groups, length, dim = keys.shape
+        still = self.mean[None, :, None, None].expand(len(position), -1, groups, length, -1)
+        return rotated.key_mean(rotate(still, position, *self.rope()), real).expand(batch, -1, -1, -1)

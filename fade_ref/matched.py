@@ -1,0 +1,344 @@
+"""The matched codec: each KV head has matrices that match its keys to the queries that read them.
+
+A score is q.k, so an error of a key matters as much as queries see it. Two second moments are measured once
+for a model: S of the keys (or values), and M of the vectors that multiply them. The codec then stores
+y = A (x - mean), and attention multiplies codes by A^-T q. Three ideas make the codes good:
+
+- **Matching.** A makes both moments diagonal and equal, so no direction is more exposed than another. Then a
+  random rotation spreads every vector evenly.
+- **A mean that knows RoPE.** The mean of the keys before RoPE, rotated to the positions of a block, is a
+  function of the positions alone. `Frame` names the cases.
+- **Feedback.** Channels are rounded in order. Each one makes up for the errors of the channels before it, as
+  seen through M (GPTQ, arXiv 2210.17323, does this for weights; here each vector is alone).
+
+Codes are symmetric, with one fp16 scale for each vector. All reals are float64.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import quantize
+from .rope import NOPE, Rope, rotate  # noqa: F401 - callers of `measure` need NOPE
+from .rotation import Record, qr_rotation
+from .tiers import INTEGER_TIERS, packed_bytes
+
+#: Distance between evenly spaced levels of N(0, 1) with the least squared error, by bits.
+STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
+FACTORS = (0.75, 0.9, 1.0, 1.15, 1.35)  # scales that the encoder tries, relative to that of `STEPS`
+SHRINK = 0.1  # how far moments are drawn to their diagonals: they are measured on a few hundred tokens
+RIDGE = 1e-4  # added to the diagonals, relative to their mean
+WHITEN = 0.4  # extra whitening, which feedback turns into accuracy
+SPAN = 2048  # keys and queries are assumed at random positions below it
+BLOCK = 64  # positions that share a mean
+
+#: How keys reach the codec: after RoPE, less the mean of each block of positions; after RoPE, less one mean;
+#: before RoPE, less one mean.
+FRAMES = ("block", "moved", "still")
+
+
+class Moments(NamedTuple):
+    """What calibration knows of one layer; H KV heads of D channels.
+
+    Keys and queries are before RoPE. `keys` is centered on `mean`, `values` are not centered.
+    """
+
+    mean: Tensor  # [H, D], of the keys
+    keys: Tensor  # [H, D, D]
+    queries: Tensor  # [H, D, D], of the queries of a head's group, scaled as scores are
+    values: Tensor  # [H, D, D]
+    outputs: Tensor  # [H, D, D], of the rows of the output projection that read a head's group
+
+
+def measure(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output: Tensor | None,
+    rope: Rope,
+    scaling: float,
+    n_sink: int,
+) -> Moments:
+    """Moments of one layer from the vectors of a text whose tokens stand at positions 0 to n - 1.
+
+    Half of the weight of a token is even, and half follows attention: a key and its value count as much as
+    they are attended, a query as much as it attends to keys that are not sinks.
+
+    Args:
+        query: [Hq, n, D]; keys, values: [H, n, D], all after RoPE. Hq / H query heads read a KV head.
+        output: [hidden, Hq * D], the output projection. None: all channels count alike.
+        rope: how the vectors were rotated. `NOPE`: not at all, or in an unknown way; then moments are those
+            of the vectors as they are.
+        scaling: of the scores. n_sink: first tokens, which are never encoded.
+
+    Raises `ValueError` if there are no tokens beside the sinks.
+    """
+    (heads, n, dim), group = keys.shape, query.shape[0] // keys.shape[0]
+    if n <= n_sink:
+        raise ValueError(f"{n} tokens: more than the {n_sink} sinks are needed")
+    query, keys, values = (x.double() for x in (query, keys, values))
+    query = scaling * query.unflatten(0, (heads, group))
+    hidden = torch.ones(n, n, dtype=torch.bool, device=keys.device).triu(1)
+    shares = torch.einsum("hgid,hjd->hgij", query, keys).masked_fill(hidden, -torch.inf).softmax(-1)
+    shares = shares[..., n_sink:, n_sink:]
+    received, given = _half(shares.mean(1).sum(1)), _half(shares.sum(-1).flatten(1))
+    at = torch.arange(n_sink, n, device=keys.device)
+    still, asked = rotate(keys[:, n_sink:], -at, rope), rotate(query[:, :, n_sink:], -at, rope).flatten(1, 2)
+    mean = still.mean(1)
+    if output is None:
+        outputs = torch.eye(dim, dtype=torch.float64, device=keys.device).expand(heads, -1, -1)
+    else:
+        rows = output.double().unflatten(1, (heads, group, dim))
+        outputs = torch.einsum("ohgd,ohge->hde", rows, rows) / group
+    return Moments(
+        mean, _second(still - mean[:, None], received), _second(asked, given),
+        _second(values[:, n_sink:], received), outputs,
+    )  # fmt: skip
+
+
+def mean_of(texts: list[Moments]) -> Moments:
+    """Moments over several texts of the same length."""
+    mean, keys, *rest = (torch.stack(x).mean(0) for x in zip(*texts))
+    apart = torch.stack([m.mean - mean for m in texts])
+    return Moments(mean, keys + torch.einsum("thi,thj->hij", apart, apart) / len(texts), *rest)
+
+
+def _half(weight: Tensor) -> Tensor:
+    """Weights [H, n] of mean 1, half of them even."""
+    return 0.5 + 0.5 * weight / weight.mean(-1, keepdim=True)
+
+
+def _second(x: Tensor, weight: Tensor) -> Tensor:
+    """Weighted second moment [H, D, D] of x [H, n, D]."""
+    return (x * weight[..., None]).mT @ x / x.shape[1]
+
+
+# -- moments at other positions
+
+
+def _pairs(rope: Rope, dim: int) -> tuple[Tensor, Tensor]:
+    """A unitary T [D, D] and frequencies [D], such that R(p) x = T^H (exp(i frequency p) * T x)."""
+    inv_freq = rope.inv_freq.double()
+    d, eye = 2 * len(inv_freq), torch.eye(dim, dtype=torch.float64, device=inv_freq.device)
+    a, b = (eye[0:d:2], eye[1:d:2]) if rope.interleaved else (eye[: d // 2], eye[d // 2 : d])
+    rows = torch.cat((torch.complex(a, b), torch.complex(a, -b))) / math.sqrt(2)
+    return torch.cat((rows, eye[d:].to(rows.dtype))), torch.cat((inv_freq, -inv_freq, eye.new_zeros(dim - d)))
+
+
+def _average(frequency: Tensor, span: int, step: int = 1) -> Tensor:
+    """Mean of exp(i frequency p) over p = 0, step, 2 step, ... below `span`: a geometric sum."""
+    count, half = -(-span // step), frequency * (step / 2)
+    still = half.sin().abs() < 1e-12  # a frequency that the steps do not see
+    size = torch.where(still, 1.0, (count * half).sin() / (count * half.sin().where(~still, 1.0)))
+    return torch.polar(size.abs(), (count - 1) * half + torch.where(size < 0, math.pi, 0.0))
+
+
+def at_random_positions(moment: Tensor, rope: Rope, span: int, step: int = 1) -> Tensor:
+    """Second moment [H, D, D] of R(p) x, p random among 0, step, ... below `span`, from that of x."""
+    turn, frequency = _pairs(rope, moment.shape[-1])
+    inside = (turn @ moment.to(turn.dtype) @ turn.mH) * _average(frequency[:, None] - frequency, span, step)
+    return (turn.mH @ inside @ turn).real
+
+
+def mean_at(mean: Tensor, rope: Rope, span: int) -> Tensor:
+    """Mean [H, D] of R(p) mean over positions p below `span`."""
+    turn, frequency = _pairs(rope, mean.shape[-1])
+    return ((mean.to(turn.dtype) @ turn.mT * _average(frequency, span)) @ turn.conj()).real
+
+
+def frame(
+    moments: Moments, kind: str, rope: Rope, block: int = BLOCK, span: int = SPAN
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [H, D] that the frame `kind` subtracts, and moments of centered keys and of queries, [H, D, D].
+
+    In the frame "block" the mean is that before RoPE: `block_mean` takes it to a block of `block` positions.
+    Keys and queries are at random positions below `span`. In the frame "still" queries are at random
+    distances from the keys.
+    """
+    if kind not in FRAMES:
+        raise ValueError(f"frame {kind!r}: one of {', '.join(FRAMES)} is allowed")
+    mean = moments.mean
+    queries = at_random_positions(moments.queries, rope, span)
+    if kind == "still":
+        return mean, moments.keys, queries
+    outer = lambda x: x.unsqueeze(-1) * x.unsqueeze(-2)  # noqa: E731
+    keys = at_random_positions(moments.keys + outer(mean), rope, span)
+    if kind == "moved":
+        one = mean_at(mean, rope, span)
+        return one, keys - outer(one), queries
+    of_blocks = at_random_positions(outer(mean_at(mean, rope, block)), rope, max(span, block), block)
+    return mean, keys - of_blocks, queries
+
+
+def block_mean(mean: Tensor, position: Tensor, rope: Rope) -> Tensor:
+    """The mean of a block of keys, fp16 values as float64 [H, D], from that before RoPE [H, D].
+
+    `position` is int64 [n]: the positions of the real tokens of the block. Without any, the mean is 0.
+    """
+    if not len(position):
+        return torch.zeros_like(mean, dtype=torch.float64)
+    turned = rotate(mean.double()[:, None].expand(-1, len(position), -1), position, rope)
+    return quantize.stored(turned.mean(1))
+
+
+# -- matrices
+
+
+class Matrices(NamedTuple):
+    """Matrices of one side (keys or values) of one layer, [H, D, D] each."""
+
+    encode: Tensor  # A: y = A (x - mean) has variance 1 in each channel
+    decode: Tensor  # A^-1
+    feedback: Tensor  # V, lower triangular: |V e|^2 is the damage that an error e of y does
+
+
+def power(moment: Tensor, exponent: float) -> Tensor:
+    """A power of symmetric positive matrices [..., D, D]."""
+    value, vector = torch.linalg.eigh(moment)
+    value = value.clamp_min(1e-12 * value.amax(-1, keepdim=True).clamp_min(1e-300))
+    return (vector * value.pow(exponent).unsqueeze(-2)) @ vector.mT
+
+
+def shrunk(moment: Tensor) -> Tensor:
+    """A moment drawn to its diagonal, and made positive definite."""
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    ridge = (RIDGE * diagonal.mean(-1, keepdim=True)).clamp_min(1e-30).expand_as(diagonal)
+    return (1 - SHRINK) * moment + torch.diag_embed(SHRINK * diagonal + ridge)
+
+
+def matched(S: Tensor, M: Tensor, seed: int = 0) -> Matrices:
+    """Matrices for vectors of second moment S [H, D, D] that are multiplied by vectors of moment M.
+
+    With R the root of the geometric mean of S^-1 and M, the moments R S R and R^-1 M R^-1 are equal. The
+    eigenvectors of R S R make them diagonal. Part of the remaining spread is whitened (`WHITEN`), and the
+    seeded rotation of the rotated codec mixes the channels.
+    """
+    S, M = shrunk(S), shrunk(M)
+    root, inverse = power(S, 0.5), power(S, -0.5)
+    R = power(inverse @ power(root @ M @ root, 0.5) @ inverse, 0.5)
+    spread, U = torch.linalg.eigh(R @ S @ R)
+    spread = spread.clamp_min(1e-12 * spread.amax(-1, keepdim=True).clamp_min(1e-300))
+    P = qr_rotation(S.shape[-1], seed).to(S.device)
+    A = P @ (spread.pow(-WHITEN / 2).unsqueeze(-1) * U.mT) @ R
+    A = A / (A @ S @ A.mT).diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()[:, None, None]
+    back = torch.linalg.inv(A)
+    W = back.mT @ M @ back
+    V = torch.linalg.cholesky(((W + W.mT) / 2).flip(-1, -2)).mT.flip(-1, -2)
+    return Matrices(A, back, V)
+
+
+# -- codes
+
+
+@dataclass(frozen=True, eq=False)
+class MatchedCodec:
+    """Vectors of H heads as records of `bits` bits per channel and one scale.
+
+    Raises `ValueError` for other widths, and for a head_dim that does not fill whole bytes.
+    """
+
+    bits: int
+    matrices: Matrices
+
+    def __post_init__(self):
+        if self.bits not in INTEGER_TIERS:
+            raise ValueError(f"bits={self.bits!r}: one of {tuple(INTEGER_TIERS)} is allowed")
+        packed_bytes(self.bits, self.head_dim)
+
+    @property
+    def head_dim(self) -> int:
+        return self.matrices.encode.shape[-1]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one vector: packed codes and an fp16 scale."""
+        return packed_bytes(self.bits, self.head_dim) + 2
+
+    def encode(self, x: Tensor, mean: Tensor | None = None) -> Record:
+        """The record of x [H, ..., D] less `mean` (broadcast to x)."""
+        x = quantize.finite(x)
+        return self._encode_rotated(self._each(self.matrices.encode, x if mean is None else x - mean))
+
+    def decode(self, record: Record, mean: Tensor | None = None) -> Tensor:
+        """Undo `encode`: float64 [H, ..., D]; `mean` is added back."""
+        x = self._each(self.matrices.decode, self._decode_rotated(record))
+        return x if mean is None else x + mean
+
+    def requantize(self, record: Record, other: "MatchedCodec") -> Record:
+        """`record` in the codec `other`, which must have the same matrices."""
+        if self.matrices is not other.matrices:
+            raise ValueError("requantize needs two codecs with the same matrices")
+        return other._encode_rotated(self._decode_rotated(record))
+
+    def levels(self, record: Record) -> Tensor:
+        """The numbers that the scale applies to, code less center: [..., D]."""
+        return self._centered(quantize.unpack(record.codes, self.bits, self.head_dim))
+
+    def rotate_query(self, query: Tensor) -> Tensor:
+        """Queries [Hq, q, D] as they are multiplied with rotated keys: A^-T q."""
+        return self._by_group(self.matrices.decode.mT, query)
+
+    def rotate_back(self, x: Tensor) -> Tensor:
+        """Sums of rotated values [Hq, q, D] as sums of values: A^-1 x."""
+        return self._by_group(self.matrices.decode, x)
+
+    def _by_group(self, matrix: Tensor, x: Tensor) -> Tensor:
+        """The matrix of each KV head times the vectors of its query heads, [Hq, q, D]."""
+        return self._each(matrix, x.unflatten(0, (matrix.shape[0], -1))).flatten(0, 1)
+
+    def damage(self, error: Tensor) -> Tensor:
+        """|V e|^2 of errors e of rotated vectors [H, ..., D]: [H, ...]."""
+        return self._each(self.matrices.feedback, error).square().sum(-1)
+
+    @staticmethod
+    def _each(matrix: Tensor, x: Tensor) -> Tensor:
+        """matrix [H, D, D] times every vector of x [H, ..., D]."""
+        return torch.einsum("hij,h...j->h...i", matrix, x)
+
+    def round(self, unit: Tensor) -> Tensor:
+        """Codes uint8 of vectors in units of the level distance, [H, ..., D].
+
+        Channel i is rounded after the errors e_j of the channels j < i were added: the damage is the sum of
+        V_ii^2 (e_i + sum_j V_ij / V_ii e_j)^2, and the code of channel i can make its own term small.
+        """
+        V, top = self.matrices.feedback, 2**self.bits - 1
+        weight = V / V.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        codes, error = torch.zeros_like(unit), torch.zeros_like(unit)
+        for i in range(unit.shape[-1]):
+            wanted = unit[..., i] + torch.einsum("hj,h...j->h...", weight[:, i, :i], error[..., :i])
+            codes[..., i] = torch.round(wanted + top / 2).clamp(0, top)
+            error[..., i] = unit[..., i] - (codes[..., i] - top / 2)
+        return codes.to(torch.uint8)
+
+    def _encode_rotated(self, y: Tensor) -> Record:
+        """Codes with the scale of `FACTORS` that does the least damage; the first of equal ones.
+
+        The stored scale makes the vector unbiased in the metric of V, <Vy, V decoded> = |Vy|^2, as in the
+        rotated codec. It stays within a factor of 2 of the scale that was tried. A zero vector has scale 0.
+        """
+        size = y.square().mean(-1).sqrt() * STEPS[self.bits]
+        best = codes = tried = None
+        for factor in FACTORS:
+            scale = size * factor
+            found = self.round(y / scale.where(scale > 0, 1.0).unsqueeze(-1))
+            damage = self.damage(y - scale.unsqueeze(-1) * self._centered(found))
+            if best is None:
+                best, codes, tried = damage, found, scale
+            better = damage < best
+            best, tried = damage.where(better, best), scale.where(better, tried)
+            codes = found.where(better.unsqueeze(-1), codes)
+        Vy, Vz = (self._each(self.matrices.feedback, v) for v in (y, self._centered(codes)))
+        aligned = (Vy * Vz).sum(-1)
+        scale = (Vy * Vy).sum(-1) / aligned.where(aligned > 0, 1.0)
+        scale = scale.where(aligned > 0, tried).clamp(tried / 2, tried * 2)
+        return Record(quantize.pack(codes, self.bits), quantize.stored(scale), None)
+
+    def _centered(self, codes: Tensor) -> Tensor:
+        return codes.double() - (2**self.bits - 1) / 2
+
+    def _decode_rotated(self, record: Record) -> Tensor:
+        codes = quantize.unpack(record.codes, self.bits, self.head_dim)
+        return record.scale.double().unsqueeze(-1) * self._centered(codes)

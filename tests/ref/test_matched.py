@@ -1,0 +1,193 @@
+"""The matched codec: moments at other positions, matching matrices, feedback rounding, unbiased scales."""
+
+import pytest
+import torch
+
+from fade_ref import attention, matched
+from fade_ref.rope import NOPE, Rope, rotate
+from fade_ref.rotation import RotatedCodec, qr_rotation
+
+from ..marks import slow_but
+
+WIDTHS = (8, 4, 3, 2)
+ROPES = {
+    "halves": Rope(10_000.0 ** (-torch.arange(0, 16, 2) / 16).double()),
+    "interleaved": Rope(100.0 ** (-torch.arange(0, 16, 2) / 16).double(), interleaved=True),
+    "a part": Rope(50.0 ** (-torch.arange(0, 6, 2) / 6).double()),
+    "none": NOPE,
+}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def text(seed=0, heads=2, group=2, n=60, dim=16):
+    """Queries, keys and values of a text, with channels of different strength and an offset of the keys."""
+    mix = normal(heads, dim, dim, seed=seed) * torch.linspace(0.1, 2, dim)
+    keys = normal(heads, n, dim, seed=seed + 1) @ mix + 3 * normal(heads, 1, dim, seed=seed + 2)
+    query = (normal(heads, group * n, dim, seed=seed + 3) @ mix.mT).reshape(heads * group, n, dim)
+    return query, keys, normal(heads, n, dim, seed=seed + 4) @ mix.mT
+
+
+def moments(seed=0, rope=NOPE, **shape) -> matched.Moments:
+    query, keys, values = text(seed, **shape)
+    output = normal(40, query.shape[0] * query.shape[2], seed=seed + 5)
+    return matched.measure(query, keys, values, output, rope, query.shape[2] ** -0.5, 4)
+
+
+def second(x):
+    return x.mT @ x / x.shape[-2]
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_moments_at_random_positions(name):
+    """The closed forms equal sums over all positions."""
+    rope, span, block = ROPES[name], 96, 32
+    x = normal(2, 9, 16) + normal(2, 1, 16, seed=1)
+    everywhere = torch.stack([rotate(x, p, rope) for p in range(span)], dim=1)  # [H, span, n, D]
+    found = matched.at_random_positions(second(x), rope, span)
+    torch.testing.assert_close(found, second(everywhere.flatten(1, 2)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(matched.mean_at(x.mean(1), rope, span), everywhere.mean((1, 2)))
+    known = moments(rope=rope)._replace(mean=x.mean(1), keys=second(x - x.mean(1, keepdim=True)))
+    mean, keys, _ = matched.frame(known, "block", rope, block, span)
+    own = [matched.block_mean(mean, torch.arange(i, i + block), rope) for i in range(0, span, block)]
+    centered = everywhere - torch.stack(own, dim=1).repeat_interleave(block, dim=1)[:, :, None]
+    torch.testing.assert_close(keys, second(centered.flatten(1, 2)), rtol=1e-3, atol=1e-3)  # fp16 means
+    one, keys, _ = matched.frame(known, "moved", rope, block, span)
+    torch.testing.assert_close(keys, second((everywhere - one[:, None, None]).flatten(1, 2)))
+    mean, keys, _ = matched.frame(known, "still", rope, block, span)
+    torch.testing.assert_close(keys, known.keys)
+
+
+def test_measured_moments_are_before_rope():
+    """A text that is moved as a whole has the same moments: scores depend on distances alone."""
+    rope = ROPES["halves"]
+    query, keys, values = text()
+    at = torch.arange(60)
+    turned = [rotate(x, at, rope) for x in (query, keys)]
+    found = matched.measure(*turned, values, None, rope, 0.25, 4)
+    still = keys[:, 4:] - keys[:, 4:].mean(1, keepdim=True)
+    torch.testing.assert_close(found.mean, keys[:, 4:].mean(1))
+    # Between the moment of all tokens and twice that: half of the weights is even.
+    assert (torch.linalg.eigvalsh(found.keys - 0.5 * second(still)) > -1e-9).all()
+    assert torch.equal(found.outputs, torch.eye(16).double().expand(2, -1, -1))
+    with pytest.raises(ValueError, match="more than the 4 sinks"):
+        matched.measure(query[:, :4], keys[:, :4], values[:, :4], None, rope, 0.25, 4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_matrices_match_both_moments(seed):
+    known = moments(seed)
+    S, M = matched.shrunk(known.keys), matched.shrunk(known.queries)
+    A, back, V = matched.matched(known.keys, known.queries)
+    eye = torch.eye(16, dtype=torch.float64)
+    torch.testing.assert_close(A @ back, eye.expand(2, -1, -1), rtol=0, atol=1e-9)
+    assert torch.equal(V, V.tril())
+    torch.testing.assert_close(V.mT @ V, back.mT @ M @ back, rtol=1e-9, atol=1e-9)
+    P = qr_rotation(16)
+    both = [P.T @ x @ P for x in (A @ S @ A.mT, back.mT @ M @ back)]
+    torch.testing.assert_close(both[0].diagonal(dim1=-2, dim2=-1).mean(-1), torch.ones(2).double())
+    for x in both:  # diagonal, before the rotation mixes the channels
+        off = x - torch.diag_embed(x.diagonal(dim1=-2, dim2=-1))
+        assert off.abs().max() < 1e-8 * x.abs().max()
+
+
+def codec(bits, seed=0, **shape):
+    known = moments(seed, **shape)
+    mean, *pair = matched.frame(known, "still", NOPE)
+    return matched.MatchedCodec(bits, matched.matched(*pair)), text(seed, **shape)[1], mean[:, None]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_feedback_does_less_damage(bits):
+    """Than rounding to the nearest level, and than the rotated codec in more bytes."""
+    subject, keys, mean = codec(bits, n=400)
+    record = subject.encode(keys, mean)
+    A = subject.matrices.encode
+    y = torch.einsum("hij,hnj->hni", A, keys - mean)
+    damage = subject.damage(y - subject._decode_rotated(record)).mean()
+    unit = y.square().mean(-1, keepdim=True).sqrt() * matched.STEPS[bits]
+    top = (2**bits - 1) / 2
+    nearest = ((y / unit + top).round().clamp(0, 2 * top) - top) * unit
+    assert damage < 0.8 * subject.damage(y - nearest).mean()
+    other = RotatedCodec(bits, 16, qr_rotation(16))
+    lost = keys - other.decode(other.encode(keys, mean), mean)
+    assert damage < 0.7 * subject.damage(torch.einsum("hij,hnj->hni", A, lost)).mean()
+    assert subject.bytes_per_token == 2 * bits + 2 <= other.bytes_per_token
+
+
+@pytest.mark.parametrize("bits", slow_but(WIDTHS, 2))
+def test_each_channel_makes_up_for_those_before_it(bits):
+    """No other code of a channel would make its own term of the damage smaller."""
+    subject, _, _ = codec(bits)
+    unit = normal(2, 7, 16) * 2**bits / 4
+    codes = subject.round(unit)
+    V, top = subject.matrices.feedback, 2**bits - 1
+    error = unit - (codes.double() - top / 2)
+    for i in range(16):
+        before = torch.einsum("hj,hnj->hn", V[:, i, :i], error[..., :i])
+        term = (before + V[:, i, i, None] * error[..., i]).abs()
+        for code in range(top + 1):
+            other = (before + V[:, i, i, None] * (unit[..., i] - (code - top / 2))).abs()
+            assert (term <= other + 1e-9).all()
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_scales_are_unbiased(bits):
+    subject, keys, mean = codec(bits, n=200)
+    y = torch.einsum("hij,hnj->hni", subject.matrices.encode, keys - mean)
+    record = subject._encode_rotated(y)
+    Vy, Vz = (torch.einsum("hij,hnj->hni", subject.matrices.feedback, v) for v in (
+        y, subject._decode_rotated(record)
+    ))  # fmt: skip
+    bias = (Vy * Vz).sum(-1) / (Vy * Vy).sum(-1)
+    free = (bias - 1).abs() < 2e-3  # fp16; the others have met the limit of the scale
+    assert free.float().mean() > 0.97
+    zero = subject.encode(torch.zeros(2, 3, 16))
+    assert (zero.scale == 0).all() and (subject.decode(zero) == 0).all()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        subject.encode(torch.full((2, 3, 16), torch.inf))
+    with pytest.raises(ValueError, match="bits=5"):
+        matched.MatchedCodec(5, subject.matrices)
+
+
+@pytest.mark.parametrize("high, low", [(8, 4), (4, 2), (3, 2)])
+def test_requantizing_stays_in_the_rotated_domain(high, low):
+    first, keys, mean = codec(high)
+    second_ = matched.MatchedCodec(low, first.matrices)
+    record = first.requantize(first.encode(keys, mean), second_)
+    again = second_.encode(first.decode(first.encode(keys, mean)))
+    assert torch.equal(record.codes, again.codes)
+    torch.testing.assert_close(record.scale, again.scale, rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match="same matrices"):
+        first.requantize(record, codec(low, seed=1)[0])
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_attention_on_codes_equals_attention_on_decoded_keys(bits):
+    subject, keys, mean = codec(bits)
+    values = matched.MatchedCodec(bits, matched.matched(*moments()[3:]))
+    records = subject.encode(keys, mean), values.encode(text()[2])
+    query, at = text(seed=9)[0][:, -3:], torch.arange(60)
+    terms = attention.Terms(0.25, softcap=20.0)
+    decoded = subject.decode(records[0], mean), values.decode(records[1])
+    expected = attention.over_tensors(query, *decoded, at[-3:], at, terms)
+    found = attention.over_codes(query, *records, mean, (subject, values), at[-3:], at, terms)
+    for x, y in zip(found, expected):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+def test_means_over_texts():
+    """Of two texts: the moments of both together, if all tokens count alike."""
+    texts = [moments(seed)._replace(keys=second(x - x.mean(1, keepdim=True)), mean=x.mean(1))
+             for seed in (0, 7) for x in [text(seed)[1]]]  # fmt: skip
+    both = torch.cat([text(0)[1], text(7)[1]], dim=1)
+    found = matched.mean_of(texts)
+    torch.testing.assert_close(found.mean, both.mean(1))
+    torch.testing.assert_close(found.keys, second(both - both.mean(1, keepdim=True)))
+
+
+def test_unknown_frames_are_refused():
+    with pytest.raises(ValueError, match="frame 'turned'"):
+        matched.frame(moments(), "turned", NOPE)
