@@ -12,7 +12,7 @@ from fade_fast.cache.buffers import copy_all, take_rows
 from fade_fast.cache.positions import PAD
 from fade_fast.hf.attention import NAME
 from fade_fast.hf.models import CACHE_NAME
-from fade_fast.kernels import packed
+from fade_fast.kernels import packed, rotated
 from fade_fast.policies import plan
 from fade_ref.config import POLICIES, FadeConfig
 
