@@ -24,8 +24,8 @@ class Memory:
         dense: bytes that `DynamicCache` would hold for the same logical tokens.
         tokens: tokens by tier, "EVICTED" included, summed over the batch, of one tiered layer (the mean over
             layers where they differ).
-        tables: the part of `allocated` that does not grow with the text: rotations, matrices and codebooks. All
-            caches of a model with one calibration share its matrices.
+        tables: the part of `allocated` that does not grow with the text: rotations, matrices and codebooks.
+            All caches of a model with one calibration share its matrices.
     """
 
     allocated: int
