@@ -81,6 +81,7 @@ def check_model(
     *,
     length: int = 8192,
     codebooks=None,
+    calibration=None,
 ) -> ModelCheck:
     """Predict the result of `create_cache(model, config)`. The model is left unchanged.
 
@@ -91,7 +92,7 @@ def check_model(
             weights is built on the CPU, which is practical for small models only.
         config: the name of a preset, or a `FadeConfig`.
         length: tokens per row for the memory prediction.
-        codebooks: as in `create_cache`.
+        codebooks, calibration: as in `create_cache`.
 
     Raises:
         ValueError: an unknown preset, a configuration without a decoder class, or `length` < 1.
@@ -107,7 +108,7 @@ def check_model(
     model = unwrapped(model)
     name = type(model).__name__
     try:
-        cache = TieredKVCache(model, config, codebooks=codebooks)
+        cache = TieredKVCache(model, config, codebooks=codebooks, calibration=calibration)
         verification = verified(model)
         if verification.refused:
             raise ValueError(verification.refused)

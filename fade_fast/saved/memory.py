@@ -24,12 +24,15 @@ class Memory:
         dense: bytes that `DynamicCache` would hold for the same logical tokens.
         tokens: tokens by tier, "EVICTED" included, summed over the batch, of one tiered layer (the mean over
             layers where they differ).
+        tables: the part of `allocated` that does not grow with the text: rotations, matrices and codebooks.
+            All caches of a model with one calibration share its matrices.
     """
 
     allocated: int
     packed: int
     dense: int
     tokens: dict[str, float]
+    tables: int = 0
 
     @property
     def ratio(self) -> float:
@@ -75,6 +78,7 @@ def of(layers: list, others: list[Tensor]) -> Memory:
         packed=rest + sum(packed for packed, _, _ in sizes),
         dense=rest + sum(dense for _, dense, _ in sizes),
         tokens={name: int(x) if x == int(x) else x for name, x in tokens.items()},
+        tables=storage_bytes([x for layer in tiered for x in layer.format.tensors()]),
     )
 
 

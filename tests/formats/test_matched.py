@@ -165,6 +165,8 @@ def test_generate_save_copy(name, pads, tmp_path):
     assert tiers and all(type(tier) is MatchedTier for tier in tiers) and compressed_tokens(cache) > 0
     assert all(kv.middle.tiers[0].records.fields.keys().isdisjoint({"key_zero", "value_zero"})
                for kv in cache.tiered if kv.middle is not None)  # fmt: skip
+    memory, matrices = cache.memory(), 2 * 2 * (3 * 64 + 1) * 64 * 4  # two sides of two heads
+    assert memory.tables == 3 * (matrices + 2 * 64 * 4) < memory.allocated
     cache.save(tmp_path / "cache")
     twin, again = copy.deepcopy(cache), fade_fast.load_cache(tmp_path / "cache", model, verify=False)
     assert twin.calibration is cache.calibration and again.calibration is not cache.calibration
