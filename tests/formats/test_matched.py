@@ -131,7 +131,8 @@ def test_attention_on_codes(name, contiguous, chunks):
     args = query, dense, dense_values, seen, keys_of.decode_and_sum, [view]
     if chunks:
         inputs = (*args, None, inv_freq if contiguous else None, [], values_of.decode)
-        found = decode._attend(*decode._of_slots_read(inputs, [128]), bits=(bits,), chunks=chunks, **constants)
+        own = decode._of_slots_read(inputs, [128])
+        found = decode._attend(*own, bits=(bits,), chunks=chunks, **constants)
     else:
         found = decode.attend(
             *args, bits=[bits], slots_read=[128], scaling=0.125, value_matrix=values_of.decode,
