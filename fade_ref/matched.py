@@ -29,7 +29,7 @@ from .tiers import INTEGER_TIERS, packed_bytes
 #: Distance between evenly spaced levels of N(0, 1) with the least squared error, by bits.
 STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
 FACTORS = (0.75, 0.9, 1.0, 1.15, 1.35)  # scales that the encoder tries, relative to that of `STEPS`
-SHRINK = 0.1  # how far moments are drawn to their diagonals: they are measured on a few hundred tokens
+SHRINK = 0.3  # how far moments are drawn to their diagonals: they are measured on a few hundred tokens
 RIDGE = 1e-4  # added to the diagonals, relative to their mean
 WHITEN = 0.4  # extra whitening, which feedback turns into accuracy
 SPAN = 2048  # keys and queries are assumed at random positions below it

@@ -47,7 +47,7 @@ from .rope_probe import RopeProbe
 from .undisturbed import undisturbed
 
 NAME = "fade calibration"  # name of the recording attention function in transformers
-VERSION = 1
+VERSION = 1  # of files, and of how matrices are derived from moments: old codes need the old matrices
 SINKS = 4  # first tokens of the text, which moments leave out
 #: Names that models give the projection behind their attention.
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "o")
@@ -189,8 +189,10 @@ def _check_model(name, calibration: Calibration, model: PreTrainedModel) -> None
 
 
 def of_tensors(tensors: dict[str, Tensor], provenance: dict) -> Calibration:
-    """The calibration of a file's tensors and provenance."""
+    """The calibration of a file's tensors and provenance. Raises `ValueError` for another version."""
     provenance = dict(provenance)
+    if provenance.get("version", VERSION) != VERSION:
+        raise ValueError(f"a calibration has version {provenance['version']}; {VERSION} is understood here")
     styles = {int(i): interleaved for i, interleaved in provenance.pop("interleaved").items()}
     moments = {i: Moments(*(tensors[f"{i}.{name}"] for name in Moments._fields)) for i in sorted(styles)}
     ropes = {i: Rope(tensors[f"{i}.inv_freq"], interleaved=styles[i]) for i in sorted(styles)}
