@@ -5,12 +5,13 @@ and in parallel over tokens. Channels come before tokens here, [H, D, T], becaus
 after another.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..compile.compiled import Compiled
+from ..compile.compiled import Compiled, rounded, use_compiled
 from . import rotated
 from .rotated import LARGEST, Packed, center, pack
 
@@ -18,6 +19,7 @@ from .rotated import LARGEST, Packed, center, pack
 STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
 FACTORS = (0.75, 0.9, 1.0, 1.15, 1.35)  # scales that the encoder tries, relative to that of `STEPS`
 TOGETHER = 16  # channels between two products with the errors of all channels before
+COPIES = 8  # float32 copies of its keys that the encoder holds at a time, as a power of two
 
 
 class Matrices(NamedTuple):
@@ -43,28 +45,38 @@ class Matrices(NamedTuple):
 def round_with_feedback(unit: Tensor, feedback: Tensor, bits: int) -> Tensor:
     """Centered codes (code - center) of `unit` [H, D, T], in units of the distance between levels.
 
-    Each channel is rounded after the errors of the channels before were added, weighted by V_ij / V_ii.
+    Each channel is rounded after the errors of the channels before were added, weighted by V_ij / V_ii. A
+    product adds the errors of earlier blocks of `TOGETHER` channels, so that one compiled version of
+    `_round_block` serves all blocks.
     """
     weight = feedback / feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    top, middle, dim = 2**bits - 1, center(bits), unit.shape[1]
-    rounded, errors = [], []
+    codes, errors, dim = torch.empty_like(unit), torch.empty_like(unit), unit.shape[1]
+    limit = torch.full((), center(bits), device=unit.device)
     for start in range(0, dim, TOGETHER):
-        channels = range(start, min(start + TOGETHER, dim))
-        wanted, block = unit[:, start : channels.stop], []
-        if start:
-            before = torch.cat(errors, dim=1)
-            wanted = wanted + weight[:, start : channels.stop, :start] @ before
-        for i in channels:
-            own = wanted[:, i - start]
-            if torch.compiler.is_compiling():  # one kernel keeps the block in registers
-                for j, error in zip(range(start, i), block):
-                    own = own + weight[:, i, j].unsqueeze(-1) * error
-            elif block:
-                own = own + (weight[:, i : i + 1, start:i] @ torch.stack(block, dim=1)).squeeze(1)
-            rounded.append((own + middle).round().clamp(0, top) - middle)
-            block.append(unit[:, i] - rounded[-1])
-        errors.append(torch.stack(block, dim=1))
-    return torch.stack(rounded, dim=1)
+        own = slice(start, min(start + TOGETHER, dim))
+        before = weight[:, own, :start] @ errors[:, :start]
+        codes[:, own] = _run(_round_block, unit[:, own], before, weight[:, own, own].contiguous(), limit)
+        torch.sub(unit[:, own], codes[:, own], out=errors[:, own])
+    return codes
+
+
+def _round_block(dynamic_sizes, unit: Tensor, before: Tensor, weight: Tensor, limit: Tensor) -> Tensor:
+    """Centered codes of one block: `unit` and the weighted errors of earlier blocks `before` [H, C, T].
+
+    `weight` [H, C, C] is that between the channels of the block. `limit` is the largest centered code, a
+    tensor, so that one compiled version serves all widths.
+    """
+    codes, errors = [], []
+    for i in range(unit.shape[1]):
+        wanted = unit[:, i] + before[:, i]
+        if torch.compiler.is_compiling():  # one kernel keeps the block in registers
+            for j, error in enumerate(errors):
+                wanted = wanted + weight[:, i, j].unsqueeze(-1) * error
+        elif errors:
+            wanted = wanted + (weight[:, i : i + 1, :i] @ torch.stack(errors, dim=1)).squeeze(1)
+        codes.append((wanted + limit).round().clamp(torch.zeros_like(limit), 2 * limit) - limit)
+        errors.append(unit[:, i] - codes[-1])
+    return torch.stack(codes, dim=1)
 
 
 def quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
@@ -72,30 +84,49 @@ def quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
 
     Of `FACTORS`, the scale that does the least damage wins. The stored scale makes the vector unbiased in the
     metric of V, and stays within a factor of 2 of the scale that was tried.
+
+    Where compiled versions run, n is padded to a power of two, so that few versions serve all n.
     """
-    batch, heads, length, dim = y.shape
+    batch, _, length, _ = y.shape
+    if use_compiled(y):
+        y = torch.nn.functional.pad(y, (0, 0, 0, rounded(length) - length))
     y = y.permute(1, 3, 0, 2).flatten(2)  # [H, D, T]
-    size = y.square().mean(1, keepdim=True).sqrt() * STEPS[bits]
-    factors = torch.tensor(FACTORS, device=y.device).reshape(-1, 1)
-    tried = (size.unsqueeze(2) * factors).flatten(2)  # [H, 1, F * T]
-    safe = torch.where(tried > 0, tried, 1.0)
-    unit = (y.unsqueeze(2) / safe.unflatten(2, (len(FACTORS), -1))).flatten(2)
+    step = torch.full((), STEPS[bits], device=y.device)
+    unit, tried = _run(_in_units, y, step)
     codes = round_with_feedback(unit, feedback, bits)
     seen, wanted = feedback @ codes, feedback @ y  # [H, D, F * T] and [H, D, T]
-    error = wanted.unsqueeze(2) - (tried * seen).unflatten(2, (len(FACTORS), -1))
-    best = error.square().sum(1, keepdim=True).argmin(2, keepdim=True)  # [H, 1, 1, T]
+    codes, scale = _run(_best, codes, seen, wanted, tried)
+    codes = (codes + center(bits)).to(torch.uint8).mT
+    codes, scale = (x.unflatten(1, (batch, -1)).transpose(0, 1)[:, :, :length] for x in (codes, scale))
+    return Packed(pack(codes.contiguous(), bits), scale.contiguous(), None)
 
-    def chosen(x: Tensor) -> Tensor:
-        x = x.unflatten(2, (len(FACTORS), -1))
-        return x.gather(2, best.expand(-1, x.shape[1], -1, -1)).squeeze(2)
 
-    codes, seen, tried = chosen(codes), chosen(seen), chosen(tried).squeeze(1)
+def _in_units(dynamic_sizes, y: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """`y` [H, D, T] divided by every scale that is tried, [H, D, F * T], and these scales [H, 1, F * T]."""
+    size = y.square().mean(1, keepdim=True).sqrt() * step
+    factors = torch.tensor(FACTORS, device=y.device).reshape(-1, 1)
+    tried = size.unsqueeze(2) * factors
+    unit = y.unsqueeze(2) / torch.where(tried > 0, tried, 1.0)
+    return unit.flatten(2), tried.flatten(2)
+
+
+def _best(dynamic_sizes, codes: Tensor, seen: Tensor, wanted: Tensor, tried: Tensor) -> tuple[Tensor, Tensor]:
+    """Centered codes [H, D, T] and scales [H, T] fp16, of the scale that does the least damage.
+
+    The arguments: `codes` and `seen`, V times the codes, [H, D, F * T]; `tried` [H, 1, F * T].
+    `wanted` is V times the vectors, [H, D, T].
+    """
+    codes, seen, tried = (x.unflatten(2, (len(FACTORS), -1)) for x in (codes, seen, tried))
+    damage = (wanted.unsqueeze(2) - tried * seen).square().sum(1, keepdim=True)
+    best = damage.argmin(2, keepdim=True)  # [H, 1, 1, T]
+    each = (x.gather(2, best.expand(-1, x.shape[1], -1, -1)).squeeze(2) for x in (codes, seen, tried))
+    codes, seen, tried = each
+    tried = tried.squeeze(1)
     aligned = (wanted * seen).sum(1)
     scale = wanted.square().sum(1) / torch.where(aligned > 0, aligned, 1.0)
     scale = torch.where(aligned > 0, scale, tried)
     scale = torch.minimum(torch.maximum(scale, tried / 2), tried * 2).clamp_max(LARGEST).half()
-    codes = (codes + center(bits)).to(torch.uint8).unflatten(2, (batch, length)).permute(2, 0, 3, 1)
-    return Packed(pack(codes, bits), scale.unflatten(1, (batch, length)).transpose(0, 1).contiguous(), None)
+    return codes, scale
 
 
 def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, feedback: Tensor, bits: int) -> Packed:
@@ -115,10 +146,11 @@ def encode_both(
 ) -> tuple[Packed, Packed]:
     """`encode` for the keys and values of some tokens; arguments as in `rotated.encode_both`."""
     tables = [x for side in matrices for x in (side.encode, side.feedback)]
-    return rotated.in_tiles(_compiled, _encode_both, keys, values, mean, tables, bits, recurs, len(FACTORS))
+    # Both versions are the same function, because it calls compiled pieces.
+    return rotated.in_tiles(_encode_both, _encode_both, keys, values, mean, tables, bits, recurs, COPIES)
 
 
-def _encode_both(dynamic_sizes, keys, values, mean, *tables, bits) -> tuple[Packed, Packed]:
+def _encode_both(keys, values, mean, *tables, bits) -> tuple[Packed, Packed]:
     """`tables`: `encode` and `feedback` of keys, then of values."""
     each = keys.shape[2] // mean.shape[2]
     mean = mean.unsqueeze(3).expand(-1, -1, -1, each, -1).flatten(2, 3)
@@ -126,5 +158,13 @@ def _encode_both(dynamic_sizes, keys, values, mean, *tables, bits) -> tuple[Pack
     return packed, Packed(values, None, None) if bits[1] == 16 else encode(values, None, *tables[2:], bits[1])
 
 
+def _run(function: Callable, *args: Tensor):
+    """`function`, compiled where compiled versions run."""
+    return _compiled[function]([], dict, *args) if use_compiled(args[0]) else function([], *args)
+
+
 # Codes are defined by the stored scales, which are rounded.
-_compiled = Compiled(_encode_both, options={"emulate_precision_casts": True})
+_compiled = {
+    function: Compiled(function, options={"emulate_precision_casts": True})
+    for function in (_in_units, _round_block, _best)
+}

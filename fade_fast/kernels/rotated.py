@@ -5,6 +5,7 @@ others. 8 and 4 bits are uniform codes with a scale and a zero point. 3 and 2 bi
 evenly spaced levels, with a scale that makes the decoded vector unbiased.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -156,11 +157,12 @@ def encode_both(
     encoded in one piece. More are encoded in tiles of three sizes, the last tile padded, so that a few graphs
     serve prompts of all lengths.
     """
-    return in_tiles(_compiled, _encode_both, keys, values, mean, [matrix], bits, recurs)
+    eager, compiled = (functools.partial(f, *x) for f, x in ((_encode_both, [[]]), (_compiled, [[], dict])))
+    return in_tiles(compiled, eager, keys, values, mean, [matrix], bits, recurs)
 
 
 def in_tiles(
-    compiled: Compiled,
+    compiled: Callable,
     eager: Callable,
     keys: Tensor,
     values: Tensor,
@@ -176,7 +178,7 @@ def in_tiles(
     """
     (batch, heads, length, dim), means = keys.shape, mean.shape[2]
     if recurs and use_compiled(keys) and 0 < length <= SMALL:
-        return compiled([], dict, keys, values, mean, *tables, bits=bits)
+        return compiled(keys, values, mean, *tables, bits=bits)
     each = length // means if means > 1 else 1  # a tile holds whole groups
     pads = use_compiled(keys) and length > SMALL
     parts = []
@@ -186,10 +188,10 @@ def in_tiles(
         if pads:
             sizes = size, size, 1 if means == 1 else size // each
             part = [_padded(x, n) for x, n in zip(part, sizes)]
-            sides = compiled([], dict, *part, *tables, bits=bits)
+            sides = compiled(*part, *tables, bits=bits)
             parts.append([[x if x is None else x[:, :, : stop - start] for x in side] for side in sides])
         else:
-            parts.append(eager([], *part, *tables, bits=bits))
+            parts.append(eager(*part, *tables, bits=bits))
     return tuple(Packed(*(_join(x) for x in zip(*side))) for side in zip(*parts))
 
 
