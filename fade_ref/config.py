@@ -3,6 +3,7 @@
 Defaults stand here and nowhere else. `fade_fast` uses the same class.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ POLICIES = (
 CODECS = ("rotated", "matched", "channel", "symmetric", "product")
 POSITIONS = ("original", "contiguous")
 PLAN_SCOPES = ("layer", "sequence", "head")
+SAFE_LOSS = 0.003  # KL divergence per token that `safe` may cost, in nats
 KEPT = 16  # bits of keys or values that stay in the model's dtype
 #: Named rules for `layer_bits`: bits of keys and values in the first two and the last two layers.
 BOUNDARIES = {"boundary": (8, 8), "boundary-16": (KEPT, KEPT)}
@@ -45,6 +47,10 @@ class FadeConfig:
             function `(layer, layers) -> (keys, values)` of a layer's index and the number of layers. (16, 16)
             is a layer that is not compressed: it keeps every token, and budgets do not apply to it. Indices
             are those of the model's layers.
+        loss_bound: most KL divergence, in nats a token, that compression may cost on a short text.
+            `fade_fast.create_cache` measures the loss once for a model. If `middle_k_bits` and
+            `middle_v_bits` lose more, it chooses `layer_bits`. `None`: the widths are as given. `fade_ref`
+            takes the widths as given.
         quant_backend: the codec, one of `CODECS`. With "product" the cache is given codebooks. They set the
             width, and the middle is one tier, PQ, that keeps every token.
         positions: RoPE positions of survivors. "contiguous" renumbers them without gaps (StreamingLLM, arXiv
@@ -69,6 +75,7 @@ class FadeConfig:
     positions: str | None = None
     plan_scope: str = "sequence"
     layer_bits: Mapping[int, Bits] | str | Callable[[int, int], Bits] | None = None
+    loss_bound: float | None = None
 
     def __post_init__(self):
         self._integer("n_sink", 0)
@@ -106,6 +113,26 @@ class FadeConfig:
                 f"quant_backend={self.quant_backend!r} has one width for all layers: layer_bits and "
                 "middle_v_bits=16 need quant_backend='rotated' or 'matched'"
             )
+        if self.loss_bound is not None:
+            self._loss_bound(by_layer)
+
+    def _loss_bound(self, by_layer: bool) -> None:
+        """Refuse a bound that is no positive number, and what leaves no widths to choose."""
+        bound = self.loss_bound
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < math.inf:
+            raise ValueError(f"loss_bound={bound!r}: a positive number of nats, or None, is allowed")
+        against = {
+            f"quant_backend={self.quant_backend!r}": not by_layer,
+            f"layer_bits={self.layer_bits!r}": self.layer_bits is not None,
+            f"int4_budget={self.int4_budget!r}": self.relocatable,
+            "recent_window=None": not self.compresses,
+        }
+        for what, contradicts in against.items():
+            if contradicts:
+                raise ValueError(
+                    f"loss_bound={bound!r} asks for a choice of widths by layer, which {what} contradicts: "
+                    "leave one out"
+                )
 
     def _normalize_layer_bits(self) -> None:
         """Store a mapping as sorted pairs, (layer, (keys, values)): they can be hashed and stored as JSON."""
@@ -228,7 +255,12 @@ class FadeConfig:
 
     @classmethod
     def safe(cls) -> "FadeConfig":
-        """INT4 middle, every token kept."""
+        """INT4 middle, every token kept. If that loses more than `SAFE_LOSS`, some layers get more bits."""
+        return cls(loss_bound=SAFE_LOSS)
+
+    @classmethod
+    def int4(cls) -> "FadeConfig":
+        """INT4 middle for every model, every token kept."""
         return cls()
 
     @classmethod
@@ -257,4 +289,4 @@ class FadeConfig:
         return getattr(cls, name)()
 
 
-PRESETS = ("lossless", "safe", "balanced", "aggressive")
+PRESETS = ("lossless", "safe", "int4", "balanced", "aggressive")

@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=options.positive, default=8192, metavar="N", help="tokens to predict memory for"
     )
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure the loss of the widths again (for safe)"
+    )
     options.add_json(parser)
 
 
@@ -26,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the prediction. Returns 0 if the model is served, else 1."""
     quiet()
     model, _ = load(args.model, args.device, args.dtype)
-    prediction = check_model(model, args.config, length=args.length)
+    prediction = check_model(model, args.config, length=args.length, calibrate=args.calibrate)
     print(prediction)
     if args.json:
         write_json(args.json, dataclasses.asdict(prediction))

@@ -61,6 +61,8 @@ class TieredKVCache(Cache):
     ):
         model = unwrapped(model)
         model_config = text_config(model)
+        if config.loss_bound is not None:
+            raise ValueError(f"loss_bound={config.loss_bound!r}: create_cache() chooses the widths first")
         if config.eviction_policy not in plan.SUPPORTED:
             raise ValueError(
                 f"eviction_policy={config.eviction_policy!r}: one of {', '.join(plan.SUPPORTED)} is "
@@ -116,6 +118,7 @@ class TieredKVCache(Cache):
         self.guard = Guard()
         self._tables: dict[tuple, Tensor] = {}
         self.codebooks: str | None = None  # the digest of the codebooks
+        self.choice = None  # `widths.Choice`, if the widths were chosen for this model
         # Captured steps keep their counters on one device, so all layers must be on that device.
         on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
         on_gpu &= len({p.device for p in model.parameters()}) == 1

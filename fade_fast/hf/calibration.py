@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fade_ref import matched as spec
@@ -32,8 +32,8 @@ from fade_ref.matched import NOPE, Moments, Rope
 from ..kernels.matched import Matrices
 from ..saved.files import whole
 from .attention import attention
-from .calibration_text import TEXT
-from .loading import WHEEL, cache_folder
+from .calibration_text import ARTICLE, TEXT
+from .loading import cache_folder, tokenizer_of
 from .models import (
     CACHE_NAME,
     attention_modules,
@@ -251,7 +251,8 @@ def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibra
 
 #: Calibrations of the models of this process.
 _known: "weakref.WeakKeyDictionary[PreTrainedModel, Calibration]" = weakref.WeakKeyDictionary()
-TOKENS = 512  # most tokens of the calibration text
+TOKENS = 512  # most tokens of a text that is given
+BUILT_IN = 256  # most tokens of each built-in text
 ROWS = 8  # texts that a model without a tokenizer writes itself
 SEED = 0
 
@@ -259,21 +260,20 @@ SEED = 0
 def of_model(model: PreTrainedModel, layers: list[int]) -> Calibration:
     """The calibration of a model: known to this process, in the user's cache folder, or measured now.
 
-    The text is that of `calibration_text`, if the tokenizer is found on this machine by the name of the
+    The texts are those of `calibration_text`, if the tokenizer is found on this machine by the name of the
     model. Else the model writes its own texts, with a fixed seed.
 
     Raises `ValueError` as `calibrate`.
     """
     if model in _known:
         return _known[model]
-    path = _path(model)
+    path = model_file(model, "calibration", VERSION, SEED, TEXT, ARTICLE)
     found = None
     if path is not None and path.is_file():
         with contextlib.suppress(ValueError, OSError):  # a damaged file is written anew
             found = load(path, model)
     if found is None or sorted(found.moments) != sorted(layers):
-        ids = text_ids(model)
-        found = calibrate(model, own_texts(model) if ids is None else ids, layers)
+        found = calibrate(model, built_in(model), layers)
         if path is not None:
             with contextlib.suppress(OSError):  # without a writable folder, every process measures
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -282,30 +282,41 @@ def of_model(model: PreTrainedModel, layers: list[int]) -> Calibration:
     return found
 
 
-def _path(model: PreTrainedModel) -> Path | None:
-    """The file of a model's calibration in the user's cache folder; None if weights cannot be read."""
-    digest = hashlib.sha256(json.dumps([VERSION, SEED, TEXT, fingerprint(model)]).encode())
+def model_file(model: PreTrainedModel, kind: str, *known) -> Path | None:
+    """A file about a model in the user's cache folder; None if weights cannot be read.
+
+    Its name is a digest of the model's configuration and weights, and of what else the contents depend on,
+    `known`, as JSON. `kind` names the folder and the kind of file: "calibration", or "widths".
+    """
+    digest = hashlib.sha256(json.dumps([*known, fingerprint(model)]).encode())
     for name, weight in model.named_parameters():
         if weight.is_meta:
             return None
         flat = weight.detach().flatten()
         some = flat[:: max(1, len(flat) // 16)][:16]  # reading all weights would take long
         digest.update(f"{name} {list(weight.shape)} {some.double().tolist()}".encode())
-    return cache_folder() / "calibration" / f"{digest.hexdigest()}.safetensors"
+    suffix = "safetensors" if kind == "calibration" else "json"
+    return cache_folder() / kind / f"{digest.hexdigest()}.{suffix}"
 
 
-def text_ids(model: PreTrainedModel) -> Tensor | None:
-    """Ids [1, n] of the calibration text; None if the model's tokenizer is not on this machine."""
-    name = str(model.name_or_path)
-    folder = cache_folder() / WHEEL.replace("==", "-") if name == WHEEL else name
-    if not name:
+def built_in(model: PreTrainedModel) -> Tensor:
+    """Ids [R, n] of the texts that a model is calibrated on."""
+    rows = [text_ids(model, text, BUILT_IN) for text in (TEXT, ARTICLE)]
+    if any(row is None for row in rows):
+        return own_texts(model)
+    return torch.cat([row[:, : min(row.shape[1] for row in rows)] for row in rows])
+
+
+def text_ids(model: PreTrainedModel, text: str, most: int) -> Tensor | None:
+    """Ids [1, n] of a text, at most `most`; None if the model's tokenizer is not on this machine."""
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        ids = tokenizer(TEXT, return_tensors="pt").input_ids
+        ids = tokenizer(text, return_tensors="pt").input_ids
     except Exception:  # noqa: BLE001 - any error of a tokenizer's own code: there is another way
         return None
-    ids = ids[:, : min(TOKENS, _most_positions(model))]
+    ids = ids[:, : min(most, _most_positions(model))]
     return ids if ids.shape[1] > SINKS and int(ids.max()) < vocabulary(model) else None
 
 
@@ -314,11 +325,14 @@ def _most_positions(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def own_texts(model: PreTrainedModel) -> Tensor:
-    """Ids [`ROWS`, n] of texts that the model writes: sampled at temperature 1, from random first tokens."""
+def own_texts(model: PreTrainedModel, rows: int = ROWS, length: int = TOKENS // ROWS) -> Tensor:
+    """Ids [rows, n] of texts that the model writes: sampled at temperature 1, from random first tokens.
+
+    n is `length`, or the number of the model's positions if that is smaller.
+    """
     draw = torch.Generator().manual_seed(SEED)
-    length = min(TOKENS // ROWS, _most_positions(model))
-    ids = torch.randint(vocabulary(model), (ROWS, 1), generator=draw)
+    length = min(length, _most_positions(model))
+    ids = torch.randint(vocabulary(model), (rows, 1), generator=draw)
     device = execution_device(model.get_input_embeddings()) or model.device
     forward, cache = type(model).forward, DynamicCache(config=text_config(model))
     name = cache_parameter(forward) or CACHE_NAME

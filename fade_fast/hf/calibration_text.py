@@ -1,4 +1,7 @@
-"""The text that a model reads when it is calibrated: prose of several kinds, written for this purpose."""
+"""Texts that a model reads when it is calibrated, of several kinds, written for this purpose.
+
+Moments are measured on `TEXT` and `ARTICLE`. The loss of widths is measured on `CHECK`.
+"""
 
 TEXT = """\
 The harbor town of Lindholm lies on the west side of a narrow bay. In the eighteenth century its people \
@@ -57,4 +60,55 @@ Dear Professor Ahmadi, thank you for your comments on my draft. I have changed t
 suggested: the experiment with 64 plants now stands before the one with 16, and the table shows the \
 standard error of each mean. I did not find the source of the figure on page 27. Could you tell me where \
 you read it? Kind regards, Jonas.
+"""
+
+#: An article of the kind that an encyclopedia has, invented.
+ARTICLE = """\
+The Marrick Valley Railway was a narrow gauge line in the north of England that ran for 19.3 kilometers \
+from Ellerby Bridge to the lead mines at Hurstgill. Its engineer, Josiah Penhallow, surveyed the route \
+in 1867; Parliament passed the act on 12 July 1869, and the first train, drawn by the locomotive Swale, \
+reached Hurstgill on 2 October 1872. The line climbed 214 meters, crossed the River Arkle on a viaduct \
+of seven arches and needed two reversals below Crackpot Moor. At its height, in 1881, it carried 41,600 \
+tons of ore and 23,000 passengers a year. When the Old Gang and Sir Francis mines closed, its income \
+fell to 1,140 pounds, and the North Eastern Railway bought it in May 1896 for a third of its cost. \
+Penhallow's son Edwin, then manager, ran excursions from Darlington, with a brass band in an open wagon, \
+until a landslide buried the upper reversal on 9 November 1911. Swale was scrapped at Shildon; her \
+sister Arkle worked at a brickyard near Ripon until 1937 and is now in the museum at Beamish. The \
+viaduct, a listed monument since 1967, appears in the film The Fell Road (1974) and on the label of \
+Penhallow Ale, which the brewery of Marrick has sold since 1989. Since 2006 a footpath follows the line \
+from Ellerby Bridge to the fourth arch.
+"""
+
+#: Three articles of the same kind. Names and numbers return in them, so a model must read them exactly; plain
+#: prose shows a fifth of the loss.
+CHECK = """\
+HMS Calder was a river gunboat of the Harcourt class, laid down at the Tolland yard in Greenock in May \
+1911 and launched on 3 February 1912. She displaced 625 tons, carried two 6-inch guns and one 3-inch \
+gun, and was driven by a pair of Yarrow boilers that gave her a speed of 13.5 knots on the trials off \
+Skelmorlie. Her draft of 1.2 meters allowed her to follow the Irrawaddy as far as Bhamo. Lieutenant \
+Commander A. J. Renwick took command in June 1912, and she left Devonport for Rangoon with her sister \
+ship Tavy three weeks later. Between 1914 and 1917 Calder escorted grain convoys, shelled the batteries \
+at Kut-al-Hasan and towed the burning steamer Julnar out of the channel; for this Renwick and Stoker \
+Petty Officer W. Hallam received the Distinguished Service Medal. In October 1918 she ran aground near \
+Amara, was refloated by the tug Sandfly and was sold at Basra for 2,350 pounds in March 1923. The bell \
+of Calder hangs in St. Brannock's church at Braunton, and one of her 6-inch guns stands before the town \
+hall of Amara.
+
+Ostrovia Legnica finished the 1986-87 season in fourth place of the second division, eleven points \
+behind Zagłębie Wałbrzych. Coach Bogdan Kuźmiński, who had replaced Henryk Sroka in August, used a back \
+line of three with Maroń as sweeper. The club drew 1-1 at Stal Rzeszów, lost 0-3 to Wisłoka Dębica, and \
+won six matches in a row from 4 April to 9 May, among them a 5-2 against Ślęza in which the striker \
+Piotr Gajda scored four goals in 23 minutes. In the quarter-final of the Polish Cup Legnica met Górnik \
+Zabrze before 14,800 spectators. Gajda put the hosts ahead after a corner by Maroń, Cyroń equalized with \
+a free kick, and Górnik won 4-3 on penalties. Gajda left for Schalke in July 1987 for a fee of 180,000 \
+marks; Kuźmiński stayed until he was dismissed in November 1988, after a 0-6 at Ślęza.
+
+"Paper Lantern Road" is the third single from the album Tidewrack by the Welsh band Cadair, released by \
+Fathom Records on 17 September 1996. The singer Nesta Prydderch wrote its words after a visit to \
+Nagasaki; the guitarist Owain Trefor added the six-note figure that opens the song and returns in E \
+minor before the last verse. Critics compared the arrangement for celesta, bass clarinet and brushed \
+drums with the late work of Talk Talk. Melody Weekly called it "the sound of a harbor after the boats \
+have gone", while Q Review found Prydderch's voice "too careful by half". The single reached number 38 \
+in the United Kingdom and number 12 in Japan, where Cadair toured in the spring of 1997. Trefor said in \
+2004 that the figure had been a mistake: Prydderch had asked for five notes.
 """

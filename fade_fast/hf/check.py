@@ -12,6 +12,7 @@ from .attach import verified
 from .cache import TieredKVCache
 from .models import attention_modules, unwrapped
 from .versions import untested
+from .widths import chosen
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class ModelCheck:
         decode: "packed" if attention reads the compressed tokens directly, else "dense".
         length: tokens per row that the sizes below are for.
         dense, packed: bytes of the tiered layers at batch size 1, uncompressed and compressed.
+        widths: how the widths of the layers were chosen; empty if they are those of the configuration.
     """
 
     model: str
@@ -51,6 +53,7 @@ class ModelCheck:
     length: int = 0
     dense: int = 0
     packed: int = 0
+    widths: str = ""
 
     @property
     def served(self) -> bool:
@@ -70,6 +73,7 @@ class ModelCheck:
             f"at {self.length:,} tokens their {self.dense:,} bytes become {self.packed:,}, "
             f"{self.dense / self.packed:.2f} times fewer",
         ]
+        lines += [f"widths: {self.widths}"] if self.widths else []
         lines += [f"not verified: {self.untried}"] if self.untried else []
         lines += [text] if (text := untested()) else []
         return "\n".join(lines + [f"layer {layer.index}: {layer.text}" for layer in self.layers])
@@ -82,6 +86,7 @@ def check_model(
     length: int = 8192,
     codebooks=None,
     calibration=None,
+    calibrate: bool = False,
 ) -> ModelCheck:
     """Predict the result of `create_cache(model, config)`. The model is left unchanged.
 
@@ -93,6 +98,8 @@ def check_model(
         config: the name of a preset, or a `FadeConfig`.
         length: tokens per row for the memory prediction.
         codebooks, calibration: as in `create_cache`.
+        calibrate: measure the loss of the widths again, although the result is known. Only for a
+            configuration with a `loss_bound`, such as `safe`.
 
     Raises:
         ValueError: an unknown preset, a configuration without a decoder class, or `length` < 1.
@@ -106,8 +113,12 @@ def check_model(
     if isinstance(model, PreTrainedConfig):
         model = AutoModelForCausalLM.from_config(model)
     model = unwrapped(model)
-    name = type(model).__name__
+    name, choice = type(model).__name__, None
     try:
+        if config.loss_bound is not None:
+            choice = chosen(model, config, calibration, again=calibrate)
+            config = choice.apply(config)
+            calibration = calibration if config.quant_backend == "matched" else None
         cache = TieredKVCache(model, config, codebooks=codebooks, calibration=calibration)
         verification = verified(model)
         if verification.refused:
@@ -137,6 +148,7 @@ def check_model(
         length=length,
         dense=sum(dense for dense, _ in sizes.values()),
         packed=sum(packed for _, packed in sizes.values()),
+        widths="" if choice is None else str(choice),
     )
 
 

@@ -13,6 +13,7 @@ from .cache import TieredKVCache
 from .calibration import Calibration, of_tensors
 from .codebooks import Codebooks
 from .models import fingerprint, unwrapped
+from .widths import Choice, chosen
 
 
 def create_cache(
@@ -35,11 +36,14 @@ def create_cache(
     Args:
         model: a decoder of transformers, of any dtype and on any device. The result of `torch.compile` for
             such a model is also allowed.
-        config: a `FadeConfig`, or a preset: "lossless", "safe", "balanced" or "aggressive". `safe` keeps
-            every token. `balanced` and `aggressive` evict by position alone, and evict the oldest token
-            first. The other policies are in `plan.SUPPORTED`. The policies in `scores.OBSERVERS` rank tokens
-            by the attention that the tokens receive. They store some numbers per token. In a prompt, they
-            also compute the scores twice more (`snapkv` and `tova`: only the scores of the last queries).
+        config: a `FadeConfig`, or a preset: "lossless", "safe", "int4", "balanced" or "aggressive". `safe`
+            keeps every token. At the first cache of a model, a short text measures what 4 bits lose, and
+            layers that lose too much get more bits (`FadeConfig.loss_bound`); `cache.choice` says which.
+            `int4` has 4 bits in every layer. `balanced` and `aggressive` evict by position alone, and evict
+            the oldest token first. The other policies are in `plan.SUPPORTED`. The policies in
+            `scores.OBSERVERS` rank tokens by the attention that the tokens receive. They store some numbers
+            per token. In a prompt, they also compute the scores twice more (`snapkv` and `tova`: only the
+            scores of the last queries).
         max_length: the largest number of tokens that the cache will see. The buffers for them are allocated
             at once. By default the buffers grow with the text.
         policy_weights: weights for `eviction_policy="learned"`: a safetensors file, or its tensors. `MLP` in
@@ -49,9 +53,10 @@ def create_cache(
         codebooks: codebooks for `quant_backend="product"`: a file that `fade train-codebook` wrote, the
             result of `codebooks.train`, or tensors with the same names and shapes. Codebooks belong to one
             model.
-        calibration: for `quant_backend="matched"`: a file that `fade calibrate` wrote, or a `Calibration`. By
-            default the model is calibrated at its first cache of this kind, on a short text. The result is
-            kept in the user's cache folder. A calibration belongs to one model.
+        calibration: a file that `fade calibrate` wrote, or a `Calibration`. It belongs to one model.
+            `quant_backend="matched"` needs one: by default the model is calibrated at its first cache of this
+            kind, on a short text, and the result is kept in the user's cache folder. `safe` takes the widths
+            that the file contains.
         verify: see `attach`.
 
     Raises:
@@ -69,7 +74,13 @@ def create_cache(
         isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
     ):
         raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
+    choice = None
+    if config.loss_bound is not None:
+        choice = chosen(model, config, calibration)
+        config = choice.apply(config)
+        calibration = calibration if config.quant_backend == "matched" else None
     cache = TieredKVCache(model, config, max_length, policy_weights, codebooks, calibration)
+    cache.choice = choice
     attach(model, verify=verify)
     return cache
 
@@ -110,6 +121,7 @@ def load_cache(
     options = dict(max_length=max_length, policy_weights=policy_weights, verify=verify)
     cache = create_cache(model, config, codebooks=codebooks, calibration=calibration, **options)
     cache.load_state_dict(tensors, header)
+    cache.choice = Choice.of_json(header["widths"]) if "widths" in header else None
     ids = checkpoint.read_tokens(path)
     if (
         ids is not None

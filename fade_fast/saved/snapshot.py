@@ -1,7 +1,8 @@
 """The contents of a live or saved cache, layer by layer, as JSON values or as text.
 
 A snapshot is a dict of `version`, `length` (tokens seen per row), `batch`, `tokens` (tokens seen over all
-rows, without padding; None for a file read without positions), `config`, `allocated`, `packed` and `dense`
+rows, without padding; None for a file read without positions), `config`, `widths` (how the widths of the
+layers were chosen, or ""; not for a file), `allocated`, `packed` and `dense`
 (bytes, as in `cache.memory()`; a file has `packed` only) and `layers`.
 
 A layer has `layer`, `kind` ("tiered", or the transformers class of an uncompressed layer) and `bytes`. A
@@ -42,6 +43,7 @@ def of(cache, positions: bool = True) -> dict:
         batch=token_positions.batch if token_positions.length else 0,
         tokens=int((token_positions.logical >= 0).sum()) if token_positions.length else 0,
         config=checkpoint.config_dict(cache.fade_config),
+        widths="" if cache.choice is None else str(cache.choice),
         allocated=memory.allocated,
         packed=memory.packed,
         dense=memory.dense,
@@ -153,6 +155,7 @@ def text(snapshot: dict) -> str:
     """A snapshot as text, one line per layer."""
     config = FadeConfig(**snapshot["config"])
     lines = [f"TieredKVCache, {snapshot['length']} tokens seen, {config}"]
+    lines += [f"widths: {snapshot['widths']}"] if snapshot.get("widths") else []
     if "allocated" in snapshot and snapshot["allocated"]:
         ratio = snapshot["dense"] / snapshot["allocated"]
         lines.append(

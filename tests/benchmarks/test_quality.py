@@ -129,7 +129,8 @@ def test_policies_get_equal_bytes():
 
 def test_what_names_mean(model):
     for name in PRESETS:
-        assert method(name)(model, 64).fade_config == FadeConfig.preset(name)
+        cache, config = method(name)(model, 64), FadeConfig.preset(name)
+        assert cache.fade_config == (config if cache.choice is None else cache.choice.apply(config))
     config = method("k8v3:recent_window=16:positions=contiguous")(model, 64).fade_config
     assert (config.middle_k_bits, config.middle_v_bits, config.recent_window) == (8, 3, 16)
     assert config.positions == "contiguous"

@@ -160,7 +160,10 @@ def one_line(capsys) -> str:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--config", "frugal"], "unknown preset 'frugal': one of lossless, safe, balanced, aggressive"),
+        (
+            ["--config", "frugal"],
+            "unknown preset 'frugal': one of lossless, safe, int4, balanced, aggressive",
+        ),
         (["--config", "safe", "frugal"], "unknown preset 'frugal'"),
         (["--prompt-file", "{tmp}/none.txt"], "none.txt: No such file"),
         (["--prompt-file", "{tmp}"], "Is a directory"),
