@@ -19,8 +19,12 @@ WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2/test.txt"
 
 @pytest.fixture(autouse=True)
 def threads(request):
-    """One thread for tiny tensors, where threads would mostly wait for each other. Two for the real model."""
-    torch.set_num_threads(2 if request.node.get_closest_marker("real_model") else 1)
+    """One thread for tiny tensors, where threads would mostly wait for each other.
+
+    The real model gets two, unless several test processes share the cores.
+    """
+    alone = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) < 2
+    torch.set_num_threads(2 if alone and request.node.get_closest_marker("real_model") else 1)
 
 
 def unavailable(reason: str):
