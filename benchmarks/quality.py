@@ -18,7 +18,6 @@ import math
 import statistics
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -27,21 +26,18 @@ from torch import Tensor
 
 import fade_fast
 from fade_fast.hf import loading
-from fade_fast.hf.models import CACHE_NAME
 
 from . import memory, pictures, texts
 from .methods import (
-    COMPRESSES,
-    EVICTS,
     POLICIES,
     QUANTIZED,
     Method,
     Unavailable,
-    compressed_tokens,
     eager,
     evicted_tokens,
     method,
 )
+from .streams import NothingCompressed, Reader, check, chunks, stream
 
 SUITE = (
     "dynamic", "off", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive",
@@ -103,42 +99,7 @@ class Summary:
     smaller: float | None
 
 
-class NothingCompressed(AssertionError):
-    """A measured method compressed or evicted nothing, so its numbers would mean nothing."""
-
-
 # -- the measurement
-
-
-def chunks(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
-@torch.no_grad()
-def stream(model, cache, ids: Tensor, size: int, heard=lambda cache, new: None) -> Iterator[Tensor]:
-    """Logits [B, n, vocabulary] of `ids` [B, L], fed in chunks of `size` through one cache.
-
-    `heard` is called before each chunk with the cache and the length of the chunk.
-    """
-    for part in chunks(ids.shape[1], size):
-        heard(cache, part.stop - part.start)
-        yield model(input_ids=ids[:, part], **{CACHE_NAME: cache}, use_cache=True).logits
-
-
-class Reader:
-    """Counts the tokens that the queries of a stream read. Nothing waits for the device before `mean`."""
-
-    def __init__(self):
-        self.read, self.queries = 0.0, 0
-
-    def __call__(self, cache, new: int) -> None:
-        if self.queries:  # the first chunk finds an empty cache
-            self.read = self.read + compressed_tokens(cache) * new
-        self.queries += new
-
-    def mean(self) -> float:
-        return float(self.read) / self.queries
 
 
 class Score:
@@ -188,14 +149,6 @@ def measure(model, m: Method, ids: Tensor, exact: list[Tensor], size: int) -> tu
         config = str(getattr(cache, "fade_config", ""))
     check(m, statistics.mean(read), statistics.mean(gone))
     return *score, statistics.mean(read), statistics.mean(gone), config
-
-
-def check(m: Method, read: float, evicted: float) -> None:
-    """Refuse the numbers of a cache that did nothing to its tokens."""
-    if m.does == COMPRESSES and not read > 0:
-        raise NothingCompressed(f"{m.name}: no query read a compressed token: use longer windows")
-    if m.does == EVICTS and not evicted > 0:
-        raise NothingCompressed(f"{m.name}: no token was evicted: use longer windows")
 
 
 def run(
