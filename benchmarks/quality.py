@@ -7,6 +7,8 @@ uncompressed `DynamicCache` that got the same chunks (KL, top-1). The cache coun
 that the queries read. A method that reads none, or that should evict and drops none, is an error and not a
 result. Bytes are those of every storage of a cache made for 8192 bfloat16 tokens, when it holds them.
 
+`--free` lets every method write a text of its own instead: see benchmarks/free.py, whose options it has then.
+
 `--json FILE` writes all numbers, and `--show FILE` prints the tables of such files. `--markdown FILE` and
 `--plot FILE` write table and picture. docs/quality.md explains the method.
 """
@@ -16,6 +18,7 @@ import gc
 import json
 import math
 import statistics
+import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass, field, fields
@@ -27,7 +30,7 @@ from torch import Tensor
 import fade_fast
 from fade_fast.hf import loading
 
-from . import memory, pictures, texts
+from . import free, memory, pictures, texts
 from .methods import (
     POLICIES,
     QUANTIZED,
@@ -304,6 +307,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--text", default=texts.WIKITEXT, help="file, or NAME[:CONFIGURATION[:SPLIT[:COLUMN]]]"
     )
+    parser.add_argument(
+        "--free", action="store_true", help="free-running texts instead; --free --help shows its options"
+    )
     parser.add_argument("--windows", type=int, default=8 if cuda else 2, metavar="N")
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
     parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens fed at a time")
@@ -334,6 +340,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--free" in argv:
+        return free.main([x for x in argv if x != "--free"])
     args = arguments(argv)
     report, results = stored(args.show) if args.show else measured(args)
     print("\n" + show(report, results))
