@@ -449,8 +449,13 @@ def table(results: list[Result]) -> str:
 def stored(path: Path) -> tuple[dict, list[Result]]:
     """A report that `--json` wrote, and its results."""
     report = json.loads(path.read_text(encoding="utf-8"))
+    return report, parsed(report)
+
+
+def parsed(report: dict) -> list[Result]:
+    """The results of a report."""
     names = {f.name for f in fields(Result)}
-    return report, [Result(**{k: x for k, x in r.items() if k in names}) for r in report["results"]]
+    return [Result(**{k: x for k, x in r.items() if k in names}) for r in report["results"]]
 
 
 def headline(report: dict) -> str:
