@@ -191,7 +191,7 @@ def normalized(bits: int, over: str) -> Side:
     """
 
     def tile(x: Tensor) -> tuple[Tensor, ...]:
-        """Codes, scale, zero point and factor of rotated vectors [H, at most TILE, D]."""
+        """Codes, scale, zero point and factor of tiles [H, tiles, tokens, D] of rotated vectors."""
         of_tokens, of_channels = balanced(x)
         own, factor = (of_channels, of_tokens) if over == "channel" else (of_tokens, of_channels)
         factor = stored(factor)
@@ -199,11 +199,13 @@ def normalized(bits: int, over: str) -> Side:
         low, high = (x / factor).aminmax(dim=dim, keepdim=True)
         scale, zero = stored(((high - low) / (2**bits - 1)).clamp(min=FP16_TINY)), stored(low)
         codes = torch.round((x / factor - zero) / scale).clamp(0, 2**bits - 1).to(torch.uint8)
-        return codes, scale, zero, factor
+        return tuple(y.flatten(1, 2) for y in (codes, scale, zero, factor))
 
     def encode(x: Tensor) -> Coded:
-        tiles = (finite(x) @ hadamard(x.shape[-1]).T).split(TILE, dim=-2)
-        codes, *numbers = (torch.cat(part, -2) for part in zip(*map(tile, tiles)))
+        whole = x.shape[1] // TILE * TILE
+        tiles = (finite(x) @ hadamard(x.shape[-1]).T).split([whole, x.shape[1] - whole], dim=1)
+        found = [tile(y.unflatten(1, (-1, min(TILE, y.shape[1])))) for y in tiles if y.shape[1]]
+        codes, *numbers = (torch.cat(part, dim=1) for part in zip(*found))
         return Coded(codes, bits, tuple(numbers))
 
     def decode(coded: Coded) -> Tensor:

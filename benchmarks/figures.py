@@ -1,7 +1,7 @@
 """Pictures and tables of stored results: `python -m benchmarks.figures`.
 
 Runs of benchmarks write JSON files to benchmarks/results. Those of `KINDS` become a picture of the same name
-in docs/figures. Those of `TABLES` have a table alone. README.md, docs/quality.md and docs/speed.md have blocks
+in docs/figures. Those of `TABLES` have only a table. README.md, docs/quality.md and docs/speed.md have blocks
 between `<!-- results NAME -->` (or `<!-- results NAME short -->`) and `<!-- end -->`. Each block is written
 again with picture, circumstances and table, so no number there is typed. Needs the extra `docs` (matplotlib).
 """

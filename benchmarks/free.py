@@ -190,7 +190,7 @@ def run(
     for rows in range(0, len(ids), batch):
         part = ids[rows : rows + batch].to(model.device)
         exact = after(model, part, size)
-        plain = write(model, dynamic, part, new, size, exact).tokens
+        plain = write(model, dynamic, part, new, size, exact)
         for m in methods:
             r = results[m.name]
             if r.failed:
@@ -198,7 +198,8 @@ def run(
             started = time.perf_counter()
             try:
                 with eager():
-                    written = _by_rows(model, m, part, new, size, exact)
+                    known = [plain] if m.name == "dynamic" else None
+                    written = known or _by_rows(model, m, part, new, size, exact)
             except Unavailable as error:
                 r.failed = str(error)
                 continue
@@ -212,7 +213,7 @@ def run(
                 fade_fast.detach(model)
                 gc.collect()
             r.seconds += time.perf_counter() - started
-            _add(r, written, plain, margin)
+            _add(r, written, plain.tokens, margin)
             say(
                 f"  {m.name}: {len(r.length)} prompts, {r.seconds:.1f} s, lengths {r.length}, "
                 f"{r.read:.0f} compressed tokens read"
