@@ -1,9 +1,9 @@
 """Pictures and tables of stored results: `python -m benchmarks.figures`.
 
-Quality, needles and memory runs write JSON files to benchmarks/results. Each becomes a picture of the same
-name in docs/figures. README.md, docs/quality.md and docs/speed.md have blocks between `<!-- results NAME
--->` (or `<!-- results NAME short -->`) and `<!-- end -->`. Each block is written again with picture,
-circumstances and table, so no number there is typed. Needs the extra `docs` (matplotlib).
+Runs of benchmarks write JSON files to benchmarks/results. Those of `KINDS` become a picture of the same name
+in docs/figures. Those of `TABLES` have only a table. README.md, docs/quality.md and docs/speed.md have blocks
+between `<!-- results NAME -->` (or `<!-- results NAME short -->`) and `<!-- end -->`. Each block is written
+again with picture, circumstances and table, so no number there is typed. Needs the extra `docs` (matplotlib).
 """
 
 import argparse
@@ -13,7 +13,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from . import decode_attention, generate, memory, needles, pictures, quality
+from . import decode_attention, free, generate, memory, needles, pictures, quality, ruler, simulation
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, FIGURES = ROOT / "benchmarks/results", ROOT / "docs/figures"
@@ -42,6 +42,12 @@ KINDS = {
     "memory": (_memory_curves, "Bytes against length", memory),
 }
 
+#: kind of a report -> its circumstances and table
+TABLES = {
+    "free": free.show,
+    "ruler": lambda report: f"{ruler.headline(report)}.\n\n{ruler.table(ruler.parsed(report))}",
+    "simulation": simulation.shown,
+}
 
 # -- text
 
@@ -147,6 +153,8 @@ def block(name: str, page: Path, short: bool = False) -> str:
     if kind in ("generate", "decode_attention"):
         return generation(of, short) if kind == "generate" else attention(of)
     report = load(name)
+    if report["kind"] in TABLES:
+        return TABLES[report["kind"]](report)
     _, title, module = KINDS[report["kind"]]
     picture = os.path.relpath(FIGURES / f"{name}.png", page.parent).replace(os.sep, "/")
     results = [module.Result(**r) for r in report["results"]]

@@ -71,15 +71,7 @@ def method(name: str, weights=None, codebooks=None) -> Method:
     Raises `ValueError` if no method has this name, or a field cannot have such a value.
     """
     base, *changes = name.split(":")
-    changed = {}
-    for change in changes:
-        field, _, value = change.partition("=")
-        if field not in FadeConfig.__dataclass_fields__ or not value:
-            raise ValueError(f"{name!r}: {change!r} is no field=value of FadeConfig")
-        try:
-            changed[field] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            changed[field] = value  # not a number: a string
+    changed = _changed(name, changes)
     if base in POLICIES:
         return _policy(name, base, changed, weights)
     if base == "streaming":
@@ -87,7 +79,7 @@ def method(name: str, weights=None, codebooks=None) -> Method:
     if base == "codes":
         config = replace(FadeConfig(quant_backend="product"), **changed)
         return Method(name, COMPRESSES, lambda model, length: _coded(model, config, codebooks))
-    if base in PRESETS or base == "off" or WIDTHS.fullmatch(base):
+    if _is_config(base):
         config = replace(_config(base), **changed)
         does = COMPRESSES if config.compresses else EXACT
         return Method(name, does, lambda model, length: _ours(model, config))
@@ -97,6 +89,35 @@ def method(name: str, weights=None, codebooks=None) -> Method:
         return Method(name, EXACT, lambda model, length: DynamicCache(config=model.config))
     # Groups of HQQ run across rows, so each row is measured by itself.
     return Method(name, COMPRESSES, lambda model, length: _quantized(model, *QUANTIZED[base]), rowwise=False)
+
+
+def configuration(name: str) -> FadeConfig:
+    """The configuration of a method that is a preset or has widths, with its changed fields.
+
+    Raises `ValueError` for another name, and if a field cannot have such a value.
+    """
+    base, *changes = name.split(":")
+    if not _is_config(base):
+        raise ValueError(f"{name!r} is no preset, and has no widths, as int4 and k4v2 have")
+    return replace(_config(base), **_changed(name, changes))
+
+
+def _is_config(base: str) -> bool:
+    return base in PRESETS or base == "off" or WIDTHS.fullmatch(base) is not None
+
+
+def _changed(name: str, changes: list[str]) -> dict:
+    """Fields of `FadeConfig` from "field=value"."""
+    changed = {}
+    for change in changes:
+        field, _, value = change.partition("=")
+        if field not in FadeConfig.__dataclass_fields__ or not value:
+            raise ValueError(f"{name!r}: {change!r} is no field=value of FadeConfig")
+        try:
+            changed[field] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changed[field] = value  # not a number: a string
+    return changed
 
 
 def _config(base: str) -> FadeConfig:

@@ -31,7 +31,7 @@ from fade_fast.hf.models import CACHE_NAME
 
 from . import pictures, texts
 from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, Unavailable, compressed_tokens, eager, method
-from .quality import NothingCompressed, chunks
+from .streams import NothingCompressed, chunks
 
 TASKS = ("passkey", "multikey", "recall")
 SUITE = ("dynamic", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "streaming", *POLICIES)

@@ -7,6 +7,8 @@ uncompressed `DynamicCache` that got the same chunks (KL, top-1). The cache coun
 that the queries read. A method that reads none, or that should evict and drops none, is an error and not a
 result. Bytes are those of every storage of a cache made for 8192 bfloat16 tokens, when it holds them.
 
+`--free` lets every method write a text of its own instead: see benchmarks/free.py, whose options it has then.
+
 `--json FILE` writes all numbers, and `--show FILE` prints the tables of such files. `--markdown FILE` and
 `--plot FILE` write table and picture. docs/quality.md explains the method.
 """
@@ -16,9 +18,9 @@ import gc
 import json
 import math
 import statistics
+import sys
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -27,21 +29,18 @@ from torch import Tensor
 
 import fade_fast
 from fade_fast.hf import loading
-from fade_fast.hf.models import CACHE_NAME
 
-from . import memory, pictures, texts
+from . import free, memory, pictures, texts
 from .methods import (
-    COMPRESSES,
-    EVICTS,
     POLICIES,
     QUANTIZED,
     Method,
     Unavailable,
-    compressed_tokens,
     eager,
     evicted_tokens,
     method,
 )
+from .streams import NothingCompressed, Reader, check, chunks, stream
 
 SUITE = (
     "dynamic", "off", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive",
@@ -103,42 +102,7 @@ class Summary:
     smaller: float | None
 
 
-class NothingCompressed(AssertionError):
-    """A measured method compressed or evicted nothing, so its numbers would mean nothing."""
-
-
 # -- the measurement
-
-
-def chunks(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
-@torch.no_grad()
-def stream(model, cache, ids: Tensor, size: int, heard=lambda cache, new: None) -> Iterator[Tensor]:
-    """Logits [B, n, vocabulary] of `ids` [B, L], fed in chunks of `size` through one cache.
-
-    `heard` is called before each chunk with the cache and the length of the chunk.
-    """
-    for part in chunks(ids.shape[1], size):
-        heard(cache, part.stop - part.start)
-        yield model(input_ids=ids[:, part], **{CACHE_NAME: cache}, use_cache=True).logits
-
-
-class Reader:
-    """Counts the tokens that the queries of a stream read. Nothing waits for the device before `mean`."""
-
-    def __init__(self):
-        self.read, self.queries = 0.0, 0
-
-    def __call__(self, cache, new: int) -> None:
-        if self.queries:  # the first chunk finds an empty cache
-            self.read = self.read + compressed_tokens(cache) * new
-        self.queries += new
-
-    def mean(self) -> float:
-        return float(self.read) / self.queries
 
 
 class Score:
@@ -188,14 +152,6 @@ def measure(model, m: Method, ids: Tensor, exact: list[Tensor], size: int) -> tu
         config = str(getattr(cache, "fade_config", ""))
     check(m, statistics.mean(read), statistics.mean(gone))
     return *score, statistics.mean(read), statistics.mean(gone), config
-
-
-def check(m: Method, read: float, evicted: float) -> None:
-    """Refuse the numbers of a cache that did nothing to its tokens."""
-    if m.does == COMPRESSES and not read > 0:
-        raise NothingCompressed(f"{m.name}: no query read a compressed token: use longer windows")
-    if m.does == EVICTS and not evicted > 0:
-        raise NothingCompressed(f"{m.name}: no token was evicted: use longer windows")
 
 
 def run(
@@ -351,6 +307,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--text", default=texts.WIKITEXT, help="file, or NAME[:CONFIGURATION[:SPLIT[:COLUMN]]]"
     )
+    parser.add_argument(
+        "--free", action="store_true", help="free-running texts instead; --free --help shows its options"
+    )
     parser.add_argument("--windows", type=int, default=8 if cuda else 2, metavar="N")
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
     parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens fed at a time")
@@ -381,6 +340,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--free" in argv:
+        return free.main([x for x in argv if x != "--free"])
     args = arguments(argv)
     report, results = stored(args.show) if args.show else measured(args)
     print("\n" + show(report, results))

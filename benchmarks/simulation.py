@@ -6,6 +6,10 @@ code with the cache. The mask "blocks" is the one of a cache that is fed in chun
 those of benchmarks.quality. With "last", every query sees the sinks and its last 64 tokens unchanged and
 all others quantized. Published measurements of formats assume this, but no cache that compresses by blocks
 does it.
+
+`--suite tails` compares formats, published ones included, with equal tails: the same windows, the same
+numbers of sinks and recent tokens, and only the mask "last". A group of tokens with common numbers may then
+reach into the recent tokens of a query, where a cache would have to wait for the whole group.
 """
 
 import argparse
@@ -14,6 +18,7 @@ import math
 import statistics
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,15 +28,25 @@ from transformers import AttentionInterface
 import fade_fast
 from fade_fast.hf import loading
 from fade_ref.config import FadeConfig
-from fade_ref.rotation import RotatedCodec, key_mean, qr_rotation
 
-from . import texts
-from .methods import WIDTHS
+from . import readers, texts
+from .methods import key_shape
 from .quality import Score
+from .readers import Read, Reader
+from .streams import NothingCompressed
 
 NAME = "fade_simulated"
 MASKS = ("blocks", "last")
 FORMATS = ("int8", "int4", "int3", "k4v2", "int2")
+MATCHED = tuple(f"{name}:quant_backend=matched" for name in FORMATS[1:])
+#: Formats with equal tails, by bits.
+TAILS = (
+    "int4", MATCHED[0], "kivi4", "kivi4:group=64", "quanto4", "hqq4", "kvarn4", "turboquant4",
+    "int3", MATCHED[1], "kivi3", "kvarn3", "turboquant3",
+    "k4v2", MATCHED[2], "kivi-k4v2", "kvarn-k4v2", "turboquant-k4v2",
+    "int2", MATCHED[3], "kivi2", "kivi2:group=64", "quanto2", "hqq2", "kvarn2", "turboquant2",
+)  # fmt: skip
+SUITES = {"ours": (FORMATS, MASKS), "tails": (TAILS, ("last",))}
 
 
 def compressed(length: int, config: FadeConfig, mask: str, chunk: int) -> Tensor:
@@ -49,41 +64,39 @@ def compressed(length: int, config: FadeConfig, mask: str, chunk: int) -> Tensor
     return (key >= config.n_sink) & (key < bound)
 
 
-def quantized(keys: Tensor, values: Tensor, config: FadeConfig) -> tuple[Tensor, Tensor]:
-    """Decoded keys (after RoPE) and values [B, H, n, D], float64. Sinks are unchanged."""
-    dim, block, sinks = keys.shape[-1], config.block_size, config.n_sink
-    rotation = qr_rotation(dim)
-    key_codec, value_codec = (
-        RotatedCodec(b, dim, rotation) for b in (config.middle_k_bits, config.middle_v_bits)
-    )
-    middle, found = keys.cpu().double()[:, :, sinks:], []
-    for part in middle.split(block, dim=2):
-        mean = key_mean(part)
-        found.append(key_codec.decode(key_codec.encode(part, mean), mean))
-    middle = values.cpu().double()[:, :, sinks:]
-    decoded = torch.cat(found, dim=2), value_codec.decode(value_codec.encode(middle))
-    return tuple(torch.cat((x[:, :, :sinks], y.to(x)), dim=2) for x, y in zip((keys, values), decoded))
+def quantized(read: Read, layer: int, keys: Tensor, values: Tensor, n_sink: int) -> tuple[Tensor, Tensor]:
+    """Keys (after RoPE) and values [B, H, n, D] as a layer reads them back. Sinks are unchanged."""
+    rows = zip(*(x.cpu().double()[:, :, n_sink:] for x in (keys, values)))
+    decoded = (torch.stack(x) for x in zip(*(read(layer, *row) for row in rows)))
+    return tuple(torch.cat((x[:, :, :n_sink], y.to(x)), dim=2) for x, y in zip((keys, values), decoded))
 
 
 @contextmanager
-def simulating(model, config: FadeConfig, mask: str, chunk: int):
+def simulating(model, config: FadeConfig, mask: str, chunk: int, read: Read | None = None):
     """Let full-attention layers of the model read quantized keys and values. Sliding layers read them
     unchanged.
+
+    `read`: the format; None: the rotated one with the widths of `config`.
     """
+    if read is None:
+        bits = config.middle_k_bits, config.middle_v_bits
+        read = readers.rotated("", key_shape(model, 0)[1], config, bits).read
 
     def attention(module, query, keys, values, attention_mask, scaling=None, **kwargs):
         n, group = query.shape[2], query.shape[1] // keys.shape[1]
         place = torch.arange(n, device=query.device)
         distance = place[:, None] - place
         sees, window = distance >= 0, getattr(module, "sliding_window", None)
-        read = compressed(n, config, mask, chunk).to(query.device)
+        coded = compressed(n, config, mask, chunk).to(query.device)
         if window:
-            sees, read = sees & (distance < window), torch.zeros_like(read)
+            sees, coded = sees & (distance < window), torch.zeros_like(coded)
         whole = lambda x: x.repeat_interleave(group, dim=1)  # noqa: E731
-        near, far = (keys, values), quantized(keys, values, config)
-        scores = torch.where(read, query @ whole(far[0]).mT, query @ whole(near[0]).mT)
+        near = far = keys, values
+        if coded.any():
+            far = quantized(read, module.layer_idx, keys, values, config.n_sink)
+        scores = torch.where(coded, query @ whole(far[0]).mT, query @ whole(near[0]).mT)
         p = (scores * (scaling or query.shape[-1] ** -0.5)).masked_fill(~sees, -torch.inf).softmax(-1)
-        out = p.masked_fill(read, 0) @ whole(near[1]) + p.masked_fill(~read, 0) @ whole(far[1])
+        out = p.masked_fill(coded, 0) @ whole(near[1]) + p.masked_fill(~coded, 0) @ whole(far[1])
         return out.transpose(1, 2).contiguous(), None
 
     fade_fast.detach(model)
@@ -97,9 +110,28 @@ def simulating(model, config: FadeConfig, mask: str, chunk: int):
 
 
 @torch.no_grad()
-def run(model, formats, ids: Tensor, chunk: int, say=print) -> list[dict]:
-    """Perplexity ratio, mean KL and top-1 of each format under each mask, over windows `ids` [N, L]."""
-    sums = {(name, mask): ([], [], []) for name in formats for mask in MASKS}
+def run(
+    model,
+    formats: list[Reader],
+    ids: Tensor,
+    config: FadeConfig,
+    masks,
+    chunk: int,
+    say=print,
+    keep=lambda results: None,
+) -> list[dict]:
+    """Each format under each mask, over windows `ids` [N, L].
+
+    `n_sink`, `recent_window` and `block_size` of `config` hold for all. Results have perplexity ratio, mean
+    KL and top-1, negative log-likelihood and KL of each window, and what a token takes. Raises
+    `NothingCompressed` if no query reads a quantized token.
+    """  # fmt: skip
+    reads = {
+        mask: compressed(ids.shape[1], config, mask, chunk).sum(-1).double().mean().item() for mask in masks
+    }
+    if not all(reads.values()):
+        raise NothingCompressed(f"{reads}: no query reads a quantized token: use longer windows")
+    sums = {(format, mask): ([], [], []) for format in formats for mask in masks}
     exact_nll = []
     for window in ids:
         window = window[None].to(model.device)
@@ -107,31 +139,63 @@ def run(model, formats, ids: Tensor, chunk: int, say=print) -> list[dict]:
         score = Score(1, window.device)
         score.add(exact, exact, targets)
         exact_nll += score.means()[0]
-        for (name, mask), found in sums.items():
-            both, key, value = WIDTHS.fullmatch(name).groups()
-            config = FadeConfig(middle_k_bits=int(both or key), middle_v_bits=int(both or value))
-            with simulating(model, config, mask, chunk):
+        for (format, mask), found in sums.items():
+            started = time.perf_counter()
+            with simulating(model, config, mask, chunk, format.read):
                 logits = model(input_ids=window).logits
             score = Score(1, window.device)
             score.add(logits, exact, targets)
             for column, x in zip(found, score.means()):
                 column += x
+            say(f"  {format.name}, {mask}: KL {found[1][-1]:.5f}, {time.perf_counter() - started:.1f} s")
         say(f"  {len(exact_nll)} windows")
+        keep(_rows(sums, exact_nll, reads))
+    return _rows(sums, exact_nll, reads)
+
+
+def _rows(sums: dict, exact_nll: list[float], reads: dict[str, float]) -> list[dict]:
     exact = statistics.mean(exact_nll)
     return [
         dict(
-            format=name, mask=mask, ratio=math.exp(statistics.mean(nll) - exact),
-            kl=statistics.mean(kl), top1=statistics.mean(top1),
+            format=format.name, mask=mask, ratio=math.exp(statistics.mean(nll) - exact),
+            kl=statistics.mean(kl), top1=statistics.mean(top1), nll=nll, kls=kl, read=reads[mask],
+            source=format.source, key_bytes=format.key_bytes, value_bytes=format.value_bytes,
+            tables=format.tables,
         )
-        for (name, mask), (nll, kl, top1) in sums.items()
+        for (format, mask), (nll, kl, top1) in sums.items()
     ]  # fmt: skip
 
 
 def table(results: list[dict]) -> str:
+    """Markdown, with one row for each format and mask."""
     lines = ["| format | mask | perplexity ratio | mean KL | top-1 |", "|---" * 5 + "|"]
     for r in results:
         lines.append(f"| {r['format']} | {r['mask']} | {r['ratio']:.4f} | {r['kl']:.5f} | {r['top1']:.4f} |")
     return "\n".join(lines)
+
+
+def tails(report: dict) -> str:
+    """Markdown: formats with equal tails and the bytes of a token, and what was equal."""
+    head = (
+        "format", "bytes of a token and KV head, keys + values", "tables of the model", "perplexity ratio",
+        "mean KL", "KL by window", "top-1",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for r in report["results"]:
+        shared = f"{r['tables'] / 2**20:.1f} MiB" if r["tables"] else "-"
+        each = ", ".join(f"{x:.4f}" for x in r["kls"])
+        lines.append(
+            f"| {r['format']} | {r['key_bytes']:g} + {r['value_bytes']:g} | {shared} | {r['ratio']:.4f} "
+            f"| {r['kl']:.5f} | {each} | {r['top1']:.4f} |"
+        )
+    windows = f"{report['windows']} window{'s' * (report['windows'] > 1)} of {report['length']}"
+    told = (
+        f"{report['model']}, {report['dtype']}, {report['device']}, torch {report['torch']}, transformers "
+        f"{report['transformers']}; {report['text']}, {windows}; every query reads {report['n_sink']} sinks "
+        f"and its last {report['recent_window']} tokens unchanged, and "
+        f"{report['results'][0]['read']:.0f} tokens quantized (mean over queries)."
+    )
+    return f"{told}\n\n" + "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,30 +206,59 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=4 if cuda else 1, metavar="N")
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
     parser.add_argument("--chunk", type=int, default=64, metavar="N", help="of the mask blocks")
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS), metavar="NAME")
+    parser.add_argument("--suite", choices=tuple(SUITES), default="ours", help="formats and masks")
+    parser.add_argument(
+        "--formats", nargs="+", metavar="NAME", help="these instead; see benchmarks/readers.py"
+    )
+    parser.add_argument("--masks", nargs="+", choices=MASKS, help="these instead")
+    parser.add_argument("--sinks", type=int, default=4, metavar="N", help="first tokens, unchanged")
+    parser.add_argument("--recent", type=int, default=64, metavar="N", help="recent tokens, unchanged")
+    parser.add_argument(
+        "--codebooks", nargs="+", type=Path, default=[], metavar="FILE", help="of product quantization, too"
+    )
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="the table of a stored run, and stop")
     args = parser.parse_args(argv)
-    if unknown := [name for name in args.formats if not WIDTHS.fullmatch(name)]:
-        parser.error(f"--formats: {', '.join(unknown)}: like int4 or k4v2")
+    if args.show:
+        print(shown(json.loads(args.show.read_text(encoding="utf-8"))))
+        return 0
+    names, masks = SUITES[args.suite]
+    names, masks = args.formats or names, args.masks or masks
     loading.quiet()
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
-    model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
+    model, tokenizer, called = texts.load_model(args.model, args.device, args.dtype)
+    try:
+        config = replace(FadeConfig(), n_sink=args.sinks, recent_window=args.recent)
+        formats = [readers.reader(name, model, config) for name in dict.fromkeys(names)]
+    except ValueError as error:
+        parser.error(str(error))
+    formats += [readers.coded(file, model) for file in args.codebooks]
     ids = texts.windows(tokenizer, texts.read(args.text), args.windows, args.length)
-    results = run(model, args.formats, ids, args.chunk, lambda line: print(line, flush=True))
-    print(table(results))
-    if args.json:
-        report = texts.circumstances("simulation", model, name, args.text, args.dtype) | dict(
-            windows=args.windows,
-            length=args.length,
-            chunk=args.chunk,
-            seconds=time.perf_counter() - started,
-            results=results,
-        )
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = texts.circumstances("simulation", model, called, args.text, args.dtype) | dict(
+        suite=args.suite,
+        length=args.length,
+        chunk=args.chunk,
+        n_sink=args.sinks,
+        recent_window=args.recent,
+    )
+
+    def keep(results: list[dict]) -> None:
+        report.update(windows=len(results[0]["nll"]), seconds=time.perf_counter() - started, results=results)
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    say = lambda line: print(line, flush=True)  # noqa: E731
+    keep(run(model, formats, ids, config, masks, args.chunk, say, keep))
+    print(shown(report))
     return 0
+
+
+def shown(report: dict) -> str:
+    """The table of a report."""
+    return tails(report) if report.get("suite") == "tails" else table(report["results"])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks import figures, memory, needles, pictures, quality
+from benchmarks import figures, free, memory, needles, pictures, quality, ruler
 
 REPORTS = figures.stored_reports()
 
@@ -29,6 +29,39 @@ def test_stored_reports_are_honest(name):
         assert all(len(r.nll) == len(r.kl) == len(r.top1) == report["windows"] for r in ran)
         assert all(r.read > 0 for r in ran if r.does == "compresses")
         assert all(r.evicted > 0 for r in ran if r.does == "evicts")
+
+
+#: Stored reports that have a table alone, by name.
+TABLES = {
+    path.stem: report
+    for path in sorted(figures.RESULTS.glob("*.json"))
+    if (report := json.loads(path.read_text(encoding="utf-8"))).get("kind") in figures.TABLES
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_stored_tables_are_honest(name):
+    """Each says what it ran on, has a number for each window, prompt or example, and compressed rows read."""
+    report = TABLES[name]
+    assert {"model", "device", "dtype", "torch", "transformers", "text"} <= set(report)
+    assert "/" not in report["text"] or ":" in report["text"]
+    if report["kind"] == "simulation" and "suite" in report:
+        assert all(len(r["nll"]) == len(r["kls"]) == report["windows"] for r in report["results"])
+        assert all(r["read"] > 0 and r["kl"] > 0 and r["key_bytes"] > 0 for r in report["results"])
+        for mask in {r["mask"] for r in report["results"]}:
+            assert len({r["read"] for r in report["results"] if r["mask"] == mask}) == 1
+    if report["kind"] == "free":
+        _, results, answers = free.parsed(report)
+        ran = [r for r in results if not r.failed]
+        assert all(len(r.length) == len(r.kl) == len(r.gaps) == len(ran[0].length) for r in ran)
+        assert all(r.read > 0 and max(r.kl) > 0 for r in ran if r.does == "compresses")
+        exact = next(r for r in ran if r.method == "dynamic")
+        assert set(exact.length) == set(exact.same) == {report["new"]}
+        assert all(a.failed or a.trials == len(a.scores) for a in answers)
+    if report["kind"] == "ruler":
+        ran = [r for r in ruler.parsed(report) if not r.failed]
+        assert all(r.trials == len(r.scores) == ran[0].trials for r in ran)
+        assert all((r.read > 0 or r.evicted > 0) == (r.method not in ("dynamic", "off")) for r in ran)
 
 
 DYNAMIC = quality.Result(
@@ -81,6 +114,32 @@ def test_blocks(results, tmp_path):
     assert figures.filled(text, page) == text
     missing = "<!-- results needles-x -->\n<!-- end -->"
     assert "Not measured yet." in figures.filled(missing, page)
+
+
+def test_blocks_of_tables(results, tmp_path):
+    about = dict(ABOUT, text="t", seconds=1.0)
+    tails = dict(
+        format="kivi2", mask="last", ratio=1.2, kl=0.125, top1=0.8, nll=[3.0], kls=[0.125], read=70.0
+    )
+    tails |= dict(key_bytes=24.0, value_bytes=20.5, tables=0, source="")
+    other = tails | dict(format="int2:quant_backend=matched", tables=3 * 2**20)
+    report = about | dict(kind="simulation", suite="tails", windows=1, length=256, n_sink=4, recent_window=64)
+    (tmp_path / "tails-x.json").write_text(json.dumps(report | dict(results=[tails, other])))
+    found = figures.block("tails-x", tmp_path / "page.md")
+    assert "| kivi2 | 24 + 20.5 | - | 1.2000 | 0.12500 | 0.1250 | 0.8000 |" in found
+    assert "| 3.0 MiB |" in found and "1 window of 256" in found and "70 tokens quantized" in found
+    written = free.Result("int2", "compresses", length=[5, 20], same=[3, 20], near=[0.9, 1.0], kl=[0.1, 0.3])
+    report = about | dict(kind="free", prompt=64, new=20, margin=0.1, seed=0, answers=[])
+    written = replace(written, read=30.0, gaps=[[[5, 0.4]], []])
+    (tmp_path / "free-x.json").write_text(json.dumps(report | dict(results=[asdict(written)])))
+    found = figures.block("free-x", tmp_path / "page.md")
+    assert "| int2 | 12 ± 8 | 1 of 2 | 12 | 0.950 | 0.20000 | - | 30 |" in found
+    assert "2 prompts of 64 tokens" in found and "near-ties within 0.1" in found
+    answered = ruler.Result("vt", 1024, "int2", 2, 0.5, 0.0, [0.4, 0.6], 900.0, 0.0)
+    report = about | dict(kind="ruler", chunk=512, most=None, results=[asdict(answered)])
+    (tmp_path / "ruler-x.json").write_text(json.dumps(report))
+    found = figures.block("ruler-x", tmp_path / "page.md")
+    assert "| int2 | 0.50 | 0.50 | 900 |" in found and "1024 tokens, 2 examples a task" in found
 
 
 def test_agreement_compares_the_same_windows(results, tmp_path):

@@ -1,0 +1,53 @@
+"""How a text is fed through a cache, and what is counted meanwhile."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fade_fast.hf.models import CACHE_NAME
+
+from .methods import COMPRESSES, EVICTS, Method, compressed_tokens
+
+
+class NothingCompressed(AssertionError):
+    """A measured method compressed or evicted nothing, so its numbers would mean nothing."""
+
+
+def chunks(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+@torch.no_grad()
+def stream(model, cache, ids: Tensor, size: int, heard=lambda cache, new: None) -> Iterator[Tensor]:
+    """Logits [B, n, vocabulary] of `ids` [B, L], fed in chunks of `size` through one cache.
+
+    `heard` is called before each chunk with the cache and the length of the chunk.
+    """
+    for part in chunks(ids.shape[1], size):
+        heard(cache, part.stop - part.start)
+        yield model(input_ids=ids[:, part], **{CACHE_NAME: cache}, use_cache=True).logits
+
+
+class Reader:
+    """Counts the tokens that the queries of a stream read. Nothing waits for the device before `mean`."""
+
+    def __init__(self):
+        self.read, self.queries = 0.0, 0
+
+    def __call__(self, cache, new: int) -> None:
+        if self.queries:  # the first chunk finds an empty cache
+            self.read = self.read + compressed_tokens(cache) * new
+        self.queries += new
+
+    def mean(self) -> float:
+        return float(self.read) / self.queries
+
+
+def check(m: Method, read: float, evicted: float) -> None:
+    """Refuse the numbers of a cache that did nothing to its tokens."""
+    if m.does == COMPRESSES and not read > 0:
+        raise NothingCompressed(f"{m.name}: no query read a compressed token: use longer windows")
+    if m.does == EVICTS and not evicted > 0:
+        raise NothingCompressed(f"{m.name}: no token was evicted: use longer windows")
