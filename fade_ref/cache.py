@@ -112,6 +112,7 @@ class LayerCache:
         self.columns = 0  # seen: the logical length
         self.boundary = config.n_sink  # columns before it have left the recent region
         self.codebooks, self.moments, self.expected = codebooks, moments, None
+        self.num_read = 0  # tokens of the middle that queries read where they chose, over all KV heads
         if codebooks:
             self.first_tier = Tier.PQ
             self.codecs = [{Tier.PQ: tuple(map(ProductCodec, codebooks))}] * len(self.groups)
@@ -265,6 +266,7 @@ class LayerCache:
             for h in range(keys.shape[0]):
                 own = list(range(h * group, (h + 1) * group))
                 reads = always | read[h, slot.clamp(0, held - 1)]
+                self.num_read += int((reads & ~always & attention.visible(now, at, terms.window)[0]).sum())
                 asked, mine = query[own, i : i + 1], terms.of(own)
                 both = (x[h : h + 1, reads] for x in (keys, values))
                 partials = [attention.over_tensors(asked, *both, now, at[reads], mine)]

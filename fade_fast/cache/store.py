@@ -126,6 +126,7 @@ class CompressedStore(ABC):
 
     slots_step = 1  # capacities are multiples of this
     per_mean = ONE_MEAN  # slots that share a mean
+    chooses = False  # whether a short step reads a part of the tokens
     evicted: Tensor | None = None  # [B, 1] int32: real tokens dropped so far
     on_plan: Callable | None = None  # is told of plans: see `plan.Candidates`
 

@@ -66,6 +66,10 @@ class TierFormat(ABC):
             recurs: whether this number of tokens recurs. Then a compiled version pays.
         """
 
+    def whole(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Records as the codec defines them, where the fields store them in parts."""
+        return fields
+
     @abstractmethod
     def decode_keys(self, fields: dict[str, Tensor], mean: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Keys [B, H, n, D] of `dtype`, as they were encoded. `mean` is [B, H, n or 1, D]."""

@@ -149,13 +149,19 @@ class RotatedFormat(Format):
     Args:
         widths: of keys and values in each tier, finest first; none where the layer is not compressed.
         tables: see `Format`.
+        tier_class: makes a tier of its widths, matrix, code and dtype; see `split.py` for another.
     """
 
     has_means = True
 
-    def __init__(self, widths: list[tuple[int, int]], tables: Callable[[int, torch.device], Tensor]):
+    def __init__(
+        self,
+        widths: list[tuple[int, int]],
+        tables: Callable[[int, torch.device], Tensor],
+        tier_class: type[RotatedTier] = RotatedTier,
+    ):
         super().__init__(tables)
-        self.widths = widths
+        self.widths, self.tier_class = widths, tier_class
         self._tiers: list[RotatedTier] = []
 
     @property
@@ -173,7 +179,7 @@ class RotatedFormat(Format):
     def allocate(self, head_dim, dtype, device):
         super().allocate(head_dim, dtype, device)
         matrix = self.table[:head_dim]
-        self._tiers = [RotatedTier(bits, matrix, code, dtype) for bits, code in self._coded_widths()]
+        self._tiers = [self.tier_class(bits, matrix, code, dtype) for bits, code in self._coded_widths()]
 
     def _coded_widths(self) -> list[tuple[tuple[int, int], Tier]]:
         """Widths and code of each tier."""

@@ -20,9 +20,10 @@ from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import Guard, reading, single_threaded
 from ..cache.layer import KVLayer
 from ..cache.positions import TokenPositions
-from ..formats.matched import MatchedFormat
+from ..formats.matched import MatchedFormat, MatchedTier
 from ..formats.product import ProductFormat
-from ..formats.rotated import RotatedFormat, tier_widths
+from ..formats.rotated import RotatedFormat, RotatedTier, tier_widths
+from ..formats.split import SplitMatchedTier, SplitRotatedTier
 from ..kernels import rotated
 from ..policies import plan, scores
 from ..saved import checkpoint, memory, snapshot, telemetry
@@ -155,9 +156,11 @@ class TieredKVCache(Cache):
                 kind = "still" if config.contiguous else "moved" if rope is None else "block"
                 tables = functools.partial(_tables_of, self.calibration, kind, config.block_size, i)
                 widths = tier_widths(config, config.bits(i, len(layers)))
-                format = MatchedFormat(widths, tables, rope if kind == "block" else None)
+                tier = MatchedTier if config.select is None else SplitMatchedTier
+                format = MatchedFormat(widths, tables, rope if kind == "block" else None, tier)
             else:
-                format = RotatedFormat(tier_widths(config, config.bits(i, len(layers))), self._table)
+                tier = RotatedTier if config.select is None else SplitRotatedTier
+                format = RotatedFormat(tier_widths(config, config.bits(i, len(layers))), self._table, tier)
             observer = scores.observer(config, weights, i, len(layers)) if format.compresses else None
             self.tiered.append(
                 KVLayer(config, format, self.token_positions, rope, index, max_length, observer, i)

@@ -26,6 +26,8 @@ from .files import whole
 VERSION = 3
 TIERED = "TieredLayer"  # kind of a tiered layer in files
 CALIBRATION = "calibration."  # begins the names of the tensors of a calibration
+#: Fields of a configuration that mean nothing without `select`.
+SELECTION = ("select", "select_page", "select_max", "index", "cold", "resident")
 TOKENS = "tokens"  # name of a tensor of ids that goes with a cache, but is none of it
 
 
@@ -113,6 +115,9 @@ def config_dict(config: FadeConfig) -> dict:
     fields = dataclasses.asdict(config)
     if fields["layer_bits"] is None:
         del fields["layer_bits"]
+    if config.select is None:
+        for name in SELECTION:
+            del fields[name]
     return fields
 
 
