@@ -45,6 +45,9 @@ CONFIGS = {
     "matched, two tiers": FadeConfig(
         **SMALL, quant_backend="matched", int4_budget=10, int2_budget=6, positions="original"
     ),
+    "select": FadeConfig(recent_window=8, block_size=8, select=8),
+    "select, share": FadeConfig(recent_window=8, block_size=8, select=0.6, select_max=16),
+    "select, matched": FadeConfig(recent_window=8, block_size=8, select=16, quant_backend="matched"),
     "off": FadeConfig(recent_window=None),
 }
 CONFIGS |= {
