@@ -127,11 +127,12 @@ STEADY = {
     "int2, evict": FadeConfig(**SMALL, int4_budget=8, int2_budget=8, middle_k_bits=2, middle_v_bits=2),
     "knorm": FadeConfig(**SMALL, int4_budget=12, int2_budget=8, eviction_policy="knorm"),
     "codes": FadeConfig(**SMALL, quant_backend="product"),
+    "select": FadeConfig(recent_window=8, block_size=8, select=64),  # more tokens come than are read
 }
 
 
 WAYS = [("unpadded", name) for name in STEADY] + [("padded", name) for name in STEADY]
-WAYS += [("drafted", name) for name in ("int4", "evict", "int4, contiguous", "knorm")]
+WAYS += [("drafted", name) for name in ("int4", "evict", "int4, contiguous", "knorm", "select")]
 
 
 @pytest.mark.slow
