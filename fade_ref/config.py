@@ -346,9 +346,10 @@ class FadeConfig:
     def recall(cls) -> "FadeConfig":
         """INT4 middle, every token kept, and each query reads the 512 tokens of it that matter to it.
 
-        Nothing is forgotten. The lower bits of keys and the values may lie in host memory.
+        Nothing is forgotten. The upper bits of keys and 1024 tokens stay on the GPU. The lower bits of keys
+        and the values of all tokens lie in host memory.
         """
-        return cls(select=512)
+        return cls(select=512, cold="host")
 
     @classmethod
     def balanced(cls) -> "FadeConfig":
@@ -376,4 +377,4 @@ class FadeConfig:
         return getattr(cls, name)()
 
 
-PRESETS = ("lossless", "safe", "balanced", "aggressive")
+PRESETS = ("lossless", "safe", "recall", "balanced", "aggressive")

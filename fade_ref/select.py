@@ -164,17 +164,17 @@ class Residency:
     """Which pages of one KV head lie in the slots of fast memory.
 
     Attributes:
-        pages: the page in each slot; None: empty.
+        pages: the page in each slot.
         last_used: the step that used a slot last; -1: never.
     """
 
-    pages: tuple[int | None, ...]
+    pages: tuple[int, ...]
     last_used: tuple[int, ...]
 
     @classmethod
-    def empty(cls, slots: int) -> "Residency":
-        """`slots` empty slots."""
-        return cls((None,) * slots, (-1,) * slots)
+    def first(cls, slots: int) -> "Residency":
+        """The first pages lie in the slots: they went there when they were stored."""
+        return cls(tuple(range(slots)), (-1,) * slots)
 
 
 class Touch(NamedTuple):
@@ -193,7 +193,7 @@ def touch(state: Residency, chosen: list[int], step: int) -> Touch:
 
     Raises `ValueError` if more pages are chosen than there are slots.
 
-    >>> one = touch(Residency.empty(2), [7, 5], step=0)
+    >>> one = touch(Residency.first(2), [7, 5], step=0)
     >>> two = touch(one.state, [5], step=1)
     >>> touch(two.state, [9], step=2)
     Touch(state=Residency(pages=(9, 5), last_used=(2, 1)), slots=[0], fetched=[True])
@@ -201,7 +201,7 @@ def touch(state: Residency, chosen: list[int], step: int) -> Touch:
     if len(chosen) > len(state.pages):
         raise ValueError(f"{len(chosen)} pages are chosen, but only {len(state.pages)} slots hold pages")
     pages, used = list(state.pages), list(state.last_used)
-    held = {page: slot for slot, page in enumerate(pages) if page is not None}
+    held = {page: slot for slot, page in enumerate(pages)}
     for page in chosen:  # those that are here first: they must not be replaced
         if page in held:
             used[held[page]] = step

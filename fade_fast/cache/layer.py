@@ -320,7 +320,7 @@ class KVLayer:
         sums = self.attention_sums() if self.counts_in_attend(query.shape[2]) else []
         tiers = self.held_tiers()
         if any(view.key_index is not None for view in visible.views):  # few tokens: all of them are read
-            views = [view.beginning(tier.num_read) for view, tier in zip(visible.views, tiers)]
+            views = [self.middle.beginning(view, t.num_read) for view, t in zip(visible.views, tiers)]
             visible = replace(visible, views=views)
         output = self.format.attend(
             query, keys, values, visible.dense, [tier.format for tier in tiers], visible.views,
@@ -504,6 +504,10 @@ class KVLayer:
             return self.format.tensors()
         held = self.dense.all_tensors() + (self.observer.tensors() if self.observer else [])
         return held + (self.format if self.middle is None else self.middle).tensors()
+
+    def host_tensors(self) -> list[Tensor]:
+        """Those of `tensors()` that lie in host memory."""
+        return [] if not self.is_initialized or self.middle is None else self.middle.host_tensors()
 
     # -- reading all tokens
 

@@ -27,10 +27,14 @@ class Field:
     heads: int
     axis: int = 2
 
+    def shape_of(self, batch: int, slots: int) -> tuple[int, ...]:
+        """Shape of the tensor of `slots` slots."""
+        shape = (*self.shape, slots) if self.axis == -1 else (slots, *self.shape)
+        return batch, self.heads, *shape
+
     def empty(self, batch: int, slots: int, device) -> Tensor:
         """The tensor of `slots` slots, all zero."""
-        shape = (*self.shape, slots) if self.axis == -1 else (slots, *self.shape)
-        return torch.zeros(batch, self.heads, *shape, dtype=self.dtype, device=device)
+        return torch.zeros(self.shape_of(batch, slots), dtype=self.dtype, device=device)
 
     @property
     def bytes(self) -> int:

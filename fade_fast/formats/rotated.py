@@ -64,6 +64,7 @@ class RotatedTier(TierFormat):
     """
 
     has_bound = True
+    parts: tuple[int, ...] = ()  # bits of the parts of a code that are stored apart
 
     has_zero = True  # whether codes of 8 and 4 bits have a zero point
 
@@ -173,7 +174,7 @@ class RotatedFormat(Format):
         return bool(self.widths)
 
     def check(self, head_dim, layer):
-        for bits in {b for pair in self.widths for b in pair}:
+        for bits in {b for pair in self.widths for b in (*pair, *self.tier_class.parts)}:
             packed_bytes(bits, head_dim)
 
     def allocate(self, head_dim, dtype, device):

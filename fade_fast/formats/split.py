@@ -17,6 +17,8 @@ KEY_BITS = 4  # of keys that can be split
 class SplitKeys:
     """What changes in a tier of `RotatedTier`'s kind. Its keys have 4 bits."""
 
+    parts = (KEY_BITS // 2,)
+
     def fields(self, heads):
         made = super().fields(heads)
         for name in TRANSPOSED:

@@ -103,6 +103,11 @@ class TieredKVCache(Cache):
                 f"eviction_policy={config.eviction_policy!r} ranks by attention, but {type(model).__name__} "
                 f"does not let its attention be replaced: {', '.join(plan.SCORES)} are supported for it"
             )
+        if config.select is not None and not replaceable:
+            raise ValueError(
+                f"select={config.select!r}: {type(model).__name__} does not let its attention be replaced, "
+                "and its own reads every token: use a configuration without select"
+            )
         if config.evicts and not model._can_set_attn_implementation():
             raise ValueError(
                 f"{type(model).__name__} does not dispatch its attention, whose masks and biases would count "
