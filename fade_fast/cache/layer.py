@@ -319,12 +319,13 @@ class KVLayer:
             return self._attend_chosen(query, keys, values, visible, options)
         sums = self.attention_sums() if self.counts_in_attend(query.shape[2]) else []
         tiers = self.held_tiers()
+        slots_read = [tier.num_read for tier in tiers]
         if any(view.key_index is not None for view in visible.views):  # few tokens: all of them are read
-            views = [self.middle.beginning(view, t.num_read) for view, t in zip(visible.views, tiers)]
-            visible = replace(visible, views=views)
+            visible = replace(visible, views=[self.middle.all_of_few(view) for view in visible.views])
+            slots_read = [view.capacity for view in visible.views]
         output = self.format.attend(
             query, keys, values, visible.dense, [tier.format for tier in tiers], visible.views,
-            [tier.num_read for tier in tiers], rope=self.rope() if self.config.contiguous else None,
+            slots_read, rope=self.rope() if self.config.contiguous else None,
             scaling=options.scaling, softcap=options.softcap, s_aux=options.s_aux, mass=sums,
         )  # fmt: skip
         if sums:

@@ -42,8 +42,8 @@ class SelectStore(AppendStore):
         counted: int64 [4] on the device, over all short steps that chose: queries times KV heads; tokens of
             the middle that these read; chosen pages that were on the GPU, and pages that were fetched. The
             last two stay 0 without a host.
-        resident: the payload on the GPU, `slots + 1` pages of each field; empty without a host. The last page
-            takes writes that mean nothing.
+        resident: the payload on the GPU, at least `slots + 1` pages of each field; empty without a host. The
+            page after the slots takes writes that mean nothing.
         residency: which page is in which slot; None without a host.
     """
 
@@ -63,6 +63,7 @@ class SelectStore(AppendStore):
             self.residency = select.Residency(batch, heads, slots, device)
             fields = tier.format.fields(heads)
             self.resident = {n: fields[n].empty(batch, (slots + 1) * self.page, device) for n in self.payload}
+            self._fit()
 
     def _records(self, fields: dict[str, Field], batch: int, device) -> Buffers:
         if not self.config.cold:
@@ -108,9 +109,22 @@ class SelectStore(AppendStore):
             for name, x in self.resident.items():
                 x.narrow(2, start, new).copy_(self.tiers[0].records.tensors[name].narrow(2, start, new))
 
+    @property
+    def num_few(self) -> int:
+        """Most slots that a step reads without a choice: the budget, and on CUDA a round number of slots."""
+        codes = self.tiers[0].records.tensors[INDEX]
+        heads, few = codes.shape[0] * codes.shape[1], self.most * self.page
+        return packed.whole(heads, few) if use_compiled(codes) else few
+
     def _fit(self) -> None:
-        if self.residency:
-            self.residency.reserve(self.tiers[0].records.capacity // self.page)
+        """Give each page an entry, and residents as many slots as a step reads."""
+        if not self.residency:
+            return
+        self.residency.reserve(self.tiers[0].records.capacity // self.page)
+        for name, x in self.resident.items():
+            if (more := self.num_few - x.shape[2]) > 0:
+                more = -(-more // self.page) * self.page
+                self.resident[name] = torch.cat((x, x.new_zeros(*x.shape[:2], more, *x.shape[3:])), dim=2)
 
     def loaded(self) -> None:
         self._make_resident(0, self.tiers[0].records.count)
@@ -137,19 +151,14 @@ class SelectStore(AppendStore):
 
     # -- a step that reads all
 
-    def beginning(self, view: TierView, length: int) -> TierView:
-        """The first `length` slots of the view of the tier, as a tier with whole key codes.
-
-        Raises `ValueError` if they are more than a query may choose: then not all of them need be resident.
-        """
-        if length > self.most * self.page:
-            raise ValueError(f"{length} slots: at most {self.most * self.page} are read without a choice")
+    def all_of_few(self, view: TierView) -> TierView:
+        """The view of all tokens with whole key codes, where they are no more than a query may read."""
         if self.residency:
             near = self.resident
             keys = view.keys._replace(codes=near["key_codes"])
             values = Packed(near["value_codes"].mT, near.get("value_scale"), near.get("value_zero"))
             view = view._replace(keys=keys, values=values)
-        return view.beginning(length)
+        return view.beginning(min(self.tiers[0].num_read, self.num_few))
 
     # -- a step that chooses
 

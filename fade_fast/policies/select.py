@@ -67,8 +67,8 @@ class Residency:
         """Use some pages in a step: those that are absent replace the ones unused longest.
 
         Args:
-            index: pages int64 [B, H, n], no two of those in use equal, n at most `slots`.
-            keep: bool [B, H, n], which of them are in use; None: all.
+            index: pages int64 [B, H, n], no two of those in use equal.
+            keep: bool [B, H, n], which of them are in use, at most `slots`; None: all.
 
         Returns the slot of each page, int64 [B, H, n], `slots` for pages that are not in use; and bool
         [B, H, n], which have to be fetched into their slots.
@@ -82,8 +82,9 @@ class Residency:
         self.last_used.scatter_(-1, torch.where(hit, found, nowhere), now)
         # One number per slot, by use and then by place: no two are equal.
         age = self.last_used[..., :-1] * self.slots + torch.arange(self.slots, device=index.device)
-        oldest = age.topk(index.shape[-1], dim=-1, largest=False).indices
-        replaced = oldest.gather(-1, (miss.cumsum(-1) - 1).clamp_min(0))
+        most = min(index.shape[-1], self.slots)
+        oldest = age.topk(most, dim=-1, largest=False).indices
+        replaced = oldest.gather(-1, (miss.cumsum(-1) - 1).clamp(0, most - 1))
         old = self.page_of_slot.gather(-1, replaced)
         absent = torch.full_like(old, -1)
         self.slot_of_page.scatter_(-1, torch.where(miss, old, none), absent)

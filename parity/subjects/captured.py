@@ -42,7 +42,7 @@ CONFIGS = {
     ),
     "select": (FadeConfig(**CHOOSING), True),
     "select, share, beams": (FadeConfig(**CHOOSING | dict(select=0.6, select_max=16)), False, 3),
-    "select, drafted": (FadeConfig(**CHOOSING), False, 1, None, True),
+    "select, drafted": (FadeConfig(**CHOOSING, cold="host"), False, 1, None, True),
     "int4, drafted": (FadeConfig(**SMALL), False, 1, None, True),
     "evict, drafted": (FadeConfig(**SMALL, int4_budget=10), False, 1, None, True),
     "codes, padded, drafted": (FadeConfig(**SMALL, quant_backend="product"), True, 1, None, True),

@@ -47,6 +47,7 @@ CONFIGS = {
     ),
     "select": FadeConfig(recent_window=8, block_size=8, select=8),
     "select, share": FadeConfig(recent_window=8, block_size=8, select=0.6, select_max=16),
+    "select, host": FadeConfig(recent_window=8, block_size=8, select=8, cold="host", resident=16),
     "select, matched": FadeConfig(recent_window=8, block_size=8, select=16, quant_backend="matched"),
     "off": FadeConfig(recent_window=None),
 }
@@ -128,6 +129,7 @@ STEADY = {
     "knorm": FadeConfig(**SMALL, int4_budget=12, int2_budget=8, eviction_policy="knorm"),
     "codes": FadeConfig(**SMALL, quant_backend="product"),
     "select": FadeConfig(recent_window=8, block_size=8, select=64),  # more tokens come than are read
+    "select, host": FadeConfig(recent_window=8, block_size=8, select=64, cold="host", resident=72),
 }
 
 
