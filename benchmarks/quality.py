@@ -37,6 +37,7 @@ from .methods import (
     QUANTIZED,
     Method,
     Unavailable,
+    chosen_tokens,
     compressed_tokens,
     eager,
     evicted_tokens,
@@ -116,14 +117,24 @@ def chunks(length: int, size: int) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def stream(model, cache, ids: Tensor, size: int, heard=lambda cache, new: None) -> Iterator[Tensor]:
+def stream(
+    model, cache, ids: Tensor, size: int, heard=lambda cache, new: None, most: int | None = None
+) -> Iterator[Tensor]:
     """Logits [B, n, vocabulary] of `ids` [B, L], fed in chunks of `size` through one cache.
 
-    `heard` is called before each chunk with the cache and the length of the chunk.
+    `heard` is called before each chunk with the cache and the length of the chunk. With `most`, a chunk is
+    fed in parts of at most so many tokens.
     """
     for part in chunks(ids.shape[1], size):
         heard(cache, part.stop - part.start)
-        yield model(input_ids=ids[:, part], **{CACHE_NAME: cache}, use_cache=True).logits
+        yield in_parts(model, cache, ids[:, part], most)
+
+
+def in_parts(model, cache, ids: Tensor, most: int | None) -> Tensor:
+    """Logits of `ids` [B, n], fed in parts of at most `most` tokens; None: at once."""
+    parts = chunks(ids.shape[1], most or ids.shape[1])
+    each = [model(input_ids=ids[:, p], **{CACHE_NAME: cache}, use_cache=True).logits for p in parts]
+    return each[0] if len(each) == 1 else torch.cat(each, dim=1)
 
 
 class Reader:
@@ -178,16 +189,24 @@ def measure(model, m: Method, ids: Tensor, exact: list[Tensor], size: int) -> tu
         cache, reader, sums = m(model, ids.shape[1]), Reader(), Score(len(part), ids.device)
         targets = part[:, 1:]
         for where, theirs, logits in zip(
-            chunks(ids.shape[1], size), exact, stream(model, cache, part, size, reader)
+            chunks(ids.shape[1], size), exact, stream(model, cache, part, size, reader, m.most)
         ):
             sums.add(logits, theirs[rows], targets[:, where])
         for all_rows, mine in zip(score, sums.means()):
             all_rows.extend(mine)
-        read.append(reader.mean())
+        read.append(reader.mean() if m.most is None else read_by_choice(m, cache))
         gone.append(evicted_tokens(cache))
         config = str(getattr(cache, "fade_config", ""))
     check(m, statistics.mean(read), statistics.mean(gone))
     return *score, statistics.mean(read), statistics.mean(gone), config
+
+
+def read_by_choice(m: Method, cache) -> float:
+    """Tokens of the middle that a query read in each KV head. Refuses a cache that read all of them."""
+    read = chosen_tokens(cache)
+    if read is None:
+        raise NothingCompressed(f"{m.name}: no query read fewer tokens than there were: use longer windows")
+    return read
 
 
 def check(m: Method, read: float, evicted: float) -> None:

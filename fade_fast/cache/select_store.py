@@ -65,9 +65,9 @@ class SelectStore(AppendStore):
             self.resident = {n: fields[n].empty(batch, (slots + 1) * self.page, device) for n in self.payload}
             self._fit()
 
-    def _records(self, fields: dict[str, Field], batch: int, device) -> Buffers:
+    def _new_records(self, fields: dict[str, Field], batch: int, device) -> Buffers:
         if not self.config.cold:
-            return super()._records(fields, batch, device)
+            return super()._new_records(fields, batch, device)
         return HostBuffers(fields, tuple(filter(is_payload, fields)), self.slots_step, batch, device)
 
     @property

@@ -147,7 +147,7 @@ class CompressedStore(ABC):
         device, dim = format.table.device, format.table.shape[-1]
         self.tiers: list[StoredTier] = []
         for tier, budget in zip(format.tiers, (config.int4_budget, config.int2_budget)):
-            records = self._records(self.own_fields() | tier.fields(heads), batch, device)
+            records = self._new_records(self.own_fields() | tier.fields(heads), batch, device)
             bound = None
             if tier.has_bound:
                 least = rotated.SMALLEST_SCALE
@@ -157,7 +157,7 @@ class CompressedStore(ABC):
         if format.has_means:
             self.means = Buffers({"mean": Field((dim,), torch.float16, heads)}, 1, batch, device)
 
-    def _records(self, fields: dict[str, Field], batch: int, device) -> Buffers:
+    def _new_records(self, fields: dict[str, Field], batch: int, device) -> Buffers:
         """The empty records of a tier."""
         return Buffers(fields, self.slots_step, batch, device)
 
