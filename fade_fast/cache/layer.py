@@ -339,15 +339,26 @@ class KVLayer:
         store, (view,) = self.middle, visible.views
         scores = dict(scaling=options.scaling, softcap=options.softcap)
         index, keep = store.choose(query, keys, visible.dense, view, **scores)
-        outputs = []
-        for i in range(query.shape[2]):
-            chosen = store.chosen(view, index[:, :, i], None if keep is None else keep[:, :, i], i)
-            row = min(i, visible.dense.shape[1] - 1)
-            outputs.append(self.format.attend(
-                query[:, :, i : i + 1].contiguous(), keys, values, visible.dense[:, row : row + 1],
-                [store.tiers[0].format], [chosen], [chosen.capacity], rope=None,
-                s_aux=options.s_aux, **scores,
-            ))  # fmt: skip
+        outputs, (batch, _, new, _) = [], query.shape
+        size = store.num_together(new)
+        for i in range(0, new, size):
+            # Each query becomes a row of a batch, because each has tokens of its own.
+            part = query[:, :, i : i + size].transpose(1, 2)
+            count, seen = (
+                part.shape[1],
+                visible.dense[:, i : i + size] if visible.dense.shape[1] > 1 else None,
+            )
+            seen = visible.dense.expand(-1, count, -1) if seen is None else seen
+            each = lambda x: x if count == 1 else x.repeat_interleave(count, dim=0)  # noqa: B023, E731
+            chosen = store.chosen(
+                view, index[:, :, i : i + size], None if keep is None else keep[:, :, i : i + size], i
+            )
+            output = self.format.attend(
+                part.flatten(0, 1).unsqueeze(2).contiguous(), each(keys), each(values),
+                seen.flatten(0, 1).unsqueeze(1), [store.tiers[0].format], [chosen], [chosen.capacity],
+                rope=None, s_aux=options.s_aux, **scores,
+            )  # fmt: skip
+            outputs.append(output.unflatten(0, (batch, count)).flatten(1, 2))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def counts_in_attend(self, new: int) -> bool:

@@ -177,15 +177,25 @@ class SelectStore(AppendStore):
         mass = page_mass(query, keys, seen, self.format.table, view, num_read, self.page, **options)
         return select.choose(mass, min(self.most, mass.shape[-1]), self.share)
 
-    def chosen(self, view: TierView, index: Tensor, keep: Tensor | None, query: int) -> TierView:
-        """The view of the pages that one query of the step reads, as an ordinary tier.
+    def num_together(self, new: int) -> int:
+        """How many of the `new` queries of a step `chosen` takes at once.
+
+        Pages that one query fetches may replace those of another, and compiled kernels serve one batch.
+        """
+        return 1 if self.residency or use_compiled(self.counted) else new
+
+    def chosen(self, view: TierView, index: Tensor, keep: Tensor | None, first: int) -> TierView:
+        """The view of the pages that some queries of the step read: an ordinary tier, a row for each query.
 
         Args:
-            view: of the tier.
-            index, keep: from `choose`, for this query: [B, H, n].
-            query: its place in the step.
+            view: of the tier, B rows.
+            index, keep: from `choose`, of these m queries: [B, H, m, n].
+            first: place of the first of them in the step.
+
+        Returns a view of B * m rows.
         """
-        tier, page = self.tiers[0], self.page
+        tier, page, count = self.tiers[0], self.page, index.shape[2]
+        index, keep = (None if x is None else x.transpose(1, 2).flatten(0, 1) for x in (index, keep))
         tensors = tier.records.tensors
         index, keep = self._padded(index, keep)
         fetched = None
@@ -198,10 +208,11 @@ class SelectStore(AppendStore):
         keys = Packed(halves.join(pages_of(tensors[INDEX], page, index), payload["key_codes"]), *numbers)
         values = Packed(payload["value_codes"].mT, payload.get("value_scale"), payload.get("value_zero"))
         means = pages_of(self.means.tensors["mean"], 1, index * page // self.per_mean)
-        row = min(query, view.valid.shape[1] - 1)
-        valid = self._valid(view.valid[:, row], index, keep)
+        valid = view.valid if view.valid.shape[1] == 1 else view.valid[:, first : first + count]
+        valid = self._valid(valid.expand(-1, count, -1).flatten(0, 1), index, keep)
         self._count(valid, keep, fetched)
-        return TierView(keys, values, tier.bound, means, valid.flatten(0, 1).unsqueeze(1), page)
+        bound = tier.bound if count == 1 else tier.bound.repeat_interleave(count, dim=0)
+        return TierView(keys, values, bound, means, valid.flatten(0, 1).unsqueeze(1), page)
 
     def _padded(self, index: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The same with more pages that do not count, where compiled kernels read a round number of slots."""
@@ -216,9 +227,9 @@ class SelectStore(AppendStore):
         return pad(index, (0, more)), pad(keep, (0, more))
 
     def _valid(self, valid: Tensor, index: Tensor, keep: Tensor | None) -> Tensor:
-        """Which slots of the chosen pages hold a token that counts, bool [B, H, n * page].
+        """Which slots of the chosen pages hold a token that counts, bool [N, H, n * page].
 
-        `valid`, bool [B, S], says so of all slots.
+        `valid`, bool [N, S], says so of all slots.
         """
         pages = valid.unflatten(-1, (-1, self.page))
         row = torch.arange(len(pages), device=pages.device).reshape(-1, 1, 1)
@@ -265,10 +276,11 @@ def rows_of_pages(x: Tensor, page: int) -> tuple[Tensor, Tensor]:
 
 
 def pages_of(x: Tensor, page: int, index: Tensor) -> Tensor:
-    """Pages `index` int64 [B, H, n] of a field [B, H, S, *shape]: [B, H, n * page, *shape]."""
+    """Pages `index` int64 [B * m, H, n] of a field [B, H, S, *shape]: [B * m, H, n * page, *shape]."""
     rows, first = rows_of_pages(x, page)
+    first = first.repeat_interleave(len(index) // len(first), dim=0)
     found = rows.index_select(0, (first + index).flatten()).view(x.dtype)
-    return found.reshape(*x.shape[:2], index.shape[-1] * page, *x.shape[3:])
+    return found.reshape(*index.shape[:2], index.shape[-1] * page, *x.shape[3:])
 
 
 def _fetch_rows(dynamic_sizes, far, near, far_row, near_row, is_far) -> Tensor:

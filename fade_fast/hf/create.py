@@ -35,11 +35,12 @@ def create_cache(
     Args:
         model: a decoder of transformers, of any dtype and on any device. The result of `torch.compile` for
             such a model is also allowed.
-        config: a `FadeConfig`, or a preset: "lossless", "safe", "balanced" or "aggressive". `safe` keeps
-            every token. `balanced` and `aggressive` evict by position alone, and evict the oldest token
-            first. The other policies are in `plan.SUPPORTED`. The policies in `scores.OBSERVERS` rank tokens
-            by the attention that the tokens receive. They store some numbers per token. In a prompt, they
-            also compute the scores twice more (`snapkv` and `tova`: only the scores of the last queries).
+        config: a `FadeConfig`, or a preset: "lossless", "safe", "recall", "balanced" or "aggressive". `safe`
+            keeps every token. `recall` also does, reads a part of them, and keeps the rest in host memory.
+            `balanced` and `aggressive` evict by position alone, and evict the oldest token first. The other
+            policies are in `plan.SUPPORTED`. The policies in `scores.OBSERVERS` rank tokens by the attention
+            that the tokens receive. They store some numbers per token. In a prompt, they also compute the
+            scores twice more (`snapkv` and `tova`: only the scores of the last queries).
         max_length: the largest number of tokens that the cache will see. The buffers for them are allocated
             at once. By default the buffers grow with the text.
         policy_weights: weights for `eviction_policy="learned"`: a safetensors file, or its tensors. `MLP` in

@@ -8,6 +8,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import fade_fast
 from fade_fast.cache import host
+from fade_fast.cache.select_store import SelectStore
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.policies import select
 from fade_ref import select as spec
@@ -56,8 +57,9 @@ def test_above_the_budget_fewer_tokens_are_read():
 
 
 @pytest.mark.parametrize("fields", [{}, dict(select=0.6, select_max=16), dict(middle_v_bits=16)], ids=str)
-def test_where_the_payload_lies_changes_nothing(fields):
+def test_where_the_payload_lies_changes_nothing(fields, monkeypatch):
     """With few resident pages, many are fetched, and the results are equal to the bit."""
+    monkeypatch.setattr(SelectStore, "num_together", lambda self, new: 1)  # products of one shape
     model, inputs = tiny_llama(), prompt(120, batch=2, pads=(0, 9))
     chunks = [60] + [1] * 20 + [5, 20] + [1] * 15
     caches = [new_cache(model, FadeConfig(**SMALL | dict(select=16) | fields | more)) for more in ({}, COLD)]
@@ -67,6 +69,19 @@ def test_where_the_payload_lies_changes_nothing(fields):
         queries, read, hits, misses = layer.middle.counted.tolist()
         assert hits > 0 and misses > 0 and read < 0.5 * queries * layer.middle.count
         assert [x.tolist()[:2] for x in (caches[0].tiered[0].middle.counted,)][0][0] == queries
+
+
+def test_queries_of_a_step_read_together_what_they_read_one_by_one(monkeypatch):
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(110, batch=2, pads=(0, 9))
+    for config in (SELECT, FadeConfig(**SMALL, select=0.5, select_max=32)):
+        caches = [new_cache(model, config) for _ in range(2)]
+        together = teacher_forced(model, caches[0], inputs, [60, 16, 16, 3, 15])
+        with monkeypatch.context() as patch:
+            patch.setattr(SelectStore, "num_together", lambda self, new: 1)
+            alone = teacher_forced(model, caches[1], inputs, [60, 16, 16, 3, 15])
+        torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+        counted = [cache.tiered[1].middle.counted.tolist() for cache in caches]
+        assert counted[0] == counted[1] and counted[0][0] == 2 * 2 * 50
 
 
 COLD = dict(cold="host", resident=24)

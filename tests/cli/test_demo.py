@@ -160,7 +160,10 @@ def one_line(capsys) -> str:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--config", "frugal"], "unknown preset 'frugal': one of lossless, safe, balanced, aggressive"),
+        (
+            ["--config", "frugal"],
+            "unknown preset 'frugal': one of lossless, safe, recall, balanced, aggressive",
+        ),
         (["--config", "safe", "frugal"], "unknown preset 'frugal'"),
         (["--prompt-file", "{tmp}/none.txt"], "none.txt: No such file"),
         (["--prompt-file", "{tmp}"], "Is a directory"),
@@ -231,7 +234,7 @@ def test_several_configs_write_a_list_and_short_prompts_agree(tiny, tmp_path):
     arguments = ["demo", "--model", tiny, "--max-new-tokens", "16", "--device", "cpu", "--dtype", "fp32"]
     assert main([*arguments, "--prompt-file", str(prompt), "--json", str(out)]) == 0
     found = json.loads(out.read_text(encoding="utf-8"))
-    assert [record["config"] for record in found] == ["lossless", "safe", "balanced", "aggressive"]
+    assert [record["config"] for record in found] == ["lossless", "safe", "recall", "balanced", "aggressive"]
     for record in found:
         assert list(record) == KEYS
         assert record["agreement"] == record["new_tokens"] > 0
