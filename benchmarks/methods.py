@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, QuantizedCache
 
 import fade_fast
+from fade_fast.cache.layer import MAX_DECODE_TOKENS
 from fade_fast.cache.positions import PAD
 from fade_fast.compile import compiled as compiling
 from fade_fast.hf.cache import TieredKVCache
@@ -47,12 +48,15 @@ class Method:
             `EVICTS` keeps some unchanged and drops the rest.
         make: `(model, length)` to an empty cache for texts of `length` tokens, attached if it is ours.
         rowwise: whether the rows of a batch do not influence each other.
+        most: most tokens of a step in which queries choose what they read; None where they read everything.
+            Longer steps are then fed in parts.
     """
 
     name: str
     does: str
     make: Callable[[PreTrainedModel, int], Cache]
     rowwise: bool = True
+    most: int | None = None
 
     def __call__(self, model: PreTrainedModel, length: int) -> Cache:
         """An empty cache. Raises `Unavailable` if something that it needs is missing."""
@@ -82,7 +86,8 @@ def method(name: str, weights=None, codebooks=None) -> Method:
     if _is_config(base):
         config = replace(_config(base), **changed)
         does = COMPRESSES if config.compresses else EXACT
-        return Method(name, does, lambda model, length: _ours(model, config))
+        most = None if config.select is None else MAX_DECODE_TOKENS
+        return Method(name, does, lambda model, length: _ours(model, config), most=most)
     if base not in ("dynamic", *QUANTIZED) or changes:
         raise ValueError(f"no method {name!r}: there are {', '.join(NAMES)}")
     if base == "dynamic":
@@ -257,6 +262,15 @@ def compressed_tokens(cache: Cache) -> torch.Tensor | float:
         if hasattr(layer, "_quantized_keys"):
             found.append(layer.get_seq_length() - (layer.keys.shape[-2] if layer.keys.dim() == 4 else 0))
     return sum(found) / max(1, len(found) - 1)
+
+
+def chosen_tokens(cache: TieredKVCache) -> float | None:
+    """Tokens of the middle that a query and KV head read where it chose, mean.
+
+    None if no query chose, or if those that chose read as many as there were.
+    """
+    selected = cache.memory().selected
+    return selected.read if selected and selected.read < selected.held else None
 
 
 def evicted_tokens(cache: Cache) -> float:

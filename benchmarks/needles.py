@@ -31,7 +31,7 @@ from fade_fast.hf.models import CACHE_NAME
 
 from . import pictures, texts
 from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, Unavailable, compressed_tokens, eager, method
-from .streams import NothingCompressed, chunks
+from .streams import NothingCompressed, chunks, in_parts, read_by_choice
 
 TASKS = ("passkey", "multikey", "recall")
 SUITE = ("dynamic", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "streaming", *POLICIES)
@@ -132,8 +132,10 @@ def ask(model, m: Method, examples: list[Example], size: int) -> tuple[Tensor, T
     if m.does == COMPRESSES and not read > 0:
         raise NothingCompressed(f"{m.name}: the question found no compressed token: use longer prompts")
     step = torch.cat([question, answer[:, :-1]], dim=1)
-    logits = model(input_ids=step, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=answer.shape[1])
-    log_p = logits.logits.float().log_softmax(-1)
+    logits = in_parts(model, cache, step, m.most)[:, -answer.shape[1] :]
+    if m.most is not None:
+        read = read_by_choice(m, cache)
+    log_p = logits.float().log_softmax(-1)
     nll = -log_p.gather(-1, answer[..., None])[..., 0].sum(-1)
     return log_p.argmax(-1) == answer, nll, read
 

@@ -40,7 +40,7 @@ from .methods import (
     evicted_tokens,
     method,
 )
-from .streams import NothingCompressed, Reader, check, chunks, stream
+from .streams import NothingCompressed, Reader, check, chunks, read_by_choice, stream
 
 SUITE = (
     "dynamic", "off", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive",
@@ -142,12 +142,12 @@ def measure(model, m: Method, ids: Tensor, exact: list[Tensor], size: int) -> tu
         cache, reader, sums = m(model, ids.shape[1]), Reader(), Score(len(part), ids.device)
         targets = part[:, 1:]
         for where, theirs, logits in zip(
-            chunks(ids.shape[1], size), exact, stream(model, cache, part, size, reader)
+            chunks(ids.shape[1], size), exact, stream(model, cache, part, size, reader, m.most)
         ):
             sums.add(logits, theirs[rows], targets[:, where])
         for all_rows, mine in zip(score, sums.means()):
             all_rows.extend(mine)
-        read.append(reader.mean())
+        read.append(reader.mean() if m.most is None else read_by_choice(m, cache))
         gone.append(evicted_tokens(cache))
         config = str(getattr(cache, "fade_config", ""))
     check(m, statistics.mean(read), statistics.mean(gone))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fade_fast.hf.models import CACHE_NAME
 
-from .methods import COMPRESSES, EVICTS, Method, compressed_tokens
+from .methods import COMPRESSES, EVICTS, Method, chosen_tokens, compressed_tokens
 
 
 class NothingCompressed(AssertionError):
@@ -20,14 +20,24 @@ def chunks(length: int, size: int) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def stream(model, cache, ids: Tensor, size: int, heard=lambda cache, new: None) -> Iterator[Tensor]:
+def stream(
+    model, cache, ids: Tensor, size: int, heard=lambda cache, new: None, most: int | None = None
+) -> Iterator[Tensor]:
     """Logits [B, n, vocabulary] of `ids` [B, L], fed in chunks of `size` through one cache.
 
-    `heard` is called before each chunk with the cache and the length of the chunk.
+    `heard` is called before each chunk with the cache and the length of the chunk. With `most`, a chunk is
+    fed in parts of at most so many tokens.
     """
     for part in chunks(ids.shape[1], size):
         heard(cache, part.stop - part.start)
-        yield model(input_ids=ids[:, part], **{CACHE_NAME: cache}, use_cache=True).logits
+        yield in_parts(model, cache, ids[:, part], most)
+
+
+def in_parts(model, cache, ids: Tensor, most: int | None) -> Tensor:
+    """Logits of `ids` [B, n], fed in parts of at most `most` tokens; None: at once."""
+    parts = chunks(ids.shape[1], most or ids.shape[1])
+    each = [model(input_ids=ids[:, p], **{CACHE_NAME: cache}, use_cache=True).logits for p in parts]
+    return each[0] if len(each) == 1 else torch.cat(each, dim=1)
 
 
 class Reader:
@@ -43,6 +53,14 @@ class Reader:
 
     def mean(self) -> float:
         return float(self.read) / self.queries
+
+
+def read_by_choice(m: Method, cache) -> float:
+    """Tokens of the middle that a query read in each KV head. Refuses a cache that read all of them."""
+    read = chosen_tokens(cache)
+    if read is None:
+        raise NothingCompressed(f"{m.name}: no query read fewer tokens than there were: use longer windows")
+    return read
 
 
 def check(m: Method, read: float, evicted: float) -> None:

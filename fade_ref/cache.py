@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import attention, importance, matched, policies
+from . import attention, importance, matched, policies, select
 from .attention import Terms
 from .config import KEPT, FadeConfig
 from .product import ProductCodec
@@ -112,6 +112,7 @@ class LayerCache:
         self.columns = 0  # seen: the logical length
         self.boundary = config.n_sink  # columns before it have left the recent region
         self.codebooks, self.moments, self.expected = codebooks, moments, None
+        self.num_read = 0  # tokens of the middle that queries read where they chose, over all KV heads
         if codebooks:
             self.first_tier = Tier.PQ
             self.codecs = [{Tier.PQ: tuple(map(ProductCodec, codebooks))}] * len(self.groups)
@@ -207,6 +208,8 @@ class LayerCache:
         """Attention of queries [Hq, q, D] over the tokens of a row: tier by tier, then merged."""
         if not row.tokens:
             return torch.zeros_like(query)
+        if self.chooses(query.shape[1]):
+            return self._attend_chosen(row, query, position, terms)
         keys, values = self.read(row)
         # Window, causality and ALiBi use the positions at which keys are read: the model sees those.
         at = torch.tensor(self.read_at(row))
@@ -222,6 +225,55 @@ class LayerCache:
         if self.observe:
             self._observe(row, query, keys, position, at, terms)
         return attention.merge(partials)
+
+    # -- choosing what to read
+
+    def chooses(self, queries: int) -> bool:
+        """Whether the queries of a step read a part of the middle: it holds more than they may read."""
+        c, held = self.config, self.boundary - self.config.n_sink
+        few = not isinstance(c.select, float) and c.select is not None and held <= c.select
+        return c.select is not None and queries <= select.LONGEST and held > 0 and not few
+
+    def chosen(self, row: Row, query: Tensor, position: Tensor, terms: Terms) -> list[list[int]]:
+        """Pages that one query [Hq, 1, D] reads in each KV head. Page p holds the columns from
+        n_sink + p * select_page on."""
+        c, middle = self.config, self.middle(row)
+        held, heads = self.boundary - c.n_sink, len(self.groups[row.group])
+        scores = torch.full((query.shape[0], held), -torch.inf, dtype=torch.float64)
+        if middle:
+            records, means = zip(*((t.key, t.mean) for t in middle))
+            keys = Record(*(None if x[0] is None else torch.stack(x, dim=1) for x in zip(*records)))
+            mean = torch.cat([m.expand(heads, 1, -1) for m in means], dim=1)
+            codec = self.codecs[row.group][self.first_tier][0]
+            at = torch.tensor([t.position for t in middle])
+            found = select.index_scores(query, keys, mean, codec, terms)
+            found = found.masked_fill(~attention.visible(position, at, terms.window), -torch.inf)[:, 0]
+            scores[:, [t.column - c.n_sink for t in middle]] = found
+        mass = select.page_mass(scores, c.select_page, heads)
+        share = c.select if isinstance(c.select, float) else None
+        return select.choose(mass, c.tokens_selected // c.select_page, share)
+
+    def _attend_chosen(self, row: Row, query: Tensor, position: Tensor, terms: Terms) -> Tensor:
+        """Attention over sinks, recent tokens and the pages that each query chooses in each KV head."""
+        keys, values = self.read(row)
+        at, output = torch.tensor([t.position for t in row.tokens]), torch.zeros_like(query)
+        slot = torch.tensor([t.column - self.config.n_sink for t in row.tokens])
+        always = torch.tensor([t.tier == Tier.FP16 for t in row.tokens])
+        held, group = self.boundary - self.config.n_sink, query.shape[0] // keys.shape[0]
+        for i, now in enumerate(position.split(1)):
+            pages = self.chosen(row, query[:, i : i + 1], now, terms)
+            read = select.tokens_read(pages, self.config.select_page, held)
+            for h in range(keys.shape[0]):
+                own = list(range(h * group, (h + 1) * group))
+                reads = always | read[h, slot.clamp(0, held - 1)]
+                self.num_read += int((reads & ~always & attention.visible(now, at, terms.window)[0]).sum())
+                asked, mine = query[own, i : i + 1], terms.of(own)
+                both = (x[h : h + 1, reads] for x in (keys, values))
+                partials = [attention.over_tensors(asked, *both, now, at[reads], mine)]
+                if mine.s_aux is not None:
+                    partials.append(attention.sink(mine.s_aux, asked.shape))
+                output[own, i : i + 1] = attention.merge(partials)
+        return output
 
     def _observe(self, row: Row, query: Tensor, keys: Tensor, position: Tensor, at: Tensor, terms: Terms):
         """Count the attention that this step gives to each token."""

@@ -17,6 +17,10 @@ CODECS = ("rotated", "matched", "channel", "symmetric", "product")
 POSITIONS = ("original", "contiguous")
 PLAN_SCOPES = ("layer", "sequence", "head")
 SAFE_LOSS = 0.003  # KL divergence per token that `safe` may cost, in nats
+INDEXES = ("k2",)  # what scores every token where a query chooses what it reads; see `select.py`
+COLD = ("host",)  # where the payload of tokens lies that are not resident
+PAGES = (8, 16, 32)  # tokens that are chosen together
+DEFAULT_MOST = 2048  # tokens that are read at most where `select` is a share
 KEPT = 16  # bits of keys or values that stay in the model's dtype
 #: Named rules for `layer_bits`: bits of keys and values in the first two and the last two layers.
 BOUNDARIES = {"boundary": (8, 8), "boundary-16": (KEPT, KEPT)}
@@ -58,6 +62,16 @@ class FadeConfig:
             tokens can be evicted and "original" otherwise.
         plan_scope: who shares a plan: "layer" (all rows and heads of a layer), "sequence" (each batch row has
             its own) or "head" (each row and KV head has its own).
+        select: tokens of the middle that a query reads in each KV head, chosen by the query; a multiple of
+            `select_page`. Or a share of probability between 0 and 1: as many pages as hold it. `None`: all
+            tokens. Sinks and recent tokens are always read, and every token is kept.
+        select_page: tokens that are chosen together, one of `PAGES`.
+        select_max: most tokens that are read where `select` is a share; `None`: 2048.
+        index: what scores the tokens, one of `INDEXES`. "k2": the upper two bits of 4-bit key codes.
+        cold: "host": the lower bits of keys, and the values, lie in host memory, and some pages of them also
+            on the GPU. `None`: everything lies on the GPU.
+        resident: tokens of each KV head whose payload lies on the GPU, with `cold`; `None`: twice as many as
+            a query reads.
 
     Raises `ValueError` for a value out of range and for two that contradict each other. The message names the
     field, the value and what is allowed.
@@ -76,6 +90,12 @@ class FadeConfig:
     plan_scope: str = "sequence"
     layer_bits: Mapping[int, Bits] | str | Callable[[int, int], Bits] | None = None
     loss_bound: float | None = None
+    select: int | float | None = None
+    select_page: int = 8
+    select_max: int | None = None
+    index: str = "k2"
+    cold: str | None = None
+    resident: int | None = None
 
     def __post_init__(self):
         self._integer("n_sink", 0)
@@ -113,6 +133,7 @@ class FadeConfig:
                 f"quant_backend={self.quant_backend!r} has one width for all layers: layer_bits and "
                 "middle_v_bits=16 need quant_backend='rotated' or 'matched'"
             )
+        self._selection()
         if self.loss_bound is not None:
             self._loss_bound(by_layer)
 
@@ -126,6 +147,7 @@ class FadeConfig:
             f"layer_bits={self.layer_bits!r}": self.layer_bits is not None,
             f"int4_budget={self.int4_budget!r}": self.relocatable,
             "recent_window=None": not self.compresses,
+            f"select={self.select!r}": self.select is not None,
         }
         for what, contradicts in against.items():
             if contradicts:
@@ -174,7 +196,9 @@ class FadeConfig:
         if rule is None:
             return default
         if callable(rule):
-            return self._bits(rule(layer, layers))
+            bits = self._bits(rule(layer, layers))
+            self._index_bits(bits[0])
+            return bits
         if isinstance(rule, str):
             return BOUNDARIES[rule] if min(layer, layers - 1 - layer) < 2 else default
         return dict(rule).get(layer, default)
@@ -210,6 +234,72 @@ class FadeConfig:
                 "leave them out"
             )
 
+    def _selection(self) -> None:
+        """Refuse a choice of what to read that contradicts itself or the other fields."""
+        self._choice("select_page", PAGES)
+        self._choice("index", INDEXES)
+        self._choice("cold", (None, *COLD))
+        page, is_share = self.select_page, isinstance(self.select, float)
+        if self.select is None:
+            defaults = {"select_page": PAGES[0], "select_max": None, "index": INDEXES[0], "cold": None}
+            for field, default in (defaults | {"resident": None}).items():
+                if getattr(self, field) != default:
+                    raise ValueError(f"{field}={getattr(self, field)!r} needs select: nothing is chosen")
+            return
+        if is_share and not 0 < self.select < 1:
+            raise ValueError(f"select={self.select!r}: a share between 0 and 1 is allowed")
+        if not is_share:
+            self._pages("select", page)
+            if self.select_max is not None:
+                raise ValueError(f"select_max={self.select_max!r} needs a share, not select={self.select!r}")
+        if self.select_max is not None:
+            self._pages("select_max", page)
+        if self.resident is not None:
+            if self.cold is None:
+                raise ValueError(f"resident={self.resident!r} needs cold='host': all tokens are resident")
+            self._pages("resident", self.tokens_selected)
+        if self.block_size % page:
+            raise ValueError(f"select_page={page} must divide block_size={self.block_size}")
+        for field, value, allowed in (
+            ("int4_budget", self.int4_budget, None),
+            ("eviction_policy", self.eviction_policy, "position"),
+        ):
+            if value != allowed:
+                raise ValueError(
+                    f"select={self.select!r} keeps every token, and a plan would drop or move some: "
+                    f"{field}={value!r} contradicts it, {allowed!r} is allowed"
+                )
+        if self.recent_window is None or self.contiguous or self.quant_backend not in ("rotated", "matched"):
+            raise ValueError(
+                f"select={self.select!r} reads codes of keys at their own positions: recent_window="
+                f"{self.recent_window}, positions={self.positions!r}, quant_backend={self.quant_backend!r}; "
+                "allowed: a recent_window, positions='original', 'rotated' or 'matched'"
+            )
+        self._index_bits(self.middle_k_bits)
+        if isinstance(self.layer_bits, tuple):
+            for _, (keys, _) in self.layer_bits:
+                self._index_bits(keys)
+        elif isinstance(self.layer_bits, str):
+            self._index_bits(BOUNDARIES[self.layer_bits][0])
+
+    def _index_bits(self, keys: int) -> None:
+        """Refuse widths of keys whose upper two bits are no index."""
+        if self.select is not None and keys not in (4, KEPT):
+            raise ValueError(
+                f"select={self.select!r} with index={self.index!r} takes the upper two bits of 4-bit keys: "
+                f"keys of {keys} bits contradict it, 4 is allowed, and 16 for layers that are not compressed"
+            )
+
+    def _pages(self, field: str, least: int) -> None:
+        """Refuse a number of tokens that is no whole number of pages, or below `least`."""
+        value = getattr(self, field)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value % self.select_page == 0
+        if not whole or value < least:
+            raise ValueError(
+                f"{field}={value!r}: a multiple of select_page={self.select_page}, at least {least}, is "
+                "allowed"
+            )
+
     def _integer(self, field: str, least: int, optional: bool = False) -> None:
         value = getattr(self, field)
         if value is None and optional:
@@ -240,6 +330,28 @@ class FadeConfig:
         return self.int4_budget is not None and self.int2_budget is not None
 
     @property
+    def tokens_selected(self) -> int | None:
+        """Most tokens of the middle that a query reads in a KV head; None: all.
+
+        >>> FadeConfig(select=256).tokens_selected, FadeConfig(select=0.9).tokens_selected
+        (256, 2048)
+        """
+        if isinstance(self.select, float):
+            return DEFAULT_MOST if self.select_max is None else self.select_max
+        return self.select
+
+    @property
+    def tokens_resident(self) -> int | None:
+        """Tokens of each KV head whose payload lies on the GPU; None: all.
+
+        >>> FadeConfig(select=256, cold="host").tokens_resident
+        512
+        """
+        if self.cold is None:
+            return None
+        return 2 * self.tokens_selected if self.resident is None else self.resident
+
+    @property
     def contiguous(self) -> bool:
         """Whether survivors are renumbered. Keys are then encoded before RoPE.
 
@@ -262,6 +374,15 @@ class FadeConfig:
     def int4(cls) -> "FadeConfig":
         """INT4 middle for every model, every token kept."""
         return cls()
+
+    @classmethod
+    def recall(cls) -> "FadeConfig":
+        """INT4 middle, every token kept, and each query reads the 512 tokens of it that matter to it.
+
+        Nothing is forgotten. The upper bits of keys and 1024 tokens stay on the GPU. The lower bits of keys
+        and the values of all tokens lie in host memory.
+        """
+        return cls(select=512, cold="host")
 
     @classmethod
     def balanced(cls) -> "FadeConfig":
@@ -289,4 +410,4 @@ class FadeConfig:
         return getattr(cls, name)()
 
 
-PRESETS = ("lossless", "safe", "int4", "balanced", "aggressive")
+PRESETS = ("lossless", "safe", "int4", "recall", "balanced", "aggressive")

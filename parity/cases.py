@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fade_fast
-from fade_fast.cache.layer import KVLayer
+from fade_fast.cache.layer import MAX_DECODE_TOKENS, KVLayer
+from fade_fast.cache.select_store import READ
 from fade_fast.formats.rotated import unpack_record
 from fade_fast.hf.attention import attention
 from fade_fast.hf.calibration import Calibration
@@ -253,7 +254,7 @@ def _of_tier(middle, tier) -> tuple[Tier, list, Tensor, list[rotated.Packed]]:
             sides,
         )
     sides = [
-        [None if x is None else x.cpu() for x in unpack_record(tier.fields(), side)]
+        [None if x is None else x.cpu() for x in unpack_record(tier.format.whole(tier.fields()), side)]
         for side in ("key", "value")
     ]
     mean = middle.mean(0, count).double().cpu() if count else torch.empty(0)
@@ -280,6 +281,9 @@ class Step:
     state: tuple = ()  # the state that `same_tokens` compares, for a digest
     stored_error: float = 0.0  # decoded tokens compared with the independent run; only in the last step
     codes: tuple[Tensor, Tensor] | None = None  # codes of tier PQ in both packages; only in the last step
+    #: Tokens of the middle that queries read where they chose, summed over KV heads: of fade_fast, and of the
+    #: specification; and how many they would have read without a choice. None if nothing was chosen.
+    chosen: tuple[int, int, int] | None = None
 
 
 def policy_weights(seed: int = 0) -> dict[str, Tensor]:
@@ -371,7 +375,9 @@ def trace(
             keys, values = (x.masked_fill(padded, torch.nan) for x in (keys, values))
             layer.compact()
             twin = mirror(layer, spec) if layer.length else spec
-            attended = layer.middle.count if layer.has_middle else 0
+            attended, chosen = layer.middle.count if layer.has_middle else 0, None
+            if layer.has_middle and layer.middle.chooses and count <= MAX_DECODE_TOKENS:
+                chosen = [int(layer.middle.counted[READ]), 0, attended * count * shape.batch * shape.heads]
             exact = twin.step(query, keys, values, valid) if twin is not spec else None
             independent = spec.step(query, keys, values, valid)
             exact = independent if exact is None else exact
@@ -387,9 +393,11 @@ def trace(
             ours = attention(module, query, arrival, arrival, mask, **asked)[0].transpose(1, 2).cpu()
             real = valid[:, None, :, None].expand_as(exact)
             error = relative_error(ours[real], exact[real]) if real.any() else 0.0
+            if chosen:
+                chosen[:2] = int(layer.middle.counted[READ]) - chosen[0], twin.num_read
             layer.compact()
         else:
-            error, attended = 0.0, 0
+            error, attended, chosen = 0.0, 0, None
             before = before if count[0] == "crop" else {}
             _change(cache, spec, *count)
             shape = replace(shape, batch=len(spec.rows))
@@ -404,6 +412,7 @@ def trace(
             _state(layer),
             _stored_error(mirror(layer, spec), spec) if same and i == len(steps) - 1 else 0.0,
             _codes(mirror(layer, spec), spec) if same and books and i == len(steps) - 1 else None,
+            tuple(chosen) if chosen else None,
         )
 
 

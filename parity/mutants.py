@@ -99,6 +99,46 @@ CORRUPTIONS = {
         ("zero dropped", compare("is")[1].becomes("True"), "decode, 8"),
         ("codes without a zero point not centered", compare("is")[0].becomes("False"), "life/matched"),
     ],
+    # -- choosing what to read
+    "kernels.halves.join": [
+        ("halves of a key swapped", call("cat").becomes("_.roll(1, -1)"), "life/choosing/a page"),
+        ("upper bits lost", name("EVEN")[1].becomes("0"), "life/choosing/a page"),
+    ],
+    "kernels.halves.coarse": [
+        ("cells read at their lowest code", name("MIDDLE").becomes("0.0"), "life/choosing/three pages"),
+    ],
+    "kernels.select._mass": [
+        ("the heaviest head of a group", call("mean").becomes("_of.amax(2)"), "life/choosing"),
+        ("the best token of a page", call("sum")[0].becomes("_of.amax(-1)"), "life/choosing"),
+    ],
+    "policies.select.choose": [
+        ("the lightest pages", call("topk").given(largest="False"), "life/choosing/a page"),
+        (
+            "a share without the page that reaches it",
+            compare("<").becomes("before + weight < share"),
+            "a share",
+        ),
+    ],
+    "policies.select.Residency.touch": [
+        ("a replaced page is still looked for", call("scatter_")[1].drop(), "life/choosing/host"),
+        ("pages in use are replaced", name("nowhere")[0].becomes("found"), "life/choosing/host"),
+        ("nothing is ever used", call("scatter_")[0].drop(), "life/choosing/host"),
+    ],
+    "cache.select_store.SelectStore._make_resident": [
+        ("the first pages not resident", call("copy_").drop(), "life/choosing/host"),
+    ],
+    "cache.select_store.SelectStore._valid": [
+        ("pages beyond the share are read", compare("is").becomes("True"), "life/choosing/a share"),
+    ],
+    "cache.select_store._fetch_rows": [
+        ("a fetched page does not stay", call("index_copy_").drop(), "life/choosing/host"),
+    ],
+    "cache.select_store.pages_of": [
+        ("pages of the first head", binary("+").becomes("_1"), "life/choosing/a page"),
+    ],
+    "cache.layer.KVLayer._attend_chosen": [
+        ("scaling of chosen pages", attribute("scaling").becomes("1.0"), "life/choosing/a page"),
+    ],
     # -- the matched codec
     "kernels.matched.round_with_feedback": [
         ("errors of earlier blocks lost", binary("@")[0].becomes("0 * (_)"), "matched codes, 4"),

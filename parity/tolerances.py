@@ -70,6 +70,7 @@ CLAIMS = {
     "tokens": Claim("the live tokens, their tiers and their positions are integers"),
     "moved records": Claim("a token is encoded once per tier; after that its bytes are copied"),
     "lengths": Claim("the logical length, the stored tokens and the evicted tokens are counts"),
+    "tokens read": Claim("pages are chosen by masses that differ by far more than their rounding"),
     "empty rows": Claim("a query that sees no key returns 0 for any content of the invalid slots"),
     "frequencies": Claim("the RoPE frequencies are the float32 numbers of the model's buffer"),
     "identity": Claim("a rotation by 0 positions multiplies by 1 and adds 0"),

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from fade_fast.cache import layer
 from fade_fast.compile import compiled as compiling
 from fade_fast.hf import loading
-from fade_fast.kernels import decode, dense, matched, product, product_decode, rotated
+from fade_fast.kernels import decode, dense, matched, product, product_decode, rotated, select
 from fade_fast.policies import scores
 
 WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2/test.txt"
@@ -60,6 +60,7 @@ KERNELS = (
     product_decode._compiled,
     rotated._compiled,
     scores._compiled,
+    select._compiled,
 )
 
 

@@ -56,7 +56,11 @@ class Buffers:
 
     def __init__(self, fields: dict[str, Field], step: int, batch: int, device):
         self.fields, self.step, self.count = fields, step, 0
-        self.tensors = {name: field.empty(batch, 0, device) for name, field in fields.items()}
+        self.tensors = {name: self._empty(name, batch, 0, device) for name in fields}
+
+    def _empty(self, name: str, batch: int, slots: int, device) -> Tensor:
+        """A tensor of one field, all zero."""
+        return self.fields[name].empty(batch, slots, device)
 
     @property
     def capacity(self) -> int:
@@ -98,7 +102,7 @@ class Buffers:
         try:
             for name, field in self.fields.items():
                 old = self.tensors[name]
-                new = field.empty(old.shape[0], capacity, old.device)
+                new = self._empty(name, old.shape[0], capacity, old.device)
                 new.narrow(field.axis, 0, self.count).copy_(self[name])
                 self.tensors[name] = new
         except BaseException:  # tensors that have grown already are cut to their old size

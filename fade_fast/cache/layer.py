@@ -6,7 +6,7 @@ captured steps by a tensor; the verbs are the same.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .budget_store import BudgetStore
 from .buffers import copy_all, take, take_rows
 from .dense import DenseStore
 from .positions import DeviceCounters, TokenPositions
+from .select_store import SelectStore
 from .store import CompressedStore, StoredTier
 
 MAX_DECODE_TOKENS = 16  # most tokens of a step that are stored before they are attended
@@ -134,7 +135,7 @@ class KVLayer:
         self.format.allocate(dim, keys.dtype, keys.device)
         self.dense = DenseStore(c, self.token_positions, extra, heads, dim, keys.dtype, batch, keys.device)
         if self.compresses:
-            kind = BudgetStore if c.relocatable else AppendStore
+            kind = BudgetStore if c.relocatable else AppendStore if c.select is None else SelectStore
             self.middle = kind(c, self.format, self.token_positions, self.rope, batch, heads, self.observer)
             # All that the region ever holds, unless the window is longer than this text.
             room = min(c.n_sink + c.recent_window + c.block_size, new + c.block_size)
@@ -314,16 +315,51 @@ class KVLayer:
             return dense_kernels.attend_long(
                 query, keys, values, visible.dense, visible.flash_prefix, options.scaling
             )
+        if self.has_middle and self.middle.chooses:
+            return self._attend_chosen(query, keys, values, visible, options)
         sums = self.attention_sums() if self.counts_in_attend(query.shape[2]) else []
         tiers = self.held_tiers()
+        slots_read = [tier.num_read for tier in tiers]
+        if any(view.key_index is not None for view in visible.views):  # few tokens: all of them are read
+            visible = replace(visible, views=[self.middle.all_of_few(view) for view in visible.views])
+            slots_read = [view.capacity for view in visible.views]
         output = self.format.attend(
             query, keys, values, visible.dense, [tier.format for tier in tiers], visible.views,
-            [tier.num_read for tier in tiers], rope=self.rope() if self.config.contiguous else None,
+            slots_read, rope=self.rope() if self.config.contiguous else None,
             scaling=options.scaling, softcap=options.softcap, s_aux=options.s_aux, mass=sums,
         )  # fmt: skip
         if sums:
             self._count(sums, query.shape[1] // self.heads, visible)
         return output
+
+    def _attend_chosen(
+        self, query: Tensor, keys: Tensor, values: Tensor, visible: Visible, options: ScoreOptions
+    ) -> Tensor:
+        """The same over sinks, recent tokens, and the pages that each query and KV head chooses."""
+        store, (view,) = self.middle, visible.views
+        scores = dict(scaling=options.scaling, softcap=options.softcap)
+        index, keep = store.choose(query, keys, visible.dense, view, **scores)
+        outputs, (batch, _, new, _) = [], query.shape
+        size = store.num_together(new)
+        for i in range(0, new, size):
+            # Each query becomes a row of a batch, because each has tokens of its own.
+            part = query[:, :, i : i + size].transpose(1, 2)
+            count, seen = (
+                part.shape[1],
+                visible.dense[:, i : i + size] if visible.dense.shape[1] > 1 else None,
+            )
+            seen = visible.dense.expand(-1, count, -1) if seen is None else seen
+            each = lambda x: x if count == 1 else x.repeat_interleave(count, dim=0)  # noqa: B023, E731
+            chosen = store.chosen(
+                view, index[:, :, i : i + size], None if keep is None else keep[:, :, i : i + size], i
+            )
+            output = self.format.attend(
+                part.flatten(0, 1).unsqueeze(2).contiguous(), each(keys), each(values),
+                seen.flatten(0, 1).unsqueeze(1), [store.tiers[0].format], [chosen], [chosen.capacity],
+                rope=None, s_aux=options.s_aux, **scores,
+            )  # fmt: skip
+            outputs.append(output.unflatten(0, (batch, count)).flatten(1, 2))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def counts_in_attend(self, new: int) -> bool:
         """Whether `attend` counts the attention of a step of `new` tokens."""
@@ -427,8 +463,8 @@ class KVLayer:
         return [*inputs, self.rope().inv_freq] if self.config.contiguous else inputs
 
     def slots_read(self) -> list[int]:
-        """Slots that a step reads of each tier that holds a token."""
-        return [tier.num_read for tier in self.held_tiers()]
+        """Slots that a step reads of each tier that holds a token, and whether it chooses among them."""
+        return [*(tier.num_read for tier in self.held_tiers()), self.has_middle and self.middle.chooses]
 
     def allocate_static_views(self) -> None:
         """Make the views that captured steps read."""
@@ -480,6 +516,10 @@ class KVLayer:
             return self.format.tensors()
         held = self.dense.all_tensors() + (self.observer.tensors() if self.observer else [])
         return held + (self.format if self.middle is None else self.middle).tensors()
+
+    def host_tensors(self) -> list[Tensor]:
+        """Those of `tensors()` that lie in host memory."""
+        return [] if not self.is_initialized or self.middle is None else self.middle.host_tensors()
 
     # -- reading all tokens
 

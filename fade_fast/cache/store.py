@@ -89,7 +89,8 @@ class StoredTier:
             self.reserve(room if self.budget is None else max(needed, min(self.budget, room)))
         self.records.make_room(new, held)
         if new and self.bound is not None:  # a bound that is too high does no harm
-            torch.maximum(self.bound, self.format.value_bound(fields), out=self.bound)
+            bound = self.format.value_bound(fields).to(self.bound.device)
+            torch.maximum(self.bound, bound, out=self.bound)
 
     def append(self, at: Tensor | None = None, **fields: Tensor) -> None:
         """Write records after those in use; `at` names their slots to a graph being captured."""
@@ -126,6 +127,7 @@ class CompressedStore(ABC):
 
     slots_step = 1  # capacities are multiples of this
     per_mean = ONE_MEAN  # slots that share a mean
+    chooses = False  # whether a short step reads a part of the tokens
     evicted: Tensor | None = None  # [B, 1] int32: real tokens dropped so far
     on_plan: Callable | None = None  # is told of plans: see `plan.Candidates`
 
@@ -145,7 +147,7 @@ class CompressedStore(ABC):
         device, dim = format.table.device, format.table.shape[-1]
         self.tiers: list[StoredTier] = []
         for tier, budget in zip(format.tiers, (config.int4_budget, config.int2_budget)):
-            records = Buffers(self.own_fields() | tier.fields(heads), self.slots_step, batch, device)
+            records = self._new_records(self.own_fields() | tier.fields(heads), batch, device)
             bound = None
             if tier.has_bound:
                 least = rotated.SMALLEST_SCALE
@@ -154,6 +156,17 @@ class CompressedStore(ABC):
         self.means: Buffers | None = None
         if format.has_means:
             self.means = Buffers({"mean": Field((dim,), torch.float16, heads)}, 1, batch, device)
+
+    def _new_records(self, fields: dict[str, Field], batch: int, device) -> Buffers:
+        """The empty records of a tier."""
+        return Buffers(fields, self.slots_step, batch, device)
+
+    def loaded(self) -> None:  # noqa: B027 - most stores have nothing to do
+        """Called when records were filled other than by `demote`."""
+
+    def host_tensors(self) -> list[Tensor]:
+        """Those of `tensors()` that lie in host memory."""
+        return []
 
     def own_fields(self) -> dict[str, Field]:
         """Fields of a record besides those of its format."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch._inductor import config as inductor
 
-from . import page_gather
+from . import host_fetch, page_gather
 from .small_matmul import LEAST, RowProducts, few_tile, of_few_rows, tile
 from .tiles import Tiles
 
@@ -116,6 +116,7 @@ def pinned_tiles(tiles: Tiles):
             return {**kernel_kwargs, **_fixed(chosen)}
 
     page_gather.register()
+    host_fetch.register()
     realized = lowering.needs_realized_inputs
     held = [op for op in (torch.ops.aten.bmm, torch.ops.aten.bmm.default) if op in realized]
     try:

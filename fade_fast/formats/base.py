@@ -27,10 +27,14 @@ class Field:
     heads: int
     axis: int = 2
 
+    def shape_of(self, batch: int, slots: int) -> tuple[int, ...]:
+        """Shape of the tensor of `slots` slots."""
+        shape = (*self.shape, slots) if self.axis == -1 else (slots, *self.shape)
+        return batch, self.heads, *shape
+
     def empty(self, batch: int, slots: int, device) -> Tensor:
         """The tensor of `slots` slots, all zero."""
-        shape = (*self.shape, slots) if self.axis == -1 else (slots, *self.shape)
-        return torch.zeros(batch, self.heads, *shape, dtype=self.dtype, device=device)
+        return torch.zeros(self.shape_of(batch, slots), dtype=self.dtype, device=device)
 
     @property
     def bytes(self) -> int:
@@ -65,6 +69,10 @@ class TierFormat(ABC):
             mean: [B, H, m, D] fp16, the mean of each n / m keys; None where the format has no means.
             recurs: whether this number of tokens recurs. Then a compiled version pays.
         """
+
+    def whole(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Records as the codec defines them, where the fields store them in parts."""
+        return fields
 
     @abstractmethod
     def decode_keys(self, fields: dict[str, Tensor], mean: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -45,6 +45,7 @@ class MatchedFormat(RotatedFormat):
         tables: `(device)` -> the tables of this layer. All caches of a model share them.
         rope: how the model rotates the keys of this layer, where the mean follows the positions of a block;
             None where one mean serves all tokens.
+        tier_class: as in `RotatedFormat`.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class MatchedFormat(RotatedFormat):
         widths: list[tuple[int, int]],
         tables: Callable[[torch.device], Tables],
         rope: Callable[[], RoPE] | None,
+        tier_class: type[MatchedTier] = MatchedTier,
     ):
-        super().__init__(widths, lambda dim, device: None)
+        super().__init__(widths, lambda dim, device: None, tier_class)
         self._of_device, self.rope = tables, rope
 
     def check(self, head_dim, layer):
@@ -69,7 +71,8 @@ class MatchedFormat(RotatedFormat):
         keys, values = matrices
         self.table, self.value_table = keys.decode_and_sum, values.decode
         self.matrices = keys, values
-        self._tiers = [MatchedTier(bits, (keys, values), code, dtype) for bits, code in self._coded_widths()]
+        widths = self._coded_widths()
+        self._tiers = [self.tier_class(bits, (keys, values), code, dtype) for bits, code in widths]
 
     def tensors(self):
         if self.table is None:

@@ -64,6 +64,7 @@ class RotatedTier(TierFormat):
     """
 
     has_bound = True
+    parts: tuple[int, ...] = ()  # bits of the parts of a code that are stored apart
 
     has_zero = True  # whether codes of 8 and 4 bits have a zero point
 
@@ -149,13 +150,19 @@ class RotatedFormat(Format):
     Args:
         widths: of keys and values in each tier, finest first; none where the layer is not compressed.
         tables: see `Format`.
+        tier_class: makes a tier of its widths, matrix, code and dtype; see `split.py` for another.
     """
 
     has_means = True
 
-    def __init__(self, widths: list[tuple[int, int]], tables: Callable[[int, torch.device], Tensor]):
+    def __init__(
+        self,
+        widths: list[tuple[int, int]],
+        tables: Callable[[int, torch.device], Tensor],
+        tier_class: type[RotatedTier] = RotatedTier,
+    ):
         super().__init__(tables)
-        self.widths = widths
+        self.widths, self.tier_class = widths, tier_class
         self._tiers: list[RotatedTier] = []
 
     @property
@@ -167,13 +174,13 @@ class RotatedFormat(Format):
         return bool(self.widths)
 
     def check(self, head_dim, layer):
-        for bits in {b for pair in self.widths for b in pair}:
+        for bits in {b for pair in self.widths for b in (*pair, *self.tier_class.parts)}:
             packed_bytes(bits, head_dim)
 
     def allocate(self, head_dim, dtype, device):
         super().allocate(head_dim, dtype, device)
         matrix = self.table[:head_dim]
-        self._tiers = [RotatedTier(bits, matrix, code, dtype) for bits, code in self._coded_widths()]
+        self._tiers = [self.tier_class(bits, matrix, code, dtype) for bits, code in self._coded_widths()]
 
     def _coded_widths(self) -> list[tuple[tuple[int, int], Tier]]:
         """Widths and code of each tier."""

@@ -20,9 +20,10 @@ from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import Guard, reading, single_threaded
 from ..cache.layer import KVLayer
 from ..cache.positions import TokenPositions
-from ..formats.matched import MatchedFormat
+from ..formats.matched import MatchedFormat, MatchedTier
 from ..formats.product import ProductFormat
-from ..formats.rotated import RotatedFormat, tier_widths
+from ..formats.rotated import RotatedFormat, RotatedTier, tier_widths
+from ..formats.split import SplitMatchedTier, SplitRotatedTier
 from ..kernels import rotated
 from ..policies import plan, scores
 from ..saved import checkpoint, memory, snapshot, telemetry
@@ -104,6 +105,11 @@ class TieredKVCache(Cache):
                 f"eviction_policy={config.eviction_policy!r} ranks by attention, but {type(model).__name__} "
                 f"does not let its attention be replaced: {', '.join(plan.SCORES)} are supported for it"
             )
+        if config.select is not None and not replaceable:
+            raise ValueError(
+                f"select={config.select!r}: {type(model).__name__} does not let its attention be replaced, "
+                "and its own reads every token: use a configuration without select"
+            )
         if config.evicts and not model._can_set_attn_implementation():
             raise ValueError(
                 f"{type(model).__name__} does not dispatch its attention, whose masks and biases would count "
@@ -158,9 +164,11 @@ class TieredKVCache(Cache):
                 kind = "still" if config.contiguous else "moved" if rope is None else "block"
                 tables = functools.partial(_tables_of, self.calibration, kind, config.block_size, i)
                 widths = tier_widths(config, config.bits(i, len(layers)))
-                format = MatchedFormat(widths, tables, rope if kind == "block" else None)
+                tier = MatchedTier if config.select is None else SplitMatchedTier
+                format = MatchedFormat(widths, tables, rope if kind == "block" else None, tier)
             else:
-                format = RotatedFormat(tier_widths(config, config.bits(i, len(layers))), self._table)
+                tier = RotatedTier if config.select is None else SplitRotatedTier
+                format = RotatedFormat(tier_widths(config, config.bits(i, len(layers))), self._table, tier)
             observer = scores.observer(config, weights, i, len(layers)) if format.compresses else None
             self.tiered.append(
                 KVLayer(config, format, self.token_positions, rope, index, max_length, observer, i)

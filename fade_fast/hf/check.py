@@ -160,6 +160,12 @@ def _codec(config: FadeConfig, bits: tuple[int, int]) -> str:
     if config.quant_backend == "product":
         return "tiered: product-quantised"
     text = f"tiered: keys at {bits[0]} bits, values at {bits[1]}"
+    if config.select is not None:
+        most = (
+            f"{config.tokens_selected} tokens" if isinstance(config.select, int) else f"{config.select:.0%}"
+        )
+        where = "" if config.cold is None else ", the rest in host memory"
+        return f"{text}, {config.quant_backend}; a query reads {most} of the middle{where}"
     if not config.evicts:
         return f"{text}, {config.quant_backend}"
     kept = config.int4_budget + config.int2_budget

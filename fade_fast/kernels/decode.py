@@ -163,7 +163,8 @@ def _check_tier(
             raise ValueError(f"{name}.{side}.zero is {type(packed_.zero).__name__}; allowed: {allowed}")
         if packed_.zero is not None:
             _expect(f"{name}.{side}.zero", packed_.zero, (*outer, slots), (torch.float16,), device)
-    _expect(f"{name}.valid", view.valid, (batch, rows, capacity), (torch.bool,), device)
+    some = batch, batch * heads  # heads may hold different tokens
+    _expect(f"{name}.valid", view.valid, (some, rows, capacity), (torch.bool,), device)
     _expect(f"{name}.bound", view.bound, (batch, heads), FLOATS, device)
     means = view.means.shape[2] if view.means.dim() == 4 else 0
     _expect(f"{name}.means", view.means, (batch, heads, means, dim), FLOATS, device)

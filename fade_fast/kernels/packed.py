@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..compile.page_gather import pages_of
+from . import halves
 from .merge import Partial, combine, empty
 from .rope import as_sum, cos_sin, swap
 from .rotated import Packed, center, dequantize, thirds
@@ -47,11 +48,14 @@ class TierView(NamedTuple):
         bound: [B, H]. At least as large as every valid value scale.
         means: [B, H, M, D] float16. The means of the keys: one mean per `per_mean` slots, or one mean for
             all slots.
-        valid: bool [B, 1 or R, S]. False where a slot holds no token that the row sees.
+        valid: bool [B, 1 or R, S]. False where a slot holds no token that the row sees. [B * H, 1 or R, S] if
+            heads hold different tokens.
         read_at: int32 [B, 1, S]. The positions at which RoPE rotates the keys, if the tier stores keys from
             before RoPE. None if the tier stores keys after RoPE.
         block_table: int32 or int64 [B, n]. The pages of each row of the batch. All KV heads of a row share
             them. None if the slots of a row are contiguous.
+        key_index: [B, H, S, W / 2] uint8, the upper bits of 4-bit key codes, if the tier stores them apart;
+            the codes of `keys` are then the lower bits. `whole` joins both. None if the codes are whole.
 
     With a block table, codes, scales and zero points are stored in P pages. Key codes are [P, H, page, W],
     value codes are [P, H, W, page], scales and zero points are [P, H, page]. Slot i of row b is slot
@@ -73,6 +77,7 @@ class TierView(NamedTuple):
     per_mean: int
     read_at: Tensor | None = None
     block_table: Tensor | None = None
+    key_index: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -92,7 +97,28 @@ class TierView(NamedTuple):
             Packed(*(None if x is None else x.flatten(0, 1) for x in side))
             for side in (self.keys, self.values)
         )
-        return view._replace(keys=keys, values=values)
+        index = None if self.key_index is None else self.key_index.flatten(0, 1)
+        return view._replace(keys=keys, values=values, key_index=index)
+
+    def whole(self) -> "TierView":
+        """Return the same view as a tier that stores whole key codes has it, layout included.
+
+        Products of equal layouts add up in one order, so results are equal to the bit.
+        """
+        if self.key_index is None:
+            return self
+        codes = halves.join(self.key_index, self.keys.codes)
+        values = self.values._replace(codes=self.values.codes.contiguous())
+        return self._replace(keys=self.keys._replace(codes=codes), values=values, key_index=None)
+
+    def beginning(self, length: int) -> "TierView":
+        """Return the first `length` slots, with whole key codes. The view is not flat and has no table."""
+        cut = lambda x, axis=-1: None if x is None else x.narrow(axis, 0, length)  # noqa: E731
+        keys, index = self.keys, cut(self.key_index, 2)
+        keys = Packed(cut(keys.codes, 2), cut(keys.scale), cut(keys.zero))
+        values, valid, read_at = Packed(*map(cut, self.values)), cut(self.valid), cut(self.read_at)
+        view = self._replace(keys=keys, values=values, valid=valid, read_at=read_at, key_index=index)
+        return view.whole()
 
     def first(self, length: int) -> "TierView":
         """Return the first `length` slots of a flat view. Pages are not gathered."""
@@ -116,6 +142,7 @@ class TierView(NamedTuple):
         return view._replace(
             keys=Packed(self.keys.codes.narrow(1, start, length), cut(self.keys.scale), cut(self.keys.zero)),
             values=Packed(*map(cut, self.values)),
+            key_index=None if self.key_index is None else self.key_index.narrow(1, start, length),
         )
 
     def _cut(self, start: int, length: int) -> "TierView":
@@ -531,7 +558,7 @@ def attend(
     """
     whole = empty(query.plain)
     for start, length in tiles(view):
-        tile = view.narrow(start, length)
+        tile = view.narrow(start, length).whole()
         parts, top, total, _ = attend_chunks(
             query, _near(bias, start, tile), tile, decoder,
             bits=bits, chunk=length, softcap=softcap, dtype=query.plain.dtype,

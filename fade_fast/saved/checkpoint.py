@@ -26,6 +26,8 @@ from .files import whole
 VERSION = 3
 TIERED = "TieredLayer"  # kind of a tiered layer in files
 CALIBRATION = "calibration."  # begins the names of the tensors of a calibration
+#: Fields of a configuration that mean nothing without `select`.
+SELECTION = ("select", "select_page", "select_max", "index", "cold", "resident")
 TOKENS = "tokens"  # name of a tensor of ids that goes with a cache, but is none of it
 
 
@@ -55,7 +57,18 @@ def state_dict(cache) -> tuple[dict[str, Tensor], dict]:
         known["calibration"] = cache.calibration.header()
     if cache.choice is not None:
         known["widths"] = dataclasses.asdict(cache.choice)
-    return {name: x.detach().clone().contiguous() for name, x in tensors.items()}, known
+    in_host = {_storage(x) for layer in cache.tiered for x in layer.host_tensors()}
+    return {name: _copied(x, in_host) for name, x in tensors.items()}, known
+
+
+def _copied(x: Tensor, in_host: set[int]) -> Tensor:
+    """A contiguous copy of a tensor, on its device. What lies in host memory stays there."""
+    x = x.detach().cpu() if _storage(x) in in_host else x.detach()
+    return x.clone().contiguous()
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
@@ -96,7 +109,8 @@ def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
     homes = cache.homes
     try:
         for i, (layer, parts, about) in enumerate(zip(cache.stored_layers(), by_layer, layers)):
-            parts = {name: x.to(homes[i]) for name, x in parts.items()}
+            in_host = isinstance(layer, KVLayer) and layer.config.cold is not None
+            parts = {n: x if in_host and n in _cold(layer) else x.to(homes[i]) for n, x in parts.items()}
             if isinstance(layer, KVLayer):
                 _fill_tiered(layer, parts, about)
             else:
@@ -115,6 +129,9 @@ def config_dict(config: FadeConfig) -> dict:
     fields = dataclasses.asdict(config)
     for name in ("layer_bits", "loss_bound"):
         if fields[name] is None:
+            del fields[name]
+    if config.select is None:
+        for name in SELECTION:
             del fields[name]
     return fields
 
@@ -242,6 +259,12 @@ def _kind(layer) -> str:
     return TIERED if isinstance(layer, KVLayer) else layer.kind
 
 
+def _cold(layer: KVLayer) -> list[str]:
+    """Names of tensors that go to host memory, and so need not pass through the GPU."""
+    names = [f"tier0.{field}" for field in ("key_codes", "value_codes", "value_scale", "value_zero")]
+    return names if layer.compresses else []
+
+
 def _fill_tiered(layer: KVLayer, parts: dict[str, Tensor], about: dict) -> None:
     if not about["length"]:
         return
@@ -261,6 +284,7 @@ def _fill_tiered(layer: KVLayer, parts: dict[str, Tensor], about: dict) -> None:
         tier.append(**fields)
         if tier.bound is not None:
             tier.bound.copy_(parts.pop(f"tier{i}.bound"))
+    middle.loaded()
     if middle.means is not None:
         middle.means.reserve(-(-middle.tiers[0].records.capacity // middle.per_mean))
         middle.means.append(mean=parts.pop("means"))

@@ -14,18 +14,40 @@ from ..cache.layer import KVLayer
 
 
 @dataclass(frozen=True)
+class Selected:
+    """What short steps have read of the middle, where queries choose, over all layers and rows.
+
+    Attributes:
+        queries: queries that chose, once for each KV head.
+        read: tokens of the middle that such a query read, mean.
+        held: tokens of the middle that a row holds now, mean over layers. A query without a choice reads
+            them.
+        hits, misses: chosen pages that were on the GPU, and pages that were fetched from the host. Both are 0
+            if everything is on the GPU.
+    """
+
+    queries: int
+    read: float
+    held: float
+    hits: int
+    misses: int
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes of a cache, and how many tokens it keeps in which tier.
 
     Attributes:
         allocated: every distinct storage the cache holds, spare capacity included. The ids seen, 4 bytes per
-            token on the host, are left out.
+            token on the host, are left out, and so is `host`.
         packed: bytes that the live tokens need, means of keys and codebooks included.
         dense: bytes that `DynamicCache` would hold for the same logical tokens.
         tokens: tokens by tier, "EVICTED" included, summed over the batch, of one tiered layer (the mean over
             layers where they differ).
         tables: the part of `allocated` that does not grow with the text: rotations, matrices and codebooks.
             All caches of a model with one calibration share its matrices.
+        host: bytes of the storages in host memory, with `cold="host"`.
+        selected: what queries have read, where they choose; None if none has chosen.
     """
 
     allocated: int
@@ -33,6 +55,8 @@ class Memory:
     dense: int
     tokens: dict[str, float]
     tables: int = 0
+    host: int = 0
+    selected: Selected | None = None
 
     @property
     def ratio(self) -> float:
@@ -65,10 +89,24 @@ def storage_bytes(tensors: list[Tensor]) -> int:
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
+def selected(layers: list[KVLayer]) -> Selected | None:
+    """What queries have read of the middle of some layers. Waits for the device."""
+    stores = [layer.middle for layer in layers if layer.has_middle and layer.config.select is not None]
+    counted = torch.stack([x.counted.cpu() for x in stores]).sum(0).tolist() if stores else [0]
+    if not counted[0]:
+        return None
+    rows = stores[0].tiers[0].records.tensors["key_codes"].shape[0]
+    held = sum(int((x.position(x.tiers[0]) >= 0).sum()) for x in stores) / len(stores) / rows
+    return Selected(counted[0], counted[1] / counted[0], held, *counted[2:])
+
+
 def of(layers: list, others: list[Tensor]) -> Memory:
     """The record of a cache of `layers`: `KVLayer`, or others with `tensors()`; `others` it holds besides."""
     tiered = [layer for layer in layers if isinstance(layer, KVLayer)]
+    in_host = [x for layer in tiered for x in layer.host_tensors()]
+    pointers = {x.untyped_storage().data_ptr() for x in in_host}
     held = [x for layer in layers for x in layer.tensors()] + others
+    held = [x for x in held if x.untyped_storage().data_ptr() not in pointers]
     rest = sum(x.nbytes for layer in layers if not isinstance(layer, KVLayer) for x in layer.tensors())
     sizes = [layer_sizes(layer) for layer in tiered]
     names = dict.fromkeys(tier for _, _, tokens in sizes for tier in tokens)
@@ -79,6 +117,8 @@ def of(layers: list, others: list[Tensor]) -> Memory:
         dense=rest + sum(dense for _, dense, _ in sizes),
         tokens={name: int(x) if x == int(x) else x for name, x in tokens.items()},
         tables=storage_bytes([x for layer in tiered for x in layer.format.tensors()]),
+        host=storage_bytes(in_host),
+        selected=selected(tiered),
     )
 
 

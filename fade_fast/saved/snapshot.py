@@ -3,7 +3,8 @@
 A snapshot is a dict of `version`, `length` (tokens seen per row), `batch`, `tokens` (tokens seen over all
 rows, without padding; None for a file read without positions), `config`, `widths` (how the widths of the
 layers were chosen, or ""; not for a file), `allocated`, `packed` and `dense`
-(bytes, as in `cache.memory()`; a file has `packed` only) and `layers`.
+(bytes, as in `cache.memory()`; a file has `packed` only) and `layers`. Where queries choose what they read,
+it also has `selected` (see `memory.Selected`), and with a host `host`, the bytes in host memory.
 
 A layer has `layer`, `kind` ("tiered", or the transformers class of an uncompressed layer) and `bytes`. A
 tiered layer also has `tiers`, by name: `slots` or `tokens` over all rows, `bytes`, and on request
@@ -11,6 +12,7 @@ tiered layer also has `tiers`, by name: `slots` or `tokens` over all rows, `byte
 """
 
 import os
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -48,6 +50,8 @@ def of(cache, positions: bool = True) -> dict:
         packed=memory.packed,
         dense=memory.dense,
         layers=layers,
+        **({} if memory.selected is None else dict(selected=asdict(memory.selected))),
+        **(dict(host=memory.host) if memory.host else {}),
     )
 
 
@@ -164,6 +168,15 @@ def text(snapshot: dict) -> str:
         )
     elif "allocated" not in snapshot:
         lines.append(f"{snapshot['packed']:,} bytes of tensors, batch of {snapshot['batch']}")
+    if "host" in snapshot:
+        lines.append(f"{snapshot['host']:,} bytes in host memory")
+    if "selected" in snapshot:
+        chosen = snapshot["selected"]
+        pages = chosen["hits"] + chosen["misses"]
+        lines.append(
+            f"a query reads {chosen['read']:.0f} of {chosen['held']:.0f} tokens of the middle in each KV head"
+            + (f"; {chosen['hits'] / pages:.1%} of {pages:,} chosen pages were on the GPU" if pages else "")
+        )
     for layer in snapshot["layers"]:
         if layer["kind"] != TIERED:
             lines.append(f"layer {layer['layer']}: {layer['kind']} of transformers, not compressed")

@@ -18,8 +18,10 @@ eviction       `tokens` dropped by this plan over all rows, and `total` dropped 
 renumbering    `tokens` that are now read at another position, sinks included, and `shift`, the largest
                change of a position
 growth         `buffer` has room for `after` slots instead of `before`; `bytes` over all rows
-recompilation  torch.compile compiled a graph in this process: its `compile_id`, whether it had been compiled
-               before (`again`), and `seconds`
+selection      what queries have read until now where they choose: `queries`, once for each KV head; `tokens`
+               of the middle that they read in all; chosen pages on the GPU, `hits`, and fetched ones,
+`misses` recompilation  torch.compile compiled a graph in this process: its `compile_id`, whether it had been
+               compiled before (`again`), and `seconds`
 
 Without listeners the cost is one attribute check. With listeners, numbers on a GPU are copied without
 waiting. Events are delivered in order, each at the end of the first step that finds its numbers on the host.
@@ -46,7 +48,7 @@ from fade_ref.tiers import Tier
 
 from ..cache.positions import PAD
 
-KINDS = ("demotion", "plan", "eviction", "renumbering", "growth", "recompilation")
+KINDS = ("demotion", "plan", "eviction", "renumbering", "growth", "selection", "recompilation")
 Sink = Callable[[dict], None]
 
 
@@ -227,6 +229,9 @@ class Telemetry:
             if layer.token_positions.has_padding:
                 later["tokens"] = (middle.middle_positions(first, count) != PAD).sum()
             self.emit("demotion", _of(layer) | counts, later)
+            if layer.config.select is not None:
+                names = ("queries", "tokens", "hits", "misses")
+                self.emit("selection", _of(layer), dict(zip(names, middle.counted.clone())), "queries")
             if middle.evicted is not None and layer.config.evicts:
                 self._dropped(layer, evicted, places)
 

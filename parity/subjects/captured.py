@@ -14,6 +14,7 @@ from .. import cases as measure
 from ..case import Case, Draw, Found, relative_error
 
 SMALL = dict(recent_window=8, block_size=4)
+CHOOSING = dict(recent_window=8, block_size=8, select=8)
 DRAFT = 2  # tokens that a copy of the model drafts per step
 #: The cases that run compiled on a GPU by default.
 COMPILED = ("int4, int2, evict, padded", "int4, beams", "h2o, evict, ending", "evict, drafted")
@@ -39,6 +40,9 @@ CONFIGS = {
         FadeConfig(**SMALL, int4_budget=10, int2_budget=6, layer_bits={1: (16, 16)}),
         True,
     ),
+    "select": (FadeConfig(**CHOOSING), True),
+    "select, share, beams": (FadeConfig(**CHOOSING | dict(select=0.6, select_max=16)), False, 3),
+    "select, drafted": (FadeConfig(**CHOOSING, cold="host"), False, 1, None, True),
     "int4, drafted": (FadeConfig(**SMALL), False, 1, None, True),
     "evict, drafted": (FadeConfig(**SMALL, int4_budget=10), False, 1, None, True),
     "codes, padded, drafted": (FadeConfig(**SMALL, quant_backend="product"), True, 1, None, True),

@@ -60,6 +60,21 @@ CODED = {
     "codes": FadeConfig(**SMALL, quant_backend="product"),
     "codes, no sinks": FadeConfig(n_sink=0, recent_window=0, block_size=3, quant_backend="product"),
 }
+CHOOSING = dict(recent_window=8, block_size=8, select=8)
+#: Every token is kept, and a query reads some pages.
+CHOSEN = {
+    "a page": FadeConfig(**CHOOSING),
+    "three pages": FadeConfig(**CHOOSING | dict(select=24)),
+    "a share": FadeConfig(**CHOOSING | dict(select=0.7, select_max=24)),
+    "a small share": FadeConfig(**CHOOSING | dict(select=0.2)),
+    "pages of 16": FadeConfig(**CHOOSING | dict(select=16, select_page=16, block_size=16)),
+    "values of 2 bits": FadeConfig(**CHOOSING, middle_v_bits=2),
+    "values of 16 bits": FadeConfig(**CHOOSING, middle_v_bits=16),
+    "no sinks, no recent window": FadeConfig(n_sink=0, recent_window=0, block_size=8, select=16),
+    "matched": FadeConfig(**CHOOSING, quant_backend="matched"),
+    "host": FadeConfig(**CHOOSING, cold="host", resident=16),
+    "matched, a share": FadeConfig(**CHOOSING | dict(select=0.5), quant_backend="matched"),
+}
 CODED_COVERS = ("tier PQ", "codec product")
 #: Configurations whose live tokens have gaps between them.
 GAPS = {
@@ -132,6 +147,7 @@ def collect() -> list[Case]:
         for padding in ((), (0, 7)):
             where = f"{name}, padded" if padding else name
             found.append(Case("life", "matched", where, _trace(config, padding=padding), ("codec matched",)))
+    found += _choosing()
     for name, config in CODED.items():
         for padding in ((), (0, 11), (3, 6)):
             for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -203,6 +219,31 @@ def collect() -> list[Case]:
     return found
 
 
+def _choosing() -> list[Case]:
+    """Cases in which queries choose what they read."""
+    found = []
+
+    def case(name, config, steps=STEPS, covers=(), **options):
+        found.append(Case("life", "choosing", name, _trace(config, steps, **options), covers))
+
+    for name, config in CHOSEN.items():
+        for padding in ((), (0, 11)):
+            codec = (f"codec {config.quant_backend}",)
+            case(f"{name}, padding {padding}" if padding else name, config, covers=codec, padding=padding)
+    for name, terms in TERMS.items():
+        case(name, CHOSEN["a page"], terms=terms)
+    case("rows that come and go", CHOSEN["three pages"], [28, *ROWS[1:]], padding=(0, 7))
+    for dim, group in ((80, 4), (128, 8), (256, 1)):
+        for dtype in ATTENTION:
+            shape = dict(head_dim=dim, group=group, heads=2, dtype=dtype)
+            name = f"D{dim} G{group} {dtype}".replace("torch.", "")
+            case(name, CHOSEN["a page"], [40, 1, 1, 5, 1, 18, 1], shape=shape)
+    found.append(
+        Case("life", "choosing", "in tiles", _in_tiles(_trace(CHOSEN["three pages"], [60, 1, 33, 1, 3])))
+    )
+    return found
+
+
 def _trace(config, steps=STEPS, *, padding=(), terms=None, shape=None):
     def run(found: Found, seed: int):
         sizes = measure.Shape(**(shape or {}), device=found.device)
@@ -225,7 +266,7 @@ def walk(found: Found, config, shape, steps, **options) -> None:
     """Run a trace, and check the results of each step."""
     # The product of the norms of queries and keys. Keys have an offset of up to 4 in each channel.
     score = (shape.head_dim * (1 + 4**2 / 3)) ** 0.5
-    extra = strain(shape.dtype, score, fused=True) if found.fused else 0.0
+    extra, fewer = strain(shape.dtype, score, fused=True) if found.fused else 0.0, 0
     for i, step in enumerate(measure.trace(config, shape, steps, **options)):
         where = f"step {i}: {steps[i]}"
         if config.quant_backend == "product" and shape.dtype == torch.float64:
@@ -233,6 +274,11 @@ def walk(found: Found, config, shape, steps, **options) -> None:
             found.near("product attention", step.output_error, where, dtype=shape.dtype)
         else:
             found.near("attention", step.output_error, where, dtype=shape.dtype, strain=extra)
+        if step.chosen:
+            ours, exact, every = step.chosen
+            found.holds("tokens read", ours == exact, f"{where}: {ours} instead of {exact}")
+            found.bits("tokens read", ours)
+            fewer += ours < every
         found.near("received", step.score_error, where)
         found.near("stored", step.stored_error, where)
         found.holds("tokens", step.same_tokens, where)
@@ -248,6 +294,8 @@ def walk(found: Found, config, shape, steps, **options) -> None:
                 found.near(
                     "product codes differing", max(0, int((ours != exact).sum()) - 1) / len(exact), where
                 )
+    if config in CHOSEN.values():
+        found.holds("tokens read", fewer > 0, "no query read fewer tokens than there were")
 
 
 @contextlib.contextmanager

@@ -468,7 +468,7 @@ def test_a_loop_of_ones_own_is_not_compiled(tapes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["int4", "evict", "int4, int2, evict", "h2o", "codes", "off"],
+    ["int4", "evict", "int4, int2, evict", "h2o", "codes", "select", "select, host", "off"],
 )
 def test_what_steps_read_follows_its_rows(name):
     """Beams of one text have the same padding; rows of two texts do not."""

@@ -45,6 +45,10 @@ CONFIGS = {
     "matched, two tiers": FadeConfig(
         **SMALL, quant_backend="matched", int4_budget=10, int2_budget=6, positions="original"
     ),
+    "select": FadeConfig(recent_window=8, block_size=8, select=8),
+    "select, share": FadeConfig(recent_window=8, block_size=8, select=0.6, select_max=16),
+    "select, host": FadeConfig(recent_window=8, block_size=8, select=8, cold="host", resident=16),
+    "select, matched": FadeConfig(recent_window=8, block_size=8, select=16, quant_backend="matched"),
     "off": FadeConfig(recent_window=None),
 }
 CONFIGS |= {
@@ -124,11 +128,13 @@ STEADY = {
     "int2, evict": FadeConfig(**SMALL, int4_budget=8, int2_budget=8, middle_k_bits=2, middle_v_bits=2),
     "knorm": FadeConfig(**SMALL, int4_budget=12, int2_budget=8, eviction_policy="knorm"),
     "codes": FadeConfig(**SMALL, quant_backend="product"),
+    "select": FadeConfig(recent_window=8, block_size=8, select=64),  # more tokens come than are read
+    "select, host": FadeConfig(recent_window=8, block_size=8, select=64, cold="host", resident=72),
 }
 
 
 WAYS = [("unpadded", name) for name in STEADY] + [("padded", name) for name in STEADY]
-WAYS += [("drafted", name) for name in ("int4", "evict", "int4, contiguous", "knorm")]
+WAYS += [("drafted", name) for name in ("int4", "evict", "int4, contiguous", "knorm", "select")]
 
 
 @pytest.mark.slow
@@ -256,7 +262,7 @@ def test_inference_mode(context):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [compiled, eager], ids=lambda run: run.__name__)
-@pytest.mark.parametrize("name", ["int4", "int4, int2, evict", "h2o", "off"])
+@pytest.mark.parametrize("name", ["int4", "int4, int2, evict", "h2o", "select, host", "off"])
 def test_a_cache_goes_in_and_out_of_inference_mode(run, name):
     """Its tensors can be written to in either."""
     model, found = tiny_llama(dtype=torch.float64), []
@@ -279,7 +285,7 @@ def test_a_cache_goes_in_and_out_of_inference_mode(run, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["int4", "evict", "codes", "h2o", "off"])
+@pytest.mark.parametrize("name", ["int4", "evict", "codes", "h2o", "select, host", "off"])
 def test_autocast_reaches_the_model_alone(name, dtype, monkeypatch):
     """Keys and values are stored in its dtype; what they are encoded and attended by is not rounded to it."""
     model, inputs, seen, found = tiny_llama(dtype=dtype), prompt(60, batch=2, pads=(0, 7)), [], []
@@ -437,7 +443,7 @@ NEW, LAST = 120, 20  # steps of a run, and those after its last demotion that ar
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("drafted", [False, True], ids=["", "drafted"])
-@pytest.mark.parametrize("name", ["int4", "evict", "codes", "off"])
+@pytest.mark.parametrize("name", ["int4", "evict", "codes", "select", "select, host", "off"])
 def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name, drafted):
     """From one demotion to the next: no host synchronisation, no allocation, no compilation."""
     model = tiny_llama(dtype=torch.bfloat16).cuda()
@@ -447,6 +453,8 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name, drafted):
     long = dict(recent_window=8, block_size=64)
     configs = dict(int4=FadeConfig(**long), evict=FadeConfig(**long, int4_budget=64), off=CONFIGS["off"])
     configs["codes"] = FadeConfig(**long, quant_backend="product")
+    configs["select"] = FadeConfig(**long, select=64)
+    configs["select, host"] = FadeConfig(**long, select=64, cold="host")
     cache = new_cache(model, configs[name])
     decode_graph, seen = cache.decode_graph, []
     begin, end = decode_graph.begin, decode_graph.end

@@ -162,7 +162,7 @@ def one_line(capsys) -> str:
     [
         (
             ["--config", "frugal"],
-            "unknown preset 'frugal': one of lossless, safe, int4, balanced, aggressive",
+            "unknown preset 'frugal': one of lossless, safe, int4, recall, balanced, aggressive",
         ),
         (["--config", "safe", "frugal"], "unknown preset 'frugal'"),
         (["--prompt-file", "{tmp}/none.txt"], "none.txt: No such file"),
@@ -234,7 +234,7 @@ def test_several_configs_write_a_list_and_short_prompts_agree(tiny, tmp_path):
     arguments = ["demo", "--model", tiny, "--max-new-tokens", "16", "--device", "cpu", "--dtype", "fp32"]
     assert main([*arguments, "--prompt-file", str(prompt), "--json", str(out)]) == 0
     found = json.loads(out.read_text(encoding="utf-8"))
-    assert [record["config"] for record in found] == ["lossless", "safe", "balanced", "aggressive"]
+    assert [record["config"] for record in found] == ["lossless", "safe", "recall", "balanced", "aggressive"]
     for record in found:
         assert list(record) == KEYS
         assert record["agreement"] == record["new_tokens"] > 0
@@ -274,7 +274,8 @@ def test_interrupt_leaves_no_json(tiny, tmp_path):
 
 
 def test_a_model_that_cannot_be_tiered_is_refused_in_one_line(refused, capsys):
-    assert main(["demo", "--model", refused, "--device", "cpu"]) == 2
+    arguments = ["demo", "--model", refused, "--device", "cpu", "--config", "balanced"]
+    assert main(arguments) == 2
     assert one_line(capsys).startswith("fade demo: error: BloomForCausalLM does not dispatch its attention")
 
 

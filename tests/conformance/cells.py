@@ -25,7 +25,9 @@ SAFE = FadeConfig(**SMALL)
 #: Keys alone at 8 bits in even layers; odd layers are not compressed.
 BY_LAYER = FadeConfig(**SMALL, layer_bits=lambda layer, layers: (16, 16) if layer % 2 else (8, 16))
 MATCHED = FadeConfig(**SMALL, quant_backend="matched")
-CONFIGS = ("off", "safe", "evicting", "by layer", "matched")
+#: Every token is kept, a query reads one page of the middle, and two pages are on the GPU.
+CHOOSING = FadeConfig(**SMALL, select=8, cold="host", resident=16)
+CONFIGS = ("off", "safe", "evicting", "choosing", "by layer", "matched")
 EQUAL, THEIRS, OURS = "equal", "refused by transformers", "refused"
 
 #: Cells that transformers refuses with its own DynamicCache: (family, mode), and the text of the error.
@@ -58,6 +60,7 @@ def configs(family: Family) -> dict[str, FadeConfig]:
     if family.dispatches:
         positions = "original" if family.renumbers else None
         served["evicting"] = FadeConfig(**SMALL, int4_budget=8, positions=positions)
+        served["choosing"] = CHOOSING
     if family.name == "Llama":
         served["by layer"], served["matched"] = BY_LAYER, MATCHED
     return served
@@ -71,7 +74,7 @@ def twin(family: Family, mode: Mode, config: FadeConfig) -> Tensor:
     """
     model = family.model()
     cache = create(model, config)
-    if mode.padded or family.drops_cache:
+    if mode.padded or family.drops_cache or config.select:
         with read_dense():
             return mode.run(Run(model, lambda: cache, plain=True))
     fade_fast.detach(model)
@@ -130,8 +133,17 @@ def run_cell(family: Family, mode: Mode, names: tuple[str, ...] = CONFIGS) -> Ou
         check_meaningful(found)
         assert compressed(cache) > 0, "no compressed token was attended"
         assert cache.memory().tokens["EVICTED"] > 0 or not config.evicts
+        if config.select:
+            check_chosen(cache)
         check_equal(found, twin(family, mode, config), f"{name} against its dense twin")
     return Outcome(EQUAL)
+
+
+def check_chosen(cache) -> None:
+    """Check that queries read fewer tokens of the middle than there were: one page each."""
+    for layer in cache.tiered:
+        queries, read, *_ = layer.middle.counted.tolist()
+        assert queries > 0 and 0 < read <= 8 * queries and layer.middle.count > 8, "every token was read"
 
 
 def _ours(family: Family, mode: Mode, config: FadeConfig):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fade_fast.cache.reads import AttentionQuery
+from fade_ref import quantize, select
 
 
 def held(layer) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,8 +31,11 @@ def _dense_positions(layer) -> Tensor:
     return torch.cat((slots, torch.where(recent < layer.config.n_sink, -1, recent)), dim=-1)[:, None]
 
 
-def _plain(rows: AttentionQuery, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """Attention [B, q, Hq, D] over keys with logical positions. Position -1 is padding."""
+def _plain(rows: AttentionQuery, keys: Tensor, values: Tensor, position: Tensor, read=None) -> Tensor:
+    """Attention [B, q, Hq, D] over keys with logical positions. Position -1 is padding.
+
+    `read`, bool [B, Hq, q, n], says which keys are read; None: all.
+    """
     query, terms = rows.raw, rows.options
     keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (keys, values))
     scores = query @ keys.mT * terms.scaling
@@ -47,6 +51,7 @@ def _plain(rows: AttentionQuery, keys: Tensor, values: Tensor, position: Tensor)
     if rows.step_mask is not None:  # the tokens of the step come last
         new = rows.step_mask.shape[-1]
         seen = torch.cat((seen[..., :-new], rows.step_mask.expand(*seen.shape[:-1], new)), dim=-1)
+    seen = seen if read is None else seen & read
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if terms.s_aux is not None:
         sinks = terms.s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -59,7 +64,32 @@ def _attend(self) -> Tensor:
     keys, values, position = held(self.layer)
     exact = self.layer.dense.count  # the uncompressed tokens are first, and must be last
     order = [*range(exact, keys.shape[2]), *range(exact)]
-    return _plain(self, keys[:, :, order], values[:, :, order], position[..., order])
+    read = None
+    if self.layer.has_middle and self.layer.middle.chooses:
+        read = torch.cat((chosen(self), torch.ones(*self.raw.shape[:3], exact, dtype=torch.bool)), dim=-1)
+    return _plain(self, keys[:, :, order], values[:, :, order], position[..., order], read)
+
+
+def chosen(rows: AttentionQuery) -> Tensor:
+    """Tokens of the middle that each query chooses by the specification, bool [B, Hq, q, n]."""
+    layer, config, (batch, q_heads, new, dim) = rows.layer, rows.layer.config, rows.raw.shape
+    (tier,), heads = layer.held_tiers(), layer.heads
+    record = tier.format.whole(tier.fields())
+    codes = quantize.unpack(record["key_codes"], 4, dim)
+    index = select.index_keys(codes, record["key_scale"], record.get("key_zero"))
+    keys = index @ tier.format.key_matrix.double() + layer.middle.mean(0, tier.records.count).double()
+    scores = rows.raw.double() @ keys.repeat_interleave(q_heads // heads, dim=1).mT * rows.options.scaling
+    if rows.options.softcap is not None:
+        scores = rows.options.softcap * torch.tanh(scores / rows.options.softcap)
+    scores = scores.masked_fill(~rows.sees(layer.middle.position(tier)), -torch.inf)
+    read = torch.zeros(scores.shape, dtype=torch.bool)
+    for b in range(batch):
+        for i in range(new):
+            mass = select.page_mass(scores[b, :, i], config.select_page, heads)
+            pages = select.choose(mass, config.tokens_selected // config.select_page)
+            found = select.tokens_read(pages, config.select_page, scores.shape[-1])
+            read[b, :, i] = found.repeat_interleave(q_heads // heads, dim=0)
+    return read
 
 
 def _attend_beside(self, first: int, keys: Tensor, values: Tensor, received=None) -> Tensor:

@@ -319,7 +319,7 @@ class TestBadInput:
 
     def test_presets_and_types(self):
         model = tiny_llama()
-        with pytest.raises(ValueError, match="lossless, safe, int4, balanced, aggressive"):
+        with pytest.raises(ValueError, match="lossless, safe, int4, recall, balanced, aggressive"):
             fade_fast.create_cache(model, "sfe")
         with pytest.raises(TypeError, match="config"):
             fade_fast.create_cache(model, dict(n_sink=4))

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fade_ref import attention, product
+from fade_ref import attention, matched, product
 from fade_ref.cache import LayerCache
 from fade_ref.config import POLICIES, FadeConfig
 from fade_ref.rope import Rope, rotate
@@ -289,3 +289,54 @@ def test_heavy_hitters_survive_h2o_but_not_age():
             cache.step(query.abs() + 0.5, keys, values)
         kept[policy] = 10 in {t.position for t in cache.rows[0][0].tokens}
     assert kept == dict(position=False, h2o=True, ema=True, tova=True, snapkv=True)
+
+
+def selecting(**more):
+    return FadeConfig(**dict(recent_window=6, block_size=8, select=8) | more)
+
+
+class Watched(LayerCache):
+    """Compares each attention over chosen pages with softmax over exactly these tokens, by plain loops."""
+
+    skipped = 0
+
+    def _attend_chosen(self, row, query, position, terms):
+        output = super()._attend_chosen(row, query, position, terms)
+        (keys, values), page = self.read(row), self.config.select_page
+        for i, now in enumerate(position.tolist()):
+            pages = self.chosen(row, query[:, i : i + 1], position[i : i + 1], terms)
+            for hq in range(query.shape[0]):
+                h, scores, vectors = hq // GROUP, [], []
+                for t, token in enumerate(row.tokens):
+                    in_page = (token.column - self.config.n_sink) // page in pages[h]
+                    if token.position <= now and (token.tier == Tier.FP16 or in_page):
+                        scores.append(terms.scaling * query[hq, i] @ keys[h, t])
+                        vectors.append(values[h, t])
+                    self.skipped += token.tier != Tier.FP16 and not in_page
+                expected = torch.stack(scores).softmax(0) @ torch.stack(vectors)
+                torch.testing.assert_close(output[hq, i], expected, rtol=1e-9, atol=1e-12)
+        return output
+
+
+@pytest.mark.parametrize("codec", slow_but(["rotated", "matched"], "rotated"))
+@pytest.mark.parametrize("fields", [{}, dict(select=0.4, select_max=16)], ids=str)
+def test_a_query_reads_sinks_recent_tokens_and_the_pages_it_chooses(fields, codec):
+    config = selecting(quant_backend=codec, **fields)
+    moments = random_moments() if codec == "matched" else None
+    cache = Watched(config, 2, HEADS, D, ROPE, moments=moments)
+    run(config, [40, 1, 1, 3, 1], pads=(0, 7), cache=cache)
+    assert cache.skipped > 0
+
+
+def random_moments():
+    g = torch.Generator().manual_seed(3)
+    second = [torch.randn(HEADS, D, 3 * D, generator=g, dtype=torch.float64) for _ in range(4)]
+    mean = torch.randn(HEADS, D, generator=g, dtype=torch.float64)
+    return matched.Moments(mean, *(x @ x.mT / D for x in second))
+
+
+def test_below_the_budget_everything_is_read_and_long_steps_read_everything():
+    for select, sizes in ((64, [40, 1, 3]), (8, [40, 17, 20])):
+        ours, found = run(selecting(select=select), sizes)
+        _, expected = run(FadeConfig(recent_window=6, block_size=8), sizes)
+        assert torch.equal(found, expected) and ours.boundary - ours.config.n_sink > 8
