@@ -37,8 +37,8 @@ def create_cache(
         model: a decoder of transformers, of any dtype and on any device. The result of `torch.compile` for
             such a model is also allowed.
         config: a `FadeConfig`, or a preset: "lossless", "safe", "int4", "recall", "balanced" or
-            "aggressive". `safe` keeps every token. At the first cache of a model, a short text measures what 4
-            bits lose, and layers that lose too much get more bits (`FadeConfig.loss_bound`); `cache.choice`
+            "aggressive". `safe` keeps every token. At the first cache of a model, a short text measures what
+            4 bits lose, and layers that lose too much get more bits (`FadeConfig.loss_bound`); `cache.choice`
             says which. `int4` has 4 bits in every layer. `recall` keeps every token, reads a part of them,
             and keeps the rest in host memory. `balanced` and `aggressive` evict by position alone, and evict
             the oldest token first. The other policies are in `plan.SUPPORTED`. The policies in
