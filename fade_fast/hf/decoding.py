@@ -277,15 +277,14 @@ def read(model: PreTrainedModel, cache: TieredKVCache, ids: Tensor, chunk: int) 
     """Feed the cache up to the last multiple of `chunk` before the end of ids [B, n], a chunk a step.
 
     Yields the number of tokens read after each chunk. At least one token is left for generate(). All chunks
-    end at multiples of `chunk`, and the cache must hold a multiple. So what it holds at a boundary does not
-    depend on what it held when the reading began, to the bit.
+    end at multiples of `chunk`. So what a cache holds at a boundary does not depend on the boundary at which
+    the reading began, to the bit. That does not hold for a reading that began elsewhere.
     """
-    held = cache.get_seq_length()
-    if held % chunk:
-        raise ValueError(f"the cache holds {held} tokens: a multiple of {chunk} is allowed")
-    stop = (ids.shape[1] - 1) // chunk * chunk
-    for start in range(held, stop, chunk):
-        part = ids[:, start : start + chunk].to(model.device)
+    start, stop = cache.get_seq_length(), (ids.shape[1] - 1) // chunk * chunk
+    while start < stop:
+        end = (start // chunk + 1) * chunk
         with torch.no_grad():
+            part = ids[:, start:end].to(model.device)
             model(input_ids=part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
-        yield start + chunk
+        start = end
+        yield end
