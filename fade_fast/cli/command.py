@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..hf.loading import LoadError
-from . import calibrate, check, demo, generate, inspect, plot, train_codebook
+from . import calibrate, check, demo, generate, inspect, plot, report, serve, train_codebook
 
 COMMANDS = {
     "demo": demo,
@@ -22,6 +22,8 @@ COMMANDS = {
     "generate": generate,
     "inspect": inspect,
     "plot": plot,
+    "serve": serve,
+    "report": report,
     "calibrate": calibrate,
     "train-codebook": train_codebook,
 }

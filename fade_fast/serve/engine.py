@@ -9,6 +9,7 @@ next turn of a conversation begins at the end of the last one.
 
 import copy
 import itertools
+import logging
 import threading
 import time
 from collections import deque
@@ -29,6 +30,8 @@ from .metrics import Metrics
 from .prefixes import Prefixes
 from .view import View
 from .waiting import FairQueue, QueueFull
+
+log = logging.getLogger(__name__)
 
 #: What a prompt may take from caches of earlier requests.
 REUSE = ("exact", "longest", "off")
@@ -240,6 +243,7 @@ class Engine:
         )
         self._queue: FairQueue[Ticket] = FairQueue(options.max_queue)
         self._active: deque[Job] = deque()
+        self._current: Job | None = None  # not among the others during its turn
         self._unread: deque[np.ndarray] = deque(maxlen=MAX_UNREAD_ANSWERS)
         self._reading: Iterator[None] | None = None
         self._changed = threading.Condition()
@@ -326,14 +330,16 @@ class Engine:
     @property
     def active(self) -> int:
         """Number of jobs that are worked on."""
-        return len(self._active)
+        return len(self._active) + (self._current is not None)
 
     # -- the thread
 
     def _work(self) -> None:
         while self._next_turn():
             if self._active:
-                self._turn(self._active.popleft())
+                self._current = self._active.popleft()
+                self._turn(self._current)
+                self._current = None
             else:
                 self._read_answers()
         for job in self._active:
@@ -406,6 +412,7 @@ class Engine:
         except StopIteration:
             return
         except Exception as error:  # of one request; the others go on
+            log.exception("a request failed")
             self._fail(job.tickets, error)
             return
         finally:
@@ -561,7 +568,7 @@ class Engine:
             cached=job.cached,
             generated=sum(len(row.tokens) for row in job.rows),
             waiting=self.waiting,
-            active=self.active + 1,
+            active=self.active,
         )
 
 
