@@ -82,10 +82,8 @@ def run(args: argparse.Namespace) -> int:
         name = args.name or os.path.basename((args.model or HUB_ID).rstrip("/"))
         with engine:
             address = http.address_of(listening)
-            print(
-                f"{name} is served at {address} (Ctrl-C stops); one user at a time is quick, and", flush=True
-            )
-            print("for many users there is --engine vllm", flush=True)
+            print(f"{name} is served at {address}; Ctrl-C stops.", flush=True)
+            print("For many users at once, start it with --engine vllm.", flush=True)
             http.serve(
                 engine, name, listening, host=args.host, max_body=args.max_body,
                 api_key=args.api_key or os.environ.get("FADE_API_KEY") or None, connections=args.connections,

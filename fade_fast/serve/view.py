@@ -128,6 +128,8 @@ def _counted(events: list[dict]) -> list[dict]:
         if event["event"] == "note":
             found[("note", event["text"])] = dict(event="note", text=event["text"])
             continue
+        if event["event"] == "growth":  # of buffers, which says nothing about tokens
+            continue
         key = event["event"], event.get("seen"), event.get("into")
         one = found.setdefault(key, dict(event=event["event"], layers=0, tokens=0))
         one["layers"] += 1

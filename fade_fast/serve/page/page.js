@@ -148,7 +148,16 @@ function describe(event) {
 function addEvents(events) {
   const list = $("events");
   const below = list.scrollTop + list.clientHeight >= list.scrollHeight - 8;
-  for (const event of events) list.append(element("li", describe(event)));
+  for (const event of events) {
+    const last = list.lastChild && list.lastChild.event; // layers may tell of one event in two frames
+    if (last && event.layers && ["event", "seen", "into"].every((name) => last[name] === event[name])) {
+      event.layers += last.layers;
+      list.lastChild.remove();
+    }
+    const item = element("li", describe(event));
+    item.event = event;
+    list.append(item);
+  }
   while (list.children.length > 200) list.firstChild.remove();
   if (below) list.scrollTop = list.scrollHeight;
 }
