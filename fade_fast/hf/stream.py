@@ -33,21 +33,39 @@ class Summary:
     dense: int
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages | str) -> torch.Tensor:
-    """Token ids [1, n] of a chat, up to where the answer begins. A string is one message of the user.
+def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Messages | str) -> str:
+    """A chat as one text, up to where the answer begins. A string is one message of the user.
 
     Without a chat template, a string is the beginning of a text. Raises `ValueError` for messages then.
     """
-    if not tokenizer.chat_template:
-        if not isinstance(messages, str):
-            raise ValueError(
-                "the tokenizer has no chat template, so messages cannot be written as one text: pass a string"
-            )
-        return torch.tensor([tokenizer(messages).input_ids], dtype=torch.int64)
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], dtype=torch.int64)
+    if tokenizer.chat_template:
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    if not isinstance(messages, str):
+        raise ValueError(
+            "the tokenizer has no chat template, so messages cannot be written as one text: pass a string"
+        )
+    return messages
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, text: str, cache: TieredKVCache) -> torch.Tensor:
+    """Token ids [1, n] of a text that continues a cache.
+
+    A model may have chosen other tokens for a text than the tokenizer would. If the text begins with that of
+    the cache, the tokens of the cache are kept, and only the rest is encoded.
+    """
+    special = not tokenizer.chat_template  # a chat template adds its own
+    ids = torch.tensor([tokenizer(text, add_special_tokens=special).input_ids], dtype=torch.int64)
+    held = cache.get_seq_length()
+    known = cache.seen.ids[0] if held and cache.seen.known == held else None
+    if known is None or len(cache.seen.ids) > 1 or common_prefix(cache, ids) == held:
+        return ids
+    written = tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if not text.startswith(written) or len(text) == len(written):
+        return ids
+    rest = tokenizer(text[len(written) :], add_special_tokens=False).input_ids
+    return torch.tensor([[*known.tolist(), *rest]], dtype=torch.int64)
 
 
 def keep_shared(cache: TieredKVCache, ids: torch.Tensor) -> int:
@@ -106,8 +124,9 @@ def stream(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, stop)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens!r}: an integer of at least 1 is allowed")
-    ids = chat_ids(tokenizer, messages)
+    text = chat_text(tokenizer, messages)
     cache = create_cache(model) if cache is None else cache
+    ids = chat_ids(tokenizer, text, cache)
     keep_shared(cache, ids)
     return _pieces(model, tokenizer, cache, ids, sampling, summaries)
 

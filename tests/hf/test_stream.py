@@ -187,13 +187,18 @@ def test_a_stream_can_be_left_and_its_cache_goes_on(model, tokenizer):
     assert len(text) < held < len(text) + 120
     assert summaries[0].length < summaries[-1].length <= held
     assert sum(summaries[-1].tokens.values()) == summaries[-1].length and summaries[-1].tokens["INT4"] > 0
-    # The next turn continues the same cache, and is what a cache with the same tokens gives.
+    # The next turn continues the same cache, and reads only what is new.
     known = cache.seen.ids
-    longer = tokenizer.decode(known[0]) + " And then?"
-    ids = tokenizer(longer, return_tensors="pt").input_ids
-    again = "".join(fade_fast.stream(model, tokenizer, longer, cache, max_new_tokens=20))
-    assert cache.get_seq_length() == ids.shape[1] + 19
-    assert again
+    longer, read = tokenizer.decode(known[0]) + " And then?", []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        assert list(fade_fast.stream(model, tokenizer, longer, cache, max_new_tokens=20))
+    finally:
+        hook.remove()
+    assert read[0] == len(" And then?") and set(read[1:]) <= {1}
+    assert torch.equal(cache.seen.ids[:, :held], known) and known.shape[1] == held
 
 
 def test_an_error_in_a_stream_reaches_the_reader(model, tokenizer, monkeypatch):
@@ -217,3 +222,17 @@ def test_a_chat_that_does_not_continue_the_cache_is_refused(model, tokenizer):
         fade_fast.stream(model, tokenizer, "text", max_new_tokens=0)
     with pytest.raises(ValueError, match="no chat template"):
         fade_fast.stream(model, tokenizer, [dict(role="user", content="x")])
+
+
+def test_other_tokens_for_the_same_text_are_kept(model):
+    """A tokenizer joins letters that the model wrote one by one, early in a long answer."""
+    joining = byte_tokenizer(merges=(("a", "b"),))
+    said = "ab" * 60  # one token a pair, as the tokenizer encodes it
+    single = [joining.convert_tokens_to_ids(letter) for letter in said]
+    cache = fade_fast.create_cache(model, SAFE)
+    with torch.no_grad():
+        model(torch.tensor([single]), **{CACHE_NAME: cache}, use_cache=True)
+    cache.seen.set(torch.tensor([single]))
+    assert len(joining(said).input_ids) == 60 and compressed_tokens(cache) > 0
+    assert list(fade_fast.stream(model, joining, said + "cd", cache, max_new_tokens=3))
+    assert cache.get_seq_length() == 120 + 2 + 2
