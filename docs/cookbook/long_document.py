@@ -4,11 +4,10 @@ import fade_fast
 
 #: A document of some pages that needs no download.
 DOCUMENT = " ".join(f"On day {day} the expedition walked {7 + day * 5 % 11} miles." for day in range(1, 60))
+QUESTIONS = ("How far did they walk on day 3?", "And on day 40?")
 
 
-def main(
-    model, tokenizer, document=DOCUMENT, questions=("How far did they walk on day 3?", "And on day 40?")
-):
+def main(model, tokenizer, document=DOCUMENT, questions=QUESTIONS):
     """Print the answers, and return them with the cache."""
     cache = fade_fast.create_cache(model, "safe")
     said = [dict(role="user", content=f"{document}\n\n{questions[0]}")]
