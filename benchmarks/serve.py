@@ -174,12 +174,15 @@ def _by_server(server: Server, ids, new: int) -> tuple[tuple[float, float], str]
     return ((answer["last"] - answer["first"]) / (new - 1), (cpu[-1] - cpu[0]) / (new - 1)), answer["text"]
 
 
-def second_turn(model, tokenizer, config, folder: Path, prompt: int) -> list[SecondTurn]:
-    """The time to the first token of a second turn, with its first turn kept in each way, and without."""
+def second_turn(model, tokenizer, config, folder: Path, prompt: int, ways) -> list[SecondTurn]:
+    """The time to the first token of a second turn, with its first turn kept in each of the `ways`.
+
+    The last way is "off", and is not the only one.
+    """
     start = tokenizer(built_in_text(prompt * 2), add_special_tokens=False).input_ids[: prompt - 64]
     said = [dict(role="user", content=tokenizer.decode(start) + "\n\nWhat is this text about?")]
     results, answer = [], None
-    for how in ("exact", "longest", "off"):
+    for how in ways:
         with Server(Engine(model, tokenizer, config, Options(reuse=how)), folder) as server:
             server.ask(messages=[dict(role="user", content="warm up")], max_tokens=2, temperature=0)
             if how != "off":
@@ -207,6 +210,12 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=160, help="tokens that are timed (default: 160)")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--prompt", type=int, default=3000, help="tokens of the first turn (default: 3000)")
+    parser.add_argument(
+        "--only", choices=("tokens", "turns", "all"), default="all", help="what to measure (default: all)"
+    )
+    parser.add_argument(
+        "--ways", nargs="+", choices=("exact", "longest"), default=["exact", "longest"], help="of --reuse"
+    )
     parser.add_argument("--json", type=Path, help="write the results there as well")
     return parser.parse_args(argv)
 
@@ -229,8 +238,11 @@ def main(argv=None) -> int:
 def measure(model, tokenizer, args, folder: Path) -> dict:
     """All results, as JSON values."""
     config = fade_fast.FadeConfig.preset(args.config)
-    tokens = a_token(model, tokenizer, config, folder, args.new, args.rounds)
-    turns = second_turn(model, tokenizer, config, folder, args.prompt)
+    tokens, turns = [], []
+    if args.only != "turns":
+        tokens = a_token(model, tokenizer, config, folder, args.new, args.rounds)
+    if args.only != "tokens":
+        turns = second_turn(model, tokenizer, config, folder, args.prompt, [*args.ways, "off"])
     return dict(
         device=str(model.device),
         threads=torch.get_num_threads(),
@@ -244,15 +256,16 @@ def measure(model, tokenizer, args, folder: Path) -> dict:
 
 def table(report: dict) -> str:
     """The results as text."""
-    base = report["tokens"][0]
-    lines = ["a token       wall ms   CPU ms   CPU, more than generate()"]
-    for x in report["tokens"]:
-        more = x["cpu"] / base["cpu"] - 1
+    lines = []
+    if tokens := report["tokens"]:
+        lines.append("a token       wall ms   CPU ms   CPU, more than generate()")
+    for x in tokens:
+        more = x["cpu"] / tokens[0]["cpu"] - 1
         lines.append(f"{x['how']:<12} {x['wall'] * 1e3:8.2f} {x['cpu'] * 1e3:8.2f}   {more:+.1%}")
-    fresh = report["turns"][-1]
-    lines += ["", "a second turn: tokens, of them kept, seconds to the first token, share of a fresh reading"]
-    for x in report["turns"]:
-        share = x["first_token"] / fresh["first_token"]
+    if turns := report["turns"]:
+        lines.append("a second turn: tokens, of them kept, seconds to the first token, share of a fresh one")
+    for x in turns:
+        share = x["first_token"] / turns[-1]["first_token"]
         lines.append(f"{x['how']:<8} {x['prompt']:6} {x['cached']:6} {x['first_token']:8.3f} {share:6.3f}")
     return "\n".join(lines)
 

@@ -1,6 +1,8 @@
 """Run the application with uvicorn."""
 
+import signal
 import socket
+import sys
 
 import uvicorn
 
@@ -46,5 +48,17 @@ def server(
 
 
 def serve(engine: Engine, name: str, listening: socket.socket, **options) -> None:
-    """Serve until the process is interrupted or terminated. Options are those of `server`."""
-    server(engine, name, **options).run(sockets=[listening])
+    """Serve until the process is interrupted or terminated. Options are those of `server`.
+
+    uvicorn raises the signal again when it has finished. So a termination must end as an exception does: the
+    kept caches are still to be written. Raises `SystemExit` after a termination.
+    """
+
+    def end(*args) -> None:
+        sys.exit(0)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        server(engine, name, **options).run(sockets=[listening])
+    finally:
+        signal.signal(signal.SIGTERM, before)

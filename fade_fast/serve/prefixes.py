@@ -95,7 +95,7 @@ class Prefixes:
             self.folder = (
                 Path(folder) / f"{digest_of(model)}-{hashlib.sha256(kind.encode()).hexdigest()[:16]}"
             )
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it tells what people wrote
             self._find_files()
 
     def _find_files(self) -> None:

@@ -1,5 +1,6 @@
 """What a page shows of a cache at work. Unless somebody looks, nothing is computed."""
 
+import logging
 import threading
 import time
 from collections import deque
@@ -10,6 +11,8 @@ import torch
 from ..cache.layer import KVLayer
 from ..hf.cache import TieredKVCache
 from ..saved import snapshot
+
+log = logging.getLogger(__name__)
 
 #: Seconds between two frames, and between two frames with a map.
 FRAME, MAP = 0.2, 0.6
@@ -83,7 +86,11 @@ class View:
         with_map = now - self._last_map >= MAP
         if with_map:
             self._last_map = now
-        frame = self._frame(about, now, with_map)
+        try:
+            frame = self._frame(about, now, with_map)
+        except Exception:  # an answer must not fail because somebody looks
+            log.exception("the view has failed")
+            return
         with self._lock:
             watchers = list(self._watchers.items())
         for number, deliver in watchers:

@@ -1,7 +1,5 @@
 """The benchmark of the server, on a tiny model."""
 
-import argparse
-
 import pytest
 
 pytest.importorskip("fastapi", reason='the extra "serve" is not installed')
@@ -16,7 +14,7 @@ from ..tokenizers import TEMPLATE, byte_tokenizer  # noqa: E402
 @pytest.mark.slow
 def test_both_measurements(tmp_path):
     model = tiny_llama(heads=1, head_dim=32)
-    args = argparse.Namespace(config="safe", new=24, rounds=1, prompt=700)
+    args = serve.parse(["--new", "24", "--rounds", "1", "--prompt", "700"])
     report = serve.measure(model, byte_tokenizer(TEMPLATE), args, tmp_path)
     assert [x["how"] for x in report["tokens"]] == ["generate", "server"]
     assert all(x["wall"] > 0 and x["cpu"] > 0 for x in report["tokens"])

@@ -82,7 +82,9 @@ def test_greedy_tokens_are_those_of_generate(model, tokenizer):
     assert with_logprobs.tokens == row.tokens
 
 
-@pytest.mark.parametrize("config", [SAFE, EVICTING], ids=["safe", "evicting"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(SAFE, id="safe", marks=pytest.mark.slow), pytest.param(EVICTING, id="evicting")]
+)
 def test_slices_change_nothing(model, tokenizer, config):
     ids, sampling = prompt(60)["input_ids"], Sampling(max_tokens=45, temperature=0.8, seed=5, top_p=0.9)
     whole, one = alone(model, tokenizer, ids, sampling, config)

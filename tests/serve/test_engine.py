@@ -17,6 +17,7 @@ from fade_fast.serve.engine import Done, Options, QueueFull, Request
 from fade_fast.serve.prefixes import Prefixes, digest_of, shared_length
 from fade_fast.serve.waiting import FairQueue
 
+from ..marks import slow_but
 from ..models import EVICTING, SAFE, compressed_tokens, tiny_llama
 from .engines import Answer, alone, ask, engine, tokens
 
@@ -34,7 +35,9 @@ def live_caches() -> int:
 # -- the same answer as alone
 
 
-@pytest.mark.parametrize("config", [SAFE, EVICTING], ids=["safe", "evicting"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(SAFE, id="safe"), pytest.param(EVICTING, id="evicting", marks=pytest.mark.slow)]
+)
 def test_a_kept_beginning_changes_no_answer(model, config):
     document = tokens(150)
     with engine(model, config) as running:
@@ -75,7 +78,7 @@ def wait_until(condition, seconds: float = 30):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("texts", [1, 3])
+@pytest.mark.parametrize("texts", slow_but((1, 3), 3))
 def test_turns_change_no_answer(model, texts):
     prompts = [tokens(30 + 7 * i, seed=i) for i in range(4)]
     options = dict(temperature=1.0, seed=11, texts=texts)
@@ -121,6 +124,7 @@ def test_reuse_off_keeps_nothing(model):
 # -- limits
 
 
+@pytest.mark.slow
 def test_idle_caches_go_to_disk_and_come_back(model, tmp_path):
     prompts = [tokens(100, seed=i) for i in range(4)]
     with engine(model, memory_budget=1, folder=str(tmp_path)) as running:

@@ -339,6 +339,7 @@ def test_a_client_that_goes_ends_its_answer(address, running):
     wait_until(lambda: running.idle)
 
 
+@pytest.mark.slow
 def test_two_hundred_connections(address):
     async def ask_all():
         limits = httpx.Limits(max_connections=200)

@@ -21,7 +21,14 @@ def model():
     return tiny_llama(heads=1, head_dim=32)
 
 
-@pytest.mark.parametrize("config", [SAFE, EVICTING, H2O], ids=["safe", "evicting", "h2o"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(SAFE, id="safe", marks=pytest.mark.slow),
+        pytest.param(EVICTING, id="evicting", marks=pytest.mark.slow),
+        pytest.param(H2O, id="h2o"),
+    ],
+)
 def test_looking_changes_no_answer(model, config, monkeypatch):
     monkeypatch.setattr(view, "FRAME", 0.0)
     monkeypatch.setattr(view, "MAP", 0.0)
@@ -53,6 +60,17 @@ def test_nothing_is_computed_when_nobody_looks(model, monkeypatch):
     with engine(model) as running:
         number = running.view.subscribe(lambda frame: None)
         running.view.drop(number)
+        assert ask(running, tokens(40)).wait().last.completion > 0
+
+
+def test_a_picture_that_fails_fails_no_answer(model, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(view, "FRAME", 0.0)
+    monkeypatch.setattr(view, "tier_map", broken)
+    with engine(model) as running:
+        running.view.subscribe(lambda frame: None)
         assert ask(running, tokens(40)).wait().last.completion > 0
 
 
