@@ -453,8 +453,11 @@ class Engine:
             match = self.prefixes.match(tokens)
             cache = self.prefixes.take(match) if match.entry else None
             job.cached = match.length if cache else 0
-            # Another request has begun as this one does, up to here. A third one may follow.
-            marks = {match.shared // self.chunk * self.chunk, (len(tokens) - 1) // self.chunk * self.chunk}
+            last = (len(tokens) - 1) // self.chunk * self.chunk
+            # Another request has begun as this one does, up to `shared`. A third one may follow.
+            marks = {match.shared // self.chunk * self.chunk, last}
+            if last - job.cached > 2 * self.chunk:  # a new text, and its question may begin before `last`
+                marks.add(last - self.chunk)
         job.cache = copy.deepcopy(self._empty) if cache is None else cache
         self.metrics.count("prompt_tokens", job.ids.numel())
         self.metrics.count("cached_tokens", job.cached)

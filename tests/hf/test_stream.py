@@ -110,11 +110,11 @@ def test_samples_follow_the_distribution(tokenizer):
     draws = {}
     for name, options in dict(all={}, top_k=dict(top_k=2), top_p=dict(top_p=0.6)).items():
         row = row_of(tokenizer, Sampling(1, temperature=1.0, seed=3, **options))
-        draws[name] = torch.stack([row.choose(logits) for _ in range(4000)]).bincount(minlength=5) / 4000
-    torch.testing.assert_close(draws["all"], logits.softmax(-1), atol=0.03, rtol=0)
+        draws[name] = torch.stack([row.choose(logits) for _ in range(1500)]).bincount(minlength=5) / 1500
+    torch.testing.assert_close(draws["all"], logits.softmax(-1), atol=0.05, rtol=0)
     kept = torch.tensor([0.0, 0, 1, 0, 1]) * logits.softmax(-1)  # 0.6 needs two tokens
     for name in ("top_k", "top_p"):
-        torch.testing.assert_close(draws[name], kept / kept.sum(), atol=0.03, rtol=0)
+        torch.testing.assert_close(draws[name], kept / kept.sum(), atol=0.05, rtol=0)
         assert draws[name][[0, 1, 3]].sum() == 0
 
 

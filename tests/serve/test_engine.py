@@ -42,13 +42,13 @@ def test_a_kept_beginning_changes_no_answer(model, config):
     document = tokens(150)
     with engine(model, config) as running:
         cached = []
-        for seed in range(4):
+        for seed in range(3):
             prompt = tokens(165, seed, begin=document)
             answer = ask(running, prompt, temperature=0.9, seed=3).wait()
             assert answer.told == alone(model, prompt, config=config, temperature=0.9, seed=3)
             cached.append(answer.last.cached)
-        # The second request shares 150 tokens, and finds what the first one kept at the end of its prompt.
-        assert cached == [0, 0, 144, 144]
+        # The others share 150 tokens, and find what the first one kept at the end of its prompt.
+        assert cached == [0, 144, 144]
         assert all(compressed_tokens(entry.cache) > 0 for entry in running.prefixes.entries)
 
 
@@ -80,12 +80,12 @@ def wait_until(condition, seconds: float = 30):
 
 @pytest.mark.parametrize("texts", slow_but((1, 3), 3))
 def test_turns_change_no_answer(model, texts):
-    prompts = [tokens(30 + 7 * i, seed=i) for i in range(4)]
+    prompts = [tokens(30 + 7 * i, seed=i) for i in range(3)]
     options = dict(temperature=1.0, seed=11, texts=texts)
     with engine(model, max_active=4) as running:
-        answers = [ask(running, prompt, new=30, **options) for prompt in prompts]
+        answers = [ask(running, prompt, new=18, **options) for prompt in prompts]
         told = [answer.wait().told for answer in answers]
-    assert told == [alone(model, prompt, new=30, **options) for prompt in prompts]
+    assert told == [alone(model, prompt, new=18, **options) for prompt in prompts]
     assert all(len(text) == texts for text, _, _ in told)
 
 

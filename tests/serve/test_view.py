@@ -10,6 +10,7 @@ from fade_fast.cli.command import main
 from fade_fast.saved import telemetry
 from fade_fast.serve import report, view
 
+from ..marks import slow_but
 from ..models import CODED, EVICTING, SAFE, generate, new_cache, prompt, tiny_llama
 from .engines import alone, ask, engine, tokens
 
@@ -21,15 +22,12 @@ def model():
     return tiny_llama(heads=1, head_dim=32)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(SAFE, id="safe", marks=pytest.mark.slow),
-        pytest.param(EVICTING, id="evicting", marks=pytest.mark.slow),
-        pytest.param(H2O, id="h2o"),
-    ],
-)
-def test_looking_changes_no_answer(model, config, monkeypatch):
+CONFIGS = dict(h2o=H2O, safe=SAFE, evicting=EVICTING)
+
+
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "h2o"))
+def test_looking_changes_no_answer(model, name, monkeypatch):
+    config = CONFIGS[name]
     monkeypatch.setattr(view, "FRAME", 0.0)
     monkeypatch.setattr(view, "MAP", 0.0)
     frames = []
