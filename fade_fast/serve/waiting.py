@@ -14,7 +14,8 @@ class QueueFull(Exception):
 class FairQueue(Generic[T]):
     """First come, first served for each client, and the clients in turns. It is not safe for threads.
 
-    A client that sends a hundred requests delays another one by a single request.
+    A client that sends a hundred requests delays another one by a single request. It may fill three quarters
+    of the queue, so that others find room.
 
     >>> queue = FairQueue(limit=4)
     >>> for client, item in ("a", 1), ("a", 2), ("a", 3), ("b", 4):
@@ -33,7 +34,8 @@ class FairQueue(Generic[T]):
 
     def put(self, client: str, item: T) -> None:
         """Add an item. Raises `QueueFull`."""
-        if self._count >= self.limit:
+        own = len(self._clients.get(client, ()))
+        if self._count >= self.limit or own >= -(-self.limit * 3 // 4):
             raise QueueFull(f"{self._count} requests are waiting, and no more can: try again later")
         self._clients.setdefault(client, deque()).append(item)
         self._count += 1

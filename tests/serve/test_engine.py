@@ -344,7 +344,7 @@ def test_five_hundred_requests_in_any_order(model):
 
     many(model, 40, seed=1)  # what is allocated once
     MODULE_CACHES["before"], before = live_caches(), psutil.Process().memory_info().rss
-    hits, cancelled = many(model, 500)
+    hits, cancelled = many(model, 500, memory_budget=200_000)
     assert hits > 100 and cancelled > 20
     assert live_caches() <= MODULE_CACHES["before"]
     assert psutil.Process().memory_info().rss - before < 60e6
@@ -371,6 +371,11 @@ def test_links_in_the_folder_are_not_followed(model, tmp_path):
 
 
 def test_the_queue_is_fair():
+    full: FairQueue[int] = FairQueue(8)
+    with pytest.raises(QueueFull, match="6 requests are waiting"):
+        for i in range(8):
+            full.put("a", i)
+    full.put("b", 9)
     queue: FairQueue[int] = FairQueue(10)
     for i in range(6):
         queue.put("a" if i < 4 else "b", i)
