@@ -13,6 +13,7 @@ from .hf.cache import Memory, TieredKVCache
 from .hf.check import LayerCheck, ModelCheck, check_model
 from .hf.create import create_cache, load_cache
 from .hf.prompts import common_prefix
+from .hf.stream import Summary, stream
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LayerCheck",
     "Memory",
     "ModelCheck",
+    "Summary",
     "TieredKVCache",
     "attach",
     "check_model",
@@ -28,6 +30,7 @@ __all__ = [
     "detach",
     "load_cache",
     "loading",
+    "stream",
 ]
 
 deprecated.install()

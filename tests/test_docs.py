@@ -95,7 +95,7 @@ def test_the_numbers_under_the_figures_are_the_stored_ones():
         assert figures.quoted(text, name) == text, f"python docs/figures.py --redraw --only {name}"
 
 
-GUIDE = ROOT / "docs/guide.md"
+GUIDE, SERVER = ROOT / "docs/guide.md", ROOT / "docs/server.md"
 #: Names of callables whose first argument is a message to the user.
 RAISED = re.compile(r".*(Error|Warning)$|warn$|refusal$")
 
@@ -126,8 +126,12 @@ def explained(pieces: list[str], entries: list[str]) -> bool:
 
 
 def test_every_message_has_its_cure_in_the_guide():
-    """The guide explains only the form of kernel messages, since users do not call kernels directly."""
-    rows = [line.split(" | ") for line in GUIDE.read_text(encoding="utf-8").splitlines() if " | " in line]
+    """The guide explains only the form of kernel messages, since users do not call kernels directly.
+
+    The messages of the server have a page of their own.
+    """
+    lines = [line for page in (GUIDE, SERVER) for line in page.read_text(encoding="utf-8").splitlines()]
+    rows = [line.split(" | ") for line in lines if " | " in line]
     entries = [row[0] for row in rows if len(row) == 2 and len(row[1]) > 10]
     files = [*(ROOT / "fade_fast").rglob("*.py"), ROOT / "fade_ref/config.py", ROOT / "fade_ref/tiers.py"]
     raised = [
@@ -138,7 +142,7 @@ def test_every_message_has_its_cure_in_the_guide():
     ]
     assert len(raised) > 80
     missing = [f"{path}: {' ... '.join(pieces)}" for path, pieces in raised if not explained(pieces, entries)]
-    assert not missing, "docs/guide.md does not say how to cure:\n" + "\n".join(missing)
+    assert not missing, "docs/guide.md and docs/server.md do not say how to cure:\n" + "\n".join(missing)
 
 
 def test_the_readme_fits_two_screens():

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..hf.loading import LoadError
-from . import calibrate, check, demo, generate, inspect, plot, train_codebook
+from . import calibrate, check, demo, generate, inspect, plot, report, serve, train_codebook
 
 COMMANDS = {
     "demo": demo,
@@ -22,6 +22,8 @@ COMMANDS = {
     "generate": generate,
     "inspect": inspect,
     "plot": plot,
+    "serve": serve,
+    "report": report,
     "calibrate": calibrate,
     "train-codebook": train_codebook,
 }
@@ -29,11 +31,15 @@ COMMANDS = {
 PASSED = {
     "quality": ("benchmarks.quality", "Perplexity and recall with each preset."),
     "memory": ("benchmarks.memory", "Bytes of each cache and peak memory, by length."),
-    "bench": ("benchmarks.generate", "Time decode steps; `bench attention`: attention alone."),
+    "bench": ("benchmarks.generate", "Time decode steps; also `bench attention`, `bench serve`."),
     "parity": ("parity.__main__", "Check that the fast cache matches the specification."),
     "train-policy": ("fade_fast.hf.train_policy", "Train the learned eviction policy."),
 }
-BENCHES = {"generate": "benchmarks.generate", "attention": "benchmarks.decode_attention"}
+BENCHES = {
+    "generate": "benchmarks.generate",
+    "attention": "benchmarks.decode_attention",
+    "serve": "benchmarks.serve",
+}
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,14 +1,16 @@
 """Options that the subcommands of `fade` share, and checks of their values."""
 
 import argparse
+import dataclasses
 import os
+import re
 from pathlib import Path
 
 import torch
 
 from fade_ref.config import PRESETS, FadeConfig
 
-from ..hf.loading import DTYPES, HUB_ID
+from ..hf.loading import DTYPES, HUB_ID, LoadError
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +26,70 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         "--config", type=config, default="safe", metavar="PRESET",
         help=f"one of {', '.join(PRESETS)} (default: safe); or FIELD=VALUE,... of FadeConfig",
     )  # fmt: skip
+
+
+def add_fields(parser: argparse.ArgumentParser) -> None:
+    """An option for each field of `FadeConfig`, such as --int4-budget. `with_fields` reads them.
+
+    They are not listed by --help, which says that they exist.
+    """
+    for field in dataclasses.fields(FadeConfig):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", dest=f"field_{field.name}", default=argparse.SUPPRESS,
+            type=layer_bits if field.name == "layer_bits" else _value, help=argparse.SUPPRESS,
+        )  # fmt: skip
+
+
+def with_fields(args: argparse.Namespace) -> FadeConfig:
+    """The configuration of --config, with the fields of `add_fields` that were given.
+
+    Raises `LoadError` if they contradict each other.
+    """
+    given = fields_of(args)
+    try:
+        return dataclasses.replace(args.config, **given)
+    except ValueError as error:
+        raise LoadError(str(error)) from error
+
+
+def fields_of(args: argparse.Namespace) -> dict:
+    """The fields of `FadeConfig` that were given as options of their own."""
+    return {name.removeprefix("field_"): x for name, x in vars(args).items() if name.startswith("field_")}
+
+
+def layer_bits(text: str) -> str | dict[int, tuple[int, int]] | None:
+    """A named rule, or bits of keys and values for some layers.
+
+    >>> layer_bits("boundary"), layer_bits("0=8/8,5=16/16")
+    ('boundary', {0: (8, 8), 5: (16, 16)})
+    """
+    if "=" not in text:
+        return _value(text)
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {int(layer): tuple(int(x) for x in bits.split("/")) for layer, bits in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: LAYER=KEYS/VALUES,... is allowed") from error
+
+
+def size(text: str) -> int:
+    """A number of bytes, with a unit or without.
+
+    >>> size("2GB"), size("1.5 MiB"), size("100")
+    (2000000000, 1572864, 100)
+    """
+    units = dict(B=1, KB=10**3, MB=10**6, GB=10**9, TB=10**12, KIB=2**10, MIB=2**20, GIB=2**30, TIB=2**40)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not found or (found[2] or "B").upper() not in units:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of bytes such as 2GB or 512MiB is allowed")
+    return int(float(found[1]) * units[(found[2] or "B").upper()])
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: an integer of at least 0 is allowed")
+    return int(text)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

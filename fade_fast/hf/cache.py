@@ -369,13 +369,15 @@ class TieredKVCache(Cache):
             raise ValueError(f"rows {index}: a tensor of {number} from 0 to {batch - 1} is allowed")
 
     @reading
-    def memory(self) -> Memory:
-        """Return how much memory the cache uses now. Blocks that are due for demotion are demoted first.
+    def memory(self, *, compact: bool = True) -> Memory:
+        """Return how much memory the cache uses now.
+
+        Blocks that are due for demotion are demoted first; with `compact=False` nothing is changed.
 
         Raises `RuntimeError` while another thread runs a step.
         """
         self.decode_graph.check_whole()
-        for layer in self.tiered:
+        for layer in self.tiered if compact else ():
             layer.compact()
         return memory.of(self.stored_layers(), self.token_positions.tensors() + self.decode_graph.kept)
 

@@ -23,15 +23,18 @@ from fade_ref.tiers import Tier
 from ..cache.layer import KVLayer
 from ..formats import tier_names
 from . import checkpoint
-from .memory import layer_sizes
+from .memory import Memory, layer_sizes
 
 VERSION = 1
 TIERED = "tiered"
 
 
-def of(cache, positions: bool = True) -> dict:
-    """Snapshot of a live cache. Blocks whose demotion is due are demoted first."""
-    memory = cache.memory()
+def of(cache, positions: bool = True, memory: Memory | None = None) -> dict:
+    """Snapshot of a live cache.
+
+    Blocks whose demotion is due are demoted first, unless `memory` is given: then nothing is changed.
+    """
+    memory = cache.memory() if memory is None else memory
     layers = []
     for i, layer in enumerate(cache.stored_layers()):
         if isinstance(layer, KVLayer):

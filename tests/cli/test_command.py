@@ -39,7 +39,7 @@ def test_help_fits_a_screen(command, capsys, monkeypatch):
 
 
 def test_every_command_of_the_issue_is_there(capsys):
-    names = "demo check generate quality memory bench parity inspect plot calibrate"
+    names = "demo check generate quality memory bench parity inspect plot calibrate serve report"
     names += " train-codebook train-policy"
     assert {*command.COMMANDS, *command.PASSED} == set(names.split())
 
