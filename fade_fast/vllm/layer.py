@@ -1,0 +1,247 @@
+"""An attention layer over vLLM's pages: it stores tokens, and attends for the batches of a step.
+
+These classes do not know vLLM. They take vLLM's cache tensor, slots and tables, and run the formats and
+kernels that the cache of `generate()` runs.
+"""
+
+import functools
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..compile.compiled import rounded, use_compiled
+from ..compile.page_gather import pages_of
+from ..formats.rotated import RotatedFormat
+from ..kernels import dense, packed, rotated
+from ..kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
+from .batches import Batch, sees
+from .pages import PageLayout
+
+KEYS = 1024  # keys that long rows attend at a time
+ELEMENTS = 1 << 24  # most scores that long rows hold at a time
+#: First and last tokens of a context that short rows read as vectors, decoded from their codes. The float16
+#: kernels need a score near the largest one, and the first and the last tokens are often attended most.
+FIRST, LAST = 4, 12
+
+
+class PagedLayer(ABC):
+    """What both kinds of layers do.
+
+    Args:
+        heads: KV heads.
+        scaling, softcap: of the scores.
+        window: a query sees this many tokens, up to itself; None: all tokens up to itself.
+        s_aux: [Hq], scores of learned attention sinks, or None.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        scaling: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+    ):
+        self.heads, self.scaling, self.window = heads, scaling, window
+        self.softcap, self.s_aux = softcap, s_aux
+
+    @abstractmethod
+    def append(self, cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Store the tokens of a step.
+
+        Args:
+            cache: [P, H, N, C], vLLM's cache of this layer.
+            keys, values: [T, H, D]. Tokens behind the length of `slots` are padding.
+            slots: int [n]. Slot s is slot s % N of page s // N. Negative: padding, which is not stored.
+        """
+
+    def attend(
+        self, cache: Tensor, query: Tensor, short: list[Batch], long: Batch | None, output: Tensor
+    ) -> None:
+        """Attention of a step whose tokens are stored. Writes `output` [T, Hq, D]; query: [T, Hq, D]."""
+        for batch in short:
+            batch.store(self._attend_short(cache, query, batch), output)
+        if long is not None:
+            batch = long
+            batch.store(self._attend_long(cache, query, batch), output)
+
+    def _attend_short(self, cache: Tensor, query: Tensor, batch: Batch) -> Tensor:
+        """Attention of a batch of short rows, [B, q, Hq, D]."""
+        return self._attend_long(cache, query, batch)
+
+    def _attend_long(self, cache: Tensor, query: Tensor, batch: Batch) -> Tensor:
+        """Attention of a batch, key chunk by key chunk, [B, q, Hq, D]."""
+        query = batch.rows(query)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        table, first, slots = batch.pages(self.window, cache.shape[2])
+        step = max(1, ELEMENTS // (query.shape[1] * query.shape[2] * KEYS))
+        parts = []
+        for start in range(0, len(query), step):
+            of = slice(start, start + step)
+            rows = of_rows(query[of].to(wide) * self.scaling, self.heads)
+            total = self._walk(cache, rows, batch.at[of], table[of], first[of], slots[of])
+            if self.s_aux is not None:
+                total = combine(total, sinks(rows, self.s_aux))
+            parts.append(of_heads(merge([total]), query[of].shape))
+        return torch.cat(parts)
+
+    def _walk(self, cache, rows: Tensor, at: Tensor, table: Tensor, first: Tensor, slots: np.ndarray):
+        """Partial attention of `rows` [B, H, R, D] over all their keys. `slots` falls from row to row."""
+        page, group = cache.shape[2], rows.shape[2] // at.shape[1]
+        step = max(1, KEYS // page) * page
+        total = empty(rows)
+        for start in range(0, int(slots[0]), step):
+            count = int((slots > start).sum())
+            stop = min(start + step, int(slots[0]))
+            position = first[:count, None] + torch.arange(start, stop, device=first.device)
+            visible = sees(at[:count], position, self.window).repeat(1, group, 1)
+            pages = table[:count, start // page : -(-stop // page)]
+            part = self._partial(cache, rows[:count], pages, visible)
+            for x, new in zip(total, combine(Partial(*(x[:count] for x in total)), part)):
+                x[:count] = new
+        return total
+
+    @abstractmethod
+    def _partial(self, cache: Tensor, rows: Tensor, table: Tensor, visible: Tensor) -> Partial:
+        """Partial attention of `rows` [B, H, R, D], scaled, over slots of `table`: `visible` [B, R, S]."""
+
+
+class DenseLayer(PagedLayer):
+    """A layer that is not compressed. Its cache is that of vLLM: [P, H, N, 2 D], keys before values."""
+
+    def append(self, cache, keys, values, slots):
+        count, page = len(slots), cache.shape[2]
+        slots = slots.clamp_min(0).long()  # page 0 belongs to no request
+        tokens = torch.cat((keys[:count], values[:count]), dim=-1).to(cache.dtype)
+        cache[slots // page, :, slots % page] = tokens
+
+    def _partial(self, cache, rows, table, visible):
+        held = pages_of(cache, table.clamp(0, len(cache) - 1).long())  # [B, n, H, N, 2 D]
+        held = held.transpose(1, 2).flatten(2, 3)[:, :, : visible.shape[-1]]
+        keys, values = held.chunk(2, dim=-1)
+        values = torch.where(values.isfinite(), values, 0.0)  # free slots may hold anything
+        return dense.attend(rows, keys, values, visible.unsqueeze(1), self.softcap)
+
+
+class CompressedLayer(PagedLayer):
+    """A layer whose cache holds records of the `rotated` format.
+
+    Args:
+        bits: of keys and values.
+        head_dim, dtype, device: of the keys.
+        mean: fp16 [H, D], the means that are subtracted from keys; None: nothing is subtracted.
+        options: see `PagedLayer`.
+
+    Raises `ValueError` if heads of `head_dim` channels cannot be stored at these widths.
+    """
+
+    def __init__(
+        self,
+        bits: tuple[int, int],
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        mean: Tensor | None = None,
+        **options,
+    ):
+        super().__init__(**options)
+        self.format = RotatedFormat([bits], _tables)
+        self.format.check(head_dim, None)
+        self.format.allocate(head_dim, dtype, device)
+        (self.tier,) = self.format.tiers
+        self.layout = PageLayout(self.tier)
+        if mean is None:
+            mean = torch.zeros(self.heads, head_dim, dtype=torch.float16)
+        self.mean = mean.to(device)[None, :, None]  # [1, H, 1, D]
+        # A power of two at least as large as every value scale that was ever stored. It only grows, and a
+        # power of two changes no digit of a result.
+        self.bound = torch.full((self.heads,), rotated.SMALLEST_SCALE, device=device)
+        self._viewed: tuple[Tensor | None, dict] = None, {}
+
+    def views(self, cache: Tensor) -> dict[str, Tensor]:
+        """The fields of the records in the cache; see `PageLayout.views`."""
+        if self._viewed[0] is not cache:
+            self._viewed = cache, self.layout.views(cache)
+        return self._viewed[1]
+
+    def append(self, cache, keys, values, slots):
+        count, page = len(slots), cache.shape[2]
+        real = (slots >= 0)[:, None, None]  # padding may hold anything: its scale would spoil the bound
+        sides = [torch.where(real, x[:count], 0).transpose(0, 1)[None] for x in (keys, values)]
+        if use_compiled(keys) and count <= rotated.SMALL:
+            sides = [torch.nn.functional.pad(x, (0, 0, 0, rounded(count) - count)) for x in sides]
+        records = self.tier.encode(*sides, self.mean, recurs=True)
+        if sides[0].shape[2] > count:
+            cut = {name: -1 if field.axis == -1 else 2 for name, field in self.layout.fields.items()}
+            records = {name: x.narrow(cut[name], 0, count) for name, x in records.items()}
+        _, exponent = torch.frexp(self.tier.value_bound(records)[0].float())
+        torch.maximum(self.bound, torch.ldexp(torch.ones_like(self.bound), exponent), out=self.bound)
+        slots = slots.clamp_min(0).long()  # page 0 belongs to no request
+        self.layout.write(self.views(cache), records, slots // page, slots % page)
+
+    def view(self, cache: Tensor, table: Tensor, valid: Tensor) -> packed.TierView:
+        """The pages of some rows as kernels read them: `table` [B, n], `valid` bool [B, 1 or R, S]."""
+        rows = (len(table), -1)
+        means, bound = self.mean.expand(*rows, -1, -1), self.bound.expand(rows)
+        return self.tier.view(self.views(cache), bound, means, valid, 1, None)._replace(block_table=table)
+
+    def _partial(self, cache, rows, table, visible):
+        view = self.view(cache, table, visible)
+        reference = rows.new_zeros(rows.shape[:3])
+        return self.format.attend_tier(
+            self.tier, rows, view, visible.shape[-1], reference, None, self.softcap
+        )
+
+    def _attend_short(self, cache, query, batch):
+        query = batch.rows(query)
+        key = cache.shape[2], self.window, self.heads
+        if key not in batch.shared:
+            batch.shared[key] = _short_inputs(batch, *key, use_compiled(query))
+        table, valid, num_read, page, at, seen = batch.shared[key]
+        near = self.layout.read(self.views(cache), page.clamp_max(len(cache) - 1), at)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        keys, values = self.tier.decode_keys(near, self.mean, wide), self.tier.decode_values(near, wide)
+        view = self.view(cache, table, valid)
+        return self.format.attend(
+            query, keys, values, seen, [self.tier], [view], [num_read], rope=None,
+            scaling=self.scaling, softcap=self.softcap, s_aux=self.s_aux,
+        )  # fmt: skip
+
+
+def _short_inputs(batch: Batch, page: int, window: int | None, heads: int, compiled: bool):
+    """What the short rows of a batch read, the same in all layers with this window.
+
+    Returns the table and the validity of the tier, the number of slots read, and of the `FIRST` + `LAST`
+    tokens that are read as vectors the pages, the slots in them and which queries see them.
+    """
+    table, first, slots = batch.pages(window, page)
+    num_read = capacity = int(slots.max())
+    if compiled:  # a constant capacity: one compiled version then serves all lengths
+        most = batch.table.shape[1] * page
+        if window is not None:
+            most = min(most, batch.at.shape[1] + window + page - 2)
+        num_read, capacity = (packed.bucket(len(table) * heads, n) for n in (num_read, most))
+        capacity += packed.spare(capacity)
+        table = torch.nn.functional.pad(table, (0, -(-capacity // page) - table.shape[1]))
+    position = first[:, None] + torch.arange(num_read, device=first.device)
+    last = batch.at.amax(1, keepdim=True)
+    apart = (position >= FIRST) & (position <= last - LAST)
+    valid = sees(batch.at, position, window) & apart[:, None]
+    if capacity > num_read:
+        valid = torch.nn.functional.pad(valid, (0, capacity - num_read))
+    early = torch.arange(FIRST, device=last.device).expand(len(last), -1)
+    late = last - torch.arange(LAST - 1, -1, -1, device=last.device)
+    late = late.masked_fill(late < FIRST, -1)  # counted among the first
+    near = torch.cat((early, late), dim=1)
+    seen = sees(batch.at, near, window)
+    near = near.clamp_min(0)
+    pages = batch.table.gather(1, (near // page).clamp_max(batch.table.shape[1] - 1)).long().clamp_min(0)
+    return table, valid, num_read, pages, near % page, seen
+
+
+@functools.cache
+def _tables(head_dim: int, device: torch.device) -> Tensor:
+    """The rotation of the codec and the sum of its rows: all layers share them."""
+    return rotated.with_sum(rotated.rotation(head_dim)).float().to(device)
