@@ -31,20 +31,20 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from fade_ref.config import KEPT
 
 from . import calibration, options
-from .batches import Batch, split
+from .batches import Step, split
 from .layer import ELEMENTS, CompressedLayer, DenseLayer, PagedLayer
-from .pages import GRANULARITY
+from .pages import GRANULARITY, PREFERRED, cell_bytes
 
 logger = init_logger("vllm." + __name__)
 
 
 class FadeBackend(AttentionBackend):
-    """The backend of layers whose widths are not known yet. `of_bytes` makes that of each layer."""
+    """The backend of layers whose widths are not known yet. `of_record` makes that of each layer."""
 
     forward_includes_kv_cache_update = False  # vLLM calls `do_kv_cache_update` before `forward`
     supported_dtypes: ClassVar = list(options.DTYPES)
     supported_kv_cache_dtypes: ClassVar = ["auto", "float16", "bfloat16"]
-    cell_bytes: ClassVar[int | None] = None  # bytes of a token of a KV head; None: not compressed
+    record: ClassVar[tuple[int, bool] | None] = None  # of `PageLayout`: `record`, `second`; None: dense
 
     @staticmethod
     def get_name() -> str:
@@ -61,6 +61,10 @@ class FadeBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None):
         return [MultipleOf(GRANULARITY)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return default_block_size if cls.supports_block_size(default_block_size) else PREFERRED
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
@@ -88,24 +92,24 @@ class FadeBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        if cls.cell_bytes is None or spec.state_content_bytes is not None:
+        if cls.record is None or spec.state_content_bytes is not None:
             return spec
-        return replace(spec, dtype=torch.uint8, state_content_bytes=cls.cell_bytes)
+        content = cell_bytes(*cls.record, spec.block_size)
+        return replace(spec, dtype=torch.uint8, state_content_bytes=content)
 
 
 @functools.cache
-def of_bytes(cell_bytes: int | None) -> type[FadeBackend]:
-    """The backend of layers that store a token of a KV head in this number of bytes."""
-    name = f"FadeBackend{'Dense' if cell_bytes is None else cell_bytes}"
-    return type(name, (FadeBackend,), {"cell_bytes": cell_bytes, "__module__": __name__})
+def of_record(record: tuple[int, bool] | None) -> type[FadeBackend]:
+    """The backend of layers with records of this size."""
+    name = "FadeBackend" + ("Dense" if record is None else f"{record[0]}{'Twice' * record[1]}")
+    return type(name, (FadeBackend,), {"record": record, "__module__": __name__, "__qualname__": name})
 
 
 @dataclass
 class FadeMetadata(AttentionMetadata):
-    """The requests of a step, cut into batches; see `batches.split`."""
+    """The requests of a step, cut into batches."""
 
-    short: list[Batch]
-    long: Batch | None
+    step: Step
 
 
 class FadeBuilder(AttentionMetadataBuilder[FadeMetadata]):
@@ -132,14 +136,16 @@ class FadeBuilder(AttentionMetadataBuilder[FadeMetadata]):
         count = step.num_reqs
         reach = step.seq_lens_cpu_upper_bound
         reach = step.seq_lens.cpu() if reach is None else reach
-        short, long = split(
+        drafts = self.vllm_config.num_speculative_tokens
+        cut = split(
             step.query_start_loc_cpu[: count + 1].numpy().astype("int64"),
             reach[:count].numpy().astype("int64"),
             step.seq_lens[:count],
             step.block_table_tensor[:count],
             rounded=self.device.type == "cuda",
+            slack=2 * drafts,
         )
-        return FadeMetadata(short, long)
+        return FadeMetadata(cut)
 
 
 class FadeImpl(AttentionImpl[FadeMetadata]):
@@ -205,7 +211,7 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
         )  # fmt: skip
         if bits[0] == KEPT:
             self.layer = DenseLayer(**shared)
-            layer.attn_backend = of_bytes(None)
+            layer.attn_backend = of_record(None)
             return
         mean = None
         if asked.calibration is not None:
@@ -224,7 +230,7 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
             )
         device = torch.empty(0, device=config.device_config.device).device
         self.layer = CompressedLayer(bits, self.head_size, act_dtype, device, mean, **shared)
-        layer.attn_backend = of_bytes(self.layer.layout.cell_bytes)
+        layer.attn_backend = of_record((self.layer.layout.record, self.layer.layout.second))
 
     def do_kv_cache_update(
         self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -249,5 +255,8 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
             if query.is_cuda:
                 torch.empty(4 * ELEMENTS, dtype=torch.float32, device=query.device)
             return output.zero_()
-        self.layer.attend(kv_cache, query, attn_metadata.short, attn_metadata.long, output)
+        step = attn_metadata.step
+        if step.first is not None:
+            self.layer.append_first(kv_cache, key, value, step.first)
+        self.layer.attend(kv_cache, query, step, output)
         return output

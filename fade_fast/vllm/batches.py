@@ -10,10 +10,13 @@ own length. `split` cuts it into batches, with index arithmetic over all request
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .pages import FIRST
 
 SHORT = 8  # most new tokens of a request in a batch of short rows
 ROWS = 128  # queries of a row of a long batch
@@ -87,6 +90,35 @@ class Batch:
         return table, first * page, slots
 
 
+class FirstTokens(NamedTuple):
+    """The tokens of a step at the first `FIRST` positions of their requests.
+
+    Attributes:
+        tokens: int64 [m], which tokens of the step.
+        page: int64 [m], the first page of their request; 0, which no request owns, for padding.
+        at: int64 [m], their positions.
+    """
+
+    tokens: Tensor
+    page: Tensor
+    at: Tensor
+
+
+@dataclass
+class Step:
+    """A step.
+
+    Attributes:
+        short: batches of requests with few new tokens.
+        long: rows of requests with many new tokens, or None.
+        first: tokens at the first positions, or None.
+    """
+
+    short: list[Batch]
+    long: Batch | None
+    first: FirstTokens | None
+
+
 def sees(at: Tensor, position: Tensor, window: int | None) -> Tensor:
     """Which tokens at `position` [B, n] each query at `at` [B, q] sees: bool [B, q, n]."""
     at, position = at.unsqueeze(2), position.unsqueeze(1)
@@ -100,8 +132,9 @@ def split(
     lengths: Tensor,
     table: Tensor,
     rounded: bool = False,
-) -> tuple[list[Batch], Batch | None]:
-    """Batches of short rows, and that of long rows or None.
+    slack: int = 0,
+) -> Step:
+    """Cut a step into batches.
 
     Args:
         starts: int64 [R + 1], on the host: the first token of each request, and the number of tokens.
@@ -110,6 +143,7 @@ def split(
         table: [R, n], pages of each request.
         rounded: whether batches of short rows are padded to powers of two, so that compiled kernels meet few
             shapes.
+        slack: by how many tokens `reach` may exceed the lengths.
 
     Requests without new tokens are left out.
     """
@@ -123,9 +157,10 @@ def split(
         batches.append(_batch(part, starts[part], count[part], 0 * part, lengths, starts, reach, table))
     if rounded:
         batches = [_rounded(batch) for batch in batches]
+    first = _first(starts, count, reach, lengths, table, slack)
     long = np.flatnonzero(count > SHORT)
     if not len(long):
-        return batches, None
+        return Step(batches, None, first)
     tiles = -(-count[long] // ROWS)
     request = np.repeat(long, tiles)
     before = (np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * ROWS
@@ -134,7 +169,20 @@ def split(
     order = np.argsort(-(reach[request] - after), kind="stable")
     request, before, size = request[order], before[order], size[order]
     whole = _batch(request, starts[request] + before, size, before, lengths, starts, reach, table)
-    return batches, whole
+    return Step(batches, whole, first)
+
+
+def _first(starts, count, reach, lengths: Tensor, table: Tensor, slack: int) -> FirstTokens | None:
+    rows = np.flatnonzero((count > 0) & (reach - count < FIRST + slack))
+    if not len(rows):
+        return None
+    put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(table.device)  # noqa: E731
+    column, index = np.arange(FIRST), put(rows)
+    tokens = starts[rows][:, None] + np.minimum(column, count[rows][:, None] - 1)
+    at = (lengths[index].long() - put(count[rows]))[:, None] + put(column)
+    real = put(column < count[rows][:, None]) & (at < FIRST)
+    page = table[index, :1].long().expand_as(at).masked_fill(~real, 0)
+    return FirstTokens(put(tokens).flatten(), page.flatten(), at.clamp_max(FIRST - 1).flatten())
 
 
 def _batch(request, first, size, before, lengths, starts, reach, table: Tensor) -> Batch:

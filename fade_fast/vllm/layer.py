@@ -16,18 +16,21 @@ from ..compile.page_gather import pages_of
 from ..formats.rotated import RotatedFormat
 from ..kernels import dense, packed, rotated
 from ..kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
-from .batches import Batch, sees
-from .pages import PageLayout
+from .batches import Batch, FirstTokens, Step, sees
+from .pages import FIRST, PageLayout
 
 KEYS = 1024  # keys that long rows attend at a time
 ELEMENTS = 1 << 24  # most scores that long rows hold at a time
-#: First and last tokens of a context that short rows read as vectors, decoded from their codes. The float16
-#: kernels need a score near the largest one, and the first and the last tokens are often attended most.
-FIRST, LAST = 4, 12
+#: Last tokens of a context that short rows read as vectors, decoded from their codes, beside the first ones.
+#: The float16 kernels need a score near the largest one, and these tokens are often attended most.
+LAST = 12
 
 
 class PagedLayer(ABC):
     """What both kinds of layers do.
+
+    Attributes:
+        skipped: first tokens of a context that long rows read as vectors.
 
     Args:
         heads: KV heads.
@@ -35,6 +38,8 @@ class PagedLayer(ABC):
         window: a query sees this many tokens, up to itself; None: all tokens up to itself.
         s_aux: [Hq], scores of learned attention sinks, or None.
     """
+
+    skipped = 0
 
     def __init__(
         self,
@@ -57,15 +62,20 @@ class PagedLayer(ABC):
             slots: int [n]. Slot s is slot s % N of page s // N. Negative: padding, which is not stored.
         """
 
-    def attend(
-        self, cache: Tensor, query: Tensor, short: list[Batch], long: Batch | None, output: Tensor
+    def append_first(  # noqa: B027 - a layer without room does nothing
+        self, cache: Tensor, keys: Tensor, values: Tensor, first: FirstTokens
     ) -> None:
+        """Store the first tokens of requests a second time, where the format has room for it.
+
+        They are among the step's tokens `keys` and `values` [T, H, D], and `append` stored them.
+        """
+
+    def attend(self, cache: Tensor, query: Tensor, step: Step, output: Tensor) -> None:
         """Attention of a step whose tokens are stored. Writes `output` [T, Hq, D]; query: [T, Hq, D]."""
-        for batch in short:
+        for batch in step.short:
             batch.store(self._attend_short(cache, query, batch), output)
-        if long is not None:
-            batch = long
-            batch.store(self._attend_long(cache, query, batch), output)
+        if step.long is not None:
+            step.long.store(self._attend_long(cache, query, step.long), output)
 
     def _attend_short(self, cache: Tensor, query: Tensor, batch: Batch) -> Tensor:
         """Attention of a batch of short rows, [B, q, Hq, D]."""
@@ -81,22 +91,30 @@ class PagedLayer(ABC):
         for start in range(0, len(query), step):
             of = slice(start, start + step)
             rows = of_rows(query[of].to(wide) * self.scaling, self.heads)
-            total = self._walk(cache, rows, batch.at[of], table[of], first[of], slots[of])
+            total = self._begin(cache, rows, batch, of)
+            total = self._walk(cache, rows, batch.at[of], table[of], first[of], slots[of], total)
             if self.s_aux is not None:
                 total = combine(total, sinks(rows, self.s_aux))
             parts.append(of_heads(merge([total]), query[of].shape))
         return torch.cat(parts)
 
-    def _walk(self, cache, rows: Tensor, at: Tensor, table: Tensor, first: Tensor, slots: np.ndarray):
-        """Partial attention of `rows` [B, H, R, D] over all their keys. `slots` falls from row to row."""
+    def _begin(self, cache: Tensor, rows: Tensor, batch: Batch, of: slice) -> Partial:
+        """Partial attention over tokens that `_walk` leaves out: the first `skipped`."""
+        return empty(rows)
+
+    def _walk(self, cache, rows: Tensor, at: Tensor, table, first: Tensor, slots: np.ndarray, total: Partial):
+        """Add to `total` the attention of `rows` [B, H, R, D] over all their keys but the first `skipped`.
+
+        `slots` falls from row to row.
+        """
         page, group = cache.shape[2], rows.shape[2] // at.shape[1]
         step = max(1, KEYS // page) * page
-        total = empty(rows)
         for start in range(0, int(slots[0]), step):
             count = int((slots > start).sum())
             stop = min(start + step, int(slots[0]))
             position = first[:count, None] + torch.arange(start, stop, device=first.device)
-            visible = sees(at[:count], position, self.window).repeat(1, group, 1)
+            visible = sees(at[:count], position, self.window) & (position >= self.skipped)[:, None]
+            visible = visible.repeat(1, group, 1)
             pages = table[:count, start // page : -(-stop // page)]
             part = self._partial(cache, rows[:count], pages, visible)
             for x, new in zip(total, combine(Partial(*(x[:count] for x in total)), part)):
@@ -158,10 +176,11 @@ class CompressedLayer(PagedLayer):
         # A power of two at least as large as every value scale that was ever stored. It only grows, and a
         # power of two changes no digit of a result.
         self.bound = torch.full((self.heads,), rotated.SMALLEST_SCALE, device=device)
-        self._viewed: tuple[Tensor | None, dict] = None, {}
+        self.skipped = FIRST if self.layout.second else 0
+        self._viewed: tuple[Tensor | None, tuple] = None, ({}, {})
 
-    def views(self, cache: Tensor) -> dict[str, Tensor]:
-        """The fields of the records in the cache; see `PageLayout.views`."""
+    def views(self, cache: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The fields of the records and of the second records in the cache; see `PageLayout.views`."""
         if self._viewed[0] is not cache:
             self._viewed = cache, self.layout.views(cache)
         return self._viewed[1]
@@ -179,13 +198,48 @@ class CompressedLayer(PagedLayer):
         _, exponent = torch.frexp(self.tier.value_bound(records)[0].float())
         torch.maximum(self.bound, torch.ldexp(torch.ones_like(self.bound), exponent), out=self.bound)
         slots = slots.clamp_min(0).long()  # page 0 belongs to no request
-        self.layout.write(self.views(cache), records, slots // page, slots % page)
+        self.layout.write(self.views(cache)[0], records, slots // page, slots % page)
+
+    def append_first(self, cache, keys, values, first):
+        if not self.layout.second:
+            return
+        views, second = self.views(cache)
+        stored = self.layout.read(views, first.page[None], first.at[None])
+        sides = [x[first.tokens].transpose(0, 1)[None].float() for x in (keys, values)]
+        sides[0] = sides[0] - self.tier.decode_keys(stored, self.mean, torch.float32)
+        sides[1] = sides[1] - self.tier.decode_values(stored, torch.float32)
+        if self.tier.bits[1] == packed.DENSE:
+            sides[1] = torch.zeros_like(sides[1], dtype=values.dtype)  # they are stored as they are
+        records = self.tier.encode(*sides, torch.zeros_like(self.mean), recurs=False)
+        self.layout.write(second, records, first.page, first.at)
+
+    def _first(self, cache: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first tokens of some rows, from both of their records: [B, H, FIRST, D]."""
+        page = table[:, :1].long().clamp(0, len(cache) - 1).expand(-1, FIRST)
+        at = torch.arange(FIRST, device=page.device).expand_as(page)
+        views, second = self.views(cache)
+        read = self.layout.read(views, page, at)
+        keys, values = self.tier.decode_keys(read, self.mean, dtype), self.tier.decode_values(read, dtype)
+        if self.layout.second:
+            read = self.layout.read(second, page, at)
+            keys = keys + self.tier.decode_keys(read, None, dtype)
+            values = values + self.tier.decode_values(read, dtype)
+        return keys, values
+
+    def _begin(self, cache, rows, batch, of):
+        if not self.skipped:
+            return empty(rows)
+        keys, values = self._first(cache, batch.table[of], rows.dtype)
+        position = torch.arange(FIRST, device=rows.device).expand(len(rows), -1)
+        visible = sees(batch.at[of], position, self.window).repeat(1, rows.shape[2] // batch.at.shape[1], 1)
+        values = torch.where(values.isfinite(), values, 0.0)  # of pages that are no longer the row's
+        return dense.attend(rows, keys, values, visible.unsqueeze(1), self.softcap)
 
     def view(self, cache: Tensor, table: Tensor, valid: Tensor) -> packed.TierView:
         """The pages of some rows as kernels read them: `table` [B, n], `valid` bool [B, 1 or R, S]."""
         rows = (len(table), -1)
         means, bound = self.mean.expand(*rows, -1, -1), self.bound.expand(rows)
-        return self.tier.view(self.views(cache), bound, means, valid, 1, None)._replace(block_table=table)
+        return self.tier.view(self.views(cache)[0], bound, means, valid, 1, None)._replace(block_table=table)
 
     def _partial(self, cache, rows, table, visible):
         view = self.view(cache, table, visible)
@@ -200,9 +254,10 @@ class CompressedLayer(PagedLayer):
         if key not in batch.shared:
             batch.shared[key] = _short_inputs(batch, *key, use_compiled(query))
         table, valid, num_read, page, at, seen = batch.shared[key]
-        near = self.layout.read(self.views(cache), page.clamp_max(len(cache) - 1), at)
         wide = torch.promote_types(query.dtype, torch.float32)
-        keys, values = self.tier.decode_keys(near, self.mean, wide), self.tier.decode_values(near, wide)
+        late = self.layout.read(self.views(cache)[0], page.clamp_max(len(cache) - 1), at)
+        late = self.tier.decode_keys(late, self.mean, wide), self.tier.decode_values(late, wide)
+        keys, values = (torch.cat(x, 2) for x in zip(self._first(cache, batch.table, wide), late))
         view = self.view(cache, table, valid)
         return self.format.attend(
             query, keys, values, seen, [self.tier], [view], [num_read], rope=None,
@@ -213,8 +268,8 @@ class CompressedLayer(PagedLayer):
 def _short_inputs(batch: Batch, page: int, window: int | None, heads: int, compiled: bool):
     """What the short rows of a batch read, the same in all layers with this window.
 
-    Returns the table and the validity of the tier, the number of slots read, and of the `FIRST` + `LAST`
-    tokens that are read as vectors the pages, the slots in them and which queries see them.
+    Returns the table and the validity of the tier, the number of slots read, of the `LAST` last tokens the
+    pages and the slots in them, and which queries see the `FIRST` first and the last ones.
     """
     table, first, slots = batch.pages(window, page)
     num_read = capacity = int(slots.max())
@@ -234,11 +289,10 @@ def _short_inputs(batch: Batch, page: int, window: int | None, heads: int, compi
     early = torch.arange(FIRST, device=last.device).expand(len(last), -1)
     late = last - torch.arange(LAST - 1, -1, -1, device=last.device)
     late = late.masked_fill(late < FIRST, -1)  # counted among the first
-    near = torch.cat((early, late), dim=1)
-    seen = sees(batch.at, near, window)
-    near = near.clamp_min(0)
-    pages = batch.table.gather(1, (near // page).clamp_max(batch.table.shape[1] - 1)).long().clamp_min(0)
-    return table, valid, num_read, pages, near % page, seen
+    seen = sees(batch.at, torch.cat((early, late), dim=1), window)
+    late = late.clamp_min(0)
+    pages = batch.table.gather(1, (late // page).clamp_max(batch.table.shape[1] - 1)).long().clamp_min(0)
+    return table, valid, num_read, pages, late % page, seen
 
 
 @functools.cache

@@ -4,6 +4,11 @@ vLLM's cache of a layer is [P, H, N, C]: P pages of N tokens, H KV heads, C byte
 N * C bytes of a head are one run of bytes in a page. They hold the fields of the N records one after another,
 each field in the order that the kernels read: value codes with the tokens last, all others with the tokens
 first. So a page is in the layout of a buffer of `generate()`, and a field is a view of the cache.
+
+Below 8 bits, a second run of records follows in the room that is left. It belongs to the first `FIRST` tokens
+of the page, and is used where the page is the first one of a request: what the codes of its first tokens miss
+is encoded once more. These tokens are attended by all others, and their keys are far from the mean of the
+keys. `generate()` keeps them uncompressed, which a page has no room for.
 """
 
 import torch
@@ -12,41 +17,56 @@ from torch import Tensor
 from ..formats.base import Field, TierFormat
 
 #: Tokens in a page are a multiple of this. Every field then starts at a multiple of 16 bytes.
-GRANULARITY = 16
+GRANULARITY = 32
+PREFERRED = 128  # tokens in a page unless the user asks for others: the second run takes 3 % of it
+FIRST = 4  # tokens with a second record
+
+
+def cell_bytes(record: int, second: bool, page: int) -> int:
+    """Bytes of a token of a KV head in pages of `page` tokens, given those of its record."""
+    return record + second * -(-FIRST * record // page)
 
 
 class PageLayout:
     """Where the fields of a tier's records are in a page.
 
     Attributes:
-        cell_bytes: bytes of one token of one KV head, keys and values together.
+        record: bytes of one record: one token of one KV head, keys and values together.
+        second: whether the first tokens have a second record.
     """
 
     def __init__(self, tier: TierFormat):
         self.fields: dict[str, Field] = tier.fields(1)
-        self.cell_bytes = sum(field.bytes for field in self.fields.values())
+        self.record = sum(field.bytes for field in self.fields.values())
+        self.second = min(tier.bits) < 8
 
-    def views(self, cache: Tensor) -> dict[str, Tensor]:
+    def views(self, cache: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Each field as a view of the cache.
 
         Args:
             cache: uint8 [P, H, N, C]. The bytes of a head in a page are contiguous; pages and heads may have
                 any distance.
 
-        Returns [P, H, N, *shape] for fields with tokens first and [P, H, *shape, N] for those with tokens
-        last.
+        Returns views [P, H, N, *shape] of fields with tokens first and [P, H, *shape, N] of those with tokens
+        last, and the same of the second records, with `FIRST` in place of N.
 
         Raises `ValueError` if the cache is another tensor than this.
         """
         pages, heads, tokens, cell = cache.shape
-        if cache.dtype != torch.uint8 or cell != self.cell_bytes or tokens % GRANULARITY:
+        least = cell_bytes(self.record, self.second, tokens)
+        if cache.dtype != torch.uint8 or cell < least or tokens % GRANULARITY:
             raise ValueError(
-                f"the cache is {cache.dtype} {list(cache.shape)}; allowed: uint8 [P, H, N, "
-                f"{self.cell_bytes}], N a multiple of {GRANULARITY}"
+                f"the cache is {cache.dtype} {list(cache.shape)}; allowed: uint8 [P, H, N, {least} or "
+                f"more], N a multiple of {GRANULARITY}"
             )
         if cache.stride()[2:] != (cell, 1):
             raise ValueError(f"the cache has strides {cache.stride()}; the last two must be {(cell, 1)}")
         runs = cache.as_strided((pages, heads, tokens * cell), (*cache.stride()[:2], 1))
+        second = self._cut(runs[..., tokens * self.record :], FIRST) if self.second else {}
+        return self._cut(runs, tokens), second
+
+    def _cut(self, runs: Tensor, tokens: int) -> dict[str, Tensor]:
+        """Views of the fields of `tokens` records in runs of bytes [P, H, n]."""
         views, start = {}, 0
         for name, field in self.fields.items():
             run = runs[..., start : start + tokens * field.bytes].view(field.dtype)

@@ -7,8 +7,9 @@ import torch
 
 from fade_fast.vllm.batches import split
 from fade_fast.vllm.layer import CompressedLayer, DenseLayer
+from fade_fast.vllm.pages import FIRST, cell_bytes
 
-HEADS, GROUP, PAGE = 2, 3, 16
+HEADS, GROUP, PAGE = 2, 3, 32
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -53,7 +54,9 @@ class Engine:
         self.table = torch.full((len(lengths), max(blocks) + 3), 0, dtype=torch.int32)
         for row, part in enumerate(ids[: sum(blocks)].split(blocks)):
             self.table[row, : len(part)] = part
-        cell = 2 * dim if bits is None else self.layer.layout.cell_bytes
+        cell = (
+            2 * dim if bits is None else cell_bytes(self.layer.layout.record, self.layer.layout.second, page)
+        )
         shape = (sum(blocks) + spare + 1, HEADS, page, cell)
         self.cache = torch.full(shape, math.nan, dtype=dtype)
         if bits is not None:  # the bits of fp16 NaN, in scales too
@@ -80,14 +83,15 @@ class Engine:
         self.layer.append(self.cache, keys, values, slots)
         reach = np.array([s.stop for s in spans])
         starts = np.concatenate(([0], np.cumsum(counts)))
-        short, long = split(
-            starts, reach, torch.from_numpy(reach).int(), self.table[: len(counts)], rounded=rounded
-        )
+        lengths = torch.from_numpy(reach).int()
+        step = split(starts, reach, lengths, self.table[: len(counts)], rounded=rounded)
+        if step.first is not None:
+            self.layer.append_first(self.cache, keys, values, step.first)
         output = torch.full_like(query, math.nan)
-        self.layer.attend(self.cache, query, short, long, output)
+        self.layer.attend(self.cache, query, step, output)
         assert output[len(query) - pads :].isnan().all(), "padding was written"
         self.done = [s.stop for s in spans]
-        self.batches = short, long
+        self.batches = step.short, step.long
         return list(output[: len(query) - pads].split([int(n) for n in counts]))
 
     def stored(self, row):
@@ -97,8 +101,16 @@ class Engine:
             return keys[0].double(), values[0].double()
         tier, mean = self.layer.tier, self.layer.mean
         record = tier.encode(keys, values, mean, False)
-        keys = tier.decode_keys(record, mean, torch.float64)
-        return keys[0], tier.decode_values(record, torch.float64)[0]
+        stored = tier.decode_keys(record, mean, torch.float64), tier.decode_values(record, torch.float64)
+        if self.layer.layout.second:
+            near = tier.decode_keys(record, mean, torch.float32), tier.decode_values(record, torch.float32)
+            missed = [(x.float() - y)[:, :, :FIRST] for x, y in zip((keys, values), near)]
+            if self.bits[1] == 16:
+                missed[1].zero_()
+            record = tier.encode(missed[0], missed[1].to(self.dtype), 0 * mean, False)
+            stored[0][:, :, :FIRST] += tier.decode_keys(record, None, torch.float64)
+            stored[1][:, :, :FIRST] += tier.decode_values(record, torch.float64)
+        return stored[0][0], stored[1][0]
 
     def expected(self, row, start, stop):
         """Attention of the queries `start` to `stop` of a request over what is stored, float64 [n, Hq, D]."""
