@@ -19,6 +19,11 @@ from . import options
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade calibrate`."""
     options.add_model(parser)
+    add_text(parser)
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """--text, --out and --tokens."""
     parser.add_argument(
         "--text", type=options.text_file, metavar="FILE", help="UTF-8 text (default: built in)"
     )
@@ -34,19 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Calibrate the model and write the file."""
+    found = measure(args, args.model, lambda layer: type(layer) is DynamicLayer)
+    tables = found.tables("block", 64, torch.device("cpu"))
+    held = sum(x.nbytes for mean, *sides in tables.values() for side in sides for x in side)
+    print(f"tables in memory, shared by all caches of the model: {held / 2**20:.2f} MiB")
+
+
+def measure(args: argparse.Namespace, name: str | None, wanted) -> calibration.Calibration:
+    """Calibrate the layers of a model whose cache layers are `wanted`, and write the file `args.out`."""
     quiet()
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(name, args.device, args.dtype)
     text = (args.text or TEXT)[: args.tokens * 16]  # enough characters for every tokenizer
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens]
-    layers = DynamicCache(config=text_config(model)).layers
-    full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    layers = [i for i, x in enumerate(DynamicCache(config=text_config(model)).layers) if wanted(x)]
     try:
-        found = calibration.calibrate(model, ids, full)
+        found = calibration.calibrate(model, ids, layers)
     except ValueError as error:
         raise LoadError(str(error)) from error
     found.save(args.out)
     size = args.out.stat().st_size / 2**20
-    print(f"{args.out}: {size:.2f} MiB, {len(full)} layers, from {ids.shape[1]} tokens")
-    tables = found.tables("block", 64, torch.device("cpu"))
-    held = sum(x.nbytes for mean, *sides in tables.values() for side in sides for x in side)
-    print(f"tables in memory, shared by all caches of the model: {held / 2**20:.2f} MiB")
+    print(f"{args.out}: {size:.2f} MiB, {len(layers)} layers, from {ids.shape[1]} tokens")
+    return found

@@ -14,6 +14,11 @@ from ..hf.loading import DTYPES, HUB_ID
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --device, --dtype: the arguments of `loading.load`."""
     parser.add_argument("--model", help=f"hub id or folder (default: {HUB_ID}, found online or offline)")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device and --dtype."""
     parser.add_argument("--device", type=device, help="default: cuda if available, else cpu")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is bf16 (default)")
 

@@ -30,6 +30,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from fade_ref.config import KEPT
 
+from ..kernels.matched import Matrices
 from . import calibration, options
 from .batches import Step, split
 from .layer import ELEMENTS, CompressedLayer, DenseLayer, PagedLayer
@@ -213,14 +214,9 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
             self.layer = DenseLayer(**shared)
             layer.attn_backend = of_record(None)
             return
-        mean = None
+        mean = matrices = None
         if asked.calibration is not None:
-            mean = calibration.of_rank(
-                calibration.key_mean(calibration.load(asked.calibration, config.model_config), index),
-                self.num_kv_heads,
-                get_tensor_model_parallel_rank(),
-                get_tensor_model_parallel_world_size(),
-            )
+            mean, matrices = self._tables(asked, index, config.model_config)
         else:
             options.warn_once(
                 logger,
@@ -229,8 +225,20 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
                 'calibration, and {"fade": {"calibration": FILE}} in --additional-config uses it.',
             )
         device = torch.empty(0, device=config.device_config.device).device
-        self.layer = CompressedLayer(bits, self.head_size, act_dtype, device, mean, **shared)
+        self.layer = CompressedLayer(bits, self.head_size, act_dtype, device, mean, matrices, **shared)
         layer.attn_backend = of_record((self.layer.layout.record, self.layer.layout.second))
+
+    def _tables(self, asked: options.Options, index: int, model):
+        """The key means of this rank's heads, and their matrices if the format has any, from the calibration."""
+        found = calibration.load(asked.calibration, model)
+        mean, *sides = (
+            calibration.matched(found, index)
+            if asked.config.quant_backend == "matched"
+            else [calibration.key_mean(found, index)]
+        )
+        rank = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        mine = lambda x: calibration.of_rank(x, self.num_kv_heads, *rank)  # noqa: E731
+        return mine(mean), [Matrices(*map(mine, side)) for side in sides] or None
 
     def do_kv_cache_update(
         self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

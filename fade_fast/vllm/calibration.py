@@ -1,4 +1,4 @@
-"""Key means from a calibration file. `fade calibrate` and `fade vllm-calibrate` write the same kind of file.
+"""Key means, and matrices of the `matched` format, from a calibration file. `fade calibrate` and `fade vllm-calibrate` write the same kind of file.
 
 A page of vLLM may be shared by requests with the same prefix, and a request may be computed again after it
 was preempted. So a mean must not depend on a request. It is a table of the engine, read before the first
@@ -15,6 +15,7 @@ from fade_ref import matched as spec
 
 from ..hf.calibration import Calibration
 from ..hf.calibration import load as load_file
+from ..kernels.matched import Matrices
 from ..kernels.rotated import LARGEST
 
 if TYPE_CHECKING:
@@ -80,8 +81,18 @@ def key_mean(found: Calibration, layer: int) -> Tensor:
     return mean.clamp(-LARGEST, LARGEST).to(torch.float16)
 
 
+def matched(found: Calibration, layer: int) -> tuple[Tensor, Matrices, Matrices]:
+    """Mean as `key_mean` and matrices of keys and of values of a layer, for the `matched` format.
+
+    Raises `ValueError` if the calibration has no such layer.
+    """
+    key_mean(found, layer)
+    mean, *sides = found.tables("moved", spec.BLOCK, torch.device("cpu"))[layer]
+    return mean.clamp(-LARGEST, LARGEST).to(torch.float16), *sides
+
+
 def of_rank(mean: Tensor, heads: int, rank: int, ranks: int) -> Tensor:
-    """The rows of `mean` [H, D] that belong to one of `ranks` tensor-parallel ranks, which has `heads` heads.
+    """The rows of `mean` [H, ...] that belong to one of `ranks` tensor-parallel ranks, with `heads` heads.
 
     With more ranks than heads, vLLM gives several ranks a copy of the same head.
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..compile.compiled import rounded, use_compiled
 from ..compile.page_gather import pages_of
+from ..formats.matched import MatchedFormat
 from ..formats.rotated import RotatedFormat
 from ..kernels import dense, packed, rotated
+from ..kernels.matched import Matrices
 from ..kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
 from .batches import Batch, FirstTokens, Step, sees
 from .pages import FIRST, PageLayout
@@ -144,12 +146,13 @@ class DenseLayer(PagedLayer):
 
 
 class CompressedLayer(PagedLayer):
-    """A layer whose cache holds records of the `rotated` format.
+    """A layer whose cache holds records of the `rotated` or the `matched` format.
 
     Args:
         bits: of keys and values.
         head_dim, dtype, device: of the keys.
         mean: fp16 [H, D], the means that are subtracted from keys; None: nothing is subtracted.
+        matrices: those of keys and of values of the `matched` format; None: the format is `rotated`.
         options: see `PagedLayer`.
 
     Raises `ValueError` if heads of `head_dim` channels cannot be stored at these widths.
@@ -162,16 +165,21 @@ class CompressedLayer(PagedLayer):
         dtype: torch.dtype,
         device: torch.device,
         mean: Tensor | None = None,
+        matrices: tuple[Matrices, Matrices] | None = None,
         **options,
     ):
         super().__init__(**options)
-        self.format = RotatedFormat([bits], _tables)
+        if mean is None:
+            mean = torch.zeros(self.heads, head_dim, dtype=torch.float16)
+        if matrices is None:
+            self.format = RotatedFormat([bits], _tables)
+        else:
+            sides = [Matrices(*(x.to(device) for x in side)) for side in matrices]
+            self.format = MatchedFormat([bits], lambda device: (mean, *sides), None)
         self.format.check(head_dim, None)
         self.format.allocate(head_dim, dtype, device)
         (self.tier,) = self.format.tiers
         self.layout = PageLayout(self.tier)
-        if mean is None:
-            mean = torch.zeros(self.heads, head_dim, dtype=torch.float16)
         self.mean = mean.to(device)[None, :, None]  # [1, H, 1, D]
         # A power of two at least as large as every value scale that was ever stored. It only grows, and a
         # power of two changes no digit of a result.

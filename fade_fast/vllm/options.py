@@ -4,6 +4,7 @@ The options are `--additional-config '{"fade": {...}}'`, or `additional_config={
 
 - `preset`: "safe" (4 bits, the default), "lossless" (8 bits) or "dense" (no compression, to compare).
 - `middle_k_bits`, `middle_v_bits`, `layer_bits`: as in `FadeConfig`; other widths than those of the preset.
+- `quant_backend`: "rotated" (the default) or "matched", which needs a calibration.
 - `calibration`: a file of `fade vllm-calibrate`.
 
 Everything is checked when the engine starts: in the process of the user on a CPU, in the workers on GPUs.
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 NAME = "fade"  # key of `additional_config`
 PRESETS = ("safe", "lossless", "dense")
-WIDTHS = ("middle_k_bits", "middle_v_bits", "layer_bits")
+WIDTHS = ("middle_k_bits", "middle_v_bits", "layer_bits", "quant_backend")
+CODECS = ("rotated", "matched")
 ALLOWED = ("preset", *WIDTHS, "calibration")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Speculative methods that have no model, and so no layers, of their own.
@@ -77,7 +79,12 @@ def read(additional_config) -> Options:
         if widths:
             raise ValueError(f"preset='dense' compresses nothing and contradicts {', '.join(widths)}")
         return Options(None, path)
-    return Options(replace(FadeConfig.preset(preset), **widths), path)
+    config = replace(FadeConfig.preset(preset), **widths)
+    if config.quant_backend not in CODECS:
+        raise ValueError(f"quant_backend={config.quant_backend!r}: one of {', '.join(CODECS)} is allowed")
+    if config.quant_backend == "matched" and path is None:
+        raise ValueError("quant_backend='matched' needs calibration, a file of `fade vllm-calibrate`")
+    return Options(config, path)
 
 
 def check(vllm_config: "VllmConfig") -> None:

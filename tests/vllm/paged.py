@@ -39,6 +39,7 @@ class Engine:
         seed=0,
         mean=None,
         spare=7,
+        matrices=None,
         **options,
     ):
         self.page, self.dim, self.dtype, self.bits = page, dim, dtype, bits
@@ -46,7 +47,7 @@ class Engine:
         if bits is None:
             self.layer = DenseLayer(**options)
         else:
-            self.layer = CompressedLayer(bits, dim, dtype, torch.device("cpu"), mean, **options)
+            self.layer = CompressedLayer(bits, dim, dtype, torch.device("cpu"), mean, matrices, **options)
         self.options = options
         draws = torch.Generator().manual_seed(seed)
         blocks = [-(-n // page) for n in lengths]

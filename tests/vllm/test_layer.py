@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fade_fast.kernels.matched import Matrices
 from fade_fast.vllm import batches, layer
 from fade_fast.vllm.layer import CompressedLayer
 from fade_fast.vllm.pages import FIRST, PageLayout, cell_bytes
@@ -58,6 +59,22 @@ def test_a_ragged_life(bits, options, small):
     assert engine.done == [90, 7, 41, 150, 1]
     if bits is not None:
         assert engine.cache.dtype == torch.uint8 and engine.cache.shape[-1] < 0.7 * 2 * 4 * 64
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 3)])
+def test_the_matched_format(bits, small):
+    """Each head has matrices of its own, for keys and for values."""
+    sides = []
+    for seed in (5, 6):
+        made = torch.linalg.qr(draw(HEADS, 64, 64, seed=seed, dtype=torch.float64))[0]
+        made = made * torch.linspace(0.5, 2, 64)[:, None]
+        inverse = made.inverse().mT
+        whole = torch.cat((inverse, inverse.sum(1, keepdim=True)), 1)
+        feedback = torch.eye(64).expand(HEADS, -1, -1)
+        sides.append(Matrices(made.float(), whole.float(), feedback))
+    engine = Engine(bits, [60, 33], mean=MEAN, matrices=tuple(sides), window=40)
+    for counts in ([50, 3], [1, 1], [9, 29]):
+        check(engine, counts)
 
 
 @pytest.mark.parametrize("bits", WIDTHS[1:4])

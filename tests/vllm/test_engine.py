@@ -1,0 +1,141 @@
+"""SmolLM2 through vLLM's engine: tokens, pages and quality. One engine serves all tests of a configuration."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import engines
+from .engines import ask, calibration_file, engine, preemptions, smollm2
+
+pytestmark = [pytest.mark.slow, pytest.mark.real_model]
+
+TEXTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Once upon a time, in a small village by the sea,",
+    "1, 2, 3, 5, 8,",
+    "Question: why is the sky blue? Answer:",
+    "The recipe needs flour, sugar and",
+    "Dear Professor, thank you for",
+)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Eleven prompts of 5 to 260 tokens. Four share a prefix of 96 tokens, three pages."""
+    from transformers import AutoTokenizer
+
+    from fade_fast.hf.calibration_text import TEXT
+
+    read = AutoTokenizer.from_pretrained(smollm2())
+    long = read(TEXT).input_ids
+    made = [read(text).input_ids for text in TEXTS]
+    return made + [long[:100], long[:96] + made[0], long[:96] + long[300:340], long[:260]]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    return calibration_file(str(tmp_path_factory.mktemp("calibration")))
+
+
+@pytest.fixture(scope="module")
+def text(prompts):
+    """512 tokens that are not those of the calibration."""
+    from transformers import AutoTokenizer
+
+    words = (Path(__file__).parents[2] / "docs/guide.md").read_text(encoding="utf-8")[:8000]
+    return AutoTokenizer.from_pretrained(smollm2())(words).input_ids[:512]
+
+
+def distributions(llm, ids):
+    """Log-probabilities [n, V] that the model gives after each token but the last, as vLLM computes them."""
+    model, kept = engines.runner(llm).model, []
+    compute = model.compute_logits
+
+    def record(hidden, *args, **kwargs):
+        logits = compute(hidden, *args, **kwargs)
+        if len(logits) > 1 or kept:
+            kept.append(logits.log_softmax(-1))
+        return logits
+
+    model.compute_logits = record
+    try:
+        ask(llm, [ids], tokens=1, prompt_logprobs=0)
+    finally:
+        del model.compute_logits
+    whole = torch.cat(kept)
+    assert len(ids) - 1 <= len(whole) <= len(ids) + len(kept)
+    return whole[: len(ids) - 1]
+
+
+def kl(base, other):
+    return float((base.exp() * (base - other)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module")
+def default(prompts, text):
+    """Tokens and distributions of vLLM's own backend, and its bytes per page."""
+    with engine(smollm2()) as llm:
+        assert all(layer.backend.name == "CPU_ATTN" for layer in engines.layers(llm).values())
+        count, held = engines.pages(llm)
+        return ask(llm, prompts)[0], distributions(llm, text), held / count
+
+
+def bfloat16(default):
+    """Bytes of a page of vLLM in bfloat16: its engine ran in float32."""
+    return default[2] / 2
+
+
+def everywhere(llm, prompts, expected):
+    """Together, in another order, with prefix hits, and alone: always the same tokens.
+
+    Steps hold `CHUNK` tokens of all requests, so a prompt is cut differently each time.
+    """
+    llm.reset_prefix_cache()
+    together = ask(llm, prompts)[0]
+    if expected is not None:
+        assert together == expected
+    again, hits = ask(llm, prompts)
+    assert again == together and max(hits) >= 3 * engines.BLOCK
+    llm.reset_prefix_cache()
+    assert ask(llm, prompts[::-1])[0] == together[::-1]
+    for i in (0, 7, 9, 10):
+        llm.reset_prefix_cache()
+        (tokens,), hits = ask(llm, [prompts[i]])
+        assert tokens == together[i] and not any(hits)
+    return together
+
+
+def test_dense_pages_give_the_tokens_of_the_default_backend(default, prompts):
+    with engine(smollm2(), dict(preset="dense")) as llm:
+        assert {type(x.impl.layer).__name__ for x in engines.layers(llm).values()} == {"DenseLayer"}
+        everywhere(llm, prompts, default[0])
+
+
+def test_8_bits_give_the_tokens_of_the_default_backend(default, prompts, calibrated):
+    with engine(smollm2(), dict(preset="lossless", calibration=calibrated)) as llm:
+        count, held = engines.pages(llm)
+        assert bfloat16(default) / (held / count) >= 1.8
+        everywhere(llm, prompts, default[0])
+
+
+def test_4_bits(default, prompts, calibrated, text):
+    """With so few pages that requests are preempted. 4 bits may say something else, but always the same."""
+    options = dict(num_gpu_blocks_override=24, max_num_seqs=8)
+    with engine(smollm2(), dict(calibration=calibrated), **options) as llm:
+        count, held = engines.pages(llm)
+        assert count == 24 and {x.kv_cache.dtype for x in engines.layers(llm).values()} == {torch.uint8}
+        found = everywhere(llm, prompts, None)
+        assert preemptions(llm) > 0
+        same = sum(a[:8] == b[:8] for a, b in zip(found, default[0]))
+        assert same >= 7
+        quality = distributions(llm, text)
+        report("4 bits", default, text, quality)
+        assert kl(default[1], quality) < 0.05
+
+
+def report(name, default, text, found):
+    target = torch.tensor(text[1:])[:, None]
+    ratio = (default[1] - found).gather(-1, target).mean().exp()
+    print(f"\n{name}: KL {kl(default[1], found):.5f}, perplexity ratio {float(ratio):.4f}")
