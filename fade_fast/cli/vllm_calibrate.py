@@ -1,7 +1,8 @@
-"""Calibrate a model for the vLLM plugin on a text, and write a file (docs/vllm.md).
+"""Calibrate a model for the vLLM plugin on a text, and write a file.
 
-The file is that of `fade calibrate`, with the layers that have a sliding window as well: vLLM compresses these
-too. Pass it as {"fade": {"calibration": FILE}} in --additional-config.
+The file is that of `fade calibrate`, with the layers that have a sliding window as well,
+because vLLM compresses these too. vLLM reads it if --additional-config is
+'{"fade": {"calibration": FILE}}'. docs/vllm.md says more.
 """
 
 import argparse

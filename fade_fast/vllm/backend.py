@@ -229,7 +229,7 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
         layer.attn_backend = of_record((self.layer.layout.record, self.layer.layout.second))
 
     def _tables(self, asked: options.Options, index: int, model):
-        """The key means of this rank's heads, and their matrices if the format has any, from the calibration."""
+        """Key means of this rank's heads from the calibration, and matrices if the format has any."""
         found = calibration.load(asked.calibration, model)
         mean, *sides = (
             calibration.matched(found, index)

@@ -1,4 +1,6 @@
-"""Key means, and matrices of the `matched` format, from a calibration file. `fade calibrate` and `fade vllm-calibrate` write the same kind of file.
+"""Key means, and matrices of the `matched` format, from a calibration file.
+
+`fade calibrate` and `fade vllm-calibrate` write such files.
 
 A page of vLLM may be shared by requests with the same prefix, and a request may be computed again after it
 was preempted. So a mean must not depend on a request. It is a table of the engine, read before the first

@@ -40,7 +40,7 @@ def test_help_fits_a_screen(command, capsys, monkeypatch):
 
 def test_every_command_of_the_issue_is_there(capsys):
     names = "demo check generate quality memory bench parity inspect plot calibrate"
-    names += " train-codebook train-policy"
+    names += " train-codebook train-policy vllm-calibrate"
     assert {*command.COMMANDS, *command.PASSED} == set(names.split())
 
 

@@ -1,4 +1,4 @@
-"""SmolLM2 through vLLM's engine: tokens, pages and quality. One engine serves all tests of a configuration."""
+"""SmolLM2 through vLLM: tokens, pages and quality. One engine serves all tests of a configuration."""
 
 from pathlib import Path
 
