@@ -45,7 +45,7 @@ class FadeBackend(AttentionBackend):
     forward_includes_kv_cache_update = False  # vLLM calls `do_kv_cache_update` before `forward`
     supported_dtypes: ClassVar = list(options.DTYPES)
     supported_kv_cache_dtypes: ClassVar = ["auto", "float16", "bfloat16"]
-    record: ClassVar[tuple[int, bool] | None] = None  # of `PageLayout`: `record`, `second`; None: dense
+    record: ClassVar[int | None] = None  # bytes of a token of a KV head; None: not compressed
 
     @staticmethod
     def get_name() -> str:
@@ -95,14 +95,14 @@ class FadeBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         if cls.record is None or spec.state_content_bytes is not None:
             return spec
-        content = cell_bytes(*cls.record, spec.block_size)
+        content = cell_bytes(cls.record, spec.block_size)
         return replace(spec, dtype=torch.uint8, state_content_bytes=content)
 
 
 @functools.cache
-def of_record(record: tuple[int, bool] | None) -> type[FadeBackend]:
+def of_record(record: int | None) -> type[FadeBackend]:
     """The backend of layers with records of this size."""
-    name = "FadeBackend" + ("Dense" if record is None else f"{record[0]}{'Twice' * record[1]}")
+    name = "FadeBackend" + ("Dense" if record is None else str(record))
     return type(name, (FadeBackend,), {"record": record, "__module__": __name__, "__qualname__": name})
 
 
@@ -226,7 +226,7 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
             )
         device = torch.empty(0, device=config.device_config.device).device
         self.layer = CompressedLayer(bits, self.head_size, act_dtype, device, mean, matrices, **shared)
-        layer.attn_backend = of_record((self.layer.layout.record, self.layer.layout.second))
+        layer.attn_backend = of_record(self.layer.layout.record)
 
     def _tables(self, asked: options.Options, index: int, model):
         """Key means of this rank's heads from the calibration, and matrices if the format has any."""

@@ -158,6 +158,8 @@ class CompressedLayer(PagedLayer):
     Raises `ValueError` if heads of `head_dim` channels cannot be stored at these widths.
     """
 
+    skipped = FIRST
+
     def __init__(
         self,
         bits: tuple[int, int],
@@ -184,7 +186,6 @@ class CompressedLayer(PagedLayer):
         # A power of two at least as large as every value scale that was ever stored. It only grows, and a
         # power of two changes no digit of a result.
         self.bound = torch.full((self.heads,), rotated.SMALLEST_SCALE, device=device)
-        self.skipped = FIRST if self.layout.second else 0
         self._viewed: tuple[Tensor | None, tuple] = None, ({}, {})
 
     def views(self, cache: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -209,8 +210,6 @@ class CompressedLayer(PagedLayer):
         self.layout.write(self.views(cache)[0], records, slots // page, slots % page)
 
     def append_first(self, cache, keys, values, first):
-        if not self.layout.second:
-            return
         views, second = self.views(cache)
         stored = self.layout.read(views, first.page[None], first.at[None])
         sides = [x[first.tokens].transpose(0, 1)[None].float() for x in (keys, values)]
@@ -228,15 +227,10 @@ class CompressedLayer(PagedLayer):
         views, second = self.views(cache)
         read = self.layout.read(views, page, at)
         keys, values = self.tier.decode_keys(read, self.mean, dtype), self.tier.decode_values(read, dtype)
-        if self.layout.second:
-            read = self.layout.read(second, page, at)
-            keys = keys + self.tier.decode_keys(read, None, dtype)
-            values = values + self.tier.decode_values(read, dtype)
-        return keys, values
+        read = self.layout.read(second, page, at)
+        return keys + self.tier.decode_keys(read, None, dtype), values + self.tier.decode_values(read, dtype)
 
     def _begin(self, cache, rows, batch, of):
-        if not self.skipped:
-            return empty(rows)
         keys, values = self._first(cache, batch.table[of], rows.dtype)
         position = torch.arange(FIRST, device=rows.device).expand(len(rows), -1)
         visible = sees(batch.at[of], position, self.window).repeat(1, rows.shape[2] // batch.at.shape[1], 1)

@@ -5,7 +5,7 @@ N * C bytes of a head are one run of bytes in a page. They hold the fields of th
 each field in the order that the kernels read: value codes with the tokens last, all others with the tokens
 first. So a page is in the layout of a buffer of `generate()`, and a field is a view of the cache.
 
-Below 8 bits, a second run of records follows in the room that is left. It belongs to the first `FIRST` tokens
+A second run of records follows in the room that is left. It belongs to the first `FIRST` tokens
 of the page, and is used where the page is the first one of a request: what the codes of its first tokens miss
 is encoded once more. These tokens are attended by all others, and their keys are far from the mean of the
 keys. `generate()` keeps them uncompressed, which a page has no room for.
@@ -22,9 +22,9 @@ PREFERRED = 128  # tokens in a page unless the user asks for others: the second 
 FIRST = 4  # tokens with a second record
 
 
-def cell_bytes(record: int, second: bool, page: int) -> int:
+def cell_bytes(record: int, page: int) -> int:
     """Bytes of a token of a KV head in pages of `page` tokens, given those of its record."""
-    return record + second * -(-FIRST * record // page)
+    return record - (-FIRST * record // page)
 
 
 class PageLayout:
@@ -32,13 +32,11 @@ class PageLayout:
 
     Attributes:
         record: bytes of one record: one token of one KV head, keys and values together.
-        second: whether the first tokens have a second record.
     """
 
     def __init__(self, tier: TierFormat):
         self.fields: dict[str, Field] = tier.fields(1)
         self.record = sum(field.bytes for field in self.fields.values())
-        self.second = min(tier.bits) < 8
 
     def views(self, cache: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Each field as a view of the cache.
@@ -53,7 +51,7 @@ class PageLayout:
         Raises `ValueError` if the cache is another tensor than this.
         """
         pages, heads, tokens, cell = cache.shape
-        least = cell_bytes(self.record, self.second, tokens)
+        least = cell_bytes(self.record, tokens)
         if cache.dtype != torch.uint8 or cell < least or tokens % GRANULARITY:
             raise ValueError(
                 f"the cache is {cache.dtype} {list(cache.shape)}; allowed: uint8 [P, H, N, {least} or "
@@ -62,8 +60,7 @@ class PageLayout:
         if cache.stride()[2:] != (cell, 1):
             raise ValueError(f"the cache has strides {cache.stride()}; the last two must be {(cell, 1)}")
         runs = cache.as_strided((pages, heads, tokens * cell), (*cache.stride()[:2], 1))
-        second = self._cut(runs[..., tokens * self.record :], FIRST) if self.second else {}
-        return self._cut(runs, tokens), second
+        return self._cut(runs, tokens), self._cut(runs[..., tokens * self.record :], FIRST)
 
     def _cut(self, runs: Tensor, tokens: int) -> dict[str, Tensor]:
         """Views of the fields of `tokens` records in runs of bytes [P, H, n]."""

@@ -6,10 +6,14 @@ vLLM reads its environment when it is imported, so a test module imports this on
 import contextlib
 import functools
 import gc
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed: .ci/run makes an environment for it", allow_module_level=True)
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -20,8 +24,6 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed: see .ci/run for its environment")
 
 from fade_fast.hf import calibration, loading  # noqa: E402
 
@@ -108,6 +110,19 @@ def ask(llm, prompts, tokens=16, **options):
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, **options)
     outputs = llm.generate([dict(prompt_token_ids=p) for p in prompts], params, use_tqdm=False)
     return [list(x.outputs[0].token_ids) for x in outputs], [x.num_cached_tokens for x in outputs]
+
+
+def ranked(llm, prompts, tokens=16):
+    """Greedy continuations as `ask`, and for each new token the log-probabilities of the five likeliest."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=5)
+    outputs = [
+        x.outputs[0]
+        for x in llm.generate([dict(prompt_token_ids=p) for p in prompts], params, use_tqdm=False)
+    ]
+    likely = [[{i: x.logprob for i, x in step.items()} for step in out.logprobs] for out in outputs]
+    return [list(x.token_ids) for x in outputs], likely
 
 
 def preemptions(llm) -> int:

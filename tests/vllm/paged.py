@@ -55,9 +55,7 @@ class Engine:
         self.table = torch.full((len(lengths), max(blocks) + 3), 0, dtype=torch.int32)
         for row, part in enumerate(ids[: sum(blocks)].split(blocks)):
             self.table[row, : len(part)] = part
-        cell = (
-            2 * dim if bits is None else cell_bytes(self.layer.layout.record, self.layer.layout.second, page)
-        )
+        cell = 2 * dim if bits is None else cell_bytes(self.layer.layout.record, page)
         shape = (sum(blocks) + spare + 1, HEADS, page, cell)
         self.cache = torch.full(shape, math.nan, dtype=dtype)
         if bits is not None:  # the bits of fp16 NaN, in scales too
@@ -103,14 +101,13 @@ class Engine:
         tier, mean = self.layer.tier, self.layer.mean
         record = tier.encode(keys, values, mean, False)
         stored = tier.decode_keys(record, mean, torch.float64), tier.decode_values(record, torch.float64)
-        if self.layer.layout.second:
-            near = tier.decode_keys(record, mean, torch.float32), tier.decode_values(record, torch.float32)
-            missed = [(x.float() - y)[:, :, :FIRST] for x, y in zip((keys, values), near)]
-            if self.bits[1] == 16:
-                missed[1].zero_()
-            record = tier.encode(missed[0], missed[1].to(self.dtype), 0 * mean, False)
-            stored[0][:, :, :FIRST] += tier.decode_keys(record, None, torch.float64)
-            stored[1][:, :, :FIRST] += tier.decode_values(record, torch.float64)
+        near = tier.decode_keys(record, mean, torch.float32), tier.decode_values(record, torch.float32)
+        missed = [(x.float() - y)[:, :, :FIRST] for x, y in zip((keys, values), near)]
+        if self.bits[1] == 16:
+            missed[1].zero_()
+        record = tier.encode(missed[0], missed[1].to(self.dtype), 0 * mean, False)
+        stored[0][:, :, :FIRST] += tier.decode_keys(record, None, torch.float64)
+        stored[1][:, :, :FIRST] += tier.decode_values(record, torch.float64)
         return stored[0][0], stored[1][0]
 
     def expected(self, row, start, stop):

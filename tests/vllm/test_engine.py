@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from . import engines
-from .engines import ask, calibration_file, engine, preemptions, smollm2
+from .engines import ask, calibration_file, engine, preemptions, ranked, smollm2
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
@@ -79,23 +79,34 @@ def default(prompts, text):
     with engine(smollm2()) as llm:
         assert all(layer.backend.name == "CPU_ATTN" for layer in engines.layers(llm).values())
         count, held = engines.pages(llm)
-        return ask(llm, prompts)[0], distributions(llm, text), held / count
+        return *ranked(llm, prompts), distributions(llm, text), held / count
 
 
 def bfloat16(default):
     """Bytes of a page of vLLM in bfloat16: its engine ran in float32."""
-    return default[2] / 2
+    return default[3] / 2
 
 
-def everywhere(llm, prompts, expected):
+def agree(found, default, gap, least):
+    """At least `least` continuations are those of the default backend. Others differ first where the default
+    backend finds the two tokens nearly equally likely: within `gap` nats.
+    """
+    same = 0
+    for ours, theirs, likely in zip(found, *default[:2]):
+        i = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None)
+        same += i is None
+        if i is not None:
+            assert likely[i].get(ours[i], -99.0) >= likely[i][theirs[i]] - gap, (ours, theirs)
+    assert same >= least
+
+
+def everywhere(llm, prompts):
     """Together, in another order, with prefix hits, and alone: always the same tokens.
 
     Steps hold `CHUNK` tokens of all requests, so a prompt is cut differently each time.
     """
     llm.reset_prefix_cache()
     together = ask(llm, prompts)[0]
-    if expected is not None:
-        assert together == expected
     again, hits = ask(llm, prompts)
     assert again == together and max(hits) >= 3 * engines.BLOCK
     llm.reset_prefix_cache()
@@ -110,14 +121,14 @@ def everywhere(llm, prompts, expected):
 def test_dense_pages_give_the_tokens_of_the_default_backend(default, prompts):
     with engine(smollm2(), dict(preset="dense")) as llm:
         assert {type(x.impl.layer).__name__ for x in engines.layers(llm).values()} == {"DenseLayer"}
-        everywhere(llm, prompts, default[0])
+        assert everywhere(llm, prompts) == default[0]
 
 
 def test_8_bits_give_the_tokens_of_the_default_backend(default, prompts, calibrated):
     with engine(smollm2(), dict(preset="lossless", calibration=calibrated)) as llm:
         count, held = engines.pages(llm)
         assert bfloat16(default) / (held / count) >= 1.8
-        everywhere(llm, prompts, default[0])
+        agree(everywhere(llm, prompts), default, gap=0.05, least=10)
 
 
 def test_4_bits(default, prompts, calibrated, text):
@@ -126,16 +137,15 @@ def test_4_bits(default, prompts, calibrated, text):
     with engine(smollm2(), dict(calibration=calibrated), **options) as llm:
         count, held = engines.pages(llm)
         assert count == 24 and {x.kv_cache.dtype for x in engines.layers(llm).values()} == {torch.uint8}
-        found = everywhere(llm, prompts, None)
+        found = everywhere(llm, prompts)
         assert preemptions(llm) > 0
-        same = sum(a[:8] == b[:8] for a, b in zip(found, default[0]))
-        assert same >= 7
+        agree(found, default, gap=1.0, least=5)
         quality = distributions(llm, text)
         report("4 bits", default, text, quality)
-        assert kl(default[1], quality) < 0.05
+        assert kl(default[2], quality) < 0.05
 
 
 def report(name, default, text, found):
     target = torch.tensor(text[1:])[:, None]
-    ratio = (default[1] - found).gather(-1, target).mean().exp()
-    print(f"\n{name}: KL {kl(default[1], found):.5f}, perplexity ratio {float(ratio):.4f}")
+    ratio = (default[2] - found).gather(-1, target).mean().exp()
+    print(f"\n{name}: KL {kl(default[2], found):.5f}, perplexity ratio {float(ratio):.4f}")

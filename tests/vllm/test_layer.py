@@ -152,7 +152,7 @@ def test_the_kernels_of_a_gpu(bits, window, uncompiled_kernels):
 
 def test_the_bound_grows_by_powers_of_two_and_ignores_padding():
     made = CompressedLayer((4, 4), 64, torch.float32, torch.device("cpu"), heads=HEADS, scaling=1.0)
-    cache = torch.zeros(3, HEADS, PAGE, cell_bytes(made.layout.record, True, PAGE), dtype=torch.uint8)
+    cache = torch.zeros(3, HEADS, PAGE, cell_bytes(made.layout.record, PAGE), dtype=torch.uint8)
     values = torch.stack([draw(HEADS, 64), torch.full((HEADS, 64), torch.inf)])
     made.append(cache, values, values, torch.tensor([32, -1]))
     first = made.bound.clone()
@@ -182,7 +182,7 @@ def test_records_come_back_from_pages(bits, page):
     """Every field of every token, and no byte of another token, in a cache whose pages are far apart."""
     made = CompressedLayer(bits, 64, torch.float32, torch.device("cpu"), heads=HEADS, scaling=1.0)
     layout = made.layout
-    cell = cell_bytes(layout.record, layout.second, page)
+    cell = cell_bytes(layout.record, page)
     whole = torch.full((9, 2, HEADS, page, cell), 7, dtype=torch.uint8)
     cache = whole[:, 1]
     keys, values = draw(1, HEADS, 24, 64, seed=1), draw(1, HEADS, 24, 64, seed=2)
@@ -194,18 +194,16 @@ def test_records_come_back_from_pages(bits, page):
     assert back.keys() == records.keys() and all(torch.equal(back[name], records[name]) for name in back)
     for name, x in second.items():
         assert (x.contiguous().view(torch.uint8) == 7).all(), name
-    if layout.second:
-        early = {
-            name: x.narrow(-1 if layout.fields[name].axis == -1 else 2, 0, FIRST)
-            for name, x in records.items()
-        }
-        page_of, at = torch.full((FIRST,), 5), torch.arange(FIRST)
-        layout.write(second, early, page_of, at)
-        back = layout.read(second, page_of[None], at[None])
-        assert all(torch.equal(back[name], early[name]) for name in back)
-        again = layout.read(views, (slots // page)[None], (slots % page)[None])
-        assert all(torch.equal(again[name], records[name]) for name in again)
-        whole[5, 1] = 7
+    early = {
+        name: x.narrow(-1 if layout.fields[name].axis == -1 else 2, 0, FIRST) for name, x in records.items()
+    }
+    page_of, at = torch.full((FIRST,), 5), torch.arange(FIRST)
+    layout.write(second, early, page_of, at)
+    back = layout.read(second, page_of[None], at[None])
+    assert all(torch.equal(back[name], early[name]) for name in back)
+    again = layout.read(views, (slots // page)[None], (slots % page)[None])
+    assert all(torch.equal(again[name], records[name]) for name in again)
+    whole[5, 1] = 7
     changed = (whole != 7).sum()
     assert 0 < changed <= 24 * HEADS * layout.record and (whole[:, 0] == 7).all()
 
@@ -215,12 +213,12 @@ def test_records_come_back_from_pages(bits, page):
 )
 def test_bytes_of_a_token(dim, bits, least):
     made = CompressedLayer(bits, dim, torch.bfloat16, torch.device("cpu"), heads=HEADS, scaling=1.0)
-    assert 2 * 2 * dim / cell_bytes(made.layout.record, made.layout.second, 128) >= least
+    assert 2 * 2 * dim / cell_bytes(made.layout.record, 128) >= least
 
 
 def test_other_caches_are_refused():
     made = CompressedLayer((4, 4), 64, torch.float32, torch.device("cpu"), heads=HEADS, scaling=1.0)
-    cell = cell_bytes(made.layout.record, True, PAGE)
+    cell = cell_bytes(made.layout.record, PAGE)
     good = torch.zeros(3, HEADS, PAGE, cell, dtype=torch.uint8)
     for bad in (good.float(), good[..., :-1], good[:, :, :8], good.mT.contiguous().mT):
         with pytest.raises(ValueError, match="allowed|must be"):
