@@ -61,6 +61,7 @@ def engine(model: str, fade: dict | None = None, **options):
     """An engine in float32, with our backend if `fade` are its options. It ends with the block."""
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.platforms.cpu import CpuPlatform
 
     if fade is not None:
         options |= dict(attention_backend="CUSTOM", additional_config={"fade": fade})
@@ -76,6 +77,8 @@ def engine(model: str, fade: dict | None = None, **options):
         seed=0,
     )
     llm = LLM(model, **(settings | options))
+    # A second engine in a process would register vLLM's kernels again, and fails at that after numba was loaded.
+    CpuPlatform.register_triton_kernel_overrides = classmethod(lambda *args, **kwargs: None)
     try:
         yield llm
     finally:
