@@ -77,7 +77,7 @@ def engine(model: str, fade: dict | None = None, **options):
         seed=0,
     )
     llm = LLM(model, **(settings | options))
-    # A second engine in a process would register vLLM's kernels again, and fails at that after numba was loaded.
+    # The next engine of this process would register kernels again, which fails once numba is loaded.
     CpuPlatform.register_triton_kernel_overrides = classmethod(lambda *args, **kwargs: None)
     try:
         yield llm

@@ -127,7 +127,7 @@ def test_dense_pages_give_the_tokens_of_the_default_backend(default, prompts):
 def test_8_bits_give_the_tokens_of_the_default_backend(default, prompts, calibrated):
     with engine(smollm2(), dict(preset="lossless", calibration=calibrated)) as llm:
         count, held = engines.pages(llm)
-        assert bfloat16(default) / (held / count) >= 1.8
+        assert bfloat16(default) / (held / count) >= 1.6  # pages of 32 tokens; test_tiny.py has larger ones
         agree(everywhere(llm, prompts), default, gap=0.05, least=10)
 
 
