@@ -190,8 +190,11 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
         """Find the layer of this object, and with it widths and key means.
 
         vLLM does not say which layer an object serves, and asks the layer's backend class for the bytes of a
-        page. So each layer gets a class of its width.
+        page. So each layer gets a class of its width. When vLLM loads other weights later, nothing changes:
+        pages in use would not fit other tables.
         """
+        if self.layer is not None:
+            return
         config = get_current_vllm_config()
         found = [
             (name, layer)
@@ -258,7 +261,7 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attention of the step, written to `output` [T, Hq, D]. All keys are read from `kv_cache`."""
+        """Attention of the step, written to `output` [T, Hq, D]. Other tokens are read from `kv_cache`."""
         if attn_metadata is None:  # vLLM measures its memory: count what prefill takes
             if query.is_cuda:
                 torch.empty(4 * ELEMENTS, dtype=torch.float32, device=query.device)
@@ -266,5 +269,5 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
         step = attn_metadata.step
         if step.first is not None:
             self.layer.append_first(kv_cache, key, value, step.first)
-        self.layer.attend(kv_cache, query, step, output)
+        self.layer.attend(kv_cache, query, key, value, step, output)
         return output

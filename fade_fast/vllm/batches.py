@@ -119,10 +119,13 @@ class Step:
     first: FirstTokens | None
 
 
-def sees(at: Tensor, position: Tensor, window: int | None) -> Tensor:
-    """Which tokens at `position` [B, n] each query at `at` [B, q] sees: bool [B, q, n]."""
+def sees(at: Tensor, position: Tensor, window: int | None, itself: bool = True) -> Tensor:
+    """Which tokens at `position` [B, n] each query at `at` [B, q] sees: bool [B, q, n].
+
+    With `itself`, a query sees the token at its own position.
+    """
     at, position = at.unsqueeze(2), position.unsqueeze(1)
-    seen = (position <= at) & (position >= 0)
+    seen = (position <= at if itself else position < at) & (position >= 0)
     return seen if window is None else seen & (position > at - window)
 
 

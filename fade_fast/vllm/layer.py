@@ -33,6 +33,7 @@ class PagedLayer(ABC):
 
     Attributes:
         skipped: first tokens of a context that long rows read as vectors.
+        itself: whether a query reads its own token from the pages.
 
     Args:
         heads: KV heads.
@@ -41,7 +42,7 @@ class PagedLayer(ABC):
         s_aux: [Hq], scores of learned attention sinks, or None.
     """
 
-    skipped = 0
+    skipped, itself = 0, True
 
     def __init__(
         self,
@@ -72,20 +73,25 @@ class PagedLayer(ABC):
         They are among the step's tokens `keys` and `values` [T, H, D], and `append` stored them.
         """
 
-    def attend(self, cache: Tensor, query: Tensor, step: Step, output: Tensor) -> None:
-        """Attention of a step whose tokens are stored. Writes `output` [T, Hq, D]; query: [T, Hq, D]."""
+    def attend(
+        self, cache: Tensor, query: Tensor, keys: Tensor, values: Tensor, step: Step, output: Tensor
+    ) -> None:
+        """Attention of a step whose tokens are stored. Writes `output` [T, Hq, D].
+
+        `query` [T, Hq, D], `keys` and `values` [T, H, D] are those of the step.
+        """
         for batch in step.short:
-            batch.store(self._attend_short(cache, query, batch), output)
+            batch.store(self._attend_short(cache, query, keys, values, batch), output)
         if step.long is not None:
-            step.long.store(self._attend_long(cache, query, step.long), output)
+            step.long.store(self._attend_long(cache, query, keys, values, step.long), output)
 
-    def _attend_short(self, cache: Tensor, query: Tensor, batch: Batch) -> Tensor:
+    def _attend_short(self, cache: Tensor, query, keys, values, batch: Batch) -> Tensor:
         """Attention of a batch of short rows, [B, q, Hq, D]."""
-        return self._attend_long(cache, query, batch)
+        return self._attend_long(cache, query, keys, values, batch)
 
-    def _attend_long(self, cache: Tensor, query: Tensor, batch: Batch) -> Tensor:
+    def _attend_long(self, cache: Tensor, query, keys, values, batch: Batch) -> Tensor:
         """Attention of a batch, key chunk by key chunk, [B, q, Hq, D]."""
-        query = batch.rows(query)
+        query, *own = map(batch.rows, (query, keys, values))
         wide = torch.promote_types(query.dtype, torch.float32)
         table, first, slots = batch.pages(self.window, cache.shape[2])
         step = max(1, ELEMENTS // (query.shape[1] * query.shape[2] * KEYS))
@@ -93,21 +99,24 @@ class PagedLayer(ABC):
         for start in range(0, len(query), step):
             of = slice(start, start + step)
             rows = of_rows(query[of].to(wide) * self.scaling, self.heads)
-            total = self._begin(cache, rows, batch, of)
+            total = self._begin(cache, rows, [x[of].to(wide) for x in own], batch.at[of], batch.table[of])
             total = self._walk(cache, rows, batch.at[of], table[of], first[of], slots[of], total)
             if self.s_aux is not None:
                 total = combine(total, sinks(rows, self.s_aux))
             parts.append(of_heads(merge([total]), query[of].shape))
         return torch.cat(parts)
 
-    def _begin(self, cache: Tensor, rows: Tensor, batch: Batch, of: slice) -> Partial:
-        """Partial attention over tokens that `_walk` leaves out: the first `skipped`."""
+    def _begin(self, cache: Tensor, rows: Tensor, own: list[Tensor], at: Tensor, table: Tensor) -> Partial:
+        """Partial attention over tokens that `_walk` leaves out.
+
+        `own` are the keys and values of the queries' own tokens, [B, H, q, D].
+        """
         return empty(rows)
 
     def _walk(self, cache, rows: Tensor, at: Tensor, table, first: Tensor, slots: np.ndarray, total: Partial):
-        """Add to `total` the attention of `rows` [B, H, R, D] over all their keys but the first `skipped`.
+        """Add to `total` the attention of `rows` [B, H, R, D] over their keys in pages.
 
-        `slots` falls from row to row.
+        The first `skipped` are left out, and a query's own unless `itself`. `slots` falls from row to row.
         """
         page, group = cache.shape[2], rows.shape[2] // at.shape[1]
         step = max(1, KEYS // page) * page
@@ -115,7 +124,8 @@ class PagedLayer(ABC):
             count = int((slots > start).sum())
             stop = min(start + step, int(slots[0]))
             position = first[:count, None] + torch.arange(start, stop, device=first.device)
-            visible = sees(at[:count], position, self.window) & (position >= self.skipped)[:, None]
+            visible = sees(at[:count], position, self.window, self.itself)
+            visible &= (position >= self.skipped)[:, None]
             visible = visible.repeat(1, group, 1)
             pages = table[:count, start // page : -(-stop // page)]
             part = self._partial(cache, rows[:count], pages, visible)
@@ -148,6 +158,9 @@ class DenseLayer(PagedLayer):
 class CompressedLayer(PagedLayer):
     """A layer whose cache holds records of the `rotated` or the `matched` format.
 
+    A query reads its own key and value as they came, and all others from the pages. So what it reads does not
+    depend on which other tokens are in its step.
+
     Args:
         bits: of keys and values.
         head_dim, dtype, device: of the keys.
@@ -158,7 +171,7 @@ class CompressedLayer(PagedLayer):
     Raises `ValueError` if heads of `head_dim` channels cannot be stored at these widths.
     """
 
-    skipped = FIRST
+    skipped, itself = FIRST, False
 
     def __init__(
         self,
@@ -230,12 +243,18 @@ class CompressedLayer(PagedLayer):
         read = self.layout.read(second, page, at)
         return keys + self.tier.decode_keys(read, None, dtype), values + self.tier.decode_values(read, dtype)
 
-    def _begin(self, cache, rows, batch, of):
-        keys, values = self._first(cache, batch.table[of], rows.dtype)
+    def _begin(self, cache, rows, own, at, table):
+        group = rows.shape[2] // at.shape[1]
+        keys, values = self._first(cache, table, rows.dtype)
         position = torch.arange(FIRST, device=rows.device).expand(len(rows), -1)
-        visible = sees(batch.at[of], position, self.window).repeat(1, rows.shape[2] // batch.at.shape[1], 1)
+        visible = sees(at, position, self.window, self.itself).repeat(1, group, 1)
         values = torch.where(values.isfinite(), values, 0.0)  # of pages that are no longer the row's
-        return dense.attend(rows, keys, values, visible.unsqueeze(1), self.softcap)
+        first = dense.attend(rows, keys, values, visible.unsqueeze(1), self.softcap)
+        keys, values = (x.repeat(1, 1, group, 1) for x in own)
+        score = (rows * keys).sum(-1)
+        if self.softcap is not None:
+            score = self.softcap * torch.tanh(score / self.softcap)
+        return combine(first, Partial(values, score, torch.ones_like(score)))
 
     def view(self, cache: Tensor, table: Tensor, valid: Tensor) -> packed.TierView:
         """The pages of some rows as kernels read them: `table` [B, n], `valid` bool [B, 1 or R, S]."""
@@ -250,8 +269,8 @@ class CompressedLayer(PagedLayer):
             self.tier, rows, view, visible.shape[-1], reference, None, self.softcap
         )
 
-    def _attend_short(self, cache, query, batch):
-        query = batch.rows(query)
+    def _attend_short(self, cache, query, keys, values, batch):
+        query, *own = map(batch.rows, (query, keys, values))
         key = cache.shape[2], self.window, self.heads
         if key not in batch.shared:
             batch.shared[key] = _short_inputs(batch, *key, use_compiled(query))
@@ -259,7 +278,8 @@ class CompressedLayer(PagedLayer):
         wide = torch.promote_types(query.dtype, torch.float32)
         late = self.layout.read(self.views(cache)[0], page.clamp_max(len(cache) - 1), at)
         late = self.tier.decode_keys(late, self.mean, wide), self.tier.decode_values(late, wide)
-        keys, values = (torch.cat(x, 2) for x in zip(self._first(cache, batch.table, wide), late))
+        early = self._first(cache, batch.table, wide)
+        keys, values = (torch.cat((*x[:2], x[2].to(wide)), 2) for x in zip(early, late, own))
         view = self.view(cache, table, valid)
         return self.format.attend(
             query, keys, values, seen, [self.tier], [view], [num_read], rope=None,
@@ -271,7 +291,7 @@ def _short_inputs(batch: Batch, page: int, window: int | None, heads: int, compi
     """What the short rows of a batch read, the same in all layers with this window.
 
     Returns the table and the validity of the tier, the number of slots read, of the `LAST` last tokens the
-    pages and the slots in them, and which queries see the `FIRST` first and the last ones.
+    pages and the slots in them, and which queries see the `FIRST` first, the last ones and the rows' own.
     """
     table, first, slots = batch.pages(window, page)
     num_read = capacity = int(slots.max())
@@ -285,13 +305,16 @@ def _short_inputs(batch: Batch, page: int, window: int | None, heads: int, compi
     position = first[:, None] + torch.arange(num_read, device=first.device)
     last = batch.at.amax(1, keepdim=True)
     apart = (position >= FIRST) & (position <= last - LAST)
-    valid = sees(batch.at, position, window) & apart[:, None]
+    valid = sees(batch.at, position, window, False) & apart[:, None]
     if capacity > num_read:
         valid = torch.nn.functional.pad(valid, (0, capacity - num_read))
     early = torch.arange(FIRST, device=last.device).expand(len(last), -1)
     late = last - torch.arange(LAST - 1, -1, -1, device=last.device)
     late = late.masked_fill(late < FIRST, -1)  # counted among the first
-    seen = sees(batch.at, torch.cat((early, late), dim=1), window)
+    seen = sees(batch.at, torch.cat((early, late), dim=1), window, False)
+    width = batch.at.shape[1]
+    own = torch.eye(width, dtype=torch.bool, device=last.device) & (batch.at >= 0).unsqueeze(2)
+    seen = torch.cat((seen, own), dim=2)
     late = late.clamp_min(0)
     pages = batch.table.gather(1, (late // page).clamp_max(batch.table.shape[1] - 1)).long().clamp_min(0)
     return table, valid, num_read, pages, late % page, seen

@@ -87,7 +87,7 @@ class Engine:
         if step.first is not None:
             self.layer.append_first(self.cache, keys, values, step.first)
         output = torch.full_like(query, math.nan)
-        self.layer.attend(self.cache, query, step, output)
+        self.layer.attend(self.cache, query, keys, values, step, output)
         assert output[len(query) - pads :].isnan().all(), "padding was written"
         self.done = [s.stop for s in spans]
         self.batches = step.short, step.long
@@ -111,10 +111,17 @@ class Engine:
         return stored[0][0], stored[1][0]
 
     def expected(self, row, start, stop):
-        """Attention of the queries `start` to `stop` of a request over what is stored, float64 [n, Hq, D]."""
+        """Attention of the queries `start` to `stop` of a request, float64 [n, Hq, D].
+
+        A query reads its own token as it came, and the tokens before as they are stored.
+        """
         keys, values = (x.repeat_interleave(GROUP, 0) for x in self.stored(row))
+        own = [x[row].double().transpose(0, 1).repeat_interleave(GROUP, 0) for x in (self.keys, self.values)]
         query = self.queries[row][start:stop].double().transpose(0, 1)
-        scores = query @ keys.mT * self.options["scaling"]
+        scores = query @ keys.mT
+        index = torch.arange(stop - start)
+        scores[:, index, index + start] = (query * own[0][:, start:stop]).sum(-1)
+        scores = scores * self.options["scaling"]
         if (cap := self.options.get("softcap")) is not None:
             scores = cap * torch.tanh(scores / cap)
         at, position = torch.arange(start, stop)[:, None], torch.arange(keys.shape[1])
@@ -125,7 +132,9 @@ class Engine:
         if (learned := self.options.get("s_aux")) is not None:
             scores = torch.cat((scores, learned.double()[:, None, None].expand(-1, len(at), 1)), -1)
             values = torch.cat((values, torch.zeros_like(values[:, :1])), 1)
-        return (scores.softmax(-1) @ values).transpose(0, 1)
+        shares = scores.softmax(-1)
+        missed = own[1][:, start:stop] - values[:, start:stop]
+        return (shares @ values + shares[:, index, index + start, None] * missed).transpose(0, 1)
 
 
 def distance(found, expected):

@@ -55,7 +55,7 @@ def distributions(llm, ids):
 
     def record(hidden, *args, **kwargs):
         logits = compute(hidden, *args, **kwargs)
-        if len(logits) > 1 or kept:
+        if len(logits) > 1:  # not those of sampling
             kept.append(logits.log_softmax(-1))
         return logits
 
@@ -65,8 +65,8 @@ def distributions(llm, ids):
     finally:
         del model.compute_logits
     whole = torch.cat(kept)
-    assert len(ids) - 1 <= len(whole) <= len(ids) + len(kept)
-    return whole[: len(ids) - 1]
+    assert len(whole) == len(ids) - 1
+    return whole
 
 
 def kl(base, other):
@@ -128,7 +128,7 @@ def test_8_bits_give_the_tokens_of_the_default_backend(default, prompts, calibra
     with engine(smollm2(), dict(preset="lossless", calibration=calibrated)) as llm:
         count, held = engines.pages(llm)
         assert bfloat16(default) / (held / count) >= 1.6  # pages of 32 tokens; test_tiny.py has larger ones
-        agree(everywhere(llm, prompts), default, gap=0.05, least=10)
+        agree(everywhere(llm, prompts), default, gap=0.05, least=6)
 
 
 def test_4_bits(default, prompts, calibrated, text):
