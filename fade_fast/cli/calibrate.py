@@ -1,14 +1,15 @@
-"""Calibrate a model for the codec "matched" on a text, and write a file.
+"""Calibrate a model on a text, choose the widths of `safe`, and write both to a file.
 
-Caches with `FadeConfig(quant_backend="matched")` use it.
+Caches with `FadeConfig(quant_backend="matched")` use the calibration, and `safe` uses the widths.
 """
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from fade_ref.config import SAFE_LOSS, FadeConfig
 
@@ -22,6 +23,11 @@ from . import options
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade calibrate`."""
     options.add_model(parser)
+    add_text(parser)
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """--text, --out and --tokens."""
     parser.add_argument(
         "--text", type=options.text_file, metavar="FILE", help="UTF-8 text (default: built in)"
     )
@@ -37,28 +43,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Calibrate the model and write the file."""
+    model, found = measure(args, args.model, lambda layer: type(layer) is DynamicLayer)
+    choose(model, found, ["rotated", "matched"])
+    write(args, found)
+    tables = found.tables("block", 64, torch.device("cpu"))
+    held = sum(x.nbytes for mean, *sides in tables.values() for side in sides for x in side)
+    print(f"tables in memory, shared by all caches of the model: {held / 2**20:.2f} MiB")
+
+
+def measure(
+    args: argparse.Namespace, name: str | None, wanted: Callable[[CacheLayerMixin], bool]
+) -> tuple[PreTrainedModel, calibration.Calibration]:
+    """A model, and the calibration of those layers whose cache layers are `wanted`."""
     quiet()
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(name, args.device, args.dtype)
     if args.text is None:
         ids = calibration.built_in(model)
     else:
         text = args.text[: args.tokens * 16]  # enough characters for every tokenizer
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens]
-    layers = DynamicCache(config=text_config(model)).layers
-    full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    layers = [i for i, x in enumerate(DynamicCache(config=text_config(model)).layers) if wanted(x)]
     try:
-        found = calibration.calibrate(model, ids, full)
+        return model, calibration.calibrate(model, ids, layers)
     except ValueError as error:
         raise LoadError(str(error)) from error
+
+
+def choose(model: PreTrainedModel, found: calibration.Calibration, codecs: list[str]) -> None:
+    """Add the widths of `safe` with some codecs to a calibration."""
     choices = {}
-    for codec in ("rotated", "matched"):
+    for codec in codecs:
         config = FadeConfig(quant_backend=codec, loss_bound=SAFE_LOSS)
-        given = found if codec == "matched" else None
-        choices[key(config)] = dataclasses.asdict(chosen(model, config, given, again=True))
+        choice = chosen(model, config, found if codec == "matched" else None, again=True)
+        choices[key(config)] = dataclasses.asdict(choice)
+        print(f"safe with the {codec} codec: {choice}")
     found.provenance["choices"] = choices
+
+
+def write(args: argparse.Namespace, found: calibration.Calibration) -> None:
+    """Write the file `args.out` and tell its contents."""
     found.save(args.out)
-    size = args.out.stat().st_size / 2**20
-    print(f"{args.out}: {size:.2f} MiB, {len(full)} layers, from {ids.numel()} tokens")
-    tables = found.tables("block", 64, torch.device("cpu"))
-    held = sum(x.nbytes for mean, *sides in tables.values() for side in sides for x in side)
-    print(f"tables in memory, shared by all caches of the model: {held / 2**20:.2f} MiB")
+    size, tokens = args.out.stat().st_size / 2**20, found.provenance["tokens"]
+    print(f"{args.out}: {size:.2f} MiB, {len(found.moments)} layers, from {tokens} tokens")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..hf.loading import LoadError
-from . import calibrate, check, demo, generate, inspect, plot, report, serve, train_codebook
+from . import calibrate, check, demo, generate, inspect, plot, report, serve, train_codebook, vllm_calibrate
 
 COMMANDS = {
     "demo": demo,
@@ -26,6 +26,7 @@ COMMANDS = {
     "report": report,
     "calibrate": calibrate,
     "train-codebook": train_codebook,
+    "vllm-calibrate": vllm_calibrate,
 }
 #: Module and help of separate commands. The module's `main(argv)` returns an exit code.
 PASSED = {

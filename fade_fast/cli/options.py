@@ -16,6 +16,11 @@ from ..hf.loading import DTYPES, HUB_ID, LoadError
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --device, --dtype: the arguments of `loading.load`."""
     parser.add_argument("--model", help=f"hub id or folder (default: {HUB_ID}, found online or offline)")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device and --dtype."""
     parser.add_argument("--device", type=device, help="default: cuda if available, else cpu")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is bf16 (default)")
 
@@ -24,7 +29,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     """--config, one configuration."""
     parser.add_argument(
         "--config", type=config, default="safe", metavar="PRESET",
-        help=f"one of {', '.join(PRESETS)} (default: safe); or FIELD=VALUE,... of FadeConfig",
+        help=f"{', '.join(PRESETS)} (default: safe); or FIELD=VALUE,... of FadeConfig",
     )  # fmt: skip
 
 

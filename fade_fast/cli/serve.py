@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--connections", type=options.positive, default=512, metavar="N", help="default: 512")
     add("--chunk", type=options.positive, metavar="N", help="prompt tokens read at once")
     add("--codebooks", type=options.readable, metavar="FILE", help="for quant-backend product")
-    add("--calibration", type=options.readable, metavar="FILE", help="for quant-backend matched")
+    add("--calibration", type=options.readable, metavar="FILE", help="for safe and for quant-backend matched")
 
 
 def run(args: argparse.Namespace) -> int:

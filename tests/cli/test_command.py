@@ -40,7 +40,7 @@ def test_help_fits_a_screen(command, capsys, monkeypatch):
 
 def test_every_command_of_the_issue_is_there(capsys):
     names = "demo check generate quality memory bench parity inspect plot calibrate serve report"
-    names += " train-codebook train-policy"
+    names += " train-codebook train-policy vllm-calibrate"
     assert {*command.COMMANDS, *command.PASSED} == set(names.split())
 
 
@@ -222,6 +222,11 @@ def test_calibrate(tiny, document, tmp_path, capsys):  # noqa: F811
     assert own.digest != text.digest and text.provenance["tokens"] == 100
     ids = tokenizer(Path(document).read_text()[:1600], return_tensors="pt").input_ids[:, :100]
     assert calibration.calibrate(model, ids, [0, 1]).digest == text.digest
+    choices = own.provenance["choices"]
+    assert len(choices) == 2 and all(choice["loss"] is not None for choice in choices.values())
+    assert fade_fast.create_cache(model, "safe", calibration=own).choice.loss == next(
+        choice["loss"] for name, choice in choices.items() if "rotated" in name
+    )
     config = FadeConfig(quant_backend="matched", recent_window=8, block_size=4)
     assert (
         fade_fast.create_cache(model, config, calibration=tmp_path / "text").calibration.digest == text.digest

@@ -1,0 +1,227 @@
+"""What the requests of a step read, as a few rectangular batches.
+
+A step of vLLM is a flat list of tokens of several requests, each with some new tokens and a context of its
+own length. `split` cuts it into batches, with index arithmetic over all requests at once:
+
+- Requests with few new tokens (decode, verification of drafts) form batches by the length of their context,
+  in powers of two. So no row is padded to more than twice its length.
+- Requests with many new tokens (prefill) are cut into rows of `ROWS` queries. All these rows form one batch,
+  longest context first. While attention walks over the keys, finished rows leave at the end of the batch.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .pages import FIRST
+
+SHORT = 8  # most new tokens of a request in a batch of short rows
+ROWS = 128  # queries of a row of a long batch
+LEAST = 512  # contexts up to this length form one batch
+NOWHERE = -1  # position of padding queries, which see nothing
+
+
+@dataclass
+class Batch:
+    """Rows of queries, each of one request.
+
+    Attributes:
+        tokens: int64 [B, q], which token of the step each query is. Padding repeats the last query.
+        at: int64 [B, q], positions of the queries; `NOWHERE` for padding.
+        table: [B, n], pages of each row.
+        reach: on the host, int64 [B]: no query of a row is at this position or behind it. Longest first.
+        wanted: int64 [m], index of each real query among the B * q queries; None: all are real.
+        targets: int64 [m], the token of each real query.
+        shared: what layers compute once and share during a step.
+    """
+
+    tokens: Tensor
+    at: Tensor
+    table: Tensor
+    reach: np.ndarray
+    wanted: Tensor | None
+    targets: Tensor
+    shared: dict = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Longest context of a row."""
+        return int(self.reach.max())
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The tokens `x` [T, H, D] of the step as queries of this batch, [B, H, q, D]."""
+        return x[self.tokens].transpose(1, 2)
+
+    def store(self, result: Tensor, output: Tensor) -> None:
+        """Write the result [B, q, H, D] to the tokens `output` [T, H, D]. Padding is dropped."""
+        flat = result.flatten(0, 1).to(output.dtype)
+        output[self.targets] = flat if self.wanted is None else flat[self.wanted]
+
+    def pages(self, window: int | None, page: int) -> tuple[Tensor, Tensor, np.ndarray]:
+        """The part of the table that a layer reads, and where it begins.
+
+        Args:
+            window: a query sees this many tokens, up to itself; None: all tokens up to itself.
+            page: tokens in a page.
+
+        Returns the table [B, m], the position of its first slot, int64 [B], and on the host an upper bound of
+        the slots in use, int64 [B].
+        """
+        key = window, page
+        if key not in self.shared:
+            self.shared[key] = self._pages(window, page)
+        return self.shared[key]
+
+    def _pages(self, window, page):
+        if window is None:
+            blocks = min(-(-self.length // page), self.table.shape[1])
+            return self.table[:, :blocks], torch.zeros_like(self.at[:, 0]), self.reach
+        # The oldest token that a row sees is in its first page, and the row's last query is behind its first
+        # query by at most q - 1 tokens.
+        most = self.at.shape[1] + window + page - 2
+        slots = np.minimum(self.reach, most)
+        blocks = min(-(-int(slots.max()) // page), self.table.shape[1])
+        first = (self.at[:, 0] - window + 1).clamp_min(0) // page
+        column = first[:, None] + torch.arange(blocks, device=first.device)
+        table = self.table.gather(1, column.clamp_max(self.table.shape[1] - 1))
+        return table, first * page, slots
+
+
+class FirstTokens(NamedTuple):
+    """The tokens of a step at the first `FIRST` positions of their requests.
+
+    Attributes:
+        tokens: int64 [m], which tokens of the step.
+        page: int64 [m], the first page of their request; 0, which no request owns, for padding.
+        at: int64 [m], their positions.
+    """
+
+    tokens: Tensor
+    page: Tensor
+    at: Tensor
+
+
+@dataclass
+class Step:
+    """A step.
+
+    Attributes:
+        short: batches of requests with few new tokens.
+        long: rows of requests with many new tokens, or None.
+        first: tokens at the first positions, or None.
+    """
+
+    short: list[Batch]
+    long: Batch | None
+    first: FirstTokens | None
+
+
+def sees(at: Tensor, position: Tensor, window: int | None, itself: bool = True) -> Tensor:
+    """Which tokens at `position` [B, n] each query at `at` [B, q] sees: bool [B, q, n].
+
+    With `itself`, a query sees the token at its own position.
+    """
+    at, position = at.unsqueeze(2), position.unsqueeze(1)
+    seen = (position <= at if itself else position < at) & (position >= 0)
+    return seen if window is None else seen & (position > at - window)
+
+
+def split(
+    starts: np.ndarray,
+    reach: np.ndarray,
+    lengths: Tensor,
+    table: Tensor,
+    rounded: bool = False,
+    slack: int = 0,
+) -> Step:
+    """Cut a step into batches.
+
+    Args:
+        starts: int64 [R + 1], on the host: the first token of each request, and the number of tokens.
+        reach: int64 [R], on the host: an upper bound of the length of each request after this step.
+        lengths: int [R], on the device: these lengths.
+        table: [R, n], pages of each request.
+        rounded: whether batches of short rows are padded to powers of two, so that compiled kernels meet few
+            shapes.
+        slack: by how many tokens `reach` may exceed the lengths.
+
+    Requests without new tokens are left out.
+    """
+    count = np.diff(starts)
+    short = np.flatnonzero((count > 0) & (count <= SHORT))
+    short = short[np.argsort(-reach[short], kind="stable")]
+    level = np.ceil(np.log2(np.maximum(reach[short], LEAST) / LEAST)).astype(np.int64)
+    batches = []
+    for size in np.unique(level):
+        part = short[level == size]
+        batches.append(_batch(part, starts[part], count[part], 0 * part, lengths, starts, reach, table))
+    if rounded:
+        batches = [_rounded(batch) for batch in batches]
+    first = _first(starts, count, reach, lengths, table, slack)
+    long = np.flatnonzero(count > SHORT)
+    if not len(long):
+        return Step(batches, None, first)
+    tiles = -(-count[long] // ROWS)
+    request = np.repeat(long, tiles)
+    before = (np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * ROWS
+    size = np.minimum(ROWS, count[request] - before)
+    after = count[request] - before - size
+    order = np.argsort(-(reach[request] - after), kind="stable")
+    request, before, size = request[order], before[order], size[order]
+    whole = _batch(request, starts[request] + before, size, before, lengths, starts, reach, table)
+    return Step(batches, whole, first)
+
+
+def _first(starts, count, reach, lengths: Tensor, table: Tensor, slack: int) -> FirstTokens | None:
+    rows = np.flatnonzero((count > 0) & (reach - count < FIRST + slack))
+    if not len(rows):
+        return None
+    put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(table.device)  # noqa: E731
+    column, index = np.arange(FIRST), put(rows)
+    tokens = starts[rows][:, None] + np.minimum(column, count[rows][:, None] - 1)
+    at = (lengths[index].long() - put(count[rows]))[:, None] + put(column)
+    real = put(column < count[rows][:, None]) & (at < FIRST)
+    page = table[index, :1].long().expand_as(at).masked_fill(~real, 0)
+    return FirstTokens(put(tokens).flatten(), page.flatten(), at.clamp_max(FIRST - 1).flatten())
+
+
+def _batch(request, first, size, before, lengths, starts, reach, table: Tensor) -> Batch:
+    """Rows of requests: `size` queries from token `first` of the step, `before` of the request's new ones."""
+    width, device = int(size.max()), table.device
+    put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)  # noqa: E731
+    column = np.arange(width)
+    real = column < size[:, None]
+    tokens = first[:, None] + np.minimum(column, size[:, None] - 1)
+    count = np.diff(starts)[request]
+    index = put(request)
+    # Lengths on the host may be upper bounds. Positions come from the lengths on the device.
+    begin = lengths[index].long() - put(count - before)
+    at = begin[:, None] + put(column)
+    wanted = None
+    if not real.all():
+        at = at.masked_fill(~put(real), NOWHERE)
+        wanted = put(np.flatnonzero(real))
+    after = count - before - size
+    return Batch(put(tokens), at, table[index], reach[request] - after, wanted, put(tokens[real]))
+
+
+def _rounded(batch: Batch) -> Batch:
+    """The batch with rows and queries up to powers of two. What is added sees nothing."""
+    rows, width = batch.tokens.shape
+    more, wider = (1 << (n - 1).bit_length() for n in (rows, width))
+    wanted = batch.wanted
+    if wider > width or (more > rows and wanted is None):
+        index = torch.arange(rows * width, device=batch.at.device) if wanted is None else wanted
+        wanted = index // width * wider + index % width
+    pad, added = torch.nn.functional.pad, (0, wider - width, 0, more - rows)
+    return Batch(
+        pad(batch.tokens, added),
+        pad(batch.at, added, value=NOWHERE),
+        pad(batch.table, (0, 0, 0, more - rows)),
+        np.pad(batch.reach, (0, more - rows), constant_values=1),
+        wanted,
+        batch.targets,
+    )

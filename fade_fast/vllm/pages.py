@@ -1,0 +1,97 @@
+"""How a page of vLLM holds the records of a format.
+
+vLLM's cache of a layer is [P, H, N, C]: P pages of N tokens, H KV heads, C bytes for a token of a head. The
+N * C bytes of a head are one run of bytes in a page. They hold the fields of the N records one after another,
+each field in the order that the kernels read: value codes with the tokens last, all others with the tokens
+first. So a page is in the layout of a buffer of `generate()`, and a field is a view of the cache.
+
+A second run of records follows in the room that is left. It belongs to the first `FIRST` tokens
+of the page, and is used where the page is the first one of a request: what the codes of its first tokens miss
+is encoded once more. These tokens are attended by all others, and their keys are far from the mean of the
+keys. `generate()` keeps them uncompressed, which a page has no room for.
+"""
+
+import torch
+from torch import Tensor
+
+from ..formats.base import Field, TierFormat
+
+#: Tokens in a page are a multiple of this. Every field then starts at a multiple of 16 bytes.
+GRANULARITY = 32
+PREFERRED = 128  # tokens in a page unless the user asks for others: the second run takes 3 % of it
+FIRST = 4  # tokens with a second record
+
+
+def cell_bytes(record: int, page: int) -> int:
+    """Bytes of a token of a KV head in pages of `page` tokens, given those of its record."""
+    return record - (-FIRST * record // page)
+
+
+class PageLayout:
+    """Where the fields of a tier's records are in a page.
+
+    Attributes:
+        record: bytes of one record: one token of one KV head, keys and values together.
+    """
+
+    def __init__(self, tier: TierFormat):
+        self.fields: dict[str, Field] = tier.fields(1)
+        self.record = sum(field.bytes for field in self.fields.values())
+
+    def views(self, cache: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Each field as a view of the cache.
+
+        Args:
+            cache: uint8 [P, H, N, C]. The bytes of a head in a page are contiguous; pages and heads may have
+                any distance.
+
+        Returns views [P, H, N, *shape] of fields with tokens first and [P, H, *shape, N] of those with tokens
+        last, and the same of the second records, with `FIRST` in place of N.
+
+        Raises `ValueError` if the cache is another tensor than this.
+        """
+        pages, heads, tokens, cell = cache.shape
+        least = cell_bytes(self.record, tokens)
+        if cache.dtype != torch.uint8 or cell < least or tokens % GRANULARITY:
+            raise ValueError(
+                f"the cache is {cache.dtype} {list(cache.shape)}; allowed: uint8 [P, H, N, {least} or "
+                f"more], N a multiple of {GRANULARITY}"
+            )
+        if cache.stride()[2:] != (cell, 1):
+            raise ValueError(f"the cache has strides {cache.stride()}; the last two must be {(cell, 1)}")
+        runs = cache.as_strided((pages, heads, tokens * cell), (*cache.stride()[:2], 1))
+        return self._cut(runs, tokens), self._cut(runs[..., tokens * self.record :], FIRST)
+
+    def _cut(self, runs: Tensor, tokens: int) -> dict[str, Tensor]:
+        """Views of the fields of `tokens` records in runs of bytes [P, H, n]."""
+        views, start = {}, 0
+        for name, field in self.fields.items():
+            run = runs[..., start : start + tokens * field.bytes].view(field.dtype)
+            sizes = (*field.shape, tokens) if field.axis == -1 else (tokens, *field.shape)
+            views[name] = run.unflatten(-1, sizes) if len(sizes) > 1 else run
+            start += tokens * field.bytes
+        return views
+
+    def write(self, views: dict[str, Tensor], records: dict[str, Tensor], page: Tensor, at: Tensor) -> None:
+        """Store the records of T tokens, [1, H, T, *shape] or [1, H, *shape, T].
+
+        Token t goes to slot `at[t]` of page `page[t]`; both are int64 [T].
+        """
+        for name, field in self.fields.items():
+            record = records[name][0]
+            if field.axis == -1:
+                views[name][page, :, ..., at] = record.movedim(-1, 0)
+            else:
+                views[name][page, :, at] = record.movedim(1, 0)
+
+    def read(self, views: dict[str, Tensor], page: Tensor, at: Tensor) -> dict[str, Tensor]:
+        """The records of the tokens in slots `at` of pages `page`, both int64 [B, E]: [B, H, E, *shape] or
+        [B, H, *shape, E].
+        """
+        records = {}
+        for name, field in self.fields.items():
+            if field.axis == -1:
+                records[name] = views[name][page, :, ..., at].movedim(1, -1)
+            else:
+                records[name] = views[name][page, :, at].movedim(1, 2)
+        return records

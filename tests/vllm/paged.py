@@ -1,0 +1,142 @@
+"""A small stand-in for vLLM's block manager, and attention in float64, one request at a time."""
+
+import math
+
+import numpy as np
+import torch
+
+from fade_fast.vllm.batches import split
+from fade_fast.vllm.layer import CompressedLayer, DenseLayer
+from fade_fast.vllm.pages import FIRST, cell_bytes
+
+HEADS, GROUP, PAGE = 2, 3, 32
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    """Normal numbers, with channels of very different means, as keys have."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return (x + 3 * torch.randn(shape[-1], generator=generator, dtype=torch.float64)).to(dtype)
+
+
+class Engine:
+    """Requests whose tokens are in pages of a cache, and steps over some of their tokens.
+
+    Args:
+        bits: widths of the layer; None for a layer that is not compressed.
+        lengths: tokens of each request.
+        options: of the layer.
+    """
+
+    def __init__(
+        self,
+        bits,
+        lengths,
+        *,
+        dim=64,
+        page=PAGE,
+        dtype=torch.float32,
+        seed=0,
+        mean=None,
+        spare=7,
+        matrices=None,
+        **options,
+    ):
+        self.page, self.dim, self.dtype, self.bits = page, dim, dtype, bits
+        options = dict(heads=HEADS, scaling=dim**-0.5) | options
+        if bits is None:
+            self.layer = DenseLayer(**options)
+        else:
+            self.layer = CompressedLayer(bits, dim, dtype, torch.device("cpu"), mean, matrices, **options)
+        self.options = options
+        draws = torch.Generator().manual_seed(seed)
+        blocks = [-(-n // page) for n in lengths]
+        ids = 1 + torch.randperm(sum(blocks) + spare, generator=draws)  # page 0 belongs to nobody
+        self.table = torch.full((len(lengths), max(blocks) + 3), 0, dtype=torch.int32)
+        for row, part in enumerate(ids[: sum(blocks)].split(blocks)):
+            self.table[row, : len(part)] = part
+        cell = 2 * dim if bits is None else cell_bytes(self.layer.layout.record, page)
+        shape = (sum(blocks) + spare + 1, HEADS, page, cell)
+        self.cache = torch.full(shape, math.nan, dtype=dtype)
+        if bits is not None:  # the bits of fp16 NaN, in scales too
+            self.cache = torch.full(shape, 255, dtype=torch.uint8)
+        make = lambda heads, s: [  # noqa: E731
+            draw(n, heads, dim, seed=seed + 100 * i + s, dtype=dtype) for i, n in enumerate(lengths)
+        ]
+        self.queries, self.keys, self.values = make(HEADS * GROUP, 1), make(HEADS, 2), make(HEADS, 3)
+        self.queries = [0.3 * x for x in self.queries]
+        self.done = [0] * len(lengths)
+
+    def step(self, counts, pads=0, rounded=False):
+        """Run the next `counts` tokens of each request. Returns the outputs of each request [n, Hq, D].
+
+        `pads` tokens follow that belong to no request, as in vLLM's padded steps.
+        """
+        spans = [slice(d, d + n) for d, n in zip(self.done, counts)]
+        flat = lambda xs: torch.cat([x[s] for x, s in zip(xs, spans)])  # noqa: E731
+        poison = lambda x: torch.cat((x, torch.full((pads, *x.shape[1:]), math.nan, dtype=x.dtype)))  # noqa: E731
+        query, keys, values = (poison(flat(xs)) for xs in (self.queries, self.keys, self.values))
+        positions = [torch.arange(s.start, s.stop) for s in spans]
+        slots = [t[p // self.page].long() * self.page + p % self.page for t, p in zip(self.table, positions)]
+        slots = torch.cat([*slots, torch.full((pads,), -1)])
+        self.layer.append(self.cache, keys, values, slots)
+        reach = np.array([s.stop for s in spans])
+        starts = np.concatenate(([0], np.cumsum(counts)))
+        lengths = torch.from_numpy(reach).int()
+        step = split(starts, reach, lengths, self.table[: len(counts)], rounded=rounded)
+        if step.first is not None:
+            self.layer.append_first(self.cache, keys, values, step.first)
+        output = torch.full_like(query, math.nan)
+        self.layer.attend(self.cache, query, keys, values, step, output)
+        assert output[len(query) - pads :].isnan().all(), "padding was written"
+        self.done = [s.stop for s in spans]
+        self.batches = step.short, step.long
+        return list(output[: len(query) - pads].split([int(n) for n in counts]))
+
+    def stored(self, row):
+        """Keys and values of a request as they are stored, float64 [H, n, D]."""
+        keys, values = (x[row].transpose(0, 1)[None] for x in (self.keys, self.values))
+        if self.bits is None:
+            return keys[0].double(), values[0].double()
+        tier, mean = self.layer.tier, self.layer.mean
+        record = tier.encode(keys, values, mean, False)
+        stored = tier.decode_keys(record, mean, torch.float64), tier.decode_values(record, torch.float64)
+        near = tier.decode_keys(record, mean, torch.float32), tier.decode_values(record, torch.float32)
+        missed = [(x.float() - y)[:, :, :FIRST] for x, y in zip((keys, values), near)]
+        if self.bits[1] == 16:
+            missed[1].zero_()
+        record = tier.encode(missed[0], missed[1].to(self.dtype), 0 * mean, False)
+        stored[0][:, :, :FIRST] += tier.decode_keys(record, None, torch.float64)
+        stored[1][:, :, :FIRST] += tier.decode_values(record, torch.float64)
+        return stored[0][0], stored[1][0]
+
+    def expected(self, row, start, stop):
+        """Attention of the queries `start` to `stop` of a request, float64 [n, Hq, D].
+
+        A query reads its own token as it came, and the tokens before as they are stored.
+        """
+        keys, values = (x.repeat_interleave(GROUP, 0) for x in self.stored(row))
+        own = [x[row].double().transpose(0, 1).repeat_interleave(GROUP, 0) for x in (self.keys, self.values)]
+        query = self.queries[row][start:stop].double().transpose(0, 1)
+        scores = query @ keys.mT
+        index = torch.arange(stop - start)
+        scores[:, index, index + start] = (query * own[0][:, start:stop]).sum(-1)
+        scores = scores * self.options["scaling"]
+        if (cap := self.options.get("softcap")) is not None:
+            scores = cap * torch.tanh(scores / cap)
+        at, position = torch.arange(start, stop)[:, None], torch.arange(keys.shape[1])
+        seen = position <= at
+        if (window := self.options.get("window")) is not None:
+            seen &= position > at - window
+        scores = scores.masked_fill(~seen, -math.inf)
+        if (learned := self.options.get("s_aux")) is not None:
+            scores = torch.cat((scores, learned.double()[:, None, None].expand(-1, len(at), 1)), -1)
+            values = torch.cat((values, torch.zeros_like(values[:, :1])), 1)
+        shares = scores.softmax(-1)
+        missed = own[1][:, start:stop] - values[:, start:stop]
+        return (shares @ values + shares[:, index, index + start, None] * missed).transpose(0, 1)
+
+
+def distance(found, expected):
+    """Norm of the difference over the norm of what is expected."""
+    return float((found.double() - expected).norm() / expected.norm())

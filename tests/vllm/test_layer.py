@@ -1,0 +1,227 @@
+"""Layers over vLLM's pages against attention in float64 over what the pages hold. No engine is needed."""
+
+import numpy as np
+import pytest
+import torch
+
+from fade_fast.kernels.matched import Matrices
+from fade_fast.vllm import batches, layer
+from fade_fast.vllm.layer import CompressedLayer
+from fade_fast.vllm.pages import FIRST, PageLayout, cell_bytes
+
+from .paged import GROUP, HEADS, PAGE, Engine, distance, draw
+
+WIDTHS = [None, (8, 8), (4, 4), (3, 3), (2, 2), (8, 4), (4, 16), (3, 2)]
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SINKS = torch.linspace(-1, 4, HEADS * GROUP)
+MEAN = draw(HEADS, 64, seed=9, dtype=torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Uninitialized memory holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Rows, chunks of keys and scores at a time so small that every loop has several rounds."""
+    monkeypatch.setattr(batches, "ROWS", 16)
+    monkeypatch.setattr(batches, "LEAST", 32)
+    monkeypatch.setattr(layer, "KEYS", 2 * PAGE)
+    monkeypatch.setattr(layer, "ELEMENTS", 6 * 16 * 32 * 3)
+
+
+def check(engine, counts, **options):
+    before = list(engine.done)
+    found = engine.step(counts, **options)
+    for row, (x, start) in enumerate(zip(found, before)):
+        if len(x):
+            expected = engine.expected(row, start, start + len(x))
+            assert distance(x, expected) <= TOLERANCE[engine.dtype], (row, start, len(x))
+    return found
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("options", [dict(), dict(window=20, softcap=5.0, s_aux=SINKS)], ids=["plain", "all"])
+def test_a_ragged_life(bits, options, small):
+    """Prefill in chunks, verification of drafts and decode of requests of different lengths, in one step."""
+    mean = None if bits is None else MEAN
+    engine = Engine(bits, [90, 7, 41, 150, 1], mean=mean, **options)
+    check(engine, [37, 5, 1, 120, 1])
+    short, long = engine.batches
+    assert long.tokens.shape == (11, 16) and sum(len(x.tokens) for x in short) == 3
+    check(engine, [1, 1, 1, 1, 0], pads=3)
+    check(engine, [8, 1, 3, 2, 0])
+    check(engine, [44, 0, 36, 27, 0], pads=1)
+    assert engine.done == [90, 7, 41, 150, 1]
+    if bits is not None:
+        assert engine.cache.dtype == torch.uint8 and engine.cache.shape[-1] < 0.7 * 2 * 4 * 64
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 3)])
+def test_the_matched_format(bits, small):
+    """Each head has matrices of its own, for keys and for values."""
+    sides = []
+    for seed in (5, 6):
+        made = torch.linalg.qr(draw(HEADS, 64, 64, seed=seed, dtype=torch.float64))[0]
+        made = made * torch.linspace(0.5, 2, 64)[:, None]
+        inverse = made.inverse().mT
+        whole = torch.cat((inverse, inverse.sum(1, keepdim=True)), 1)
+        feedback = torch.eye(64).expand(HEADS, -1, -1)
+        sides.append(Matrices(made.float(), whole.float(), feedback))
+    engine = Engine(bits, [60, 33], mean=MEAN, matrices=tuple(sides), window=40)
+    for counts in ([50, 3], [1, 1], [9, 29]):
+        check(engine, counts)
+
+
+@pytest.mark.parametrize("bits", WIDTHS[1:4])
+def test_chunks_leave_no_trace(bits, small):
+    """A prompt in one step and in many steps: the same bytes, and outputs equal up to rounding."""
+    found, caches = [], []
+    for cuts in ([70], [1] * 10 + [60], [2, 44, 24], [64, 6]):
+        engine = Engine(bits, [70], mean=MEAN)
+        found.append(torch.cat([engine.step([n])[0] for n in cuts]))
+        caches.append(engine.cache[engine.table[0, :3].long()])
+    assert all(distance(x, found[0].double()) < 1e-5 for x in found[1:])
+    same = [(x == caches[0]).float().mean() for x in caches[1:]]
+    assert min(same) > 0.9999, "the records of a token depend on the step that stored it"
+
+
+def test_batch_mates_leave_no_trace(small):
+    """A request alone, and between others."""
+    alone = Engine((4, 4), [60], mean=MEAN, seed=300)
+    apart = torch.cat([alone.step([50])[0], alone.step([1])[0], alone.step([9])[0]])
+    among = Engine((4, 4), [40, 7, 100, 60], mean=MEAN)
+    for side, other in (
+        (among.queries, alone.queries),
+        (among.keys, alone.keys),
+        (among.values, alone.values),
+    ):
+        side[3] = other[0]
+    steps = [among.step(n)[3] for n in ([1, 7, 99, 50], [30, 0, 1, 1], [9, 0, 0, 9])]
+    assert distance(torch.cat(steps), apart.double()) < 1e-5
+
+
+def test_a_shared_prefix():
+    """Two requests whose first pages are the same pages."""
+    engine = Engine((4, 4), [60, 60], mean=MEAN)
+    for side in (engine.queries, engine.keys, engine.values):
+        side[1][:32] = side[0][:32]
+    engine.table[1, :1] = engine.table[0, :1]
+    engine.step([50, 0])
+    engine.done[1] = 32  # a prefix hit: those tokens are not computed again
+    check(engine, [1, 28])
+    check(engine, [9, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_dtypes(dtype, bits):
+    mean = None if bits is None else MEAN
+    engine = Engine(bits, [70, 9], dtype=dtype, mean=mean, window=33, s_aux=SINKS.to(dtype))
+    for counts in ([60, 3], [1, 1], [9, 5]):
+        check(engine, counts)
+
+
+@pytest.mark.parametrize("dim, bits", [(128, (4, 4)), (8, (2, 2)), (80, (3, 4)), (256, (8, 3))])
+def test_head_dims(dim, bits):
+    check(Engine(bits, [40, 20], dim=dim), [40, 20])
+
+
+@pytest.mark.parametrize("bits", WIDTHS[1:])
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_kernels_of_a_gpu(bits, window, uncompiled_kernels):
+    """Short rows in float16 and padded to powers of two, as on CUDA, but not compiled.
+
+    Queries are small: the kernels keep scores in float16, as a distance from those of the nearest tokens.
+    """
+    engine = Engine(bits, [300, 40, 90], dtype=torch.float16, mean=MEAN, window=window)
+    engine.queries = [x * 0.1 for x in engine.queries]
+    engine.step([290, 30, 81])
+    for counts in ([1, 1, 1], [3, 1, 2], [0, 1, 0]):
+        before = list(engine.done)
+        for row, x in enumerate(engine.step(counts, rounded=True)):
+            if len(x):
+                assert distance(x, engine.expected(row, before[row], before[row] + len(x))) <= 5e-3
+        for batch in engine.batches[0]:
+            assert all(n & (n - 1) == 0 for n in batch.tokens.shape)
+
+
+def test_the_bound_grows_by_powers_of_two_and_ignores_padding():
+    made = CompressedLayer((4, 4), 64, torch.float32, torch.device("cpu"), heads=HEADS, scaling=1.0)
+    cache = torch.zeros(3, HEADS, PAGE, cell_bytes(made.layout.record, PAGE), dtype=torch.uint8)
+    values = torch.stack([draw(HEADS, 64), torch.full((HEADS, 64), torch.inf)])
+    made.append(cache, values, values, torch.tensor([32, -1]))
+    first = made.bound.clone()
+    scale = made.views(cache)[0]["value_scale"][1, :, 0].float()
+    assert ((first >= scale) & (first <= 4 * scale)).all() and (first.log2() % 1 == 0).all()
+    made.append(cache, values / 100, values / 100, torch.tensor([33, -1]))
+    assert torch.equal(made.bound, first)
+
+
+def test_batches_follow_live_lengths():
+    """No short row is padded to more than twice its context, and finished long rows leave."""
+    reach = np.array([10, 500, 513, 900, 5000, 70000, 300])
+    starts = np.concatenate(([0], np.cumsum([1, 1, 1, 2, 1, 1, 200])))
+    table = torch.zeros(7, 5000, dtype=torch.int32)
+    step = batches.split(starts, reach, torch.from_numpy(reach), table)
+    short, long = step.short, step.long
+    for batch in short:
+        assert batch.length <= max(batches.LEAST, 2 * batch.reach.min())
+        assert (np.diff(batch.reach) <= 0).all()
+    assert sorted(x for b in short for x in b.reach) == sorted(reach[:6])
+    assert list(long.reach) == [300, 228] and (long.at >= 0).sum() == 200
+
+
+@pytest.mark.parametrize("bits", WIDTHS[1:])
+@pytest.mark.parametrize("page", [32, 128])
+def test_records_come_back_from_pages(bits, page):
+    """Every field of every token, and no byte of another token, in a cache whose pages are far apart."""
+    made = CompressedLayer(bits, 64, torch.float32, torch.device("cpu"), heads=HEADS, scaling=1.0)
+    layout = made.layout
+    cell = cell_bytes(layout.record, page)
+    whole = torch.full((9, 2, HEADS, page, cell), 7, dtype=torch.uint8)
+    cache = whole[:, 1]
+    keys, values = draw(1, HEADS, 24, 64, seed=1), draw(1, HEADS, 24, 64, seed=2)
+    records = made.tier.encode(keys, values, made.mean, False)
+    slots = torch.randperm(9 * page, generator=torch.Generator().manual_seed(3))[:24]
+    views, second = layout.views(cache)
+    layout.write(views, records, slots // page, slots % page)
+    back = layout.read(views, (slots // page)[None], (slots % page)[None])
+    assert back.keys() == records.keys() and all(torch.equal(back[name], records[name]) for name in back)
+    for name, x in second.items():
+        assert (x.contiguous().view(torch.uint8) == 7).all(), name
+    early = {
+        name: x.narrow(-1 if layout.fields[name].axis == -1 else 2, 0, FIRST) for name, x in records.items()
+    }
+    page_of, at = torch.full((FIRST,), 5), torch.arange(FIRST)
+    layout.write(second, early, page_of, at)
+    back = layout.read(second, page_of[None], at[None])
+    assert all(torch.equal(back[name], early[name]) for name in back)
+    again = layout.read(views, (slots // page)[None], (slots % page)[None])
+    assert all(torch.equal(again[name], records[name]) for name in again)
+    whole[5, 1] = 7
+    changed = (whole != 7).sum()
+    assert 0 < changed <= 24 * HEADS * layout.record and (whole[:, 0] == 7).all()
+
+
+@pytest.mark.parametrize(
+    "dim, bits, least", [(64, (4, 4), 3.2), (128, (4, 4), 3.5), (64, (8, 8), 1.8), (128, (8, 8), 1.85)]
+)
+def test_bytes_of_a_token(dim, bits, least):
+    made = CompressedLayer(bits, dim, torch.bfloat16, torch.device("cpu"), heads=HEADS, scaling=1.0)
+    assert 2 * 2 * dim / cell_bytes(made.layout.record, 128) >= least
+
+
+def test_other_caches_are_refused():
+    made = CompressedLayer((4, 4), 64, torch.float32, torch.device("cpu"), heads=HEADS, scaling=1.0)
+    cell = cell_bytes(made.layout.record, PAGE)
+    good = torch.zeros(3, HEADS, PAGE, cell, dtype=torch.uint8)
+    for bad in (good.float(), good[..., :-1], good[:, :, :8], good.mT.contiguous().mT):
+        with pytest.raises(ValueError, match="allowed|must be"):
+            PageLayout(made.tier).views(bad)
+    with pytest.raises(ValueError, match="whole bytes|bytes"):
+        CompressedLayer((3, 3), 20, torch.float32, torch.device("cpu"), heads=HEADS, scaling=1.0)
