@@ -72,7 +72,7 @@ CHOSEN = {
     "values of 16 bits": FadeConfig(**CHOOSING, middle_v_bits=16),
     "no sinks, no recent window": FadeConfig(n_sink=0, recent_window=0, block_size=8, select=16),
     "matched": FadeConfig(**CHOOSING, quant_backend="matched"),
-    "host": FadeConfig(**CHOOSING, cold="host", resident=16),
+    "host": FadeConfig(**CHOOSING | dict(select=16, cold="host", resident=24)),
     "matched, a share": FadeConfig(**CHOOSING | dict(select=0.5), quant_backend="matched"),
 }
 CODED_COVERS = ("tier PQ", "codec product")
