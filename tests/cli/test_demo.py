@@ -275,7 +275,7 @@ def test_interrupt_leaves_no_json(tiny, tmp_path):
 
 def test_a_model_that_cannot_be_tiered_is_refused_in_one_line(refused, capsys):
     assert main(["demo", "--model", refused, "--device", "cpu"]) == 2
-    assert one_line(capsys).startswith("fade demo: error: BloomForCausalLM does not dispatch its attention")
+    assert one_line(capsys).startswith("fade demo: error: select=512: BloomForCausalLM does not let its")
 
 
 def test_a_folder_without_a_model(tmp_path, capsys):
