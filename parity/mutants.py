@@ -121,7 +121,6 @@ CORRUPTIONS = {
     ],
     "policies.select.Residency.touch": [
         ("a replaced page is still looked for", call("scatter_")[1].drop(), "life/choosing/host"),
-        ("pages in use are replaced", name("nowhere")[0].becomes("found"), "life/choosing/host"),
         ("nothing is ever used", call("scatter_")[0].drop(), "life/choosing/host"),
     ],
     "cache.select_store.SelectStore._make_resident": [

@@ -72,7 +72,7 @@ CHOSEN = {
     "values of 16 bits": FadeConfig(**CHOOSING, middle_v_bits=16),
     "no sinks, no recent window": FadeConfig(n_sink=0, recent_window=0, block_size=8, select=16),
     "matched": FadeConfig(**CHOOSING, quant_backend="matched"),
-    "host": FadeConfig(**CHOOSING, cold="host", resident=16),
+    "host": FadeConfig(**CHOOSING | dict(select=16, cold="host", resident=24)),
     "matched, a share": FadeConfig(**CHOOSING | dict(select=0.5), quant_backend="matched"),
 }
 CODED_COVERS = ("tier PQ", "codec product")
@@ -118,7 +118,7 @@ LONG = {
     "learned sinks": dict(terms=TERMS["learned sinks"]),
     "bfloat16": dict(shape=dict(dtype=torch.bfloat16)),
 }
-RANDOM, CODED_RANDOM = 24, 8  # random traces
+RANDOM, CODED_RANDOM, CHOSEN_RANDOM = 24, 8, 8  # random traces
 #: The cases that run compiled on a GPU by default.
 COMPILED = ("int4", "evict, padding (0, 11)", "D128 G7 float16", "D80 G4 bfloat16", "logits int4, bfloat16")
 
@@ -238,6 +238,7 @@ def _choosing() -> list[Case]:
             shape = dict(head_dim=dim, group=group, heads=2, dtype=dtype)
             name = f"D{dim} G{group} {dtype}".replace("torch.", "")
             case(name, CHOSEN["a page"], [40, 1, 1, 5, 1, 18, 1], shape=shape)
+    found += [Case("life", "choosing", f"random trace {i}", _random_choices) for i in range(CHOSEN_RANDOM)]
     found.append(
         Case("life", "choosing", "in tiles", _in_tiles(_trace(CHOSEN["three pages"], [60, 1, 33, 1, 3])))
     )
@@ -318,7 +319,19 @@ def _random_codes(found: Found, seed: int):
     _random(found, seed, coded=True)
 
 
-def _random(found: Found, seed: int, coded: bool = False):
+def _random_choices(found: Found, seed: int):
+    """A random trace in which queries choose what they read."""
+    draw = Draw(seed)
+    budget = draw.pick([8, 16, 40, 0.3, 0.9])
+    fields = dict(middle_v_bits=draw.pick([16, *INTEGER_TIERS]), block_size=draw.pick([8, 16]), select=budget)
+    if draw.chance(0.5, 1).item():
+        fields["cold"] = "host"
+    if isinstance(budget, float):
+        fields["select_max"] = draw.pick([16, 48])
+    _random(found, seed, chosen=fields)
+
+
+def _random(found: Found, seed: int, coded: bool = False, chosen: dict | None = None):
     """A random configuration and random steps: lengths near boundaries, crops, reordered rows, padding."""
     draw = Draw(seed)
     moves = draw.chance(0.7, 1).item()
@@ -339,6 +352,10 @@ def _random(found: Found, seed: int, coded: bool = False):
     if coded:
         kept = dict(n_sink=config.n_sink, recent_window=config.recent_window, block_size=config.block_size)
         config, shape = FadeConfig(**kept, quant_backend="product"), replace(shape, dtype=torch.float64)
+    if chosen:
+        recent = draw.pick([0, 7, 16])
+        config = FadeConfig(n_sink=config.n_sink, recent_window=recent, **chosen)
+        shape = replace(shape, dtype=torch.float64)
     steps, rows = [draw.one(1, 50)], shape.batch
     for _ in range(12):
         kind = draw.pick(["decode", "decode", "draft", "long", "crop", "reorder", "select"])

@@ -27,7 +27,8 @@ A cell passes if three conditions hold:
 
 - Without compression, the tokens equal the tokens of `DynamicCache`.
 - With compression (16 recent tokens, INT4), the tokens equal the tokens of a reference run. The reference run
-  stores the same codes and decodes them to dense keys and values. This holds with and without eviction.
+  stores the same codes and decodes them to dense keys and values. This holds with and without eviction, and
+  where a query reads some pages only: the reference run then reads the pages that `fade_ref.select` chooses.
   If a mode returns logits, the logits are compared instead of the tokens.
 - The queries attended to compressed tokens.
 
