@@ -153,7 +153,7 @@ def test_4_bits(default, prompts, calibrated, text):
     ours, theirs = kl(default[2], quality), kl(*through_generate(text))
     report("vLLM, 4 bits", default[2], quality, text)
     print(f"generate(), 4 bits without recent tokens: KL {theirs:.5f}")
-    # The means of a calibration fit less well than those of generate(), which are a text's own (docs/vllm.md).
+    # Means of a calibration fit less well than those of generate(), which are a text's own (docs/vllm.md).
     assert ours < min(0.05, 8 * theirs)
 
 
