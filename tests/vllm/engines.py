@@ -50,7 +50,7 @@ def smollm2() -> str:
 def calibration_file(folder: str) -> str:
     """A calibration of SmolLM2 in `folder`, measured as by `fade vllm-calibrate`."""
     model, _ = loading.load(device="cpu", dtype="fp32")
-    ids = calibration.text_ids(model)
+    ids = calibration.built_in(model)
     path = os.path.join(folder, "smollm2.safetensors")
     calibration.calibrate(model, ids, list(range(model.config.num_hidden_layers))).save(path)
     return path
