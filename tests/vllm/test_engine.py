@@ -142,7 +142,7 @@ def test_8_bits_give_the_tokens_of_the_default_backend(default, prompts, calibra
 
 def test_4_bits(default, prompts, calibrated, text):
     """With so few pages that requests are preempted. 4 bits may say something else, but always the same."""
-    options = dict(num_gpu_blocks_override=24, max_num_seqs=8)
+    options = dict(num_gpu_blocks_override=24, max_num_seqs=8, max_model_len=704)
     with engine(smollm2(), dict(calibration=calibrated), **options) as llm:
         count, held = engines.pages(llm)
         assert count == 24 and {x.kv_cache.dtype for x in engines.layers(llm).values()} == {torch.uint8}
