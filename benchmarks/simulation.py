@@ -27,13 +27,14 @@ from transformers import AttentionInterface
 
 import fade_fast
 from fade_fast.hf import loading
+from fade_fast.measure import texts
+from fade_fast.measure.methods import key_shape
+from fade_fast.measure.quality import Score
+from fade_fast.measure.streams import NothingCompressed
 from fade_ref.config import FadeConfig
 
-from . import readers, texts
-from .methods import key_shape
-from .quality import Score
+from . import readers
 from .readers import Read, Reader
-from .streams import NothingCompressed
 
 NAME = "fade_simulated"
 MASKS = ("blocks", "last")

@@ -30,16 +30,16 @@ COMMANDS = {
 }
 #: Module and help of separate commands. The module's `main(argv)` returns an exit code.
 PASSED = {
-    "quality": ("benchmarks.quality", "Perplexity and recall with each preset."),
-    "memory": ("benchmarks.memory", "Bytes of each cache and peak memory, by length."),
-    "bench": ("benchmarks.generate", "Time decode steps; also `bench attention`, `bench serve`."),
+    "quality": ("fade_fast.measure.quality", "Perplexity and recall with each preset."),
+    "memory": ("fade_fast.measure.memory", "Bytes of each cache and peak memory, by length."),
+    "bench": ("fade_fast.measure.generate", "Time decode steps; also `bench attention`, `bench serve`."),
     "parity": ("parity.__main__", "Check that the fast cache matches the specification."),
     "train-policy": ("fade_fast.hf.train_policy", "Train the learned eviction policy."),
 }
 BENCHES = {
-    "generate": "benchmarks.generate",
-    "attention": "benchmarks.decode_attention",
-    "serve": "benchmarks.serve",
+    "generate": "fade_fast.measure.generate",
+    "attention": "fade_fast.measure.decode_attention",
+    "serve": "fade_fast.measure.serve",
 }
 
 

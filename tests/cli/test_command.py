@@ -292,15 +292,15 @@ def test_training_again_gives_the_same_codebooks():
 
 def test_commands_of_their_own_get_what_follows(tmp_path, monkeypatch, capsys):
     heard = []
-    for name in ("benchmarks.decode_attention", "benchmarks.generate", "parity.__main__"):
+    for name in ("fade_fast.measure.decode_attention", "fade_fast.measure.generate", "parity.__main__"):
         listen = lambda argv, name=name: heard.append((name, argv, sys.argv)) or 3  # noqa: E731
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(main=listen))
     assert main(["bench", "attention", "--only", "x"]) == 3
     assert main(["bench", "--list"]) == 3
     assert main(["parity", "compare", "a", "b"]) == 3
     assert [(name, argv) for name, argv, _ in heard] == [
-        ("benchmarks.decode_attention", ["--only", "x"]),
-        ("benchmarks.generate", ["--list"]),
+        ("fade_fast.measure.decode_attention", ["--only", "x"]),
+        ("fade_fast.measure.generate", ["--list"]),
         ("parity.__main__", ["compare", "a", "b"]),
     ]
     assert heard[0][2] == ["fade bench attention", "--only", "x"]

@@ -510,8 +510,8 @@ def processes(device: str) -> dict:
             arguments = ["--only", case.name, "--device", device, "--json", str(file)]
             started = time.perf_counter()
             subprocess.run(
-                [sys.executable, "-m", "benchmarks.decode_attention", *arguments],
-                env=os.environ | places, cwd=Path(__file__).parents[1], check=True, stdout=subprocess.DEVNULL,
+                [sys.executable, "-m", "fade_fast.measure.decode_attention", *arguments],
+                env=os.environ | places, cwd=Path(__file__).parents[2], check=True, stdout=subprocess.DEVNULL,
             )  # fmt: skip
             (result,) = json.loads(file.read_text())["results"]
             found[f"{name}_s"], found[f"{name}_tier_s"] = result["compile_s"], result["tier_compile_s"]
