@@ -1,4 +1,4 @@
-"""Decode attention over packed tiers against SDPA over bfloat16: `python -m benchmarks.decode_attention`.
+"""Decode attention over packed tiers against SDPA over bfloat16: `fade bench attention`.
 
 It measures one attention layer with random data of the shape of a model. Of S tokens, the sinks and the
 recent ones are in bfloat16, and the rest are in tiers. Each case times three things: the whole step
@@ -620,8 +620,8 @@ def small(case: Case) -> Case:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser = argparse.ArgumentParser("fade bench attention", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times there as well")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"

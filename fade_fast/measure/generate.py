@@ -1,4 +1,4 @@
-"""A decode step of `model.generate()` with each cache: `python -m benchmarks.generate`.
+"""A decode step of `model.generate()` with each cache: `fade bench`.
 
 Models have the shape of a named model and random bfloat16 weights. Each method prefills random tokens and
 then decodes in plain `model.generate(..., cache=cache)`. The time of a step is the median after compilation
@@ -558,9 +558,9 @@ def tables(results: list[Result]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("fade bench", description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times there as well")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--methods", metavar="A,B", help="these instead of each case's own")
     parser.add_argument("--new", type=int, metavar="N", help="tokens to generate: 128, or 8 of a tiny model")

@@ -1,4 +1,4 @@
-"""The size of caches: `python -m benchmarks.memory`.
+"""The size of caches: `fade memory`.
 
 Bytes are those of every distinct storage that a cache holds. They are counted tensor by tensor, not taken
 from what the cache reports. The cache holds one row of bfloat16 tokens of the shape of a model, and one
@@ -26,7 +26,7 @@ from fade_fast.hf.models import CACHE_NAME
 from fade_fast.saved.memory import StorageMeter
 
 from . import pictures, texts
-from .methods import Method, Unavailable, allocated, key_shape, method
+from .methods import CONFIGS, Method, Unavailable, allocated, key_shape, method
 
 SUITE = (
     "dynamic",
@@ -193,17 +193,17 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("fade memory", description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
-    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N")
-    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help="see methods.py")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N", help="tokens")
+    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help=CONFIGS)
     parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
     parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
     parser.add_argument("--peak", action="store_true", help="run the model, too")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="bytes against length")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    parser.add_argument("--plot", type=pictures.path, metavar="FILE", help="bytes against length")
     parser.add_argument("--show", type=Path, metavar="FILE", help="the table of a stored run, and stop")
     args = parser.parse_args(argv)
     try:

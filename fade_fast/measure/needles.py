@@ -1,4 +1,4 @@
-"""Facts in long texts: `python -m benchmarks.needles`.
+"""Facts in long texts: `fade needles`.
 
 There are three tasks. Each is a prompt of an exact number of tokens, with a five-digit code that nothing
 else reveals:
@@ -26,11 +26,22 @@ import torch
 from torch import Tensor
 
 import fade_fast
+from fade_fast.errors import InputError
 from fade_fast.hf import loading
 from fade_fast.hf.models import CACHE_NAME
 
 from . import pictures, texts
-from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, Unavailable, compressed_tokens, eager, method
+from .methods import (
+    COMPRESSES,
+    CONFIGS,
+    POLICIES,
+    QUANTIZED,
+    Method,
+    Unavailable,
+    compressed_tokens,
+    eager,
+    method,
+)
 from .streams import NothingCompressed, chunks, in_parts, read_by_choice
 
 TASKS = ("passkey", "multikey", "recall")
@@ -104,7 +115,7 @@ def example(tokenizer, task: str, length: int, depth: int, seed: int, text: Tens
             facts = []
     spare = length - len(start) - len(head) - len(asked) - sum(map(len, facts))
     if spare < 0 or spare > len(filler):
-        raise ValueError(f"{task}: {length} tokens are too few for the task, or more than the text has")
+        raise InputError(f"{task}: {length} tokens are too few for the task, or more than the text has")
     # The asked fact at `depth`, the others anywhere.
     places = [round(spare * depth / 100), *(rng.randrange(spare + 1) for _ in facts[1:])]
     parts, last = [start, head], 0
@@ -232,25 +243,36 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("fade needles", description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
-    parser.add_argument("--text", default=texts.WIKITEXT, help="around the facts; see benchmarks/texts.py")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048], metavar="N")
-    parser.add_argument("--depths", nargs="+", type=int, default=list(DEPTHS), metavar="PERCENT")
+    parser.add_argument(
+        "--text", default=texts.WIKITEXT, help="around the facts; as --text of `fade quality`"
+    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048], metavar="N", help="tokens")
+    parser.add_argument(
+        "--depths",
+        nargs="+",
+        type=int,
+        default=list(DEPTHS),
+        metavar="PERCENT",
+        help="of the text before the fact",
+    )
     parser.add_argument("--trials", type=int, default=10 if cuda else 2, metavar="N", help="examples a depth")
     parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens fed at a time")
     parser.add_argument(
         "--batch", type=int, default=35 if cuda else 7, metavar="N", help="examples at a time"
     )
-    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help="see methods.py")
+    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help=CONFIGS)
     parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
     parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="heat map")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
+    parser.add_argument(
+        "--dtype", choices=tuple(loading.DTYPES), default="fp32", help="of the model; default: fp32"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    parser.add_argument("--plot", type=pictures.path, metavar="FILE", help="heat map")
     parser.add_argument("--show", type=Path, metavar="FILE", help="the tables of a stored run, and stop")
     args = parser.parse_args(argv)
     if min(args.trials, args.chunk, args.batch, *args.lengths) < 1:

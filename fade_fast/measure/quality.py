@@ -1,4 +1,4 @@
-"""Perplexity through real caches: `python -m benchmarks.quality`.
+"""Perplexity through real caches: `fade quality`.
 
 A text is fed to the model in chunks, through the cache. Every chunk attends to itself and to the tokens
 that the cache kept. So everything except sinks, recent tokens and the chunk itself is read compressed, as
@@ -7,7 +7,7 @@ uncompressed `DynamicCache` that got the same chunks (KL, top-1). The cache coun
 that the queries read. A method that reads none, or that should evict and drops none, is an error and not a
 result. Bytes are those of every storage of a cache made for 8192 bfloat16 tokens, when it holds them.
 
-`--free` lets every method write a text of its own instead: see benchmarks/free.py, whose options it has then.
+`--free` lets every method write a text of its own instead: see free.py, whose options it has then.
 
 `--json FILE` writes all numbers, and `--show FILE` prints the tables of such files. `--markdown FILE` and
 `--plot FILE` write table and picture. docs/quality.md explains the method.
@@ -32,6 +32,7 @@ from fade_fast.hf import loading
 
 from . import free, memory, pictures, texts
 from .methods import (
+    CONFIGS,
     POLICIES,
     QUANTIZED,
     Method,
@@ -301,7 +302,7 @@ def show(report: dict, results: list[Result]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("fade quality", description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
     parser.add_argument(
@@ -310,21 +311,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--free", action="store_true", help="free-running texts instead; --free --help shows its options"
     )
-    parser.add_argument("--windows", type=int, default=8 if cuda else 2, metavar="N")
+    parser.add_argument(
+        "--windows", type=int, default=8 if cuda else 2, metavar="N", help="pieces of the text"
+    )
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
     parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens fed at a time")
     parser.add_argument("--batch", type=int, default=8 if cuda else 1, metavar="N", help="windows at a time")
     parser.add_argument("--suite", choices=tuple(SUITES), default="table", help="lists of configurations")
-    parser.add_argument("--configs", nargs="+", metavar="NAME", help="these instead; see methods.py")
+    parser.add_argument("--configs", nargs="+", metavar="NAME", help=CONFIGS)
     parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
     parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
+    parser.add_argument(
+        "--dtype", choices=tuple(loading.DTYPES), default="fp32", help="of the model; default: fp32"
+    )
     parser.add_argument("--compiled", action="store_true", help="on a GPU, compile kernels for every shape")
     parser.add_argument("--no-bytes", dest="weigh", action="store_false", help="do not weigh caches")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="perplexity ratio against bytes a token")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well")
+    parser.add_argument(
+        "--plot", type=pictures.path, metavar="FILE", help="perplexity ratio against bytes a token"
+    )
     parser.add_argument("--show", type=Path, metavar="FILE", help="of a stored run, and stop")
     args = parser.parse_args(argv)
     if args.windows < 1 or args.length < 2 or args.chunk < 1 or args.batch < 1:

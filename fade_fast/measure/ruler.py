@@ -1,4 +1,4 @@
-"""Tasks of RULER, generated offline and answered freely: `python -m benchmarks.ruler`.
+"""Tasks of RULER, generated offline and answered freely: `fade ruler`.
 
 Five tasks of RULER (arXiv 2404.06654). Each is a prompt of an exact number of tokens, made from a local text
 and a seed:
@@ -32,11 +32,13 @@ import torch
 from torch import Tensor
 
 import fade_fast
+from fade_fast.errors import InputError
 from fade_fast.hf import loading
 from fade_fast.hf.models import CACHE_NAME
 
 from . import texts
 from .methods import (
+    CONFIGS,
     POLICIES,
     QUANTIZED,
     Method,
@@ -111,7 +113,7 @@ def score(said: str, answers: Sequence[str]) -> float:
 class Source:
     """A local text as a source of prompts: its tokens, its words, and a tokenizer.
 
-    Raises `ValueError` if the text has too few words.
+    Raises `InputError` if the text has too few words.
     """
 
     def __init__(self, tokenizer, text: str, longest: int):
@@ -119,7 +121,7 @@ class Source:
         self.tokens = self.ids(self.text)
         self.words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", self.text[:POOL])))
         if len(self.words) < 200:
-            raise ValueError(f"the text has {len(self.words)} words of 4 to 9 letters: 200 are needed")
+            raise InputError(f"the text has {len(self.words)} words of 4 to 9 letters: 200 are needed")
         blank = next(x for x in map(self.ids, ("\n", " ", ".", "a")) if len(x))
         self.blank = blank[:1]
 
@@ -139,7 +141,7 @@ class Source:
                 return found
             if not any(word in other or other in word for other in (*found, *apart)):
                 found.append(word)
-        raise ValueError(f"the text has too few words: {count} are needed, none part of another")
+        raise InputError(f"the text has too few words: {count} are needed, none part of another")
 
     def number(self, rng: random.Random, digits: int, apart: Sequence[str] = ()) -> str:
         """A number that neither the text nor `apart` contains."""
@@ -152,26 +154,26 @@ class Source:
         """The example, filled up to `length` tokens at its start. `parts` must fit."""
         asked = self.ids(question)
         if len(asked) > STEP:
-            raise ValueError(f"a question of {len(asked)} tokens: {STEP} are the most")
+            raise InputError(f"a question of {len(asked)} tokens: {STEP} are the most")
         body = torch.cat([*parts, asked])
         start = self.start()
         spare = length - len(start) - len(body)
         if spare < 0:
-            raise ValueError(f"{length} tokens are too few for the task: {-spare} more are needed")
+            raise InputError(f"{length} tokens are too few for the task: {-spare} more are needed")
         return Example(torch.cat([start, self.blank.repeat(spare), body]), len(asked), tuple(answers))
 
     def room(self, parts: list[Tensor], question: str, length: int) -> int:
-        """Tokens that remain beside these parts. Raises `ValueError` if there are none."""
+        """Tokens that remain beside these parts. Raises `InputError` if there are none."""
         found = length - sum(map(len, (self.start(), *parts, self.ids(question))))
         if found < 1:
-            raise ValueError(f"{length} tokens are too few for the task")
+            raise InputError(f"{length} tokens are too few for the task")
         return found
 
 
 def example(source: Source, task: str, length: int, seed: int) -> Example:
     """One prompt of `length` tokens. The same arguments give the same prompt.
 
-    Raises `ValueError` if the length is too short for the task, or the text too short for the length.
+    Raises `InputError` if the length is too short for the task, or the text too short for the length.
     """
     rng = random.Random(f"{task} {length} {seed}")
     if task in ("niah_single", "niah_multikey"):
@@ -204,7 +206,7 @@ def _niah(source: Source, rng: random.Random, length: int, keys: int) -> Example
     first = rng.randrange(max(1, len(source.tokens) - spare))
     filler = source.tokens[first : first + spare]
     if len(filler) < spare:
-        raise ValueError(f"the text has {len(source.tokens)} tokens, {spare} are needed")
+        raise InputError(f"the text has {len(source.tokens)} tokens, {spare} are needed")
     rng.shuffle(facts)
     return source.finished([head, *_woven(rng, filler, facts)], question, numbers[:1], length)
 
@@ -278,7 +280,7 @@ def _common(source: Source, rng: random.Random, length: int) -> Example:
 
     count = _most(lambda n: len(listed(n)) <= spare, 1, len(others))
     if not count:
-        raise ValueError(f"cwe: {length} tokens are too few for the task")
+        raise InputError(f"cwe: {length} tokens are too few for the task")
     return source.finished([head, listed(count)], question, common, length)
 
 
@@ -306,7 +308,7 @@ def _frequent(source: Source, rng: random.Random, length: int) -> Example:
     # From 40 on, the words that are asked and the next one all have different frequencies.
     first = _most(lambda n: len(written(n)) <= spare, 40, length)
     if not first:
-        raise ValueError(f"fwe: {length} tokens are too few for the task")
+        raise InputError(f"fwe: {length} tokens are too few for the task")
     return source.finished([head, written(first)], question, coded[:FREQUENT], length)
 
 
@@ -469,24 +471,30 @@ def headline(report: dict) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("fade ruler", description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
-    parser.add_argument("--text", default=texts.WIKITEXT, help="for prompts; see benchmarks/texts.py")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192], metavar="N")
+    parser.add_argument("--text", default=texts.WIKITEXT, help="for prompts; as --text of `fade quality`")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS)
+    )
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192], metavar="N", help="tokens"
+    )
     parser.add_argument("--trials", type=int, default=20 if cuda else 2, metavar="N", help="seeds a task")
     parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens fed at a time")
     parser.add_argument(
         "--batch", type=int, default=20 if cuda else 2, metavar="N", help="examples at a time"
     )
     parser.add_argument("--most", type=int, metavar="N", help="tokens of an answer (default: as in RULER)")
-    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help="see methods.py")
+    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help=CONFIGS)
     parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
     parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
+    parser.add_argument(
+        "--dtype", choices=tuple(loading.DTYPES), default="fp32", help="of the model; default: fp32"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     parser.add_argument("--show", type=Path, metavar="FILE", help="the tables of a stored run, and stop")
     args = parser.parse_args(argv)
     if min(args.trials, args.chunk, args.batch, args.most or 1, *args.lengths) < 1:

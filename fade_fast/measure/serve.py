@@ -1,4 +1,4 @@
-"""What the server costs: `python -m benchmarks.serve`, also `fade bench serve`.
+"""What the server costs: `fade bench serve`.
 
 **A token.** The same text is decoded by `model.generate()` and through the server, in turns, so that both see
 the same machine. The server's time includes its HTTP interface, the sampler and the client's connection; the
@@ -26,9 +26,9 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import fade_fast
-from fade_fast.cli import demo
 from fade_fast.hf import loading
 from fade_fast.hf.models import CACHE_NAME
+from fade_fast.measure import texts
 from fade_fast.serve import http
 from fade_fast.serve.engine import Engine, Options
 
@@ -130,7 +130,7 @@ class Server:
 
 def a_token(model, tokenizer, config, folder: Path, new: int, rounds: int) -> list[Token]:
     """The time of a token, by generate() and through the server, in turns."""
-    ids = tokenizer(built_in_text(200), return_tensors="pt").input_ids[:, :128]
+    ids = tokenizer(texts.built_in(200), return_tensors="pt").input_ids[:, :128]
     found: dict[str, list] = {"generate": [], "server": []}
     with Server(Engine(model, tokenizer, config, Options(reuse="off", max_sessions=0)), folder) as server:
         for round in range(rounds + 1):
@@ -179,7 +179,7 @@ def second_turn(model, tokenizer, config, folder: Path, prompt: int, ways) -> li
 
     The last way is "off", and is not the only one.
     """
-    start = tokenizer(built_in_text(prompt * 2), add_special_tokens=False).input_ids[: prompt - 64]
+    start = tokenizer(texts.built_in(prompt * 2), add_special_tokens=False).input_ids[: prompt - 64]
     said = [dict(role="user", content=tokenizer.decode(start) + "\n\nWhat is this text about?")]
     results, answer = [], None
     for how in ways:
@@ -197,14 +197,9 @@ def second_turn(model, tokenizer, config, folder: Path, prompt: int, ways) -> li
     return results
 
 
-def built_in_text(words: int) -> str:
-    """English that needs no download."""
-    return " ".join(demo.built_in_text().split()[:words])
-
-
 def parse(argv=None) -> argparse.Namespace:
     """The options of the command."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("fade bench serve", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="hub id or folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--config", default="safe", help="preset (default: safe)")
     parser.add_argument("--new", type=int, default=160, help="tokens that are timed (default: 160)")
