@@ -1,0 +1,1 @@
+"""Measurements that need a clone. Those of the command `fade` are in fade_fast/measure."""

@@ -13,7 +13,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from . import decode_attention, free, generate, memory, needles, pictures, quality, ruler, simulation
+from fade_fast.measure import decode_attention, free, generate, memory, needles, pictures, quality, ruler
+
+from . import simulation
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, FIGURES = ROOT / "benchmarks/results", ROOT / "docs/figures"

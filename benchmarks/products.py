@@ -24,9 +24,8 @@ from torch import Tensor
 from fade_fast.compile import compiled as compiling
 from fade_fast.compile import inductor
 from fade_fast.compile.small_matmul import few_tile, tile
+from fade_fast.measure.decode_attention import microseconds, read_bandwidth
 from fade_fast.saved.files import write_json
-
-from .decode_attention import microseconds, read_bandwidth
 
 ROWS = (1, 2, 4, 8)
 CACHED = 1 << 28  # bytes of weights to read, several times the size of an L2 cache

@@ -13,12 +13,12 @@ from torch import Tensor
 
 import fade_fast
 from fade_fast.hf import codebooks
+from fade_fast.measure.methods import configuration, key_shape
 from fade_ref import matched, product, quantize
 from fade_ref.config import FadeConfig
 from fade_ref.rotation import RotatedCodec, key_mean, qr_rotation
 
 from . import baselines
-from .methods import configuration, key_shape
 
 #: (layer index, keys, values) -> both as they are read; [H, n, D] each. Keys are after RoPE. Their first
 #: token has the position `n_sink`.

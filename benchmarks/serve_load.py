@@ -1,6 +1,6 @@
 """A load test of a running server with locust: `locust -f benchmarks/serve_load.py --host http://127.0.0.1:8000`.
 
-    pip install "fade[load]"
+    pip install "fade-fast[load]"
     fade serve &
     locust -f benchmarks/serve_load.py --host http://127.0.0.1:8000 --headless -u 20 -r 5 -t 60s --csv load
 

@@ -27,13 +27,14 @@ from transformers import AttentionInterface
 
 import fade_fast
 from fade_fast.hf import loading
+from fade_fast.measure import texts
+from fade_fast.measure.methods import key_shape
+from fade_fast.measure.quality import Score
+from fade_fast.measure.streams import NothingCompressed
 from fade_ref.config import FadeConfig
 
-from . import readers, texts
-from .methods import key_shape
-from .quality import Score
+from . import readers
 from .readers import Read, Reader
-from .streams import NothingCompressed
 
 NAME = "fade_simulated"
 MASKS = ("blocks", "last")
@@ -202,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
-    parser.add_argument("--text", default=texts.WIKITEXT, help="see benchmarks/texts.py")
+    parser.add_argument("--text", default=texts.WIKITEXT, help="see fade_fast/measure/texts.py")
     parser.add_argument("--windows", type=int, default=4 if cuda else 1, metavar="N")
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
     parser.add_argument("--chunk", type=int, default=64, metavar="N", help="of the mask blocks")

@@ -2,18 +2,26 @@
 
 >>> cache = fade_fast.create_cache(model, "safe")                       # doctest: +SKIP
 >>> model.generate(**inputs, cache=cache)                               # doctest: +SKIP
+
+The public names are imported when they are first used, so that `import fade_fast` loads neither torch nor
+transformers.
 """
 
-from fade_ref.config import FadeConfig
+import importlib
+from typing import TYPE_CHECKING
 
 from . import deprecated
-from .hf import loading
-from .hf.attach import attach, detach
-from .hf.cache import Memory, TieredKVCache
-from .hf.check import LayerCheck, ModelCheck, check_model
-from .hf.create import create_cache, load_cache
-from .hf.prompts import common_prefix
-from .hf.stream import Summary, stream
+
+if TYPE_CHECKING:
+    from fade_ref.config import FadeConfig
+
+    from .hf import loading
+    from .hf.attach import attach, detach
+    from .hf.cache import Memory, TieredKVCache
+    from .hf.check import LayerCheck, ModelCheck, check_model
+    from .hf.create import create_cache, load_cache
+    from .hf.prompts import common_prefix
+    from .hf.stream import Summary, stream
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,5 +40,40 @@ __all__ = [
     "loading",
     "stream",
 ]
+
+#: The module of each public name. Type checkers read the imports above; a test compares both.
+_HOMES = {
+    "FadeConfig": "fade_ref.config",
+    "LayerCheck": "fade_fast.hf.check",
+    "Memory": "fade_fast.hf.cache",
+    "ModelCheck": "fade_fast.hf.check",
+    "Summary": "fade_fast.hf.stream",
+    "TieredKVCache": "fade_fast.hf.cache",
+    "attach": "fade_fast.hf.attach",
+    "check_model": "fade_fast.hf.check",
+    "common_prefix": "fade_fast.hf.prompts",
+    "create_cache": "fade_fast.hf.create",
+    "detach": "fade_fast.hf.attach",
+    "load_cache": "fade_fast.hf.create",
+    "loading": "fade_fast.hf",
+    "stream": "fade_fast.hf.stream",
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES[name]
+    if name == "loading":
+        found = importlib.import_module(f"{home}.{name}")
+    else:
+        found = getattr(importlib.import_module(home), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 deprecated.install()

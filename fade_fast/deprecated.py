@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import types
 import warnings
+from pathlib import Path
 
 PACKAGE = __package__
 #: Old modules of this package, and the modules that hold their public names now.
@@ -78,8 +79,12 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _attribute_of(package: str, new: str):
+    modules = {path.stem for path in Path(__file__).with_name(package).glob("*.py")}
+
     def __getattr__(name: str):
-        if not name.startswith("_") and hasattr(module := importlib.import_module(f"{PACKAGE}.{new}"), name):
+        # `from fade_fast.cache import step` asks for an attribute first, then imports the module.
+        old = not name.startswith("_") and name not in modules
+        if old and hasattr(module := importlib.import_module(f"{PACKAGE}.{new}"), name):
             _warn(f"{package}.{name}", f"{new}.{name}")
             return getattr(module, name)
         raise AttributeError(f"module {PACKAGE}.{package!r} has no attribute {name!r}")

@@ -38,7 +38,10 @@ def train(x: Tensor, subspace_width: int = 4, centroids: int = 256, seed: int = 
     samples than centroids, NaN, a width that does not divide D, and centroids that are no power of two up to
     256.
     """
-    from sklearn.cluster import MiniBatchKMeans  # slow to import, and only training needs it
+    try:
+        from sklearn.cluster import MiniBatchKMeans  # slow to import, and only training needs it
+    except ImportError as error:
+        raise ImportError('training needs scikit-learn: pip install "fade-fast[train]"') from error
 
     _code_bits(centroids)
     parts = _cut(finite(x), subspace_width)

@@ -73,7 +73,10 @@ def _gaussian(t: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sphere(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The same for sqrt(dim) times a coordinate of a random unit vector (arXiv 2504.19874, Lemma 1)."""
-    from scipy.special import betainc, gammaln  # slow to import, and only this kind needs it
+    try:
+        from scipy.special import betainc, gammaln  # slow to import, and only this kind needs it
+    except ImportError as error:
+        raise ImportError('levels of kind "sphere" need scipy: pip install "fade-fast[train]"') from error
 
     half, z = (dim - 1) / 2, (t / math.sqrt(dim)).clamp(-1, 1)
     norm = math.exp(gammaln(dim / 2) - gammaln(half)) / math.sqrt(math.pi)

@@ -1,8 +1,8 @@
-"""`python -m parity`: tests on this machine whether fade_fast agrees with fade_ref.
+"""`fade parity` and `python -m parity`: test whether fade_fast agrees with fade_ref on this machine.
 
-python -m parity                        runs every case; the exit code is 1 if a case fails
-python -m parity compare A.json B.json  lists the differences between two machines; 1 if bits differ
-python -m parity mutate                 corrupts one function at a time; 1 if a corruption survives
+fade parity                        runs every case; the exit code is 1 if a case fails
+fade parity compare A.json B.json  lists the differences between two machines; 1 if bits differ
+fade parity mutate                 corrupts one function at a time; 1 if a corruption survives
 """
 
 import argparse
@@ -25,7 +25,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="fade parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     top.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device of fade_fast")
     top.add_argument("--dtype", choices=DTYPES, help="skip the cases of other dtypes")
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return mutants.main(args.only)
         return run(args)
     except (OSError, ValueError) as error:
-        print(f"python -m parity: error: {error}", file=sys.stderr)
+        print(f"fade parity: error: {error}", file=sys.stderr)
         return 2
 
 

@@ -109,7 +109,7 @@ def read(path: str) -> dict:
         if report["schema"] == SCHEMA and isinstance(report["cases"], list):
             return report
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: no report of python -m parity --json") from error
+        raise ValueError(f"{path}: no report of fade parity --json") from error
     raise ValueError(f"{path}: a report of schema {report['schema']}, not {SCHEMA}")
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks import decode_attention, generate, models, products
-from benchmarks.generate import Case, Result, Target
+from benchmarks import products
+from fade_fast.measure import decode_attention, generate, models
+from fade_fast.measure.generate import Case, Result, Target
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("fade_ref", "fade_fast", "parity", "benchmarks")
 #: Folders of fade_fast, from top to bottom. An import goes down or stays on its floor.
 FLOORS = (
-    {"cli", "serve"},
+    {"cli"},
+    {"measure"},
+    {"serve"},
     {"hf", "vllm"},
     {"saved", "cache"},
     {"policies", "formats", "kernels"},
@@ -100,11 +102,11 @@ def upwards(path: Path, name: str) -> bool:
 
 
 def past_its_folder(path: Path, name: str) -> bool:
-    """transformers or vLLM in a folder that knows neither; generation and caches outside hf and cli."""
+    """transformers or vLLM where neither is known; generation and caches outside hf, measure and cli."""
     folder = module_of(path).split(".")[1:2]
     if folder and folder[0] in NEUTRAL:
         return is_under(name, "transformers", "vllm")
-    if folder in (["hf"], ["cli"]):
+    if folder in (["hf"], ["cli"], ["measure"]):
         return False
     exported = name.startswith("transformers.") and any(word in name for word in GENERATES)
     return is_under(name, *GENERATION) or exported

@@ -1,7 +1,10 @@
 """The command `fade`, also `python -m fade_fast`. Each subcommand is one module.
 
-Modules in `COMMANDS` have `add_arguments(parser)` and `run(args)`, which may return an exit code. The first
-line of their docstring is their help. Commands in `PASSED` parse the arguments after their name themselves.
+Only the module of the given subcommand is imported, so that `fade --help` loads neither torch nor
+transformers.
+
+Modules in `COMMANDS` have `add_arguments(parser)` and `run(args)`, which may return an exit code. Commands in
+`PASSED` parse the arguments after their name themselves.
 
 Exit codes: 0, success; 1, a negative result (a refused model, a failed comparison); 2, an error that the user
 can fix, reported in one line on standard error; 130, interrupted.
@@ -13,34 +16,47 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..hf.loading import LoadError
-from . import calibrate, check, demo, generate, inspect, plot, report, serve, train_codebook, vllm_calibrate
+from ..errors import LoadError, missing
 
+#: Module and help of each command. The help is the first line of the module's docstring.
 COMMANDS = {
-    "demo": demo,
-    "check": check,
-    "generate": generate,
-    "inspect": inspect,
-    "plot": plot,
-    "serve": serve,
-    "report": report,
-    "calibrate": calibrate,
-    "train-codebook": train_codebook,
-    "vllm-calibrate": vllm_calibrate,
-}
+    "demo": ("demo", "Compare each preset with DynamicCache on a long prompt."),
+    "check": ("check", "Report which layers of a model a tiered cache compresses, and its memory."),
+    "generate": ("generate", "Answer a prompt, or questions about a stored document."),
+    "inspect": ("inspect", "Print the contents of a saved cache."),
+    "plot": ("plot", "Draw tokens by tier: over time, or as a map."),
+    "serve": (
+        "serve",
+        "Serve a model on this machine, by OpenAI's interface, with a page that shows the cache.",
+    ),
+    "report": ("report", "Draw the events of a cache as one page that opens in any browser."),
+    "calibrate": (
+        "calibrate", "Calibrate a model on a text, choose the widths of `safe`, and write both to a file.",
+    ),
+    "train-codebook": (
+        "train_codebook", "Learn codebooks of product quantization from a model and a text.",
+    ),
+    "vllm-calibrate": (
+        "vllm_calibrate", "Calibrate a model for the vLLM plugin on a text, and write a file.",
+    ),
+}  # fmt: skip
 #: Module and help of separate commands. The module's `main(argv)` returns an exit code.
 PASSED = {
-    "quality": ("benchmarks.quality", "Perplexity and recall with each preset."),
-    "memory": ("benchmarks.memory", "Bytes of each cache and peak memory, by length."),
-    "bench": ("benchmarks.generate", "Time decode steps; also `bench attention`, `bench serve`."),
+    "quality": ("fade_fast.measure.quality", "Perplexity with each preset; `--free`: texts that they write."),
+    "memory": ("fade_fast.measure.memory", "Bytes of each cache and peak memory, by length."),
+    "needles": ("fade_fast.measure.needles", "Recall of facts in long texts, by depth."),
+    "ruler": ("fade_fast.measure.ruler", "Tasks of RULER, answered freely."),
+    "bench": ("fade_fast.measure.generate", "Time decode steps; also `bench attention`, `bench serve`."),
     "parity": ("parity.__main__", "Check that the fast cache matches the specification."),
     "train-policy": ("fade_fast.hf.train_policy", "Train the learned eviction policy."),
 }
 BENCHES = {
-    "generate": "benchmarks.generate",
-    "attention": "benchmarks.decode_attention",
-    "serve": "benchmarks.serve",
+    "generate": "fade_fast.measure.generate",
+    "attention": "fade_fast.measure.decode_attention",
+    "serve": "fade_fast.measure.serve",
 }
+#: The extra that contains a package which a command imports.
+EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "matplotlib": "plot", "sklearn": "train", "scipy": "train"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,37 +66,44 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+def module_of(command: str):
+    """The module of a command in `COMMANDS`."""
+    return importlib.import_module(f"{__package__}.{COMMANDS[command][0]}")
+
+
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the command line. It has the options of one `command`, and the help of all."""
     top = Parser(prog="fade", description="A KV cache in tiers for Hugging Face models.")
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        summary, _, more = module.__doc__.partition("\n")
+    for name, (_, summary) in {**COMMANDS, **PASSED}.items():
+        if name != command or name in PASSED:
+            commands.add_parser(name, help=summary, add_help=False)
+            continue
+        module = module_of(name)
         module.add_arguments(
             commands.add_parser(
                 name,
                 help=summary,
                 description=summary,
-                epilog=more.strip("\n") or None,
+                epilog=module.__doc__.partition("\n")[2].strip("\n") or None,
                 formatter_class=argparse.RawDescriptionHelpFormatter,
-            )  # fmt: skip
+            )
         )
-    for name, (_, summary) in PASSED.items():
-        commands.add_parser(name, help=summary, add_help=False)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; bad arguments raise `SystemExit(2)`."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    command = next((x for x in argv if not x.startswith("-")), None)  # no option before it takes a value
     try:
         if argv and argv[0] in PASSED:
             return pass_on(argv[0], argv[1:])
-        args = parser().parse_args(argv)
-        return COMMANDS[args.command].run(args) or 0
+        args = parser(command).parse_args(argv)
+        return module_of(args.command).run(args) or 0
     except LoadError as error:
-        print(f"fade {argv[0]}: error: {error}", file=sys.stderr)
+        print(f"fade {command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -95,10 +118,12 @@ def pass_on(command: str, argv: list[str]) -> int:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        missing = error.name or name
-        if name == missing or name.startswith(f"{missing}."):
-            raise LoadError(f"{name} is not part of this installation: run it from a clone") from error
-        raise LoadError(f"{name} needs {missing}, which is not installed") from error
+        absent = error.name or name
+        if name == absent or name.startswith(f"{absent}."):
+            raise LoadError(f"{name} is not part of this installation") from error
+        if absent in EXTRAS:
+            raise missing(shown, absent, EXTRAS[absent]) from error
+        raise LoadError(f"{shown} needs {absent}, which is not installed") from error
     before, sys.argv = sys.argv, [shown, *argv]  # argparse takes the command's name from it
     try:
         return module.main(argv) or 0

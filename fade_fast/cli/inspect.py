@@ -5,7 +5,7 @@ Its tensors are not read, so they are not verified.
 
 import argparse
 
-from ..hf.loading import LoadError
+from ..errors import LoadError
 from ..saved import checkpoint, snapshot
 from ..saved.files import write_json
 from . import options

@@ -5,7 +5,7 @@ A telemetry file gives the plot over time. A saved cache or a snapshot gives the
 
 import argparse
 
-from ..hf.loading import LoadError
+from ..errors import LoadError, missing
 from ..saved.files import whole
 from . import options
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         from . import plots
     except ModuleNotFoundError as error:
-        raise LoadError(f'drawing needs {error.name}: pip install "fade[plot]"') from error
+        raise missing("drawing", error.name, "plot") from error
     out = args.out or args.file.with_name(args.file.name + ".png")
     try:
         figure = plots.of_file(args.file, args.row)

@@ -6,7 +6,7 @@ needs no other file and no network.
 
 import argparse
 
-from ..hf.loading import LoadError
+from ..errors import LoadError
 from ..saved import telemetry
 from ..saved.files import whole
 from ..serve import report

@@ -12,7 +12,8 @@ import os
 import socket
 import sys
 
-from ..hf.loading import HUB_ID, LoadError, load, quiet
+from ..errors import LoadError, missing
+from ..hf.loading import HUB_ID, load, quiet
 from ..serve.engine import REUSE, Engine, Options
 from . import options
 
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from ..serve import http
     except ModuleNotFoundError as error:
-        raise LoadError(f'serving needs {error.name}: pip install "fade[serve]"') from error
+        raise missing("serving", error.name, "serve") from error
     listening = listen(args.host, args.port)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     quiet()
@@ -107,7 +108,7 @@ def start_vllm(args: argparse.Namespace) -> int:
     """Replace this process by vLLM's server with our attention backend."""
     command = vllm_command(args)
     if importlib.util.find_spec("vllm") is None:
-        raise LoadError('--engine vllm needs vllm: pip install "fade[vllm]"')
+        raise missing("--engine vllm", "vllm", "vllm")
     if importlib.util.find_spec("fade_fast.vllm") is None:
         raise LoadError("--engine vllm needs fade_fast.vllm, which this version does not have")
     sys.stdout.flush()

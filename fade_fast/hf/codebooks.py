@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from ..errors import require
 from ..kernels import product
 from ..saved.files import whole
 from .models import CACHE_NAME, fingerprint
@@ -140,9 +141,11 @@ def train(
     Mini-batch k-means (scikit-learn) runs in each subspace, over all KV heads together. A bar shows progress.
 
     Raises:
+        MissingPackage: scikit-learn is not installed.
         ValueError: `centroids` is not a power of two from 2 to 256, `subspace_width` does not divide a
             head_dim, or there are fewer vectors than centroids.
     """
+    require("learning codebooks", "train", "sklearn")  # before the model reads anything
     if centroids not in (2, 4, 8, 16, 32, 64, 128, 256):
         raise ValueError(f"centroids={centroids!r}: a power of two from 2 to 256 is allowed")
     vectors = collect(model, ids)
@@ -180,7 +183,7 @@ def train(
 
 def _centres(x: Tensor, centroids: int, seed: int, bar: tqdm) -> Tensor:
     """Centroids [k, w] of vectors [n, w]."""
-    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.cluster import MiniBatchKMeans  # slow to import, and only in the extra "train"
 
     kmeans = MiniBatchKMeans(centroids, random_state=seed, batch_size=4096, n_init=1, max_iter=20)
     bar.update()

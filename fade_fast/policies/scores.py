@@ -30,7 +30,7 @@ ALPHA = 0.95  # decay of `Decayed` per query, from fade-kv 1.1.0, tracker.py
 WINDOW = 64  # number of queries that SnapKV observes
 #: The inputs of the network of the `learned` policy for each token. See `features`.
 FEATURES = ("position, scaled", "mean share, scaled", "depth of the layer", "age over that of the first")
-#: The default weights of this network. `python -m fade_fast.hf.train_policy` produced them.
+#: The default weights of this network. `fade train-policy` produced them.
 SHIPPED = Path(__file__).parent / "weights" / "learned.safetensors"
 UNSEEN = -1.0  # marks a token that no query could see
 

@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks import figures, free, memory, needles, pictures, quality, ruler
+from benchmarks import figures
+from fade_fast.measure import free, memory, needles, pictures, quality, ruler
 
 REPORTS = figures.stored_reports()
 

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 import fade_fast
-from benchmarks import quality, readers, simulation
-from benchmarks.methods import method
-from benchmarks.streams import NothingCompressed
+from benchmarks import readers, simulation
 from fade_fast.hf import codebooks
+from fade_fast.measure import quality
+from fade_fast.measure.methods import method
+from fade_fast.measure.streams import NothingCompressed
 from fade_ref import product
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
+from ..measure import models
 from ..models import codebooks as random_books
 from ..models import prompt, tiny_llama
-from . import models
 
 
 @pytest.mark.parametrize(

@@ -24,23 +24,28 @@ from .test_demo import loud_again, one_line, refused, tiny  # noqa: F401
 CONFIG = "recent_window=16,block_size=8"
 
 
-@pytest.mark.parametrize(
-    "command",
-    [(), *((name,) for name in (*command.COMMANDS, "parity", "bench", "quality", "memory"))],
-    ids=str,
-)
+PASSED = ("parity", "bench", "quality", "memory", "needles", "ruler")
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in (*command.COMMANDS, *PASSED))], ids=str)
 def test_help_fits_a_screen(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])
     said = capsys.readouterr().out.splitlines()
-    assert stopped.value.code == 0 and 5 < len(said) <= 36
-    assert said[0].startswith("usage: ") and max(map(len, said)) <= 100
+    assert stopped.value.code == 0 and 5 < len(said) <= 45
+    assert said[0].startswith(" ".join(["usage: fade", *command])) and max(map(len, said)) <= 100
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_the_help_of_all_commands_is_that_of_each(name):
+    """`fade --help` imports no command, so it has a copy of the first line of each module."""
+    assert command.COMMANDS[name][1] == command.module_of(name).__doc__.partition("\n")[0]
 
 
 def test_every_command_of_the_issue_is_there(capsys):
     names = "demo check generate quality memory bench parity inspect plot calibrate serve report"
-    names += " train-codebook train-policy vllm-calibrate"
+    names += " train-codebook train-policy vllm-calibrate needles ruler"
     assert {*command.COMMANDS, *command.PASSED} == set(names.split())
 
 
@@ -292,23 +297,26 @@ def test_training_again_gives_the_same_codebooks():
 
 def test_commands_of_their_own_get_what_follows(tmp_path, monkeypatch, capsys):
     heard = []
-    for name in ("benchmarks.decode_attention", "benchmarks.generate", "parity.__main__"):
+    for name in ("fade_fast.measure.decode_attention", "fade_fast.measure.generate", "parity.__main__"):
         listen = lambda argv, name=name: heard.append((name, argv, sys.argv)) or 3  # noqa: E731
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(main=listen))
     assert main(["bench", "attention", "--only", "x"]) == 3
     assert main(["bench", "--list"]) == 3
     assert main(["parity", "compare", "a", "b"]) == 3
     assert [(name, argv) for name, argv, _ in heard] == [
-        ("benchmarks.decode_attention", ["--only", "x"]),
-        ("benchmarks.generate", ["--list"]),
+        ("fade_fast.measure.decode_attention", ["--only", "x"]),
+        ("fade_fast.measure.generate", ["--list"]),
         ("parity.__main__", ["compare", "a", "b"]),
     ]
     assert heard[0][2] == ["fade bench attention", "--only", "x"]
-    monkeypatch.setitem(command.PASSED, "quality", ("benchmarks.absent", ""))
+    monkeypatch.setitem(command.PASSED, "quality", ("fade_fast.measure.absent", ""))
     assert main(["quality"]) == 2
-    assert "benchmarks.absent is not part of this installation" in one_line(capsys)
-    (tmp_path / "needy_benchmark.py").write_text("import no_such_package\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(command.PASSED, "quality", ("needy_benchmark", ""))
-    assert main(["quality"]) == 2
-    assert "needs no_such_package, which is not installed" in one_line(capsys)
+    assert "fade_fast.measure.absent is not part of this installation" in one_line(capsys)
+    for package, cure in ("no_such_package", "which is not installed"), ("uvicorn", '"fade-fast[serve]"'):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+        (tmp_path / f"needs_{package}.py").write_text(f"import {package}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(command.PASSED, "quality", (f"needs_{package}", ""))
+        assert main(["quality"]) == 2
+        said = one_line(capsys)
+        assert f"fade quality needs {package}" in said and cure in said

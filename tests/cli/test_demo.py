@@ -325,7 +325,7 @@ def test_the_missing_extra_is_named(no_hub, monkeypatch, capsys):
     for name in ("gguf", "accelerate"):
         monkeypatch.setitem(sys.modules, name, None)  # as if the package was not installed
     assert main(["demo"]) == 2
-    assert 'needs gguf and accelerate: pip install "fade[demo]"' in one_line(capsys)
+    assert 'needs gguf and accelerate: pip install "fade-fast[demo]"' in one_line(capsys)
     assert not no_hub.exists()
 
 

@@ -74,7 +74,7 @@ def test_without_the_extra(monkeypatch, capsys):
     monkeypatch.delattr(fade_fast.serve, "http", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "--port", "0"]) == 2
-    assert 'pip install "fade[serve]"' in one_line(capsys)
+    assert 'pip install "fade-fast[serve]"' in one_line(capsys)
 
 
 def test_the_command_line_of_vllm(monkeypatch, capsys):
@@ -93,7 +93,7 @@ def test_the_command_line_of_vllm(monkeypatch, capsys):
         "--served-model-name": "it", "--max-model-len": "4096", "--dtype": "float16", "--api-key": "k",
     }  # fmt: skip
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LoadError, match=r'pip install "fade\[vllm\]"'):
+    with pytest.raises(LoadError, match=r'pip install "fade-fast\[vllm\]"'):
         serve.start_vllm(args)
     started = []
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: name)

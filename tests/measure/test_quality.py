@@ -1,4 +1,4 @@
-"""benchmarks.quality: its arithmetic, what it refuses, and that the cache is really between."""
+"""measure.quality: its arithmetic, what it refuses, and that the cache is really between."""
 
 import json
 import math
@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from benchmarks import memory, quality, texts
-from benchmarks.methods import Unavailable, at_equal_bytes, compressed_tokens, method, record_bytes
 from fade_fast.kernels import rotated
+from fade_fast.measure import memory, quality, texts
+from fade_fast.measure.methods import Unavailable, at_equal_bytes, compressed_tokens, method, record_bytes
 from fade_ref.config import PRESETS, FadeConfig
 
 from ..models import prompt, tiny_llama

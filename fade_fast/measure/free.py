@@ -1,6 +1,6 @@
-"""Free-running quality: `python -m benchmarks.quality --free`.
+"""Free-running quality: `fade quality --free`.
 
-`benchmarks.quality` feeds a given text, which hides what accumulates. Here each method writes: it continues a
+`fade quality` feeds a given text, which hides what accumulates. Here each method writes: it continues a
 prompt greedily and reads its own text through its cache. The uncompressed model reads that text beside it. So
 both distributions of a token have the same prefix. Four numbers come of it:
 
@@ -13,9 +13,9 @@ both distributions of a token have the same prefix. Four numbers come of it:
 - *KL*: the mean KL divergence of the next-token distribution from the uncompressed one, along the own text.
 
 Tokens that end a text are never chosen, as under `min_new_tokens` of generate(). The tasks of
-`benchmarks.ruler` give the share of right answers, since those are written freely, too.
+`fade ruler` give the share of right answers, since those are written freely, too.
 
-Every method of benchmarks/methods.py can run. The cache counts the compressed tokens that it reads while it
+Every method of methods.py can run. The cache counts the compressed tokens that it reads while it
 writes. A method that reads none, or that should evict and drops none, is an error and not a result.
 """
 
@@ -35,11 +35,12 @@ import torch
 from torch import Tensor
 
 import fade_fast
+from fade_fast.errors import InputError
 from fade_fast.hf import loading
 from fade_fast.hf.models import CACHE_NAME
 
 from . import ruler, texts
-from .methods import Method, Unavailable, compressed_tokens, eager, evicted_tokens, method
+from .methods import CONFIGS, Method, Unavailable, compressed_tokens, eager, evicted_tokens, method
 from .streams import NothingCompressed, check, stream
 
 SUITE = (
@@ -96,12 +97,12 @@ class Text:
 def prompts(tokenizer, text: str, count: int, length: int, seed: int) -> Tensor:
     """Pieces of the text at random places: int64 [count, length]. The seed decides the places.
 
-    Raises `ValueError` if the text is too short for different ones.
+    Raises `InputError` if the text is too short for different ones.
     """
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
     places = range(0, len(ids) - length + 1)
     if len(places) < count:
-        raise ValueError(f"the text has {len(ids)} tokens: {count} prompts of {length} need more")
+        raise InputError(f"the text has {len(ids)} tokens: {count} prompts of {length} need more")
     starts = random.Random(f"{count} {length} {seed}").sample(places, count)
     return torch.stack([ids[i : i + length] for i in starts])
 
@@ -302,30 +303,32 @@ def show(report: dict) -> str:
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.quality --free", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser("fade quality --free", description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
-    parser.add_argument("--text", default=texts.WIKITEXT, help="of prompts; see benchmarks/texts.py")
-    parser.add_argument("--prompts", type=int, default=16 if cuda else 4, metavar="N")
+    parser.add_argument("--text", default=texts.WIKITEXT, help="of prompts; as --text of `fade quality`")
+    parser.add_argument("--prompts", type=int, default=16 if cuda else 4, metavar="N", help="how many")
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=512 if cuda else 128, metavar="N", help="tokens of a text")
     parser.add_argument("--margin", type=float, default=MARGIN, metavar="X", help="of a near-tie, in logits")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the places of prompts")
     parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens of a prompt fed at a time")
     parser.add_argument("--batch", type=int, default=16 if cuda else 4, metavar="N", help="prompts at a time")
-    parser.add_argument("--tasks", nargs="*", choices=ruler.TASKS, default=["niah_single", "niah_multikey"])
+    parser.add_argument(
+        "--tasks", nargs="*", choices=ruler.TASKS, default=["niah_single", "niah_multikey"], help="of RULER"
+    )
     parser.add_argument("--task-length", type=int, default=1024, metavar="N", help="tokens of a task")
     parser.add_argument(
         "--trials", type=int, default=20 if cuda else 2, metavar="N", help="examples of a task"
     )
-    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help="see methods.py")
+    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help=CONFIGS)
     parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
     parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
+    parser.add_argument(
+        "--dtype", choices=tuple(loading.DTYPES), default="fp32", help="of the model; default: fp32"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     parser.add_argument("--show", type=Path, metavar="FILE", help="of a stored run, and stop")
     args = parser.parse_args(argv)
     if min(args.prompts, args.length, args.new, args.chunk, args.batch, args.trials) < 1 or args.margin < 0:

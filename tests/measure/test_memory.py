@@ -1,11 +1,11 @@
-"""benchmarks.memory: bytes are those that are really held."""
+"""measure.memory: bytes are those that are really held."""
 
 import pytest
 import torch
 
-from benchmarks import memory
-from benchmarks.methods import allocated, method
 from fade_fast.hf.models import CACHE_NAME
+from fade_fast.measure import memory
+from fade_fast.measure.methods import allocated, method
 
 from ..models import prompt, tiny_llama
 from . import models

@@ -6,6 +6,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from fade_fast.errors import InputError, require
 from fade_fast.hf import loading
 
 SMOLLM2 = "smollm2"  # what the default model is called on the command line
@@ -21,22 +22,37 @@ def read(source: str) -> str:
             data set on the hub, NAME[:CONFIGURATION[:SPLIT[:COLUMN]]], by default its split "test" and its
             column "text". Rows are joined by an empty line. Files of plain text are unchanged.
 
-    Raises `ValueError` if the column is missing, and the errors of `datasets` if it cannot load the set.
+    Raises `MissingPackage` if `datasets` is needed and not installed, and `InputError` if the set cannot be
+    loaded or the column is missing.
     """
     path = Path(source)
     if path.is_file() and path.suffix not in TABLES:
         return path.read_text(encoding="utf-8")
+    what = f"{source} is no file of plain text: reading it"
+    require(what, "data", "datasets")
     from datasets import load_dataset  # a slow import
 
-    if path.is_file():
-        rows, column = load_dataset(TABLES[path.suffix], data_files=str(path), split="train"), "text"
-    else:
-        name, configuration, split, column = (source.split(":") + [""] * 3)[:4]
-        rows = load_dataset(name, configuration or None, split=split or "test")
-        column = column or "text"
+    name, configuration, split, column = (source.split(":") + [""] * 3)[:4]
+    try:
+        if path.is_file():
+            rows, column = load_dataset(TABLES[path.suffix], data_files=str(path), split="train"), ""
+        else:
+            rows = load_dataset(name, configuration or None, split=split or "test")
+    except Exception as error:  # `datasets` and the hub client raise their own errors
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot load the data set {source}: {why}; or name a file of text") from error
+    column = column or "text"
     if column not in rows.column_names:
-        raise ValueError(f"{source}: no column {column!r}: there are {', '.join(rows.column_names)}")
+        raise InputError(f"{source}: no column {column!r}: there are {', '.join(rows.column_names)}")
     return "\n\n".join(rows[column])
+
+
+def built_in(words: int) -> str:
+    """The first words of Python's language reference, which every CPython contains; about 10,000 at most."""
+    from pydoc_data.topics import topics
+
+    chapters = ("objects", "execmodel", "import", "dynamic-features", "attribute-access", "customization")
+    return " ".join("\n\n".join(topics[x].strip() for x in chapters if x in topics).split()[:words])
 
 
 def load_model(name: str, device, dtype: str):
@@ -62,14 +78,14 @@ def called(source: str) -> str:
 def windows(tokenizer, text: str, count: int, length: int) -> Tensor:
     """The first `count` windows of `length` tokens, one after the other: int64 [count, length].
 
-    Raises `ValueError` if the text is too short.
+    Raises `InputError` if the text is too short.
     """
     needed = count * length
     ids = tokenizer(text[: 12 * needed], return_tensors="pt", verbose=False).input_ids[0]
     if len(ids) < needed:
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     if len(ids) < needed:
-        raise ValueError(f"the text has {len(ids)} tokens: {count} windows of {length} need {needed}")
+        raise InputError(f"the text has {len(ids)} tokens: {count} windows of {length} need {needed}")
     return ids[:needed].reshape(count, length).to(torch.int64)
 
 

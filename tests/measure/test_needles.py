@@ -1,11 +1,11 @@
-"""benchmarks.needles: prompts are what they say, and an answer counts only if all of it is right."""
+"""measure.needles: prompts are what they say, and an answer counts only if all of it is right."""
 
 import pytest
 import torch
 
-from benchmarks import needles
-from benchmarks.methods import method
-from benchmarks.quality import NothingCompressed
+from fade_fast.measure import needles
+from fade_fast.measure.methods import method
+from fade_fast.measure.quality import NothingCompressed
 
 from ..marks import slow_but
 from ..models import tiny_llama

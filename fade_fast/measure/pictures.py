@@ -1,4 +1,4 @@
-"""Pictures of measured records. Drawing needs the extra `docs` (matplotlib).
+"""Pictures of measured records. Drawing needs the extra `plot` (matplotlib).
 
 The functions take records, not reports. So this module imports none of the benchmarks that make the
 records; those benchmarks and `figures` import it.
@@ -7,6 +7,8 @@ records; those benchmarks and `figures` import it.
 import itertools
 import math
 from pathlib import Path
+
+from fade_fast.errors import require
 
 from .methods import POLICIES, QUANTIZED
 
@@ -19,6 +21,12 @@ GROUPS = {  # label, color and marker of the dots
     "attention, keys or a network decide": (GREEN, "^"),
     "transformers' QuantizedCache": (RED, "X"),
 }
+
+
+def path(text: str) -> Path:
+    """The type of an option that names a picture. Raises `MissingPackage` before anything is measured."""
+    require("drawing", "plot", "matplotlib")
+    return Path(text)
 
 
 def group(name: str) -> str:

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("fastapi", reason='the extra "serve" is not installed')
 pytest.importorskip("uvicorn", reason='the extra "serve" is not installed')
 
-from benchmarks import serve  # noqa: E402
+from fade_fast.measure import serve  # noqa: E402
 
 from ..models import tiny_llama  # noqa: E402
 from ..tokenizers import TEMPLATE, byte_tokenizer  # noqa: E402

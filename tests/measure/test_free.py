@@ -1,4 +1,4 @@
-"""benchmarks.quality --free: texts are those of generate(), distances those of the uncompressed model."""
+"""measure.quality --free: texts are those of generate(), distances those of the uncompressed model."""
 
 import json
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import fade_fast
-from benchmarks import free, quality, ruler
-from benchmarks.methods import method
-from benchmarks.streams import NothingCompressed
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.kernels import rotated
+from fade_fast.measure import free, quality, ruler
+from fade_fast.measure.methods import method
+from fade_fast.measure.streams import NothingCompressed
 
 from ..marks import slow_but
 from ..models import prompt, tiny_llama

@@ -31,6 +31,9 @@ QUANTIZED = {"quanto4": ("quanto", 4), "quanto2": ("quanto", 2), "hqq4": ("hqq",
 WIDTHS = re.compile(r"int([8432])|k([8432])v([8432])")
 NAMES = ("dynamic", *QUANTIZED, "streaming", "off", *PRESETS, "int8|4|3|2", "k4v2", "codes", *POLICIES)
 
+#: Help of the option that takes such names.
+CONFIGS = "such as safe, int3, k4v2, h2o, quanto4, int4:recent_window=32 (docs/quality.md explains them)"
+
 EXACT, COMPRESSES, EVICTS = "exact", "compresses", "evicts"
 
 

@@ -1,4 +1,4 @@
-"""benchmarks.ruler: prompts have their length and one right answer, scores are RULER's, caches are read."""
+"""measure.ruler: prompts have their length and one right answer, scores are RULER's, caches are read."""
 
 import random
 import re
@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from benchmarks import ruler
-from benchmarks.methods import method
-from benchmarks.streams import NothingCompressed
+from fade_fast.measure import ruler
+from fade_fast.measure.methods import method
+from fade_fast.measure.streams import NothingCompressed
 
 from ..marks import slow_but
 from ..models import tiny_llama

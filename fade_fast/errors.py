@@ -1,0 +1,42 @@
+"""Errors that a user can fix. Importing this module imports nothing else."""
+
+import importlib.util
+
+
+class LoadError(RuntimeError):
+    """A model or a file cannot be loaded, for a reason that the caller can fix. The message is one line."""
+
+
+class InputError(LoadError, ValueError):
+    """A text or a number that a measurement cannot use. The message is one line."""
+
+
+class MissingPackage(LoadError, ImportError):
+    """A package of an optional extra is not installed. The message names the command that installs it."""
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an optional extra of this distribution.
+
+    >>> install_command("demo")
+    'pip install "fade-fast[demo]"'
+    """
+    return f'pip install "fade-fast[{extra}]"'
+
+
+def missing(what: str, package: str | None, extra: str) -> MissingPackage:
+    """The error for a `package` that is not installed; `what` needs it, and the extra `extra` contains it.
+
+    >>> print(missing("drawing", "matplotlib", "plot"))
+    drawing needs matplotlib: pip install "fade-fast[plot]"
+    """
+    error = MissingPackage(f"{what} needs {package}: {install_command(extra)}")
+    error.name = package
+    return error
+
+
+def require(what: str, extra: str, *packages: str) -> None:
+    """Raise `MissingPackage` unless all `packages` can be imported. They are not imported here."""
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    if absent:
+        raise missing(what, " and ".join(absent), extra)

@@ -1,0 +1,243 @@
+"""The size of caches: `fade memory`.
+
+Bytes are those of every distinct storage that a cache holds. They are counted tensor by tensor, not taken
+from what the cache reports. The cache holds one row of bfloat16 tokens of the shape of a model, and one
+prefill reaches each of the `--lengths`. A "grown" cache made room as tokens came, and a "reserved" one was
+made for that length (`max_length`). With `--peak` the model also runs. The peak is the most memory in use
+above its weights, with activations, during a prefill and during a step of 17 tokens after it. On CUDA the
+caching allocator counts it, and on a CPU the storages that operators made are counted.
+"""
+
+import argparse
+import gc
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+import fade_fast
+from fade_fast.hf import loading
+from fade_fast.hf.cache import TieredKVCache
+from fade_fast.hf.codebooks import SIDES
+from fade_fast.hf.layer import TieredLayer
+from fade_fast.hf.models import CACHE_NAME
+from fade_fast.saved.memory import StorageMeter
+
+from . import pictures, texts
+from .methods import CONFIGS, Method, Unavailable, allocated, key_shape, method
+
+SUITE = (
+    "dynamic",
+    "quanto4",
+    "hqq4",
+    "int8",
+    "int4",
+    "int3",
+    "k4v2",
+    "int2",
+    "balanced",
+    "aggressive",
+    "h2o",
+)
+LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
+STEP = 17  # tokens of the step after a prefill, more than compiled decode kernels take
+
+
+@dataclass
+class Result:
+    """Bytes at a length. None: not measured.
+
+    Attributes:
+        grown, reserved: held by a cache that grew, and by one made for `length`.
+        prefill, step: most bytes in use above the weights during each.
+    """
+
+    method: str
+    length: int
+    grown: int | None = None
+    reserved: int | None = None
+    prefill: int | None = None
+    step: int | None = None
+    failed: str | None = None
+
+
+@torch.no_grad()
+def fill(model, cache, length: int, dtype=torch.bfloat16, step: int | None = None) -> None:
+    """Let a cache take in `length` random tokens of one row, as a model of `dtype` would hand them over.
+
+    No model runs, because the size of a cache depends on shapes alone. `step` is the number of tokens at a
+    time; None: all.
+    """
+    generator = torch.Generator(model.device).manual_seed(0)
+    for start in range(0, length, step or length):
+        new = min(start + (step or length), length) - start
+        for i, layer in enumerate(cache.layers):
+            heads, dim = key_shape(model, i)
+            keys = torch.randn(1, heads, new, dim, generator=generator, device=model.device, dtype=dtype)
+            if isinstance(layer, TieredLayer):  # as its attention function does
+                layer.kv.compact()
+                layer.kv.token_positions.extend(start, None, 1, new, keys.device)
+                layer.kv.append(keys, keys, attended=True)
+            else:  # a sliding layer's view of a long step holds all of it, until the next step comes
+                for part in keys.split([new - 1, 1] if new > 1 else [1], dim=2):
+                    layer.update(part, part)
+
+
+def filled_bytes(model, m: Method, length: int, reserved: bool = False) -> int:
+    """Bytes of every storage of a cache that holds `length` bfloat16 tokens of one row.
+
+    `reserved`: whether the cache was made for that length. It makes no difference for caches of others.
+    """
+    cache = m(model, length)
+    if reserved and isinstance(cache, TieredKVCache):
+        weights = next((x.observer.weights for x in cache.tiered if hasattr(x.observer, "weights")), None)
+        pairs = ((i, zip(SIDES, getattr(layer, "books", None) or ())) for i, layer in enumerate(cache.layers))
+        books = {f"{i}.{side}": x for i, pair in pairs for side, x in pair}
+        options = dict(policy_weights=weights, codebooks=books or None)
+        cache = fade_fast.create_cache(model, cache.fade_config, max_length=length, **options)
+    try:
+        fill(model, cache, length)
+        return allocated(cache)
+    finally:
+        fade_fast.detach(model)
+
+
+@torch.no_grad()
+def peaks(model, m: Method, length: int) -> tuple[int, int]:
+    """Most bytes in use above the weights during a prefill of `length` tokens, and during a step after it."""
+    gc.collect()
+    cuda = model.device.type == "cuda"
+    ids = torch.arange(length + STEP, device=model.device)[None] % model.config.get_text_config().vocab_size
+    parts, found, meter = (ids[:, :length], ids[:, length:]), [], StorageMeter()
+    before = torch.cuda.memory_allocated() if cuda else 0
+
+    def forward(part, cache):
+        model(input_ids=part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
+
+    try:
+        cache = m(model, length)
+        for part in parts:
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                forward(part, cache)
+                found.append(torch.cuda.max_memory_allocated() - before)
+            else:
+                meter.peak = meter.now
+                with meter:
+                    forward(part, cache)
+                found.append(meter.peak)
+    finally:
+        fade_fast.detach(model)
+    return tuple(found)
+
+
+def run(model, methods: list[Method], lengths: list[int], peak: bool, say=print) -> list[Result]:
+    results = []
+    for m in methods:
+        for length in lengths:
+            r = Result(m.name, length)
+            try:
+                r.grown, r.reserved = (filled_bytes(model, m, length, reserved=x) for x in (False, True))
+                if peak:
+                    r.prefill, r.step = peaks(model, m, length)
+            except Unavailable as error:
+                r.failed = str(error)
+            except torch.OutOfMemoryError:
+                r.failed = "out of memory"
+            gc.collect()
+            results.append(r)
+            say(f"  {r.method} {r.length}: {r.failed or r.grown}")
+    return results
+
+
+# -- what is shown
+
+
+#: The tables of a result: field and heading.
+FIELDS = {
+    "grown": "Held by a cache that grew: MiB, and how many times less than `DynamicCache`",
+    "reserved": "Held by a cache made for its length (`max_length`)",
+    "prefill": "Most in use above the weights during a prefill, activations included",
+    "step": "Most in use above the weights during a step after it",
+}
+
+
+def table(results: list[Result]) -> str:
+    """Markdown: for each of `FIELDS` that was measured, a table of configurations by lengths."""
+    found, blocks = {(r.method, r.length): r for r in results}, []
+    for field, heading in FIELDS.items():
+        told = [r for r in results if r.failed or getattr(r, field) is not None]
+        lengths, names = (list(dict.fromkeys(getattr(r, f) for r in told)) for f in ("length", "method"))
+        size = {key: getattr(r, field) for key, r in found.items() if getattr(r, field) is not None}
+        if not size or (field == "reserved" and all(size[key] == found[key].grown for key in size)):
+            continue
+        lines = [f"{heading}:", "", "| config | " + " | ".join(f"{n} tokens" for n in lengths) + " |"]
+        lines.append("|---" * (1 + len(lengths)) + "|")
+        for name in names:
+            cells = []
+            for n in lengths:
+                mine, dense = size.get((name, n)), size.get(("dynamic", n))
+                ratio = f", 1/{dense / mine:.2f}" if mine and dense else ""
+                failed = found[name, n].failed if (name, n) in found else None
+                cells.append(f"{mine / 2**20:.1f}{ratio}" if mine else failed or "-")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def stored(path: Path) -> tuple[dict, list[Result]]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return report, [Result(**r) for r in report["results"]]
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("fade memory", description=__doc__.splitlines()[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N", help="tokens")
+    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help=CONFIGS)
+    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
+    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
+    parser.add_argument("--peak", action="store_true", help="run the model, too")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    parser.add_argument("--plot", type=pictures.path, metavar="FILE", help="bytes against length")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="the table of a stored run, and stop")
+    args = parser.parse_args(argv)
+    try:
+        names = dict.fromkeys(("dynamic", *args.configs))
+        args.methods = [method(name, args.policy_weights, args.codebooks) for name in names]
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    if args.show:
+        report, results = stored(args.show)
+    else:
+        loading.quiet()
+        model, _, name = texts.load_model(args.model, args.device, "bf16")
+        results = run(model, args.methods, args.lengths, args.peak, lambda line: print(line, flush=True))
+        report = dict(
+            kind="memory",
+            model=name,
+            device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
+            dtype="bf16",
+            torch=torch.__version__.split("+")[0],
+            transformers=transformers.__version__,
+            results=[asdict(r) for r in results],
+        )
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{report['model']}, {report['dtype']}, {report['device']}\n\n{table(results)}")
+    if args.plot:
+        pictures.memory_curves(results, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,322 @@
+"""Facts in long texts: `fade needles`.
+
+There are three tasks. Each is a prompt of an exact number of tokens, with a five-digit code that nothing
+else reveals:
+
+- passkey (arXiv 2305.16300): one sentence with the code among sentences that repeat;
+- multikey (after RULER, arXiv 2404.06654): four codes of four people in a real text; the question asks for
+  one;
+- recall: the start states the code, and it is asked for and answered; after a long detour it is asked for
+  again.
+
+The prompt is fed in chunks through the cache. Question and answer follow as one more step, which reads
+everything before it as the cache kept it. An example counts if every token of the answer is the best one.
+Greedy decoding would then have produced it. The table also shows the scores of the uncompressed model.
+"""
+
+import argparse
+import json
+import random
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fade_fast
+from fade_fast.errors import InputError
+from fade_fast.hf import loading
+from fade_fast.hf.models import CACHE_NAME
+
+from . import pictures, texts
+from .methods import (
+    COMPRESSES,
+    CONFIGS,
+    POLICIES,
+    QUANTIZED,
+    Method,
+    Unavailable,
+    compressed_tokens,
+    eager,
+    method,
+)
+from .streams import NothingCompressed, chunks, in_parts, read_by_choice
+
+TASKS = ("passkey", "multikey", "recall")
+SUITE = ("dynamic", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "streaming", *POLICIES)
+DEPTHS = (5, 20, 35, 50, 65, 80, 95)  # percent of the text before the fact
+NAMES = ("Alice", "Bruno", "Clara", "David")
+GRASS = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt: `context` and `question` are fed, and `answer` should follow; int64 [n] each."""
+
+    context: Tensor
+    question: Tensor
+    answer: Tensor
+
+
+@dataclass
+class Result:
+    """Scores of a method in a task, at a length and a depth.
+
+    Attributes:
+        depth: percent of the text before the fact; always 0 for "recall".
+        exact: share of examples answered in full.
+        tokens: share of answer tokens that are the best ones.
+        nll: of an answer, mean over examples, in nats.
+        read: compressed tokens that the step of the question could read, mean over examples and layers.
+    """
+
+    task: str
+    length: int
+    depth: int
+    method: str
+    trials: int = 0
+    exact: float | None = None
+    tokens: float | None = None
+    nll: float | None = None
+    read: float | None = None
+    failed: str | None = None
+
+
+def example(tokenizer, task: str, length: int, depth: int, seed: int, text: Tensor) -> Example:
+    """One prompt of `length` tokens, context and question together. The same `seed` gives the same prompt.
+
+    `text`: tokens of a real text, for tasks that put one around the fact.
+    """
+    rng = random.Random(f"{task} {length} {depth} {seed}")
+    codes = [str(rng.randrange(10_000, 100_000)) for _ in NAMES]
+
+    def ids(words: str) -> Tensor:
+        return tokenizer(words, return_tensors="pt", add_special_tokens=False).input_ids[0]
+
+    start = ids(tokenizer.bos_token) if tokenizer.bos_token else torch.empty(0, dtype=torch.int64)
+    if task == "passkey":
+        head = ids("There is important information hidden in a lot of irrelevant text. Remember it.")
+        facts = [ids(f" The pass key is {codes[0]}. Remember it. {codes[0]} is the pass key.")]
+        asked = ids(" What is the pass key that was hidden in the text above? The pass key is")
+        filler = ids(GRASS)
+        filler = filler.repeat(-(-length // len(filler)))
+    else:
+        first = rng.randrange(max(1, len(text) - length))
+        filler, head = text[first : first + length], ids("\n")
+        told = [
+            ids(f"\nThe secret code of {name} is {code}. Remember it.\n") for name, code in zip(NAMES, codes)
+        ]
+        question = f"What is the secret code of {NAMES[0]}? The secret code of {NAMES[0]} is"
+        asked, facts = ids(f"\nNow answer a question about the text above. {question}"), told
+        if task == "recall":
+            head = torch.cat([told[0], ids(f"{question} {codes[0]}.\n")])
+            facts = []
+    spare = length - len(start) - len(head) - len(asked) - sum(map(len, facts))
+    if spare < 0 or spare > len(filler):
+        raise InputError(f"{task}: {length} tokens are too few for the task, or more than the text has")
+    # The asked fact at `depth`, the others anywhere.
+    places = [round(spare * depth / 100), *(rng.randrange(spare + 1) for _ in facts[1:])]
+    parts, last = [start, head], 0
+    for place, fact in sorted(zip(places, facts), key=lambda pair: pair[0]):
+        parts += [filler[last:place], fact]
+        last = place
+    return Example(torch.cat([*parts, filler[last:spare]]), asked, ids(f" {codes[0]}"))
+
+
+@torch.no_grad()
+def ask(model, m: Method, examples: list[Example], size: int) -> tuple[Tensor, Tensor, float]:
+    """Which answer tokens are the best ones, bool [N, a]; nll of answers [N]; number of compressed tokens.
+
+    All examples have the same number of tokens in context, question and answer.
+    """
+    context, question, answer = (
+        torch.stack([getattr(e, part) for e in examples]).to(model.device)
+        for part in ("context", "question", "answer")
+    )
+    length = context.shape[1] + question.shape[1]
+    cache = m(model, length)
+    for part in chunks(context.shape[1], size):
+        model(input_ids=context[:, part], **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
+    read = float(compressed_tokens(cache))
+    if m.does == COMPRESSES and not read > 0:
+        raise NothingCompressed(f"{m.name}: the question found no compressed token: use longer prompts")
+    step = torch.cat([question, answer[:, :-1]], dim=1)
+    logits = in_parts(model, cache, step, m.most)[:, -answer.shape[1] :]
+    if m.most is not None:
+        read = read_by_choice(m, cache)
+    log_p = logits.float().log_softmax(-1)
+    nll = -log_p.gather(-1, answer[..., None])[..., 0].sum(-1)
+    return log_p.argmax(-1) == answer, nll, read
+
+
+def run(
+    model,
+    tokenizer,
+    methods,
+    tasks,
+    lengths,
+    depths,
+    trials: int,
+    size: int,
+    batch: int,
+    text: str,
+    say=print,
+    keep=lambda results: None,
+) -> list[Result]:
+    """Scores of every method at every depth and length of every task."""
+    words, results = tokenizer(text[: 40 * max(lengths)], verbose=False).input_ids, []
+    words = torch.tensor(words)
+    for task in tasks:
+        for length in lengths:
+            where = (0,) if task == "recall" else depths
+            n = trials * len(depths) if task == "recall" else trials
+            cells = [(d, example(tokenizer, task, length, d, i, words)) for d in where for i in range(n)]
+            for m in methods:
+                started = time.perf_counter()
+                found = score(model, m, task, length, cells, size, batch)
+                results += found
+                best = [r.exact for r in found if r.exact is not None]
+                told = f"{sum(best) / len(best):.2f} exact" if best else found[0].failed
+                say(f"  {task} {length}, {m.name}: {told}, {time.perf_counter() - started:.1f} s")
+                keep(results)
+    return results
+
+
+def score(model, m: Method, task: str, length: int, cells, size: int, batch: int) -> list[Result]:
+    """One method over `(depth, example)` pairs, in batches."""
+    results = {d: Result(task, length, d, m.name) for d, _ in cells}
+    sums: dict[int, list] = {d: [] for d in results}
+    step = batch if m.rowwise else 1
+    try:
+        for i in range(0, len(cells), step):
+            part = cells[i : i + step]
+            with eager():
+                right, nll, read = ask(model, m, [e for _, e in part], size)
+            for (d, _), row, x in zip(part, right.tolist(), nll.tolist()):
+                sums[d].append((all(row), sum(row) / len(row), x, read))
+    except Unavailable as error:
+        return [Result(task, length, d, m.name, failed=str(error)) for d in results]
+    except NothingCompressed:
+        raise
+    except Exception as error:  # one failed method must not end the run
+        traceback.print_exc()
+        failed = f"{type(error).__name__}: {error}"[:300]
+        return [Result(task, length, d, m.name, failed=failed) for d in results]
+    finally:
+        fade_fast.detach(model)
+    for d, r in results.items():
+        r.trials = len(sums[d])
+        r.exact, r.tokens, r.nll, r.read = (sum(column) / r.trials for column in zip(*sums[d]))
+    return list(results.values())
+
+
+# -- what is shown
+
+
+def table(results: list[Result]) -> str:
+    """Markdown: exact matches by depth, a block for each task and length."""
+    blocks = []
+    for task, length in dict.fromkeys((r.task, r.length) for r in results):
+        rows = [r for r in results if (r.task, r.length) == (task, length)]
+        depths = sorted({r.depth for r in rows})
+        trials = max(r.trials for r in rows)
+        head = ["config", *(f"{d} %" for d in depths), "mean", "nll of an answer"]
+        lines = [f"**{task}, {length} tokens, {trials} examples a cell**", ""]
+        lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for name in dict.fromkeys(r.method for r in rows):
+            mine = {r.depth: r for r in rows if r.method == name}
+            if failed := next((r.failed for r in mine.values() if r.failed), None):
+                lines.append(f"| {name} | {failed} |" + " |" * (len(head) - 2))
+                continue
+            cells = [f"{mine[d].exact:.2f}" for d in depths]
+            mean, nll = (sum(getattr(mine[d], f) for d in depths) / len(depths) for f in ("exact", "nll"))
+            lines.append(f"| {name} | " + " | ".join([*cells, f"{mean:.2f}", f"{nll:.2f}"]) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def stored(path: Path) -> tuple[dict, list[Result]]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return report, [Result(**r) for r in report["results"]]
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("fade needles", description=__doc__.splitlines()[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    parser.add_argument(
+        "--text", default=texts.WIKITEXT, help="around the facts; as --text of `fade quality`"
+    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048], metavar="N", help="tokens")
+    parser.add_argument(
+        "--depths",
+        nargs="+",
+        type=int,
+        default=list(DEPTHS),
+        metavar="PERCENT",
+        help="of the text before the fact",
+    )
+    parser.add_argument("--trials", type=int, default=10 if cuda else 2, metavar="N", help="examples a depth")
+    parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens fed at a time")
+    parser.add_argument(
+        "--batch", type=int, default=35 if cuda else 7, metavar="N", help="examples at a time"
+    )
+    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help=CONFIGS)
+    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
+    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
+    parser.add_argument(
+        "--dtype", choices=tuple(loading.DTYPES), default="fp32", help="of the model; default: fp32"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    parser.add_argument("--plot", type=pictures.path, metavar="FILE", help="heat map")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="the tables of a stored run, and stop")
+    args = parser.parse_args(argv)
+    if min(args.trials, args.chunk, args.batch, *args.lengths) < 1:
+        parser.error("--trials, --chunk, --batch and --lengths must be at least 1")
+    if not all(0 <= d <= 100 for d in args.depths):
+        parser.error("--depths: from 0 to 100 percent")
+    try:
+        names = dict.fromkeys(("dynamic", *args.configs))
+        args.methods = [method(name, args.policy_weights, args.codebooks) for name in names]
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    report, results = stored(args.show) if args.show else measured(args)
+    print(f"\n{report['model']}, {report['dtype']}, {report['device']}\n\n{table(results)}")
+    if args.plot:
+        pictures.heat_map(results, args.plot)
+    return 0
+
+
+def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
+    """Load, run, and record the circumstances. The file of `--json` is written after every method."""
+    loading.quiet()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    started = time.perf_counter()
+    model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
+    report = texts.circumstances("needles", model, name, args.text, args.dtype) | dict(
+        chunk=args.chunk,
+    )
+
+    def keep(results: list[Result]) -> None:
+        report.update(seconds=time.perf_counter() - started, results=[asdict(r) for r in results])
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    results = run(
+        model, tokenizer, args.methods, args.tasks, args.lengths, args.depths, args.trials, args.chunk,
+        args.batch, texts.read(args.text), lambda line: print(line, flush=True), keep,
+    )  # fmt: skip
+    return report, results
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

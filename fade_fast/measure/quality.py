@@ -1,0 +1,392 @@
+"""Perplexity through real caches: `fade quality`.
+
+A text is fed to the model in chunks, through the cache. Every chunk attends to itself and to the tokens
+that the cache kept. So everything except sinks, recent tokens and the chunk itself is read compressed, as
+in generation. Every next-token distribution is scored against the text (perplexity) and against an
+uncompressed `DynamicCache` that got the same chunks (KL, top-1). The cache counts the compressed tokens
+that the queries read. A method that reads none, or that should evict and drops none, is an error and not a
+result. Bytes are those of every storage of a cache made for 8192 bfloat16 tokens, when it holds them.
+
+`--free` lets every method write a text of its own instead: see free.py, whose options it has then.
+
+`--json FILE` writes all numbers, and `--show FILE` prints the tables of such files. `--markdown FILE` and
+`--plot FILE` write table and picture. docs/quality.md explains the method.
+"""
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fade_fast
+from fade_fast.hf import loading
+
+from . import free, memory, pictures, texts
+from .methods import (
+    CONFIGS,
+    POLICIES,
+    QUANTIZED,
+    Method,
+    Unavailable,
+    eager,
+    evicted_tokens,
+    method,
+)
+from .streams import NothingCompressed, Reader, check, chunks, read_by_choice, stream
+
+SUITE = (
+    "dynamic", "off", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive",
+    "streaming", *POLICIES,
+)  # fmt: skip
+_FIELDS = dict(block_size=(16, 32, 128, 256), n_sink=(0, 1, 2, 8, 16), recent_window=(0, 16, 32, 128, 256))
+_BUDGETS = ("int4_budget=200", "int4_budget=400", "int4_budget=800", "int4_budget=200:int2_budget=400")
+#: The candidates for presets: widths of keys and values, then one field at a time, then budgets.
+SWEEP = (
+    *(f"k{k}v{v}" for k in (8, 4, 3, 2) for v in (8, 4, 3, 2)),
+    *(f"{base}:{name}={x}" for base in ("int4", "int2") for name, values in _FIELDS.items() for x in values),
+    *(f"{policy}:{budget}" for budget in _BUDGETS for policy in ("position", "h2o", "ema", "learned")),
+)
+SUITES = {"table": SUITE, "sweep": SWEEP}
+AT = 8192  # tokens in the caches whose bytes are counted
+
+
+@dataclass
+class Result:
+    """The measurements of a method. None: not measured.
+
+    Attributes:
+        method: its name.
+        config: the configuration of our cache.
+        failed: the reason for missing numbers.
+        nll, kl: of every window, mean over its scored tokens, in nats.
+        top1: of every window, share of scored tokens whose best next token is that of the uncompressed model.
+        read: compressed tokens that a query read, mean over queries and layers.
+        evicted: tokens of a window that were lost at its end.
+        bytes, dense: allocated by a cache made for `AT` bfloat16 tokens, and by a `DynamicCache`.
+        seconds: for all windows.
+    """
+
+    method: str
+    does: str
+    config: str = ""
+    failed: str | None = None
+    nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+    read: float | None = None
+    evicted: float | None = None
+    bytes: int | None = None
+    dense: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class Summary:
+    """A row of the table. Ratios are to the uncompressed run; `se` is the standard error over windows."""
+
+    perplexity: float
+    ratio: float
+    ratio_se: float | None
+    kl: float
+    kl_se: float | None
+    top1: float
+    bytes_per_token: float | None
+    smaller: float | None
+
+
+# -- the measurement
+
+
+class Score:
+    """Sums of each row of a batch, float64 on the device."""
+
+    def __init__(self, rows: int, device):
+        self.nll, self.kl, self.top1 = torch.zeros(3, rows, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def add(self, logits: Tensor, exact: Tensor, targets: Tensor) -> None:
+        """Score `logits` [B, n, V] against `targets` [B, n or n - 1] and uncompressed `exact` [B, n, V]."""
+        n = targets.shape[1]  # the token after the window is not known
+        ours, theirs = (x[:, :n].float().log_softmax(-1) for x in (logits, exact))
+        self.nll -= ours.gather(-1, targets[..., None])[..., 0].sum(-1, dtype=torch.float64)
+        self.top1 += (ours.argmax(-1) == theirs.argmax(-1)).sum(-1)
+        self.kl += (theirs.exp() * (theirs - ours)).sum(-1).sum(-1, dtype=torch.float64)
+        self.count += n
+
+    def means(self) -> tuple[list[float], list[float], list[float]]:
+        return tuple((x / self.count).tolist() for x in (self.nll, self.kl, self.top1))
+
+
+def measure(model, m: Method, ids: Tensor, exact: list[Tensor], size: int) -> tuple:
+    """(nll, kl, top1) of each row of `ids` [B, L], compressed tokens read, tokens evicted, configuration.
+
+    `exact`: the uncompressed logits, chunk by chunk. Raises `NothingCompressed`, or `Unavailable`.
+    """
+    if m.name == "dynamic":  # the uncompressed logits are its own
+        sums = Score(len(ids), ids.device)
+        for where, logits in zip(chunks(ids.shape[1], size), exact):
+            sums.add(logits, logits, ids[:, 1:][:, where])
+        return *sums.means(), 0.0, 0.0, ""
+    groups = [slice(0, len(ids))] if m.rowwise else [slice(i, i + 1) for i in range(len(ids))]
+    score, read, gone, config = ([], [], []), [], [], ""
+    for rows in groups:
+        part = ids[rows]
+        cache, reader, sums = m(model, ids.shape[1]), Reader(), Score(len(part), ids.device)
+        targets = part[:, 1:]
+        for where, theirs, logits in zip(
+            chunks(ids.shape[1], size), exact, stream(model, cache, part, size, reader, m.most)
+        ):
+            sums.add(logits, theirs[rows], targets[:, where])
+        for all_rows, mine in zip(score, sums.means()):
+            all_rows.extend(mine)
+        read.append(reader.mean() if m.most is None else read_by_choice(m, cache))
+        gone.append(evicted_tokens(cache))
+        config = str(getattr(cache, "fade_config", ""))
+    check(m, statistics.mean(read), statistics.mean(gone))
+    return *score, statistics.mean(read), statistics.mean(gone), config
+
+
+def run(
+    model,
+    methods: list[Method],
+    ids: Tensor,
+    size: int,
+    batch: int,
+    weigh: bool = True,
+    say=print,
+    compiled: bool = False,
+    keep=lambda results: None,
+) -> list[Result]:
+    """Every method over every window. Uncompressed logits are computed once per batch of windows.
+
+    Args:
+        ids: windows [N, L]; `size` tokens of `batch` windows are fed at a time.
+        weigh: whether to weigh caches of `AT` tokens, too.
+        say: called with each line of progress.
+        compiled: whether kernels run compiled on a GPU, as under `generate()`.
+        keep: called after every batch with the results so far.
+    """
+    results = {m.name: Result(m.name, m.does, seconds=0.0) for m in methods}
+    dynamic = method("dynamic")
+    for first in range(0, len(ids), batch):
+        part = ids[first : first + batch].to(model.device)
+        exact = list(stream(model, dynamic(model, ids.shape[1]), part, size))
+        for m in methods:
+            r = results[m.name]
+            if r.failed:
+                continue
+            started = time.perf_counter()
+            try:
+                with eager(not compiled):
+                    nll, kl, top1, read, evicted, r.config = measure(model, m, part, exact, size)
+            except Unavailable as error:
+                r.failed = str(error)
+                continue
+            except NothingCompressed:
+                raise
+            except Exception as error:  # one failed method must not end the run
+                traceback.print_exc()
+                r.failed = f"{type(error).__name__}: {error}"[:300]
+                continue
+            finally:
+                fade_fast.detach(model)
+                gc.collect()
+            r.seconds += time.perf_counter() - started
+            share = len(part) / (len(r.nll) + len(part))
+            r.read = read * share + (r.read or 0.0) * (1 - share)
+            r.evicted = evicted * share + (r.evicted or 0.0) * (1 - share)
+            r.nll, r.kl, r.top1 = r.nll + nll, r.kl + kl, r.top1 + top1
+            say(f"  {m.name}: {len(r.nll)} windows, {r.seconds:.1f} s, {r.read:.0f} compressed tokens read")
+        keep(list(results.values()))
+    if weigh:
+        dense = memory.filled_bytes(model, dynamic, AT)
+        for m in methods:
+            if not results[m.name].failed:
+                held = memory.filled_bytes(model, m, AT, reserved=True)
+                results[m.name].bytes, results[m.name].dense = held, dense
+    return list(results.values())
+
+
+# -- what is shown
+
+
+def summary(r: Result, exact_nll: list[float]) -> Summary:
+    """The row of a result, from the uncompressed nll of each window."""
+    more = [mine - theirs for mine, theirs in zip(r.nll, exact_nll)]
+    ratio, n = math.exp(statistics.mean(more)), len(more)
+    error = lambda x: statistics.stdev(x) / math.sqrt(n) if n > 1 else None  # noqa: E731
+    se = error(more)
+    return Summary(
+        perplexity=math.exp(statistics.mean(r.nll)),
+        ratio=ratio,
+        ratio_se=None if se is None else ratio * se,
+        kl=statistics.mean(r.kl),
+        kl_se=error(r.kl),
+        top1=statistics.mean(r.top1),
+        bytes_per_token=r.bytes and r.bytes / AT,
+        smaller=r.bytes and r.dense / r.bytes,
+    )
+
+
+def summaries(results: list[Result]) -> dict[str, Summary]:
+    """The row of every method that ran, by name. Needs the result of "dynamic"."""
+    exact = next(r for r in results if r.method == "dynamic").nll
+    return {r.method: summary(r, exact) for r in results if not r.failed}
+
+
+HEAD = (
+    "config", "perplexity ratio", "mean KL", "top-1", "allocated at 8K", "compressed tokens a query reads",
+    "evicted of a window",
+)  # fmt: skip
+
+
+def table(results: list[Result]) -> str:
+    """Markdown, with one row for each method."""
+    rows, lines = summaries(results), ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    for r in results:
+        if r.failed:
+            lines.append(f"| {r.method} | {r.failed} |" + " |" * (len(HEAD) - 2))
+            continue
+        s = rows[r.method]
+        spread = "" if s.ratio_se is None else f" ± {s.ratio_se:.4f}"
+        weight = (
+            "-" if s.smaller is None else f"{s.bytes_per_token / 1024:.2f} KiB a token, 1/{s.smaller:.2f}"
+        )
+        lines.append(
+            f"| {r.method} | {s.ratio:.4f}{spread} | {s.kl:.5f} | {s.top1:.4f} | {weight} | {r.read:.0f} "
+            f"| {r.evicted:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def best_trades(results: list[Result]) -> str:
+    """One line: the configurations that no other one beats in bytes and KL."""
+    rows = {name: s for name, s in summaries(results).items() if s.smaller}
+    names = pictures.front({name: (s.bytes_per_token, s.kl) for name, s in rows.items()})
+    return (
+        f"No other is both smaller and nearer to uncompressed (KL) than: {', '.join(names)}." if names else ""
+    )
+
+
+def headline(report: dict) -> str:
+    """One line about a run."""
+    exact = next(r for r in report["results"] if r["method"] == "dynamic")
+    windows = "1 window" if report["windows"] == 1 else f"{report['windows']} windows"
+    weighed = report.get("weighed_on", report["device"])
+    return (
+        f"{report['model']}, {report['dtype']}, {report['device']}, torch {report['torch']}, transformers "
+        f"{report['transformers']}; {report['text']}, {windows} of {report['length']}, in chunks of "
+        f"{report['chunk']}; uncompressed perplexity {math.exp(statistics.mean(exact['nll'])):.4f}"
+        + ("" if weighed == report["device"] else f"; caches weighed on {weighed}")
+    )
+
+
+def stored(path: Path) -> tuple[dict, list[Result]]:
+    """A report that `--json` wrote, and its results."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    names = {f.name for f in fields(Result)}
+    return report, [Result(**{k: x for k, x in r.items() if k in names}) for r in report["results"]]
+
+
+def show(report: dict, results: list[Result]) -> str:
+    return f"{headline(report)}\n\n{table(results)}\n\n{best_trades(results)}\n"
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("fade quality", description=__doc__.splitlines()[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    parser.add_argument(
+        "--text", default=texts.WIKITEXT, help="file, or NAME[:CONFIGURATION[:SPLIT[:COLUMN]]]"
+    )
+    parser.add_argument(
+        "--free", action="store_true", help="free-running texts instead; --free --help shows its options"
+    )
+    parser.add_argument(
+        "--windows", type=int, default=8 if cuda else 2, metavar="N", help="pieces of the text"
+    )
+    parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
+    parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens fed at a time")
+    parser.add_argument("--batch", type=int, default=8 if cuda else 1, metavar="N", help="windows at a time")
+    parser.add_argument("--suite", choices=tuple(SUITES), default="table", help="lists of configurations")
+    parser.add_argument("--configs", nargs="+", metavar="NAME", help=CONFIGS)
+    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
+    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
+    parser.add_argument(
+        "--dtype", choices=tuple(loading.DTYPES), default="fp32", help="of the model; default: fp32"
+    )
+    parser.add_argument("--compiled", action="store_true", help="on a GPU, compile kernels for every shape")
+    parser.add_argument("--no-bytes", dest="weigh", action="store_false", help="do not weigh caches")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well")
+    parser.add_argument(
+        "--plot", type=pictures.path, metavar="FILE", help="perplexity ratio against bytes a token"
+    )
+    parser.add_argument("--show", type=Path, metavar="FILE", help="of a stored run, and stop")
+    args = parser.parse_args(argv)
+    if args.windows < 1 or args.length < 2 or args.chunk < 1 or args.batch < 1:
+        parser.error("--windows, --chunk and --batch must be at least 1, --length at least 2")
+    names = [name for name in args.configs or SUITES[args.suite] if name != "dynamic"]
+    try:  # all methods are compared with the uncompressed run
+        args.methods = [
+            method(name, args.policy_weights, args.codebooks) for name in ("dynamic", *dict.fromkeys(names))
+        ]
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--free" in argv:
+        return free.main([x for x in argv if x != "--free"])
+    args = arguments(argv)
+    report, results = stored(args.show) if args.show else measured(args)
+    print("\n" + show(report, results))
+    if args.markdown:
+        args.markdown.write_text(show(report, results), encoding="utf-8")
+    if args.plot:
+        pictures.pareto(summaries(results), args.plot)
+    return 0
+
+
+def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
+    """Load, run, and record the circumstances. The file of `--json` is written after every batch."""
+    loading.quiet()
+    started = time.perf_counter()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
+    ids = texts.windows(tokenizer, texts.read(args.text), args.windows, args.length)
+    print(f"ready after {time.perf_counter() - started:.0f} s", flush=True)
+    report = texts.circumstances("quality", model, name, args.text, args.dtype) | dict(
+        windows=args.windows,
+        length=args.length,
+        chunk=args.chunk,
+        weighed_at=AT,
+    )
+
+    def keep(results: list[Result]) -> None:
+        report.update(seconds=time.perf_counter() - started, results=[asdict(r) for r in results])
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    results = run(
+        model, args.methods, ids, args.chunk, args.batch, args.weigh,
+        lambda line: print(line, flush=True), args.compiled, keep,
+    )  # fmt: skip
+    keep(results)
+    return report, results
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

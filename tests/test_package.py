@@ -1,0 +1,94 @@
+"""The distribution: what imports load, what type checkers see, and what the wheel contains."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from setuptools import find_packages
+
+import fade_fast
+from fade_fast import errors
+from fade_fast.cli import command
+
+tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads pyproject.toml")
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+#: Packages that only some commands need.
+TRAINING = {"sklearn", "scipy"}
+SLOW = {"torch", "transformers", "numpy", "matplotlib", *TRAINING}
+
+
+def loaded(statements: str, *, absent: set[str] = frozenset()) -> set[str]:
+    """Top packages that a new process has imported after `statements`, in which `absent` cannot be."""
+    hide = "".join(f"sys.modules[{name!r}] = None\n" for name in sorted(absent))
+    show = "\nprint(*sorted({name.split('.')[0] for name, x in sys.modules.items() if x is not None}))"
+    run = [sys.executable, "-c", f"import sys\n{hide}{statements}{show}"]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_and_import_load_nothing_slow():
+    help = "import fade_fast.cli\ntry:\n    fade_fast.cli.main(['--help'])\nexcept SystemExit:\n    pass"
+    found = loaded(f"{help}\nfade_fast.__version__\ndir(fade_fast)")
+    assert "fade_fast" in found and not found & SLOW
+
+
+@pytest.mark.slow
+def test_the_public_names_and_commands_work_without_the_packages_that_train():
+    """Nothing but training imports scikit-learn and scipy: without them, all else is imported."""
+    passed = [module for module, _ in command.PASSED.values()] + list(command.BENCHES.values())
+    public = "import fade_fast\n[getattr(fade_fast, name) for name in fade_fast.__all__]"
+    modules = f"import importlib\n[importlib.import_module(x) for x in {passed}]"
+    commands = f"from fade_fast.cli import command\n[command.module_of(x) for x in {list(command.COMMANDS)}]"
+    found = loaded("\n".join([public, modules, commands]), absent={*TRAINING, "matplotlib", "datasets"})
+    assert {"torch", "transformers"} <= found
+
+
+def test_what_type_checkers_read_is_what_is_imported():
+    tree = ast.parse(Path(fade_fast.__file__).read_text(encoding="utf-8"))
+    (checked,) = (x for x in tree.body if isinstance(x, ast.If) and "TYPE_CHECKING" in ast.unparse(x.test))
+    homes = {}
+    for node in checked.body:
+        module = f"fade_fast.{node.module}" if node.level else node.module
+        homes |= {alias.name: module for alias in node.names}
+    assert homes == fade_fast._HOMES and set(homes) == set(fade_fast.__all__)
+    assert fade_fast.FadeConfig.__module__ == "fade_ref.config"
+    assert fade_fast.loading is importlib.import_module("fade_fast.hf.loading")
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = fade_fast.nonsense
+
+
+def test_the_wheel_contains_our_three_packages():
+    found = find_packages(str(ROOT), **PROJECT["tool"]["setuptools"]["packages"]["find"])
+    assert {name.split(".")[0] for name in found} == {"fade_fast", "fade_ref", "parity"}
+    for name, patterns in PROJECT["tool"]["setuptools"]["package-data"].items():
+        assert "py.typed" in patterns and all(list((ROOT / name).glob(pattern)) for pattern in patterns)
+
+
+def test_messages_name_this_distribution_and_extras_that_exist():
+    """`pip install fade` would fetch an unrelated package."""
+    assert PROJECT["project"]["name"] == "fade-fast"
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert set(command.EXTRAS.values()) <= set(extras)
+    needed = " ".join(PROJECT["project"]["dependencies"])
+    assert not any(name in needed for name in ("scikit-learn", "scipy", "matplotlib", "datasets"))
+    sources = [
+        x
+        for top in ("fade_fast", "fade_ref", "parity", "benchmarks", "docs")
+        for x in (ROOT / top).rglob("*")
+    ]
+    for path in [ROOT / "README.md", *sources]:
+        if path.suffix in (".py", ".md"):
+            text = path.read_text(encoding="utf-8")
+            assert 'install "fade[' not in text and "install fade " not in text, path
+
+
+@pytest.mark.parametrize("packages", [("no_such_a", "no_such_b"), ("json", "no_such_b")])
+def test_a_missing_package_is_named_with_its_extra(packages):
+    errors.require("this", "train", "json")
+    with pytest.raises(ImportError, match=r'this needs .*no_such_b: pip install "fade-fast\[train\]"'):
+        errors.require("this", "train", *packages)
