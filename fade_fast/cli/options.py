@@ -1,6 +1,7 @@
 """Options that the subcommands of `fade` share, and checks of their values."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
@@ -33,6 +34,10 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+#: Fields that leave no widths to choose.
+WIDTHS = {"middle_k_bits", "middle_v_bits", "layer_bits", "int4_budget", "select"}
+
+
 def add_fields(parser: argparse.ArgumentParser) -> None:
     """An option for each field of `FadeConfig`, such as --int4-budget. `with_fields` reads them.
 
@@ -48,9 +53,13 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
 def with_fields(args: argparse.Namespace) -> FadeConfig:
     """The configuration of --config, with the fields of `add_fields` that were given.
 
+    If the widths are among them, nothing is left to choose, and the bound of `safe` does not apply.
+
     Raises `LoadError` if they contradict each other.
     """
     given = fields_of(args)
+    if given.keys() & WIDTHS:
+        given = {"loss_bound": None} | given
     try:
         return dataclasses.replace(args.config, **given)
     except ValueError as error:
@@ -121,6 +130,8 @@ def config(text: str) -> FadeConfig:
 
     >>> config("int4_budget=400,eviction_policy=h2o") == FadeConfig(int4_budget=400, eviction_policy="h2o")
     True
+    >>> config("select=0.95,select_max=512") == FadeConfig(select=0.95, select_max=512)
+    True
     """
     if "=" not in text:
         return FadeConfig.preset(preset(text))
@@ -131,10 +142,13 @@ def config(text: str) -> FadeConfig:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
 
 
-def _value(text: str) -> int | str | None:
+def _value(text: str) -> int | float | str | None:
     if text == "None":
         return None
-    return int(text) if text.removeprefix("-").isdecimal() else text
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def text_file(path: str) -> str:

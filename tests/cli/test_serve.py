@@ -19,7 +19,7 @@ from .test_demo import one_line, tiny  # noqa: F401
 
 
 def parsed(*arguments: str):
-    return command.parser().parse_args(["serve", *arguments])
+    return command.parser("serve").parse_args(["serve", *arguments])
 
 
 def test_every_field_is_an_option():
@@ -34,7 +34,17 @@ def test_every_field_is_an_option():
         middle_k_bits=8, middle_v_bits=4, quant_backend="rotated", positions="original", plan_scope="layer",
         layer_bits={0: (8, 8), 3: (16, 16)},
     )  # fmt: skip
-    assert options.fields_of(args).keys() == set(FadeConfig.__dataclass_fields__)
+    others = parsed(
+        "--select", "0.9", "--select-page", "16", "--select-max", "64", "--index", "k2", "--cold", "host",
+        "--resident", "128",
+    )  # fmt: skip
+    assert options.with_fields(others) == FadeConfig(
+        select=0.9, select_page=16, select_max=64, index="k2", cold="host", resident=128
+    )
+    bound = parsed("--loss-bound", "0.01")
+    assert options.with_fields(bound) == FadeConfig(loss_bound=0.01)
+    names = {name for x in (args, others, bound) for name in options.fields_of(x)}
+    assert names == set(FadeConfig.__dataclass_fields__)
     assert options.with_fields(parsed()) == FadeConfig.safe()
     assert options.with_fields(parsed("--int4-budget", "7")) == FadeConfig(int4_budget=7)
 
