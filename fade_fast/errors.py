@@ -1,6 +1,13 @@
 """Errors that a user can fix. Importing this module imports nothing else."""
 
+import difflib
+import functools
 import importlib.util
+import inspect
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Function = TypeVar("Function", bound=Callable)
 
 
 class LoadError(RuntimeError):
@@ -40,3 +47,31 @@ def require(what: str, extra: str, *packages: str) -> None:
     absent = [name for name in packages if importlib.util.find_spec(name) is None]
     if absent:
         raise missing(what, " and ".join(absent), extra)
+
+
+def known_keywords(fields: Iterable[str]) -> Callable[[Function], Function]:
+    """A decorator: for an unknown keyword, the `TypeError` of a function lists near names and all names.
+
+    `fields` are those of a configuration, which the function takes as `config` and not as keywords.
+    """
+
+    def decorate(function: Function) -> Function:
+        names = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def checked(*args, **kwargs):
+            for name in kwargs:
+                if name in names:
+                    continue
+                called = f"{function.__name__}() has no argument {name!r}"
+                if name in fields:
+                    given = f"FadeConfig({name}={kwargs[name]!r})"
+                    raise TypeError(f"{called}: it is a field of FadeConfig; pass config={given}")
+                near = " or ".join(difflib.get_close_matches(name, names))
+                hint = f", did you mean {near}?" if near else ""
+                raise TypeError(f"{called}{hint}; its arguments are {', '.join(names)}")
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate

@@ -3,9 +3,11 @@
 Defaults stand here and nowhere else. `fade_fast` uses the same class.
 """
 
+import difflib
+import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from .tiers import INTEGER_TIERS
 
@@ -411,3 +413,23 @@ class FadeConfig:
 
 
 PRESETS = ("lossless", "safe", "int4", "recall", "balanced", "aggressive")
+
+
+def _naming_fields(init: Callable) -> Callable:
+    """`init` of a dataclass. For an unknown keyword, the error names near fields and all fields."""
+
+    @functools.wraps(init)
+    def named(self, *args, **kwargs):
+        names = [field.name for field in fields(FadeConfig)]
+        for name in kwargs:
+            if name not in names:
+                near = " or ".join(difflib.get_close_matches(name, names))
+                hint = f", did you mean {near}?" if near else ""
+                raise TypeError(f"FadeConfig has no field {name!r}{hint}; its fields are {', '.join(names)}")
+        init(self, *args, **kwargs)
+
+    return named
+
+
+# Not in the class body, so that type checkers read the fields of the dataclass.
+setattr(FadeConfig, "__init__", _naming_fields(FadeConfig.__init__))  # noqa: B010

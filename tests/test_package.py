@@ -1,7 +1,10 @@
 """The distribution: what imports load, what type checkers see, and what the wheel contains."""
 
 import ast
+import dataclasses
 import importlib
+import inspect
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +95,36 @@ def test_a_missing_package_is_named_with_its_extra(packages):
     errors.require("this", "train", "json")
     with pytest.raises(ImportError, match=r'this needs .*no_such_b: pip install "fade-fast\[train\]"'):
         errors.require("this", "train", *packages)
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (
+            lambda: fade_fast.FadeConfig(int4_buget=3),
+            "no field 'int4_buget', did you mean int4_budget",
+        ),
+        (lambda: fade_fast.FadeConfig(colour=3), "no field 'colour'; its fields are n_sink, recent_window"),
+        (
+            lambda: fade_fast.create_cache(None, maxlength=3),
+            "'maxlength', did you mean max_length",
+        ),
+        (
+            lambda: fade_fast.create_cache(None, n_sink=3),
+            r"pass config=FadeConfig\(n_sink=3",
+        ),
+        (lambda: fade_fast.load_cache("a", None, colour=3), "no argument 'colour'; its arguments are path"),
+    ],
+)
+def test_an_unknown_keyword_lists_what_there_is(call, says):
+    with pytest.raises(TypeError, match=says):
+        call()
+
+
+def test_what_type_checkers_read_of_functions_with_checked_keywords():
+    assert "max_length" in inspect.signature(fade_fast.create_cache).parameters
+    assert list(inspect.signature(fade_fast.FadeConfig).parameters)[:2] == ["n_sink", "recent_window"]
+    with pytest.raises(TypeError, match="has no field 'colour'"):
+        dataclasses.replace(fade_fast.FadeConfig(), colour=3)
+    config = fade_fast.FadeConfig(2, recent_window=32)
+    assert (config.n_sink, config.recent_window) == (2, 32) and pickle.loads(pickle.dumps(config)) == config

@@ -11,6 +11,7 @@ import time
 from ..hf.create import create_cache
 from ..hf.loading import LoadError, load, quiet
 from ..saved.files import write_json
+from ..saved.units import size
 from . import options, session
 
 
@@ -62,11 +63,11 @@ def run(args: argparse.Namespace) -> None:
         )
         memory = cache.memory()
         how = f"loaded from {args.resume}" if args.resume else "read"
-        print(f"{read.shape[1]} tokens {how} in {record['read_s']:.2f} s; {memory.allocated / 1e6:.2f} MB")
+        print(f"{read.shape[1]} tokens {how} in {record['read_s']:.2f} s; {size(memory.allocated)}")
         if args.save:
             cache.save(args.save, read)
             record |= dict(file_bytes=args.save.stat().st_size)
-            print(f"saved to {args.save}: {record['file_bytes'] / 1e6:.2f} MB")
+            print(f"saved to {args.save}: {size(record['file_bytes'])}")
         if question:
             _, rest = session.encode(tokenizer, "", question)
             record |= _answer(args, model, tokenizer, cache, read, rest, record["read_s"])

@@ -8,6 +8,7 @@ import argparse
 from ..errors import LoadError
 from ..saved import checkpoint, snapshot
 from ..saved.files import write_json
+from ..saved.units import size
 from . import options
 
 
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise LoadError(str(error)) from error
     model = {name: value for name, value in header["model"].items() if value is not None}
-    print(f"{args.file}: {args.file.stat().st_size:,} bytes, version {header['version']}")
+    print(f"{args.file}: {size(args.file.stat().st_size)}, version {header['version']}")
     print("model: " + ", ".join(f"{name} {value}" for name, value in model.items()))
     if checkpoint.TOKENS in shapes:
         print(f"token ids: {list(shapes[checkpoint.TOKENS][0])}")

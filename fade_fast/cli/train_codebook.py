@@ -7,6 +7,7 @@ import argparse
 
 from ..hf import codebooks
 from ..hf.loading import LoadError, load, quiet
+from ..saved.units import size
 from . import options
 
 
@@ -51,4 +52,4 @@ def run(args: argparse.Namespace) -> None:
     for side in codebooks.SIDES:
         errors = [x for name, x in learned.provenance["errors"].items() if name.endswith(side)]
         print(f"{side}s: relative error {sum(errors) / len(errors):.3f}, mean over {len(errors)} layers")
-    print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, from {ids.shape[1]} tokens")
+    print(f"{args.out}: {size(args.out.stat().st_size)}, from {ids.shape[1]} tokens")

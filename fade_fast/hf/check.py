@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from fade_ref.config import FadeConfig
 
 from ..cache.layer import KVLayer
+from ..saved.units import compared, grouped, size
 from .attach import verified
 from .cache import TieredKVCache
 from .models import attention_modules, unwrapped
@@ -70,13 +71,13 @@ class ModelCheck:
         }[self.decode]
         lines = [
             f"{self.model}: {tiered} of {len(self.layers)} layers are tiered; {how}",
-            f"at {self.length:,} tokens their {self.dense:,} bytes become {self.packed:,}, "
-            f"{self.dense / self.packed:.2f} times fewer",
+            f"at {self.length:,} tokens they need {size(self.packed)} instead of {size(self.dense)}: "
+            f"{compared(self.dense, self.packed) or 'nothing to compress'}",
         ]
         lines += [f"widths: {self.widths}"] if self.widths else []
         lines += [f"not verified: {self.untried}"] if self.untried else []
         lines += [text] if (text := untested()) else []
-        return "\n".join(lines + [f"layer {layer.index}: {layer.text}" for layer in self.layers])
+        return "\n".join(lines + grouped((layer.index, layer.text) for layer in self.layers))
 
 
 def check_model(

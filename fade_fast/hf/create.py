@@ -1,12 +1,14 @@
 """Create a new cache for a model, or load a saved cache."""
 
 import os
+from dataclasses import fields
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fade_ref.config import FadeConfig
 
+from ..errors import known_keywords
 from ..saved import checkpoint
 from .attach import attach
 from .cache import TieredKVCache
@@ -15,7 +17,10 @@ from .codebooks import Codebooks
 from .models import fingerprint, unwrapped
 from .widths import Choice, chosen
 
+FIELDS = tuple(field.name for field in fields(FadeConfig))
 
+
+@known_keywords(FIELDS)
 def create_cache(
     model: PreTrainedModel,
     config: str | FadeConfig = "safe",
@@ -86,6 +91,7 @@ def create_cache(
     return cache
 
 
+@known_keywords(FIELDS)
 def load_cache(
     path: str | os.PathLike,
     model: PreTrainedModel,

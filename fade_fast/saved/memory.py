@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from fade_ref.tiers import Tier
 
 from ..cache.layer import KVLayer
+from .units import compared, size
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,19 @@ class Memory:
     def ratio(self) -> float:
         """How many times smaller the cache is than an uncompressed one: dense / allocated."""
         return self.dense / self.allocated if self.allocated else 1.0
+
+    def __str__(self) -> str:
+        """Bytes with units, and the ratio in words.
+
+        >>> print(Memory(allocated=2**20, packed=2**19, dense=3 * 2**20, tokens={"FP16": 68, "INT4": 900}))
+        1.00 MiB allocated (512.0 KiB needed), 3.00 MiB if uncompressed: 3.00 times smaller; 68 FP16, 900 INT4
+        """
+        how = compared(self.dense, self.allocated) or "nothing held"
+        text = f"{size(self.allocated)} allocated ({size(self.packed)} needed)"
+        text += f", {size(self.dense)} if uncompressed"
+        text += f", {size(self.host)} more in host memory" if self.host else ""
+        tokens = ", ".join(f"{count:g} {tier}" for tier, count in self.tokens.items())
+        return f"{text}: {how}" + (f"; {tokens}" if tokens else "")
 
 
 def layer_sizes(layer: KVLayer) -> tuple[int, int, dict[str, int]]:

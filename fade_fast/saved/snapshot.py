@@ -24,6 +24,7 @@ from ..cache.layer import KVLayer
 from ..formats import tier_names
 from . import checkpoint
 from .memory import Memory, layer_sizes
+from .units import compared, grouped, size
 
 VERSION = 1
 TIERED = "tiered"
@@ -66,8 +67,8 @@ def _of_tiered(index: int, layer: KVLayer, positions: bool) -> dict:
     records = {Tier.FP16.name: (layer.dense.record_bytes, layer.dense_positions)}
     for tier in layer.middle.tiers if layer.middle is not None else ():
         records[tier.name] = (tier.records.record_bytes, lambda tier=tier: layer.middle.position(tier))
-    for name, (size, position) in records.items():
-        about["tiers"][name] = dict(tokens=tokens[name], bytes=tokens[name] * size)
+    for name, (each, position) in records.items():
+        about["tiers"][name] = dict(tokens=tokens[name], bytes=tokens[name] * each)
         if positions:
             about["tiers"][name]["positions"] = ranges(position())
     about["evicted"] = tokens.get(Tier.EVICTED.name, 0)
@@ -159,20 +160,20 @@ def ranges(position: Tensor) -> list[list[list[int]]]:
 
 
 def text(snapshot: dict) -> str:
-    """A snapshot as text, one line per layer."""
+    """A snapshot as text. Layers that hold the same share a line."""
     config = FadeConfig(**snapshot["config"])
     lines = [f"TieredKVCache, {snapshot['length']} tokens seen, {config}"]
     lines += [f"widths: {snapshot['widths']}"] if snapshot.get("widths") else []
     if "allocated" in snapshot and snapshot["allocated"]:
-        ratio = snapshot["dense"] / snapshot["allocated"]
         lines.append(
-            f"{snapshot['allocated']:,} bytes allocated, {snapshot['packed']:,} needed, "
-            f"{snapshot['dense']:,} if uncompressed: {ratio:.2f} times smaller"
+            f"{size(snapshot['allocated'])} allocated, {size(snapshot['packed'])} needed, "
+            f"{size(snapshot['dense'])} if uncompressed: "
+            f"{compared(snapshot['dense'], snapshot['allocated']) or 'nothing held'}"
         )
     elif "allocated" not in snapshot:
-        lines.append(f"{snapshot['packed']:,} bytes of tensors, batch of {snapshot['batch']}")
+        lines.append(f"{size(snapshot['packed'])} of tensors, batch of {snapshot['batch']}")
     if "host" in snapshot:
-        lines.append(f"{snapshot['host']:,} bytes in host memory")
+        lines.append(f"{size(snapshot['host'])} in host memory")
     if "selected" in snapshot:
         chosen = snapshot["selected"]
         pages = chosen["hits"] + chosen["misses"]
@@ -180,14 +181,13 @@ def text(snapshot: dict) -> str:
             f"a query reads {chosen['read']:.0f} of {chosen['held']:.0f} tokens of the middle in each KV head"
             + (f"; {chosen['hits'] / pages:.1%} of {pages:,} chosen pages were on the GPU" if pages else "")
         )
-    for layer in snapshot["layers"]:
-        if layer["kind"] != TIERED:
-            lines.append(f"layer {layer['layer']}: {layer['kind']} of transformers, not compressed")
-            continue
-        held = [f"{x.get('tokens', x.get('slots'))} {name}" for name, x in layer["tiers"].items()]
-        held += [f"{layer['evicted']} EVICTED"] if layer.get("evicted") else []
-        of = f" of {layer['dense']:,}" if "dense" in layer else ""
-        lines.append(
-            f"layer {layer['layer']}: tiered: {', '.join(held) or 'empty'}; {layer['bytes']:,}{of} bytes"
-        )
-    return "\n".join(lines)
+    return "\n".join(lines + grouped((layer["layer"], _layer_text(layer)) for layer in snapshot["layers"]))
+
+
+def _layer_text(layer: dict) -> str:
+    if layer["kind"] != TIERED:
+        return f"{layer['kind']} of transformers, not compressed"
+    held = [f"{x.get('tokens', x.get('slots'))} {name}" for name, x in layer["tiers"].items()]
+    held += [f"{layer['evicted']} EVICTED"] if layer.get("evicted") else []
+    of = f" instead of {size(layer['dense'])}" if "dense" in layer else ""
+    return f"tiered: {', '.join(held) or 'empty'}; {size(layer['bytes'])}{of}"

@@ -117,7 +117,7 @@ def test_what_generate_refuses(arguments, says, document, common, tmp_path, caps
     ("text", "says"),
     [
         ("frugal", "unknown preset 'frugal'"),
-        ("colour=3", "unexpected keyword"),
+        ("colour=3", "has no field 'colour'; its fields are n_sink"),
         ("n_sink=-1", "n_sink=-1: an integer of at least 0"),
         ("n_sink=1=2", "too many values"),
     ],
@@ -171,7 +171,7 @@ def test_inspect_prints_without_loading(saved, tmp_path, capsys, monkeypatch):
         checkpoint.read(path)
     assert main(["inspect", str(path), "--json", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "model_type llama" in said and "layer 1: tiered" in said and "48 INT4" in said
+    assert "model_type llama" in said and "layers 0 to 1: tiered" in said and "48 INT4" in said
     assert json.loads(out.read_text())["length"] == cache.get_seq_length()
     path.write_bytes(path.read_bytes()[:100])
     assert main(["inspect", str(path)]) == 2
