@@ -7,6 +7,7 @@
 from fade_ref.config import FadeConfig
 
 from . import deprecated
+from .cache.eviction import EvictionWarning
 from .hf import loading
 from .hf.attach import attach, detach
 from .hf.cache import Memory, TieredKVCache
@@ -17,6 +18,7 @@ from .hf.stream import Summary, stream
 
 __version__ = "0.1.0"
 __all__ = [
+    "EvictionWarning",
     "FadeConfig",
     "LayerCheck",
     "Memory",

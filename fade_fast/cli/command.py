@@ -14,10 +14,23 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..hf.loading import LoadError
-from . import calibrate, check, demo, generate, inspect, plot, report, serve, train_codebook, vllm_calibrate
+from . import (
+    calibrate,
+    check,
+    demo,
+    generate,
+    inspect,
+    plan,
+    plot,
+    report,
+    serve,
+    train_codebook,
+    vllm_calibrate,
+)
 
 COMMANDS = {
     "demo": demo,
+    "plan": plan,
     "check": check,
     "generate": generate,
     "inspect": inspect,

@@ -5,6 +5,7 @@ generate(). The uncompressed run comes first. The other runs are compared with i
 """
 
 import argparse
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from fade_ref.config import PRESETS
 from fade_ref.tiers import Tier
 
+from ..cache.eviction import EvictionWarning
 from ..hf.attach import detach
 from ..hf.create import create_cache
 from ..hf.foreign import ForeignLayer
@@ -88,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the demo. Prints one table, and writes `args.json` if it is given."""
     quiet()
+    warnings.filterwarnings("ignore", category=EvictionWarning)  # the table shows how many tokens are gone
     name = args.model or HUB_ID
     print(f"Loading {name} ...", flush=True)
     model, tokenizer = load(args.model, args.device, args.dtype)
