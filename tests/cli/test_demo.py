@@ -107,6 +107,9 @@ class Interrupted(io.StringIO):
         super().__init__()
         self.at, self.pressed = at, False
 
+    def isatty(self) -> bool:
+        return True  # bars are shown only to a terminal
+
     def write(self, text: str) -> int:
         if self.at in text and not self.pressed:
             self.pressed = True
