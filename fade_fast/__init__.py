@@ -15,6 +15,7 @@ from . import deprecated
 if TYPE_CHECKING:
     from fade_ref.config import FadeConfig
 
+    from .cache.eviction import EvictionWarning
     from .hf import loading
     from .hf.attach import attach, detach
     from .hf.cache import Memory, TieredKVCache
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "EvictionWarning",
     "FadeConfig",
     "LayerCheck",
     "Memory",
@@ -43,6 +45,7 @@ __all__ = [
 
 #: The module of each public name. Type checkers read the imports above; a test compares both.
 _HOMES = {
+    "EvictionWarning": "fade_fast.cache.eviction",
     "FadeConfig": "fade_ref.config",
     "LayerCheck": "fade_fast.hf.check",
     "Memory": "fade_fast.hf.cache",

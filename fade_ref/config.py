@@ -6,6 +6,7 @@ Defaults stand here and nowhere else. `fade_fast` uses the same class.
 import difflib
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -138,6 +139,12 @@ class FadeConfig:
         self._selection()
         if self.loss_bound is not None:
             self._loss_bound(by_layer)
+        if self.eviction_policy != "position" and not self.relocatable:
+            warnings.warn(
+                f"eviction_policy={self.eviction_policy!r} has no effect without a budget: every token is "
+                "kept. Give int4_budget, a number of tokens, or leave the policy out",
+                stacklevel=3,
+            )
 
     def _loss_bound(self, by_layer: bool) -> None:
         """Refuse a bound that is no positive number, and what leaves no widths to choose."""

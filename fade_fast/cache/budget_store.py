@@ -12,6 +12,7 @@ from torch import Tensor
 from ..formats.base import Field
 from ..policies import plan
 from .buffers import along, take
+from .eviction import warn_once
 from .positions import PAD, DeviceCounters
 from .store import CompressedStore, StoredTier
 
@@ -79,6 +80,7 @@ class BudgetStore(CompressedStore):
             ]
             for tier, fields in zip(self.tiers, records):
                 tier.make_room(fields, 0)
+            self._warn(candidates.position, places, evicted)
             before_write(evicted)
             for tier, fields in zip(self.tiers, records):
                 tier.replace(**fields)
@@ -183,6 +185,18 @@ class BudgetStore(CompressedStore):
         demoted = demoted if self._demoted is None else torch.maximum(self._demoted, demoted)
         live = sum((place != PAD).sum(-1, dtype=torch.int32) for place in places)
         return demoted, demoted - live[:, :1]  # every head holds as many
+
+    def _warn(self, position: Tensor, places: list[Tensor], evicted: Tensor) -> None:
+        """Warn of the first eviction, before anything is written.
+
+        Without padding, shapes tell how many tokens are dropped, so a captured demotion waits for nothing.
+        With padding, the host has looked at the plan already.
+        """
+        dropped = position.shape[-1] - sum(place.shape[-1] for place in places)
+        if dropped > 0 and self.token_positions.has_padding:
+            dropped = int(evicted.max())
+        if dropped > 0:
+            warn_once(self.config, dropped)
 
     def _count(self, demoted: Tensor, evicted: Tensor) -> None:
         """Store both counts."""

@@ -21,6 +21,7 @@ from ..errors import LoadError, missing
 #: Module and help of each command. The help is the first line of the module's docstring.
 COMMANDS = {
     "demo": ("demo", "Compare each preset with DynamicCache on a long prompt."),
+    "plan": ("plan", "Plan which caches fit on a GPU, from a model's configuration alone."),
     "check": ("check", "Report which layers of a model a tiered cache compresses, and its memory."),
     "generate": ("generate", "Answer a prompt, or questions about a stored document."),
     "inspect": ("inspect", "Print the contents of a saved cache."),

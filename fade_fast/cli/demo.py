@@ -5,6 +5,7 @@ generate(). The uncompressed run comes first. The other runs are compared with i
 """
 
 import argparse
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from fade_ref.config import PRESETS
 from fade_ref.tiers import Tier
 
+from ..cache.eviction import EvictionWarning
 from ..hf.attach import detach
 from ..hf.create import create_cache
 from ..hf.foreign import ForeignLayer
@@ -21,7 +23,7 @@ from ..hf.loading import HUB_ID, LoadError, load, quiet
 from ..hf.models import CACHE_NAME
 from ..saved.files import write_json
 from ..saved.memory import storage_bytes
-from . import options
+from . import options, quick
 from .session import Stopwatch
 
 PROMPT_TOKENS = 3000
@@ -75,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade demo`."""
     options.add_model(parser)
     parser.add_argument(
+        "--quick", action="store_true", help="`safe` alone: bytes, KL and top-1 agreement, in half a minute"
+    )
+    parser.add_argument(
         "--config", nargs="+", type=options.preset, default=list(SHOWN), metavar="PRESET",
         help=f"presets to run, of {', '.join(PRESETS)} (default: {', '.join(SHOWN)})",
     )  # fmt: skip
@@ -88,8 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the demo. Prints one table, and writes `args.json` if it is given."""
     quiet()
+    warnings.filterwarnings("ignore", category=EvictionWarning)  # the table shows how many tokens are gone
     name = args.model or HUB_ID
     print(f"Loading {name} ...", flush=True)
+    if args.quick:
+        return run_quick(args, name)
     model, tokenizer = load(args.model, args.device, args.dtype)
     inputs = encode_prompt(model, tokenizer, args.prompt_file, args.max_new_tokens).to(model.device)
     source = "" if model.name_or_path == name else f" (from {model.name_or_path})"
@@ -107,6 +115,24 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         results = records(model.name_or_path, prompt_tokens, runs, texts)
         write_json(args.json, results[0] if len(results) == 1 else results)
+
+
+def run_quick(args: argparse.Namespace, name: str) -> None:
+    """Compare `safe` with an uncompressed cache on one text, by teacher forcing."""
+    model, tokenizer = load(args.model, args.device, quick.dtype_for(args.device, args.dtype))
+    check_supported(model, [quick.PRESET])
+    ids = tokenizer(args.prompt_file or built_in_text(), return_tensors="pt", verbose=False).input_ids
+    reach = getattr(model.config.get_text_config(), "max_position_embeddings", None) or ids.shape[1]
+    ids = ids[:, : min(quick.PROMPT + quick.MORE, reach)].to(model.device)
+    prompt = ids.shape[1] - quick.MORE
+    if prompt < quick.MORE:
+        raise LoadError(f"--quick needs {2 * quick.MORE} tokens: the text or the model has {ids.shape[1]}")
+    where = f"{str(model.dtype).removeprefix('torch.')} on {_device_name(model.device)}"
+    print(f"{name}, {where}: {prompt} tokens read, {quick.MORE} more predicted\n", flush=True)
+    found = quick.compare(model, ids, prompt)
+    print(quick.text(found, model.device.type == "cpu"))
+    if args.json:
+        write_json(args.json, quick.record(model.name_or_path, found))
 
 
 def encode_prompt(
@@ -164,7 +190,9 @@ def check_supported(model: PreTrainedModel, configs: list[str]) -> None:
 def measure(model: PreTrainedModel, inputs, cache, name: str, max_new_tokens: int) -> Run:
     """Generate through `cache`. Measures the speed, and the size of the cache afterwards."""
     label = f"{name:<{len(BASELINE)}}"
-    with tqdm(total=max_new_tokens, desc=label, unit="token", mininterval=1, leave=False) as bar:
+    with tqdm(
+        total=max_new_tokens, desc=label, unit="token", mininterval=1, leave=False, disable=None
+    ) as bar:
         watch = Stopwatch(bar)
         tokens = _generate(model, inputs, cache, max_new_tokens, watch)
     if isinstance(cache, DynamicCache):

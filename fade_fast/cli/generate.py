@@ -7,7 +7,9 @@ fade generate --resume book.fade --prompt "Who died?"     ask, in another proces
 import argparse
 import contextlib
 import time
+import warnings
 
+from ..cache.eviction import EvictionWarning
 from ..hf.create import create_cache
 from ..hf.loading import LoadError, load, quiet
 from ..saved.files import write_json
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     question = args.prompt or args.prompt_file
     _check(args, question)
     quiet()
+    warnings.filterwarnings("ignore", category=EvictionWarning)  # the number of forgotten tokens is printed
     model, tokenizer = load(args.model, args.device, args.dtype)
     started = time.perf_counter()
     try:
@@ -71,6 +74,12 @@ def run(args: argparse.Namespace) -> None:
         if question:
             _, rest = session.encode(tokenizer, "", question)
             record |= _answer(args, model, tokenizer, cache, read, rest, record["read_s"])
+    record["forgotten"] = cache.memory().forgotten
+    if record["forgotten"]:
+        print(
+            f"forgotten: {record['forgotten']:g} of {cache.get_seq_length()} tokens, for good. `safe`, "
+            "`recall` and 2 bits keep every token"
+        )
     if args.json:
         write_json(args.json, record)
 

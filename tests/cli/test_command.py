@@ -45,7 +45,7 @@ def test_the_help_of_all_commands_is_that_of_each(name):
 
 def test_every_command_of_the_issue_is_there(capsys):
     names = "demo check generate quality memory bench parity inspect plot calibrate serve report"
-    names += " train-codebook train-policy vllm-calibrate needles ruler"
+    names += " plan train-codebook train-policy vllm-calibrate needles ruler"
     assert {*command.COMMANDS, *command.PASSED} == set(names.split())
 
 
@@ -320,3 +320,33 @@ def test_commands_of_their_own_get_what_follows(tmp_path, monkeypatch, capsys):
         assert main(["quality"]) == 2
         said = one_line(capsys)
         assert f"fade quality needs {package}" in said and cure in said
+
+
+def test_plan_needs_no_weights(tiny, tmp_path, capsys):  # noqa: F811
+    """A folder with nothing but a configuration is enough, and the figures are those of `capacity`."""
+    folder, out = tmp_path / "model", tmp_path / "plan.json"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((Path(tiny) / "config.json").read_bytes())
+    asked = ["plan", "--model", str(folder), "--gpu", "50MB", "--length", "900", "--json", str(out)]
+    assert main([*asked, "--config", "safe", "recall", "int4_budget=64,eviction_policy=h2o"]) == 0
+    said, found = capsys.readouterr().out, json.loads(out.read_text(encoding="utf-8"))
+    assert "GiB of weights (from the configuration)" in said and "every layer" in said
+    plain, safe, recall, h2o = found["caches"]
+    assert plain["bytes"] == 900 * 2 * 2 * 64 * 2 and plain["bytes"] > safe["bytes"] > h2o["bytes"]
+    assert found["room"] == 50_000_000 - found["weights"] - 5_000_000
+    assert recall["host"] > 0 and safe["host"] == 0
+    assert (
+        h2o["forgets"] and not safe["forgets"] and h2o["sequences"] > safe["sequences"] > plain["sequences"]
+    )
+    assert "any length" in said and "part of the text" in said, said
+
+
+def test_what_plan_refuses(tmp_path, capsys, refused):  # noqa: F811
+    for arguments, says in (
+        (["--model", str(tmp_path)], "cannot read the configuration"),
+        (["--model", refused, "--config", "frugal"], "unknown preset 'frugal'"),
+    ):
+        assert main(["plan", "--gpu", "1GB", *arguments]) == 2
+        assert says in one_line(capsys)
+    assert main(["plan", "--gpu", "1GB", "--model", refused, "--config", "balanced"]) == 0
+    assert "not for this model: BloomForCausalLM does not let" in capsys.readouterr().out

@@ -107,6 +107,9 @@ class Interrupted(io.StringIO):
         super().__init__()
         self.at, self.pressed = at, False
 
+    def isatty(self) -> bool:
+        return True  # bars are shown only to a terminal
+
     def write(self, text: str) -> int:
         if self.at in text and not self.pressed:
             self.pressed = True
@@ -360,3 +363,19 @@ def test_the_demo_on_the_real_model(smollm2, tmp_path):
     assert 2900 < record["prompt_tokens"] < 3100
     assert record["tiered"]["tokens"]["INT4"] > 2800 and record["tiered"]["ratio"] > 2.9
     assert record["agreement"] > 0 and record["text"]
+
+
+@pytest.mark.slow
+def test_the_quick_demo(tiny, tmp_path, capsys):
+    """Bytes, KL and top-1 agreement of `safe`, with compressed tokens really read, and no bars."""
+    out = tmp_path / "quick.json"
+    assert main(["demo", "--quick", "--model", tiny, "--device", "cpu", "--json", str(out)]) == 0
+    said, found = capsys.readouterr(), json.loads(out.read_text(encoding="utf-8"))
+    assert "float32 on cpu" in said.out and "no time" in said.out and "token/s" not in said.err
+    assert found["tokens"] == 1024 and found["compressed"] > 800 and found["predicted"] == 192
+    assert found["uncompressed"] == 1024 * 2 * 2 * 64 * 2 > 2 * found["held"]
+    assert 1e-7 < found["kl"] < 0.5 and 0.5 < found["top1"] <= 1
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.", encoding="utf-8")
+    assert main(["demo", "--quick", "--model", tiny, "--device", "cpu", "--prompt-file", str(short)]) == 2
+    assert "--quick needs 384 tokens" in one_line(capsys)

@@ -1,0 +1,30 @@
+"""The warning that a cache has begun to forget."""
+
+import warnings
+
+from fade_ref.config import FadeConfig
+
+_warned = False  # whether this process was told
+
+
+class EvictionWarning(UserWarning):
+    """A cache drops tokens for good. Given once in a process, at the first eviction.
+
+    `warnings.filterwarnings("ignore", category=fade_fast.EvictionWarning)` silences it. Turned into an error,
+    it stops the step before anything is dropped.
+    """
+
+
+def warn_once(config: FadeConfig, count: int) -> None:
+    """Warn that `count` tokens of a row are about to be dropped, unless this process was warned before."""
+    global _warned
+    if _warned:
+        return
+    _warned = True
+    warnings.warn(
+        f"this cache evicts: {count} tokens are being dropped for good, by eviction_policy="
+        f"{config.eviction_policy!r}, and the model cannot answer questions about them. 'safe' and 'recall' "
+        "keep every token. cache.memory().forgotten counts the dropped ones",
+        EvictionWarning,
+        stacklevel=2,
+    )

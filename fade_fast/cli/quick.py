@@ -1,0 +1,108 @@
+"""`fade demo --quick`: what the preset `safe` saves on one text, and what it costs in quality."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from fade_ref.tiers import Tier
+
+from ..hf import capacity
+from ..hf.attach import detach
+from ..hf.create import create_cache
+from ..hf.models import CACHE_NAME
+
+PRESET = "safe"
+PROMPT, MORE = 1024, 192  # tokens that are read first, and tokens that are predicted one by one
+CHUNK = 16  # tokens of a step: the most that read compressed tokens as a step of one token does
+
+
+@dataclass(frozen=True)
+class Quick:
+    """The figures of the quick demo.
+
+    Attributes:
+        tokens: tokens in the cache. compressed: those of them that were compressed, a mean over layers.
+        predicted: predictions that were compared.
+        kl: mean Kullback-Leibler divergence from the uncompressed prediction, in nats.
+        top1: share of predictions with the same most likely token.
+        uncompressed, held: bytes of an uncompressed cache and of this one, with bfloat16 keys and values.
+    """
+
+    tokens: int
+    compressed: float
+    predicted: int
+    kl: float
+    top1: float
+    uncompressed: int
+    held: int
+
+
+def dtype_for(device: str | None, dtype: str) -> str:
+    """float32 on a CPU, where bfloat16 is slow, unless the user names a dtype."""
+    on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+    return "fp32" if dtype == "auto" and on_cpu else dtype
+
+
+@torch.no_grad()
+def predictions(model: PreTrainedModel, cache: Cache, ids: Tensor, prompt: int, label: str) -> Tensor:
+    """Log-probabilities [n, vocabulary], float32, of the tokens of `ids` [1, m] after the first `prompt`.
+
+    The text itself is fed (teacher forcing), so both caches see the same tokens.
+    """
+    parts = [ids[:, :prompt], *ids[:, prompt:].split(CHUNK, dim=1)]
+    found = []
+    with tqdm(total=ids.shape[1], desc=label, unit="token", leave=False, disable=None) as bar:
+        for part in parts:
+            keep = 1 if part.shape[1] == prompt else 0
+            out = model(input_ids=part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=keep)
+            found.append(out.logits[0].float().log_softmax(-1))
+            bar.update(part.shape[1])
+    return torch.cat(found)[:-1]  # the last one predicts a token that the text does not have
+
+
+def compare(model: PreTrainedModel, ids: Tensor, prompt: int = PROMPT) -> Quick:
+    """Predict the tokens of `ids` [1, n] after the first `prompt` ones, uncompressed and with `safe`."""
+    cache = create_cache(model, PRESET)  # measures the widths first, where that was not done before
+    try:
+        ours = predictions(model, cache, ids, prompt, PRESET)
+    finally:
+        detach(model)
+    plain = predictions(model, DynamicCache(config=model.config), ids, prompt, "uncompressed")
+    tokens = cache.memory().tokens
+    bf16 = capacity.architecture(model.config, torch.bfloat16)
+    length = ids.shape[1]
+    return Quick(
+        tokens=length,
+        compressed=sum(n for name, n in tokens.items() if name not in (Tier.FP16.name, Tier.EVICTED.name)),
+        predicted=len(ours),
+        kl=float((plain.exp() * (plain - ours)).sum(-1).mean()),
+        top1=float((plain.argmax(-1) == ours.argmax(-1)).float().mean()),
+        uncompressed=capacity.uncompressed(bf16, length),
+        held=capacity.size(bf16, cache.fade_config, length, on_gpu=False).device,
+    )
+
+
+def text(found: Quick, on_cpu: bool) -> str:
+    """The figures, as the demo prints them."""
+    mib = 2**20
+    lines = [
+        f"{'cache':<14}{'MiB':>8}{'ratio':>8}{'mean KL, nats':>16}{'same top-1 token':>19}",
+        f"{'uncompressed':<14}{found.uncompressed / mib:>8.2f}{1:>8.2f}{0:>16.4f}{1:>19.1%}",
+        f"{PRESET:<14}{found.held / mib:>8.2f}{found.uncompressed / found.held:>8.2f}{found.kl:>16.4f}"
+        f"{found.top1:>19.1%}",
+        "",
+        f"{found.compressed:g} of {found.tokens} tokens were compressed, and every one can be read. MiB:",
+        f"with bfloat16 keys and values. KL and top-1: {found.predicted} predictions on the same text, each",
+        "compared with the prediction of the uncompressed cache. The ratio grows with the length of text.",
+    ]
+    if on_cpu:
+        lines.append("On a CPU the cache saves memory, and no time. Time is saved on a GPU: docs/speed.md.")
+    return "\n".join(lines)
+
+
+def record(model: str, found: Quick) -> dict:
+    """The content of the --json file."""
+    return dict(model=model, config=PRESET) | asdict(found)
