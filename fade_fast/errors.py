@@ -68,7 +68,7 @@ def known_keywords(fields: Iterable[str]) -> Callable[[Function], Function]:
                     given = f"FadeConfig({name}={kwargs[name]!r})"
                     raise TypeError(f"{called}: it is a field of FadeConfig; pass config={given}")
                 near = " or ".join(difflib.get_close_matches(name, names))
-                hint = f", did you mean {near}?" if near else ""
+                hint = f" (did you mean {near}?)" if near else ""
                 raise TypeError(f"{called}{hint}; its arguments are {', '.join(names)}")
             return function(*args, **kwargs)
 

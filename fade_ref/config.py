@@ -431,7 +431,7 @@ def _naming_fields(init: Callable) -> Callable:
         for name in kwargs:
             if name not in names:
                 near = " or ".join(difflib.get_close_matches(name, names))
-                hint = f", did you mean {near}?" if near else ""
+                hint = f" (did you mean {near}?)" if near else ""
                 raise TypeError(f"FadeConfig has no field {name!r}{hint}; its fields are {', '.join(names)}")
         init(self, *args, **kwargs)
 

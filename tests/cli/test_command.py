@@ -117,7 +117,7 @@ def test_what_generate_refuses(arguments, says, document, common, tmp_path, caps
     ("text", "says"),
     [
         ("frugal", "unknown preset 'frugal'"),
-        ("colour=3", "has no field 'colour'; its fields are n_sink"),
+        ("colour=3", "has no field 'colour'"),
         ("n_sink=-1", "n_sink=-1: an integer of at least 0"),
         ("n_sink=1=2", "too many values"),
     ],
