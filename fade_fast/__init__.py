@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from .cache.eviction import EvictionWarning
     from .hf import loading
-    from .hf.attach import attach, detach
+    from .hf.attach import detach
     from .hf.cache import Memory, TieredKVCache
     from .hf.check import LayerCheck, ModelCheck, check_model
-    from .hf.create import create_cache, load_cache
+    from .hf.create import attach, create_cache, load_cache
     from .hf.prompts import common_prefix
     from .hf.stream import Summary, stream
 
@@ -52,7 +52,7 @@ _HOMES = {
     "ModelCheck": "fade_fast.hf.check",
     "Summary": "fade_fast.hf.stream",
     "TieredKVCache": "fade_fast.hf.cache",
-    "attach": "fade_fast.hf.attach",
+    "attach": "fade_fast.hf.create",
     "check_model": "fade_fast.hf.check",
     "common_prefix": "fade_fast.hf.prompts",
     "create_cache": "fade_fast.hf.create",

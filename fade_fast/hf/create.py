@@ -10,6 +10,7 @@ from fade_ref.config import FadeConfig
 
 from ..errors import known_keywords
 from ..saved import checkpoint
+from . import generate
 from .attach import attach
 from .cache import TieredKVCache
 from .calibration import Calibration, of_tensors
@@ -138,3 +139,6 @@ def load_cache(
     ):
         cache.seen.set(ids[:, : cache.token_positions.length])
     return cache
+
+
+generate.MAKERS[generate.FADE] = create_cache

@@ -55,6 +55,9 @@ VALID_AUTO_COMPILE_CRITERIA = "_valid_auto_compile_criteria"
 GET_CANDIDATE_GENERATOR = "_get_candidate_generator"
 #: The method that compiles a step.
 GET_COMPILED_CALL = "get_compiled_call"
+FADE = "fade"  # the value of `cache_implementation` that asks for one of our caches
+#: What makes such a cache. `create.py`, which imports this module, adds `create_cache`.
+MAKERS: dict[str, Callable[..., TieredKVCache]] = {}
 
 
 @dataclass
@@ -165,13 +168,12 @@ def _asked(model: PreTrainedModel, given: Cache | None, kwargs: dict) -> TieredK
 
     `cache_config` says which: the name of a preset, a `FadeConfig`, or a dict of its fields; `safe` without.
     """
-    from .create import create_cache  # which attaches models, and so imports this module
 
     if given is not None:
         raise ValueError('cache_implementation="fade" makes a cache, and one is given: leave one of them out')
     del kwargs["cache_implementation"]
     config = kwargs.pop("cache_config", None) or "safe"
-    return create_cache(model, FadeConfig(**config) if isinstance(config, dict) else config)
+    return MAKERS[FADE](model, FadeConfig(**config) if isinstance(config, dict) else config)
 
 
 _noticed: set[str] = set()  # warnings that were already given
