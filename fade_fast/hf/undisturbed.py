@@ -1,6 +1,7 @@
 """Run a model to inspect it, and restore its state afterwards."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -8,6 +9,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compile.compiled import COMPILED_ON
 
+#: The stance of torch.compile, and `COMPILED_ON`, belong to the whole process. Two threads that changed them
+#: at once could restore each other's values, and nothing would be compiled from then on.
+_one_at_a_time = threading.RLock()
 SMALL = 1 << 16  # most elements of a buffer that is saved; larger ones are weights
 
 
@@ -16,8 +20,15 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Eager and deterministic inside. Afterwards every module and configuration is as before.
 
     The modes, attributes and buffers of all modules are restored, the random state, and the attention
-    function that each configuration names.
+    function that each configuration names. Other threads wait until the block ends.
     """
+    with _one_at_a_time:
+        with _held(model):
+            yield
+
+
+@contextlib.contextmanager
+def _held(model: PreTrainedModel) -> Iterator[None]:
     # Dynamic RoPE replaces its frequencies. Vision-language models store positions.
     held = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
     # Long RoPE writes its frequencies in place.

@@ -373,7 +373,8 @@ def test_the_quick_demo(tiny, tmp_path, capsys):
     said, found = capsys.readouterr(), json.loads(out.read_text(encoding="utf-8"))
     assert "float32 on cpu" in said.out and "no time" in said.out and "token/s" not in said.err
     assert found["tokens"] == 1024 and found["compressed"] > 800 and found["predicted"] == 192
-    assert found["uncompressed"] == 1024 * 2 * 2 * 64 * 2 > 2 * found["held"]
+    # This random model loses more than `safe` allows, so some layers have 8 bits.
+    assert found["uncompressed"] == 1024 * 2 * 2 * 64 * 2 > 1.5 * found["held"]
     assert 1e-7 < found["kl"] < 0.5 and 0.5 < found["top1"] <= 1
     short = tmp_path / "short.txt"
     short.write_text("Too short.", encoding="utf-8")

@@ -1,5 +1,7 @@
 """attach() tries a model before it is trusted: what it finds, where, and that it leaves no trace."""
 
+import threading
+import time
 import warnings
 
 import pytest
@@ -22,6 +24,7 @@ from fade_fast.compile import compiled as compiling
 from fade_fast.hf import attention, verify
 from fade_fast.hf.attach import verified
 from fade_fast.hf.models import CACHE_NAME
+from fade_fast.hf.undisturbed import undisturbed
 
 from ..models import OFF, SAFE, dense, generate, prompt, tiny_llama
 
@@ -165,3 +168,23 @@ def test_models_that_cannot_be_tried_are_attached_with_a_warning():
     with pytest.warns(UserWarning, match="could not be verified: .* TypeError: pixels are needed"):
         fade_fast.create_cache(model, SAFE)
     assert model.config._attn_implementation == attention.NAME
+
+
+def test_threads_that_inspect_models_leave_the_compiler_on():
+    """The first to begin is the first to end, so each would restore what the other one set."""
+    began, ended, compiled = threading.Event(), [], []
+
+    def first():
+        with undisturbed(tiny_llama()):
+            began.set()
+            time.sleep(0.2)
+            ended.append(True)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    began.wait()
+    with undisturbed(tiny_llama(seed=1)):
+        assert ended
+    thread.join()
+    torch.compile(lambda x: x + 1, backend=lambda graph, inputs: compiled.append(1) or graph)(torch.ones(2))
+    assert compiled and compiling.COMPILED_ON == {"cuda"}
