@@ -112,11 +112,13 @@ class Step:
         short: batches of requests with few new tokens.
         long: rows of requests with many new tokens, or None.
         first: tokens at the first positions, or None.
+        positions: int64 [T], of the tokens of the step in their requests. Padding of vLLM is not among them.
     """
 
     short: list[Batch]
     long: Batch | None
     first: FirstTokens | None
+    positions: Tensor
 
 
 def sees(at: Tensor, position: Tensor, window: int | None, itself: bool = True) -> Tensor:
@@ -161,9 +163,10 @@ def split(
     if rounded:
         batches = [_rounded(batch) for batch in batches]
     first = _first(starts, count, reach, lengths, table, slack)
+    positions = _positions(starts, count, lengths)
     long = np.flatnonzero(count > SHORT)
     if not len(long):
-        return Step(batches, None, first)
+        return Step(batches, None, first, positions)
     tiles = -(-count[long] // ROWS)
     request = np.repeat(long, tiles)
     before = (np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * ROWS
@@ -172,7 +175,14 @@ def split(
     order = np.argsort(-(reach[request] - after), kind="stable")
     request, before, size = request[order], before[order], size[order]
     whole = _batch(request, starts[request] + before, size, before, lengths, starts, reach, table)
-    return Step(batches, whole, first)
+    return Step(batches, whole, first, positions)
+
+
+def _positions(starts, count, lengths: Tensor) -> Tensor:
+    """Positions of all tokens of a step, int64 [T]: the last new token of a request is its last token."""
+    put = lambda x: torch.from_numpy(x).to(lengths.device, non_blocking=True)  # noqa: E731
+    request = np.repeat(np.arange(len(count)), count)
+    return lengths[put(request)].long() - put(starts[1:][request] - np.arange(len(request)))
 
 
 def _first(starts, count, reach, lengths: Tensor, table: Tensor, slack: int) -> FirstTokens | None:

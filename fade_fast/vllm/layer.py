@@ -19,13 +19,15 @@ from ..kernels import dense, packed, rotated
 from ..kernels.matched import Matrices
 from ..kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
 from .batches import Batch, FirstTokens, Step, sees
-from .pages import FIRST, PageLayout
+from .pages import FIRST, SPAN, PageLayout
 
 KEYS = 1024  # keys that long rows attend at a time
 ELEMENTS = 1 << 24  # most scores that long rows hold at a time
 #: Last tokens of a context that short rows read as vectors, decoded from their codes, beside the first ones.
 #: The float16 kernels need a score near the largest one, and these tokens are often attended most.
 LAST = 12
+#: By how many tokens kernels may round a context up, at most.
+ROUNDED_UP = 1 << 13
 
 
 class PagedLayer(ABC):
@@ -56,13 +58,14 @@ class PagedLayer(ABC):
         self.softcap, self.s_aux = softcap, s_aux
 
     @abstractmethod
-    def append(self, cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    def append(self, cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Store the tokens of a step.
 
         Args:
             cache: [P, H, N, C], vLLM's cache of this layer.
             keys, values: [T, H, D]. Tokens behind the length of `slots` are padding.
             slots: int [n]. Slot s is slot s % N of page s // N. Negative: padding, which is not stored.
+            positions: int64 [n], of the tokens in their requests.
         """
 
     def append_first(  # noqa: B027 - a layer without room does nothing
@@ -128,26 +131,31 @@ class PagedLayer(ABC):
             visible &= (position >= self.skipped)[:, None]
             visible = visible.repeat(1, group, 1)
             pages = table[:count, start // page : -(-stop // page)]
-            part = self._partial(cache, rows[:count], pages, visible)
+            part = self._partial(cache, rows[:count], pages, visible, first[:count], start)
             for x, new in zip(total, combine(Partial(*(x[:count] for x in total)), part)):
                 x[:count] = new
         return total
 
     @abstractmethod
-    def _partial(self, cache: Tensor, rows: Tensor, table: Tensor, visible: Tensor) -> Partial:
-        """Partial attention of `rows` [B, H, R, D], scaled, over slots of `table`: `visible` [B, R, S]."""
+    def _partial(
+        self, cache: Tensor, rows: Tensor, table: Tensor, visible: Tensor, first: Tensor, start: int
+    ) -> Partial:
+        """Partial attention of `rows` [B, H, R, D], scaled, over slots of `table`: `visible` [B, R, S].
+
+        The first slot of row b is at position `first[b]` + `start`.
+        """
 
 
 class DenseLayer(PagedLayer):
     """A layer that is not compressed. Its cache is that of vLLM: [P, H, N, 2 D], keys before values."""
 
-    def append(self, cache, keys, values, slots):
+    def append(self, cache, keys, values, slots, positions):
         count, page = len(slots), cache.shape[2]
         slots = slots.clamp_min(0).long()  # page 0 belongs to no request
         tokens = torch.cat((keys[:count], values[:count]), dim=-1).to(cache.dtype)
         cache[slots // page, :, slots % page] = tokens
 
-    def _partial(self, cache, rows, table, visible):
+    def _partial(self, cache, rows, table, visible, first, start):
         held = pages_of(cache, table.clamp(0, len(cache) - 1).long())  # [B, n, H, N, 2 D]
         held = held.transpose(1, 2).flatten(2, 3)[:, :, : visible.shape[-1]]
         keys, values = held.chunk(2, dim=-1)
@@ -164,7 +172,9 @@ class CompressedLayer(PagedLayer):
     Args:
         bits: of keys and values.
         head_dim, dtype, device: of the keys.
-        mean: fp16 [H, D], the means that are subtracted from keys; None: nothing is subtracted.
+        means: fp16 [H, M, D], what is subtracted from keys: row m at the positions m * `SPAN` to
+            (m + 1) * `SPAN` - 1. A table of `mean_rows` rows, or one row for all positions. None: nothing is
+            subtracted.
         matrices: those of keys and of values of the `matched` format; None: the format is `rotated`.
         options: see `PagedLayer`.
 
@@ -179,23 +189,23 @@ class CompressedLayer(PagedLayer):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        mean: Tensor | None = None,
+        means: Tensor | None = None,
         matrices: tuple[Matrices, Matrices] | None = None,
         **options,
     ):
         super().__init__(**options)
-        if mean is None:
-            mean = torch.zeros(self.heads, head_dim, dtype=torch.float16)
+        if means is None:
+            means = torch.zeros(self.heads, 1, head_dim, dtype=torch.float16)
+        self.means = means.to(device).contiguous()
         if matrices is None:
             self.format = RotatedFormat([bits], _tables)
         else:
             sides = [Matrices(*(x.to(device) for x in side)) for side in matrices]
-            self.format = MatchedFormat([bits], lambda device: (mean, *sides), None)
+            self.format = MatchedFormat([bits], lambda device: (means, *sides), None)
         self.format.check(head_dim, None)
         self.format.allocate(head_dim, dtype, device)
         (self.tier,) = self.format.tiers
         self.layout = PageLayout(self.tier)
-        self.mean = mean.to(device)[None, :, None]  # [1, H, 1, D]
         # A power of two at least as large as every value scale that was ever stored. It only grows, and a
         # power of two changes no digit of a result.
         self.bound = torch.full((self.heads,), rotated.SMALLEST_SCALE, device=device)
@@ -207,13 +217,27 @@ class CompressedLayer(PagedLayer):
             self._viewed = cache, self.layout.views(cache)
         return self._viewed[1]
 
-    def append(self, cache, keys, values, slots):
+    def _means_at(self, position: Tensor) -> Tensor:
+        """The mean of each key at `position` [B, n]: [B, H, n, D]; [1, H, 1, D] if all are equal."""
+        rows = self.means.shape[1]
+        if rows == 1:
+            return self.means[None]
+        return self.means[:, (position // SPAN).clamp(0, rows - 1)].transpose(0, 1)
+
+    @property
+    def _early_mean(self) -> Tensor:
+        """The mean of the first tokens of a request, [1, H, 1, D]: they share one, as `FIRST` <= `SPAN`."""
+        return self.means[None, :, :1]
+
+    def append(self, cache, keys, values, slots, positions):
         count, page = len(slots), cache.shape[2]
+        mean = self._means_at(positions[None])
         real = (slots >= 0)[:, None, None]  # padding may hold anything: its scale would spoil the bound
         sides = [torch.where(real, x[:count], 0).transpose(0, 1)[None] for x in (keys, values)]
         if use_compiled(keys) and count <= rotated.SMALL:
-            sides = [torch.nn.functional.pad(x, (0, 0, 0, rounded(count) - count)) for x in sides]
-        records = self.tier.encode(*sides, self.mean, recurs=True)
+            pad = lambda x: torch.nn.functional.pad(x, (0, 0, 0, rounded(count) - count))  # noqa: E731
+            sides, mean = [pad(x) for x in sides], mean if self.means.shape[1] == 1 else pad(mean)
+        records = self.tier.encode(*sides, mean, recurs=True)
         if sides[0].shape[2] > count:
             cut = {name: -1 if field.axis == -1 else 2 for name, field in self.layout.fields.items()}
             records = {name: x.narrow(cut[name], 0, count) for name, x in records.items()}
@@ -226,11 +250,11 @@ class CompressedLayer(PagedLayer):
         views, second = self.views(cache)
         stored = self.layout.read(views, first.page[None], first.at[None])
         sides = [x[first.tokens].transpose(0, 1)[None].float() for x in (keys, values)]
-        sides[0] = sides[0] - self.tier.decode_keys(stored, self.mean, torch.float32)
+        sides[0] = sides[0] - self.tier.decode_keys(stored, self._early_mean, torch.float32)
         sides[1] = sides[1] - self.tier.decode_values(stored, torch.float32)
         if self.tier.bits[1] == packed.DENSE:
             sides[1] = torch.zeros_like(sides[1], dtype=values.dtype)  # they are stored as they are
-        records = self.tier.encode(*sides, torch.zeros_like(self.mean), recurs=False)
+        records = self.tier.encode(*sides, torch.zeros_like(self._early_mean), recurs=False)
         self.layout.write(second, records, first.page, first.at)
 
     def _first(self, cache: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -239,7 +263,8 @@ class CompressedLayer(PagedLayer):
         at = torch.arange(FIRST, device=page.device).expand_as(page)
         views, second = self.views(cache)
         read = self.layout.read(views, page, at)
-        keys, values = self.tier.decode_keys(read, self.mean, dtype), self.tier.decode_values(read, dtype)
+        keys = self.tier.decode_keys(read, self._early_mean, dtype)
+        values = self.tier.decode_values(read, dtype)
         read = self.layout.read(second, page, at)
         return keys + self.tier.decode_keys(read, None, dtype), values + self.tier.decode_values(read, dtype)
 
@@ -256,14 +281,25 @@ class CompressedLayer(PagedLayer):
             score = self.softcap * torch.tanh(score / self.softcap)
         return combine(first, Partial(values, score, torch.ones_like(score)))
 
-    def view(self, cache: Tensor, table: Tensor, valid: Tensor) -> packed.TierView:
-        """The pages of some rows as kernels read them: `table` [B, n], `valid` bool [B, 1 or R, S]."""
-        rows = (len(table), -1)
-        means, bound = self.mean.expand(*rows, -1, -1), self.bound.expand(rows)
-        return self.tier.view(self.views(cache)[0], bound, means, valid, 1, None)._replace(block_table=table)
+    def view(
+        self, cache: Tensor, table: Tensor, valid: Tensor, first: Tensor, start: int = 0
+    ) -> packed.TierView:
+        """The pages of some rows as kernels read them: `table` [B, n], `valid` bool [B, 1 or R, S].
 
-    def _partial(self, cache, rows, table, visible):
-        view = self.view(cache, table, visible)
+        The first slot of row b is at position `first[b]` + `start`, a multiple of `SPAN`.
+        """
+        rows, begin, count = (len(table), -1), start // SPAN, -(-valid.shape[-1] // SPAN)
+        if self.means.shape[1] == 1 or self.window is None:  # all rows begin at position 0: nothing is copied
+            means = self.means if self.means.shape[1] == 1 else self.means[:, begin : begin + count]
+            means = means.expand(*rows, -1, -1)
+        else:
+            each = torch.arange(begin, begin + count, device=first.device)
+            means = self._means_at(first[:, None] + SPAN * each)
+        fields, bound = self.views(cache)[0], self.bound.expand(rows)
+        return self.tier.view(fields, bound, means, valid, SPAN, None)._replace(block_table=table)
+
+    def _partial(self, cache, rows, table, visible, first, start):
+        view = self.view(cache, table, visible, first, start)
         reference = rows.new_zeros(rows.shape[:3])
         return self.format.attend_tier(
             self.tier, rows, view, visible.shape[-1], reference, None, self.softcap
@@ -274,13 +310,15 @@ class CompressedLayer(PagedLayer):
         key = cache.shape[2], self.window, self.heads
         if key not in batch.shared:
             batch.shared[key] = _short_inputs(batch, *key, use_compiled(query))
-        table, valid, num_read, page, at, seen = batch.shared[key]
+        table, first, valid, num_read, last, page, at, seen = batch.shared[key]
         wide = torch.promote_types(query.dtype, torch.float32)
         late = self.layout.read(self.views(cache)[0], page.clamp_max(len(cache) - 1), at)
-        late = self.tier.decode_keys(late, self.mean, wide), self.tier.decode_values(late, wide)
+        late = (
+            self.tier.decode_keys(late, self._means_at(last), wide), self.tier.decode_values(late, wide)
+        )  # fmt: skip
         early = self._first(cache, batch.table, wide)
         keys, values = (torch.cat((*x[:2], x[2].to(wide)), 2) for x in zip(early, late, own))
-        view = self.view(cache, table, valid)
+        view = self.view(cache, table, valid, first)
         return self.format.attend(
             query, keys, values, seen, [self.tier], [view], [num_read], rope=None,
             scaling=self.scaling, softcap=self.softcap, s_aux=self.s_aux,
@@ -290,8 +328,9 @@ class CompressedLayer(PagedLayer):
 def _short_inputs(batch: Batch, page: int, window: int | None, heads: int, compiled: bool):
     """What the short rows of a batch read, the same in all layers with this window.
 
-    Returns the table and the validity of the tier, the number of slots read, of the `LAST` last tokens the
-    pages and the slots in them, and which queries see the `FIRST` first, the last ones and the rows' own.
+    Returns the table of the tier, the position of its first slot, its validity and the number of slots read,
+    of the `LAST` last tokens the positions, the pages and the slots in them, and which queries see the
+    `FIRST` first, the last ones and the rows' own.
     """
     table, first, slots = batch.pages(window, page)
     num_read = capacity = int(slots.max())
@@ -317,7 +356,16 @@ def _short_inputs(batch: Batch, page: int, window: int | None, heads: int, compi
     seen = torch.cat((seen, own), dim=2)
     late = late.clamp_min(0)
     pages = batch.table.gather(1, (late // page).clamp_max(batch.table.shape[1] - 1)).long().clamp_min(0)
-    return table, valid, num_read, pages, late % page, seen
+    return table, first, valid, num_read, late, pages, late % page, seen
+
+
+def mean_rows(length: int) -> int:
+    """Rows of the table of means for contexts of up to `length` tokens.
+
+    Kernels read slots beyond a context. The last row is never read, so that the compiler tells the number of
+    rows read from the size of the table.
+    """
+    return -(-(length + ROUNDED_UP) // SPAN) + 1
 
 
 @functools.cache

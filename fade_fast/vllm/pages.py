@@ -18,6 +18,7 @@ from ..formats.base import Field, TierFormat
 
 #: Tokens in a page are a multiple of this. Every field then starts at a multiple of 16 bytes.
 GRANULARITY = 32
+SPAN = GRANULARITY  # positions that share the mean of their keys: a page begins with a new mean
 PREFERRED = 128  # tokens in a page unless the user asks for others: the second run takes 3 % of it
 FIRST = 4  # tokens with a second record
 

@@ -7,7 +7,7 @@ import torch
 
 from fade_fast.vllm.batches import split
 from fade_fast.vllm.layer import CompressedLayer, DenseLayer
-from fade_fast.vllm.pages import FIRST, cell_bytes
+from fade_fast.vllm.pages import FIRST, SPAN, cell_bytes
 
 HEADS, GROUP, PAGE = 2, 3, 32
 
@@ -37,7 +37,7 @@ class Engine:
         page=PAGE,
         dtype=torch.float32,
         seed=0,
-        mean=None,
+        means=None,
         spare=7,
         matrices=None,
         **options,
@@ -47,7 +47,7 @@ class Engine:
         if bits is None:
             self.layer = DenseLayer(**options)
         else:
-            self.layer = CompressedLayer(bits, dim, dtype, torch.device("cpu"), mean, matrices, **options)
+            self.layer = CompressedLayer(bits, dim, dtype, torch.device("cpu"), means, matrices, **options)
         self.options = options
         draws = torch.Generator().manual_seed(seed)
         blocks = [-(-n // page) for n in lengths]
@@ -79,11 +79,12 @@ class Engine:
         positions = [torch.arange(s.start, s.stop) for s in spans]
         slots = [t[p // self.page].long() * self.page + p % self.page for t, p in zip(self.table, positions)]
         slots = torch.cat([*slots, torch.full((pads,), -1)])
-        self.layer.append(self.cache, keys, values, slots)
         reach = np.array([s.stop for s in spans])
         starts = np.concatenate(([0], np.cumsum(counts)))
         lengths = torch.from_numpy(reach).int()
         step = split(starts, reach, lengths, self.table[: len(counts)], rounded=rounded)
+        assert torch.equal(step.positions, torch.cat(positions))
+        self.layer.append(self.cache, keys, values, slots[: len(step.positions)], step.positions)
         if step.first is not None:
             self.layer.append_first(self.cache, keys, values, step.first)
         output = torch.full_like(query, math.nan)
@@ -98,14 +99,15 @@ class Engine:
         keys, values = (x[row].transpose(0, 1)[None] for x in (self.keys, self.values))
         if self.bits is None:
             return keys[0].double(), values[0].double()
-        tier, mean = self.layer.tier, self.layer.mean
+        tier, rows = self.layer.tier, self.layer.means.shape[1]
+        mean = self.layer.means[None, :, (torch.arange(keys.shape[2]) // SPAN).clamp_max(rows - 1)]
         record = tier.encode(keys, values, mean, False)
         stored = tier.decode_keys(record, mean, torch.float64), tier.decode_values(record, torch.float64)
         near = tier.decode_keys(record, mean, torch.float32), tier.decode_values(record, torch.float32)
         missed = [(x.float() - y)[:, :, :FIRST] for x, y in zip((keys, values), near)]
         if self.bits[1] == 16:
             missed[1].zero_()
-        record = tier.encode(missed[0], missed[1].to(self.dtype), 0 * mean, False)
+        record = tier.encode(missed[0], missed[1].to(self.dtype), 0 * mean[:, :, :1], False)
         stored[0][:, :, :FIRST] += tier.decode_keys(record, None, torch.float64)
         stored[1][:, :, :FIRST] += tier.decode_values(record, torch.float64)
         return stored[0][0], stored[1][0]
