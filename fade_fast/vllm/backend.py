@@ -46,6 +46,7 @@ class FadeBackend(AttentionBackend):
     supported_dtypes: ClassVar = list(options.DTYPES)
     supported_kv_cache_dtypes: ClassVar = ["auto", "float16", "bfloat16"]
     record: ClassVar[int | None] = None  # bytes of a token of a KV head; None: not compressed
+    fine: ClassVar[bool] = False  # see `PageLayout`
 
     @staticmethod
     def get_name() -> str:
@@ -95,15 +96,16 @@ class FadeBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         if cls.record is None or spec.state_content_bytes is not None:
             return spec
-        content = cell_bytes(cls.record, spec.block_size)
+        content = cell_bytes(cls.record, cls.fine, spec.block_size)
         return replace(spec, dtype=torch.uint8, state_content_bytes=content)
 
 
 @functools.cache
-def of_record(record: int | None) -> type[FadeBackend]:
-    """The backend of layers with records of this size."""
-    name = "FadeBackend" + ("Dense" if record is None else str(record))
-    return type(name, (FadeBackend,), {"record": record, "__module__": __name__, "__qualname__": name})
+def of_record(record: int | None, fine: bool = False) -> type[FadeBackend]:
+    """The backend of layers with records of this size; see `PageLayout`."""
+    name = "FadeBackend" + ("Dense" if record is None else str(record)) + ("Fine" if fine else "")
+    names = {"record": record, "fine": fine, "__module__": __name__, "__qualname__": name}
+    return type(name, (FadeBackend,), names)
 
 
 @dataclass
@@ -233,8 +235,11 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
                 'calibration, and {"fade": {"calibration": FILE}} in --additional-config uses it.',
             )
         device = torch.empty(0, device=config.device_config.device).device
-        self.layer = CompressedLayer(bits, self.head_size, act_dtype, device, means, matrices, **shared)
-        layer.attn_backend = of_record(self.layer.layout.record)
+        self.layer = CompressedLayer(
+            bits, self.head_size, act_dtype, device, means, matrices,
+            drafts=config.num_speculative_tokens, **shared,
+        )  # fmt: skip
+        layer.attn_backend = of_record(self.layer.layout.record, self.layer.layout.fine)
 
     def _tables(self, asked: options.Options, index: int, model):
         """Key means of this rank's heads from the calibration, and matrices if the format has any."""
@@ -263,12 +268,8 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
         """
         if attn_metadata is None:  # vLLM measures its memory: count what prefill takes
             if query.is_cuda:
-                torch.empty(4 * ELEMENTS, dtype=torch.float32, device=query.device)
+                most = 4 * ELEMENTS + 12 * key.numel()  # scores, and vectors of the step in `_second`
+                torch.empty(most, dtype=torch.float32, device=query.device)
             return output.zero_()
-        step = attn_metadata.step
-        slots = attn_metadata.slots[: len(step.positions)]
-        self.layer.append(kv_cache, key, value, slots, step.positions)
-        if step.first is not None:
-            self.layer.append_first(kv_cache, key, value, step.first)
-        self.layer.attend(kv_cache, query, key, value, step, output)
+        self.layer.forward(kv_cache, query, key, value, attn_metadata.slots, attn_metadata.step, output)
         return output

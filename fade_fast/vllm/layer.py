@@ -18,14 +18,11 @@ from ..formats.rotated import RotatedFormat
 from ..kernels import dense, packed, rotated
 from ..kernels.matched import Matrices
 from ..kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
-from .batches import Batch, FirstTokens, Step, sees
-from .pages import FIRST, SPAN, PageLayout
+from .batches import NOWHERE, Batch, Step, sees
+from .pages import FIRST, NEAR, SPAN, PageLayout
 
 KEYS = 1024  # keys that long rows attend at a time
 ELEMENTS = 1 << 24  # most scores that long rows hold at a time
-#: Last tokens of a context that short rows read as vectors, decoded from their codes, beside the first ones.
-#: The float16 kernels need a score near the largest one, and these tokens are often attended most.
-LAST = 12
 #: By how many tokens kernels may round a context up, at most.
 ROUNDED_UP = 1 << 13
 
@@ -68,33 +65,43 @@ class PagedLayer(ABC):
             positions: int64 [n], of the tokens in their requests.
         """
 
-    def append_first(  # noqa: B027 - a layer without room does nothing
-        self, cache: Tensor, keys: Tensor, values: Tensor, first: FirstTokens
+    def forward(
+        self,
+        cache: Tensor,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        step: Step,
+        output: Tensor,
     ) -> None:
-        """Store the first tokens of requests a second time, where the format has room for it.
+        """Store the tokens of a step, and write the attention of the step to `output` [T, Hq, D].
 
-        They are among the step's tokens `keys` and `values` [T, H, D], and `append` stored them.
+        `query` [T, Hq, D], `keys` and `values` [T, H, D] are those of the step; `cache` and `slots` are as in
+        `append`. What is behind the tokens of `step` is padding.
         """
+        count = len(step.positions)
+        self.append(cache, keys, values, slots[:count], step.positions)
+        self.attend(cache, query, [keys, values], step, output)
 
-    def attend(
-        self, cache: Tensor, query: Tensor, keys: Tensor, values: Tensor, step: Step, output: Tensor
-    ) -> None:
+    def attend(self, cache: Tensor, query: Tensor, new: list[Tensor], step: Step, output: Tensor) -> None:
         """Attention of a step whose tokens are stored. Writes `output` [T, Hq, D].
 
-        `query` [T, Hq, D], `keys` and `values` [T, H, D] are those of the step.
+        `query` [T, Hq, D] is that of the step. `new` are vectors [T, H, D] of its tokens: keys and values,
+        and what a layer adds to them.
         """
         for batch in step.short:
-            batch.store(self._attend_short(cache, query, keys, values, batch), output)
+            batch.store(self._attend_short(cache, query, new, batch), output)
         if step.long is not None:
-            step.long.store(self._attend_long(cache, query, keys, values, step.long), output)
+            step.long.store(self._attend_long(cache, query, new, step.long), output)
 
-    def _attend_short(self, cache: Tensor, query, keys, values, batch: Batch) -> Tensor:
+    def _attend_short(self, cache: Tensor, query: Tensor, new: list[Tensor], batch: Batch) -> Tensor:
         """Attention of a batch of short rows, [B, q, Hq, D]."""
-        return self._attend_long(cache, query, keys, values, batch)
+        return self._attend_long(cache, query, new, batch)
 
-    def _attend_long(self, cache: Tensor, query, keys, values, batch: Batch) -> Tensor:
+    def _attend_long(self, cache: Tensor, query: Tensor, new: list[Tensor], batch: Batch) -> Tensor:
         """Attention of a batch, key chunk by key chunk, [B, q, Hq, D]."""
-        query, *own = map(batch.rows, (query, keys, values))
+        query = batch.rows(query)
         wide = torch.promote_types(query.dtype, torch.float32)
         table, first, slots = batch.pages(self.window, cache.shape[2])
         step = max(1, ELEMENTS // (query.shape[1] * query.shape[2] * KEYS))
@@ -102,19 +109,23 @@ class PagedLayer(ABC):
         for start in range(0, len(query), step):
             of = slice(start, start + step)
             rows = of_rows(query[of].to(wide) * self.scaling, self.heads)
-            total = self._begin(cache, rows, [x[of].to(wide) for x in own], batch.at[of], batch.table[of])
+            total = self._begin(cache, rows, new, batch, of)
             total = self._walk(cache, rows, batch.at[of], table[of], first[of], slots[of], total)
             if self.s_aux is not None:
                 total = combine(total, sinks(rows, self.s_aux))
             parts.append(of_heads(merge([total]), query[of].shape))
         return torch.cat(parts)
 
-    def _begin(self, cache: Tensor, rows: Tensor, own: list[Tensor], at: Tensor, table: Tensor) -> Partial:
-        """Partial attention over tokens that `_walk` leaves out.
-
-        `own` are the keys and values of the queries' own tokens, [B, H, q, D].
-        """
+    def _begin(self, cache: Tensor, rows: Tensor, new: list[Tensor], batch: Batch, of: slice) -> Partial:
+        """Partial attention of `rows` [B, H, R, D], those `of` a batch, over what `_walk` leaves out."""
         return empty(rows)
+
+    def _left_out(self, at: Tensor, position: Tensor, page: int) -> Tensor | None:
+        """Which tokens at `position` [B, n] `_begin` attends for queries at `at` [B, q], bool [B, q, n].
+
+        None: none beside the first ones and a query's own.
+        """
+        return None
 
     def _walk(self, cache, rows: Tensor, at: Tensor, table, first: Tensor, slots: np.ndarray, total: Partial):
         """Add to `total` the attention of `rows` [B, H, R, D] over their keys in pages.
@@ -129,6 +140,8 @@ class PagedLayer(ABC):
             position = first[:count, None] + torch.arange(start, stop, device=first.device)
             visible = sees(at[:count], position, self.window, self.itself)
             visible &= (position >= self.skipped)[:, None]
+            if (elsewhere := self._left_out(at[:count], position, page)) is not None:
+                visible &= ~elsewhere
             visible = visible.repeat(1, group, 1)
             pages = table[:count, start // page : -(-stop // page)]
             part = self._partial(cache, rows[:count], pages, visible, first[:count], start)
@@ -166,8 +179,9 @@ class DenseLayer(PagedLayer):
 class CompressedLayer(PagedLayer):
     """A layer whose cache holds records of the `rotated` or the `matched` format.
 
-    A query reads its own key and value as they came, and all others from the pages. So what it reads does not
-    depend on which other tokens are in its step.
+    A query reads its own key and value as they came, tokens right before it from both of their records, and
+    all others from the pages. What it reads does not depend on which other tokens are in its step: a token of
+    the step, too, is read as its records have it.
 
     Args:
         bits: of keys and values.
@@ -176,6 +190,7 @@ class CompressedLayer(PagedLayer):
             (m + 1) * `SPAN` - 1. A table of `mean_rows` rows, or one row for all positions. None: nothing is
             subtracted.
         matrices: those of keys and of values of the `matched` format; None: the format is `rotated`.
+        drafts: most tokens of a request in a step that may be withdrawn. They take slots of older tokens.
         options: see `PagedLayer`.
 
     Raises `ValueError` if heads of `head_dim` channels cannot be stored at these widths.
@@ -191,9 +206,13 @@ class CompressedLayer(PagedLayer):
         device: torch.device,
         means: Tensor | None = None,
         matrices: tuple[Matrices, Matrices] | None = None,
+        drafts: int = 0,
         **options,
     ):
         super().__init__(**options)
+        self.drafts = drafts
+        # Codes of 8 bits miss nothing that counts, and what they miss would depend on how a product rounds.
+        self.misses = [b < 8 for b in bits]
         if means is None:
             means = torch.zeros(self.heads, 1, head_dim, dtype=torch.float16)
         self.means = means.to(device).contiguous()
@@ -229,33 +248,101 @@ class CompressedLayer(PagedLayer):
         """The mean of the first tokens of a request, [1, H, 1, D]: they share one, as `FIRST` <= `SPAN`."""
         return self.means[None, :, :1]
 
+    def forward(self, cache, query, keys, values, slots, step, output):
+        count, page = len(step.positions), cache.shape[2]
+        slots, keys, values = slots[:count], keys[:count], values[:count]
+        self.append(cache, keys, values, slots, step.positions)
+        records, once, twice = self._second(cache, keys, values, slots, step.positions)
+        if step.first is not None:
+            early = self._take(records, step.first.tokens)
+            self.layout.write(self.views(cache)[1], early, step.first.page, step.first.at)
+        self.attend(cache, query, [keys, values, *once, *twice], step, output)
+        if self.layout.fine:
+            return
+        # Only now, because queries of this step read second records in these slots. Of the tokens that have
+        # the same slot the last one is stored.
+        kept, slot = self.layout.newest(step.positions, page)
+        last = (step.after < kept) | (step.positions % page + kept >= page)
+        owner = (slots.long() // page).masked_fill(~last | (slots < 0), 0)  # page 0 belongs to no request
+        self.layout.write(self.views(cache)[1], records, owner, slot)
+
     def append(self, cache, keys, values, slots, positions):
         count, page = len(slots), cache.shape[2]
-        mean = self._means_at(positions[None])
         real = (slots >= 0)[:, None, None]  # padding may hold anything: its scale would spoil the bound
         sides = [torch.where(real, x[:count], 0).transpose(0, 1)[None] for x in (keys, values)]
-        if use_compiled(keys) and count <= rotated.SMALL:
-            pad = lambda x: torch.nn.functional.pad(x, (0, 0, 0, rounded(count) - count))  # noqa: E731
-            sides, mean = [pad(x) for x in sides], mean if self.means.shape[1] == 1 else pad(mean)
-        records = self.tier.encode(*sides, mean, recurs=True)
-        if sides[0].shape[2] > count:
-            cut = {name: -1 if field.axis == -1 else 2 for name, field in self.layout.fields.items()}
-            records = {name: x.narrow(cut[name], 0, count) for name, x in records.items()}
+        records = self._encode(*sides, self._means_at(positions[None]))
         _, exponent = torch.frexp(self.tier.value_bound(records)[0].float())
         torch.maximum(self.bound, torch.ldexp(torch.ones_like(self.bound), exponent), out=self.bound)
         slots = slots.clamp_min(0).long()  # page 0 belongs to no request
         self.layout.write(self.views(cache)[0], records, slots // page, slots % page)
 
-    def append_first(self, cache, keys, values, first):
-        views, second = self.views(cache)
-        stored = self.layout.read(views, first.page[None], first.at[None])
-        sides = [x[first.tokens].transpose(0, 1)[None].float() for x in (keys, values)]
-        sides[0] = sides[0] - self.tier.decode_keys(stored, self._early_mean, torch.float32)
-        sides[1] = sides[1] - self.tier.decode_values(stored, torch.float32)
+    def _encode(self, keys: Tensor, values: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        """Records of `keys` and `values` [1, H, T, D] less `mean` [1, H, T or 1, D]."""
+        count = keys.shape[2]
+        more = rounded(count) - count if use_compiled(keys) and count <= rotated.SMALL else 0
+        if more:
+            pad = lambda x: torch.nn.functional.pad(x, (0, 0, 0, more))  # noqa: E731
+            keys, values = pad(keys), pad(values)
+            mean = mean if self.means.shape[1] == 1 or mean.shape[2] < count else pad(mean)
+        records = self.tier.encode(keys, values, mean, recurs=True)
+        return self._take(records, slice(count)) if more else records
+
+    def _take(self, records: dict[str, Tensor], tokens: Tensor | slice) -> dict[str, Tensor]:
+        """The records of some tokens."""
+        last = {name: field.axis == -1 for name, field in self.layout.fields.items()}
+        return {name: x[..., tokens] if last[name] else x[:, :, tokens] for name, x in records.items()}
+
+    def _second(self, cache, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor):
+        """Second records of the tokens of a step, which `append` stored.
+
+        Returns the records, and keys and values [T, H, D] as their first records have them, and as both do.
+        """
+        wide, page = torch.promote_types(keys.dtype, torch.float32), cache.shape[2]
+        slots, mean = slots.clamp_min(0).long(), self._means_at(positions[None])
+        stored = self.layout.read(self.views(cache)[0], slots[None] // page, slots[None] % page)
+        # In float64, or the rounding of this product, which depends on the number of tokens, would be seen in
+        # what is missed.
+        exact = torch.float64
+        once = self.tier.decode_keys(stored, mean, exact), self.tier.decode_values(stored, exact)
+        missed = [(x.transpose(0, 1)[None] - y).float() for x, y in zip((keys, values), once)]
         if self.tier.bits[1] == packed.DENSE:
-            sides[1] = torch.zeros_like(sides[1], dtype=values.dtype)  # they are stored as they are
-        records = self.tier.encode(*sides, torch.zeros_like(self._early_mean), recurs=False)
-        self.layout.write(second, records, first.page, first.at)
+            missed[1] = torch.zeros_like(missed[1], dtype=values.dtype)  # they are stored as they are
+        records, once = self._encode(*missed, torch.zeros_like(self._early_mean)), [x.to(wide) for x in once]
+        rest = self.tier.decode_keys(records, None, wide), self.tier.decode_values(records, wide)
+        flat = lambda xs: [x[0].transpose(0, 1) for x in xs]  # noqa: E731
+        return records, flat(once), flat(self._both(once, rest))
+
+    def _both(self, once, rest) -> list[Tensor]:
+        """Keys and values of tokens near a query, from what their first and their second records have."""
+        return [x + y if misses else x for x, y, misses in zip(once, rest, self.misses)]
+
+    def _near(self, cache: Tensor, new: list[Tensor], batch: Batch, of: slice, dtype: torch.dtype):
+        """The `NEAR` tokens before each row's first query, and the tokens of its queries.
+
+        Returns keys and values [B, H, NEAR + q, D] as the first record has them, and as both have them.
+        """
+        page, (_, _, *vectors) = cache.shape[2], new
+        table, tokens = batch.table[of], batch.tokens[of]
+        back = torch.arange(NEAR, 0, -1, device=tokens.device)
+        old = (batch.at[of, :1] - back).clamp_min(0)
+        owner = table.gather(1, (old // page).clamp_max(table.shape[1] - 1)).long().clamp(0, len(cache) - 1)
+        views, second = self.views(cache)
+        read, rest = self.layout.read(views, owner, old % page), self.layout.newest(old, page)[1]
+        rest = self.layout.read(second, owner, rest)
+        once = self.tier.decode_keys(read, self._means_at(old), dtype), self.tier.decode_values(read, dtype)
+        rest = self.tier.decode_keys(rest, None, dtype), self.tier.decode_values(rest, dtype)
+        stored = [*once, *self._both(once, rest)]
+        inside = (back <= batch.before[of, None])[:, None, :, None]  # tokens of this step
+        own = (tokens[:, :1] - back).clamp_min(0)
+        parts = []
+        for x, y in zip(stored, vectors):
+            x = torch.where(inside, y[own].transpose(1, 2).to(dtype), x)
+            x = torch.where(x.isfinite(), x, 0.0)  # of slots that hold no second record, or are not the row's
+            parts.append(torch.cat((x, y[tokens].transpose(1, 2).to(dtype)), 2))
+        return parts
+
+    def _left_out(self, at, position, page):
+        return is_near(at, position, self.layout.newest(position, page)[0] - self.drafts)
 
     def _first(self, cache: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of the first tokens of some rows, from both of their records: [B, H, FIRST, D]."""
@@ -268,18 +355,25 @@ class CompressedLayer(PagedLayer):
         read = self.layout.read(second, page, at)
         return keys + self.tier.decode_keys(read, None, dtype), values + self.tier.decode_values(read, dtype)
 
-    def _begin(self, cache, rows, own, at, table):
+    def _begin(self, cache, rows, new, batch, of):
+        at, table, page = batch.at[of], batch.table[of], cache.shape[2]
         group = rows.shape[2] // at.shape[1]
         keys, values = self._first(cache, table, rows.dtype)
         position = torch.arange(FIRST, device=rows.device).expand(len(rows), -1)
-        visible = sees(at, position, self.window, self.itself).repeat(1, group, 1)
+        visible = sees(at, position, self.window, self.itself)
         values = torch.where(values.isfinite(), values, 0.0)  # of pages that are no longer the row's
-        first = dense.attend(rows, keys, values, visible.unsqueeze(1), self.softcap)
+        *_, near_keys, near_values = self._near(cache, new, batch, of, rows.dtype)
+        position = near_positions(at)
+        near = sees(at, position, self.window, self.itself) & self._left_out(at, position, page)
+        visible = torch.cat((visible, near), 2).repeat(1, group, 1)
+        keys, values = torch.cat((keys, near_keys), 2), torch.cat((values, near_values), 2)
+        apart = dense.attend(rows, keys, values, visible.unsqueeze(1), self.softcap)
+        own = (x[batch.tokens[of]].transpose(1, 2).to(rows.dtype) for x in new[:2])
         keys, values = (x.repeat(1, 1, group, 1) for x in own)
         score = (rows * keys).sum(-1)
         if self.softcap is not None:
             score = self.softcap * torch.tanh(score / self.softcap)
-        return combine(first, Partial(values, score, torch.ones_like(score)))
+        return combine(apart, Partial(values, score, torch.ones_like(score)))
 
     def view(
         self, cache: Tensor, table: Tensor, valid: Tensor, first: Tensor, start: int = 0
@@ -305,58 +399,72 @@ class CompressedLayer(PagedLayer):
             self.tier, rows, view, visible.shape[-1], reference, None, self.softcap
         )
 
-    def _attend_short(self, cache, query, keys, values, batch):
-        query, *own = map(batch.rows, (query, keys, values))
-        key = cache.shape[2], self.window, self.heads
+    def _attend_short(self, cache, query, new, batch):
+        page = cache.shape[2]
+        key = page, self.window, self.heads, self.layout.fine
         if key not in batch.shared:
-            batch.shared[key] = _short_inputs(batch, *key, use_compiled(query))
-        table, first, valid, num_read, last, page, at, seen = batch.shared[key]
+            batch.shared[key] = self._short_inputs(batch, page, use_compiled(query))
+        table, first, valid, num_read, seen = batch.shared[key]
+        query, *own = map(batch.rows, (query, *new[:2]))
         wide = torch.promote_types(query.dtype, torch.float32)
-        late = self.layout.read(self.views(cache)[0], page.clamp_max(len(cache) - 1), at)
-        late = (
-            self.tier.decode_keys(late, self._means_at(last), wide), self.tier.decode_values(late, wide)
-        )  # fmt: skip
         early = self._first(cache, batch.table, wide)
-        keys, values = (torch.cat((*x[:2], x[2].to(wide)), 2) for x in zip(early, late, own))
+        *once, keys, values = self._near(cache, new, batch, slice(None), wide)
+        sides = zip(early, once, (keys, values), own)
+        keys, values = (torch.cat((*x[:3], x[3].to(wide)), 2) for x in sides)
         view = self.view(cache, table, valid, first)
         return self.format.attend(
             query, keys, values, seen, [self.tier], [view], [num_read], rope=None,
             scaling=self.scaling, softcap=self.softcap, s_aux=self.s_aux,
         )  # fmt: skip
 
+    def _short_inputs(self, batch: Batch, page: int, compiled: bool):
+        """What the short rows of a batch read, the same in all layers with this window and room.
 
-def _short_inputs(batch: Batch, page: int, window: int | None, heads: int, compiled: bool):
-    """What the short rows of a batch read, the same in all layers with this window.
+        Returns the table of the tier, the position of its first slot, its validity and the number of slots
+        read, and which queries see the vectors: the `FIRST` first tokens, those of `_near` as their first
+        records have them and as both have them, and the rows' own. Vectors near a query also give the float16
+        kernels a score near the largest one.
+        """
+        table, first, slots = batch.pages(self.window, page)
+        num_read = capacity = int(slots.max())
+        if compiled:  # a constant capacity: one compiled version then serves all lengths
+            most = batch.table.shape[1] * page
+            if self.window is not None:
+                most = min(most, batch.at.shape[1] + self.window + page - 2)
+            num_read, capacity = (packed.bucket(len(table) * self.heads, n) for n in (num_read, most))
+            capacity += packed.spare(capacity)
+            table = torch.nn.functional.pad(table, (0, -(-capacity // page) - table.shape[1]))
+        at = batch.at
+        position = first[:, None] + torch.arange(num_read, device=first.device)
+        apart = (position >= FIRST) & (position < at[:, :1] - NEAR)
+        valid = sees(at, position, self.window, False) & apart[:, None]
+        if capacity > num_read:
+            valid = torch.nn.functional.pad(valid, (0, capacity - num_read))
+        early = torch.arange(FIRST, device=at.device).expand(len(at), -1)
+        position = near_positions(at)
+        visible, near = sees(at, position, self.window, False), self._left_out(at, position, page)
+        own = torch.eye(at.shape[1], dtype=torch.bool, device=at.device) & (at >= 0).unsqueeze(2)
+        seen = sees(at, early, self.window, False), visible & ~near, visible & near, own
+        return table, first, valid, num_read, torch.cat(seen, 2)
 
-    Returns the table of the tier, the position of its first slot, its validity and the number of slots read,
-    of the `LAST` last tokens the positions, the pages and the slots in them, and which queries see the
-    `FIRST` first, the last ones and the rows' own.
+
+def near_positions(at: Tensor) -> Tensor:
+    """Positions of the tokens of `CompressedLayer._near`, for queries at `at` [B, q]: int64 [B, NEAR + q].
+
+    `NOWHERE` for the first tokens of a request, which rows read apart, and where there is none.
     """
-    table, first, slots = batch.pages(window, page)
-    num_read = capacity = int(slots.max())
-    if compiled:  # a constant capacity: one compiled version then serves all lengths
-        most = batch.table.shape[1] * page
-        if window is not None:
-            most = min(most, batch.at.shape[1] + window + page - 2)
-        num_read, capacity = (packed.bucket(len(table) * heads, n) for n in (num_read, most))
-        capacity += packed.spare(capacity)
-        table = torch.nn.functional.pad(table, (0, -(-capacity // page) - table.shape[1]))
-    position = first[:, None] + torch.arange(num_read, device=first.device)
-    last = batch.at.amax(1, keepdim=True)
-    apart = (position >= FIRST) & (position <= last - LAST)
-    valid = sees(batch.at, position, window, False) & apart[:, None]
-    if capacity > num_read:
-        valid = torch.nn.functional.pad(valid, (0, capacity - num_read))
-    early = torch.arange(FIRST, device=last.device).expand(len(last), -1)
-    late = last - torch.arange(LAST - 1, -1, -1, device=last.device)
-    late = late.masked_fill(late < FIRST, -1)  # counted among the first
-    seen = sees(batch.at, torch.cat((early, late), dim=1), window, False)
-    width = batch.at.shape[1]
-    own = torch.eye(width, dtype=torch.bool, device=last.device) & (batch.at >= 0).unsqueeze(2)
-    seen = torch.cat((seen, own), dim=2)
-    late = late.clamp_min(0)
-    pages = batch.table.gather(1, (late // page).clamp_max(batch.table.shape[1] - 1)).long().clamp_min(0)
-    return table, first, valid, num_read, late, pages, late % page, seen
+    old = at[:, :1] - torch.arange(NEAR, 0, -1, device=at.device)
+    position = torch.cat((old, at), 1)
+    return position.masked_fill(position < FIRST, NOWHERE)
+
+
+def is_near(at: Tensor, position: Tensor, kept: Tensor) -> Tensor:
+    """Which tokens at `position` [B, n] queries at `at` [B, q] read with their second record: bool [B, q, n].
+
+    `kept` [B, n] is how many tokens after it a token keeps its record, and `NEAR` are read at most.
+    """
+    back = at.unsqueeze(2) - position.unsqueeze(1)
+    return (back > 0) & (back <= kept.clamp_max(NEAR).unsqueeze(1)) & (position >= FIRST).unsqueeze(1)
 
 
 def mean_rows(length: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from fade_fast.kernels.matched import Matrices
 from fade_fast.vllm import batches, layer
 from fade_fast.vllm.layer import CompressedLayer
-from fade_fast.vllm.pages import FIRST, SPAN, PageLayout, cell_bytes
+from fade_fast.vllm.pages import FIRST, SPAN, PageLayout
 
 from .paged import GROUP, HEADS, PAGE, Engine, distance, draw
 
@@ -119,14 +119,47 @@ def test_every_key_gets_the_mean_of_its_position(place, window, small, monkeypat
         assert max(changed) == 0 if untouched else min(changed) > 1e-4, counts
 
 
+@pytest.mark.parametrize("bits", [(4, 4), (2, 2), (8, 4), (4, 16)])
+@pytest.mark.parametrize("page, window", [(32, None), (128, None), (128, 9), (256, 40)])
+def test_the_newest_tokens_have_two_records(bits, page, window, small):
+    """Steps that end before, at and after the beginning of a page, and chunks shorter than the slots."""
+    engine = Engine(bits, [290, 140, 64], page=page, means=MEANS, window=window)
+    for counts in ([127, 3, 31], [1, 123, 1], [1, 1, 1], [5, 2, 8], [120, 9, 20], [2, 1, 1], [9, 1, 0]):
+        check(engine, counts)
+    if (page, window) == (128, None):  # as many tokens as a larger page would have are too many
+        engine.page = 256
+        with pytest.raises(AssertionError):
+            check(engine, [4, 0, 0])
+
+
+@pytest.mark.parametrize("page", [32, 128])
+def test_tokens_that_are_withdrawn_leave_no_trace(page):
+    """Three drafts are refused, and others follow. A layer that expects none would read their records."""
+    for drafts in (3, 0):
+        engine = Engine((4, 4), [200], page=page, means=MEANS, drafts=drafts)
+        check(engine, [150])
+        check(engine, [4])
+        engine.done = [151]
+        for side in (engine.keys, engine.values, engine.queries):
+            side[0][151:] = side[0][151:].flip(0)
+        if drafts:
+            check(engine, [1])
+            check(engine, [2])
+            check(engine, [20])
+        else:
+            with pytest.raises(AssertionError):
+                check(engine, [1])
+
+
 @pytest.mark.parametrize("bits", WIDTHS[1:4])
-def test_chunks_leave_no_trace(bits, small):
+@pytest.mark.parametrize("page", [PAGE, 128])
+def test_chunks_leave_no_trace(bits, page, small):
     """A prompt in one step and in many steps: the same bytes, and outputs equal up to rounding."""
     found, caches = [], []
     for cuts in ([70], [1] * 10 + [60], [2, 44, 24], [64, 6]):
-        engine = Engine(bits, [70], means=MEANS)
+        engine = Engine(bits, [70], page=page, means=MEANS)
         found.append(torch.cat([engine.step([n])[0] for n in cuts]))
-        caches.append(engine.cache[engine.table[0, :3].long()])
+        caches.append(engine.cache[engine.table[0, : -(-70 // page)].long()])
     assert all(distance(x, found[0].double()) < 1e-5 for x in found[1:])
     same = [(x == caches[0]).float().mean() for x in caches[1:]]
     assert min(same) > 0.9999, "the records of a token depend on the step that stored it"
@@ -194,7 +227,7 @@ def test_the_kernels_of_a_gpu(bits, window, uncompiled_kernels):
 
 def test_the_bound_grows_by_powers_of_two_and_ignores_padding():
     made = CompressedLayer((4, 4), 64, torch.float32, torch.device("cpu"), heads=HEADS, scaling=1.0)
-    cache = torch.zeros(3, HEADS, PAGE, cell_bytes(made.layout.record, PAGE), dtype=torch.uint8)
+    cache = torch.zeros(3, HEADS, PAGE, made.layout.cell(PAGE), dtype=torch.uint8)
     values = torch.stack([draw(HEADS, 64), torch.full((HEADS, 64), torch.inf)])
     made.append(cache, values, values, torch.tensor([32, -1]), torch.tensor([0, 1]))
     first = made.bound.clone()
@@ -224,7 +257,7 @@ def test_records_come_back_from_pages(bits, page):
     """Every field of every token, and no byte of another token, in a cache whose pages are far apart."""
     made = CompressedLayer(bits, 64, torch.float32, torch.device("cpu"), heads=HEADS, scaling=1.0)
     layout = made.layout
-    cell = cell_bytes(layout.record, page)
+    cell = layout.cell(page)
     whole = torch.full((9, 2, HEADS, page, cell), 7, dtype=torch.uint8)
     cache = whole[:, 1]
     keys, values = draw(1, HEADS, 24, 64, seed=1), draw(1, HEADS, 24, 64, seed=2)
@@ -255,12 +288,12 @@ def test_records_come_back_from_pages(bits, page):
 )
 def test_bytes_of_a_token(dim, bits, least):
     made = CompressedLayer(bits, dim, torch.bfloat16, torch.device("cpu"), heads=HEADS, scaling=1.0)
-    assert 2 * 2 * dim / cell_bytes(made.layout.record, 128) >= least
+    assert 2 * 2 * dim / made.layout.cell(128) >= least
 
 
 def test_other_caches_are_refused():
     made = CompressedLayer((4, 4), 64, torch.float32, torch.device("cpu"), heads=HEADS, scaling=1.0)
-    cell = cell_bytes(made.layout.record, PAGE)
+    cell = made.layout.cell(PAGE)
     good = torch.zeros(3, HEADS, PAGE, cell, dtype=torch.uint8)
     for bad in (good.float(), good[..., :-1], good[:, :, :8], good.mT.contiguous().mT):
         with pytest.raises(ValueError, match="allowed|must be"):
