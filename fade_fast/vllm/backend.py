@@ -268,7 +268,7 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
         """
         if attn_metadata is None:  # vLLM measures its memory: count what prefill takes
             if query.is_cuda:
-                most = 4 * ELEMENTS + 12 * key.numel()  # scores, and vectors of the step in `_second`
+                most = 4 * ELEMENTS + 12 * key.numel()  # scores, and vectors of a step, some in float64
                 torch.empty(most, dtype=torch.float32, device=query.device)
             return output.zero_()
         self.layer.forward(kv_cache, query, key, value, attn_metadata.slots, attn_metadata.step, output)

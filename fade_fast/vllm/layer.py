@@ -252,10 +252,18 @@ class CompressedLayer(PagedLayer):
         count, page = len(step.positions), cache.shape[2]
         slots, keys, values = slots[:count], keys[:count], values[:count]
         self.append(cache, keys, values, slots, step.positions)
-        records, once, twice = self._second(cache, keys, values, slots, step.positions)
-        if step.first is not None:
-            early = self._take(records, step.first.tokens)
-            self.layout.write(self.views(cache)[1], early, step.first.page, step.first.at)
+        once, missed = self._once(cache, keys, values, slots, step.positions)
+        second, twice = self.views(cache)[1], once
+        if not self.layout.fine:
+            records = self._encode(*missed, torch.zeros_like(self._early_mean))
+            twice = self._both(once, [self._flat(x) for x in self._decode(records, None, once[0].dtype)])
+        if (first := step.first) is not None:
+            if self.layout.fine:
+                missed = [x[:, :, first.tokens] for x in missed]
+                early = self._encode(*missed, torch.zeros_like(self._early_mean))
+            else:
+                early = self._take(records, first.tokens)
+            self.layout.write(second, early, first.page, first.at)
         self.attend(cache, query, [keys, values, *once, *twice], step, output)
         if self.layout.fine:
             return
@@ -264,7 +272,7 @@ class CompressedLayer(PagedLayer):
         kept, slot = self.layout.newest(step.positions, page)
         last = (step.after < kept) | (step.positions % page + kept >= page)
         owner = (slots.long() // page).masked_fill(~last | (slots < 0), 0)  # page 0 belongs to no request
-        self.layout.write(self.views(cache)[1], records, owner, slot)
+        self.layout.write(second, records, owner, slot)
 
     def append(self, cache, keys, values, slots, positions):
         count, page = len(slots), cache.shape[2]
@@ -292,25 +300,30 @@ class CompressedLayer(PagedLayer):
         last = {name: field.axis == -1 for name, field in self.layout.fields.items()}
         return {name: x[..., tokens] if last[name] else x[:, :, tokens] for name, x in records.items()}
 
-    def _second(self, cache, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor):
-        """Second records of the tokens of a step, which `append` stored.
+    def _decode(self, records: dict[str, Tensor], mean: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+        """Keys and values of records, [B, H, n, D]."""
+        return [self.tier.decode_keys(records, mean, dtype), self.tier.decode_values(records, dtype)]
 
-        Returns the records, and keys and values [T, H, D] as their first records have them, and as both do.
+    @staticmethod
+    def _flat(x: Tensor) -> Tensor:
+        """Tokens [1, H, T, D] as those of a step, [T, H, D]."""
+        return x[0].transpose(0, 1)
+
+    def _once(self, cache, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor):
+        """Keys and values of the tokens of a step as `append` stored them, [T, H, D], and what these miss.
+
+        The latter is float32 [1, H, T, D], to be encoded.
         """
         wide, page = torch.promote_types(keys.dtype, torch.float32), cache.shape[2]
-        slots, mean = slots.clamp_min(0).long(), self._means_at(positions[None])
+        slots = slots.clamp_min(0).long()
         stored = self.layout.read(self.views(cache)[0], slots[None] // page, slots[None] % page)
         # In float64, or the rounding of this product, which depends on the number of tokens, would be seen in
         # what is missed.
-        exact = torch.float64
-        once = self.tier.decode_keys(stored, mean, exact), self.tier.decode_values(stored, exact)
+        once = self._decode(stored, self._means_at(positions[None]), torch.float64)
         missed = [(x.transpose(0, 1)[None] - y).float() for x, y in zip((keys, values), once)]
         if self.tier.bits[1] == packed.DENSE:
             missed[1] = torch.zeros_like(missed[1], dtype=values.dtype)  # they are stored as they are
-        records, once = self._encode(*missed, torch.zeros_like(self._early_mean)), [x.to(wide) for x in once]
-        rest = self.tier.decode_keys(records, None, wide), self.tier.decode_values(records, wide)
-        flat = lambda xs: [x[0].transpose(0, 1) for x in xs]  # noqa: E731
-        return records, flat(once), flat(self._both(once, rest))
+        return [self._flat(x).to(wide) for x in once], missed
 
     def _both(self, once, rest) -> list[Tensor]:
         """Keys and values of tokens near a query, from what their first and their second records have."""
@@ -329,8 +342,7 @@ class CompressedLayer(PagedLayer):
         views, second = self.views(cache)
         read, rest = self.layout.read(views, owner, old % page), self.layout.newest(old, page)[1]
         rest = self.layout.read(second, owner, rest)
-        once = self.tier.decode_keys(read, self._means_at(old), dtype), self.tier.decode_values(read, dtype)
-        rest = self.tier.decode_keys(rest, None, dtype), self.tier.decode_values(rest, dtype)
+        once, rest = self._decode(read, self._means_at(old), dtype), self._decode(rest, None, dtype)
         stored = [*once, *self._both(once, rest)]
         inside = (back <= batch.before[of, None])[:, None, :, None]  # tokens of this step
         own = (tokens[:, :1] - back).clamp_min(0)
