@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fade_ref import matched as spec
 from fade_ref.config import FadeConfig
-from fade_ref.rope import rotate
 
 from ..hf.calibration import Calibration
 from ..hf.calibration import load as load_file
 from ..hf.widths import Choice, key
 from ..kernels.matched import Matrices
+from ..kernels.rope import rotate
 from ..kernels.rotated import LARGEST
 from .pages import SPAN
 
@@ -103,7 +103,8 @@ def key_means(found: Calibration, layer: int, rows: int) -> Tensor:
     mean, rope = found.moments[layer].mean.double(), found.ropes[layer]
     means = spec.mean_at(mean, rope, SPAN).unsqueeze(1)  # at the first positions
     if found.rotates(layer):  # rotations add, so those of a row turn the first row as a whole
-        means = rotate(means.expand(-1, rows, -1), SPAN * torch.arange(rows), rope)
+        first = SPAN * torch.arange(rows)
+        means = rotate(means.expand(-1, rows, -1), first, rope.inv_freq, rope.interleaved)
     return means.clamp(-LARGEST, LARGEST).to(torch.float16)
 
 
