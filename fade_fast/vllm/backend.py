@@ -47,6 +47,7 @@ class FadeBackend(AttentionBackend):
     supported_kv_cache_dtypes: ClassVar = ["auto", "float16", "bfloat16"]
     record: ClassVar[int | None] = None  # bytes of a token of a KV head; None: not compressed
     fine: ClassVar[bool] = False  # see `PageLayout`
+    drafts: ClassVar[int] = 0
 
     @staticmethod
     def get_name() -> str:
@@ -96,15 +97,20 @@ class FadeBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         if cls.record is None or spec.state_content_bytes is not None:
             return spec
-        content = cell_bytes(cls.record, cls.fine, spec.block_size)
+        content = cell_bytes(cls.record, cls.fine, spec.block_size, cls.drafts)
         return replace(spec, dtype=torch.uint8, state_content_bytes=content)
 
 
 @functools.cache
-def of_record(record: int | None, fine: bool = False) -> type[FadeBackend]:
+def of_record(record: int | None, fine: bool = False, drafts: int = 0) -> type[FadeBackend]:
     """The backend of layers with records of this size; see `PageLayout`."""
-    name = "FadeBackend" + ("Dense" if record is None else str(record)) + ("Fine" if fine else "")
-    names = {"record": record, "fine": fine, "__module__": __name__, "__qualname__": name}
+    name = (
+        "FadeBackend"
+        + ("Dense" if record is None else str(record))
+        + ("Fine" if fine else "")
+        + f"Drafts{drafts}" * bool(drafts)
+    )
+    names = {"record": record, "fine": fine, "drafts": drafts, "__module__": __name__, "__qualname__": name}
     return type(name, (FadeBackend,), names)
 
 
@@ -239,7 +245,9 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
             bits, self.head_size, act_dtype, device, means, matrices,
             drafts=config.num_speculative_tokens, **shared,
         )  # fmt: skip
-        layer.attn_backend = of_record(self.layer.layout.record, self.layer.layout.fine)
+        layer.attn_backend = of_record(
+            self.layer.layout.record, self.layer.layout.fine, self.layer.layout.drafts
+        )
 
     def _tables(self, asked: options.Options, index: int, model):
         """Key means of this rank's heads from the calibration, and matrices if the format has any."""

@@ -190,7 +190,7 @@ class CompressedLayer(PagedLayer):
             (m + 1) * `SPAN` - 1. A table of `mean_rows` rows, or one row for all positions. None: nothing is
             subtracted.
         matrices: those of keys and of values of the `matched` format; None: the format is `rotated`.
-        drafts: most tokens of a request in a step that may be withdrawn. They take slots of older tokens.
+        drafts: most tokens of a request in a step that may be withdrawn. They take room of their own.
         options: see `PagedLayer`.
 
     Raises `ValueError` if heads of `head_dim` channels cannot be stored at these widths.
@@ -210,7 +210,7 @@ class CompressedLayer(PagedLayer):
         **options,
     ):
         super().__init__(**options)
-        self.drafts = drafts
+        self.drafts = -(-drafts // FIRST) * FIRST
         # Codes of 8 bits miss nothing that counts, and what they miss would depend on how a product rounds.
         self.misses = [b < 8 for b in bits]
         if means is None:
@@ -224,7 +224,7 @@ class CompressedLayer(PagedLayer):
         self.format.check(head_dim, None)
         self.format.allocate(head_dim, dtype, device)
         (self.tier,) = self.format.tiers
-        self.layout = PageLayout(self.tier)
+        self.layout = PageLayout(self.tier, drafts)
         # A power of two at least as large as every value scale that was ever stored. It only grows, and a
         # power of two changes no digit of a result.
         self.bound = torch.full((self.heads,), rotated.SMALLEST_SCALE, device=device)

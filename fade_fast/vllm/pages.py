@@ -29,14 +29,16 @@ EACH = 128  # a page has `FIRST` more second records for this many tokens, unles
 NEAR = 12  # most tokens right before itself that a query reads with their second records
 
 
-def room(page: int, fine: bool) -> int:
-    """Second records in a page of `page` tokens; see `PageLayout.fine`."""
-    return FIRST * (1 if fine else 1 + page // EACH)  # a multiple of 4 keeps fields aligned
+def room(page: int, fine: bool, drafts: int = 0) -> int:
+    """Second records in a page of `page` tokens; see `PageLayout`."""
+    return FIRST * (
+        1 if fine else 1 + page // EACH + -(-drafts // FIRST)
+    )  # a multiple of 4 keeps fields aligned
 
 
-def cell_bytes(record: int, fine: bool, page: int) -> int:
+def cell_bytes(record: int, fine: bool, page: int, drafts: int = 0) -> int:
     """Bytes of a token of a KV head in pages of `page` tokens, given those of its record."""
-    return record - (-room(page, fine) * record // page)
+    return record - (-room(page, fine, drafts) * record // page)
 
 
 class PageLayout:
@@ -44,17 +46,19 @@ class PageLayout:
 
     Attributes:
         record: bytes of one record: one token of one KV head, keys and values together.
+        drafts: most tokens of a request that may be withdrawn. A page has room for their second records, too.
         fine: whether all codes have 8 bits or more. They miss little.
     """
 
-    def __init__(self, tier: TierFormat):
+    def __init__(self, tier: TierFormat, drafts: int = 0):
+        self.drafts = drafts
         self.fields: dict[str, Field] = tier.fields(1)
         self.record = sum(field.bytes for field in self.fields.values())
         self.fine = min(tier.bits) >= 8
 
     def cell(self, page: int) -> int:
         """Bytes of a token of a KV head in pages of `page` tokens."""
-        return cell_bytes(self.record, self.fine, page)
+        return cell_bytes(self.record, self.fine, page, self.drafts)
 
     def newest(self, position: Tensor, page: int) -> tuple[Tensor, Tensor]:
         """How many newest tokens keep a second record in the page of `position`, and the slot of this one.
@@ -63,7 +67,7 @@ class PageLayout:
         """
         if self.fine:
             return torch.zeros_like(position), torch.zeros_like(position)
-        whole, early = room(page, self.fine), position < page
+        whole, early = room(page, self.fine, self.drafts), position < page
         slot = torch.where(early, FIRST + position % max(1, whole - FIRST), position % whole)
         return torch.where(early, whole - FIRST, whole), slot.clamp_max(whole - 1)
 
@@ -89,7 +93,9 @@ class PageLayout:
         if cache.stride()[2:] != (cell, 1):
             raise ValueError(f"the cache has strides {cache.stride()}; the last two must be {(cell, 1)}")
         runs = cache.as_strided((pages, heads, tokens * cell), (*cache.stride()[:2], 1))
-        return self._cut(runs, tokens), self._cut(runs[..., tokens * self.record :], room(tokens, self.fine))
+        return self._cut(runs, tokens), self._cut(
+            runs[..., tokens * self.record :], room(tokens, self.fine, self.drafts)
+        )
 
     def _cut(self, runs: Tensor, tokens: int) -> dict[str, Tensor]:
         """Views of the fields of `tokens` records in runs of bytes [P, H, n]."""

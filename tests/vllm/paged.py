@@ -119,7 +119,7 @@ class Engine:
         if self.bits is None:
             return torch.zeros(len(at), len(position), dtype=torch.bool)
         slots = 4 if min(self.bits) >= 8 else 4 + 4 * (self.page // 128)
-        kept = torch.where(position < self.page, slots - 4, slots) - self.options.get("drafts", 0)
+        kept = torch.where(position < self.page, slots - 4, slots)
         kept = kept * (min(self.bits) < 8)
         back = at - position
         return (back > 0) & ((position < FIRST) | (back <= kept.clamp_max(NEAR)))

@@ -137,6 +137,9 @@ def test_tokens_that_are_withdrawn_leave_no_trace(page):
     """Three drafts are refused, and others follow. A layer that expects none would read their records."""
     for drafts in (3, 0):
         engine = Engine((4, 4), [200], page=page, means=MEANS, drafts=drafts)
+        assert engine.layer.layout.newest(torch.tensor([page]), page)[0] == 4 * (
+            1 + page // 128 + (drafts > 0)
+        )
         check(engine, [150])
         check(engine, [4])
         engine.done = [151]
