@@ -40,7 +40,16 @@ from fade_fast.hf import loading
 from fade_fast.hf.models import CACHE_NAME
 
 from . import ruler, texts
-from .methods import CONFIGS, Method, Unavailable, compressed_tokens, eager, evicted_tokens, method
+from .methods import (
+    CONFIGS,
+    Method,
+    Unavailable,
+    compressed_tokens,
+    eager,
+    evicted_tokens,
+    method,
+    methods_of,
+)
 from .streams import NothingCompressed, check, stream
 
 SUITE = (
@@ -333,11 +342,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.prompts, args.length, args.new, args.chunk, args.batch, args.trials) < 1 or args.margin < 0:
         parser.error("numbers of prompts, tokens and examples must be at least 1, --margin at least 0")
-    try:
-        names = dict.fromkeys(("dynamic", *args.configs))
-        args.methods = [method(name, args.policy_weights, args.codebooks) for name in names]
-    except ValueError as error:
-        parser.error(str(error))
+    args.methods = methods_of(parser, args)
     return args
 
 

@@ -26,7 +26,7 @@ from fade_fast.hf.models import CACHE_NAME
 from fade_fast.saved.memory import StorageMeter
 
 from . import pictures, texts
-from .methods import CONFIGS, Method, Unavailable, allocated, key_shape, method
+from .methods import CONFIGS, Method, Unavailable, allocated, key_shape, methods_of
 
 SUITE = (
     "dynamic",
@@ -206,11 +206,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=pictures.path, metavar="FILE", help="bytes against length")
     parser.add_argument("--show", type=Path, metavar="FILE", help="the table of a stored run, and stop")
     args = parser.parse_args(argv)
-    try:
-        names = dict.fromkeys(("dynamic", *args.configs))
-        args.methods = [method(name, args.policy_weights, args.codebooks) for name in names]
-    except ValueError as error:
-        parser.error(str(error))
+    args.methods = methods_of(parser, args)
     return args
 
 

@@ -4,6 +4,7 @@ A name is one of `NAMES`, or one of ours followed by changed fields of `FadeConf
 "int4:recent_window=0:block_size=32".
 """
 
+import argparse
 import ast
 import re
 from collections.abc import Callable, Iterator
@@ -307,3 +308,12 @@ def _inside(x):
 def allocated(cache: Cache) -> int:
     """Bytes of every distinct storage that a cache holds, whatever the cache reports."""
     return storage_bytes(held_tensors(cache))
+
+
+def methods_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Method]:
+    """The methods that --configs names, "dynamic" first, each once. A wrong name ends the program."""
+    try:
+        names = dict.fromkeys(("dynamic", *args.configs))
+        return [method(name, args.policy_weights, args.codebooks) for name in names]
+    except ValueError as error:
+        parser.error(str(error))

@@ -40,7 +40,7 @@ from .methods import (
     Unavailable,
     compressed_tokens,
     eager,
-    method,
+    methods_of,
 )
 from .streams import NothingCompressed, chunks, in_parts, read_by_choice
 
@@ -279,11 +279,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--trials, --chunk, --batch and --lengths must be at least 1")
     if not all(0 <= d <= 100 for d in args.depths):
         parser.error("--depths: from 0 to 100 percent")
-    try:
-        names = dict.fromkeys(("dynamic", *args.configs))
-        args.methods = [method(name, args.policy_weights, args.codebooks) for name in names]
-    except ValueError as error:
-        parser.error(str(error))
+    args.methods = methods_of(parser, args)
     return args
 
 

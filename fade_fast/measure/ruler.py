@@ -46,7 +46,7 @@ from .methods import (
     compressed_tokens,
     eager,
     evicted_tokens,
-    method,
+    methods_of,
 )
 from .needles import GRASS
 from .streams import NothingCompressed, check, chunks
@@ -499,11 +499,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.trials, args.chunk, args.batch, args.most or 1, *args.lengths) < 1:
         parser.error("--trials, --chunk, --batch, --most and --lengths must be at least 1")
-    try:
-        names = dict.fromkeys(("dynamic", *args.configs))
-        args.methods = [method(name, args.policy_weights, args.codebooks) for name in names]
-    except ValueError as error:
-        parser.error(str(error))
+    args.methods = methods_of(parser, args)
     return args
 
 
