@@ -13,7 +13,7 @@ from .attach import verified
 from .cache import TieredKVCache
 from .models import attention_modules, unwrapped
 from .versions import untested
-from .widths import chosen
+from .widths import settled
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,9 @@ def check_model(
     if isinstance(model, PreTrainedConfig):
         model = AutoModelForCausalLM.from_config(model)
     model = unwrapped(model)
-    name, choice = type(model).__name__, None
+    name = type(model).__name__
     try:
-        if config.loss_bound is not None:
-            choice = chosen(model, config, calibration, again=calibrate)
-            config = choice.apply(config)
-            calibration = calibration if config.quant_backend == "matched" else None
+        config, calibration, choice = settled(model, config, calibration, again=calibrate)
         cache = TieredKVCache(model, config, codebooks=codebooks, calibration=calibration)
         verification = verified(model)
         if verification.refused:

@@ -16,7 +16,7 @@ from .cache import TieredKVCache
 from .calibration import Calibration, of_tensors
 from .codebooks import Codebooks
 from .models import fingerprint, unwrapped
-from .widths import Choice, chosen
+from .widths import Choice, settled
 
 FIELDS = tuple(field.name for field in fields(FadeConfig))
 
@@ -81,11 +81,7 @@ def create_cache(
         isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
     ):
         raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
-    choice = None
-    if config.loss_bound is not None:
-        choice = chosen(model, config, calibration)
-        config = choice.apply(config)
-        calibration = calibration if config.quant_backend == "matched" else None
+    config, calibration, choice = settled(model, config, calibration)
     cache = TieredKVCache(model, config, max_length, policy_weights, codebooks, calibration)
     cache.choice = choice
     attach(model, verify=verify)

@@ -133,6 +133,22 @@ def chosen(
     return known[name]
 
 
+def settled(
+    model: PreTrainedModel,
+    config: FadeConfig,
+    calibration: "str | os.PathLike | Calibration | None" = None,
+    again: bool = False,
+) -> "tuple[FadeConfig, str | os.PathLike | Calibration | None, Choice | None]":
+    """What `TieredKVCache` takes: a configuration with nothing left to choose, and the calibration it needs.
+
+    The third is the choice, or None without a `loss_bound`. Arguments and errors are those of `chosen`.
+    """
+    if config.loss_bound is None:
+        return config, calibration, None
+    choice = chosen(model, config, calibration, again)
+    return choice.apply(config), calibration if config.quant_backend == "matched" else None, choice
+
+
 def key(config: FadeConfig) -> str:
     """The fields of a configuration that a choice depends on, as JSON."""
     names = ("loss_bound", "middle_k_bits", "middle_v_bits", "quant_backend", "n_sink", "positions")
