@@ -12,6 +12,8 @@ unused longest (`policies.select.Residency`). A fetch is a part of the step, and
 import torch
 from torch import Tensor
 
+from fade_ref.config import FadeConfig
+
 from ..compile.compiled import Compiled, use_compiled
 from ..compile.host_fetch import rows_of_either
 from ..formats.base import Field
@@ -49,13 +51,23 @@ class SelectStore(AppendStore):
 
     def __init__(self, *args):
         super().__init__(*args)
-        config, (tier,) = self.config, self.tiers
+        (tier,) = self.tiers
+        self.page = self.config.select_page
+        self.payload = [name for name in tier.format_fields if is_payload(name)]
+        self.choose_by(self.config)
+
+    def choose_by(self, config: FadeConfig) -> None:
+        """Read as `config` says from now on: its budget or share, and its residents. Counts start again.
+
+        What is stored does not depend on it, so `config` may differ from that of the store in `select`,
+        `select_max` and `resident`.
+        """
+        self.config, (tier,) = config, self.tiers
         codes = tier.records.tensors[INDEX]
         (batch, heads), device = codes.shape[:2], codes.device
-        self.page, self.most = config.select_page, config.tokens_selected // config.select_page
+        self.most = config.tokens_selected // self.page
         self.share = config.select if isinstance(config.select, float) else None
         self.counted = torch.zeros(4, dtype=torch.int64, device=device)
-        self.payload = [name for name in tier.format_fields if is_payload(name)]
         self.resident: dict[str, Tensor] = {}
         self.residency: select.Residency | None = None
         if config.cold:
@@ -63,7 +75,7 @@ class SelectStore(AppendStore):
             self.residency = select.Residency(batch, heads, slots, device)
             fields = tier.format.fields(heads)
             self.resident = {n: fields[n].empty(batch, (slots + 1) * self.page, device) for n in self.payload}
-            self._fit()
+            self.loaded()
 
     def _new_records(self, fields: dict[str, Field], batch: int, device) -> Buffers:
         if not self.config.cold:

@@ -6,6 +6,7 @@ A name is one of `NAMES`, or one of ours followed by changed fields of `FadeConf
 
 import argparse
 import ast
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ class Method:
         rowwise: whether the rows of a batch do not influence each other.
         most: most tokens of a step in which queries choose what they read; None where they read everything.
             Longer steps are then fed in parts.
+        config: of ours, where it has the form of a preset; else None.
     """
 
     name: str
@@ -61,6 +63,14 @@ class Method:
     make: Callable[[PreTrainedModel, int], Cache]
     rowwise: bool = True
     most: int | None = None
+    config: FadeConfig | None = None
+
+    @property
+    def stored(self) -> FadeConfig | None:
+        """What a prompt leaves in the cache. Methods with one of these differ only in what queries read."""
+        if self.config is None or self.config.select is None:
+            return self.config
+        return replace(self.config, select=self.config.select_page, select_max=None, resident=None)
 
     def __call__(self, model: PreTrainedModel, length: int) -> Cache:
         """An empty cache. Raises `Unavailable` if something that it needs is missing."""
@@ -91,13 +101,33 @@ def method(name: str, weights=None, codebooks=None) -> Method:
         config = replace(_config(base), **changed)
         does = COMPRESSES if config.compresses else EXACT
         most = None if config.select is None else MAX_DECODE_TOKENS
-        return Method(name, does, lambda model, length: _ours(model, config), most=most)
+        return Method(name, does, lambda model, length: _ours(model, config), most=most, config=config)
     if base not in ("dynamic", *QUANTIZED) or changes:
         raise ValueError(f"no method {name!r}: there are {', '.join(NAMES)}")
     if base == "dynamic":
         return Method(name, EXACT, lambda model, length: DynamicCache(config=model.config))
     # Groups of HQQ run across rows, so each row is measured by itself.
     return Method(name, COMPRESSES, lambda model, length: _quantized(model, *QUANTIZED[base]), rowwise=False)
+
+
+def by_prompt(methods: list[Method]) -> list[list[Method]]:
+    """The methods in groups. After a prompt, the caches of a group hold the same; see `read_by`."""
+    groups: dict = {}
+    for m in methods:
+        chooses = m.config is not None and m.config.select is not None
+        groups.setdefault(m.stored if chooses else m.name, []).append(m)
+    return list(groups.values())
+
+
+def read_by(m: Method, cache: Cache) -> Cache:
+    """A copy of the cache of a prompt, which queries read as `m` says; `m` is of the group of the cache."""
+    twin = copy.deepcopy(cache)
+    twin.fade_config = m.config
+    for layer in twin.tiered:
+        layer.config = m.config
+        if layer.middle is not None:
+            layer.middle.choose_by(m.config)
+    return twin
 
 
 def configuration(name: str) -> FadeConfig:

@@ -28,7 +28,6 @@ from torch import Tensor
 import fade_fast
 from fade_fast.errors import InputError
 from fade_fast.hf import loading
-from fade_fast.hf.models import CACHE_NAME
 
 from . import pictures, texts
 from .methods import (
@@ -42,7 +41,7 @@ from .methods import (
     eager,
     methods_of,
 )
-from .streams import NothingCompressed, chunks, in_parts, read_by_choice
+from .streams import NothingCompressed, in_parts, of_one_prompt, prefilled, read_by_choice
 
 TASKS = ("passkey", "multikey", "recall")
 SUITE = ("dynamic", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "streaming", *POLICIES)
@@ -126,29 +125,30 @@ def example(tokenizer, task: str, length: int, depth: int, seed: int, text: Tens
 
 
 @torch.no_grad()
-def ask(model, m: Method, examples: list[Example], size: int) -> tuple[Tensor, Tensor, float]:
-    """Which answer tokens are the best ones, bool [N, a]; nll of answers [N]; number of compressed tokens.
+def ask(model, methods: list[Method], examples: list[Example], size: int) -> list[tuple]:
+    """For each method: which answer tokens are the best ones, bool [N, a]; nll of answers [N]; number of
+    compressed tokens that a query read.
 
-    All examples have the same number of tokens in context, question and answer.
+    All examples have the same number of tokens in context, question and answer. The methods are a group of
+    `of_one_prompt`.
     """
     context, question, answer = (
         torch.stack([getattr(e, part) for e in examples]).to(model.device)
         for part in ("context", "question", "answer")
     )
-    length = context.shape[1] + question.shape[1]
-    cache = m(model, length)
-    for part in chunks(context.shape[1], size):
-        model(input_ids=context[:, part], **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
-    read = float(compressed_tokens(cache))
-    if m.does == COMPRESSES and not read > 0:
-        raise NothingCompressed(f"{m.name}: the question found no compressed token: use longer prompts")
-    step = torch.cat([question, answer[:, :-1]], dim=1)
-    logits = in_parts(model, cache, step, m.most)[:, -answer.shape[1] :]
-    if m.most is not None:
-        read = read_by_choice(m, cache)
-    log_p = logits.float().log_softmax(-1)
-    nll = -log_p.gather(-1, answer[..., None])[..., 0].sum(-1)
-    return log_p.argmax(-1) == answer, nll, read
+    length, found = context.shape[1] + question.shape[1], []
+    for m, cache in prefilled(model, methods, context, length, size):
+        read = float(compressed_tokens(cache))
+        if m.does == COMPRESSES and not read > 0:
+            raise NothingCompressed(f"{m.name}: the question found no compressed token: use longer prompts")
+        step = torch.cat([question, answer[:, :-1]], dim=1)
+        logits = in_parts(model, cache, step, m.most)[:, -answer.shape[1] :]
+        if m.most is not None:
+            read = read_by_choice(m, cache)
+        log_p = logits.float().log_softmax(-1)
+        nll = -log_p.gather(-1, answer[..., None])[..., 0].sum(-1)
+        found.append((log_p.argmax(-1) == answer, nll, read))
+    return found
 
 
 def run(
@@ -173,42 +173,45 @@ def run(
             where = (0,) if task == "recall" else depths
             n = trials * len(depths) if task == "recall" else trials
             cells = [(d, example(tokenizer, task, length, d, i, words)) for d in where for i in range(n)]
-            for m in methods:
+            for group in of_one_prompt(methods, len(cells[0][1].context), size):
                 started = time.perf_counter()
-                found = score(model, m, task, length, cells, size, batch)
+                found = score(model, group, task, length, cells, size, batch)
                 results += found
-                best = [r.exact for r in found if r.exact is not None]
-                told = f"{sum(best) / len(best):.2f} exact" if best else found[0].failed
-                say(f"  {task} {length}, {m.name}: {told}, {time.perf_counter() - started:.1f} s")
+                for m in group:
+                    mine = [r for r in found if r.method == m.name]
+                    best = [r.exact for r in mine if r.exact is not None]
+                    told = f"{sum(best) / len(best):.2f} exact" if best else mine[0].failed
+                    say(f"  {task} {length}, {m.name}: {told}, {time.perf_counter() - started:.1f} s")
                 keep(results)
     return results
 
 
-def score(model, m: Method, task: str, length: int, cells, size: int, batch: int) -> list[Result]:
-    """One method over `(depth, example)` pairs, in batches."""
-    results = {d: Result(task, length, d, m.name) for d, _ in cells}
-    sums: dict[int, list] = {d: [] for d in results}
-    step = batch if m.rowwise else 1
+def score(model, methods: list[Method], task: str, length: int, cells, size: int, batch: int) -> list[Result]:
+    """Methods that share their prefills over `(depth, example)` pairs, in batches."""
+    results = {(m.name, d): Result(task, length, d, m.name) for m in methods for d, _ in cells}
+    sums: dict[tuple[str, int], list] = {key: [] for key in results}
+    step = batch if all(m.rowwise for m in methods) else 1
     try:
         for i in range(0, len(cells), step):
             part = cells[i : i + step]
             with eager():
-                right, nll, read = ask(model, m, [e for _, e in part], size)
-            for (d, _), row, x in zip(part, right.tolist(), nll.tolist()):
-                sums[d].append((all(row), sum(row) / len(row), x, read))
+                found = ask(model, methods, [e for _, e in part], size)
+            for m, (right, nll, read) in zip(methods, found, strict=True):
+                for (d, _), row, x in zip(part, right.tolist(), nll.tolist()):
+                    sums[m.name, d].append((all(row), sum(row) / len(row), x, read))
     except Unavailable as error:
-        return [Result(task, length, d, m.name, failed=str(error)) for d in results]
+        return [Result(task, length, d, name, failed=str(error)) for name, d in results]
     except NothingCompressed:
         raise
     except Exception as error:  # one failed method must not end the run
         traceback.print_exc()
         failed = f"{type(error).__name__}: {error}"[:300]
-        return [Result(task, length, d, m.name, failed=failed) for d in results]
+        return [Result(task, length, d, name, failed=failed) for name, d in results]
     finally:
         fade_fast.detach(model)
-    for d, r in results.items():
-        r.trials = len(sums[d])
-        r.exact, r.tokens, r.nll, r.read = (sum(column) / r.trials for column in zip(*sums[d]))
+    for key, r in results.items():
+        r.trials = len(sums[key])
+        r.exact, r.tokens, r.nll, r.read = (sum(column) / r.trials for column in zip(*sums[key]))
     return list(results.values())
 
 

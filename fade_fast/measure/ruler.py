@@ -34,7 +34,6 @@ from torch import Tensor
 import fade_fast
 from fade_fast.errors import InputError
 from fade_fast.hf import loading
-from fade_fast.hf.models import CACHE_NAME
 
 from . import texts
 from .methods import (
@@ -49,7 +48,7 @@ from .methods import (
     methods_of,
 )
 from .needles import GRASS
-from .streams import NothingCompressed, check, chunks
+from .streams import NothingCompressed, check, chunks, in_parts, of_one_prompt, prefilled, read_by_choice
 
 TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "fwe")
 SUITE = (
@@ -317,27 +316,33 @@ def _frequent(source: Source, rng: random.Random, length: int) -> Example:
 
 @torch.no_grad()
 def answer(
-    model, tokenizer, m: Method, examples: list[Example], size: int, most: int
-) -> tuple[list[str], float, float]:
-    """What a model says to prompts of one length, at most `most` tokens each, and what its cache compressed.
+    model, tokenizer, methods: list[Method], examples: list[Example], size: int, most: int
+) -> list[tuple[list[str], float, float]]:
+    """What a model says to prompts of one length, at most `most` tokens each, and what its caches compressed.
 
-    Returns the answers, and the compressed and evicted tokens before the last step of the prompts, means over
-    rows. Rows stop at the end of the text. All stop when every answer contains all references, because more
-    tokens cannot change a score.
+    Returns for each method the answers, and the compressed and evicted tokens before the last step of the
+    prompts, means over rows. Where queries choose, tokens that they read stand for the compressed ones. Rows
+    stop at the end of the text. All stop when every answer contains all references, because more tokens
+    cannot change a score. The methods are a group of `of_one_prompt`.
 
     Raises `NothingCompressed` for a cache that did nothing to the prompt.
     """
     prompts = torch.stack([e.prompt for e in examples]).to(model.device)
     length = prompts.shape[1]
-    cache = m(model, length)
-    step = lambda ids: model(  # noqa: E731
-        input_ids=ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1
-    ).logits[:, -1]
-    for part in chunks(length - STEP, size):
-        step(prompts[:, part])
+    context = prompts[:, : length - STEP]
+    asked = prompts[:, length - STEP :]
+    return [
+        _answer(model, tokenizer, m, cache, examples, asked, most)
+        for m, cache in prefilled(model, methods, context, length, size)
+    ]
+
+
+def _answer(model, tokenizer, m: Method, cache, examples, asked: Tensor, most: int):
+    """The answer through the cache of a prompt, whose last tokens are `asked`."""
+    step = lambda ids: in_parts(model, cache, ids, m.most)[:, -1]  # noqa: E731
     read, evicted = float(compressed_tokens(cache)), float(evicted_tokens(cache))
     check(m, read, evicted)
-    logits = step(prompts[:, length - STEP :])
+    logits = step(asked)
     ends, said = ends_of_text(model), torch.empty(len(examples), 0, dtype=torch.int64)
     while True:
         said = torch.cat([said, logits.argmax(-1, keepdim=True).cpu()], dim=1)
@@ -347,7 +352,7 @@ def answer(
             for told, e, row in zip(words, examples, said)
         ]
         if all(over) or said.shape[1] >= most:
-            return words, read, evicted
+            return words, read if m.most is None else read_by_choice(m, cache), evicted
         logits = step(said[:, -1:].to(model.device))
 
 
@@ -385,42 +390,47 @@ def run(
     for task in tasks:
         for length in lengths:
             examples = [example(source, task, length, seed) for seed in range(trials)]
-            for m in methods:
+            for group in of_one_prompt(methods, length - STEP, size):
                 started = time.perf_counter()
                 new = min(NEW[task], most or NEW[task])
-                r = measured_in(model, tokenizer, m, task, length, examples, size, batch, new)
-                results.append(r)
-                told = r.failed or f"{r.score:.2f}, {r.read:.0f} compressed tokens"
-                say(f"  {task} {length}, {m.name}: {told}, {time.perf_counter() - started:.1f} s")
+                found = measured_in(model, tokenizer, group, task, length, examples, size, batch, new)
+                results += found
+                for r in found:
+                    told = r.failed or f"{r.score:.2f}, {r.read:.0f} compressed tokens"
+                    say(f"  {task} {length}, {r.method}: {told}, {time.perf_counter() - started:.1f} s")
                 keep(results)
     return results
 
 
 def measured_in(
-    model, tokenizer, m: Method, task: str, length: int, examples, size: int, batch: int, new: int
-) -> Result:
-    """One method over the examples of a task, in batches."""
-    r = Result(task, length, m.name)
-    read, evicted = [], []
+    model, tokenizer, methods: list[Method], task: str, length: int, examples, size: int, batch: int, new: int
+) -> list[Result]:
+    """Methods that share their prefills over the examples of a task, in batches."""
+    results = [Result(task, length, m.name) for m in methods]
+    read, evicted = ([[] for _ in methods] for _ in range(2))
     try:
-        for part in chunks(len(examples), batch if m.rowwise else 1):
+        for part in chunks(len(examples), batch if all(m.rowwise for m in methods) else 1):
             with eager():
-                said, seen, gone = answer(model, tokenizer, m, examples[part], size, new)
-            r.scores += [score(words, e.answers) for words, e in zip(said, examples[part])]
-            read, evicted = read + [seen] * len(said), evicted + [gone] * len(said)
+                answers = answer(model, tokenizer, methods, examples[part], size, new)
+            for i, (said, seen, gone) in enumerate(answers):
+                results[i].scores += [score(words, e.answers) for words, e in zip(said, examples[part])]
+                read[i] += [seen] * len(said)
+                evicted[i] += [gone] * len(said)
     except Unavailable as error:
-        return Result(task, length, m.name, failed=str(error))
+        return [Result(task, length, m.name, failed=str(error)) for m in methods]
     except NothingCompressed:
         raise
     except Exception as error:  # one failed method must not end the run
         traceback.print_exc()
-        return Result(task, length, m.name, failed=f"{type(error).__name__}: {error}"[:300])
+        failed = f"{type(error).__name__}: {error}"[:300]
+        return [Result(task, length, m.name, failed=failed) for m in methods]
     finally:
         fade_fast.detach(model)
-    r.trials, r.score = len(r.scores), statistics.mean(r.scores)
-    r.full = statistics.mean(float(x == 1) for x in r.scores)
-    r.read, r.evicted = statistics.mean(read), statistics.mean(evicted)
-    return r
+    for r, seen, gone in zip(results, read, evicted, strict=True):
+        r.trials, r.score = len(r.scores), statistics.mean(r.scores)
+        r.full = statistics.mean(float(x == 1) for x in r.scores)
+        r.read, r.evicted = statistics.mean(seen), statistics.mean(gone)
+    return results
 
 
 # -- what is shown

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fade_fast.cache.layer import MAX_DECODE_TOKENS
 from fade_fast.hf.models import CACHE_NAME
 
-from .methods import COMPRESSES, EVICTS, Method, chosen_tokens, compressed_tokens
+from .methods import COMPRESSES, EVICTS, Method, by_prompt, chosen_tokens, compressed_tokens, read_by
 
 
 class NothingCompressed(AssertionError):
@@ -69,3 +70,26 @@ def check(m: Method, read: float, evicted: float) -> None:
         raise NothingCompressed(f"{m.name}: no query read a compressed token: use longer windows")
     if m.does == EVICTS and not evicted > 0:
         raise NothingCompressed(f"{m.name}: no token was evicted: use longer windows")
+
+
+def of_one_prompt(methods: list[Method], tokens: int, size: int) -> list[list[Method]]:
+    """Methods in groups that may share the prefill of a prompt of `tokens`, fed in chunks of `size`.
+
+    A short chunk chooses already what it reads, and so differs from method to method.
+    """
+    short = any(part.stop - part.start <= MAX_DECODE_TOKENS for part in list(chunks(tokens, size))[1:])
+    return [[m] for m in methods] if short else by_prompt(methods)
+
+
+def prefilled(model, methods: list[Method], prompts: Tensor, length: int, size: int) -> Iterator:
+    """`(method, cache)` for a group of `of_one_prompt`, after `prompts` [B, n], which are fed once.
+
+    `length`: tokens that the text will have.
+    """
+    cache = methods[0](model, length)
+    for part in chunks(prompts.shape[1], size):
+        step = {CACHE_NAME: cache, "use_cache": True, "logits_to_keep": 1}
+        with torch.no_grad():
+            model(input_ids=prompts[:, part], **step)
+    for m in methods:
+        yield m, cache if len(methods) == 1 else read_by(m, cache)

@@ -6,6 +6,7 @@ import torch
 from fade_fast.measure import needles
 from fade_fast.measure.methods import method
 from fade_fast.measure.quality import NothingCompressed
+from fade_fast.measure.streams import of_one_prompt
 
 from ..marks import slow_but
 from ..models import tiny_llama
@@ -59,7 +60,7 @@ def test_too_short_a_prompt():
 def test_answers_are_scored_as_one_forward_would():
     model = tiny_llama(dtype=torch.float64)
     examples = [needles.example(Bytes(), "passkey", 600, d, 0, TEXT) for d in (5, 60)]
-    right, nll, read = needles.ask(model, method("dynamic"), examples, 256)
+    ((right, nll, read),) = needles.ask(model, [method("dynamic")], examples, 256)
     for i, e in enumerate(examples):
         with torch.no_grad():
             whole = torch.cat([e.context, e.question, e.answer])[None]
@@ -67,19 +68,37 @@ def test_answers_are_scored_as_one_forward_would():
         assert nll[i].item() == pytest.approx(-log_p.gather(1, e.answer[:, None]).sum().item(), rel=1e-5)
         assert right[i].tolist() == (log_p.argmax(-1) == e.answer).tolist()
     assert read == 0
-    _, compressed, read = needles.ask(model, method("int2"), examples, 256)
+    ((_, compressed, read),) = needles.ask(model, [method("int2")], examples, 256)
     assert read > 300 and not torch.allclose(compressed, nll, rtol=1e-3)
     with pytest.raises(NothingCompressed):
-        needles.ask(model, method("int4:recent_window=600"), examples, 256)
+        needles.ask(model, [method("int4:recent_window=600")], examples, 256)
+
+
+def test_one_prefill_serves_methods_that_differ_in_what_queries_read():
+    """To the bit, each method finds what it finds alone."""
+    model = tiny_llama(dtype=torch.float64)
+    examples = [needles.example(Bytes(), "passkey", 600, d, 0, TEXT) for d in (5, 60)]
+    names = ["recall:select=64", "recall:select=16:resident=64", "recall:select=0.5:select_max=128"]
+    others = ["dynamic", "recall:select=64:recent_window=32", "int4"]
+    methods = [method(name) for name in (*names, *others)]
+    groups = of_one_prompt(methods, len(examples[0].context), 200)
+    assert [[m.name for m in group] for group in groups] == [names, *([name] for name in others)]
+    together = needles.ask(model, groups[0], examples, 200)
+    alone = [needles.ask(model, [m], examples, 200)[0] for m in groups[0]]
+    for (_, ours, read), (_, theirs, again), most in zip(together, alone, (64, 16, 128), strict=True):
+        assert torch.equal(ours, theirs) and read == again and 8 <= read <= most
+    assert len({read for *_, read in together}) == 3
+    # A last chunk of few tokens chooses already what it reads.
+    assert all(len(group) == 1 for group in of_one_prompt(methods, 200 + 16, 200))
 
 
 def test_only_whole_answers_count(monkeypatch):
     right = iter([[[True] * 3, [True, False, True]], [[False] * 3]])
     monkeypatch.setattr(
-        needles, "ask", lambda *args: (torch.tensor(found := next(right)), torch.ones(len(found)), 8.0)
+        needles, "ask", lambda *args: [(torch.tensor(found := next(right)), torch.ones(len(found)), 8.0)]
     )
     cells = [(5, None), (5, None), (50, None)]
-    five, fifty = needles.score(tiny_llama(), method("int4"), "passkey", 600, cells, 256, 2)
+    five, fifty = needles.score(tiny_llama(), [method("int4")], "passkey", 600, cells, 256, 2)
     assert (five.depth, five.exact, five.trials, five.read) == (5, 0.5, 2, 8.0)
     assert five.tokens == pytest.approx(5 / 6) and fifty.exact == fifty.tokens == 0.0
 

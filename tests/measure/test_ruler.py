@@ -201,7 +201,7 @@ def examples(monkeypatch):
 
 def test_answers_are_greedy(model, examples):
     """They are the tokens that `generate` of transformers gives, and rows do not influence each other."""
-    said, read, evicted = ruler.answer(model, Bytes(), method("dynamic"), examples, 256, 12)
+    ((said, read, evicted),) = ruler.answer(model, Bytes(), [method("dynamic")], examples, 256, 12)
     assert read == evicted == 0
     for e, words in zip(examples, said):
         out = model.generate(
@@ -213,32 +213,32 @@ def test_answers_are_greedy(model, examples):
 
 def test_compression_is_used(model, examples):
     one = examples[:1]
-    exact, *_ = ruler.answer(model, Bytes(), method("dynamic"), one, 700, 6)
-    off, *_ = ruler.answer(model, Bytes(), method("off"), one, 700, 6)
+    ((exact, *_),) = ruler.answer(model, Bytes(), [method("dynamic")], one, 700, 6)
+    ((off, *_),) = ruler.answer(model, Bytes(), [method("off")], one, 700, 6)
     assert off == exact
-    said, read, _ = ruler.answer(model, Bytes(), method("int2"), one, 256, 6)
+    ((said, read, _),) = ruler.answer(model, Bytes(), [method("int2")], one, 256, 6)
     assert read > 400 and said != exact
-    _, read, _ = ruler.answer(model, Bytes(), method("int2:quant_backend=matched"), one, 256, 1)
+    ((_, read, _),) = ruler.answer(model, Bytes(), [method("int2:quant_backend=matched")], one, 256, 1)
     assert read > 400
-    _, read, evicted = ruler.answer(model, Bytes(), method("streaming:recent_window=60"), one, 256, 1)
+    ((_, read, evicted),) = ruler.answer(model, Bytes(), [method("streaming:recent_window=60")], one, 256, 1)
     assert read == 0 and evicted > 400
 
 
 @pytest.mark.parametrize("name", slow_but(["int4:recent_window=640", "streaming:recent_window=640"]))
 def test_a_cache_that_did_nothing_is_an_error(model, examples, name):
     with pytest.raises(NothingCompressed):
-        ruler.answer(model, Bytes(), method(name), examples[:1], 256, 1)
+        ruler.answer(model, Bytes(), [method(name)], examples[:1], 256, 1)
 
 
 def test_answers_end_with_the_text_or_with_all_references(model, examples, monkeypatch):
-    first = ruler.answer(model, Bytes(), method("dynamic"), examples[:1], 256, 6)[0][0]
+    first = ruler.answer(model, Bytes(), [method("dynamic")], examples[:1], 256, 6)[0][0][0]
     steps = []
     forward = type(model).forward
     monkeypatch.setattr(
         type(model), "forward", lambda self, *a, **k: steps.append(1) or forward(self, *a, **k)
     )
     known = [ruler.Example(e.prompt, e.question, (first[:2],)) for e in examples[:1]]
-    said, *_ = ruler.answer(model, Bytes(), method("dynamic"), known, 700, 6)
+    ((said, *_),) = ruler.answer(model, Bytes(), [method("dynamic")], known, 700, 6)
     assert said[0] == first[:2] and len(steps) == 1 + 1 + 1  # context, question, and one token more
     end = examples[0].prompt.new_tensor(list(first.encode(errors="replace")))
     assert ruler.until_end(end, {int(end[1])}).tolist() == end[:1].tolist()
@@ -247,9 +247,9 @@ def test_answers_end_with_the_text_or_with_all_references(model, examples, monke
 
 def test_scores_are_means(model, monkeypatch):
     told = iter([["a b", "a"], ["c"]])
-    monkeypatch.setattr(ruler, "answer", lambda *args: (next(told), 8.0, 0.0))
+    monkeypatch.setattr(ruler, "answer", lambda *args: [(next(told), 8.0, 0.0)])
     cells = [ruler.Example(torch.zeros(1), 1, ("a", "b"))] * 3
-    r = ruler.measured_in(model, Bytes(), method("int4"), "vt", 700, cells, 256, 2, 5)
+    (r,) = ruler.measured_in(model, Bytes(), [method("int4")], "vt", 700, cells, 256, 2, 5)
     assert (r.scores, r.trials, r.score, r.read) == ([1.0, 0.5, 0.0], 3, 0.5, 8.0)
     assert r.full == pytest.approx(1 / 3)
     assert "| int4 | 0.50 | 0.50 | 8 |" in ruler.table([r]) and "3 examples a task" in ruler.table([r])
