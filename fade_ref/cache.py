@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import attention, importance, matched, policies, select
+from . import attention, importance, matched, policies, select, summaries
 from .attention import Terms
 from .config import KEPT, FadeConfig
 from .product import ProductCodec
@@ -239,19 +239,42 @@ class LayerCache:
         n_sink + p * select_page on."""
         c, middle = self.config, self.middle(row)
         held, heads = self.boundary - c.n_sink, len(self.groups[row.group])
+        slots = [t.column - c.n_sink for t in middle]
+        at = torch.full((held,), -1)  # position of the token in each slot
+        at[slots] = torch.tensor([t.position for t in middle], dtype=torch.int64)
+        seen = attention.visible(position, at, terms.window)[0]
+        share = c.select if isinstance(c.select, float) else None
+        budget = c.tokens_selected // c.select_page
+        if c.summary is not None:
+            size = c.select_page if c.blocks_shortlisted is None else c.block_size
+            summary = summaries.summarize(c.summary, self._in_slots(row, middle, slots, held), at >= 0, size)
+            found = summaries.log_mass(c.summary, query, summary, seen, size, terms)
+            mass = select.mass_of(found, heads)
+            if c.blocks_shortlisted is None:
+                return select.choose(mass, budget, share)
+            blocks, per = select.choose(mass, c.blocks_shortlisted), c.block_size // c.select_page
+            allowed = [[b * per + i for b in own for i in range(per)] for own in blocks]
+            read = select.tokens_read(blocks, c.block_size, held)
+        else:
+            allowed = [list(range(held // c.select_page))] * heads
+            read = torch.ones(heads, held, dtype=torch.bool)
         scores = torch.full((query.shape[0], held), -torch.inf, dtype=torch.float64)
         if middle:
             records, means = zip(*((t.key, t.mean) for t in middle))
             keys = Record(*(None if x[0] is None else torch.stack(x, dim=1) for x in zip(*records)))
             mean = torch.cat([m.expand(heads, 1, -1) for m in means], dim=1)
             codec = self.codecs[row.group][self.first_tier][0]
-            at = torch.tensor([t.position for t in middle])
-            found = select.index_scores(query, keys, mean, codec, terms)
-            found = found.masked_fill(~attention.visible(position, at, terms.window), -torch.inf)[:, 0]
-            scores[:, [t.column - c.n_sink for t in middle]] = found
-        mass = select.page_mass(scores, c.select_page, heads)
-        share = c.select if isinstance(c.select, float) else None
-        return select.choose(mass, c.tokens_selected // c.select_page, share)
+            scores[:, slots] = select.index_scores(query, keys, mean, codec, terms, c.index_bits)[:, 0]
+        seen = (seen & read).repeat_interleave(query.shape[0] // heads, dim=0)
+        mass = select.page_mass(scores.masked_fill(~seen, -torch.inf), c.select_page, heads)
+        return select.choose_within(mass, allowed, budget, share)
+
+    def _in_slots(self, row: Row, tokens: list[Token], slots: list[int], held: int) -> Tensor:
+        """Decoded keys of some tokens in their slots of the middle, [H, held, D]; 0 where there is none."""
+        keys = torch.zeros(len(self.groups[row.group]), held, self.head_dim, dtype=torch.float64)
+        if tokens:
+            keys[:, slots] = torch.stack([self._decode(row, t, t.position)[0] for t in tokens], dim=1)
+        return keys
 
     def _attend_chosen(self, row: Row, query: Tensor, position: Tensor, terms: Terms) -> Tensor:
         """Attention over sinks, recent tokens and the pages that each query chooses in each KV head."""

@@ -20,7 +20,10 @@ CODECS = ("rotated", "matched", "channel", "symmetric", "product")
 POSITIONS = ("original", "contiguous")
 PLAN_SCOPES = ("layer", "sequence", "head")
 SAFE_LOSS = 0.003  # KL divergence per token that `safe` may cost, in nats
-INDEXES = ("k2",)  # what scores every token where a query chooses what it reads; see `select.py`
+#: What scores pages where a query chooses what it reads, best first by measurement; see `select.py` (upper
+#: bits of key codes) and `summaries.py`. "+": the first one leaves some blocks, and the second one chooses there.
+INDEXES = ("k2", "k1", "deviation+k2", "bounds+k2", "deviation", "bounds")
+SHORTLIST = 4  # times the tokens that a query reads: what the first of two indexes leaves to the second
 COLD = ("host",)  # where the payload of tokens lies that are not resident
 PAGES = (8, 16, 32)  # tokens that are chosen together
 DEFAULT_MOST = 2048  # tokens that are read at most where `select` is a share
@@ -70,7 +73,10 @@ class FadeConfig:
             tokens. Sinks and recent tokens are always read, and every token is kept.
         select_page: tokens that are chosen together, one of `PAGES`.
         select_max: most tokens that are read where `select` is a share; `None`: 2048.
-        index: what scores the tokens, one of `INDEXES`. "k2": the upper two bits of 4-bit key codes.
+        index: what scores the tokens, one of `INDEXES`. "k2" and "k1": the upper two bits, or the uppermost
+            bit, of 4-bit key codes. "bounds" and "deviation": minimum and maximum, or mean and standard
+            deviation, of the keys of each page. "bounds+k2" and "deviation+k2": these numbers of each block
+            of `block_size` tokens leave `SHORTLIST` times the tokens that are read, among which "k2" chooses.
         cold: "host": the lower bits of keys, and the values, lie in host memory, and some pages of them also
             on the GPU. `None`: everything lies on the GPU.
         resident: tokens of each KV head whose payload lies on the GPU, with `cold`; `None`: twice as many as
@@ -292,10 +298,10 @@ class FadeConfig:
             self._index_bits(BOUNDARIES[self.layer_bits][0])
 
     def _index_bits(self, keys: int) -> None:
-        """Refuse widths of keys whose upper two bits are no index."""
+        """Refuse widths of keys whose upper bits are no index."""
         if self.select is not None and keys not in (4, KEPT):
             raise ValueError(
-                f"select={self.select!r} with index={self.index!r} takes the upper two bits of 4-bit keys: "
+                f"select={self.select!r} with index={self.index!r} takes the upper bits of 4-bit keys: "
                 f"keys of {keys} bits contradict it, 4 is allowed, and 16 for layers that are not compressed"
             )
 
@@ -348,6 +354,32 @@ class FadeConfig:
         if isinstance(self.select, float):
             return DEFAULT_MOST if self.select_max is None else self.select_max
         return self.select
+
+    @property
+    def index_bits(self) -> int | None:
+        """Upper bits of key codes that score tokens; None where only the numbers of pages do.
+
+        >>> [FadeConfig(select=256, index=index).index_bits for index in ("k1", "bounds+k2", "bounds")]
+        [1, 2, None]
+        """
+        return {"k1": 1, "k2": 2}.get(self.index.split("+")[-1])
+
+    @property
+    def summary(self) -> str | None:
+        """The numbers of pages or blocks that score them, "bounds" or "deviation"; None: there are none."""
+        first = self.index.split("+")[0]
+        return None if first in ("k1", "k2") else first
+
+    @property
+    def blocks_shortlisted(self) -> int | None:
+        """Blocks that the first of two indexes leaves to the second; None: there is one index.
+
+        >>> FadeConfig(select=256, index="bounds+k2").blocks_shortlisted
+        16
+        """
+        if self.select is None or "+" not in self.index:
+            return None
+        return -(-SHORTLIST * self.tokens_selected // self.block_size)
 
     @property
     def tokens_resident(self) -> int | None:

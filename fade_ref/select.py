@@ -4,8 +4,8 @@ What is dropped cannot be asked for later (SCBench, arXiv 2412.10319). Here ever
 and each query reads a few pages of it, chosen by the query itself. Three parts:
 
 - **Index.** A 4-bit code of a key is two halves. The upper two bits are a coarser code of the same key. They
-  score every token, and no second copy is stored. (Quest, arXiv 2406.10774, scores pages by bounds of their
-  keys; at equal bytes a 2-bit code of every key finds the tokens better.)
+  score every token, and no second copy is stored. `summaries.py` has other indexes: numbers of each page
+  (Quest, arXiv 2406.10774). At equal bytes a 2-bit code of every key finds the tokens better.
 - **Selection.** Scores become probability mass per page. Each query head has its own softmax; the heads of a
   group are averaged, because they read one set of pages. The heaviest pages are read, up to a budget of
   tokens, or until they hold a share of the mass (Twilight, arXiv 2502.02770).
@@ -33,35 +33,37 @@ INDEX_BITS = 2  # upper bits of a key code that form the index "k2"
 # -- the index
 
 
-def split(codes: Tensor, bits: int = 4) -> tuple[Tensor, Tensor]:
-    """Upper `INDEX_BITS` bits and the lower bits of codes uint8 [..., D], one code in each byte.
+def split(codes: Tensor, bits: int = 4, kept: int = INDEX_BITS) -> tuple[Tensor, Tensor]:
+    """Upper `kept` bits and the lower bits of codes uint8 [..., D] of `bits` bits, one code in each byte.
 
     >>> [x.tolist() for x in split(torch.tensor([0, 6, 15], dtype=torch.uint8))]
     [[0, 1, 3], [0, 2, 3]]
     """
-    shift = bits - INDEX_BITS
+    shift = bits - kept
     return codes >> shift, codes & (2**shift - 1)
 
 
-def join(upper: Tensor, lower: Tensor, bits: int = 4) -> Tensor:
+def join(upper: Tensor, lower: Tensor, bits: int = 4, kept: int = INDEX_BITS) -> Tensor:
     """Undo `split`."""
-    return (upper << (bits - INDEX_BITS)) | lower
+    return (upper << (bits - kept)) | lower
 
 
-def coarse(upper: Tensor, bits: int = 4) -> Tensor:
+def coarse(upper: Tensor, bits: int = 4, kept: int = INDEX_BITS) -> Tensor:
     """What the upper bits say of a code: the middle of the codes that share them, float64 [..., D].
 
     For uniform codes and for symmetric codes alike, a decoded number is linear in the code. So the middle of
     the codes decodes to the middle of the cell: it is the level at which the index reads a channel.
 
-    >>> coarse(torch.tensor([0, 1, 2, 3])).tolist()
-    [1.5, 5.5, 9.5, 13.5]
+    >>> coarse(torch.tensor([0, 1, 2, 3])).tolist(), coarse(torch.tensor([0, 1]), kept=1).tolist()
+    ([1.5, 5.5, 9.5, 13.5], [3.5, 11.5])
     """
-    cell = 2 ** (bits - INDEX_BITS)
+    cell = 2 ** (bits - kept)
     return upper.double() * cell + (cell - 1) / 2
 
 
-def index_keys(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int = 4) -> Tensor:
+def index_keys(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int = 4, kept: int = INDEX_BITS
+) -> Tensor:
     """Rotated, centered keys [..., n, D] as the index reads them: upper bits, with the key's own scale.
 
     Args:
@@ -72,23 +74,28 @@ def index_keys(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int = 4)
     >>> index_keys(torch.tensor([[3, 12]]), torch.tensor([2.0]), torch.tensor([-1.0])).tolist()
     [[2.0, 26.0]]
     """
-    level = coarse(split(codes, bits)[0], bits)
+    level = coarse(split(codes, bits, kept)[0], bits, kept)
     if zero is None:
         return (level - (2**bits - 1) / 2) * scale.double().unsqueeze(-1)
     return level * scale.double().unsqueeze(-1) + zero.double().unsqueeze(-1)
 
 
 def index_scores(
-    query: Tensor, keys: Record, mean: Tensor, codec: RotatedCodec | MatchedCodec, terms: Terms
+    query: Tensor,
+    keys: Record,
+    mean: Tensor,
+    codec: RotatedCodec | MatchedCodec,
+    terms: Terms,
+    kept: int = INDEX_BITS,
 ) -> Tensor:
-    """Scores [Hq, q, n] of keys as the index reads them, before any mask.
+    """Scores [Hq, q, n] of keys as the index of their upper `kept` bits reads them, before any mask.
 
     Args:
         query: [Hq, q, D]. keys: records of [H, n, D], of 4 bits.
         mean: [H, n, D], which was subtracted from the keys.
         codec: of the keys: a query meets their codes rotated.
     """
-    y = index_keys(quantize.unpack(keys.codes, codec.bits, codec.head_dim), *keys[1:], codec.bits)
+    y = index_keys(quantize.unpack(keys.codes, codec.bits, codec.head_dim), *keys[1:], codec.bits, kept)
     scores = terms.scaling * (attention.dot(codec.rotate_query(query), y) + attention.dot(query, mean))
     return scores if terms.softcap is None else terms.softcap * torch.tanh(scores / terms.softcap)
 
@@ -111,9 +118,13 @@ def page_mass(scores: Tensor, page: int, heads: int) -> Tensor:
     >>> page_mass(s, page=2, heads=1).tolist()
     [[0.75, 0.25]]
     """
-    lse = scores.double().unflatten(-1, (-1, page)).logsumexp(-1)  # [Hq, P]
-    seen = lse.isfinite().any(-1, keepdim=True)
-    share = lse.masked_fill(~seen, 0.0).softmax(-1).masked_fill(~seen, 0.0)
+    return mass_of(scores.double().unflatten(-1, (-1, page)).logsumexp(-1), heads)
+
+
+def mass_of(log_mass: Tensor, heads: int) -> Tensor:
+    """The same from the logarithm of the mass of each page for each query head, [Hq, P], up to a constant."""
+    seen = log_mass.isfinite().any(-1, keepdim=True)
+    share = log_mass.masked_fill(~seen, 0.0).softmax(-1).masked_fill(~seen, 0.0)
     return share.unflatten(0, (heads, -1)).mean(1)
 
 
@@ -141,6 +152,21 @@ def choose(mass: Tensor, budget: int, share: float | None = None) -> list[list[i
         before = weight[order].cumsum(0) - weight[order]
         enough = len(order) if share is None else max(1, int((before < share).sum()))
         chosen.append(order[: min(budget, enough)].tolist())
+    return chosen
+
+
+def choose_within(
+    mass: Tensor, allowed: list[list[int]], budget: int, share: float | None = None
+) -> list[list[int]]:
+    """The same, where KV head h chooses among the pages `allowed[h]`.
+
+    >>> choose_within(torch.tensor([[0.5, 0.1, 0.4, 0.0]]), [[1, 2]], budget=1)
+    [[2]]
+    """
+    chosen = []
+    for weight, pages in zip(mass, map(sorted, allowed)):
+        (found,) = choose(weight[pages].unsqueeze(0), budget, share)
+        chosen.append([pages[i] for i in found])
     return chosen
 
 

@@ -1,8 +1,9 @@
 """A store that keeps every token, and of which a short step reads the pages that its queries choose.
 
 A page is a run of `select_page` slots. The index, which scores every token, is a part of the records: the
-upper bits of the key codes (`formats/split.py`). The rest is payload. The chosen pages are gathered into a
-view of fixed size, a plain INT4 tier, and attention reads it as any other.
+upper bits of the key codes (`formats/split.py`). Or numbers of each page score it, or numbers of each block
+leave some blocks to the upper bits (`summaries.py`). What does not score is payload. The chosen pages are
+gathered into a view of fixed size, a plain INT4 tier, and attention reads it as any other.
 
 With `cold="host"` the payload lies in host memory, and some pages of it also in slots on the GPU. The first
 pages go to both when they are stored. Later ones come to the GPU when they are chosen, in the place of those
@@ -26,15 +27,17 @@ from ..policies import select
 from .append_store import AppendStore
 from .buffers import Buffers
 from .host import HostBuffers
+from .positions import PAD
+from .summaries import Summaries
 
-#: Fields of the index beside `INDEX`. All others are payload: only tokens that are chosen need them.
-KEY_NUMBERS = ("key_scale", "key_zero")
+KEY_NUMBERS = ("key_scale", "key_zero")  # fields that `INDEX` needs to score tokens
+KEY_FIELDS = (INDEX, "key_codes", *KEY_NUMBERS)
 QUERIES, READ, HITS, MISSES = range(4)  # what `SelectStore.counted` counts
 
 
-def is_payload(name: str) -> bool:
+def is_payload(name: str, config: FadeConfig) -> bool:
     """Whether a field of a record is needed only of tokens that are chosen."""
-    return name != INDEX and name not in KEY_NUMBERS
+    return config.index_bits is None or (name != INDEX and name not in KEY_NUMBERS)
 
 
 class SelectStore(AppendStore):
@@ -47,13 +50,20 @@ class SelectStore(AppendStore):
         resident: the payload on the GPU, at least `slots + 1` pages of each field; empty without a host. The
             page after the slots takes writes that mean nothing.
         residency: which page is in which slot; None without a host.
+        summaries: numbers of pages, or of blocks, that score them; None if only the records do.
     """
 
     def __init__(self, *args):
         super().__init__(*args)
         (tier,) = self.tiers
         self.page = self.config.select_page
-        self.payload = [name for name in tier.format_fields if is_payload(name)]
+        self.payload = [name for name in tier.format_fields if is_payload(name, self.config)]
+        codes = tier.records.tensors[INDEX]
+        self.summaries: Summaries | None = None
+        if self.config.summary:
+            size = self.page if self.config.blocks_shortlisted is None else self.config.block_size
+            sizes = (*codes.shape[:2], tier.format.head_dim, codes.device)
+            self.summaries = Summaries(self.config.summary, size, *sizes)
         self.choose_by(self.config)
 
     def choose_by(self, config: FadeConfig) -> None:
@@ -75,12 +85,13 @@ class SelectStore(AppendStore):
             self.residency = select.Residency(batch, heads, slots, device)
             fields = tier.format.fields(heads)
             self.resident = {n: fields[n].empty(batch, (slots + 1) * self.page, device) for n in self.payload}
-            self.loaded()
+        self.loaded()
 
     def _new_records(self, fields: dict[str, Field], batch: int, device) -> Buffers:
         if not self.config.cold:
             return super()._new_records(fields, batch, device)
-        return HostBuffers(fields, tuple(filter(is_payload, fields)), self.slots_step, batch, device)
+        cold = tuple(name for name in fields if is_payload(name, self.config))
+        return HostBuffers(fields, cold, self.slots_step, batch, device)
 
     @property
     def chooses(self) -> bool:
@@ -108,12 +119,36 @@ class SelectStore(AppendStore):
 
         super().demote(keys, values, first, seen, attention_stats, reserved, counters)
         if counters is None:
+            self._summarize()
             self._make_resident(before, before + new)
-        elif self.residency:
-            at = self._slots(first, new, counters)
+            return
+        at = self._slots(first, new, counters)
+        self._summarize_at(at, self.middle_positions(first, new, counters) != PAD)
+        if self.residency:
             room = self.residency.slots * self.page
             for name, x in self.resident.items():
                 x.index_copy_(2, at.clamp_max(room), tier.records.tensors[name].index_select(2, at))
+
+    def _summarize(self) -> None:
+        """Add the numbers of the pages that have none: of new ones, or of all that a file brought."""
+        if self.summaries is None:
+            return
+        tier, start = self.tiers[0], self.summaries.tokens
+        if start < (count := tier.records.count):
+            # In float64, so that rounding to float16 gives the same numbers everywhere.
+            keys = self.decode_keys(tier, start, count, torch.float64)
+            self.summaries.append(keys, (self.position(tier) != PAD)[..., start:])
+
+    def _summarize_at(self, at: Tensor, real: Tensor) -> None:
+        """The same of slots `at` in a graph being captured; `real`, bool [B, 1, n]: which hold a token."""
+        if self.summaries is None:
+            return
+        tier, size = self.tiers[0], self.summaries.page
+        held = tier.records.tensors
+        fields = {name: x.index_select(2, at) if name in KEY_FIELDS else x for name, x in held.items()}
+        mean = self.means.tensors["mean"].index_select(2, at // self.per_mean)
+        keys = tier.format.decode_keys(fields, mean, torch.float64)
+        self.summaries.append(keys, real, at[::size] // size)
 
     def _make_resident(self, start: int, stop: int) -> None:
         """Copy those of slots `start` to `stop` that belong to the first pages."""
@@ -130,6 +165,8 @@ class SelectStore(AppendStore):
 
     def _fit(self) -> None:
         """Give each page an entry, and residents as many slots as a step reads."""
+        if self.summaries:
+            self.summaries.pages.reserve(self.tiers[0].records.capacity // self.summaries.page)
         if not self.residency:
             return
         self.residency.reserve(self.tiers[0].records.capacity // self.page)
@@ -141,6 +178,15 @@ class SelectStore(AppendStore):
     def loaded(self) -> None:
         self._make_resident(0, self.tiers[0].records.count)
         self._fit()
+        self._summarize()
+
+    def count_replayed_demotion(self, new: int) -> None:
+        super().count_replayed_demotion(new)
+        if self.summaries:
+            self.summaries.pages.count += new // self.summaries.page
+
+    def buffers(self) -> dict[str, Buffers]:
+        return super().buffers() | ({"index": self.summaries.pages} if self.summaries else {})
 
     def reserve(self, tokens: int) -> None:
         super().reserve(tokens)
@@ -152,11 +198,14 @@ class SelectStore(AppendStore):
         self.counted = self.counted.to(self.tiers[0].records.tensors[INDEX].device)
         if self.residency:
             self.residency.map(function)
+        if self.summaries:
+            self.summaries.map(function)
         self._fit()
 
     def tensors(self) -> list[Tensor]:
         lent = self.residency.tensors() if self.residency else []
-        return [*super().tensors(), self.counted, *self.resident.values(), *lent]
+        own = [*self.summaries.pages.tensors.values()] if self.summaries else []
+        return [*super().tensors(), self.counted, *self.resident.values(), *lent, *own]
 
     def host_tensors(self) -> list[Tensor]:
         return [self.tiers[0].records.tensors[name] for name in self.payload] if self.config.cold else []
@@ -166,10 +215,11 @@ class SelectStore(AppendStore):
     def all_of_few(self, view: TierView) -> TierView:
         """The view of all tokens with whole key codes, where they are no more than a query may read."""
         if self.residency:
-            near = self.resident
-            keys = view.keys._replace(codes=near["key_codes"])
+            # Fields that are no payload are on the GPU already.
+            near = self.tiers[0].records.tensors | self.resident
+            keys = Packed(near["key_codes"], *(near.get(name) for name in KEY_NUMBERS))
             values = Packed(near["value_codes"].mT, near.get("value_scale"), near.get("value_zero"))
-            view = view._replace(keys=keys, values=values)
+            view = view._replace(keys=keys, values=values, key_index=near[INDEX])
         return view.beginning(min(self.tiers[0].num_read, self.num_few))
 
     # -- a step that chooses
@@ -185,9 +235,54 @@ class SelectStore(AppendStore):
             view: of the tier.
             options: `scaling` and `softcap`.
         """
-        num_read = self.tiers[0].num_read
-        mass = page_mass(query, keys, seen, self.format.table, view, num_read, self.page, **options)
-        return select.choose(mass, min(self.most, mass.shape[-1]), self.share)
+        num_read, table, few = self.tiers[0].num_read, self.format.table, None
+        if self.summaries:
+            mass = self.summaries.mass(query, view.valid, num_read, **options)
+            if self.config.blocks_shortlisted is None:
+                return select.choose(mass, min(self.most, mass.shape[-1]), self.share)
+            blocks = self.config.blocks_shortlisted
+            if blocks < mass.shape[-1]:
+                few = self._pages_of_blocks(select.choose(mass, blocks)[0])
+        if few is None:
+            mass = page_mass(query, keys, seen, table, view, num_read, self.page, **options)
+            return select.choose(mass, min(self.most, mass.shape[-1]), self.share)
+        # Each query is a row of a batch of its own, whose tier are the pages of its blocks.
+        new = query.shape[2]
+        rows = few.transpose(1, 2).flatten(0, 1)
+        each = lambda x: x if new == 1 else x.repeat_interleave(new, dim=0)  # noqa: E731
+        rows, keep = self._padded(rows, None)
+        near = self._index_of(view, rows, keep, slice(0, new))
+        asked = query.transpose(1, 2).flatten(0, 1).unsqueeze(2).contiguous()
+        sees = seen.expand(-1, new, -1).flatten(0, 1).unsqueeze(1)
+        mass = page_mass(asked, each(keys), sees, table, near, near.capacity, self.page, **options)
+        found, keep = select.choose(mass, min(self.most, few.shape[-1]), self.share)
+        found = rows.unsqueeze(2).gather(-1, found)
+        back = lambda x: x.squeeze(2).unflatten(0, (-1, new)).transpose(1, 2)  # noqa: E731
+        return back(found), None if keep is None else back(keep)
+
+    def _pages_of_blocks(self, blocks: Tensor) -> Tensor:
+        """All pages of blocks [B, H, q, n], the oldest first: [B, H, q, n * pages of a block]."""
+        per = self.summaries.page // self.page
+        pages = torch.arange(per, device=blocks.device)
+        return (blocks.sort(-1).values.unsqueeze(-1) * per + pages).flatten(-2)
+
+    def _index_of(self, view: TierView, index: Tensor, keep: Tensor | None, queries: slice) -> TierView:
+        """The view of pages `index` [B * m, H, n] as far as choosing needs it, for the m `queries` of a step.
+
+        Slots of each head are their own, so heads are rows of the view's mask.
+        """
+        tensors = self.tiers[0].records.tensors
+        numbers = [pages_of(tensors[n], self.page, index) if n in tensors else None for n in KEY_NUMBERS]
+        codes = pages_of(tensors[INDEX], self.page, index)
+        count = queries.stop - queries.start
+        valid = view.valid if view.valid.shape[1] == 1 else view.valid[:, queries]
+        valid = self._valid(valid.expand(-1, count, -1).flatten(0, 1), index, keep)
+        means = pages_of(self.means.tensors["mean"], 1, index * self.page // self.per_mean)
+        keys = Packed(codes, *numbers)
+        return TierView(
+            keys, Packed(codes.mT, None, None), view.bound, means, valid.flatten(0, 1).unsqueeze(1), self.page,
+            key_index=codes,
+        )  # fmt: skip
 
     def num_together(self, new: int) -> int:
         """How many of the `new` queries of a step `chosen` takes at once.
@@ -216,8 +311,12 @@ class SelectStore(AppendStore):
             payload = self._fetch(index, slots, fetched)
         else:
             payload = {name: pages_of(tensors[name], page, index) for name in self.payload}
-        numbers = [pages_of(tensors[n], page, index) if n in tensors else None for n in KEY_NUMBERS]
-        keys = Packed(halves.join(pages_of(tensors[INDEX], page, index), payload["key_codes"]), *numbers)
+        found = {
+            n: pages_of(tensors[n], page, index) for n in KEY_FIELDS if n in tensors and n not in payload
+        }
+        found |= payload
+        codes = halves.join(found[INDEX], found["key_codes"])
+        keys = Packed(codes, *(found.get(name) for name in KEY_NUMBERS))
         values = Packed(payload["value_codes"].mT, payload.get("value_scale"), payload.get("value_zero"))
         means = pages_of(self.means.tensors["mean"], 1, index * page // self.per_mean)
         valid = view.valid if view.valid.shape[1] == 1 else view.valid[:, first : first + count]

@@ -1,6 +1,6 @@
-"""Tiers whose key codes are stored as two halves: one is the index, which chooses what a query reads.
+"""Tiers whose key codes are stored in two parts: one is the index, which chooses what a query reads.
 
-A record is the same as in the tier without halves, to the bit. The upper bits of the key codes, with scale
+A record is the same as in the tier without parts, to the bit. The upper bits of the key codes, with scale
 and zero point, are the **index**. The lower bits and the value are the **payload**. Tokens come before bytes
 in all fields, so that a page of tokens is one run of bytes.
 """
@@ -17,21 +17,27 @@ KEY_BITS = 4  # of keys that can be split
 class SplitKeys:
     """What changes in a tier of `RotatedTier`'s kind. Its keys have 4 bits."""
 
-    parts = (KEY_BITS // 2,)
+    index_bits = 2  # upper bits of a key code that are stored apart
+    parts = (2,)
 
     def fields(self, heads):
         made = super().fields(heads)
         for name in TRANSPOSED:
             made[name] = Field(made[name].shape, made[name].dtype, heads)
-        half = Field((made["key_codes"].shape[0] // 2,), made["key_codes"].dtype, heads)
-        return {INDEX: half, **made, "key_codes": half}
+        (width,), dtype = made["key_codes"].shape, made["key_codes"].dtype
+        upper = width * self.index_bits // KEY_BITS
+        return {
+            INDEX: Field((upper,), dtype, heads),
+            **made,
+            "key_codes": Field((width - upper,), dtype, heads),
+        }
 
     def encode(self, keys, values, mean, recurs):
         return self.split(super().encode(keys, values, mean, recurs))
 
     def split(self, record):
-        """The fields of this tier, of a record of the tier without halves."""
-        upper, lower = halves.split(record["key_codes"])
+        """The fields of this tier, of a record of the tier without parts."""
+        upper, lower = halves.split(record["key_codes"], self.index_bits)
         turned = {name: record[name].mT for name in TRANSPOSED}
         return {INDEX: upper, **record, **turned, "key_codes": lower}
 
@@ -58,3 +64,28 @@ class SplitRotatedTier(SplitKeys, RotatedTier):
 
 class SplitMatchedTier(SplitKeys, MatchedTier):
     """A tier of the `matched` codec."""
+
+
+class OneBit:
+    """What changes if the index is the uppermost bit."""
+
+    index_bits = 1
+    parts = (2, 1)
+
+
+class OneBitRotatedTier(OneBit, SplitRotatedTier):
+    """A tier of the `rotated` codec."""
+
+
+class OneBitMatchedTier(OneBit, SplitMatchedTier):
+    """A tier of the `matched` codec."""
+
+
+def tier_class(codec: str, index_bits: int | None) -> type[RotatedTier]:
+    """The tier of a codec, "rotated" or "matched", whose index needs so many bits; None: two are stored apart,
+    and nothing reads them alone.
+    """
+    one = index_bits == 1
+    if codec == "matched":
+        return OneBitMatchedTier if one else SplitMatchedTier
+    return OneBitRotatedTier if one else SplitRotatedTier

@@ -23,7 +23,7 @@ from ..cache.positions import TokenPositions
 from ..formats.matched import MatchedFormat, MatchedTier
 from ..formats.product import ProductFormat
 from ..formats.rotated import RotatedFormat, RotatedTier, tier_widths
-from ..formats.split import SplitMatchedTier, SplitRotatedTier
+from ..formats.split import tier_class
 from ..kernels import rotated
 from ..policies import plan, scores
 from ..saved import checkpoint, memory, snapshot, telemetry
@@ -164,10 +164,10 @@ class TieredKVCache(Cache):
                 kind = "still" if config.contiguous else "moved" if rope is None else "block"
                 tables = functools.partial(_tables_of, self.calibration, kind, config.block_size, i)
                 widths = tier_widths(config, config.bits(i, len(layers)))
-                tier = MatchedTier if config.select is None else SplitMatchedTier
+                tier = MatchedTier if config.select is None else tier_class("matched", config.index_bits)
                 format = MatchedFormat(widths, tables, rope if kind == "block" else None, tier)
             else:
-                tier = RotatedTier if config.select is None else SplitRotatedTier
+                tier = RotatedTier if config.select is None else tier_class("rotated", config.index_bits)
                 format = RotatedFormat(tier_widths(config, config.bits(i, len(layers))), self._table, tier)
             observer = scores.observer(config, weights, i, len(layers)) if format.compresses else None
             self.tiered.append(

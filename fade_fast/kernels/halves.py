@@ -1,20 +1,23 @@
-"""Two halves of 4-bit codes: the upper two bits of each code, and the lower two.
+"""Parts of 4-bit codes: the upper bits of each code, and the lower ones.
 
-Each half is packed as 2-bit codes are. A few operations on bytes make the halves of packed codes, and packed
-codes of the halves; no code is ever unpacked. The upper half is a 2-bit code of the same vector, which the
-index reads (`fade_ref.select.coarse`).
+With two upper bits, each part is packed as 2-bit codes are. With one upper bit, byte j of the upper part holds
+a bit of eight channels, and the lower part is the second bit of each code, packed alike, and then the lower two
+bits. A few operations on bytes make the parts of packed codes, and packed codes of the parts; no code is ever
+unpacked. The upper part is a coarse code of the same vector, which the index reads (`fade_ref.select.coarse`).
 """
 
 import torch
 from torch import Tensor
 
 EVEN, ODD = 0x33, 0xCC  # the lower and the upper two bits of each half of a byte
-CELL = 4  # codes that share their upper bits
-MIDDLE = 1.5  # the middle of such codes, from the first of them
+LOW, HIGH = 0x55, 0xAA  # the lower and the upper bit of each quarter of a byte
+#: Of codes with 2 or 1 upper bits: the step between levels of a 2-bit code, in codes, and the lowest level.
+LEVELS = {2: (4.0, 1.5), 1: (8.0 / 3.0, 3.5)}
 
 
-def split(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Upper and lower halves, uint8 [..., D / 4] each, of packed 4-bit codes [..., D / 2].
+def split(codes: Tensor, kept: int = 2) -> tuple[Tensor, Tensor]:
+    """The upper `kept` bits, uint8 [..., D / 4] or [..., D / 8], and the lower bits, of packed 4-bit codes
+    [..., D / 2].
 
     Byte j of the codes holds channels j and j + D / 2. So bytes j and j + D / 4 together hold the four
     channels of byte j of a half.
@@ -22,21 +25,44 @@ def split(codes: Tensor) -> tuple[Tensor, Tensor]:
     first, second = codes.chunk(2, dim=-1)
     upper = ((first >> 2) & EVEN) | (second & ODD)
     lower = (first & EVEN) | ((second & EVEN) << 2)
-    return upper, lower
+    if kept == 2:
+        return upper, lower
+    first, second = upper.chunk(2, dim=-1)
+    upper = (first & HIGH) | ((second & HIGH) >> 1)
+    next_bit = (first & LOW) | ((second & LOW) << 1)
+    return upper, torch.cat((next_bit, lower), dim=-1)
 
 
 def join(upper: Tensor, lower: Tensor) -> Tensor:
-    """Undo `split`: packed 4-bit codes [..., D / 2]."""
+    """Undo `split`: packed 4-bit codes [..., D / 2]. The sizes tell how many bits are in `upper`."""
+    width = upper.shape[-1]
+    if lower.shape[-1] == 3 * width:
+        next_bit, lower = lower.split((width, 2 * width), dim=-1)
+        first = (upper & HIGH) | (next_bit & LOW)
+        second = ((upper & LOW) << 1) | ((next_bit & HIGH) >> 1)
+        upper = torch.cat((first, second), dim=-1)
     first = (lower & EVEN) | ((upper & EVEN) << 2)
     second = ((lower >> 2) & EVEN) | (upper & ODD)
     return torch.cat((first, second), dim=-1)
 
 
-def coarse(scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point with which the upper half is a 2-bit code of the vector.
+def as_two_bits(upper: Tensor, kept: int) -> Tensor:
+    """The upper part as 2-bit codes [..., D / 4]: of one bit, the codes 0 and 3."""
+    if kept == 2:
+        return upper
+    first, second = upper & HIGH, upper & LOW
+    return torch.cat((first | (first >> 1), second | (second << 1)), dim=-1)
 
-    A code c = 4 u + l is read as 4 u + 1.5. With a zero point z, the vector is (4 s) u + (z + 1.5 s). Without
-    one, codes are centered: (4 u + 1.5 - 7.5) s is (u - 1.5) (4 s).
+
+def coarse(
+    scale: Tensor, zero: Tensor | None, dtype: torch.dtype, kept: int = 2
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point with which `as_two_bits` is a code of the vector.
+
+    With two upper bits u, a code c = 4 u + l is read as 4 u + 1.5. With one, b, it is read as 8 b + 3.5, and
+    the 2-bit code is 3 b. With a zero point z, the vector is (4 s) u + (z + 1.5 s). Without one, codes are
+    centered: (4 u + 1.5 - 7.5) s is (u - 1.5) (4 s).
     """
+    step, lowest = LEVELS[kept]
     scale = scale.to(dtype)
-    return CELL * scale, None if zero is None else zero.to(dtype) + MIDDLE * scale
+    return step * scale, None if zero is None else zero.to(dtype) + lowest * scale

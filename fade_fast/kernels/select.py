@@ -1,8 +1,8 @@
 """How much of a query's attention each page of a tier would get, as the upper bits of its keys tell.
 
 The upper bits of a 4-bit key are a 2-bit code with a scale and zero point of its own (`halves.coarse`). So
-the scores are those of a 2-bit tier, by the same functions (`packed.scores`). A page is a run of slots. Its
-mass is the sum of the probabilities of its tokens.
+the scores are those of a 2-bit tier, by the same functions (`packed.scores`). A single upper bit is read as one
+of two 2-bit codes. A page is a run of slots. Its mass is the sum of the probabilities of its tokens.
 """
 
 import torch
@@ -14,7 +14,7 @@ from . import halves, packed
 from .merge import of_rows
 from .packed import Queries, TierView, force_materialize, wide
 
-INDEX_BITS = 2  # of a key code that the index reads
+INDEX_BITS = 2  # of a code as which the index is read
 MOST_ROWS = 64  # query rows per KV head that the compiled version supports
 LOWEST = -3.0e38  # stands for -inf where -inf less -inf would be NaN
 
@@ -82,9 +82,10 @@ def page_mass(
 def _view(index: list[Tensor | None], per_mean: int, dtype: torch.dtype) -> TierView:
     """The index as a flat 2-bit tier without values."""
     codes, scale, zero, means, valid = index
-    scale, zero = halves.coarse(scale, zero, dtype)
+    kept = codes.shape[-1] * 8 // means.shape[-1]
+    scale, zero = halves.coarse(scale, zero, dtype, kept)
     flat = lambda x: None if x is None else x.flatten(0, 1)  # noqa: E731
-    keys = packed.Packed(codes.flatten(0, 1), flat(scale), flat(zero))
+    keys = packed.Packed(flat(halves.as_two_bits(codes, kept)), flat(scale), flat(zero))
     return TierView(keys, packed.Packed(None, None, None), None, means.flatten(0, 1), valid, per_mean)
 
 

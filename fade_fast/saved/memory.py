@@ -101,6 +101,8 @@ def layer_sizes(layer: KVLayer) -> tuple[int, int, dict[str, int]]:
             packed += tokens[tier.name] * tier.records.record_bytes
         means = layer.middle.means
         packed += means["mean"].nbytes if means is not None and means.count else 0
+        index = layer.middle.buffers().get("index")
+        packed += index.count * index.record_bytes * keys.shape[0] if index else 0
         packed += layer.format.table_bytes
         tokens[Tier.EVICTED.name] = seen - sum(tokens.values())
     return packed, batch * layer.length * heads * 2 * vector, tokens

@@ -11,7 +11,7 @@ from fade_fast.hf.models import CACHE_NAME
 from fade_fast.kernels import packed, rotated
 from fade_fast.policies import plan
 from fade_ref.attention import Terms
-from fade_ref.config import PRESETS, FadeConfig
+from fade_ref.config import INDEXES, PRESETS, FadeConfig
 from fade_ref.tiers import INTEGER_TIERS
 
 from .. import cases as measure
@@ -74,6 +74,25 @@ CHOSEN = {
     "matched": FadeConfig(**CHOOSING, quant_backend="matched"),
     "host": FadeConfig(**CHOOSING | dict(select=16, cold="host", resident=24)),
     "matched, a share": FadeConfig(**CHOOSING | dict(select=0.5), quant_backend="matched"),
+}
+CHOSEN |= {
+    f"index {index}": FadeConfig(**CHOOSING, index=index, **more)
+    for index, more in {
+        "k1": dict(cold="host"),
+        "bounds": {},
+        "deviation": dict(cold="host"),
+        "bounds+k2": {},
+        "deviation+k2": dict(cold="host"),
+    }.items()
+}
+CHOSEN |= {
+    "index k1, matched": FadeConfig(**CHOOSING, index="k1", quant_backend="matched"),
+    "index deviation, matched, a share": FadeConfig(
+        **CHOOSING | dict(select=0.6), index="deviation", quant_backend="matched"
+    ),
+    "index deviation+k2, pages of 8 in blocks of 16": FadeConfig(
+        recent_window=8, block_size=16, select=8, index="deviation+k2"
+    ),
 }
 CODED_COVERS = ("tier PQ", "codec product")
 #: Configurations whose live tokens have gaps between them.
@@ -324,6 +343,7 @@ def _random_choices(found: Found, seed: int):
     draw = Draw(seed)
     budget = draw.pick([8, 16, 40, 0.3, 0.9])
     fields = dict(middle_v_bits=draw.pick([16, *INTEGER_TIERS]), block_size=draw.pick([8, 16]), select=budget)
+    fields["index"] = draw.pick(INDEXES)
     if draw.chance(0.5, 1).item():
         fields["cold"] = "host"
     if isinstance(budget, float):
