@@ -278,11 +278,8 @@ class SelectStore(AppendStore):
         valid = view.valid if view.valid.shape[1] == 1 else view.valid[:, queries]
         valid = self._valid(valid.expand(-1, count, -1).flatten(0, 1), index, keep)
         means = pages_of(self.means.tensors["mean"], 1, index * self.page // self.per_mean)
-        keys = Packed(codes, *numbers)
-        return TierView(
-            keys, Packed(codes.mT, None, None), view.bound, means, valid.flatten(0, 1).unsqueeze(1), self.page,
-            key_index=codes,
-        )  # fmt: skip
+        keys, values, valid = Packed(codes, *numbers), Packed(codes.mT, None, None), valid.flatten(0, 1)
+        return TierView(keys, values, view.bound, means, valid.unsqueeze(1), self.page, key_index=codes)
 
     def num_together(self, new: int) -> int:
         """How many of the `new` queries of a step `chosen` takes at once.
