@@ -20,8 +20,8 @@ CODECS = ("rotated", "matched", "channel", "symmetric", "product")
 POSITIONS = ("original", "contiguous")
 PLAN_SCOPES = ("layer", "sequence", "head")
 SAFE_LOSS = 0.003  # KL divergence per token that `safe` may cost, in nats
-#: What scores pages where a query chooses what it reads, best first by measurement; see `select.py` (upper
-#: bits of key codes) and `summaries.py`. "+": the first one leaves some blocks, and the second one chooses there.
+#: What scores pages where a query chooses what it reads: upper bits of key codes (`select.py`), and numbers
+#: of pages (`summaries.py`). "+": the first one leaves some blocks, and the second one chooses among them.
 INDEXES = ("k2", "k1", "deviation+k2", "bounds+k2", "deviation", "bounds")
 SHORTLIST = 4  # times the tokens that a query reads: what the first of two indexes leaves to the second
 COLD = ("host",)  # where the payload of tokens lies that are not resident

@@ -1,15 +1,15 @@
 """Scores of pages from a few numbers of each page: indexes that cost less to read than a code of every key.
 
-- "bounds": minimum and maximum of each channel. No key of the page has a larger score than the bound they give
-  (Quest, arXiv 2406.10774).
+- "bounds": minimum and maximum of each channel. No key of the page has a larger score than the bound that
+  they give (Quest, arXiv 2406.10774).
 - "deviation": mean and standard deviation of each channel. A page scores as a key that lies `DEVIATIONS`
   standard deviations from the mean, along the query (after arXiv 2605.27740).
 
 Keys are taken as attention reads them: decoded, after RoPE. So what is stored of a page follows from its
 records, and a bound holds for the scores that attention computes.
 
-As a first level, the numbers of a block of tokens leave some blocks to a finer index. Then the cost of choosing
-grows slower than the text.
+As a first level, the numbers of a block of tokens leave some blocks to a finer index. Then the cost of
+choosing grows slower than the text.
 """
 
 import torch

@@ -82,8 +82,9 @@ class OneBitMatchedTier(OneBit, SplitMatchedTier):
 
 
 def tier_class(codec: str, index_bits: int | None) -> type[RotatedTier]:
-    """The tier of a codec, "rotated" or "matched", whose index needs so many bits; None: two are stored apart,
-    and nothing reads them alone.
+    """The tier of a codec, "rotated" or "matched", whose index has so many bits.
+
+    None: no index has any. Two are stored apart, and nothing reads them alone.
     """
     one = index_bits == 1
     if codec == "matched":

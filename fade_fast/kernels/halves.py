@@ -1,9 +1,10 @@
 """Parts of 4-bit codes: the upper bits of each code, and the lower ones.
 
-With two upper bits, each part is packed as 2-bit codes are. With one upper bit, byte j of the upper part holds
-a bit of eight channels, and the lower part is the second bit of each code, packed alike, and then the lower two
-bits. A few operations on bytes make the parts of packed codes, and packed codes of the parts; no code is ever
-unpacked. The upper part is a coarse code of the same vector, which the index reads (`fade_ref.select.coarse`).
+With two upper bits, each part is packed as 2-bit codes are. With one, a byte of the upper part holds
+one bit of eight channels. The lower part is then the second bit of each code, packed alike, and after it the
+lower two bits. A few operations on bytes make the parts of packed codes, and packed codes of the parts; no
+code is ever unpacked. The upper part is a coarse code of the same vector, which the index reads
+(`fade_ref.select.coarse`).
 """
 
 import torch

@@ -1,8 +1,8 @@
 """How much of a query's attention each page of a tier would get, as the upper bits of its keys tell.
 
 The upper bits of a 4-bit key are a 2-bit code with a scale and zero point of its own (`halves.coarse`). So
-the scores are those of a 2-bit tier, by the same functions (`packed.scores`). A single upper bit is read as one
-of two 2-bit codes. A page is a run of slots. Its mass is the sum of the probabilities of its tokens.
+the scores are those of a 2-bit tier, by the same functions (`packed.scores`). A single upper bit is read as
+one of two 2-bit codes. A page is a run of slots. Its mass is the sum of the probabilities of its tokens.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Scores of pages from a few numbers of each page: see `fade_ref.summaries`, of which this is the fast version."""
+"""Scores of pages from a few numbers of each page. `fade_ref.summaries` explains them."""
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def page_mass(
         page: tokens of a page.
         scaling, softcap: of scores.
     """
-    (batch, heads), new = first.shape[:2], query.shape[2]
+    heads, new = first.shape[1], query.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     rows = of_rows(query.to(dtype), heads)  # [B, H, G * q, D]
     first, second = first.to(dtype), second.to(dtype)
