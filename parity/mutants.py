@@ -102,14 +102,14 @@ CORRUPTIONS = {
     # -- choosing what to read
     "kernels.halves.join": [
         ("halves of a key swapped", call("cat").becomes("_.roll(1, -1)"), "life/choosing/a page"),
-        ("upper bits lost", name("EVEN")[1].becomes("0"), "life/choosing/a page"),
+        ("upper bits lost", name("odd").becomes("0"), "life/choosing/a page"),
     ],
     "kernels.halves.coarse": [
         ("cells read at their lowest code", name("MIDDLE").becomes("0.0"), "life/choosing/three pages"),
     ],
     "kernels.select._mass": [
         ("the heaviest head of a group", call("mean").becomes("_of.amax(2)"), "life/choosing"),
-        ("the best token of a page", call("sum")[0].becomes("_of.amax(-1)"), "life/choosing"),
+        ("the best token of a page", call("reduce")[1].becomes("torch.ones_like(tops)"), "life/choosing"),
     ],
     "policies.select.choose": [
         ("the lightest pages", call("topk").given(largest="False"), "life/choosing/a page"),
@@ -119,21 +119,19 @@ CORRUPTIONS = {
             "a share",
         ),
     ],
-    "policies.select.Residency.touch": [
+    "policies.select._touch": [
         ("a replaced page is still looked for", call("scatter_")[1].drop(), "life/choosing/host"),
         ("nothing is ever used", call("scatter_")[0].drop(), "life/choosing/host"),
     ],
     "cache.select_store.SelectStore._make_resident": [
         ("the first pages not resident", call("copy_").drop(), "life/choosing/host"),
     ],
-    "cache.select_store.SelectStore._valid": [
-        ("pages beyond the share are read", compare("is").becomes("True"), "life/choosing/a share"),
-    ],
     "cache.select_store._fetch_rows": [
         ("a fetched page does not stay", call("index_copy_").drop(), "life/choosing/host"),
     ],
-    "cache.select_store.pages_of": [
-        ("pages of the first head", binary("+").becomes("_1"), "life/choosing/a page"),
+    "kernels.pages._gather": [
+        ("pages of the first head", binary("+")[0].becomes("_1"), "life/choosing/a page"),
+        ("pages beyond the share are read", compare("is").becomes("True"), "life/choosing/a share"),
     ],
     "cache.layer.KVLayer._attend_chosen": [
         ("scaling of chosen pages", attribute("scaling").becomes("1.0"), "life/choosing/a page"),

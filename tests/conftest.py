@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from fade_fast.cache import layer
+from fade_fast.cache import layer, select_store
 from fade_fast.compile import compiled as compiling
 from fade_fast.hf import loading
-from fade_fast.kernels import decode, dense, matched, product, product_decode, rotated, select
+from fade_fast.kernels import decode, dense, matched, pages, product, product_decode, rotated, select
 from fade_fast.policies import scores
+from fade_fast.policies import select as residency
 
 WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2/test.txt"
 
@@ -61,6 +62,11 @@ KERNELS = (
     rotated._compiled,
     scores._compiled,
     select._compiled,
+    pages._compiled,
+    pages._compiled_join,
+    residency._compiled_touch,
+    select_store._compiled,
+    select_store._compiled_count,
 )
 
 

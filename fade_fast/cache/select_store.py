@@ -10,6 +10,8 @@ pages go to both when they are stored. Later ones come to the GPU when they are 
 unused longest (`policies.select.Residency`). A fetch is a part of the step, and no host waits for it.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from ..compile.compiled import Compiled, use_compiled
 from ..compile.host_fetch import rows_of_either
 from ..formats.base import Field
 from ..formats.split import INDEX
-from ..kernels import halves, packed
+from ..kernels import packed, pages
 from ..kernels.packed import TierView
 from ..kernels.rotated import Packed
 from ..kernels.select import page_mass
@@ -263,23 +265,55 @@ class SelectStore(AppendStore):
     def _pages_of_blocks(self, blocks: Tensor) -> Tensor:
         """All pages of blocks [B, H, q, n], the oldest first: [B, H, q, n * pages of a block]."""
         per = self.summaries.page // self.page
-        pages = torch.arange(per, device=blocks.device)
-        return (blocks.sort(-1).values.unsqueeze(-1) * per + pages).flatten(-2)
+        each = torch.arange(per, device=blocks.device)
+        return (blocks.sort(-1).values.unsqueeze(-1) * per + each).flatten(-2)
 
     def _index_of(self, view: TierView, index: Tensor, keep: Tensor | None, queries: slice) -> TierView:
-        """The view of pages `index` [B * m, H, n] as far as choosing needs it, for the m `queries` of a step.
+        """The view of pages `index` [B * m, H, n] with what choosing needs, for the m `queries` of a step."""
+        names = (INDEX, *KEY_NUMBERS)
+        return self._view_of(
+            view, index, keep, queries, {}, [n for n in names if n in self.tiers[0].records.tensors]
+        )
+
+    def _view_of(
+        self,
+        view: TierView,
+        index: Tensor,
+        keep: Tensor | None,
+        queries: slice,
+        payload: dict[str, Tensor],
+        names: Iterable[str] | None = None,
+    ) -> TierView:
+        """The view of some pages, a row for each of the m `queries` of a step.
 
         Slots of each head are their own, so heads are rows of the view's mask.
+
+        Args:
+            view: of the tier, B rows.
+            index, keep: pages [B * m, H, n], and which of them count.
+            payload: fields of these pages that are gathered already.
+            names: fields that are needed; None: all.
         """
-        tensors = self.tiers[0].records.tensors
-        numbers = [pages_of(tensors[n], self.page, index) if n in tensors else None for n in KEY_NUMBERS]
-        codes = pages_of(tensors[INDEX], self.page, index)
-        count = queries.stop - queries.start
+        tier, page, count = self.tiers[0], self.page, index.shape[0] // view.valid.shape[0]
+        held = tier.records.tensors if names is None else {n: tier.records.tensors[n] for n in names}
         valid = view.valid if view.valid.shape[1] == 1 else view.valid[:, queries]
-        valid = self._valid(valid.expand(-1, count, -1).flatten(0, 1), index, keep)
-        means = pages_of(self.means.tensors["mean"], 1, index * self.page // self.per_mean)
-        keys, values, valid = Packed(codes, *numbers), Packed(codes.mT, None, None), valid.flatten(0, 1)
-        return TierView(keys, values, view.bound, means, valid.unsqueeze(1), self.page, key_index=codes)
+        valid = valid.expand(-1, count, -1).flatten(0, 1).contiguous()
+        means = self.means.tensors["mean"]
+        found = pages.gather(
+            {n: x for n, x in held.items() if n not in payload}, means, valid, index, keep,
+            page=page, per_mean=self.per_mean,
+        )  # fmt: skip
+        found |= payload
+        codes, numbers = found[INDEX], [found.get(name) for name in KEY_NUMBERS]
+        bound = tier.bound if count == 1 else tier.bound.repeat_interleave(count, dim=0)
+        means, valid = found["mean"], found["valid"].flatten(0, 1).unsqueeze(1)
+        if "key_codes" not in found:
+            empty = Packed(codes.mT, None, None)
+            return TierView(Packed(codes, *numbers), empty, bound, means, valid, page, key_index=codes)
+        values = Packed(found["value_codes"].mT, found.get("value_scale"), found.get("value_zero"))
+        return TierView(
+            Packed(pages.joined(codes, found["key_codes"]), *numbers), values, bound, means, valid, page
+        )
 
     def num_together(self, new: int) -> int:
         """How many of the `new` queries of a step `chosen` takes at once.
@@ -298,29 +332,16 @@ class SelectStore(AppendStore):
 
         Returns a view of B * m rows.
         """
-        tier, page, count = self.tiers[0], self.page, index.shape[2]
+        count = index.shape[2]
         index, keep = (None if x is None else x.transpose(1, 2).flatten(0, 1) for x in (index, keep))
-        tensors = tier.records.tensors
         index, keep = self._padded(index, keep)
-        fetched = None
+        fetched, payload = None, {}
         if self.residency:
             slots, fetched = self.residency.touch(index, keep)
             payload = self._fetch(index, slots, fetched)
-        else:
-            payload = {name: pages_of(tensors[name], page, index) for name in self.payload}
-        found = {
-            n: pages_of(tensors[n], page, index) for n in KEY_FIELDS if n in tensors and n not in payload
-        }
-        found |= payload
-        codes = halves.join(found[INDEX], found["key_codes"])
-        keys = Packed(codes, *(found.get(name) for name in KEY_NUMBERS))
-        values = Packed(payload["value_codes"].mT, payload.get("value_scale"), payload.get("value_zero"))
-        means = pages_of(self.means.tensors["mean"], 1, index * page // self.per_mean)
-        valid = view.valid if view.valid.shape[1] == 1 else view.valid[:, first : first + count]
-        valid = self._valid(valid.expand(-1, count, -1).flatten(0, 1), index, keep)
-        self._count(valid, keep, fetched)
-        bound = tier.bound if count == 1 else tier.bound.repeat_interleave(count, dim=0)
-        return TierView(keys, values, bound, means, valid.flatten(0, 1).unsqueeze(1), page)
+        chosen = self._view_of(view, index, keep, slice(first, first + count), payload)
+        self._count(chosen.valid, keep, fetched)
+        return chosen
 
     def _padded(self, index: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The same with more pages that do not count, where compiled kernels read a round number of slots."""
@@ -334,16 +355,6 @@ class SelectStore(AppendStore):
         pad = torch.nn.functional.pad
         return pad(index, (0, more)), pad(keep, (0, more))
 
-    def _valid(self, valid: Tensor, index: Tensor, keep: Tensor | None) -> Tensor:
-        """Which slots of the chosen pages hold a token that counts, bool [N, H, n * page].
-
-        `valid`, bool [N, S], says so of all slots.
-        """
-        pages = valid.unflatten(-1, (-1, self.page))
-        row = torch.arange(len(pages), device=pages.device).reshape(-1, 1, 1)
-        found = pages[row, index]  # one row [page] for each chosen page
-        return (found if keep is None else found & keep.unsqueeze(-1)).flatten(-2)
-
     def _fetch(self, index: Tensor, slots: Tensor, fetched: Tensor) -> dict[str, Tensor]:
         """The payload of the pages `index`: from the GPU, or from the host into its slot."""
         found = {}
@@ -351,8 +362,8 @@ class SelectStore(AppendStore):
         for name in self.payload:
             far, near = self.tiers[0].records.tensors[name], self.resident[name]
             (far_rows, first), (near_rows, start) = (
-                rows_of_pages(far, self.page),
-                rows_of_pages(near, self.page),
+                pages.rows_of(far, self.page),
+                pages.rows_of(near, self.page),
             )
             rows = (first + index).flatten(), (start + slots).flatten(), fetched.flatten()
             args = [far_rows, near_rows, *rows]
@@ -361,34 +372,21 @@ class SelectStore(AppendStore):
         return found
 
     def _count(self, valid: Tensor, keep: Tensor | None, fetched: Tensor | None) -> None:
-        queries = torch.full_like(self.counted[0], valid.shape[0] * valid.shape[1])
-        counts = [queries, valid.sum()]
-        if fetched is not None:
-            used = torch.full_like(queries, fetched.numel()) if keep is None else keep.sum()
-            missed = fetched.sum()
-            counts += [used - missed, missed]
-        self.counted[: len(counts)].add_(torch.stack(counts))
+        run = _compiled_count if use_compiled(valid) else _add_counts
+        args = self.counted, valid, keep, fetched
+        run([], dict, *args) if use_compiled(valid) else run([], *args)
 
 
-def rows_of_pages(x: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    """A field [B, H, S, *shape] as one row per page, and the row [B, H, 1] at which each head begins.
-
-    A page is one run of bytes. It is seen as words of eight bytes where possible, which move faster.
-    """
-    batch, heads, slots = x.shape[:3]
-    rows = x.view(batch * heads * (slots // page), -1)
-    if rows.shape[1] * rows.element_size() % 8 == 0 and x.storage_offset() * x.element_size() % 8 == 0:
-        rows = rows.view(torch.int64)
-    first = torch.arange(batch * heads, device=x.device).reshape(batch, heads, 1) * (slots // page)
-    return rows, first
-
-
-def pages_of(x: Tensor, page: int, index: Tensor) -> Tensor:
-    """Pages `index` int64 [B * m, H, n] of a field [B, H, S, *shape]: [B * m, H, n * page, *shape]."""
-    rows, first = rows_of_pages(x, page)
-    first = first.repeat_interleave(len(index) // len(first), dim=0)
-    found = rows.index_select(0, (first + index).flatten()).view(x.dtype)
-    return found.reshape(*index.shape[:2], index.shape[-1] * page, *x.shape[3:])
+def _add_counts(
+    dynamic_sizes, counted: Tensor, valid: Tensor, keep: Tensor | None, fetched: Tensor | None
+) -> None:
+    """Add to `SelectStore.counted`: a step reads the `valid` slots, bool [N * H, 1, S]."""
+    counts = [torch.full_like(counted[0], valid.shape[0]), valid.sum()]
+    if fetched is not None:
+        used = torch.full_like(counted[0], fetched.numel()) if keep is None else keep.sum()
+        missed = fetched.sum()
+        counts += [used - missed, missed]
+    counted[: len(counts)].add_(torch.stack(counts))
 
 
 def _fetch_rows(dynamic_sizes, far, near, far_row, near_row, is_far) -> Tensor:
@@ -399,3 +397,4 @@ def _fetch_rows(dynamic_sizes, far, near, far_row, near_row, is_far) -> Tensor:
 
 
 _compiled = Compiled(_fetch_rows, options={})
+_compiled_count = Compiled(_add_counts, options={})

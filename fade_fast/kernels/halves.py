@@ -35,16 +35,27 @@ def split(codes: Tensor, kept: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def join(upper: Tensor, lower: Tensor) -> Tensor:
-    """Undo `split`: packed 4-bit codes [..., D / 2]. The sizes tell how many bits are in `upper`."""
+    """Undo `split`: packed 4-bit codes [..., D / 2]. The sizes tell how many bits are in `upper`.
+
+    Elements may be bytes, or integers of several bytes: no bit moves from one byte to another.
+    """
     width = upper.shape[-1]
+    even, odd, low, high = (_in_each_byte(mask, upper) for mask in (EVEN, ODD, LOW, HIGH))
     if lower.shape[-1] == 3 * width:
         next_bit, lower = lower.split((width, 2 * width), dim=-1)
-        first = (upper & HIGH) | (next_bit & LOW)
-        second = ((upper & LOW) << 1) | ((next_bit & HIGH) >> 1)
+        first = (upper & high) | (next_bit & low)
+        second = ((upper & low) << 1) | ((next_bit >> 1) & low)
         upper = torch.cat((first, second), dim=-1)
-    first = (lower & EVEN) | ((upper & EVEN) << 2)
-    second = ((lower >> 2) & EVEN) | (upper & ODD)
+    first = (lower & even) | ((upper & even) << 2)
+    second = ((lower >> 2) & even) | (upper & odd)
     return torch.cat((first, second), dim=-1)
+
+
+def _in_each_byte(mask: int, x: Tensor) -> int:
+    """An integer for elements of `x` that has `mask` in each of its bytes."""
+    bits = 8 * x.element_size()
+    value = mask * ((1 << bits) - 1) // 255
+    return value - (1 << bits) if x.dtype.is_signed and value >> (bits - 1) else value
 
 
 def as_two_bits(upper: Tensor, kept: int) -> Tensor:

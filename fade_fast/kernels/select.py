@@ -5,6 +5,8 @@ the scores are those of a 2-bit tier, by the same functions (`packed.scores`). A
 one of two 2-bit codes. A page is a run of slots. Its mass is the sum of the probabilities of its tokens.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -131,11 +133,19 @@ def _for_rows(valid: Tensor, rows: int) -> Tensor:
 
 
 def _mass(scores: Tensor, page: int, shape: tuple[int, int, int]) -> Tensor:
-    """Mass [B, H, q, P] from base-2 scores [N, R, S], R = G * q."""
+    """Mass [B, H, q, P] from base-2 scores [N, R, S], R = G * q.
+
+    When compiled, one kernel reads all scores, and the others read two numbers of each page. Sums over the
+    few tokens of a page are written out, because a generated reduction of so few numbers is slow.
+    """
     batch, heads, new = shape
-    top = scores.amax(-1, keepdim=True).clamp_min(LOWEST)
-    sums = torch.exp2(scores - top).unflatten(-1, (-1, page)).sum(-1)  # [N, R, P]
-    mass = sums / sums.sum(-1, keepdim=True).clamp_min(torch.finfo(sums.dtype).tiny)
+    tokens = scores.unflatten(-1, (-1, page)).unbind(-1)
+    tops = functools.reduce(torch.maximum, tokens).clamp_min(LOWEST)
+    sums = functools.reduce(torch.add, [torch.exp2(x - tops) for x in tokens])  # [N, R, P]
+    if torch.compiler.is_compiling():
+        tops, sums = force_materialize(tops), force_materialize(sums)
+    weights = sums * torch.exp2(tops - tops.amax(-1, keepdim=True))
+    mass = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(sums.dtype).tiny)
     return mass.unflatten(0, (batch, heads)).unflatten(2, (-1, new)).mean(2)
 
 

@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
+from ..compile.compiled import Compiled, use_compiled
+
 PAGE_BITS = 32  # of a sorting key that number the page
 
 
 def choose(mass: Tensor, pages: int, share: float | None = None) -> tuple[Tensor, Tensor | None]:
-    """The heaviest pages of each query and KV head, heaviest first; of equal pages, the newer one first.
+    """The heaviest pages of each query and KV head; of equal pages, the newer one. With `share`, the heaviest
+    one comes first.
 
     Args:
         mass: [B, H, q, P], not negative.
@@ -17,10 +20,10 @@ def choose(mass: Tensor, pages: int, share: float | None = None) -> tuple[Tensor
     Returns pages int64 [B, H, q, pages], and bool of the same shape, which of them are to be read; None: all.
     """
     # One number per page: first its mass, as bits that sort like the number, then its age. No two are equal,
-    # so every device chooses the same pages in the same order.
+    # so every device chooses the same pages.
     bits = mass.to(torch.float32).view(torch.int32).to(torch.int64)
     key = (bits << PAGE_BITS) | torch.arange(mass.shape[-1], device=mass.device)
-    index = key.topk(pages, dim=-1).indices
+    index = key.topk(pages, dim=-1, sorted=share is not None).indices
     if share is None:
         return index, None
     weight = mass.gather(-1, index)
@@ -73,27 +76,10 @@ class Residency:
         Returns the slot of each page, int64 [B, H, n], `slots` for pages that are not in use; and bool
         [B, H, n], which have to be fetched into their slots.
         """
-        nowhere, none = self.slots, self.slot_of_page.shape[-1] - 1
-        found = self.slot_of_page.gather(-1, index)
-        used = torch.ones_like(found, dtype=torch.bool) if keep is None else keep
-        hit = used & (found >= 0)
-        miss = used & ~hit
-        now = self.clock.expand_as(found)
-        self.last_used.scatter_(-1, torch.where(hit, found, nowhere), now)
-        # One number per slot, by use and then by place: no two are equal.
-        age = self.last_used[..., :-1] * self.slots + torch.arange(self.slots, device=index.device)
-        most = min(index.shape[-1], self.slots)
-        oldest = age.topk(most, dim=-1, largest=False).indices
-        replaced = oldest.gather(-1, (miss.cumsum(-1) - 1).clamp(0, most - 1))
-        old = self.page_of_slot.gather(-1, replaced)
-        absent = torch.full_like(old, -1)
-        self.slot_of_page.scatter_(-1, torch.where(miss, old, none), absent)
-        self.slot_of_page.scatter_(-1, torch.where(miss, index, none), replaced)
-        here = torch.where(miss, replaced, nowhere)
-        self.page_of_slot.scatter_(-1, here, index)
-        self.last_used.scatter_(-1, here, now)
-        self.clock.add_(1)
-        return torch.where(hit, found, here), miss
+        held = self.page_of_slot, self.slot_of_page, self.last_used, self.clock
+        if use_compiled(index):
+            return _compiled_touch([], dict, index, keep, *held)
+        return _touch([], index, keep, *held)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
@@ -104,3 +90,39 @@ class Residency:
         for name in ("page_of_slot", "slot_of_page", "last_used"):
             setattr(self, name, function(getattr(self, name)))
         self.clock = self.clock.to(self.last_used.device)
+
+
+def _touch(
+    dynamic_sizes,
+    index: Tensor,
+    keep: Tensor | None,
+    page_of_slot: Tensor,
+    slot_of_page: Tensor,
+    last_used: Tensor,
+    clock: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `Residency.touch`. The tensors of a `Residency` change in place."""
+    nowhere, none = page_of_slot.shape[-1] - 1, slot_of_page.shape[-1] - 1
+    found = slot_of_page.gather(-1, index)
+    used = torch.ones_like(found, dtype=torch.bool) if keep is None else keep
+    hit = used & (found >= 0)
+    miss = used & ~hit
+    now = clock.expand_as(found)
+    last_used.scatter_(-1, torch.where(hit, found, nowhere), now)
+    # One number per slot, by use and then by place: no two are equal.
+    age = last_used[..., :-1] * nowhere + torch.arange(nowhere, device=index.device)
+    most = min(index.shape[-1], nowhere)
+    oldest = age.topk(most, dim=-1, largest=False).indices
+    replaced = oldest.gather(-1, (miss.cumsum(-1) - 1).clamp(0, most - 1))
+    old = page_of_slot.gather(-1, replaced)
+    absent = torch.full_like(old, -1)
+    slot_of_page.scatter_(-1, torch.where(miss, old, none), absent)
+    slot_of_page.scatter_(-1, torch.where(miss, index, none), replaced)
+    here = torch.where(miss, replaced, nowhere)
+    page_of_slot.scatter_(-1, here, index)
+    last_used.scatter_(-1, here, now)
+    clock.add_(1)
+    return torch.where(hit, found, here), miss
+
+
+_compiled_touch = Compiled(_touch, options={})
