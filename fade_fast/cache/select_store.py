@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fade_ref.config import FadeConfig
+from fade_ref.config import PAGES, FadeConfig
 
 from ..compile.compiled import Compiled, use_compiled
 from ..compile.host_fetch import rows_of_either
@@ -166,7 +166,16 @@ class SelectStore(AppendStore):
         return packed.whole(heads, few) if use_compiled(codes) else few
 
     def _fit(self) -> None:
-        """Give each page an entry, and residents as many slots as a step reads."""
+        """Give each page an entry, and residents as many slots as a step reads.
+
+        Raises `ValueError` if there are too many pages to choose from.
+        """
+        most = select.MOST_PAGES * self.page
+        if (room := self.tiers[0].records.capacity) > most:
+            raise ValueError(
+                f"room for {room} tokens: select={self.config.select!r} chooses from at most {most} in pages "
+                f"of {self.page}, and select_page={PAGES[-1]} from {select.MOST_PAGES * PAGES[-1]}"
+            )
         if self.summaries:
             self.summaries.pages.reserve(self.tiers[0].records.capacity // self.summaries.page)
         if not self.residency:
@@ -237,43 +246,34 @@ class SelectStore(AppendStore):
             view: of the tier.
             options: `scaling` and `softcap`.
         """
-        num_read, table, few = self.tiers[0].num_read, self.format.table, None
+        num_read, table, blocks = self.tiers[0].num_read, self.format.table, None
         if self.summaries:
             mass = self.summaries.mass(query, view.valid, num_read, **options)
-            if self.config.blocks_shortlisted is None:
+            shortlisted = self.config.blocks_shortlisted
+            if shortlisted is None:
                 return select.choose(mass, min(self.most, mass.shape[-1]), self.share)
-            blocks = self.config.blocks_shortlisted
-            if blocks < mass.shape[-1]:
-                few = self._pages_of_blocks(select.choose(mass, blocks)[0])
-        if few is None:
+            if shortlisted < mass.shape[-1]:
+                blocks, _ = select.choose(mass, shortlisted)
+        if blocks is None:
             mass = page_mass(query, keys, seen, table, view, num_read, self.page, **options)
             return select.choose(mass, min(self.most, mass.shape[-1]), self.share)
-        # Each query is a row of a batch of its own, whose tier are the pages of its blocks.
-        new = query.shape[2]
-        rows = few.transpose(1, 2).flatten(0, 1)
+        # Each query is a row of a batch of its own, whose tier are its blocks.
+        new, size = query.shape[2], self.summaries.page
+        rows = blocks.transpose(1, 2).flatten(0, 1)
         each = lambda x: x if new == 1 else x.repeat_interleave(new, dim=0)  # noqa: E731
-        rows, keep = self._padded(rows, None)
-        near = self._index_of(view, rows, keep, slice(0, new))
+        rows, keep = self._padded(rows, None, size)
+        names = [name for name in (INDEX, *KEY_NUMBERS) if name in self.tiers[0].records.tensors]
+        near = self._view_of(view, rows, keep, slice(0, new), {}, size, names)
         asked = query.transpose(1, 2).flatten(0, 1).unsqueeze(2).contiguous()
         sees = seen.expand(-1, new, -1).flatten(0, 1).unsqueeze(1)
         mass = page_mass(asked, each(keys), sees, table, near, near.capacity, self.page, **options)
-        found, keep = select.choose(mass, min(self.most, few.shape[-1]), self.share)
-        found = rows.unsqueeze(2).gather(-1, found)
+        each_page = torch.arange(size // self.page, device=rows.device)
+        numbers = (rows.unsqueeze(-1) * len(each_page) + each_page).flatten(-2).unsqueeze(2)
+        most = min(self.most, blocks.shape[-1] * len(each_page))
+        found, keep = select.choose(mass, most, self.share, numbers)
+        found = numbers.gather(-1, found)
         back = lambda x: x.squeeze(2).unflatten(0, (-1, new)).transpose(1, 2)  # noqa: E731
         return back(found), None if keep is None else back(keep)
-
-    def _pages_of_blocks(self, blocks: Tensor) -> Tensor:
-        """All pages of blocks [B, H, q, n], the oldest first: [B, H, q, n * pages of a block]."""
-        per = self.summaries.page // self.page
-        each = torch.arange(per, device=blocks.device)
-        return (blocks.sort(-1).values.unsqueeze(-1) * per + each).flatten(-2)
-
-    def _index_of(self, view: TierView, index: Tensor, keep: Tensor | None, queries: slice) -> TierView:
-        """The view of pages `index` [B * m, H, n] with what choosing needs, for the m `queries` of a step."""
-        names = (INDEX, *KEY_NUMBERS)
-        return self._view_of(
-            view, index, keep, queries, {}, [n for n in names if n in self.tiers[0].records.tensors]
-        )
 
     def _view_of(
         self,
@@ -282,6 +282,7 @@ class SelectStore(AppendStore):
         keep: Tensor | None,
         queries: slice,
         payload: dict[str, Tensor],
+        page: int,
         names: Iterable[str] | None = None,
     ) -> TierView:
         """The view of some pages, a row for each of the m `queries` of a step.
@@ -292,9 +293,10 @@ class SelectStore(AppendStore):
             view: of the tier, B rows.
             index, keep: pages [B * m, H, n], and which of them count.
             payload: fields of these pages that are gathered already.
+            page: slots of a page.
             names: fields that are needed; None: all.
         """
-        tier, page, count = self.tiers[0], self.page, index.shape[0] // view.valid.shape[0]
+        tier, count = self.tiers[0], index.shape[0] // view.valid.shape[0]
         held = tier.records.tensors if names is None else {n: tier.records.tensors[n] for n in names}
         valid = view.valid if view.valid.shape[1] == 1 else view.valid[:, queries]
         valid = valid.expand(-1, count, -1).flatten(0, 1).contiguous()
@@ -334,21 +336,21 @@ class SelectStore(AppendStore):
         """
         count = index.shape[2]
         index, keep = (None if x is None else x.transpose(1, 2).flatten(0, 1) for x in (index, keep))
-        index, keep = self._padded(index, keep)
+        index, keep = self._padded(index, keep, self.page)
         fetched, payload = None, {}
         if self.residency:
             slots, fetched = self.residency.touch(index, keep)
             payload = self._fetch(index, slots, fetched)
-        chosen = self._view_of(view, index, keep, slice(first, first + count), payload)
+        chosen = self._view_of(view, index, keep, slice(first, first + count), payload, self.page)
         self._count(chosen.valid, keep, fetched)
         return chosen
 
-    def _padded(self, index: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _padded(self, index: Tensor, keep: Tensor | None, page: int) -> tuple[Tensor, Tensor | None]:
         """The same with more pages that do not count, where compiled kernels read a round number of slots."""
         if not use_compiled(index):
             return index, keep
-        slots = index.shape[-1] * self.page
-        more = -(-(packed.whole(index.shape[0] * index.shape[1], slots) - slots) // self.page)
+        slots = index.shape[-1] * page
+        more = -(-(packed.whole(index.shape[0] * index.shape[1], slots) - slots) // page)
         if not more:
             return index, keep
         keep = torch.ones_like(index, dtype=torch.bool) if keep is None else keep
@@ -357,16 +359,10 @@ class SelectStore(AppendStore):
 
     def _fetch(self, index: Tensor, slots: Tensor, fetched: Tensor) -> dict[str, Tensor]:
         """The payload of the pages `index`: from the GPU, or from the host into its slot."""
-        found = {}
-        run = _compiled if use_compiled(index) else _fetch_rows
+        found, run = {}, _compiled if use_compiled(index) else _fetch_rows
         for name in self.payload:
             far, near = self.tiers[0].records.tensors[name], self.resident[name]
-            (far_rows, first), (near_rows, start) = (
-                pages.rows_of(far, self.page),
-                pages.rows_of(near, self.page),
-            )
-            rows = (first + index).flatten(), (start + slots).flatten(), fetched.flatten()
-            args = [far_rows, near_rows, *rows]
+            args = pages.rows_of(far, self.page), pages.rows_of(near, self.page), index, slots, fetched
             new = run([], dict, *args) if use_compiled(index) else run([], *args)
             found[name] = new.view(near.dtype).reshape(*index.shape[:2], -1, *near.shape[3:])
         return found
@@ -389,9 +385,17 @@ def _add_counts(
     counted[: len(counts)].add_(torch.stack(counts))
 
 
-def _fetch_rows(dynamic_sizes, far, near, far_row, near_row, is_far) -> Tensor:
-    """Rows of `far` or `near` [n, W]; those of `far` are also written to their rows of `near`."""
-    rows = rows_of_either(far, near, far_row, near_row, is_far)
+def _fetch_rows(dynamic_sizes, far, near, index, slots, fetched) -> Tensor:
+    """The pages `index` of `far`, or the pages `slots` of `near`, as rows; see `pages.rows_of`.
+
+    The pages that are `fetched` come from `far`, and are also written to their places in `near`. The last
+    three arguments are [B, H, n].
+    """
+    head = torch.arange(index.shape[0] * index.shape[1], device=index.device).reshape(*index.shape[:2], 1)
+    far_row, near_row = (
+        (head * (len(rows) // head.numel()) + at).flatten() for rows, at in ((far, index), (near, slots))
+    )
+    rows = rows_of_either(far, near, far_row, near_row, fetched.flatten())
     near.index_copy_(0, near_row, rows)
     return rows
 

@@ -35,7 +35,7 @@ def gather(
     Returns the fields, [B * m, H, n * page, *shape], with "mean", [B * m, H, n, D], and "valid", bool
     [B * m, H, n * page].
     """
-    rows = {name: rows_of(x, page)[0] for name, x in fields.items()}
+    rows = {name: rows_of(x, page) for name, x in fields.items()}
     args = rows, means.flatten(0, 2), valid.view(-1, page), index, keep
     options = dict(heads=means.shape[0] * means.shape[1], page=page, per_mean=per_mean)
     if use_compiled(index):
@@ -49,14 +49,12 @@ def gather(
     return found | dict(mean=mean.unflatten(0, index.shape), valid=seen.view(shape))
 
 
-def rows_of(x: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    """A field [B, H, S, *shape] as one row per page, and the row [B, H, 1] at which each head begins."""
+def rows_of(x: Tensor, page: int) -> Tensor:
+    """A field [B, H, S, *shape] as one row per page, [B * H * S / page, W]."""
     batch, heads, slots = x.shape[:3]
     rows = x.view(batch * heads * (slots // page), -1)
-    if rows.shape[1] * rows.element_size() % WORD.itemsize == 0 and x.data_ptr() % WORD.itemsize == 0:
-        rows = rows.view(WORD)
-    first = torch.arange(batch * heads, device=x.device).reshape(batch, heads, 1) * (slots // page)
-    return rows, first
+    fits = rows.shape[1] * rows.element_size() % WORD.itemsize == 0 and x.data_ptr() % WORD.itemsize == 0
+    return rows.view(WORD) if fits else rows
 
 
 def joined(upper: Tensor, lower: Tensor) -> Tensor:

@@ -1,13 +1,19 @@
 """Scores of pages from a few numbers of each page. `fade_ref.summaries` explains them."""
 
+import functools
+
 import torch
 from torch import Tensor
 
+from ..compile.compiled import Compiled, more_rows, rounded, use_compiled
 from .merge import of_rows
+from .packed import force_materialize
 
 DEVIATIONS = 2.0  # standard deviations from the mean at which "deviation" scores a page
 LOWEST = -3.0e38  # stands for -inf where -inf less -inf would be NaN
 WIDEST = 65504.0  # of float16
+LARGEST_DEVIATION = 255.0  # whose square is a float16
+MOST_ROWS = 64  # query rows per KV head that the compiled version supports
 
 
 def summarize(kind: str, keys: Tensor, real: Tensor, page: int) -> tuple[Tensor, Tensor]:
@@ -55,20 +61,58 @@ def page_mass(
         scaling, softcap: of scores.
     """
     heads, new = first.shape[1], query.shape[2]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    rows = of_rows(query.to(dtype), heads)  # [B, H, G * q, D]
-    first, second = first.to(dtype), second.to(dtype)
+    rows, options = (
+        max(2, query.shape[1] // heads * rounded(new)),
+        dict(kind=kind, page=page, softcap=softcap),
+    )
+    if not (use_compiled(query) and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        asked = of_rows(query.to(dtype) * scaling, heads)
+        return _of_pages(*_moments(kind, asked, first.to(dtype), second.to(dtype)), valid, new, **options)
+    if new > 1:
+        query, valid = more_rows(query, rounded(new)), more_rows(valid, rounded(new))
+    found = _compiled([], dict, query.contiguous(), first, second, valid, scaling=scaling, **options)
+    return found.narrow(2, 0, new)
+
+
+def _moments(kind: str, rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Two parts of the scores [B, H, R, P] of queries [B, H, R, D] that are scaled already."""
     if kind == "bounds":
-        found = rows.clamp_min(0) @ second.mT + rows.clamp_max(0) @ first.mT
-    else:
-        found = rows @ first.mT + DEVIATIONS * (rows.square() @ second.square().mT).sqrt()
-    found = scaling * found
+        return rows.clamp_min(0) @ second.mT, rows.clamp_max(0) @ first.mT
+    return rows @ first.mT, rows.square() @ second.square().mT
+
+
+def _compiled_mass(dynamic_sizes, query, first, second, valid, *, kind, page, scaling, softcap) -> Tensor:
+    """The same in one graph: products in float16, everything else in float32."""
+    (batch, heads, _, dim), new = first.shape, query.shape[2]
+    rows = (query.float() * scaling).to(torch.float16).reshape(batch * heads, -1, dim)
+    real = rows.shape[1]
+    rows = rows.expand(-1, 2, -1) if real == 1 else rows  # tensor cores need more than one query row
+    first, second = first.flatten(0, 1), second.flatten(0, 1)
+    if kind == "deviation":
+        second = second.clamp_max(LARGEST_DEVIATION)
+    parts = _moments(kind, rows, first, second)
+    parts = [force_materialize(x.float()).narrow(1, 0, real).unflatten(0, (batch, heads)) for x in parts]
+    return _of_pages(*parts, valid, new, kind=kind, page=page, softcap=softcap)
+
+
+def _of_pages(one: Tensor, other: Tensor, valid: Tensor, new: int, *, kind, page, softcap) -> Tensor:
+    """Mass [B, H, q, P] from the two parts of the scores."""
+    found = one + other if kind == "bounds" else one + DEVIATIONS * other.sqrt()
     if softcap is not None:
         found = softcap * torch.tanh(found / softcap)
-    count = valid.unflatten(-1, (-1, page)).sum(-1).unsqueeze(1)  # [B, 1, 1 or q, P]
+    tokens = valid.unflatten(-1, (-1, page)).to(torch.int32)
+    # A generated reduction of so few numbers is slow.
+    count = (
+        functools.reduce(torch.add, tokens.unbind(-1)) if torch.compiler.is_compiling() else tokens.sum(-1)
+    )
+    count = count.unsqueeze(1)  # [B, 1, 1 or q, P]
     if count.shape[2] > 1:
-        count = count.repeat(1, 1, rows.shape[2] // new, 1)
-    found = torch.where(count > 0, found + count.to(dtype).log(), -torch.inf)
+        count = count.repeat(1, 1, found.shape[2] // new, 1)
+    found = torch.where(count > 0, found + count.to(found.dtype).log(), -torch.inf)
     weight = torch.exp(found - found.amax(-1, keepdim=True).clamp_min(LOWEST))
-    mass = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    mass = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(found.dtype).tiny)
     return mass.unflatten(2, (-1, new)).mean(2)
+
+
+_compiled = Compiled(_compiled_mass)

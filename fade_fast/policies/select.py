@@ -5,24 +5,30 @@ from torch import Tensor
 
 from ..compile.compiled import Compiled, use_compiled
 
-PAGE_BITS = 32  # of a sorting key that number the page
+PAGE_BITS = 17  # of a sorting key, an int32, that number the page
+MOST_PAGES = 1 << PAGE_BITS
 
 
-def choose(mass: Tensor, pages: int, share: float | None = None) -> tuple[Tensor, Tensor | None]:
+def choose(
+    mass: Tensor, pages: int, share: float | None = None, ages: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The heaviest pages of each query and KV head; of equal pages, the newer one. With `share`, the heaviest
     one comes first.
 
     Args:
-        mass: [B, H, q, P], not negative.
+        mass: [B, H, q, P], not negative. Masses are compared by their seven most significant bits.
         pages: how many to choose, at most P.
         share: stop as soon as the chosen pages hold this share of the mass.
+        ages: integers [B, H, q, P] or [P], below `MOST_PAGES`, larger for newer pages, no two of a row equal;
+            None: 0, 1, 2, ...
 
     Returns pages int64 [B, H, q, pages], and bool of the same shape, which of them are to be read; None: all.
     """
     # One number per page: first its mass, as bits that sort like the number, then its age. No two are equal,
-    # so every device chooses the same pages.
-    bits = mass.to(torch.float32).view(torch.int32).to(torch.int64)
-    key = (bits << PAGE_BITS) | torch.arange(mass.shape[-1], device=mass.device)
+    # so every device chooses the same pages. Few bits are sorted fast: a mass keeps seven significant ones.
+    bits = mass.to(torch.float32).view(torch.int32) >> PAGE_BITS
+    ages = torch.arange(mass.shape[-1], device=mass.device) if ages is None else ages
+    key = (bits << PAGE_BITS) | ages.to(torch.int32)
     index = key.topk(pages, dim=-1, sorted=share is not None).indices
     if share is None:
         return index, None

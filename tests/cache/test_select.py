@@ -244,3 +244,12 @@ def test_a_model_whose_attention_is_its_own_is_refused():
         ValueError, match="select=16: BloomForCausalLM does not let its attention be replaced"
     ):
         fade_fast.create_cache(model, FadeConfig(**SMALL, select=16))
+
+
+def test_more_pages_than_can_be_told_apart_are_refused_before_a_write(monkeypatch):
+    monkeypatch.setattr(select, "MOST_PAGES", 8)
+    model = tiny_llama()
+    cache = new_cache(model, SELECT)
+    with torch.no_grad(), pytest.raises(ValueError, match="chooses from at most 64 in pages of 8"):
+        model(prompt(200)["input_ids"], **{CACHE_NAME: cache}, use_cache=True)
+    assert all(layer.middle is None or layer.middle.count == 0 for layer in cache.tiered)
