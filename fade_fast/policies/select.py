@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .residents import Wanted
+
 PAGE_BITS = 32  # of a sorting key that number the page
 
 
@@ -40,6 +42,7 @@ class Residency:
         batch, heads: rows and KV heads.
         slots: slots of a row and head, at least as many as pages that a step uses.
         device: of the tensors.
+        wanted: says which pages stay first. None: those used last.
 
     Attributes:
         page_of_slot, last_used: int64 [B, H, slots + 1]. slot_of_page: int64 [B, H, pages + 1], -1 where a
@@ -47,8 +50,8 @@ class Residency:
         clock: int64 [1], steps so far.
     """
 
-    def __init__(self, batch: int, heads: int, slots: int, device):
-        self.slots = slots
+    def __init__(self, batch: int, heads: int, slots: int, device, wanted: Wanted | None = None):
+        self.slots, self.wanted = slots, wanted
         first = torch.arange(slots + 1, device=device)
         self.page_of_slot = first.expand(batch, heads, -1).clone()
         self.slot_of_page = self.page_of_slot.clone()
@@ -62,9 +65,11 @@ class Residency:
             self.slot_of_page = torch.nn.functional.pad(
                 self.slot_of_page[..., :held], (0, pages + 1 - held), value=-1
             )
+        if self.wanted:
+            self.wanted.reserve(pages)
 
     def touch(self, index: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Use some pages in a step: those that are absent replace the ones unused longest.
+        """Use some pages in a step: those that are absent replace the ones unused longest, or wanted least.
 
         Args:
             index: pages int64 [B, H, n], no two of those in use equal.
@@ -83,7 +88,10 @@ class Residency:
         # One number per slot, by use and then by place: no two are equal.
         age = self.last_used[..., :-1] * self.slots + torch.arange(self.slots, device=index.device)
         most = min(index.shape[-1], self.slots)
-        oldest = age.topk(most, dim=-1, largest=False).indices
+        if self.wanted is None:
+            oldest = age.topk(most, dim=-1, largest=False).indices
+        else:
+            oldest = self._by_rank(age)[..., :most]
         replaced = oldest.gather(-1, (miss.cumsum(-1) - 1).clamp(0, most - 1))
         old = self.page_of_slot.gather(-1, replaced)
         absent = torch.full_like(old, -1)
@@ -95,12 +103,23 @@ class Residency:
         self.clock.add_(1)
         return torch.where(hit, found, here), miss
 
+    def _by_rank(self, age: Tensor) -> Tensor:
+        """Slots [B, H, slots], those of this step last, before them the page wanted most, and so on."""
+        ranks = torch.nn.functional.pad(self.wanted.ranks(), (0, 1))
+        page = self.page_of_slot[..., :-1].clamp_max(ranks.shape[-1] - 1)
+        rank = ranks.gather(-1, page).masked_fill(self.last_used[..., :-1] == self.clock, torch.inf)
+        order = age.argsort(dim=-1)
+        return order.gather(-1, rank.gather(-1, order).argsort(dim=-1, stable=True))
+
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return [self.page_of_slot, self.slot_of_page, self.last_used, self.clock]
+        more = self.wanted.tensors() if self.wanted else []
+        return [self.page_of_slot, self.slot_of_page, self.last_used, self.clock, *more]
 
     def map(self, function) -> None:
         """Replace every tensor that has rows by `function` of it."""
         for name in ("page_of_slot", "slot_of_page", "last_used"):
             setattr(self, name, function(getattr(self, name)))
+        if self.wanted:
+            self.wanted.map(function)
         self.clock = self.clock.to(self.last_used.device)
