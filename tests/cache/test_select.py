@@ -175,8 +175,8 @@ def test_a_plan_says_what_stays_on_the_gpu(policy):
         choices = []
         if start:
             real = layer.middle.choose
-            layer.middle.choose = lambda *args, **options: (
-                choices.append(real(*args, **options)) or choices[0]
+            layer.middle.choose = lambda *args, to=choices, of=real, **options: (
+                to.append(of(*args, **options)) or to[0]
             )
         step = dict(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], use_cache=True)
         with torch.no_grad():
