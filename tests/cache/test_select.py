@@ -1,6 +1,7 @@
 """A cache that keeps every token and reads the pages that a query chooses."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -136,6 +137,39 @@ def test_residency_equals_the_specification(policy):
                     at = int(held.slot_of_page[b, h, page])
                     assert at == (found.state.pages.index(page) if page in found.state.pages else -1)
     assert missed > 100
+
+
+def test_a_share_reads_the_fewest_pages_that_hold_it(monkeypatch):
+    """With equal scores a share of the mass is this share of the pages. Sharp queries read few pages."""
+    choices, counts = [], []
+    real = select.choose
+
+    def kept(mass, pages, share=None):
+        found = real(mass, pages, share)
+        choices.append((mass, *found))
+        return found
+
+    monkeypatch.setattr(select, "choose", kept)
+    for scale in (0.0, 1.0, 100.0):
+        model = tiny_llama(dtype=torch.float64)
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.data *= scale
+        cache = new_cache(model, FadeConfig(**SMALL, select=0.49, select_max=56))
+        choices.clear()
+        teacher_forced(model, cache, prompt(140, batch=2), [90] + [1] * 50)
+        num_read, every = [], []
+        for mass, index, keep in choices:
+            pages, order = mass.shape[-1], keep.sum(-1)
+            held = (mass.gather(-1, index) * keep).sum(-1)
+            last = mass.gather(-1, index).gather(-1, (order - 1).unsqueeze(-1)).squeeze(-1)
+            assert ((held >= 0.49) | (order == 7)).all() and (held - last < 0.49).all()
+            assert scale or (order == min(7, math.ceil(0.49 * pages))).all()
+            num_read.append(order.double().mean())
+            every.append(pages)
+        read = cache.memory().selected
+        assert read.read == pytest.approx(8 * float(torch.stack(num_read).mean())) and read.read < read.held
+        counts.append(read.read)
+    assert max(every) > 14 and counts[0] > counts[1] > counts[2] and counts[2] < 16
 
 
 @pytest.mark.parametrize("policy", slow_but(RESIDENT_POLICIES[1:], "hybrid"))
