@@ -105,7 +105,7 @@ class LayerCache:
         self.compresses = config.compresses
         self.terms = terms or Terms(head_dim**-0.5)
         by_attention = config.eviction_policy not in ("position", "knorm", "keydiff", "expected_attention")
-        self.observe = by_attention if observe is None else observe
+        self.observe = by_attention and config.select is None if observe is None else observe
         # Heads that share a plan share a list of tokens.
         self.groups = [[h] for h in range(heads)] if config.plan_scope == "head" else [[*range(heads)]]
         self.rows = [[Row(len(g), i) for i, g in enumerate(self.groups)] for _ in range(batch)]

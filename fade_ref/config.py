@@ -24,6 +24,9 @@ SAFE_LOSS = 0.003  # KL divergence per token that `safe` may cost, in nats
 #: of pages (`summaries.py`). "+": the first one leaves some blocks, and the second one chooses among them.
 INDEXES = ("k2", "k1", "deviation+k2", "bounds+k2", "deviation", "bounds")
 SHORTLIST = 4  # times the tokens that a query reads: what the first of two indexes leaves to the second
+#: Policies that can say which pages stay on the GPU, where the others lie in host memory. They look at the
+#: mass that the index gives to each page.
+RESIDENT_POLICIES = ("position", "h2o", "ema", "tova", "hybrid")
 COLD = ("host",)  # where the payload of tokens lies that are not resident
 PAGES = (8, 16, 32)  # tokens that are chosen together
 DEFAULT_MOST = 2048  # tokens that are read at most where `select` is a share
@@ -49,7 +52,8 @@ class FadeConfig:
             widths `middle_k_bits` and `middle_v_bits` set the bits of this tier.
         int2_budget: most tokens of the second, 2-bit tier; `None`: no limit. Needs a finite `int4_budget`.
             Tokens beyond both budgets are evicted.
-        eviction_policy: what scores the middle, one of `POLICIES`.
+        eviction_policy: what scores the middle, one of `POLICIES`. With `cold`, one of `RESIDENT_POLICIES`:
+            it says which pages stay on the GPU. Nothing is dropped then. "position": those used last.
         middle_k_bits, middle_v_bits: bits of keys and values in the first middle tier: 8, 4, 3 or 2. Values
             may have 16: then only keys are compressed, and values stay in the dtype of the model.
         layer_bits: other bits for other layers: a mapping from a layer's index to (keys, values); "boundary",
@@ -145,7 +149,7 @@ class FadeConfig:
         self._selection()
         if self.loss_bound is not None:
             self._loss_bound(by_layer)
-        if self.eviction_policy != "position" and not self.relocatable:
+        if self.eviction_policy != "position" and not self.relocatable and self.cold is None:
             warnings.warn(
                 f"eviction_policy={self.eviction_policy!r} has no effect without a budget: every token is "
                 "kept. Give int4_budget, a number of tokens, or leave the policy out",
@@ -275,15 +279,13 @@ class FadeConfig:
             self._pages("resident", self.tokens_selected)
         if self.block_size % page:
             raise ValueError(f"select_page={page} must divide block_size={self.block_size}")
-        for field, value, allowed in (
-            ("int4_budget", self.int4_budget, None),
-            ("eviction_policy", self.eviction_policy, "position"),
-        ):
-            if value != allowed:
-                raise ValueError(
-                    f"select={self.select!r} keeps every token, and a plan would drop or move some: "
-                    f"{field}={value!r} contradicts it, {allowed!r} is allowed"
-                )
+        if self.int4_budget is not None:
+            raise ValueError(
+                f"select={self.select!r} keeps every token, and a plan would drop or move some: "
+                f"int4_budget={self.int4_budget!r} contradicts it, None is allowed. With cold='host', "
+                "resident is the budget of tokens on the GPU"
+            )
+        self._residents()
         if self.recent_window is None or self.contiguous or self.quant_backend not in ("rotated", "matched"):
             raise ValueError(
                 f"select={self.select!r} reads codes of keys at their own positions: recent_window="
@@ -296,6 +298,29 @@ class FadeConfig:
                 self._index_bits(keys)
         elif isinstance(self.layer_bits, str):
             self._index_bits(BOUNDARIES[self.layer_bits][0])
+
+    def _residents(self) -> None:
+        """Refuse a policy that cannot say which pages stay on the GPU."""
+        policy = self.eviction_policy
+        if policy == "position":
+            return
+        if self.cold is None:
+            raise ValueError(
+                f"select={self.select!r} keeps every token, and a plan would drop or move some: "
+                f"eviction_policy={policy!r} contradicts it, 'position' is allowed. With cold='host', it "
+                "says which pages stay on the GPU"
+            )
+        if policy not in RESIDENT_POLICIES:
+            raise ValueError(
+                f"eviction_policy={policy!r} with select={self.select!r} and cold='host': the policy looks "
+                "at single tokens, but pages move, and only their mass is known: one of "
+                f"{', '.join(RESIDENT_POLICIES)} is allowed"
+            )
+        if self.blocks_shortlisted is not None:
+            raise ValueError(
+                f"eviction_policy={policy!r} with index={self.index!r}: the index gives most pages no mass "
+                "to rank them by: an index without '+', or eviction_policy='position', is allowed"
+            )
 
     def _index_bits(self, keys: int) -> None:
         """Refuse widths of keys whose upper bits are no index."""

@@ -10,7 +10,8 @@ and each query reads a few pages of it, chosen by the query itself. Three parts:
   group are averaged, because they read one set of pages. The heaviest pages are read, up to a budget of
   tokens, or until they hold a share of the mass (Twilight, arXiv 2502.02770).
 - **Residency.** Of the payload (lower key bits, values), a fixed number of pages lies in fast memory. A
-  chosen page that is absent takes the place of the page unused longest (least recently used).
+  chosen page that is absent takes the place of the page unused longest (least recently used), or of the page
+  that a policy ranks last. So a plan is still there, but what it drops is cold, and not gone.
 
 One batch row at a time. A page is a run of tokens of the middle. Reals are float64.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from . import attention, quantize
 from .attention import Terms
+from .importance import Importance
 from .matched import MatchedCodec
 from .rotation import Record, RotatedCodec
 
@@ -216,11 +218,33 @@ class Touch(NamedTuple):
     fetched: list[bool]  # whether the page came from slow memory
 
 
-def touch(state: Residency, chosen: list[int], step: int) -> Touch:
+def rank(policy: str, seen: Importance) -> Tensor | None:
+    """How much a policy wants each page in fast memory, float64 [H, P]; None: by use alone.
+
+    `seen` is what `importance.observe` counts if the pages are its tokens, and their mass the probabilities.
+    "h2o" ranks by the mean share of the queries that saw a page, "ema" by its moving average, "tova" by the
+    newest query, "hybrid" by AKV's mixture of decayed mass and recency.
+
+    >>> from .importance import empty, observe
+    >>> seen = observe(empty(1), torch.tensor([[[0.25, 0.75]]]), torch.tensor([[True, True]]))
+    >>> rank("h2o", seen).tolist(), rank("position", seen)
+    ([[0.25, 0.75]], None)
+    """
+    if policy == "position":
+        return None
+    if policy == "h2o":
+        return seen.mass / seen.queries.clamp_min(1)
+    return {"ema": seen.ema, "tova": seen.window[..., -1, :].nan_to_num(0.0), "hybrid": seen.hybrid}[policy]
+
+
+def touch(state: Residency, chosen: list[int], step: int, wanted: list[float] | None = None) -> Touch:
     """Use some pages in a step; `step` grows. Absent pages replace those unused longest (LRU).
 
     Pages of this step never replace each other. Of slots unused equally long, the first is taken. The state
     that was given does not change.
+
+    With `wanted`, a number for each page (`rank`), absent pages replace those that are wanted least, and use
+    decides between equal ones. A page without a number, which no query has seen, has 0.
 
     Raises `ValueError` if more pages are chosen than there are slots.
 
@@ -236,7 +260,9 @@ def touch(state: Residency, chosen: list[int], step: int) -> Touch:
     for page in chosen:  # those that are here first: they must not be replaced
         if page in held:
             used[held[page]] = step
-    free = iter(sorted((slot for slot in range(len(pages)) if used[slot] < step), key=lambda s: used[s]))
+    want = [wanted[p] if wanted is not None and p < len(wanted) else 0.0 for p in pages]
+    unused = (slot for slot in range(len(pages)) if used[slot] < step)
+    free = iter(sorted(unused, key=lambda slot: (want[slot], used[slot])))
     slots, fetched = [], []
     for page in chosen:
         fetched.append(page not in held)

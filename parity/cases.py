@@ -1,7 +1,10 @@
 """The comparisons: each function runs both packages on the same input. There is one function per subject."""
 
+import copy
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -336,7 +339,8 @@ def trace(
     tokens of row 0 are padding. Before step i the caches drop the newest `crops[i]` tokens of each row, then
     row j becomes the previous row `order[i][j]`. A step ("crop", n) drops the newest n tokens, or fewer if n
     is not allowed. ("reorder", rows) replaces the rows, ("select", rows) keeps these rows in this order, and
-    ("repeat", n) repeats each row n times. `terms` are the model's softcap, window and s_aux, if it has any.
+    ("repeat", n) repeats each row n times. ("copy",) and ("file",) go on with a deep copy of the fast cache,
+    and with what a file of it holds. `terms` are the model's softcap, window and s_aux, if it has any.
     """
     by_network = config.eviction_policy == "learned"
     model = _model(shape).to(shape.device)
@@ -398,8 +402,12 @@ def trace(
             layer.compact()
         else:
             error, attended, chosen = 0.0, 0, None
-            before = before if count[0] == "crop" else {}
-            _change(cache, spec, *count)
+            if count[0] in ("copy", "file"):
+                cache = copy.deepcopy(cache) if count[0] == "copy" else _through_a_file(cache, model)
+                layer = cache.tiered[0]
+            else:
+                before = before if count[0] == "crop" else {}
+                _change(cache, spec, *count)
             shape = replace(shape, batch=len(spec.rows))
         same = _same_tokens(layer, spec)
         yield Step(
@@ -414,6 +422,13 @@ def trace(
             _codes(mirror(layer, spec), spec) if same and books and i == len(steps) - 1 else None,
             tuple(chosen) if chosen else None,
         )
+
+
+def _through_a_file(cache, model):
+    """The cache that a file of `cache` holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache.save(Path(folder) / "cache")
+        return fade_fast.load_cache(Path(folder) / "cache", model, verify=False)
 
 
 def _options(terms: spec_attention.Terms, shape: Shape) -> dict:

@@ -105,7 +105,25 @@ CORRUPTIONS = {
         ("upper bits lost", name("odd").becomes("0"), "life/choosing/a page"),
     ],
     "kernels.halves.coarse": [
-        ("cells read at their lowest code", name("MIDDLE").becomes("0.0"), "life/choosing/three pages"),
+        ("cells read at their lowest code", name("lowest").becomes("0.0"), "life/choosing/three pages"),
+    ],
+    "kernels.halves.as_two_bits": [
+        ("a bit is read as the codes 0 and 2", call("cat").becomes("_ & 0xAA"), "life/choosing/index k1"),
+    ],
+    "kernels.summaries.summarize": [
+        ("padding is a key of the page", call("where")[0].becomes("keys"), "life/choosing/index bounds"),
+        ("deviations squared", call("sqrt").becomes("_of"), "life/choosing/index deviation"),
+    ],
+    "kernels.summaries.page_mass": [
+        (
+            "the smallest bound",
+            call("clamp_min")[0].becomes("_of.clamp_max(0)"),
+            "life/choosing/index bounds",
+        ),
+        ("the mean alone", name("DEVIATIONS").becomes("0.0"), "life/choosing/index deviation"),
+    ],
+    "cache.select_store.SelectStore._pages_of_blocks": [
+        ("first pages of blocks", call("arange").becomes("0 * _"), "choosing/blocks, index deviation+k2"),
     ],
     "kernels.select._mass": [
         ("the heaviest head of a group", call("mean").becomes("_of.amax(2)"), "life/choosing"),

@@ -338,7 +338,7 @@ class KVLayer:
         """The same over sinks, recent tokens, and the pages that each query and KV head chooses."""
         store, (view,) = self.middle, visible.views
         scores = dict(scaling=options.scaling, softcap=options.softcap)
-        index, keep = store.choose(query, keys, visible.dense, view, **scores)
+        choice = store.choose(query, keys, visible.dense, view, **scores)
         outputs, (batch, _, new, _) = [], query.shape
         size = store.num_together(new)
         for i in range(0, new, size):
@@ -350,9 +350,7 @@ class KVLayer:
             )
             seen = visible.dense.expand(-1, count, -1) if seen is None else seen
             each = lambda x: x if count == 1 else x.repeat_interleave(count, dim=0)  # noqa: B023, E731
-            chosen = store.chosen(
-                view, index[:, :, i : i + size], None if keep is None else keep[:, :, i : i + size], i
-            )
+            chosen = store.chosen(view, choice.of(i, count), i)
             output = self.format.attend(
                 part.flatten(0, 1).unsqueeze(2).contiguous(), each(keys), each(values),
                 seen.flatten(0, 1).unsqueeze(1), [store.tiers[0].format], [chosen], [chosen.capacity],

@@ -7,10 +7,13 @@ gathered into a view of fixed size, a plain INT4 tier, and attention reads it as
 
 With `cold="host"` the payload lies in host memory, and some pages of it also in slots on the GPU. The first
 pages go to both when they are stored. Later ones come to the GPU when they are chosen, in the place of those
-unused longest (`policies.select.Residency`). A fetch is a part of the step, and no host waits for it.
+unused longest (`policies.select.Residency`). If a policy says what stays (`policies/residents.py`), they take
+the place of those that it wants least, and new pages go to slots, too. A fetch is a part of the step, and no
+host waits for it.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from ..kernels.packed import TierView
 from ..kernels.rotated import Packed
 from ..kernels.select import page_mass
 from ..policies import select
+from ..policies.residents import Wanted
 from .append_store import AppendStore
 from .buffers import Buffers
 from .host import HostBuffers
@@ -40,6 +44,30 @@ QUERIES, READ, HITS, MISSES = range(4)  # what `SelectStore.counted` counts
 def is_payload(name: str, config: FadeConfig) -> bool:
     """Whether a field of a record is needed only of tokens that are chosen."""
     return config.index_bits is None or (name != INDEX and name not in KEY_NUMBERS)
+
+
+class Choice(NamedTuple):
+    """The pages that the queries of a step read.
+
+    Attributes:
+        pages: int64 [B, H, q, n].
+        keep: bool [B, H, q, n], which of them count; None: all.
+        mass: [B, H, q, P], of every page, if a policy asks for it; else None.
+        seen: bool [B, 1 or q, P], the pages with a token that a query sees; None without `mass`.
+    """
+
+    pages: Tensor
+    keep: Tensor | None
+    mass: Tensor | None = None
+    seen: Tensor | None = None
+
+    def of(self, first: int, count: int) -> "Choice":
+        """The choice of `count` queries from `first` on."""
+        cut = lambda x: None if x is None else x[:, :, first : first + count]  # noqa: E731
+        seen = self.seen
+        if seen is not None and seen.shape[1] > 1:
+            seen = seen[:, first : first + count]
+        return Choice(cut(self.pages), cut(self.keep), cut(self.mass), seen)
 
 
 class SelectStore(AppendStore):
@@ -84,7 +112,10 @@ class SelectStore(AppendStore):
         self.residency: select.Residency | None = None
         if config.cold:
             slots = config.tokens_resident // self.page
-            self.residency = select.Residency(batch, heads, slots, device)
+            wanted = None
+            if config.eviction_policy != "position":
+                wanted = Wanted(config.eviction_policy, batch, heads, self._wide, device)
+            self.residency = select.Residency(batch, heads, slots, device, wanted)
             fields = tier.format.fields(heads)
             self.resident = {n: fields[n].empty(batch, (slots + 1) * self.page, device) for n in self.payload}
         self.loaded()
@@ -105,7 +136,10 @@ class SelectStore(AppendStore):
 
     def can_replay_demotion(self, new: int) -> bool:
         count = self.tiers[0].records.count
-        return super().can_replay_demotion(new) and self._chooses(count) == self._chooses(count + new)
+        same = self._chooses(count) == self._chooses(count + new)
+        if self.residency and self.residency.wanted:  # pages go to slots of their own at first
+            same &= self.residency.slots * self.page <= count
+        return super().can_replay_demotion(new) and same
 
     # -- what is stored
 
@@ -123,6 +157,7 @@ class SelectStore(AppendStore):
         if counters is None:
             self._summarize()
             self._make_resident(before, before + new)
+            self._admit(before, before + new)
             return
         at = self._slots(first, new, counters)
         self._summarize_at(at, self.middle_positions(first, new, counters) != PAD)
@@ -130,6 +165,9 @@ class SelectStore(AppendStore):
             room = self.residency.slots * self.page
             for name, x in self.resident.items():
                 x.index_copy_(2, at.clamp_max(room), tier.records.tensors[name].index_select(2, at))
+            if self.residency.wanted:  # more slots than pages: `can_replay_demotion`
+                pages = at[:: self.page] // self.page
+                self._bring(pages.expand(*self.residency.slot_of_page.shape[:2], -1))
 
     def _summarize(self) -> None:
         """Add the numbers of the pages that have none: of new ones, or of all that a file brought."""
@@ -186,10 +224,31 @@ class SelectStore(AppendStore):
                 more = -(-more // self.page) * self.page
                 self.resident[name] = torch.cat((x, x.new_zeros(*x.shape[:2], more, *x.shape[3:])), dim=2)
 
+    @property
+    def _wide(self) -> torch.dtype:
+        """Dtype of masses."""
+        return torch.promote_types(self.tiers[0].format.dtype, torch.float32)
+
+    def _admit(self, start: int, stop: int) -> None:
+        """Bring the pages of slots `start` to `stop` to the GPU, or the newest of them, if a policy asks."""
+        if self.residency is None or self.residency.wanted is None:
+            return
+        first = max(start // self.page, stop // self.page - self.residency.slots, self.residency.slots)
+        if first < stop // self.page:
+            batch, heads = self.residency.slot_of_page.shape[:2]
+            pages = torch.arange(first, stop // self.page, device=self.counted.device)
+            self._bring(pages.expand(batch, heads, -1))
+
+    def _bring(self, pages: Tensor) -> None:
+        """Fetch those of `pages` int64 [B, H, n] that are not on the GPU."""
+        slots, fetched = self.residency.touch(pages, None)
+        self._fetch(pages, slots, fetched)
+
     def loaded(self) -> None:
         self._make_resident(0, self.tiers[0].records.count)
         self._fit()
         self._summarize()
+        self._admit(0, self.tiers[0].records.count)
 
     def count_replayed_demotion(self, new: int) -> None:
         super().count_replayed_demotion(new)
@@ -235,10 +294,8 @@ class SelectStore(AppendStore):
 
     # -- a step that chooses
 
-    def choose(
-        self, query: Tensor, keys: Tensor, seen: Tensor, view: TierView, **options
-    ) -> tuple[Tensor, Tensor | None]:
-        """Pages that each query and KV head reads, int64 [B, H, q, n], and which of them count; None: all.
+    def choose(self, query: Tensor, keys: Tensor, seen: Tensor, view: TierView, **options) -> Choice:
+        """The pages that each query and KV head reads.
 
         Args:
             query: [B, Hq, q, D].
@@ -251,12 +308,12 @@ class SelectStore(AppendStore):
             mass = self.summaries.mass(query, view.valid, num_read, **options)
             shortlisted = self.config.blocks_shortlisted
             if shortlisted is None:
-                return select.choose(mass, min(self.most, mass.shape[-1]), self.share)
+                return self._choice(mass, view)
             if shortlisted < mass.shape[-1]:
                 blocks, _ = select.choose(mass, shortlisted)
         if blocks is None:
             mass = page_mass(query, keys, seen, table, view, num_read, self.page, **options)
-            return select.choose(mass, min(self.most, mass.shape[-1]), self.share)
+            return self._choice(mass, view)
         # Each query is a row of a batch of its own, whose tier are its blocks.
         new, size = query.shape[2], self.summaries.page
         rows = blocks.transpose(1, 2).flatten(0, 1)
@@ -273,7 +330,15 @@ class SelectStore(AppendStore):
         found, keep = select.choose(mass, most, self.share, numbers)
         found = numbers.gather(-1, found)
         back = lambda x: x.squeeze(2).unflatten(0, (-1, new)).transpose(1, 2)  # noqa: E731
-        return back(found), None if keep is None else back(keep)
+        return Choice(back(found), None if keep is None else back(keep))
+
+    def _choice(self, mass: Tensor, view: TierView) -> Choice:
+        """The choice among all pages, by their mass [B, H, q, P]."""
+        found = select.choose(mass, min(self.most, mass.shape[-1]), self.share)
+        if not (self.residency and self.residency.wanted):
+            return Choice(*found)
+        seen = view.valid.narrow(-1, 0, mass.shape[-1] * self.page).unflatten(-1, (-1, self.page)).any(-1)
+        return Choice(*found, mass, seen)
 
     def _view_of(
         self,
@@ -324,21 +389,23 @@ class SelectStore(AppendStore):
         """
         return 1 if self.residency or use_compiled(self.counted) else new
 
-    def chosen(self, view: TierView, index: Tensor, keep: Tensor | None, first: int) -> TierView:
+    def chosen(self, view: TierView, choice: Choice, first: int) -> TierView:
         """The view of the pages that some queries of the step read: an ordinary tier, a row for each query.
 
         Args:
             view: of the tier, B rows.
-            index, keep: from `choose`, of these m queries: [B, H, m, n].
+            choice: of these m queries.
             first: place of the first of them in the step.
 
         Returns a view of B * m rows.
         """
-        count = index.shape[2]
-        index, keep = (None if x is None else x.transpose(1, 2).flatten(0, 1) for x in (index, keep))
+        count, both = choice.pages.shape[2], (choice.pages, choice.keep)
+        index, keep = (None if x is None else x.transpose(1, 2).flatten(0, 1) for x in both)
         index, keep = self._padded(index, keep, self.page)
         fetched, payload = None, {}
         if self.residency:
+            if self.residency.wanted:
+                self.residency.wanted.observe(choice.mass[:, :, 0], choice.seen)
             slots, fetched = self.residency.touch(index, keep)
             payload = self._fetch(index, slots, fetched)
         chosen = self._view_of(view, index, keep, slice(first, first + count), payload, self.page)

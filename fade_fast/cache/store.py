@@ -162,7 +162,7 @@ class CompressedStore(ABC):
         return Buffers(fields, self.slots_step, batch, device)
 
     def loaded(self) -> None:  # noqa: B027 - most stores have nothing to do
-        """Called when records were filled other than by `demote`."""
+        """Called when records were filled other than by `demote`, and positions of tokens are known."""
 
     def host_tensors(self) -> list[Tensor]:
         """Those of `tensors()` that lie in host memory."""

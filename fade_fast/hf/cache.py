@@ -64,7 +64,7 @@ class TieredKVCache(Cache):
         model_config = text_config(model)
         if config.loss_bound is not None:
             raise ValueError(f"loss_bound={config.loss_bound!r}: create_cache() chooses the widths first")
-        if config.eviction_policy not in plan.SUPPORTED:
+        if config.select is None and config.eviction_policy not in plan.SUPPORTED:
             raise ValueError(
                 f"eviction_policy={config.eviction_policy!r}: one of {', '.join(plan.SUPPORTED)} is "
                 "supported inside generate()"

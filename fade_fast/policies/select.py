@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..compile.compiled import Compiled, use_compiled
+from .residents import Wanted
 
 PAGE_BITS = 17  # of a sorting key, an int32, that number the page
 MOST_PAGES = 1 << PAGE_BITS
@@ -49,6 +50,7 @@ class Residency:
         batch, heads: rows and KV heads.
         slots: slots of a row and head, at least as many as pages that a step uses.
         device: of the tensors.
+        wanted: says which pages stay first. None: those used last.
 
     Attributes:
         page_of_slot, last_used: int64 [B, H, slots + 1]. slot_of_page: int64 [B, H, pages + 1], -1 where a
@@ -56,8 +58,8 @@ class Residency:
         clock: int64 [1], steps so far.
     """
 
-    def __init__(self, batch: int, heads: int, slots: int, device):
-        self.slots = slots
+    def __init__(self, batch: int, heads: int, slots: int, device, wanted: Wanted | None = None):
+        self.slots, self.wanted = slots, wanted
         first = torch.arange(slots + 1, device=device)
         self.page_of_slot = first.expand(batch, heads, -1).clone()
         self.slot_of_page = self.page_of_slot.clone()
@@ -71,9 +73,11 @@ class Residency:
             self.slot_of_page = torch.nn.functional.pad(
                 self.slot_of_page[..., :held], (0, pages + 1 - held), value=-1
             )
+        if self.wanted:
+            self.wanted.reserve(pages)
 
     def touch(self, index: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Use some pages in a step: those that are absent replace the ones unused longest.
+        """Use some pages in a step: those that are absent replace the ones unused longest, or wanted least.
 
         Args:
             index: pages int64 [B, H, n], no two of those in use equal.
@@ -83,18 +87,22 @@ class Residency:
         [B, H, n], which have to be fetched into their slots.
         """
         held = self.page_of_slot, self.slot_of_page, self.last_used, self.clock
+        ranks = self.wanted.ranks() if self.wanted else None
         if use_compiled(index):
-            return _compiled_touch([], dict, index, keep, *held)
-        return _touch([], index, keep, *held)
+            return _compiled_touch([], dict, index, keep, ranks, *held)
+        return _touch([], index, keep, ranks, *held)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return [self.page_of_slot, self.slot_of_page, self.last_used, self.clock]
+        more = self.wanted.tensors() if self.wanted else []
+        return [self.page_of_slot, self.slot_of_page, self.last_used, self.clock, *more]
 
     def map(self, function) -> None:
         """Replace every tensor that has rows by `function` of it."""
         for name in ("page_of_slot", "slot_of_page", "last_used"):
             setattr(self, name, function(getattr(self, name)))
+        if self.wanted:
+            self.wanted.map(function)
         self.clock = self.clock.to(self.last_used.device)
 
 
@@ -102,12 +110,16 @@ def _touch(
     dynamic_sizes,
     index: Tensor,
     keep: Tensor | None,
+    ranks: Tensor | None,
     page_of_slot: Tensor,
     slot_of_page: Tensor,
     last_used: Tensor,
     clock: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """See `Residency.touch`. The tensors of a `Residency` change in place."""
+    """See `Residency.touch`. The tensors of a `Residency` change in place.
+
+    `ranks` [B, H, pages] says how much each page is wanted; None: by use alone.
+    """
     nowhere, none = page_of_slot.shape[-1] - 1, slot_of_page.shape[-1] - 1
     found = slot_of_page.gather(-1, index)
     used = torch.ones_like(found, dtype=torch.bool) if keep is None else keep
@@ -118,7 +130,10 @@ def _touch(
     # One number per slot, by use and then by place: no two are equal.
     age = last_used[..., :-1] * nowhere + torch.arange(nowhere, device=index.device)
     most = min(index.shape[-1], nowhere)
-    oldest = age.topk(most, dim=-1, largest=False).indices
+    if ranks is None:
+        oldest = age.topk(most, dim=-1, largest=False).indices
+    else:
+        oldest = _by_rank(age, ranks, page_of_slot[..., :-1], last_used[..., :-1] == clock)[..., :most]
     replaced = oldest.gather(-1, (miss.cumsum(-1) - 1).clamp(0, most - 1))
     old = page_of_slot.gather(-1, replaced)
     absent = torch.full_like(old, -1)
@@ -129,6 +144,17 @@ def _touch(
     last_used.scatter_(-1, here, now)
     clock.add_(1)
     return torch.where(hit, found, here), miss
+
+
+def _by_rank(age: Tensor, ranks: Tensor, page: Tensor, used: Tensor) -> Tensor:
+    """Slots [B, H, slots], those `used` in this step last, before them the page wanted most, and so on.
+
+    `age`, `page` and `used` are those of the slots, [B, H, slots].
+    """
+    ranks = torch.nn.functional.pad(ranks, (0, 1))
+    rank = ranks.gather(-1, page.clamp_max(ranks.shape[-1] - 1)).masked_fill(used, torch.inf)
+    order = age.argsort(dim=-1)
+    return order.gather(-1, rank.gather(-1, order).argsort(dim=-1, stable=True))
 
 
 _compiled_touch = Compiled(_touch, options={})

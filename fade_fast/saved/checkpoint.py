@@ -21,6 +21,7 @@ from fade_ref.config import FadeConfig
 from ..cache.budget_store import BudgetStore
 from ..cache.layer import KVLayer
 from ..cache.positions import TokenPositions
+from ..cache.select_store import is_payload
 from .files import whole
 
 VERSION = 3
@@ -119,6 +120,9 @@ def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
                 raise ValueError(f"tensors without a place: {', '.join(parts)}")
         if position is not None:
             _fill_timeline(cache.token_positions, position.to(cache.device), known["holes"])
+        for layer in cache.tiered:
+            if layer.middle is not None:
+                layer.middle.loaded()
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         cache.reset()
         raise ValueError(f"what is stored does not fit the cache: {error}") from error
@@ -261,8 +265,9 @@ def _kind(layer) -> str:
 
 def _cold(layer: KVLayer) -> list[str]:
     """Names of tensors that go to host memory, and so need not pass through the GPU."""
-    names = [f"tier0.{field}" for field in ("key_codes", "value_codes", "value_scale", "value_zero")]
-    return names if layer.compresses else []
+    fields = ("key_index", "key_codes", "key_scale", "key_zero", "value_codes", "value_scale", "value_zero")
+    cold = [f"tier0.{field}" for field in fields if is_payload(field, layer.config)]
+    return cold if layer.compresses else []
 
 
 def _fill_tiered(layer: KVLayer, parts: dict[str, Tensor], about: dict) -> None:
@@ -284,7 +289,6 @@ def _fill_tiered(layer: KVLayer, parts: dict[str, Tensor], about: dict) -> None:
         tier.append(**fields)
         if tier.bound is not None:
             tier.bound.copy_(parts.pop(f"tier{i}.bound"))
-    middle.loaded()
     if middle.means is not None:
         middle.means.reserve(-(-middle.tiers[0].records.capacity // middle.per_mean))
         middle.means.append(mean=parts.pop("means"))

@@ -11,7 +11,7 @@ from fade_fast.hf.models import CACHE_NAME
 from fade_fast.kernels import packed, rotated
 from fade_fast.policies import plan
 from fade_ref.attention import Terms
-from fade_ref.config import INDEXES, PRESETS, FadeConfig
+from fade_ref.config import INDEXES, PRESETS, RESIDENT_POLICIES, FadeConfig
 from fade_ref.tiers import INTEGER_TIERS
 
 from .. import cases as measure
@@ -90,9 +90,6 @@ CHOSEN |= {
     "index deviation, matched, a share": FadeConfig(
         **CHOOSING | dict(select=0.6), index="deviation", quant_backend="matched"
     ),
-    "index deviation+k2, pages of 8 in blocks of 16": FadeConfig(
-        recent_window=8, block_size=16, select=8, index="deviation+k2"
-    ),
 }
 CODED_COVERS = ("tier PQ", "codec product")
 #: Configurations whose live tokens have gaps between them.
@@ -137,7 +134,7 @@ LONG = {
     "learned sinks": dict(terms=TERMS["learned sinks"]),
     "bfloat16": dict(shape=dict(dtype=torch.bfloat16)),
 }
-RANDOM, CODED_RANDOM, CHOSEN_RANDOM = 24, 8, 8  # random traces
+RANDOM, CODED_RANDOM, CHOSEN_RANDOM = 24, 8, 12  # random traces
 #: The cases that run compiled on a GPU by default.
 COMPILED = ("int4", "evict, padding (0, 11)", "D128 G7 float16", "D80 G4 bfloat16", "logits int4, bfloat16")
 
@@ -251,6 +248,9 @@ def _choosing() -> list[Case]:
             case(f"{name}, padding {padding}" if padding else name, config, covers=codec, padding=padding)
     for name, terms in TERMS.items():
         case(name, CHOSEN["a page"], terms=terms)
+    for index in ("bounds+k2", "deviation+k2"):  # a shortlist of two blocks of several pages
+        config = FadeConfig(recent_window=8, block_size=16, select=8, index=index)
+        case(f"blocks, index {index}", config, [110, 1, 1, 5, 1, 18, 1], padding=(0, 30))
     case("rows that come and go", CHOSEN["three pages"], [28, *ROWS[1:]], padding=(0, 7))
     for dim, group in ((80, 4), (128, 8), (256, 1)):
         for dtype in ATTENTION:
@@ -314,7 +314,7 @@ def walk(found: Found, config, shape, steps, **options) -> None:
                 found.near(
                     "product codes differing", max(0, int((ours != exact).sum()) - 1) / len(exact), where
                 )
-    if config in CHOSEN.values():
+    if config.select is not None:
         found.holds("tokens read", fewer > 0, "no query read fewer tokens than there were")
 
 
@@ -344,8 +344,10 @@ def _random_choices(found: Found, seed: int):
     budget = draw.pick([8, 16, 40, 0.3, 0.9])
     fields = dict(middle_v_bits=draw.pick([16, *INTEGER_TIERS]), block_size=draw.pick([8, 16]), select=budget)
     fields["index"] = draw.pick(INDEXES)
-    if draw.chance(0.5, 1).item():
+    if draw.chance(0.7, 1).item():
         fields["cold"] = "host"
+        if "+" not in fields["index"]:
+            fields["eviction_policy"] = draw.pick(RESIDENT_POLICIES)
     if isinstance(budget, float):
         fields["select_max"] = draw.pick([16, 48])
     _random(found, seed, chosen=fields)
@@ -376,9 +378,11 @@ def _random(found: Found, seed: int, coded: bool = False, chosen: dict | None = 
         recent = draw.pick([0, 7, 16])
         config = FadeConfig(n_sink=config.n_sink, recent_window=recent, **chosen)
         shape = replace(shape, dtype=torch.float64)
-    steps, rows = [draw.one(1, 50)], shape.batch
+    # Enough tokens that queries choose.
+    steps, rows = [draw.one(100, 140) if chosen else draw.one(1, 50)], shape.batch
     for _ in range(12):
-        kind = draw.pick(["decode", "decode", "draft", "long", "crop", "reorder", "select"])
+        kinds = ["decode", "decode", "draft", "long", "crop", "reorder", "select"]
+        kind = draw.pick([*kinds, "decode", "copy", "file"] if chosen else kinds)
         steps += {
             "decode": [1] * draw.one(1, 4),
             "draft": [draw.one(2, 17)],
@@ -387,8 +391,11 @@ def _random(found: Found, seed: int, coded: bool = False, chosen: dict | None = 
             "crop": [("crop", draw.one(1, 9))] if config.n_sink or not config.compresses else [1],
             "reorder": [("reorder", draw.integers(0, rows, rows).tolist())],
             "select": [("select", draw.integers(0, rows, draw.one(1, rows + 2)).tolist())],
+            "copy": [("copy",)],
+            "file": [("file",)],
         }[kind]
         rows = len(steps[-1][1]) if kind == "select" else rows
+    steps += [1] if chosen else []
     padded = draw.chance(0.6, 1).item()
     padding = tuple(draw.integers(0, steps[0], shape.batch).tolist()) if padded else ()
     holes = {}

@@ -1,6 +1,7 @@
 """A cache that keeps every token and reads the pages that a query chooses."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from fade_fast.cache import host
 from fade_fast.cache.select_store import SelectStore
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.policies import select
+from fade_fast.policies.residents import Wanted
+from fade_ref import importance
 from fade_ref import select as spec
-from fade_ref.config import FadeConfig
+from fade_ref.config import INDEXES, RESIDENT_POLICIES, FadeConfig
 
+from ..marks import slow_but
 from ..models import new_cache, prompt, teacher_forced, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=8)
@@ -56,13 +60,23 @@ def test_above_the_budget_fewer_tokens_are_read():
     assert read_share(cache) < 0.3
 
 
-@pytest.mark.parametrize("fields", [{}, dict(select=0.6, select_max=16), dict(middle_v_bits=16)], ids=str)
+WHERE = [{}, dict(select=0.6, select_max=16), dict(middle_v_bits=16)]
+WHERE += [dict(index=index) for index in INDEXES[1:]]
+WHERE += [dict(eviction_policy=policy) for policy in RESIDENT_POLICIES[1:]]
+
+
+@pytest.mark.parametrize("fields", slow_but(WHERE, *WHERE[:2], dict(eviction_policy="hybrid")), ids=str)
 def test_where_the_payload_lies_changes_nothing(fields, monkeypatch):
     """With few resident pages, many are fetched, and the results are equal to the bit."""
     monkeypatch.setattr(SelectStore, "num_together", lambda self, new: 1)  # products of one shape
     model, inputs = tiny_llama(), prompt(120, batch=2, pads=(0, 9))
     chunks = [60] + [1] * 20 + [5, 20] + [1] * 15
-    caches = [new_cache(model, FadeConfig(**SMALL | dict(select=16) | fields | more)) for more in ({}, COLD)]
+    here = {name: x for name, x in fields.items() if name != "eviction_policy"}
+    configs = [
+        FadeConfig(**SMALL | dict(select=16) | here),
+        FadeConfig(**SMALL | dict(select=16) | fields | COLD),
+    ]
+    caches = [new_cache(model, config) for config in configs]
     ours, theirs = (teacher_forced(model, cache, inputs, chunks) for cache in caches)
     assert torch.equal(ours, theirs)
     for layer in caches[1].tiered:
@@ -87,20 +101,31 @@ def test_queries_of_a_step_read_together_what_they_read_one_by_one(monkeypatch):
 COLD = dict(cold="host", resident=24)
 
 
-def test_residency_equals_the_specification():
+@pytest.mark.parametrize("policy", RESIDENT_POLICIES)
+def test_residency_equals_the_specification(policy):
     draw, slots, pages, n = torch.Generator().manual_seed(0), 6, 20, 4
-    held = select.Residency(2, 3, slots, "cpu")
-    held.reserve(pages)
+    wanted = Wanted(policy, 2, 3, torch.float64, "cpu") if policy != "position" else None
+    held = select.Residency(2, 3, slots, "cpu", wanted)
+    held.reserve(8)
     exact = [[spec.Residency.first(slots) for _ in range(3)] for _ in range(2)]
-    missed = 0
+    seen, known, missed, ranks = [importance.empty(3) for _ in range(2)], 8, 0, [[None] * 3] * 2
     for step in range(60):
-        index = torch.rand(2, 3, pages, generator=draw).topk(n).indices
+        if step == 20:  # the text grows
+            known = pages
+            held.reserve(pages)
+        if wanted and step % 7:  # some steps bring pages without a query
+            mass = torch.rand(2, 3, known, generator=draw, dtype=torch.float64).softmax(-1)
+            sees = torch.rand(2, 1, known, generator=draw) < 0.9
+            wanted.observe(mass * sees, sees)
+            seen = [importance.observe(seen[b], mass[b, :, None], sees[b]) for b in range(2)]
+            ranks = [spec.rank(policy, seen[b]).tolist() for b in range(2)]
+        index = torch.rand(2, 3, known, generator=draw).topk(n).indices
         keep = None if step % 3 else torch.rand(2, 3, n, generator=draw) < 0.6
         slot, fetched = held.touch(index, keep)
         for b in range(2):
             for h in range(3):
                 used = torch.ones(n).bool() if keep is None else keep[b, h]
-                found = spec.touch(exact[b][h], index[b, h][used].tolist(), step)
+                found = spec.touch(exact[b][h], index[b, h][used].tolist(), step, ranks[b][h])
                 assert slot[b, h][used].tolist() == found.slots and (slot[b, h][~used] == slots).all()
                 assert fetched[b, h].tolist() == [
                     bool(u) and found.fetched[int(used[:i].sum())] for i, u in enumerate(used)
@@ -108,10 +133,112 @@ def test_residency_equals_the_specification():
                 exact[b][h], missed = found.state, missed + sum(found.fetched)
                 assert held.page_of_slot[b, h, :-1].tolist() == list(found.state.pages)
                 assert held.last_used[b, h, :-1].tolist() == list(found.state.last_used)
-                for page in range(pages):
+                for page in range(known):
                     at = int(held.slot_of_page[b, h, page])
                     assert at == (found.state.pages.index(page) if page in found.state.pages else -1)
     assert missed > 100
+
+
+def test_a_share_reads_the_fewest_pages_that_hold_it(monkeypatch):
+    """With equal scores a share of the mass is this share of the pages. Sharp queries read few pages."""
+    choices, counts = [], []
+    real = select.choose
+
+    def kept(mass, pages, share=None):
+        found = real(mass, pages, share)
+        choices.append((mass, *found))
+        return found
+
+    monkeypatch.setattr(select, "choose", kept)
+    for scale in (0.0, 1.0, 100.0):
+        model = tiny_llama(dtype=torch.float64)
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.data *= scale
+        cache = new_cache(model, FadeConfig(**SMALL, select=0.49, select_max=56))
+        choices.clear()
+        teacher_forced(model, cache, prompt(140, batch=2), [90] + [1] * 50)
+        num_read, every = [], []
+        for mass, index, keep in choices:
+            pages, order = mass.shape[-1], keep.sum(-1)
+            held = (mass.gather(-1, index) * keep).sum(-1)
+            last = mass.gather(-1, index).gather(-1, (order - 1).unsqueeze(-1)).squeeze(-1)
+            assert ((held >= 0.49) | (order == 7)).all() and (held - last < 0.49).all()
+            assert scale or (order == min(7, math.ceil(0.49 * pages))).all()
+            num_read.append(order.double().mean())
+            every.append(pages)
+        read = cache.memory().selected
+        assert read.read == pytest.approx(8 * float(torch.stack(num_read).mean())) and read.read < read.held
+        counts.append(read.read)
+    assert max(every) > 14 and counts[0] > counts[1] > counts[2] and counts[2] < 16
+
+
+@pytest.mark.parametrize("policy", slow_but(RESIDENT_POLICIES[1:], "hybrid"))
+def test_a_plan_says_what_stays_on_the_gpu(policy):
+    """Pages in slots are those that the specification keeps, given the masses and pages of a real cache."""
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(150, batch=2, pads=(0, 9))
+    config = FadeConfig(**SMALL, select=16, **COLD, eviction_policy=policy)
+    cache = new_cache(model, config)
+    heads, layer = 2, cache.tiered[1]
+    exact = [[spec.Residency.first(3) for _ in range(heads)] for _ in range(2)]
+    seen, clock, stored, missed = [importance.empty(heads) for _ in range(2)], 0, 0, 0
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    position = (mask.cumsum(-1) - 1).clamp_min(0)
+
+    def use(pages) -> int:
+        """Use pages [row][head] by the specification. Returns how many were fetched."""
+        nonlocal clock
+        fetched = 0
+        for b in range(2):
+            ranks = spec.rank(policy, seen[b]).tolist() if seen[b].mass.shape[-1] else [None] * heads
+            for h in range(heads):
+                found = spec.touch(exact[b][h], pages[b][h], clock, ranks[h])
+                exact[b][h], fetched = found.state, fetched + sum(found.fetched)
+        clock += 1
+        return fetched
+
+    def stored_now() -> None:
+        """New pages come to the slots, the newest of them at most as many as there are slots."""
+        nonlocal stored
+        before, stored = stored // 8, layer.middle.count if layer.has_middle else 0
+        if new := [*range(max(before, stored // 8 - 3, 3), stored // 8)]:
+            use([[new] * heads] * 2)
+
+    for start, stop in [(0, 60), *((i, i + 1) for i in range(60, 150))]:
+        layer.compact()
+        stored_now()
+        choices = []
+        if start:
+            real = layer.middle.choose
+            layer.middle.choose = lambda *args, to=choices, of=real, **options: (
+                to.append(of(*args, **options)) or to[0]
+            )
+        step = dict(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], use_cache=True)
+        with torch.no_grad():
+            model(**step, position_ids=position[:, start:stop], **{CACHE_NAME: cache})
+        if not start:
+            stored_now()
+            continue
+        layer.middle.choose, (choice,) = real, choices
+        seen = [importance.observe(seen[b], choice.mass[b], choice.seen[b]) for b in range(2)]
+        missed += use(choice.pages[:, :, 0].tolist())
+        slots = layer.middle.residency.page_of_slot[..., :-1].tolist()
+        assert slots == [[list(x.pages) for x in row] for row in exact]
+    queries, read, hits, misses = layer.middle.counted.tolist()
+    assert missed >= misses > 0 and hits > 0 and read < 0.5 * queries * layer.middle.count
+
+
+def test_a_policy_of_residents_is_refused_by_name():
+    for fields, message in (
+        (dict(eviction_policy="h2o"), "eviction_policy='h2o' contradicts it"),
+        (
+            dict(eviction_policy="knorm", cold="host"),
+            "'knorm' .* single tokens.*position, h2o, ema, tova, hybrid",
+        ),
+        (dict(eviction_policy="ema", cold="host", index="bounds+k2"), "gives most pages no mass"),
+        (dict(int4_budget=100, cold="host"), "resident is the budget"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FadeConfig(**SMALL, select=16, **fields)
 
 
 def test_a_cache_tells_what_was_read():

@@ -21,28 +21,33 @@ PAGE = 8
 
 def test_halves_of_every_byte():
     codes = torch.arange(256, dtype=torch.uint8).repeat(16).reshape(-1, 16)
+    one, others = halves.split(codes, 1)
+    assert one.shape[-1] == 4 and torch.equal(halves.join(one, others), codes)
+    exact = 3 * spec.split(rotated.unpack(codes, 4).to(torch.uint8), kept=1)[0]
+    assert torch.equal(halves.as_two_bits(one, 1), rotated.pack(exact, 2))
     upper, lower = halves.split(codes)
-    assert torch.equal(halves.join(upper, lower), codes)
+    assert torch.equal(halves.join(upper, lower), codes) and torch.equal(halves.as_two_bits(upper, 2), upper)
     exact = [rotated.pack(x, 2) for x in spec.split(rotated.unpack(codes, 4).to(torch.uint8))]
     assert torch.equal(upper, exact[0]) and torch.equal(lower, exact[1])
 
 
+@pytest.mark.parametrize("kept", [1, 2])
 @pytest.mark.parametrize("uniform", [True, False])
-def test_the_upper_half_is_read_at_the_middle_of_each_cell(uniform):
+def test_the_upper_part_is_read_at_the_middle_of_each_cell(uniform, kept):
     draw = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (30, 32), generator=draw, dtype=torch.uint8)
     scale = torch.rand(30, generator=draw).half() + 0.1
     zero = torch.randn(30, generator=draw).half() if uniform else None
-    upper, _ = halves.split(rotated.pack(codes, 4))
+    upper = halves.as_two_bits(halves.split(rotated.pack(codes, 4), kept)[0], kept)
     found = rotated.dequantize(
-        rotated.Packed(upper, *halves.coarse(scale, zero, torch.float64)), 2, torch.float64
+        rotated.Packed(upper, *halves.coarse(scale, zero, torch.float64, kept)), 2, torch.float64
     )
-    torch.testing.assert_close(found, spec.index_keys(codes, scale, zero))
+    torch.testing.assert_close(found, spec.index_keys(codes, scale, zero, kept=kept))
 
 
 def problem(
     seed=0, batch=2, heads=2, group=3, dim=64, new=1, exact=9, length=160, capacity=None, per_mean=64,
-    holes=0.1, window=False, by_head=False, dtype=torch.float64, blind=False,
+    holes=0.1, window=False, by_head=False, dtype=torch.float64, blind=False, kept=2,
 ):  # fmt: skip
     """Query, dense keys, their mask, the table and a view whose key codes are halves. Holes hold NaN."""
     draw = torch.Generator().manual_seed(seed)
@@ -61,7 +66,7 @@ def problem(
         matrix = torch.stack([matrix, matrix.flip(-1)][:heads])
         keys_ = view.keys._replace(zero=None)
         view = view._replace(keys=keys_)
-    upper, lower = halves.split(view.keys.codes)
+    upper, lower = halves.split(view.keys.codes, kept)
     return query, keys, seen, matrix, view._replace(keys=view.keys._replace(codes=lower), key_index=upper)
 
 
@@ -72,7 +77,8 @@ def exact_mass(query, view, matrix, length, page, scaling, softcap=None):
     out = torch.zeros(batch, heads, new, length // page, dtype=torch.float64)
     for b in range(batch):
         zero = None if view.keys.zero is None else view.keys.zero[b, :, :length]
-        y = spec.index_keys(codes[b, :, :length], view.keys.scale[b, :, :length], zero)
+        kept = view.key_index.shape[-1] * 8 // dim
+        y = spec.index_keys(codes[b, :, :length], view.keys.scale[b, :, :length], zero, kept=kept)
         mean = view.means[b].double().repeat_interleave(min(view.per_mean, length), 1)[:, :length]
         per_head = matrix if matrix.dim() == 3 else matrix.expand(heads, -1, -1)
         whole = y @ per_head[:, :dim].double() + mean  # [H, n, D]
@@ -97,6 +103,8 @@ SHAPES = {
     "a row that sees nothing": dict(blind=True, new=2),
     "more slots than are read": dict(capacity=200),
     "long": dict(length=600),
+    "one bit": dict(kept=1, new=2),
+    "one bit, matrices of heads": dict(kept=1, by_head=True, dim=128),
 }
 
 
@@ -130,7 +138,7 @@ def test_mass_in_float32_and_arguments_that_are_refused():
         kernel.page_mass(query, keys, seen, matrix, view.whole(), 160, PAGE, scaling=0.3)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(by_head=True, new=2, group=2)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(by_head=True, new=2, group=2), dict(kept=1)], ids=str)
 def test_the_arithmetic_of_the_compiled_version(options, uncompiled_kernels):
     """Float16 products, run eagerly on the shapes of a GPU: masses within their rounding."""
     for softcap in (None, 4.0):
