@@ -148,9 +148,9 @@ CORRUPTIONS = {
     ],
     "kernels.matched._in_units": [
         ("distance of other levels", call("sqrt").becomes("1.2 * _"), "matched codes, 2"),
+        ("the first scale, not the best", compare("<")[0].becomes("(_) & False"), "matched codes, 3"),
     ],
-    "kernels.matched._best": [
-        ("the first scale, not the best", call("argmin").becomes("torch.zeros_like(_)"), "matched codes, 3"),
+    "kernels.matched._with_scale": [
         ("biased scale", call("square")[1].becomes("0.99 * _"), "matched codes, 4"),
     ],
     "kernels.matched.encode": [
