@@ -140,7 +140,7 @@ CORRUPTIONS = {
     ],
     # -- the matched codec
     "kernels.matched.round_with_feedback": [
-        ("errors of earlier blocks lost", binary("@")[0].becomes("0 * (_)"), "matched codes, 4"),
+        ("errors of earlier blocks lost", binary("@")[1].becomes("0 * (_)"), "matched codes, 4"),
         ("feedback not scaled", binary("/").becomes("_0"), "matched codes, 2"),
     ],
     "kernels.matched._round_block": [
@@ -150,8 +150,8 @@ CORRUPTIONS = {
         ("distance of other levels", call("sqrt").becomes("1.2 * _"), "matched codes, 2"),
         ("the first scale, not the best", compare("<")[0].becomes("(_) & False"), "matched codes, 3"),
     ],
-    "kernels.matched._with_scale": [
-        ("biased scale", call("square")[1].becomes("0.99 * _"), "matched codes, 4"),
+    "kernels.matched._gain": [
+        ("biased scale", call("square").becomes("1.1 * _"), "matched codes, 4"),
     ],
     "kernels.matched.encode": [
         ("dropped mean of matched keys", compare("is").becomes("True"), "matched codes, 4"),

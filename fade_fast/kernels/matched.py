@@ -20,7 +20,6 @@ STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
 #: Scales that the encoder tries, relative to that of `STEPS`.
 FACTORS = (0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.17, 1.27, 1.4)
 TOGETHER = 16  # channels between two products with the errors of all channels before
-COPIES = 4  # float32 copies of its keys that the encoder holds at a time, as a power of two
 
 
 class Matrices(NamedTuple):
@@ -43,34 +42,46 @@ class Matrices(NamedTuple):
         return self.decode_and_sum[:, :-1]
 
 
-def round_with_feedback(unit: Tensor, feedback: Tensor, bits: int) -> Tensor:
-    """Centered codes (code - center) of `unit` [H, D, T], in units of the distance between levels.
+def round_with_feedback(unit: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of `unit` [H, D, T], which is in units of the distance between levels, and their gain.
 
     Each channel is rounded after the errors of the channels before were added, weighted by V_ij / V_ii. A
     product adds the errors of earlier blocks of `TOGETHER` channels, so that one compiled version of
     `_round_block` serves all blocks.
+
+    Returns codes uint8 [H, D, T], and <Vu, Vc> / <Vu, Vu> of vectors u and centered codes c, [H, T]; 1 for
+    zero vectors. The damage V e of the errors is a by-product of rounding: V_ii times what is left of channel
+    i. So Vc = Vu - Ve needs no product with the codes.
     """
-    weight = feedback / feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    codes, errors, dim = torch.empty_like(unit), torch.empty_like(unit), unit.shape[1]
-    limit = torch.full((), center(bits), device=unit.device)
+    diagonal = feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [H, D, 1]
+    weight, exposed, dim = feedback / diagonal, feedback @ unit, unit.shape[1]
+    codes, errors = torch.empty_like(unit, dtype=torch.uint8), torch.empty_like(unit)
+    limit, lost = torch.full((), center(bits), device=unit.device), []
     for start in range(0, dim, TOGETHER):
         own = slice(start, min(start + TOGETHER, dim))
         before = weight[:, own, :start] @ errors[:, :start]
-        found = _run(_round_block, unit[:, own], before, weight[:, own, own].contiguous(), limit)
-        codes[:, own], errors[:, own] = found
-    return codes
+        block = weight[:, own, own].contiguous(), exposed[:, own], diagonal[:, own].contiguous()
+        codes[:, own], errors[:, own], loss = _run(_round_block, unit[:, own], before, *block, limit)
+        lost.append(loss)
+    return codes, _run(_gain, exposed, torch.stack(lost))
 
 
 def _round_block(
-    dynamic_sizes, unit: Tensor, before: Tensor, weight: Tensor, limit: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Centered codes of one block and their errors [H, C, T].
+    dynamic_sizes,
+    unit: Tensor,
+    before: Tensor,
+    weight: Tensor,
+    exposed: Tensor,
+    diagonal: Tensor,
+    limit: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of one block uint8 [H, C, T], their errors [H, C, T], and its part of <Vu, Ve> [H, T].
 
-    The arguments: `unit`, and the weighted errors of earlier blocks `before`, [H, C, T]; `weight` [H, C, C],
-    that between the channels of the block; `limit`, the largest centered code, a tensor, so that one compiled
-    version serves all widths.
+    The arguments: `unit`, the weighted errors of earlier blocks `before`, and `exposed`, that is Vu,
+    [H, C, T]; `weight` [H, C, C], that between the channels of the block, and `diagonal` of V [H, C, 1];
+    `limit`, the largest centered code, a tensor, so that one compiled version serves all widths.
     """
-    codes, errors = [], []
+    codes, errors, lost = [], [], torch.zeros_like(unit[:, 0])
     for i in range(unit.shape[1]):
         wanted = unit[:, i] + before[:, i]
         if torch.compiler.is_compiling():  # one kernel keeps the block in registers
@@ -78,9 +89,17 @@ def _round_block(
                 wanted = wanted + weight[:, i, j].unsqueeze(-1) * error
         elif errors:
             wanted = wanted + (weight[:, i : i + 1, :i] @ torch.stack(errors, dim=1)).squeeze(1)
-        codes.append(_nearest(wanted, limit))
-        errors.append(unit[:, i] - codes[-1])
-    return torch.stack(codes, dim=1), torch.stack(errors, dim=1)
+        near = _nearest(wanted, limit)
+        lost = lost + exposed[:, i] * (diagonal[:, i] * (wanted - near))
+        codes.append((near + limit).to(torch.uint8))
+        errors.append(unit[:, i] - near)
+    return torch.stack(codes, dim=1), torch.stack(errors, dim=1), lost
+
+
+def _gain(dynamic_sizes, exposed: Tensor, lost: Tensor) -> Tensor:
+    """<Vu, Vc> / <Vu, Vu> [H, T] from Vu [H, D, T] and the parts of <Vu, Ve>, [blocks, H, T]."""
+    whole = exposed.square().sum(1)
+    return torch.where(whole > 0, 1 - lost.sum(0) / torch.where(whole > 0, whole, 1.0), 1.0)
 
 
 def _nearest(unit: Tensor, limit: Tensor) -> Tensor:
@@ -102,9 +121,12 @@ def quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
     y = y.permute(1, 3, 0, 2).flatten(2)  # [H, D, T]
     step, limit = (torch.full((), x, device=y.device) for x in (STEPS[bits], center(bits)))
     unit, tried = _run(_in_units, y, step, limit)
-    codes = round_with_feedback(unit, feedback, bits)
-    codes, scale = _run(_with_scale, codes, feedback @ codes, feedback @ y, tried, limit)
-    codes, scale = (x.unflatten(1, (batch, -1)).transpose(0, 1)[:, :, :length] for x in (codes, scale))
+    codes, gain = round_with_feedback(unit, feedback, bits)
+    # The stored scale stays within a factor of 2 of the scale that was tried.
+    scale = torch.where(gain > 0, tried.squeeze(1) / gain.clamp(0.5, 2.0), tried.squeeze(1))
+    scale = scale.clamp_max(LARGEST).half()
+    codes, scale = codes.mT.unflatten(1, (batch, -1)), scale.unflatten(1, (batch, -1))
+    codes, scale = (x.transpose(0, 1)[:, :, :length] for x in (codes, scale))
     return Packed(pack(codes.contiguous(), bits), scale.contiguous(), None)
 
 
@@ -122,21 +144,6 @@ def _in_units(dynamic_sizes, y: Tensor, step: Tensor, limit: Tensor) -> tuple[Te
         tried = scale if tried is None else torch.where(error < least, scale, tried)
         least = error if least is None else torch.minimum(error, least)
     return y / torch.where(tried > 0, tried, 1.0), tried
-
-
-def _with_scale(
-    dynamic_sizes, codes: Tensor, seen: Tensor, wanted: Tensor, tried: Tensor, limit: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [H, T, D] and scales fp16 [H, T] of centered codes.
-
-    The arguments: `codes`, `seen`, V times the codes, and `wanted`, V times the vectors, [H, D, T]; `tried`
-    [H, 1, T].
-    """
-    tried, aligned = tried.squeeze(1), (wanted * seen).sum(1)
-    scale = wanted.square().sum(1) / torch.where(aligned > 0, aligned, 1.0)
-    scale = torch.where(aligned > 0, scale, tried)
-    scale = torch.minimum(torch.maximum(scale, tried / 2), tried * 2).clamp_max(LARGEST).half()
-    return (codes + limit).to(torch.uint8).mT.contiguous(), scale
 
 
 def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, feedback: Tensor, bits: int) -> Packed:
@@ -157,7 +164,7 @@ def encode_both(
     """`encode` for the keys and values of some tokens; arguments as in `rotated.encode_both`."""
     tables = [x for side in matrices for x in (side.encode, side.feedback)]
     # Both versions are the same function, because it calls compiled pieces.
-    return rotated.in_tiles(_encode_both, _encode_both, keys, values, mean, tables, bits, recurs, COPIES)
+    return rotated.in_tiles(_encode_both, _encode_both, keys, values, mean, tables, bits, recurs)
 
 
 def _encode_both(keys, values, mean, *tables, bits) -> tuple[Packed, Packed]:
@@ -176,5 +183,5 @@ def _run(function: Callable, *args: Tensor):
 # Codes are defined by the stored scales, which are rounded.
 _compiled = {
     function: Compiled(function, options={"emulate_precision_casts": True})
-    for function in (_in_units, _round_block, _with_scale)
+    for function in (_in_units, _round_block, _gain)
 }
