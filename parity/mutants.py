@@ -156,7 +156,7 @@ CORRUPTIONS = {
     ],
     # -- the matched codec
     "kernels.matched.round_with_feedback": [
-        ("errors of earlier blocks lost", binary("@")[0].becomes("0 * (_)"), "matched codes, 4"),
+        ("errors of earlier blocks lost", binary("@")[1].becomes("0 * (_)"), "matched codes, 4"),
         ("feedback not scaled", binary("/").becomes("_0"), "matched codes, 2"),
     ],
     "kernels.matched._round_block": [
@@ -164,10 +164,10 @@ CORRUPTIONS = {
     ],
     "kernels.matched._in_units": [
         ("distance of other levels", call("sqrt").becomes("1.2 * _"), "matched codes, 2"),
+        ("the first scale, not the best", compare("<")[0].becomes("(_) & False"), "matched codes, 3"),
     ],
-    "kernels.matched._best": [
-        ("the first scale, not the best", call("argmin").becomes("torch.zeros_like(_)"), "matched codes, 3"),
-        ("biased scale", call("square")[1].becomes("0.99 * _"), "matched codes, 4"),
+    "kernels.matched._gain": [
+        ("biased scale", call("square").becomes("1.1 * _"), "matched codes, 4"),
     ],
     "kernels.matched.encode": [
         ("dropped mean of matched keys", compare("is").becomes("True"), "matched codes, 4"),

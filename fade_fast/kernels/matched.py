@@ -17,9 +17,9 @@ from .rotated import LARGEST, Packed, center, pack
 
 #: Distance between evenly spaced levels of N(0, 1) with the least squared error, by bits.
 STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
-FACTORS = (0.75, 0.9, 1.0, 1.15, 1.35)  # scales that the encoder tries, relative to that of `STEPS`
+#: Scales that the encoder tries, relative to that of `STEPS`.
+FACTORS = (0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.17, 1.27, 1.4)
 TOGETHER = 16  # channels between two products with the errors of all channels before
-COPIES = 8  # float32 copies of its keys that the encoder holds at a time, as a power of two
 
 
 class Matrices(NamedTuple):
@@ -42,31 +42,46 @@ class Matrices(NamedTuple):
         return self.decode_and_sum[:, :-1]
 
 
-def round_with_feedback(unit: Tensor, feedback: Tensor, bits: int) -> Tensor:
-    """Centered codes (code - center) of `unit` [H, D, T], in units of the distance between levels.
+def round_with_feedback(unit: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of `unit` [H, D, T], which is in units of the distance between levels, and their gain.
 
     Each channel is rounded after the errors of the channels before were added, weighted by V_ij / V_ii. A
     product adds the errors of earlier blocks of `TOGETHER` channels, so that one compiled version of
     `_round_block` serves all blocks.
+
+    Returns codes uint8 [H, D, T], and <Vu, Vc> / <Vu, Vu> of vectors u and centered codes c, [H, T]; 1 for
+    zero vectors. The damage V e of the errors is a by-product of rounding: V_ii times what is left of channel
+    i. So Vc = Vu - Ve needs no product with the codes.
     """
-    weight = feedback / feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    codes, errors, dim = torch.empty_like(unit), torch.empty_like(unit), unit.shape[1]
-    limit = torch.full((), center(bits), device=unit.device)
+    diagonal = feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [H, D, 1]
+    weight, exposed, dim = feedback / diagonal, feedback @ unit, unit.shape[1]
+    codes, errors = torch.empty_like(unit, dtype=torch.uint8), torch.empty_like(unit)
+    limit, lost = torch.full((), center(bits), device=unit.device), []
     for start in range(0, dim, TOGETHER):
         own = slice(start, min(start + TOGETHER, dim))
         before = weight[:, own, :start] @ errors[:, :start]
-        codes[:, own] = _run(_round_block, unit[:, own], before, weight[:, own, own].contiguous(), limit)
-        torch.sub(unit[:, own], codes[:, own], out=errors[:, own])
-    return codes
+        block = weight[:, own, own].contiguous(), exposed[:, own], diagonal[:, own].contiguous()
+        codes[:, own], errors[:, own], loss = _run(_round_block, unit[:, own], before, *block, limit)
+        lost.append(loss)
+    return codes, _run(_gain, exposed, torch.stack(lost))
 
 
-def _round_block(dynamic_sizes, unit: Tensor, before: Tensor, weight: Tensor, limit: Tensor) -> Tensor:
-    """Centered codes of one block: `unit` and the weighted errors of earlier blocks `before` [H, C, T].
+def _round_block(
+    dynamic_sizes,
+    unit: Tensor,
+    before: Tensor,
+    weight: Tensor,
+    exposed: Tensor,
+    diagonal: Tensor,
+    limit: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of one block uint8 [H, C, T], their errors [H, C, T], and its part of <Vu, Ve> [H, T].
 
-    `weight` [H, C, C] is that between the channels of the block. `limit` is the largest centered code, a
-    tensor, so that one compiled version serves all widths.
+    The arguments: `unit`, the weighted errors of earlier blocks `before`, and `exposed`, that is Vu,
+    [H, C, T]; `weight` [H, C, C], that between the channels of the block, and `diagonal` of V [H, C, 1];
+    `limit`, the largest centered code, a tensor, so that one compiled version serves all widths.
     """
-    codes, errors = [], []
+    codes, errors, lost = [], [], torch.zeros_like(unit[:, 0])
     for i in range(unit.shape[1]):
         wanted = unit[:, i] + before[:, i]
         if torch.compiler.is_compiling():  # one kernel keeps the block in registers
@@ -74,16 +89,29 @@ def _round_block(dynamic_sizes, unit: Tensor, before: Tensor, weight: Tensor, li
                 wanted = wanted + weight[:, i, j].unsqueeze(-1) * error
         elif errors:
             wanted = wanted + (weight[:, i : i + 1, :i] @ torch.stack(errors, dim=1)).squeeze(1)
-        codes.append((wanted + limit).round().clamp(torch.zeros_like(limit), 2 * limit) - limit)
-        errors.append(unit[:, i] - codes[-1])
-    return torch.stack(codes, dim=1)
+        near = _nearest(wanted, limit)
+        lost = lost + exposed[:, i] * (diagonal[:, i] * (wanted - near))
+        codes.append((near + limit).to(torch.uint8))
+        errors.append(unit[:, i] - near)
+    return torch.stack(codes, dim=1), torch.stack(errors, dim=1), lost
+
+
+def _gain(dynamic_sizes, exposed: Tensor, lost: Tensor) -> Tensor:
+    """<Vu, Vc> / <Vu, Vu> [H, T] from Vu [H, D, T] and the parts of <Vu, Ve>, [blocks, H, T]."""
+    whole = exposed.square().sum(1)
+    return torch.where(whole > 0, 1 - lost.sum(0) / torch.where(whole > 0, whole, 1.0), 1.0)
+
+
+def _nearest(unit: Tensor, limit: Tensor) -> Tensor:
+    """The centered code that is nearest to each element of `unit`."""
+    return (unit + limit).round().clamp(torch.zeros_like(limit), 2 * limit) - limit
 
 
 def quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
     """Codes of vectors that are already centered and multiplied by A: float32 [B, H, n, D].
 
-    Of `FACTORS`, the scale that does the least damage wins. The stored scale makes the vector unbiased in the
-    metric of V, and stays within a factor of 2 of the scale that was tried.
+    Of `FACTORS`, the scale with the least squared error of plain rounding wins. The stored scale makes the
+    vector unbiased in the metric of V, and stays within a factor of 2 of the scale that was tried.
 
     Where compiled versions run, n is padded to a power of two, so that few versions serve all n.
     """
@@ -91,42 +119,31 @@ def quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
     if use_compiled(y):
         y = torch.nn.functional.pad(y, (0, 0, 0, rounded(length) - length))
     y = y.permute(1, 3, 0, 2).flatten(2)  # [H, D, T]
-    step = torch.full((), STEPS[bits], device=y.device)
-    unit, tried = _run(_in_units, y, step)
-    codes = round_with_feedback(unit, feedback, bits)
-    seen, wanted = feedback @ codes, feedback @ y  # [H, D, F * T] and [H, D, T]
-    codes, scale = _run(_best, codes, seen, wanted, tried)
-    codes = (codes + center(bits)).to(torch.uint8).mT
-    codes, scale = (x.unflatten(1, (batch, -1)).transpose(0, 1)[:, :, :length] for x in (codes, scale))
+    step, limit = (torch.full((), x, device=y.device) for x in (STEPS[bits], center(bits)))
+    unit, tried = _run(_in_units, y, step, limit)
+    codes, gain = round_with_feedback(unit, feedback, bits)
+    # The stored scale stays within a factor of 2 of the scale that was tried.
+    scale = torch.where(gain > 0, tried.squeeze(1) / gain.clamp(0.5, 2.0), tried.squeeze(1))
+    scale = scale.clamp_max(LARGEST).half()
+    codes, scale = codes.mT.unflatten(1, (batch, -1)), scale.unflatten(1, (batch, -1))
+    codes, scale = (x.transpose(0, 1)[:, :, :length] for x in (codes, scale))
     return Packed(pack(codes.contiguous(), bits), scale.contiguous(), None)
 
 
-def _in_units(dynamic_sizes, y: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """`y` [H, D, T] divided by every scale that is tried, [H, D, F * T], and these scales [H, 1, F * T]."""
-    size = y.square().mean(1, keepdim=True).sqrt() * step
-    factors = torch.tensor(FACTORS, device=y.device).reshape(-1, 1)
-    tried = size.unsqueeze(2) * factors
-    unit = y.unsqueeze(2) / torch.where(tried > 0, tried, 1.0)
-    return unit.flatten(2), tried.flatten(2)
+def _in_units(dynamic_sizes, y: Tensor, step: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """`y` [H, D, T] divided by the best scale of each vector, and these scales [H, 1, T].
 
-
-def _best(dynamic_sizes, codes: Tensor, seen: Tensor, wanted: Tensor, tried: Tensor) -> tuple[Tensor, Tensor]:
-    """Centered codes [H, D, T] and scales [H, T] fp16, of the scale that does the least damage.
-
-    The arguments: `codes` and `seen`, V times the codes, [H, D, F * T]; `tried` [H, 1, F * T].
-    `wanted` is V times the vectors, [H, D, T].
+    The first of equally good scales wins.
     """
-    codes, seen, tried = (x.unflatten(2, (len(FACTORS), -1)) for x in (codes, seen, tried))
-    damage = (wanted.unsqueeze(2) - tried * seen).square().sum(1, keepdim=True)
-    best = damage.argmin(2, keepdim=True)  # [H, 1, 1, T]
-    each = (x.gather(2, best.expand(-1, x.shape[1], -1, -1)).squeeze(2) for x in (codes, seen, tried))
-    codes, seen, tried = each
-    tried = tried.squeeze(1)
-    aligned = (wanted * seen).sum(1)
-    scale = wanted.square().sum(1) / torch.where(aligned > 0, aligned, 1.0)
-    scale = torch.where(aligned > 0, scale, tried)
-    scale = torch.minimum(torch.maximum(scale, tried / 2), tried * 2).clamp_max(LARGEST).half()
-    return codes, scale
+    size = y.square().mean(1, keepdim=True).sqrt() * step
+    tried = least = None
+    for factor in FACTORS:
+        scale = size * factor
+        unit = y / torch.where(scale > 0, scale, 1.0)
+        error = (y - scale * _nearest(unit, limit)).square().sum(1, keepdim=True)
+        tried = scale if tried is None else torch.where(error < least, scale, tried)
+        least = error if least is None else torch.minimum(error, least)
+    return y / torch.where(tried > 0, tried, 1.0), tried
 
 
 def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, feedback: Tensor, bits: int) -> Packed:
@@ -147,7 +164,7 @@ def encode_both(
     """`encode` for the keys and values of some tokens; arguments as in `rotated.encode_both`."""
     tables = [x for side in matrices for x in (side.encode, side.feedback)]
     # Both versions are the same function, because it calls compiled pieces.
-    return rotated.in_tiles(_encode_both, _encode_both, keys, values, mean, tables, bits, recurs, COPIES)
+    return rotated.in_tiles(_encode_both, _encode_both, keys, values, mean, tables, bits, recurs)
 
 
 def _encode_both(keys, values, mean, *tables, bits) -> tuple[Packed, Packed]:
@@ -166,5 +183,5 @@ def _run(function: Callable, *args: Tensor):
 # Codes are defined by the stored scales, which are rounded.
 _compiled = {
     function: Compiled(function, options={"emulate_precision_casts": True})
-    for function in (_in_units, _round_block, _best)
+    for function in (_in_units, _round_block, _gain)
 }

@@ -170,19 +170,15 @@ def in_tiles(
     tables: list[Tensor],
     bits: tuple[int, int],
     recurs: bool,
-    copies: int = 1,
 ) -> tuple[Packed, Packed]:
-    """Codes of keys and values by `eager` or its `compiled` version; see `encode_both`.
-
-    The function holds `copies` float32 copies of its keys at a time: a tile is smaller by that factor.
-    """
+    """Codes of keys and values by `eager` or its `compiled` version; see `encode_both`."""
     (batch, heads, length, dim), means = keys.shape, mean.shape[2]
     if recurs and use_compiled(keys) and 0 < length <= SMALL:
         return compiled(keys, values, mean, *tables, bits=bits)
     each = length // means if means > 1 else 1  # a tile holds whole groups
     pads = use_compiled(keys) and length > SMALL
     parts = []
-    for start, stop, size in _tiles(length, MOST // (batch * heads * dim * copies) if pads else None, each):
+    for start, stop, size in _tiles(length, MOST // (batch * heads * dim) if pads else None, each):
         groups = mean if means == 1 else mean[:, :, start // each : stop // each]
         part = keys[:, :, start:stop], values[:, :, start:stop], groups
         if pads:
