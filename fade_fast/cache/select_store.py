@@ -313,6 +313,7 @@ class SelectStore(AppendStore):
         asked = query.transpose(1, 2).flatten(0, 1).unsqueeze(2).contiguous()
         sees = seen.expand(-1, new, -1).flatten(0, 1).unsqueeze(1)
         mass = page_mass(asked, each(keys), sees, table, near, near.capacity, self.page, **options)
+        mass = mass.narrow(-1, 0, few.shape[-1])  # pages that only fill up are not there to be chosen
         found, keep = select.choose(mass, min(self.most, few.shape[-1]), self.share)
         found = rows.unsqueeze(2).gather(-1, found)
         back = lambda x: x.squeeze(2).unflatten(0, (-1, new)).transpose(1, 2)  # noqa: E731
