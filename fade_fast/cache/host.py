@@ -5,6 +5,7 @@ over PCIe, and no host waits. On a CPU, host memory is the memory there is, and 
 """
 
 import copy
+import sys
 from collections.abc import Callable
 
 import torch
@@ -19,13 +20,35 @@ class HostMemoryError(RuntimeError):
 
 
 class _Interface:
-    """Bytes of pinned memory as CUDA sees them. A tensor made of it keeps it, and so the memory, alive."""
+    """Bytes of pinned memory as CUDA sees them. A tensor made of it keeps it, and so the memory, alive.
 
-    def __init__(self, host: Tensor):
-        self.host = host
+    PyTorch gives pinned memory that nobody holds to its next user at once, and that user may write to it
+    while a kernel that was launched earlier still reads it. PyTorch does not know of such kernels, because
+    they read the alias. So the memory is held until the device has finished.
+    """
+
+    def __init__(self, host: Tensor, device: torch.device):
+        self.host, self.device = host, device
         self.__cuda_array_interface__ = dict(
             shape=tuple(host.shape), typestr="|u1", data=(host.data_ptr(), False), strides=None, version=3
         )
+
+    def __del__(self):
+        if not sys.is_finalizing():
+            _release(self.host, self.device)
+
+
+#: Memory that was dropped while a graph was captured, when nothing may wait.
+_dropped: list[Tensor] = []
+
+
+def _release(host: Tensor, device: torch.device) -> None:
+    """Let go of pinned memory when `device` does not use it any more."""
+    if torch.cuda.is_current_stream_capturing():
+        _dropped.append(host)
+        return
+    torch.cuda.current_stream(device).synchronize()
+    _dropped.clear()
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device) -> Tensor:
@@ -38,7 +61,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
     try:
         host = torch.empty(size, dtype=torch.uint8, pin_memory=True).zero_()
-        alias = torch.as_tensor(_Interface(host), device=device)
+        alias = torch.as_tensor(_Interface(host, device), device=device)
     except (RuntimeError, MemoryError) as error:
         raise HostMemoryError(
             f"cold='host': {size} bytes of host memory cannot be pinned ({error}). No token is lost. Free "

@@ -325,9 +325,10 @@ class SelectStore(AppendStore):
         sees = seen.expand(-1, new, -1).flatten(0, 1).unsqueeze(1)
         mass = page_mass(asked, each(keys), sees, table, near, near.capacity, self.page, **options)
         each_page = torch.arange(size // self.page, device=rows.device)
-        numbers = (rows.unsqueeze(-1) * len(each_page) + each_page).flatten(-2).unsqueeze(2)
-        most = min(self.most, blocks.shape[-1] * len(each_page))
-        found, keep = select.choose(mass, most, self.share, numbers)
+        count = blocks.shape[-1] * len(each_page)  # pages that only fill up are not there to be chosen
+        numbers = (rows.unsqueeze(-1) * len(each_page) + each_page).flatten(-2).unsqueeze(2)[..., :count]
+        mass = mass.narrow(-1, 0, count)
+        found, keep = select.choose(mass, min(self.most, count), self.share, numbers)
         found = numbers.gather(-1, found)
         back = lambda x: x.squeeze(2).unflatten(0, (-1, new)).transpose(1, 2)  # noqa: E731
         return Choice(back(found), None if keep is None else back(keep))

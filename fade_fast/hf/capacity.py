@@ -22,7 +22,7 @@ from ..cache.positions import TokenPositions
 from ..compile import compiled
 from ..formats.matched import MatchedFormat, MatchedTier
 from ..formats.rotated import RotatedFormat, RotatedTier, tier_widths
-from ..formats.split import SplitMatchedTier, SplitRotatedTier
+from ..formats.split import tier_class
 from ..kernels import rotated
 from ..kernels.matched import Matrices
 from ..policies import plan, scores
@@ -229,9 +229,11 @@ def _format(config: FadeConfig, widths: list[tuple[int, int]], heads: int, dim: 
         tables = one(heads, dim), side, Matrices(*(torch.empty_like(x) for x in side))
         # Where survivors move, one mean serves all tokens, and it takes no buffer that grows.
         rope = None if config.relocatable else (lambda: None)
-        return MatchedFormat(widths, lambda device: tables, rope, SplitMatchedTier if split else MatchedTier)
+        tier = tier_class("matched", config.index_bits) if split else MatchedTier
+        return MatchedFormat(widths, lambda device: tables, rope, tier)
     table = rotated.with_sum(rotated.rotation(dim)).float().to(META)
-    return RotatedFormat(widths, lambda dim, device: table, SplitRotatedTier if split else RotatedTier)
+    tier = tier_class("rotated", config.index_bits) if split else RotatedTier
+    return RotatedFormat(widths, lambda dim, device: table, tier)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,12 @@ CONFIGS = {
     "select": (FadeConfig(**CHOOSING), True),
     "select, share, beams": (FadeConfig(**CHOOSING | dict(select=0.6, select_max=16)), False, 3),
     "select, drafted": (FadeConfig(**CHOOSING, cold="host"), False, 1, None, True),
+    "select, two indexes": (FadeConfig(**CHOOSING, index="deviation+k2"), True),
+    "select, bounds, a policy": (
+        FadeConfig(**CHOOSING, index="bounds", cold="host", eviction_policy="hybrid"),
+        False,
+        3,
+    ),
     "int4, drafted": (FadeConfig(**SMALL), False, 1, None, True),
     "evict, drafted": (FadeConfig(**SMALL, int4_budget=10), False, 1, None, True),
     "codes, padded, drafted": (FadeConfig(**SMALL, quant_backend="product"), True, 1, None, True),

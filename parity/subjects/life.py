@@ -202,7 +202,8 @@ def collect() -> list[Case]:
             )
     for name in PRESETS:
         config = FadeConfig.preset(name)
-        run = _trace(config, [150, 1, 90, ("crop", 1), 1], shape=dict(heads=1, group=2))
+        prompt = 700 if config.select else 150  # more than a query reads
+        run = _trace(config, [prompt, 1, 90, ("crop", 1), 1], shape=dict(heads=1, group=2))
         found.append(Case("life", "presets", name, run, (f"preset {name}",)))
     for policy in plan.SUPPORTED:
         for budgets in (

@@ -49,8 +49,18 @@ CONFIGS = {
     "select, share": FadeConfig(recent_window=8, block_size=8, select=0.6, select_max=16),
     "select, host": FadeConfig(recent_window=8, block_size=8, select=8, cold="host", resident=16),
     "select, matched": FadeConfig(recent_window=8, block_size=8, select=16, quant_backend="matched"),
+    "select, two indexes": FadeConfig(recent_window=8, block_size=8, select=8, index="deviation+k2"),
+    "select, policy": FadeConfig(
+        recent_window=8,
+        block_size=8,
+        select=8,
+        cold="host",
+        resident=16,
+        index="bounds",
+        eviction_policy="h2o",
+    ),
     "off": FadeConfig(recent_window=None),
-}
+}  # fmt: skip
 CONFIGS |= {
     policy: FadeConfig(**SMALL, int4_budget=10, int2_budget=6, eviction_policy=policy)
     for policy in plan.SUPPORTED
@@ -130,7 +140,12 @@ STEADY = {
     "codes": FadeConfig(**SMALL, quant_backend="product"),
     "select": FadeConfig(recent_window=8, block_size=8, select=64),  # more tokens come than are read
     "select, host": FadeConfig(recent_window=8, block_size=8, select=64, cold="host", resident=72),
-}
+    "select, bounds": FadeConfig(recent_window=8, block_size=8, select=64, index="bounds+k2"),
+    "select, policy": FadeConfig(
+        recent_window=8, block_size=8, select=16, cold="host", resident=24, index="deviation",
+        eviction_policy="hybrid",
+    ),
+}  # fmt: skip
 
 
 WAYS = [("unpadded", name) for name in STEADY] + [("padded", name) for name in STEADY]
@@ -150,7 +165,8 @@ def test_demotion_for_graphs_equals_ordinary_demotion(name, way, uncompiled_kern
     def counts(layers):
         tiers = [[tier.records.count for tier in layer.middle.tiers] for layer in layers]
         return [
-            (x.dense.count, held, x.middle.means and x.middle.means.count) for x, held in zip(layers, tiers)
+            (x.dense.count, held, [part.count for part in x.middle.buffers().values()])
+            for x, held in zip(layers, tiers)
         ]
 
     def watch(decode_graph):
@@ -197,6 +213,14 @@ def test_demotion_for_graphs_equals_ordinary_demotion(name, way, uncompiled_kern
     ours, theirs = cache.state_dict()[0], plain.state_dict()[0]
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+    for a, b in zip(cache.tiered, plain.tiered):  # what no file holds: numbers of pages, and who is resident
+        a, b = ([x.compact(), x.middle][1] for x in (a, b))
+        if "index" in a.buffers():
+            assert a.summaries.tokens == a.count == b.count
+            assert all(torch.equal(a.summaries.pages[x], b.summaries.pages[x]) for x in ("first", "second"))
+        if "policy" in name:
+            assert torch.equal(a.residency.page_of_slot, b.residency.page_of_slot)
+            assert (a.residency.page_of_slot[..., :-1] >= 3).any()  # the first pages have gone
 
 
 @pytest.mark.slow

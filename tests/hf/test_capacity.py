@@ -29,6 +29,9 @@ CONFIGS = {name: FadeConfig.preset(name) for name in PRESETS} | {
     "values as they are": FadeConfig(middle_v_bits=16),
     "by layer": FadeConfig(layer_bits={0: (16, 16), 1: (8, 2)}),
     "all resident": FadeConfig(select=64),
+    "one bit": FadeConfig(select=64, index="k1"),
+    "bounds, a policy": FadeConfig(select=64, index="bounds", cold="host", eviction_policy="h2o"),
+    "two indexes": FadeConfig(select=64, index="deviation+k2", cold="host"),
     "nothing compressed": FadeConfig(recent_window=None),
 }
 
