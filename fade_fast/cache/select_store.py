@@ -45,6 +45,9 @@ class SelectStore(AppendStore):
         resident: the payload on the GPU, at least `slots + 1` pages of each field; empty without a host. The
             page after the slots takes writes that mean nothing.
         residency: which page is in which slot; None without a host.
+        newest: what the newest query of each row chose, where somebody asks (`keep_choices`); else empty.
+            `page`: int64 [B, H, n], page numbers, or -1; all are -1 after a step that read everything.
+            `fetched`: bool [B, H, n], which of these pages came from the host.
     """
 
     def __init__(self, *args):
@@ -56,6 +59,7 @@ class SelectStore(AppendStore):
         self.share = config.select if isinstance(config.select, float) else None
         self.counted = torch.zeros(4, dtype=torch.int64, device=device)
         self.payload = [name for name in tier.format_fields if is_payload(name)]
+        self.newest: dict[str, Tensor] = {}
         self.resident: dict[str, Tensor] = {}
         self.residency: select.Residency | None = None
         if config.cold:
@@ -137,6 +141,7 @@ class SelectStore(AppendStore):
     def map(self, function) -> None:
         super().map(function)
         self.resident = {name: function(x) for name, x in self.resident.items()}
+        self.newest = {name: function(x) for name, x in self.newest.items()}
         self.counted = self.counted.to(self.tiers[0].records.tensors[INDEX].device)
         if self.residency:
             self.residency.map(function)
@@ -144,7 +149,7 @@ class SelectStore(AppendStore):
 
     def tensors(self) -> list[Tensor]:
         lent = self.residency.tensors() if self.residency else []
-        return [*super().tensors(), self.counted, *self.resident.values(), *lent]
+        return [*super().tensors(), self.counted, *self.newest.values(), *self.resident.values(), *lent]
 
     def host_tensors(self) -> list[Tensor]:
         return [self.tiers[0].records.tensors[name] for name in self.payload] if self.config.cold else []
@@ -197,6 +202,7 @@ class SelectStore(AppendStore):
         tier, page, count = self.tiers[0], self.page, index.shape[2]
         index, keep = (None if x is None else x.transpose(1, 2).flatten(0, 1) for x in (index, keep))
         tensors = tier.records.tensors
+        wanted = index, keep
         index, keep = self._padded(index, keep)
         fetched = None
         if self.residency:
@@ -211,8 +217,37 @@ class SelectStore(AppendStore):
         valid = view.valid if view.valid.shape[1] == 1 else view.valid[:, first : first + count]
         valid = self._valid(valid.expand(-1, count, -1).flatten(0, 1), index, keep)
         self._count(valid, keep, fetched)
+        if self.newest:
+            self._keep_newest(*wanted, fetched, count)
         bound = tier.bound if count == 1 else tier.bound.repeat_interleave(count, dim=0)
         return TierView(keys, values, bound, means, valid.flatten(0, 1).unsqueeze(1), page)
+
+    # -- what the newest query chose
+
+    def keep_choices(self, wanted: bool) -> None:
+        if wanted == bool(self.newest):
+            return
+        shape = (*self.tiers[0].records.tensors[INDEX].shape[:2], self.most)
+        device = self.counted.device
+        self.newest = {}
+        if wanted:
+            page = torch.full(shape, -1, dtype=torch.int64, device=device)
+            self.newest = dict(page=page, fetched=torch.zeros(shape, dtype=torch.bool, device=device))
+
+    def forget_choices(self) -> None:
+        for name, x in self.newest.items():
+            x.fill_(-1 if name == "page" else False)
+
+    def _keep_newest(self, index: Tensor, keep: Tensor | None, fetched: Tensor | None, count: int) -> None:
+        """Keep the choice of the last of `count` queries, in place. Shapes as in `chosen`, m = count."""
+        last = lambda x: x.unflatten(0, (-1, count))[:, -1]  # noqa: E731
+        page, n = last(index), index.shape[-1]
+        page = page if keep is None else page.masked_fill(~last(keep), -1)
+        self.newest["page"].narrow(-1, 0, n).copy_(page)
+        if fetched is not None:
+            self.newest["fetched"].narrow(-1, 0, n).copy_(last(fetched)[..., :n])
+
+    # -- gathers
 
     def _padded(self, index: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The same with more pages that do not count, where compiled kernels read a round number of slots."""

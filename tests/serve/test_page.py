@@ -1,5 +1,6 @@
 """The page and a report in headless Chromium. Skipped where there is no browser."""
 
+import re
 import shutil
 import time
 
@@ -10,6 +11,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 
 from fade_fast.saved import telemetry  # noqa: E402
 from fade_fast.serve import report  # noqa: E402
+from fade_ref.config import FadeConfig  # noqa: E402
 
 from ..models import EVICTING, generate, new_cache, prompt, tiny_llama  # noqa: E402
 from .engines import engine  # noqa: E402
@@ -51,8 +53,11 @@ def colors(page, canvas: str) -> int:
     """Number of colors in a canvas."""
     return page.evaluate(
         """(id) => {
-        const c = document.getElementById(id);
-        const data = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+        const c = document.getElementById(id), copy = document.createElement("canvas");
+        [copy.width, copy.height] = [c.width, c.height];
+        const pen = copy.getContext("2d", { willReadFrequently: true });
+        pen.drawImage(c, 0, 0);
+        const data = pen.getImageData(0, 0, c.width, c.height).data;
         const seen = new Set();
         for (let i = 0; i < data.length; i += 4) seen.add(data.slice(i, i + 4).join());
         return seen.size;
@@ -67,7 +72,8 @@ def test_a_chat_by_keyboard(browser, scheme, tmp_path):
     with served(running) as address:
         page, errors, requests = opened(browser, address, color_scheme=scheme)
         until(lambda: page.text_content("#link") == "connected")
-        assert page.text_content("#model") == "tiny" and running.view.watched
+        until(lambda: page.text_content("#model") == "tiny")
+        assert running.view.watched
         page.keyboard.type("hello there, " * 4)  # the message box has the focus
         page.keyboard.press("Enter")
         until(lambda: len(page.text_content(".message.assistant span") or "") > 3)
@@ -98,6 +104,36 @@ def test_a_chat_by_keyboard(browser, scheme, tmp_path):
         assert not errors and all(url.startswith(address) for url in requests)
         page.close()
         until(lambda: not running.view.watched)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_the_newest_token_read(browser, scheme, tmp_path):
+    config = FadeConfig(recent_window=16, block_size=16, select=16, cold="host", resident=24)
+    running = engine(tiny_llama(), config)
+    with served(running) as address:
+        size = dict(width=1280, height=1200)
+        page, errors, _ = opened(browser, address, color_scheme=scheme, viewport=size)
+        until(lambda: page.text_content("#link") == "connected")
+        assert page.is_hidden("#reads")
+        page.fill("#prompt", "a story that goes on, " * 12)
+        page.keyboard.press("Enter")
+        until(lambda: page.is_visible("#reads"))
+
+        def held() -> int:
+            found = re.search(r"a KV head read 2 of (\d+) pages", page.text_content("#read-note"))
+            return int(found[1]) if found else 0
+
+        until(lambda: held() > 30 and colors(page, "read-map") >= 4)
+        assert "fetched from the host" in page.text_content("#read-note")
+        assert "pages of the middle" in page.get_attribute("#read-map", "aria-label")
+        legend = page.inner_text("#read-legend")
+        assert "always read" in legend and "chosen, fetched from the host" in legend
+        assert "in host memory" in page.inner_text("#bytes") and "a query read" in page.inner_text("#events")
+        page.keyboard.press("Escape")
+        until(lambda: page.is_enabled("#send"))
+        page.screenshot(path=str(tmp_path / "reads.png"), full_page=True)
+        assert not errors
+        page.close()
 
 
 def test_text_of_a_model_is_shown_as_text(browser):
