@@ -7,24 +7,24 @@ Events are dicts of JSON values. All have `event`, one of `KINDS`, and `time`, s
 `recompilation` have `layer`, the layer index in the model, and `seen`, tokens per row that the layer has
 seen. The other fields:
 
-demotion       tokens left the recent region, from step index `first` on: `columns` per row, `tokens` real
-               ones over all `rows`. `bytes_before` is their uncompressed size, `bytes_after` the growth of
-               the middle (slots of padding included), and `seconds` the host time. New tokens enter the
-               tier `into`, unless a plan decides (`planned`)
-plan           the policy's decision: `candidates` per row, `kept` tokens by tier and `evicted` tokens (both
-               over all rows; with plan_scope "layer", of one plan), and of their scores `score_min`,
-               `score_mean`, `score_max` and `score_kept`, the lowest score that was kept
-eviction       `tokens` dropped by this plan over all rows, and `total` dropped so far
-renumbering    `tokens` that are now read at another position, sinks included, and `shift`, the largest
-               change of a position
-growth         `buffer` has room for `after` slots instead of `before`; `bytes` over all rows
-selection      what queries have read until now where they choose: `queries`, once for each KV head; `tokens`
-               of the middle that they read in all; chosen pages on the GPU, `hits`, and fetched ones,
-               `misses`. The middle has `pages` of `page` tokens. And what the newest token of row 0 read of
-               it: `newest`, ranges of step indices with the number of the `heads` KV heads that chose them
-               and for which they were fetched (see `chosen.ranges`); none after a step that read everything
-recompilation  torch.compile compiled a graph in this process: its `compile_id`, whether it had been
-               compiled before (`again`), and `seconds`
+- `demotion`: tokens left the recent region, from step index `first` on: `columns` per row, `tokens` real
+  ones over all `rows`. `bytes_before` is their uncompressed size, `bytes_after` the growth of the middle
+  (slots of padding included), and `seconds` the host time. New tokens enter the tier `into`, unless a plan
+  decides (`planned`).
+- `plan`: the policy's decision: `candidates` per row, `kept` tokens by tier and `evicted` tokens (both over
+  all rows; with plan_scope "layer", of one plan), and of their scores `score_min`, `score_mean`,
+  `score_max` and `score_kept`, the lowest score that was kept.
+- `eviction`: `tokens` dropped by this plan over all rows, and `total` dropped so far.
+- `renumbering`: `tokens` that are now read at another position, sinks included, and `shift`, the largest
+  change of a position.
+- `growth`: `buffer` has room for `after` slots instead of `before`; `bytes` over all rows.
+- `selection`: what queries have read until now where they choose: `queries`, once for each KV head;
+  `tokens` of the middle that they read in all; chosen pages on the GPU, `hits`, and fetched ones, `misses`.
+  The middle has `pages` of `page` tokens. And what the newest token of row 0 read of it: `newest`, ranges
+  of step indices with the number of the `heads` KV heads that chose them and for which they were fetched
+  (see `chosen.ranges`); none after a step that read everything.
+- `recompilation`: torch.compile compiled a graph in this process: its `compile_id`, whether it had been
+  compiled before (`again`), and `seconds`.
 
 Without listeners the cost is one attribute check, and captured steps contain nothing for them. With
 listeners, numbers on a GPU are copied without waiting. Where queries choose, steps with listeners also keep
@@ -59,7 +59,7 @@ Sink = Callable[[dict], None]
 
 
 class JsonLines:
-    """A sink that appends each event to a file as one line of JSON. Only whole lines reach the file.
+    """A sink that appends each event to the file `path` as one line of JSON. Only whole lines reach the file.
 
     Raises `OSError` if the file cannot be opened.
     """
@@ -71,11 +71,15 @@ class JsonLines:
         self.file.write(json.dumps(event).encode() + b"\n")
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
 
 class Logged:
-    """A sink that logs each event: the message is its kind and fields, `record.fade` is the event."""
+    """A sink that logs each event to `logger` at `level`.
+
+    The message is the kind of the event and its fields. `record.fade` is the event.
+    """
 
     def __init__(self, logger: logging.Logger, level: int = logging.INFO):
         self.logger, self.level = logger, level
@@ -87,7 +91,7 @@ class Logged:
 
 
 def read(path: str | os.PathLike) -> list[dict]:
-    """The events of a file that `JsonLines` wrote. An incomplete last line is left out.
+    """The events of a file at `path`, which `JsonLines` wrote. An incomplete last line is left out.
 
     Raises `ValueError` for a file of another kind, `OSError` if it cannot be read.
     """
@@ -104,7 +108,7 @@ def read(path: str | os.PathLike) -> list[dict]:
 
 
 class Listener:
-    """The result of `cache.listen`: `close()` it, or use it in a `with` block."""
+    """The result of `cache.listen`: `close()` it, or use it in a `with` block. `hub` serves the `sink`."""
 
     def __init__(self, hub: "Telemetry", sink: Sink):
         self.hub, self.sink = hub, sink
