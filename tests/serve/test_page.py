@@ -18,6 +18,7 @@ from .engines import engine  # noqa: E402
 from .test_http import served  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+RECALL = FadeConfig(recent_window=16, block_size=16, select=16, cold="host", resident=24)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed"),
@@ -108,8 +109,7 @@ def test_a_chat_by_keyboard(browser, scheme, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_what_the_newest_token_read(browser, scheme, tmp_path):
-    config = FadeConfig(recent_window=16, block_size=16, select=16, cold="host", resident=24)
-    running = engine(tiny_llama(), config)
+    running = engine(tiny_llama(), RECALL)
     with served(running) as address:
         size = dict(width=1280, height=1200)
         page, errors, _ = opened(browser, address, color_scheme=scheme, viewport=size)
@@ -165,5 +165,18 @@ def test_a_report_opens_from_disk(browser, tmp_path):
     page, errors, requests = opened(browser, f"file://{tmp_path}/page.html")
     assert colors(page, "tokens") >= 3 and colors(page, "map") >= 3
     assert "INT4 24" in page.inner_text("#legend") and page.locator("#events li").count() > 1
+    assert page.is_hidden("#reads") and "tokens seen" in page.text_content("#tokens + .caption")
     assert not errors and len(requests) == 1
+    page.close()
+
+
+def test_a_report_shows_what_was_read(browser, tmp_path):
+    path, model = tmp_path / "events.jsonl", tiny_llama()
+    cache = new_cache(model, RECALL)
+    with cache.listen(path):
+        generate(model, cache, prompt(200))
+    (tmp_path / "page.html").write_text(report.page_of(telemetry.read(path), "events"), encoding="utf-8")
+    page, errors, requests = opened(browser, f"file://{tmp_path}/page.html")
+    assert page.is_visible("#reads") and "a KV head read 2 of" in page.text_content("#read-note")
+    assert colors(page, "read-map") >= 4 and not errors and len(requests) == 1
     page.close()
