@@ -43,6 +43,20 @@ def opened(browser, url, **options):
     return page, errors, requests
 
 
+def focus(page) -> str:
+    """The id of what has the focus."""
+    return page.evaluate("document.activeElement.id")
+
+
+def tab_to(page, wanted: str) -> None:
+    """Press Tab until an element has the focus."""
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        if focus(page) == wanted:
+            return
+    raise AssertionError(f"Tab does not lead to {wanted}")
+
+
 def until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
@@ -94,11 +108,24 @@ def test_a_chat_by_keyboard(browser, scheme, tmp_path):
         until(lambda: page.locator(".message").count() == 4)
         page.click("#stop")
         until(lambda: page.is_enabled("#send"))
-        page.click("#new")
-        assert page.locator(".message").count() == 0
+        assert focus(page) == "prompt"
+        # A third one without a mouse: buttons by Tab, and a new chat.
+        page.keyboard.type("more")
+        page.keyboard.press("Tab")
+        assert focus(page) == "send"
+        page.keyboard.press("Space")
+        until(lambda: page.locator(".message").count() >= 5 and page.is_enabled("#stop"))
+        page.focus("#prompt")
+        tab_to(page, "stop")
+        page.keyboard.press("Enter")
+        until(lambda: page.is_enabled("#send"))
+        assert focus(page) == "prompt"
+        tab_to(page, "new")
+        page.keyboard.press("Enter")
+        assert page.locator(".message").count() == 0 and focus(page) == "prompt"
         order = []
         for _ in range(6):
-            order.append(page.evaluate("document.activeElement.id"))
+            order.append(focus(page))
             page.keyboard.press("Tab")
         assert order[:2] == ["prompt", "send"]
         page.screenshot(path=str(tmp_path / "page.png"))

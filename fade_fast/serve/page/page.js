@@ -363,8 +363,10 @@ async function send() {
   if (answer) chat.messages.push({ role: "assistant", content: answer });
   else { chat.messages.pop(); words.parentNode.remove(); }
   chat.abort = null;
+  const lost = [$("stop"), document.body].includes(document.activeElement); // a disabled button has no focus
   $("stop").disabled = true;
   $("send").disabled = false;
+  if (lost) $("prompt").focus();
 }
 
 async function start() {
