@@ -23,6 +23,19 @@ if TYPE_CHECKING:
     from .hf.create import attach, create_cache, load_cache
     from .hf.prompts import common_prefix
     from .hf.stream import Summary, stream
+else:  # type checkers know all names
+
+    def __getattr__(name: str):
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = _HOMES[name]
+        if name == "loading":
+            found = importlib.import_module(f"{home}.{name}")
+        else:
+            found = getattr(importlib.import_module(home), name)
+        globals()[name] = found
+        return found
+
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,18 +74,6 @@ _HOMES = {
     "loading": "fade_fast.hf",
     "stream": "fade_fast.hf.stream",
 }
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES[name]
-    if name == "loading":
-        found = importlib.import_module(f"{home}.{name}")
-    else:
-        found = getattr(importlib.import_module(home), name)
-    globals()[name] = found
-    return found
 
 
 def __dir__() -> list[str]:

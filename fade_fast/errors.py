@@ -5,7 +5,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -72,6 +72,6 @@ def known_keywords(fields: Iterable[str]) -> Callable[[Function], Function]:
                 raise TypeError(f"{called}{hint}; its arguments are {', '.join(names)}")
             return function(*args, **kwargs)
 
-        return checked
+        return cast(Function, checked)
 
     return decorate

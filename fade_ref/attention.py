@@ -4,6 +4,7 @@ One batch row at a time. A query is [Hq, q, D]; keys and values are [H, n, D]. T
 group share a KV head (GQA). Everything is float64.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,11 +55,18 @@ def visible(query_position: Tensor, key_position: Tensor, window: int | None = N
     return seen if window is None else seen & (k > q - window)
 
 
-def partial(products: Tensor, weigh, query_position, key_position, terms: Terms) -> Partial:
+def partial(
+    products: Tensor,
+    weigh: Callable[[Tensor], Tensor],
+    query_position: Tensor,
+    key_position: Tensor,
+    terms: Terms,
+) -> Partial:
     """A partial from the inner products q.k [Hq, q, n] of one tier.
 
     `weigh` maps weights [Hq, q, n] to the weighted sum of values [Hq, q, D], which a tier can compute without
-    decoding. Scaling, softcap and bias come before the mask, in every tier.
+    decoding. Scaling, softcap and bias come before the mask, in every tier. Positions are those of `visible`,
+    and `terms` are those of all query heads.
     """
     scores = terms.scaling * products
     if terms.softcap is not None:
@@ -112,8 +120,18 @@ def weighted(weights: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("hgqn,hnd->hgqd", by_group(weights, values.shape[0]), values).flatten(0, 1)
 
 
-def over_tensors(query, keys, values, query_position, key_position, terms: Terms) -> Partial:
-    """Partial over keys and values as tensors: the FP16 tier, or any tier after decoding."""
+def over_tensors(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_position: Tensor,
+    key_position: Tensor,
+    terms: Terms,
+) -> Partial:
+    """Partial over keys and values as tensors [H, n, D]: the FP16 tier, or any tier after decoding.
+
+    `query` is [Hq, q, D]. The positions and the `terms` are as in `partial`.
+    """
     products = dot(query, keys)
     return partial(products, lambda w: weighted(w, values), query_position, key_position, terms)
 

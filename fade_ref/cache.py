@@ -56,6 +56,7 @@ class Row:
 
     @property
     def evicted(self) -> int:
+        """Tokens that were dropped."""
         return self.seen - len(self.tokens)
 
 
@@ -63,12 +64,15 @@ class Unquantized:
     """The codec of values that have 16 bits: a vector is its own record."""
 
     def encode(self, x: Tensor) -> Tensor:
+        """The record of vectors `x` [..., D]: themselves."""
         return x
 
     def decode(self, record: Tensor) -> Tensor:
+        """The vectors of a `record`, float64 [..., D]."""
         return record.double()
 
     def requantize(self, record: Tensor, other: "Unquantized") -> Tensor:
+        """The `record` for an `other` codec of this kind: the same."""
         return record
 
 
@@ -83,7 +87,7 @@ class LayerCache:
         observe: whether to count the attention that tokens receive, by default if the policy uses it.
         codebooks: float64 [m, k, w] of keys (after RoPE) and of values, for the codec "product" alone.
         moments: what calibration knows of the layer, for the codec "matched" alone.
-        layer, layers, weights: for the `learned` policy, see `policies.Candidates`.
+        **learned: `layer`, `layers` and `weights` for the `learned` policy, see `policies.Candidates`.
 
     Raises `ValueError` for another codec, and if codebooks or moments do not go with the codec.
     """
@@ -91,7 +95,8 @@ class LayerCache:
     def __init__(
         self, config: FadeConfig, batch: int, heads: int, head_dim: int, rope: Rope = NOPE,
         terms: Terms | None = None, observe: bool | None = None,
-        codebooks: tuple[Tensor, Tensor] | None = None, moments: matched.Moments | None = None, **learned,
+        codebooks: tuple[Tensor, Tensor] | None = None, moments: matched.Moments | None = None,
+        **learned: int | dict[str, Tensor],
     ):  # fmt: skip
         if config.quant_backend not in ("rotated", "matched", "product"):
             raise ValueError(f"quant_backend={config.quant_backend!r}: its tokens cannot be moved")

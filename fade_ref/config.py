@@ -466,7 +466,7 @@ class FadeConfig:
 
     @classmethod
     def preset(cls, name: str) -> "FadeConfig":
-        """The preset called `name`; `ValueError` lists the names if there is none.
+        """The preset called `name`. Raises `ValueError`, which lists the names, if there is none.
 
         >>> FadeConfig.preset("safe") == FadeConfig.safe()
         True

@@ -109,7 +109,10 @@ def observe(state: Importance, probabilities: Tensor, visible: Tensor) -> Import
 
 
 def group_mean(probabilities: Tensor, kv_heads: int) -> Tensor:
-    """Mean over the Hq/H consecutive heads that share a KV head: [..., Hq, q, n] gives [..., H, q, n]."""
+    """Mean over the Hq/H consecutive heads that share a KV head: [..., Hq, q, n] gives [..., H, q, n].
+
+    Raises `ValueError` unless `kv_heads` divides Hq.
+    """
     if kv_heads < 1 or probabilities.shape[-3] % kv_heads:
         raise ValueError(f"{kv_heads} KV heads do not divide {probabilities.shape[-3]} query heads")
     return probabilities.double().unflatten(-3, (kv_heads, -1)).mean(-3)

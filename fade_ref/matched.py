@@ -158,6 +158,8 @@ def frame(
     In the frame "block" the mean is that before RoPE: `block_mean` takes it to a block of `block` positions.
     Keys and queries are at random positions below `span`. In the frame "still" queries are at random
     distances from the keys.
+
+    Raises `ValueError` for an unknown `kind`. `rope` is that of the layer.
     """
     if kind not in FRAMES:
         raise ValueError(f"frame {kind!r}: one of {', '.join(FRAMES)} is allowed")
@@ -269,7 +271,7 @@ class MatchedCodec:
         return x if mean is None else x + mean
 
     def requantize(self, record: Record, other: "MatchedCodec") -> Record:
-        """`record` in the codec `other`, which must have the same matrices."""
+        """`record` in the codec `other`. Raises `ValueError` unless both have the same matrices."""
         if self.matrices is not other.matrices:
             raise ValueError("requantize needs two codecs with the same matrices")
         return other._encode_rotated(self._decode_rotated(record))

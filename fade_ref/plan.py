@@ -51,7 +51,14 @@ def rank(scores: Tensor, position: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
-def plan(scores, position, int4_budget, int2_budget, first_tier=Tier.INT4, spent=None) -> Tensor:
+def plan(
+    scores: Tensor,
+    position: Tensor,
+    int4_budget: int | None,
+    int2_budget: int | None,
+    first_tier: Tier = Tier.INT4,
+    spent: Tensor | None = None,
+) -> Tensor:
     """Tier codes, int8 [..., n]. The best `int4_budget` tokens get `first_tier`, the next `int2_budget`
     get INT2, and the rest are EVICTED.
 
@@ -72,7 +79,14 @@ def plan(scores, position, int4_budget, int2_budget, first_tier=Tier.INT4, spent
     return _assign(scores, position, first, second, first_tier, spent)
 
 
-def adaptive_plan(scores, position, int4_budget, int2_budget, first_tier=Tier.INT4, spent=None) -> Tensor:
+def adaptive_plan(
+    scores: Tensor,
+    position: Tensor,
+    int4_budget: int | None,
+    int2_budget: int | None,
+    first_tier: Tier = Tier.INT4,
+    spent: Tensor | None = None,
+) -> Tensor:
     """`plan`, but a token must also earn its tier by its share of the attention mass, `scores`.
 
     A token is high while the better ones hold at most HIGH_SHARE of the row's mass. It is worth keeping

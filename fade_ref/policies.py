@@ -5,6 +5,7 @@ Axes: `...` any batch dims, H KV heads, n middle tokens, D head_dim. Scores are 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class Candidates:
         """Number of newer tokens: int64, shape of `position`; meaningless at holes."""
         return torch.as_tensor(self.now) - self.position
 
-    def need(self, field: str):
+    def need(self, field: str) -> Any:
         """The value of a field. Raises `ValueError` if it was not given."""
         if getattr(self, field) is None:
             raise ValueError(f"this eviction_policy needs Candidates.{field}")

@@ -84,9 +84,11 @@ class ProductCodec:
     codebook: Tensor
 
     def encode(self, x: Tensor, mean: None = None) -> Tensor:
+        """Codes of vectors `x`, as `encode` gives them. `mean` must be None."""
         return encode(x, self.codebook)
 
     def decode(self, codes: Tensor, mean: None = None) -> Tensor:
+        """Vectors of `codes`, as `decode` gives them. `mean` must be None."""
         return decode(codes, self.codebook)
 
 

@@ -36,7 +36,10 @@ def finite(x: Tensor) -> Tensor:
 
 
 def min_max(x: Tensor, bits: int, least: float) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [...] that spread 2^bits codes over the range of each vector [..., D]."""
+    """Scale, at least `least`, and zero point [...] that spread 2^bits codes over the range of x [..., D].
+
+    Raises `ValueError` unless `bits` is 1 to 8, and for NaN or infinite values.
+    """
     if bits not in range(1, 9):
         raise ValueError(f"bits={bits!r}: 1 to 8 are allowed")
     low, high = finite(x).aminmax(dim=-1)
@@ -44,7 +47,10 @@ def min_max(x: Tensor, bits: int, least: float) -> tuple[Tensor, Tensor]:
 
 
 def nearest(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Codes [..., D] of x, rounded half to even and clamped to 0 .. 2^bits - 1."""
+    """Codes uint8 [..., D] of x, rounded half to even and clamped to 0 .. 2^bits - 1.
+
+    `scale` and `zero` are [...].
+    """
     codes = torch.round((x - zero.unsqueeze(-1)) / scale.unsqueeze(-1))
     return codes.clamp(0, 2**bits - 1).to(torch.uint8)
 
@@ -215,7 +221,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
-    """Undo `pack`: codes uint8 [..., dim] of bytes [..., dim * bits / 8]; `ValueError` for another size."""
+    """Undo `pack`: codes uint8 [..., dim] of bytes `packed` [..., dim * bits / 8].
+
+    Raises `ValueError` for another size.
+    """
     if bits not in INTEGER_TIERS or packed.shape[-1] != packed_bytes(bits, dim):
         raise ValueError(f"{packed.shape[-1]} bytes do not hold {dim} codes of {bits!r} bits")
     packed = packed.unsqueeze(-2).long()

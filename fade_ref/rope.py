@@ -9,6 +9,7 @@ Parameters are named as in Hugging Face's `rope_parameters`.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,11 +154,17 @@ def from_parameters(
     return Rope(*scheme, interleaved)
 
 
-def from_config(config, layer_type=None, layer_idx=None, seq_len=None, interleaved=False) -> Rope:
+def from_config(
+    config: Any,
+    layer_type: str | None = None,
+    layer_idx: int | None = None,
+    seq_len: int | None = None,
+    interleaved: bool = False,
+) -> Rope:
     """The `Rope` of one layer of a Hugging Face text config; `NOPE` for a layer that does not rotate.
 
     No config says `interleaved`: the code of each model family does. Raises `ValueError` if positions are not
-    rotary, and if layers differ and neither layer_type (str) nor layer_idx (int) says which one is meant.
+    rotary, and if layers differ and neither layer_type nor layer_idx says which one is meant.
     """
     if layer_type is None and layer_idx is not None and getattr(config, "layer_types", None):
         layer_type = config.layer_types[layer_idx]

@@ -62,7 +62,7 @@ def test_python_blocks_run(path, request, tmp_path, monkeypatch):
         run(few, names, str(path), line)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", FILES + sorted(ROOT.glob("docs/reference/*.md")), ids=lambda p: p.name)
 def test_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     headings = [re.sub(r"[^\w -]", "", h.lower()) for h in re.findall(r"^#+ (.*)", text, re.MULTILINE)]

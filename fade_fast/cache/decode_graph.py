@@ -356,6 +356,8 @@ class DecodeGraph:
 
     def _renew(self) -> None:
         """Bring what graphs read up to date; under a new graph id if anything that is fixed has changed."""
+        for layer in self.layers:
+            layer.follow_choices()
         inputs = [x for layer in self.layers for x in layer.static_inputs()] + self.token_positions.tensors()
         slots_read = [layer.slots_read() for layer in self.layers]
         known = self._static_inputs

@@ -3,8 +3,12 @@
 import contextlib
 import functools
 import threading
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
+
+Method = TypeVar("Method", bound=Callable)
 
 
 class Guard:
@@ -91,7 +95,7 @@ def without_autocast() -> contextlib.AbstractContextManager:
     return modes
 
 
-def single_threaded(method):
+def single_threaded(method: Method) -> Method:
     """Decorator of a method that works on a cache: one thread at a time, by the object's `guard`."""
 
     @functools.wraps(method)
@@ -99,10 +103,10 @@ def single_threaded(method):
         with self.guard, without_autocast():
             return method(self, *args, **kwargs)
 
-    return inside
+    return cast(Method, inside)
 
 
-def reading(method):
+def reading(method: Method) -> Method:
     """Decorator of a method that reads a cache: a worker in another thread waits for its end."""
 
     @functools.wraps(method)
@@ -110,4 +114,4 @@ def reading(method):
         with self.guard.reading, without_autocast():
             return method(self, *args, **kwargs)
 
-    return inside
+    return cast(Method, inside)

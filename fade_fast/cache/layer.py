@@ -254,6 +254,7 @@ class KVLayer:
             self.allocate(keys)
         self.version += 1
         self.appends += 1
+        self.follow_choices()
         before = self.length, self.dense.count, self.dense.sinks_placed
         try:
             with torch.no_grad():  # stored tokens are data: gradients end here
@@ -358,6 +359,12 @@ class KVLayer:
             )  # fmt: skip
             outputs.append(output.unflatten(0, (batch, count)).flatten(1, 2))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def follow_choices(self) -> None:
+        """Let the middle keep what queries choose, where something listens, and forget the last choice."""
+        if self.middle is not None:
+            self.middle.keep_choices(self.telemetry is not None)
+            self.middle.forget_choices()
 
     def counts_in_attend(self, new: int) -> bool:
         """Whether `attend` counts the attention of a step of `new` tokens."""

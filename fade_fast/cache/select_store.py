@@ -81,6 +81,9 @@ class SelectStore(AppendStore):
             page after the slots takes writes that mean nothing.
         residency: which page is in which slot; None without a host.
         summaries: numbers of pages, or of blocks, that score them; None if only the records do.
+        newest: what the newest query of each row chose, where somebody asks (`keep_choices`); else empty.
+            `page`: int64 [B, H, n], page numbers, or -1; all are -1 after a step that read everything.
+            `fetched`: bool [B, H, n], which of these pages came from the host.
     """
 
     def __init__(self, *args):
@@ -108,6 +111,7 @@ class SelectStore(AppendStore):
         self.most = config.tokens_selected // self.page
         self.share = config.select if isinstance(config.select, float) else None
         self.counted = torch.zeros(4, dtype=torch.int64, device=device)
+        self.newest: dict[str, Tensor] = {}
         self.resident: dict[str, Tensor] = {}
         self.residency: select.Residency | None = None
         if config.cold:
@@ -265,6 +269,7 @@ class SelectStore(AppendStore):
     def map(self, function) -> None:
         super().map(function)
         self.resident = {name: function(x) for name, x in self.resident.items()}
+        self.newest = {name: function(x) for name, x in self.newest.items()}
         self.counted = self.counted.to(self.tiers[0].records.tensors[INDEX].device)
         if self.residency:
             self.residency.map(function)
@@ -275,7 +280,8 @@ class SelectStore(AppendStore):
     def tensors(self) -> list[Tensor]:
         lent = self.residency.tensors() if self.residency else []
         own = [*self.summaries.pages.tensors.values()] if self.summaries else []
-        return [*super().tensors(), self.counted, *self.resident.values(), *lent, *own]
+        kept = [self.counted, *self.newest.values()]
+        return [*super().tensors(), *kept, *self.resident.values(), *lent, *own]
 
     def host_tensors(self) -> list[Tensor]:
         return [self.tiers[0].records.tensors[name] for name in self.payload] if self.config.cold else []
@@ -400,9 +406,9 @@ class SelectStore(AppendStore):
 
         Returns a view of B * m rows.
         """
-        count, both = choice.pages.shape[2], (choice.pages, choice.keep)
-        index, keep = (None if x is None else x.transpose(1, 2).flatten(0, 1) for x in both)
-        index, keep = self._padded(index, keep, self.page)
+        count, wanted = choice.pages.shape[2], (choice.pages, choice.keep)
+        wanted = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in wanted]
+        index, keep = self._padded(*wanted, self.page)
         fetched, payload = None, {}
         if self.residency:
             if self.residency.wanted:
@@ -411,7 +417,36 @@ class SelectStore(AppendStore):
             payload = self._fetch(index, slots, fetched)
         chosen = self._view_of(view, index, keep, slice(first, first + count), payload, self.page)
         self._count(chosen.valid, keep, fetched)
+        if self.newest:
+            self._keep_newest(*wanted, fetched, count)
         return chosen
+
+    # -- what the newest query chose
+
+    def keep_choices(self, wanted: bool) -> None:
+        if wanted == bool(self.newest):
+            return
+        shape = (*self.tiers[0].records.tensors[INDEX].shape[:2], self.most)
+        device = self.counted.device
+        self.newest = {}
+        if wanted:
+            page = torch.full(shape, -1, dtype=torch.int64, device=device)
+            self.newest = dict(page=page, fetched=torch.zeros(shape, dtype=torch.bool, device=device))
+
+    def forget_choices(self) -> None:
+        for name, x in self.newest.items():
+            x.fill_(-1 if name == "page" else False)
+
+    def _keep_newest(self, index: Tensor, keep: Tensor | None, fetched: Tensor | None, count: int) -> None:
+        """Keep the choice of the last of `count` queries, in place. Shapes as in `chosen`, m = count."""
+        last = lambda x: x.unflatten(0, (-1, count))[:, -1]  # noqa: E731
+        page, n = last(index), index.shape[-1]
+        page = page if keep is None else page.masked_fill(~last(keep), -1)
+        self.newest["page"].narrow(-1, 0, n).copy_(page)
+        if fetched is not None:
+            self.newest["fetched"].narrow(-1, 0, n).copy_(last(fetched)[..., :n])
+
+    # -- gathers
 
     def _padded(self, index: Tensor, keep: Tensor | None, page: int) -> tuple[Tensor, Tensor | None]:
         """The same with more pages that do not count, where compiled kernels read a round number of slots."""

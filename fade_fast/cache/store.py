@@ -164,6 +164,12 @@ class CompressedStore(ABC):
     def loaded(self) -> None:  # noqa: B027 - most stores have nothing to do
         """Called when records were filled other than by `demote`, and positions of tokens are known."""
 
+    def keep_choices(self, wanted: bool) -> None:  # noqa: B027 - most stores choose nothing
+        """Keep what the newest query chose to read, in tensors of fixed addresses, or keep it no longer."""
+
+    def forget_choices(self) -> None:  # noqa: B027 - most stores choose nothing
+        """The newest step reads everything, unless it chooses afterwards."""
+
     def host_tensors(self) -> list[Tensor]:
         """Those of `tensors()` that lie in host memory."""
         return []

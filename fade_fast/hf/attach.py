@@ -36,7 +36,7 @@ class Attached:
     def __eq__(self, other) -> bool:
         return self.dispatches == bool(other)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __enter__(self) -> PreTrainedModel:
         return self.model

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import logging
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -37,6 +39,9 @@ from .models import attention_modules, execution_device, fingerprint, text_confi
 from .prompts import SeenTokens
 from .rope_probe import RopeProbe
 
+if TYPE_CHECKING:
+    from .widths import Choice
+
 CODECS = ("rotated", "matched", "product")  # the supported values of `quant_backend`
 
 
@@ -49,6 +54,17 @@ class TieredKVCache(Cache):
 
     `fade_fast.create_cache(model)` creates one. Layers of other kinds (sliding window, linear attention,
     shared) keep the classes that `DynamicCache` gives them.
+
+    Args:
+        model: the model that the cache is for. It is not attached.
+        config: a configuration without a `loss_bound`.
+        max_length, policy_weights, codebooks, calibration: as in `create_cache`.
+
+    Attributes:
+        fade_config: the configuration, with the widths of all layers.
+        choice: how the widths were chosen, or None if the configuration gave them.
+
+    Raises `ValueError` for a configuration that this model cannot have.
     """
 
     def __init__(
@@ -124,7 +140,7 @@ class TieredKVCache(Cache):
         self.guard = Guard()
         self._tables: dict[tuple, Tensor] = {}
         self.codebooks: str | None = None  # the digest of the codebooks
-        self.choice = None  # `widths.Choice`, if the widths were chosen for this model
+        self.choice: Choice | None = None  # if the widths were chosen for this model
         # Captured steps keep their counters on one device, so all layers must be on that device.
         on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
         on_gpu &= len({p.device for p in model.parameters()}) == 1
@@ -236,7 +252,10 @@ class TieredKVCache(Cache):
         return [layer.kv if isinstance(layer, TieredLayer) else ForeignLayer(layer) for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the logical length: the number of tokens seen. Evicted tokens count too."""
+        """Return the logical length: the number of tokens seen. Evicted tokens count too.
+
+        `layer_idx` is a layer of the model. All have seen equally many tokens between two steps.
+        """
         layer = self.layers[layer_idx]
         return layer.get_seq_length() if isinstance(layer, TieredLayer) else super().get_seq_length(layer_idx)
 
@@ -295,9 +314,12 @@ class TieredKVCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens from every layer. If a layer refuses, remove nothing.
 
-        Removing all tokens is the same as `reset()`. Policies have already counted the attention of the
-        removed tokens, and they keep these counts. The exception is a step that generate() undoes
-        (`TieredLayer.record_past`).
+        `tokens_to_remove` is negative, or 0. Removing all tokens is the same as `reset()`. Policies have
+        already counted the attention of the removed tokens, and they keep these counts. The exception is a
+        step that generate() undoes (`TieredLayer.record_past`).
+
+        Raises `ValueError` for a positive number, and for more tokens than are uncompressed. Raises
+        `RuntimeError` while another thread uses the cache.
         """
         self.decode_graph.check_whole()
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
@@ -336,7 +358,10 @@ class TieredKVCache(Cache):
 
     @single_threaded
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` [B'], in that order."""
+        """Keep the rows `indices`, int64 or int32 [B'], in that order.
+
+        Raises `ValueError` for other indices than those of rows.
+        """
         self._check_rows(indices)
         for layer in self.layers:
             if isinstance(layer, TieredLayer):
@@ -347,7 +372,7 @@ class TieredKVCache(Cache):
         self.seen.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times, in place."""
+        """Repeat every row `repeats` times, in place. Raises `ValueError` unless it is an integer above 0."""
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"repeats={repeats!r}: an integer of at least 1 is allowed")
         if self.token_positions.length:
@@ -383,7 +408,7 @@ class TieredKVCache(Cache):
 
     @reading
     def save(self, path: str | os.PathLike, tokens: Tensor | None = None) -> None:
-        """Write the cache to a file, completely or not at all. `load_cache` reads the file.
+        """Write the cache to a file `path`, completely or not at all. `load_cache` reads the file.
 
         `tokens` is an integer tensor with the input ids. A cache does not know these ids. The file stores
         them, and `checkpoint.read_tokens` reads them.
@@ -402,19 +427,22 @@ class TieredKVCache(Cache):
 
     @single_threaded
     def load_state_dict(self, tensors: dict[str, Tensor], known: dict) -> None:
-        """Fill this cache with the result of `state_dict`. The cache must be empty.
+        """Fill this cache with the result of `state_dict`: `tensors`, and the other state, `known`.
+
+        The cache must be empty.
 
         Raises `ValueError` if the result does not fit this cache, and leaves the cache empty. Raises
         `TypeError` for arguments of another type.
         """
         checkpoint.load_state_dict(self, tensors, known)
 
-    def listen(self, sink) -> telemetry.Listener:
+    def listen(self, sink: str | os.PathLike | logging.Logger | telemetry.Sink) -> telemetry.Listener:
         """Send events to `sink` from now on.
 
-        The events are demotions, plans, evictions, renumbering, growth and compilation. `telemetry.py`
-        documents their contents. A sink is a path, a `logging.Logger`, or a function of an event. At a path,
-        lines of JSON are appended to the file. Close the returned listener, or use it in a `with` block.
+        The events are demotions, plans, evictions, choices, renumbering, growth and compilation.
+        `telemetry.py` documents their contents. A sink is a path, a `logging.Logger`, or a function of an
+        event. At a path, lines of JSON are appended to the file. Close the returned listener, or use it in a
+        `with` block.
 
         Raises `TypeError` for a sink of another type. Raises `OSError` if the system cannot open the file.
         """

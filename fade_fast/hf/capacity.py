@@ -71,7 +71,7 @@ class Architecture:
     longest: int | None
 
     def refusal(self, config: FadeConfig) -> str | None:
-        """Why `create_cache` would refuse a configuration for this model; None if it would not."""
+        """Why `create_cache` would refuse `config` for this model; None if it would not."""
         if config.quant_backend == "product":
             return "the size of its codes depends on codebooks"
         if config.eviction_policy not in plan.SUPPORTED or config.quant_backend not in ("rotated", "matched"):
@@ -90,7 +90,11 @@ class Size:
 
 
 def architecture(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> Architecture:
-    """What a model of this configuration is made of. The model is built without memory for its weights.
+    """What a model is made of. It is built without memory for its weights.
+
+    Args:
+        config: the configuration of the model, or of a model of which it is a part.
+        dtype: of weights, keys and values.
 
     Raises `ValueError` if transformers cannot build a decoder from the configuration, or if the model keeps
     no keys and values that can be tiered.
@@ -147,12 +151,12 @@ def _shape_of(module, text) -> tuple[int, int]:
 
 
 def uncompressed(model: Architecture, length: int, batch: int = 1) -> int:
-    """Bytes that `DynamicCache` holds for `length` tokens in each of `batch` rows."""
+    """Bytes that `DynamicCache` of a `model` holds for `length` tokens in each of `batch` rows."""
     return sum(_untiered(shape, model.dtype, length, batch, on_gpu=False) for shape in model.layers)
 
 
 def size(model: Architecture, config: FadeConfig, length: int, batch: int = 1, on_gpu: bool = True) -> Size:
-    """Bytes of `create_cache(model, config, max_length=length)` that holds `length` tokens in each row.
+    """Bytes of `create_cache(model, config, max_length=length)` that holds `length` tokens in `batch` rows.
 
     A `loss_bound` is left out: the widths that `safe` chooses depend on the weights, so all layers have
     those of the configuration. `on_gpu` counts the buffers of a GPU, which have some slots to spare.
@@ -259,10 +263,13 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def most_tokens(bytes_of: Callable[[int], int], room: int, step: int = 64, most: int = 1 << 27) -> int:
-    """Most tokens of one row that fit into `room` bytes, in multiples of `step`; `most` means no limit."""
+    """Most tokens of one row that fit into `room` bytes, in multiples of `step`; `most` means no limit.
+
+    `bytes_of` gives the bytes of a cache of so many tokens.
+    """
     return largest(lambda n: n == 0 or bytes_of(n * step) <= room, most // step) * step
 
 
 def most_rows(bytes_of: Callable[[int], int], room: int, most: int = 1 << 16) -> int:
-    """Most rows that fit into `room` bytes, given the bytes of a number of rows."""
+    """Most rows, at most `most`, that fit into `room` bytes. `bytes_of` gives the bytes of so many rows."""
     return largest(lambda n: n == 0 or bytes_of(n) <= room, most)

@@ -1,8 +1,10 @@
 """Predict the effect of a tiered cache on a model, before it is attached and before tokens are generated."""
 
+import os
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fade_ref.config import FadeConfig
@@ -11,6 +13,8 @@ from ..cache.layer import KVLayer
 from ..saved.units import compared, grouped, size
 from .attach import verified
 from .cache import TieredKVCache
+from .calibration import Calibration
+from .codebooks import Codebooks
 from .models import attention_modules, unwrapped
 from .versions import untested
 from .widths import settled
@@ -85,8 +89,8 @@ def check_model(
     config: str | FadeConfig = "safe",
     *,
     length: int = 8192,
-    codebooks=None,
-    calibration=None,
+    codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
+    calibration: str | os.PathLike | Calibration | None = None,
     calibrate: bool = False,
 ) -> ModelCheck:
     """Predict the result of `create_cache(model, config)`. The model is left unchanged.

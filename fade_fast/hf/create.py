@@ -94,8 +94,8 @@ def load_cache(
     model: PreTrainedModel,
     *,
     max_length: int | None = None,
-    policy_weights=None,
-    codebooks=None,
+    policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
+    codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
     verify: bool = True,
 ) -> TieredKVCache:
     """Load a cache for `model` from a file of `TieredKVCache.save`. Decoding continues with identical bits.
@@ -122,8 +122,15 @@ def load_cache(
         different = ", ".join(name for name in ours if theirs.get(name) != ours[name])
         raise ValueError(f"{path} was filled by another model: {different} differ")
     config = FadeConfig(**header["config"])
-    options = dict(max_length=max_length, policy_weights=policy_weights, verify=verify)
-    cache = create_cache(model, config, codebooks=codebooks, calibration=calibration, **options)
+    cache = create_cache(
+        model,
+        config,
+        max_length=max_length,
+        policy_weights=policy_weights,
+        codebooks=codebooks,
+        calibration=calibration,
+        verify=verify,
+    )
     cache.load_state_dict(tensors, header)
     cache.choice = Choice.of_json(header["widths"]) if "widths" in header else None
     ids = checkpoint.read_tokens(path)

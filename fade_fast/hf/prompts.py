@@ -6,12 +6,16 @@ history, another text or a shorter text would be appended to a text that it does
 
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ..cache import masks
+
+if TYPE_CHECKING:
+    from .cache import TieredKVCache
 
 #: Options of generate() that affect a cache.
 OPTIONS = ("use_cache", "output_attentions", "disable_compile", "compile_config")
@@ -61,8 +65,8 @@ class SeenTokens:
         return int(mismatch.int().argmax()) if mismatch.any() else count
 
 
-def common_prefix(cache, ids: Tensor) -> int:
-    """Number of leading tokens of `ids` [B, n] that a cache can keep.
+def common_prefix(cache: "TieredKVCache", ids: Tensor) -> int:
+    """Number of leading tokens of `ids`, integers [B, n], that a cache can keep.
 
     It is at most n - 1, because one token must be fed. To crop the cache to this prefix, if the tokens beyond
     are still uncompressed: `cache.crop(common_prefix(cache, ids) - cache.get_seq_length())`. The cache knows

@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Messages | str) -> s
     if tokenizer.chat_template:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     if not isinstance(messages, str):
         raise ValueError(
             "the tokenizer has no chat template, so messages cannot be written as one text: pass a string"
@@ -58,10 +59,13 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, text: str, cache: TieredKVCache
     special = not tokenizer.chat_template  # a chat template adds its own
     ids = torch.tensor([tokenizer(text, add_special_tokens=special).input_ids], dtype=torch.int64)
     held = cache.get_seq_length()
-    known = cache.seen.ids[0] if held and cache.seen.known == held else None
-    if known is None or len(cache.seen.ids) > 1 or common_prefix(cache, ids) == held:
+    seen = cache.seen.ids
+    if seen is None or not held or cache.seen.known != held or len(seen) > 1:
         return ids
-    written = tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if common_prefix(cache, ids) == held:
+        return ids
+    known = seen[0]
+    written = str(tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
     if not text.startswith(written) or len(text) == len(written):
         return ids
     rest = tokenizer(text[len(written) :], add_special_tokens=False).input_ids
@@ -86,6 +90,40 @@ def keep_shared(cache: TieredKVCache, ids: torch.Tensor) -> int:
                 f"back so far ({error}): use a new cache, or reset() this one"
             ) from error
     return shared
+
+
+@overload
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages | str,
+    cache: TieredKVCache | None = None,
+    *,
+    summaries: Literal[False] = False,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+) -> Iterator[str]: ...
+
+
+@overload
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages | str,
+    cache: TieredKVCache | None = None,
+    *,
+    summaries: Literal[True],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+) -> Iterator[tuple[str, Summary]]: ...
 
 
 def stream(

@@ -13,6 +13,7 @@ tiered layer also has `tiers`, by name: `slots` or `tokens` over all rows, `byte
 
 import os
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,12 +27,15 @@ from . import checkpoint
 from .memory import Memory, layer_sizes
 from .units import compared, grouped, size
 
+if TYPE_CHECKING:
+    from ..hf.cache import TieredKVCache
+
 VERSION = 1
 TIERED = "tiered"
 
 
-def of(cache, positions: bool = True, memory: Memory | None = None) -> dict:
-    """Snapshot of a live cache.
+def of(cache: "TieredKVCache", positions: bool = True, memory: Memory | None = None) -> dict:
+    """Snapshot of a live cache, with `positions` or without.
 
     Blocks whose demotion is due are demoted first, unless `memory` is given: then nothing is changed.
     """
@@ -76,7 +80,7 @@ def _of_tiered(index: int, layer: KVLayer, positions: bool) -> dict:
 
 
 def of_file(path: str | os.PathLike, positions: bool = False) -> dict:
-    """Snapshot of a saved cache, from its header alone; with `positions`, position tensors are read, too.
+    """Snapshot of a saved cache at `path`, from its header, and for `positions` from position tensors.
 
     The contents are not verified; `load_cache` verifies them. Raises as `checkpoint.read_header`.
     """
@@ -143,7 +147,7 @@ def _add_positions(path, snapshot: dict, config: FadeConfig, shapes: dict) -> No
 
 
 def ranges(position: Tensor) -> list[list[list[int]]]:
-    """Positions [B, 1, n] as sorted ranges [first, last + 1] for each row. Negative positions are left out.
+    """Integers `position` [B, 1, n] as sorted ranges [first, last + 1] for each row, without negative ones.
 
     >>> ranges(torch.tensor([[[7, 0, 1, -1, 2, 6]]]))
     [[[0, 3], [6, 8]]]

@@ -7,24 +7,29 @@ Events are dicts of JSON values. All have `event`, one of `KINDS`, and `time`, s
 `recompilation` have `layer`, the layer index in the model, and `seen`, tokens per row that the layer has
 seen. The other fields:
 
-demotion       tokens left the recent region, from step index `first` on: `columns` per row, `tokens` real
-               ones over all `rows`. `bytes_before` is their uncompressed size, `bytes_after` the growth of
-               the middle (slots of padding included), and `seconds` the host time. New tokens enter the
-               tier `into`, unless a plan decides (`planned`)
-plan           the policy's decision: `candidates` per row, `kept` tokens by tier and `evicted` tokens (both
-               over all rows; with plan_scope "layer", of one plan), and of their scores `score_min`,
-               `score_mean`, `score_max` and `score_kept`, the lowest score that was kept
-eviction       `tokens` dropped by this plan over all rows, and `total` dropped so far
-renumbering    `tokens` that are now read at another position, sinks included, and `shift`, the largest
-               change of a position
-growth         `buffer` has room for `after` slots instead of `before`; `bytes` over all rows
-selection      what queries have read until now where they choose: `queries`, once for each KV head; `tokens`
-               of the middle that they read in all; chosen pages on the GPU, `hits`, and fetched ones,
-`misses` recompilation  torch.compile compiled a graph in this process: its `compile_id`, whether it had been
-               compiled before (`again`), and `seconds`
+- `demotion`: tokens left the recent region, from step index `first` on: `columns` per row, `tokens` real
+  ones over all `rows`. `bytes_before` is their uncompressed size, `bytes_after` the growth of the middle
+  (slots of padding included), and `seconds` the host time. New tokens enter the tier `into`, unless a plan
+  decides (`planned`).
+- `plan`: the policy's decision: `candidates` per row, `kept` tokens by tier and `evicted` tokens (both over
+  all rows; with plan_scope "layer", of one plan), and of their scores `score_min`, `score_mean`,
+  `score_max` and `score_kept`, the lowest score that was kept.
+- `eviction`: `tokens` dropped by this plan over all rows, and `total` dropped so far.
+- `renumbering`: `tokens` that are now read at another position, sinks included, and `shift`, the largest
+  change of a position.
+- `growth`: `buffer` has room for `after` slots instead of `before`; `bytes` over all rows.
+- `selection`: what queries have read until now where they choose: `queries`, once for each KV head;
+  `tokens` of the middle that they read in all; chosen pages on the GPU, `hits`, and fetched ones, `misses`.
+  The middle has `pages` of `page` tokens. And what the newest token of row 0 read of it: `newest`, ranges
+  of step indices with the number of the `heads` KV heads that chose them and for which they were fetched
+  (see `chosen.ranges`); none after a step that read everything.
+- `recompilation`: torch.compile compiled a graph in this process: its `compile_id`, whether it had been
+  compiled before (`again`), and `seconds`.
 
-Without listeners the cost is one attribute check. With listeners, numbers on a GPU are copied without
-waiting. Events are delivered in order, each at the end of the first step that finds its numbers on the host.
+Without listeners the cost is one attribute check, and captured steps contain nothing for them. With
+listeners, numbers on a GPU are copied without waiting. Where queries choose, steps with listeners also keep
+what they chose. So the first step after `listen` is captured anew, and the first one after `close`. Events
+are delivered in order, each at the end of the first step that finds its numbers on the host.
 `Listener.flush()` and `close()` wait for them. A sink that raises is dropped with a warning, and the cache
 continues.
 """
@@ -47,13 +52,14 @@ from torch._dynamo.callback import callback_handler
 from fade_ref.tiers import Tier
 
 from ..cache.positions import PAD
+from . import chosen
 
 KINDS = ("demotion", "plan", "eviction", "renumbering", "growth", "selection", "recompilation")
 Sink = Callable[[dict], None]
 
 
 class JsonLines:
-    """A sink that appends each event to a file as one line of JSON. Only whole lines reach the file.
+    """A sink that appends each event to the file `path` as one line of JSON. Only whole lines reach the file.
 
     Raises `OSError` if the file cannot be opened.
     """
@@ -65,11 +71,15 @@ class JsonLines:
         self.file.write(json.dumps(event).encode() + b"\n")
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
 
 class Logged:
-    """A sink that logs each event: the message is its kind and fields, `record.fade` is the event."""
+    """A sink that logs each event to `logger` at `level`.
+
+    The message is the kind of the event and its fields. `record.fade` is the event.
+    """
 
     def __init__(self, logger: logging.Logger, level: int = logging.INFO):
         self.logger, self.level = logger, level
@@ -81,7 +91,7 @@ class Logged:
 
 
 def read(path: str | os.PathLike) -> list[dict]:
-    """The events of a file that `JsonLines` wrote. An incomplete last line is left out.
+    """The events of a file at `path`, which `JsonLines` wrote. An incomplete last line is left out.
 
     Raises `ValueError` for a file of another kind, `OSError` if it cannot be read.
     """
@@ -98,7 +108,7 @@ def read(path: str | os.PathLike) -> list[dict]:
 
 
 class Listener:
-    """The result of `cache.listen`: `close()` it, or use it in a `with` block."""
+    """The result of `cache.listen`: `close()` it, or use it in a `with` block. `hub` serves the `sink`."""
 
     def __init__(self, hub: "Telemetry", sink: Sink):
         self.hub, self.sink = hub, sink
@@ -145,7 +155,7 @@ class Telemetry:
 
     def __init__(self, layers):
         self.layers, self.sinks = layers, []
-        self._waiting: deque[tuple[dict, Callable[[bool], bool]]] = deque()
+        self._waiting: deque[tuple[dict, Callable[[bool], bool], str, Callable | None]] = deque()
         self._capacity: dict[tuple, tuple[int, int]] = {}
         self._compiling = 0.0
 
@@ -156,6 +166,7 @@ class Telemetry:
         if not self.sinks:
             for layer in self.layers:
                 layer.telemetry = self
+                _steps_change(layer)
                 self._grown(layer)
             callback_handler.register_start_callback(self._compile_starts)
             callback_handler.register_end_callback(self._compile_ends)
@@ -171,26 +182,34 @@ class Telemetry:
         if not self.sinks:
             for layer in self.layers:
                 layer.telemetry = None
+                _steps_change(layer)
             callback_handler.remove_start_callback(self._compile_starts)
             callback_handler.remove_end_callback(self._compile_ends)
 
     def emit(
-        self, kind: str, counts: dict, later: dict[str, Tensor] | None = None, nonzero: str = ""
+        self,
+        kind: str,
+        counts: dict,
+        later: dict[str, Tensor] | None = None,
+        nonzero: str = "",
+        then: Callable[[dict], None] | None = None,
     ) -> None:
         """Queue an event of known `counts` and of numbers `later`, which may be on a device.
 
-        The event is left out if the number that `nonzero` names is 0.
+        The event is left out if the number that `nonzero` names is 0. `then` changes it on its way out.
         """
         event = dict(event=kind, time=time.time()) | counts
         arrived = _fetch(event, later) if later else lambda wait: True
-        self._waiting.append((event, arrived, nonzero))
+        self._waiting.append((event, arrived, nonzero, then))
 
     def deliver(self, wait: bool = False) -> None:
         """Deliver the oldest events whose numbers have arrived; with `wait`, all events."""
         while self._waiting and self._waiting[0][1](wait):
-            event, _, nonzero = self._waiting.popleft()
+            event, _, nonzero, then = self._waiting.popleft()
             if nonzero and not event[nonzero]:
                 continue
+            if then:
+                then(event)
             for sink in list(self.sinks):
                 try:
                     sink(event)
@@ -230,8 +249,7 @@ class Telemetry:
                 later["tokens"] = (middle.middle_positions(first, count) != PAD).sum()
             self.emit("demotion", _of(layer) | counts, later)
             if layer.config.select is not None:
-                names = ("queries", "tokens", "hits", "misses")
-                self.emit("selection", _of(layer), dict(zip(names, middle.counted.clone())), "queries")
+                self._chosen(layer)
             if middle.evicted is not None and layer.config.evicts:
                 self._dropped(layer, evicted, places)
 
@@ -255,6 +273,21 @@ class Telemetry:
             score_kept=scores.masked_fill(~(known & kept), torch.inf).amin(),
         )
         self.emit("plan", _of(layer) | dict(candidates=position.shape[-1]), later)
+
+    def _chosen(self, layer) -> None:
+        """Report what queries have read until now, and which pages the newest one did."""
+        middle = layer.middle
+        later = dict(zip(("queries", "tokens", "hits", "misses"), middle.counted.clone()))
+        if chosen.keeps(layer):
+            later |= dict(zip(("newest chosen", "newest fetched"), chosen.counts(layer)))
+
+        def name_pages(event: dict) -> None:
+            pages = event.pop("newest", dict(chosen=[], fetched=[]))
+            first, page = layer.config.n_sink, middle.page
+            event["newest"] = chosen.ranges(pages["chosen"], pages["fetched"], first, page)
+
+        about = dict(heads=layer.heads, page=middle.page, pages=middle.count // middle.page)
+        self.emit("selection", _of(layer) | about, later, "queries", name_pages)
 
     def _dropped(self, layer, before: Tensor | None, places: Tensor | None) -> None:
         """Report the results of a plan that evicts."""
@@ -289,6 +322,12 @@ class Telemetry:
         again = not str(args.compile_id).endswith("/0")
         seconds = time.perf_counter() - self._compiling
         self.emit("recompilation", dict(compile_id=str(args.compile_id), again=again, seconds=seconds))
+
+
+def _steps_change(layer) -> None:
+    """Let captured steps learn that they keep choices from now on, or no longer."""
+    if layer.config.select is not None:
+        layer.version += 1
 
 
 def _of(layer) -> dict:
@@ -341,17 +380,20 @@ def _places(layer, seen: int) -> Tensor:
 
 def _fetch(event: dict, later: dict[str, Tensor]) -> Callable[[bool], bool]:
     """Copy numbers to the host without waiting. Call the result to ask whether they are in the event."""
-    names, numbers = list(later), torch.stack([x.double() for x in later.values()])
-    integers = {name for name, x in later.items() if not x.is_floating_point()}
+    numbers = torch.cat([x.double().flatten() for x in later.values()])
+    kinds = [(name, x.numel(), x.dim() > 0, x.is_floating_point()) for name, x in later.items()]
 
     def fill(values: list[float]) -> bool:
-        for name, x in zip(names, values):
-            number = int(x) if name in integers else x if math.isfinite(x) else None
-            group, _, part = name.partition(" ")
-            if part:
-                event.setdefault(group, {})[part] = number
+        start = 0
+        for name, count, several, real in kinds:
+            part = [(x if math.isfinite(x) else None) if real else int(x) for x in values[start:][:count]]
+            start += count
+            group, _, member = name.partition(" ")
+            found = part if several else part[0]
+            if member:
+                event.setdefault(group, {})[member] = found
             else:
-                event[group] = number
+                event[group] = found
         return True
 
     if not numbers.is_cuda:

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +63,13 @@ class Streams:
         return tokens
 
 
-def create_app(engine: Engine, name: str, limits: Limits = Limits(), aliases: tuple[str, ...] = ()):  # noqa: B008
+def create_app(
+    engine: Engine,
+    name: str,
+    limits: Limits = Limits(),  # noqa: B008 (it is immutable)
+    aliases: tuple[str, ...] = (),
+    stopping: Callable[[], bool] = lambda: False,
+):
     """The ASGI application of a started engine.
 
     Args:
@@ -71,6 +77,7 @@ def create_app(engine: Engine, name: str, limits: Limits = Limits(), aliases: tu
         name: the model's name for clients.
         limits: see `Limits`.
         aliases: other names that clients may use.
+        stopping: whether the server is ending. Then feeds of pages end, too.
     """
     app = FastAPI(title="fade serve", docs_url=None, redoc_url=None, openapi_url=None)
     names, created, streams = (name, *aliases), int(time.time()), Streams(engine)
@@ -147,9 +154,9 @@ def create_app(engine: Engine, name: str, limits: Limits = Limits(), aliases: tu
     @app.get("/view")
     async def view(request: Request):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_frames(engine), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(_frames(engine, stopping), media_type="text/event-stream", headers=headers)
 
-    return Limiter(app, limits)
+    return Limiter(app, limits, stopping)
 
 
 def _engine_request(engine: Engine, question: Question, tokens: tuple[int, ...], client: str):
@@ -270,7 +277,7 @@ async def _whole(request: Request, running: Running, reply: Reply) -> JSONRespon
     return JSONResponse(reply.whole(answers, running.prompt, running.cached, running.completion))
 
 
-async def _frames(engine: Engine) -> AsyncIterator[bytes]:
+async def _frames(engine: Engine, stopping: Callable[[], bool]) -> AsyncIterator[bytes]:
     """What the page shows: frames of the engine's work, and totals."""
     loop = asyncio.get_running_loop()
     frames: asyncio.Queue[dict] = asyncio.Queue()
@@ -281,7 +288,7 @@ async def _frames(engine: Engine) -> AsyncIterator[bytes]:
 
     number = engine.view.subscribe(lambda frame: loop.call_soon_threadsafe(put, frame))
     try:
-        while True:
+        while not stopping():
             yield _event(_totals(engine))
             end = loop.time() + TOTALS
             while (left := end - loop.time()) > 0:

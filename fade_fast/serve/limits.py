@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .protocol import RequestError
@@ -21,7 +22,8 @@ class Limits:
 
     Args:
         max_body: most bytes of a request.
-        body_seconds: time in which a request has to arrive.
+        head_seconds: time in which the head of a request has to arrive (`http.Protocol`).
+        body_seconds: time in which the body has to arrive.
         write_seconds: time that a client may take before it reads what was sent.
         api_key: what clients have to send as a bearer token; None: nothing.
         hosts: host names that requests may have; None: all. A page of another site could otherwise reach a
@@ -29,6 +31,7 @@ class Limits:
     """
 
     max_body: int = 4 * 2**20
+    head_seconds: float = 20.0
     body_seconds: float = 30.0
     write_seconds: float = 60.0
     api_key: str | None = None
@@ -42,10 +45,13 @@ OPEN = ("/", "/health", "/page.js", "/page.css", "/favicon.ico")
 
 
 class Limiter:
-    """An ASGI application around another one that keeps to `Limits`."""
+    """An ASGI application around another one that keeps to `Limits`.
 
-    def __init__(self, app, limits: Limits):
-        self.app, self.limits = app, limits
+    `stopping` says whether the server is ending.
+    """
+
+    def __init__(self, app, limits: Limits, stopping: Callable[[], bool] = lambda: False):
+        self.app, self.limits, self.stopping = app, limits, stopping
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -75,6 +81,10 @@ class Limiter:
             await self.app(scope, receive_body, send_in_time)
         except ConnectionError:
             return  # uvicorn closes the connection of a response that was not finished
+        except asyncio.CancelledError:
+            if not self.stopping():
+                raise
+            # The server ends, and this answer did not end in time. The log would get a traceback.
 
     def _check(self, scope, headers: dict[bytes, bytes]) -> None:
         limits = self.limits

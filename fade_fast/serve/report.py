@@ -56,11 +56,29 @@ def contents(events: list[dict]) -> dict:
     return dict(
         points=points,
         map=_shares(events, lengths[-1]) if planned else _positions(events, lengths[-1]),
+        reads=_newest_reads(events),
         map_note=note + "; grey: not held",
         bytes=[["compressed", after], ["uncompressed", before, "dense"]],
         numbers=numbers,
         events=_counted(events)[-MAX_EVENTS:],
     )
+
+
+def _newest_reads(events: list[dict]) -> dict | None:
+    """What the newest token read that an event tells of; None where nothing was chosen. See `chosen.of`."""
+    told = [event for event in events if event["event"] == "selection" and event.get("newest")]
+    newest = {event["layer"]: event for event in told}
+    if not newest:
+        return None
+    layers = []
+    for layer, event in sorted(newest.items()):
+        weights = [((stop - start) // event["page"], *heads) for start, stop, *heads in event["newest"]]
+        chosen, fetched = (sum(pages * heads[i] for pages, *heads in weights) for i in range(2))
+        far = event["hits"] + event["misses"] > 0
+        about = dict(layer=layer, heads=event["heads"], held=event["pages"], read=chosen / event["heads"])
+        about |= dict(hits=(chosen - fetched) * far, misses=fetched, ranges=event["newest"])
+        layers.append(about)
+    return dict(length=max(event["seen"] for event in newest.values()), layers=layers)
 
 
 def _bytes_after(events: list[dict]) -> int:
@@ -116,6 +134,10 @@ def _counted(events: list[dict]) -> list[dict]:
         key = event["event"], event.get("seen"), event.get("into"), event.get("compile_id")
         one = found.setdefault(key, dict(event=event["event"], layers=0, tokens=0))
         one["layers"] += 1
-        one["tokens"] = max(one["tokens"], event.get("tokens", 0) or 0)
+        if event["event"] == "selection":
+            for name in ("queries", "tokens", "hits", "misses"):
+                one[name] = one.get(name, 0) + event[name]
+        else:
+            one["tokens"] = max(one["tokens"], event.get("tokens", 0) or 0)
         one |= {name: event[name] for name in ("seen", "into") if name in event}
     return list(found.values())

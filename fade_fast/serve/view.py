@@ -10,7 +10,7 @@ import torch
 
 from ..cache.layer import KVLayer
 from ..hf.cache import TieredKVCache
-from ..saved import snapshot
+from ..saved import chosen, snapshot
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 FRAME, MAP = 0.2, 0.6
 #: Positions of a map are joined to so many columns at most, where it shows attention.
 COLUMNS = 256
+#: Events between two frames that are told of, those of all layers.
+MAX_EVENTS = 4096
 #: Ranges of a tier in a layer that a map may have. Beyond, the smallest gaps are closed.
 MAX_RANGES = 512
 
@@ -34,7 +36,7 @@ class View:
         self._next = 0
         self._cache: TieredKVCache | None = None
         self._listener = None
-        self._events: deque[dict] = deque(maxlen=64)
+        self._events: deque[dict] = deque(maxlen=MAX_EVENTS)
         self._last_frame = self._last_map = 0.0
         self._speed: tuple[int, float, int] | None = None  # request, time, tokens of the last frame
 
@@ -113,11 +115,14 @@ class View:
             allocated=memory.allocated,
             packed=memory.packed,
             dense=memory.dense,
+            host=memory.host,
             tokens_per_s=self._tokens_per_s(about, now),
             events=_counted(events),
         )
         if with_map:
             frame["map"] = tier_map(cache, memory)
+            if (reads := newest_reads(cache)) is not None:
+                frame["reads"] = reads
         return frame
 
     def _tokens_per_s(self, about: dict, now: float) -> float | None:
@@ -140,7 +145,11 @@ def _counted(events: list[dict]) -> list[dict]:
         key = event["event"], event.get("seen"), event.get("into")
         one = found.setdefault(key, dict(event=event["event"], layers=0, tokens=0))
         one["layers"] += 1
-        one["tokens"] = max(one["tokens"], event.get("tokens", 0))
+        if event["event"] == "selection":
+            for name in ("queries", "tokens", "hits", "misses"):
+                one[name] = one.get(name, 0) + event[name]
+        else:
+            one["tokens"] = max(one["tokens"], event.get("tokens", 0))
         for name in ("seen", "into"):
             if event.get(name) is not None:
                 one[name] = event[name]
@@ -164,6 +173,17 @@ def tier_map(cache: TieredKVCache, memory) -> dict:
         attention = attention_received(tiered[about["layer"]], held["length"])
         layers.append(one if attention is None else one | dict(attention=attention))
     return dict(length=held["length"], layers=layers)
+
+
+def newest_reads(cache: TieredKVCache) -> dict | None:
+    """What the newest token read of the middle: `length`, `page` (tokens), and `layers` as in `chosen.of`.
+
+    None if the cache chooses nothing, or nobody listened during the newest step.
+    """
+    layers = [found for layer in cache.tiered if (found := chosen.of(layer)) is not None]
+    if not layers:
+        return None
+    return dict(length=cache.get_seq_length(), page=cache.fade_config.select_page, layers=layers)
 
 
 def _joined(ranges: list[list[int]]) -> list[list[int]]:

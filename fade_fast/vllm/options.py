@@ -53,8 +53,8 @@ class Options:
         return (KEPT, KEPT) if self.config is None else self.config.bits(layer, layers)
 
 
-def read(additional_config) -> Options:
-    """The options in vLLM's `additional_config`.
+def read(additional_config: object) -> Options:
+    """The options in vLLM's `additional_config`, usually a dict.
 
     Raises `ValueError`, which names the option, its value and what is allowed.
     """
@@ -94,7 +94,10 @@ def read(additional_config) -> Options:
 
 
 def check(vllm_config: "VllmConfig") -> None:
-    """Raise `ValueError` if our backend is chosen and cannot serve this engine, or options are wrong."""
+    """Raise `ValueError` if our backend is chosen and cannot serve this engine, or options are wrong.
+
+    `vllm_config` is what vLLM made of the engine's arguments.
+    """
     chosen = vllm_config.attention_config.backend
     kinds = vllm_config.attention_config.backend_per_kind or {}
     if "CUSTOM" not in [getattr(x, "name", x) for x in (chosen, *kinds.values())]:
@@ -111,7 +114,10 @@ def check(vllm_config: "VllmConfig") -> None:
 
 
 def check_model(vllm_config: "VllmConfig", options: Options) -> None:
-    """Raise `ValueError`, which names what this engine needs and our backend does not have."""
+    """Raise `ValueError`, which names what this engine needs and our backend does not have.
+
+    `vllm_config` is the engine's, `options` are its options of ours.
+    """
     for name in unsupported(vllm_config):
         raise ValueError(f"the attention backend of fade does not support {name}: use another backend")
     model = vllm_config.model_config

@@ -550,3 +550,59 @@ def test_a_cache_of_another_model_is_refused():
     fade_fast.create_cache(other, CONFIGS["int4"])
     with pytest.raises(ValueError, match="another model"):
         compiled(other, cache, dict(input_ids=out, attention_mask=torch.ones_like(out)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["select, share", "select, host"])
+def test_captured_steps_keep_choices_only_while_somebody_listens(name):
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(60, batch=2, pads=(0, 9))
+    told = []
+    for run in (eager, compiled):
+        cache, events = new_cache(model, CONFIGS[name]), []
+        with cache.listen(events.append):
+            text = run(model, cache, inputs)
+            newest = [{n: x.clone() for n, x in layer.middle.newest.items()} for layer in cache.tiered]
+        told.append((newest, [event | dict(time=0) for event in events if event["event"] == "selection"]))
+    (eager_newest, eager_events), (newest, events) = told
+    assert cache.decode_graph.steps == 23 and len(events) >= 4 and events == eager_events
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(newest, eager_newest, strict=True) for n in a)
+    assert all((x["page"] >= 0).any(-1).all() for x in newest)
+    ids = {cache.decode_graph.graph_id}
+    # Nobody listens any more: the next step is captured without them, and then nothing changes.
+    for _ in range(2):
+        mask = torch.ones_like(text)
+        mask[1, :9] = 0
+        text = compiled(model, cache, dict(input_ids=text, attention_mask=mask), new=3)
+        ids.add(cache.decode_graph.graph_id)
+        kept = [layer.middle.newest for layer in cache.tiered]
+        assert kept == [{}, {}] and not any(x.dtype == torch.bool for x in cache.tiered[0].middle.tensors())
+    assert len(ids) == 2
+    # A listener that comes and goes between two steps costs no capture.
+    with cache.listen(events.append):
+        pass
+    mask = torch.ones_like(text)
+    mask[1, :9] = 0
+    compiled(model, cache, dict(input_ids=text, attention_mask=mask), new=2)
+    assert cache.decode_graph.graph_id in ids
+
+
+def test_somebody_may_begin_and_end_to_listen_between_two_captured_steps():
+    model, inputs = tiny_llama(dtype=torch.float64), prompt(60)
+    expected = compiled(model, new_cache(model, CONFIGS["select"]), inputs)
+    cache, found, listeners = new_cache(model, CONFIGS["select"]), [], []
+
+    def between(ids, scores, **kwargs):
+        layer = cache.tiered[1].middle
+        found.append((cache.decode_graph.graph_id, layer.newest["page"].clone() if layer.newest else None))
+        if len(found) == 5:
+            listeners.append(cache.listen(lambda event: None))
+        if len(found) == 12:
+            listeners[0].close()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    assert torch.equal(compiled(model, cache, inputs, stopping_criteria=[between]), expected)
+    assert cache.decode_graph.steps == 23 == len(found) - 1
+    assert [page is not None for _, page in found] == [False] * 5 + [True] * 7 + [False] * 12
+    assert all((page >= 0).all() for _, page in found[5:12])
+    assert len({tuple(page.flatten().tolist()) for _, page in found[5:12]}) > 1
+    assert len({graph_id for graph_id, _ in found[1:5]}) == 1 != len({graph_id for graph_id, _ in found[4:]})

@@ -260,6 +260,79 @@ def test_a_large_body_is_refused_unread(address, client):
     assert client.get("/health").status_code == 200
 
 
+HALF = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-"
+
+
+def read_all(raw) -> bytes:
+    with contextlib.suppress(ConnectionResetError):
+        return b"".join(iter(lambda: raw.recv(65536), b""))
+    return b""
+
+
+def test_a_slow_head_is_given_up_while_others_are_served():
+    with served(engine(tiny_llama(heads=1, head_dim=32)), head_seconds=1.0) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with contextlib.ExitStack() as opened:
+            began = time.monotonic()
+            raws = [
+                opened.enter_context(socket.create_connection((host, int(port)), timeout=20))
+                for _ in range(3)
+            ]
+            raws[0].sendall(HALF)  # raws[1] sends nothing
+            raws[2].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert raws[2].recv(65536).startswith(b"HTTP/1.1 200") and raws[2].sendall(HALF) is None
+            with httpx.Client(base_url=address, timeout=20) as client:
+                answered = 0
+                while time.monotonic() - began < 0.8:
+                    raws[0].sendall(b"X")  # a byte now and then does not help
+                    assert (
+                        client.post("/v1/completions", json=dict(prompt="abc", max_tokens=2)).status_code
+                        == 200
+                    )
+                    answered += 1
+                    time.sleep(0.05)
+                said = [read_all(raw) for raw in raws]
+                took = time.monotonic() - began
+                assert client.get("/health").status_code == 200
+        assert answered > 2 and 0.9 < took < 5
+        assert said[1] == b""
+        for answer in said[0], said[2].removeprefix(b'{"status":"ok"}'):
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 408 ") and b"Connection: close" in head
+            assert "head of the request" in json.loads(body)["error"]["message"]
+
+
+@pytest.mark.slow
+def test_two_hundred_slow_heads_keep_nobody_out():
+    with served(engine(tiny_llama(heads=1, head_dim=32)), head_seconds=1.0) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with contextlib.ExitStack() as opened:
+            raws = [
+                opened.enter_context(socket.create_connection((host, int(port)), timeout=20))
+                for _ in range(200)
+            ]
+            for raw in raws:
+                raw.sendall(HALF)
+            asked = httpx.post(f"{address}/v1/completions", json=dict(prompt="abc", max_tokens=2), timeout=20)
+            assert asked.status_code == 200
+            assert all(read_all(raw).startswith(b"HTTP/1.1 408") for raw in raws)
+
+
+@pytest.mark.slow
+def test_a_slow_body_and_a_slow_answer_are_no_slow_head():
+    with served(engine(tiny_llama(heads=1, head_dim=32)), head_seconds=0.3) as address:
+        host, port = address.removeprefix("http://").split(":")
+        body = json.dumps(dict(prompt="abc", max_tokens=30, ignore_eos=True)).encode()
+        with socket.create_connection((host, int(port)), timeout=20) as raw:
+            raw.sendall(HALF + b"Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body))
+            time.sleep(0.6)
+            raw.sendall(body)
+            assert raw.recv(65536).startswith(b"HTTP/1.1 200")
+            time.sleep(0.6)  # between requests, the longer time of uvicorn holds
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert b"HTTP/1.1 200" in read_all(raw)
+
+
 def test_a_slow_body_is_given_up(address, monkeypatch, running):
     app = limiting.Limiter(None, limiting.Limits(body_seconds=0.05))
     sent = []
@@ -385,7 +458,7 @@ def test_the_feed_of_the_page(address, running, client):
         lines = feed.iter_lines()
         assert json.loads(next(lines)[6:])["type"] == "totals" and running.view.watched
         ask = threading.Thread(target=client.post, args=("/v1/chat/completions",), kwargs=dict(
-            json=chat("word " * 30, max_tokens=300, ignore_eos=True)))  # fmt: skip
+            json=chat("word " * 30, max_tokens=120, ignore_eos=True)))  # fmt: skip
         ask.start()
         frames = []
         for line in lines:
@@ -402,3 +475,18 @@ def test_the_feed_of_the_page(address, running, client):
     assert any(event["event"] == "demotion" for frame in frames for event in frame["events"])
     wait_until(lambda: not running.view.watched and running.idle)
     assert running.view._listener is None
+
+
+def test_a_server_that_ends_ends_the_feed_of_a_page(caplog, monkeypatch):
+    servers, make = [], http.server
+    monkeypatch.setattr(http, "server", lambda *a, **k: servers.append(make(*a, **k)) or servers[-1])
+    with contextlib.ExitStack() as opened:
+        running = engine(tiny_llama(heads=1, head_dim=32))
+        with served(running) as address:
+            feed = opened.enter_context(httpx.stream("GET", f"{address}/view", timeout=30))
+            assert next(feed.iter_lines()).startswith("data:")
+            servers[0].should_exit = True
+            began = time.monotonic()
+            wait_until(lambda: not running.view.watched)
+            assert time.monotonic() - began < 2.5
+    assert "Traceback" not in caplog.text

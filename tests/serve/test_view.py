@@ -1,17 +1,21 @@
 """What is shown of a cache: right, without an effect on answers, and free when nobody looks."""
 
+import collections
+import dataclasses
 import json
 import re
 
 import pytest
 
 import fade_fast
+from fade_fast.cache.select_store import SelectStore
 from fade_fast.cli.command import main
+from fade_fast.saved import chosen as chosen_pages
 from fade_fast.saved import telemetry
 from fade_fast.serve import report, view
 
 from ..marks import slow_but
-from ..models import CODED, EVICTING, SAFE, generate, new_cache, prompt, tiny_llama
+from ..models import CODED, EVICTING, SAFE, compressed_tokens, generate, new_cache, prompt, tiny_llama
 from .engines import alone, ask, engine, tokens
 
 H2O = fade_fast.FadeConfig(recent_window=16, block_size=8, int4_budget=24, eviction_policy="h2o")
@@ -48,6 +52,104 @@ def test_looking_changes_no_answer(model, name, monkeypatch):
     assert "demotion" in seen and (config is SAFE or "eviction" in seen)
 
 
+RECALL = fade_fast.FadeConfig(recent_window=16, block_size=16, select=16, select_page=8)
+CHOOSING = dict(
+    all_on_gpu=RECALL,
+    host=dataclasses.replace(RECALL, cold="host", resident=24),
+    share=dataclasses.replace(RECALL, select=0.5, select_max=24, cold="host", resident=24),
+)
+
+
+@pytest.mark.parametrize("name", slow_but(CHOOSING, "host"))
+def test_a_frame_names_the_pages_that_were_chosen(name, monkeypatch):
+    """After every token, against the choice itself."""
+    monkeypatch.setattr(view, "FRAME", 0.0)
+    monkeypatch.setattr(view, "MAP", 0.0)
+    model, config, choose = tiny_llama(), CHOOSING[name], SelectStore.choose
+    chosen, told = {}, []
+
+    def watched(store, *args, **options):
+        chosen[id(store)] = choose(store, *args, **options)
+        return chosen[id(store)]
+
+    monkeypatch.setattr(SelectStore, "choose", watched)
+    with engine(model, config) as running:
+
+        def look(frame):
+            layers = running.view._cache.tiered
+            truth = [(chosen.get(id(layer.middle)), layer.middle.counted.tolist()) for layer in layers]
+            told.append((frame, truth))
+
+        running.view.subscribe(look)
+        answer = ask(running, tokens(90), new=40, ignore_eos=True).wait()
+    assert answer.told == alone(model, tokens(90), new=40, config=config, ignore_eos=True)
+    json.dumps([frame for frame, _ in told])
+    decoded = [(frame, truth) for frame, truth in told if frame["generated"] > 0]
+    assert len(decoded) == 40 and decoded[0][0]["reads"]["page"] == 8
+    for (_, before), (frame, truth) in zip(decoded, decoded[1:]):
+        assert frame["reads"]["length"] == frame["length"]
+        for shown, (choice, counted), (_, old), about in zip(
+            frame["reads"]["layers"], truth, before, frame["map"]["layers"], strict=True
+        ):
+            index, keep = (None if x is None else x[0, :, -1] for x in choice[:2])
+            heads = [
+                x.tolist() if keep is None else x[k].tolist()
+                for x, k in zip(index, keep if keep is not None else index)
+            ]
+            expected = collections.Counter(page for head in heads for page in head)
+            found = collections.Counter()
+            for start, stop, n, fetched in shown["ranges"]:
+                assert (start - 4) % 8 == 0 and (stop - start) % 8 == 0 and 0 <= fetched <= n <= 2
+                found.update({(at - 4) // 8: n for at in range(start, stop, 8)})
+            assert found == expected and max(found) < shown["held"]
+            assert shown["read"] == expected.total() / 2 < shown["held"]
+            compressed = [x for tier, x in about["tiers"].items() if tier != "FP16"]
+            assert compressed == [[[4, 4 + 8 * shown["held"]]]]  # the map is right
+            assert (shown["hits"], shown["misses"]) == (counted[2] - old[2], counted[3] - old[3])
+            fetched = sum((stop - start) // 8 * far for start, stop, _, far in shown["ranges"])
+            assert fetched == shown["misses"]
+    hits, misses = (
+        sum(x[name] for f, _ in decoded for x in f["reads"]["layers"]) for name in ("hits", "misses")
+    )
+    assert (hits > 0 and misses > 0) == (config.cold is not None)
+    assert ("host" in decoded[-1][0]) and (decoded[-1][0]["host"] > 0) == (config.cold is not None)
+
+
+def test_a_prompt_that_reads_everything_is_told_so(monkeypatch):
+    monkeypatch.setattr(view, "FRAME", 0.0)
+    monkeypatch.setattr(view, "MAP", 0.0)
+    frames = []
+    with engine(tiny_llama(), RECALL, chunk=32) as running:
+        running.view.subscribe(frames.append)
+        ask(running, tokens(100), new=2).wait()
+    reads = [frame["reads"] for frame in frames if "reads" in frame]
+    assert [layer["ranges"] is None for layer in reads[0]["layers"]] == [True, True]
+    assert reads[0]["layers"][0]["read"] == reads[0]["layers"][0]["held"] > 0
+    assert all(layer["ranges"] for layer in reads[-1]["layers"])
+    with engine(tiny_llama(), SAFE) as running:
+        running.view.subscribe(frames.append)
+        ask(running, tokens(60), new=2).wait()
+    assert "map" in frames[-1] and "reads" not in frames[-1]
+
+
+def test_many_chosen_pages_are_joined(monkeypatch):
+    model = tiny_llama()
+    cache = new_cache(model, dataclasses.replace(RECALL, select=64, recent_window=8, block_size=8))
+    with cache.listen(lambda event: None):
+        generate(model, cache, prompt(300), new=2)
+        layer = cache.tiered[0]
+        whole = chosen_pages.of(layer)
+        monkeypatch.setattr(chosen_pages, "MAX_RANGES", 3)
+        few = chosen_pages.of(layer)
+    assert len(whole["ranges"]) > 3 >= len(few["ranges"])
+    assert {**whole, "ranges": 0} == {**few, "ranges": 0}
+    covered = [
+        any(a <= start and stop <= b and n <= m for a, b, m, _ in few["ranges"])
+        for start, stop, n, _ in whole["ranges"]
+    ]
+    assert all(covered) and few["ranges"][-1][1] <= 4 + layer.middle.count
+
+
 def test_nothing_is_computed_when_nobody_looks(model, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("it was computed")
@@ -59,6 +161,12 @@ def test_nothing_is_computed_when_nobody_looks(model, monkeypatch):
         number = running.view.subscribe(lambda frame: None)
         running.view.drop(number)
         assert ask(running, tokens(40)).wait().last.completion > 0
+    monkeypatch.setattr(SelectStore, "_keep_newest", forbidden)
+    monkeypatch.setattr(chosen_pages, "of", forbidden)
+    with engine(model, RECALL) as running:
+        assert ask(running, tokens(90), new=9).wait().last.completion > 0
+        cache = running.prefixes.entries[0].cache
+        assert compressed_tokens(cache) > 0 and not any(layer.middle.newest for layer in cache.tiered)
 
 
 def test_a_picture_that_fails_fails_no_answer(model, monkeypatch):
@@ -114,6 +222,7 @@ def test_many_ranges_are_joined(monkeypatch):
 
 
 def events_of(tmp_path, config, new=40):
+    tmp_path.mkdir(exist_ok=True)
     path, model = tmp_path / "events.jsonl", tiny_llama()
     cache = new_cache(model, config)
     with cache.listen(path):
@@ -144,6 +253,25 @@ def test_a_report_shows_what_the_cache_held(tmp_path, config, capsys):
             name: n for name, n in held.items() if name not in ("FP16", "EVICTED")
         }
     assert data["bytes"][0][1] < data["bytes"][1][1]
+
+
+@pytest.mark.parametrize("name", ["host", "all_on_gpu"])
+def test_a_report_shows_what_the_newest_token_read(name, tmp_path):
+    path, cache = events_of(tmp_path, CHOOSING[name])
+    events = telemetry.read(path)
+    data = report.contents(events)
+    last = {event["layer"]: event for event in events if event["event"] == "selection"}
+    assert data["reads"]["length"] == last[0]["seen"] <= cache.get_seq_length()
+    for layer in data["reads"]["layers"]:
+        event = last[layer["layer"]]
+        assert layer["ranges"] == event["newest"] and layer["read"] == 2 < layer["held"] == event["pages"]
+        assert layer["hits"] + layer["misses"] == (4 if name == "host" else 0)
+        assert (event["hits"] + event["misses"] > 0) == (name == "host")
+    assert any("queries" in event and event["tokens"] == 16 * event["queries"] for event in data["events"])
+    before = [{k: x for k, x in event.items() if k not in ("newest", "page", "pages")} for event in events]
+    assert report.contents(before)["reads"] is None  # a file of an earlier version
+    path, _ = events_of(tmp_path / "safe", SAFE)
+    assert report.contents(telemetry.read(path))["reads"] is None
 
 
 def test_a_title_and_data_cannot_break_the_page():

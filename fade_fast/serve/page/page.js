@@ -43,6 +43,11 @@ function prepared(canvas) {
   return [pen, width, height];
 }
 
+// A line under a picture says what its width and height are.
+function caption(canvas, words) { canvas.nextElementSibling.textContent = words; }
+
+const namesOf = (layers) => `${layers[0].layer} to ${layers[layers.length - 1].layer}`;
+
 // points: [{x, tokens: {tier: count}}], x rising
 function drawTokens(canvas, points, label) {
   const [pen, width, height] = prepared(canvas);
@@ -65,6 +70,7 @@ function drawTokens(canvas, points, label) {
     pen.fill();
     top.forEach((v, i) => { base[i] = v; });
   }
+  caption(canvas, `${round(first)} to ${round(last)} tokens seen; the height is ${round(most)} tokens`);
   const now = points[points.length - 1].tokens;
   canvas.setAttribute("aria-label",
     `${label}: ${tiers.map((t) => `${round(now[t] || 0)} ${t}`).join(", ")}; at most ${round(most)} tokens`);
@@ -97,25 +103,71 @@ function drawMap(canvas, map) {
       pen.globalAlpha = 1;
     }
   });
+  caption(canvas, `positions 0 to ${map.length - 1}, layers ${namesOf(map.layers)}`);
   canvas.setAttribute("aria-label", `${map.length} positions by ${map.layers.length} layers`);
 }
 
-function drawReads(canvas, reads) { // reads: {length, ranges: [[first, last + 1], ...]}
+// reads: {length, layers: [{layer, heads, held, read, hits, misses, ranges: [[first, last + 1, heads, fetched], ...]}]}
+// where ranges is null if everything was read; map: where the tiers are, as drawMap takes it
+function drawReads(canvas, map, reads) {
   const [pen, width, height] = prepared(canvas);
-  pen.fillStyle = color("EVICTED");
-  pen.fillRect(0, 0, width, height);
-  pen.fillStyle = color("FP16");
-  for (const [start, stop] of reads.ranges)
-    pen.fillRect((start / reads.length) * width, 0, Math.max(1, ((stop - start) / reads.length) * width), height);
+  if (!map || !reads || !reads.layers.length || !map.length) return;
+  const tall = height / reads.layers.length;
+  reads.layers.forEach((layer, row) => {
+    const top = Math.round(row * tall), bottom = Math.max(top + 1, Math.round((row + 1) * tall) - (tall > 4 ? 1 : 0));
+    const fill = (start, stop) => {
+      const left = (start / map.length) * width, right = (Math.min(stop, map.length) / map.length) * width;
+      pen.fillRect(left, top, Math.max(1, right - left), bottom - top);
+    };
+    pen.fillStyle = color("EVICTED");
+    pen.fillRect(0, top, width, bottom - top);
+    const held = map.layers.find((one) => one.layer === layer.layer);
+    for (const [tier, ranges] of Object.entries(held ? held.tiers : {})) {
+      if (tier !== "FP16" && layer.ranges) continue;
+      pen.fillStyle = color(tier === "FP16" ? "FP16" : "near");
+      for (const [start, stop] of ranges) fill(start, stop);
+    }
+    for (const [start, stop, heads, fetched] of layer.ranges || []) {
+      pen.fillStyle = color(fetched ? "far" : "near");
+      pen.globalAlpha = 0.45 + 0.55 * (heads / layer.heads);
+      fill(start, stop);
+    }
+    pen.globalAlpha = 1;
+  });
+  const words = readsInWords(reads);
+  caption(canvas, `${words}.`);
+  canvas.setAttribute("aria-label", words);
+}
+
+function readsInWords(reads) {
+  const mean = (name) => reads.layers.reduce((sum, layer) => sum + layer[name], 0) / reads.layers.length;
+  const total = (name) => reads.layers.reduce((sum, layer) => sum + layer[name], 0);
+  const hits = total("hits"), misses = total("misses");
+  return `At token ${reads.length}, a KV head read ${round(mean("read"))} of ${round(mean("held"))} pages of the middle` +
+    (hits + misses ? `; of all chosen pages ${hits} were resident and ${misses} were fetched from the host` : "");
+}
+
+function showReads(map, reads) {
+  $("reads").hidden = !reads;
+  if (!reads) return;
+  drawReads($("read-map"), map, reads);
+  const far = reads.layers.some((layer) => layer.hits + layer.misses);
+  const kinds = [["FP16", "always read"], ["near", far ? "chosen, resident" : "chosen"]];
+  if (far) kinds.push(["far", "chosen, fetched from the host"]);
+  kinds.push(["EVICTED", "not read"]);
+  $("read-legend").replaceChildren(...kinds.map(([tier, words]) => legendItem(tier, words)));
+}
+
+function legendItem(tier, words) {
+  const item = element("li"), swatch = element("span", undefined, "swatch");
+  swatch.style.background = color(tier);
+  item.append(swatch, words);
+  return item;
 }
 
 function showLegend(tokens) {
-  $("legend").replaceChildren(...sorted(Object.keys(tokens)).map((tier) => {
-    const item = element("li"), swatch = element("span", undefined, "swatch");
-    swatch.style.background = color(tier);
-    item.append(swatch, `${tier} ${round(tokens[tier])}`);
-    return item;
-  }));
+  const tiers = sorted(Object.keys(tokens)).filter((tier) => tokens[tier]);
+  $("legend").replaceChildren(...tiers.map((tier) => legendItem(tier, `${tier} ${round(tokens[tier])}`)));
 }
 
 function showBytes(bars) { // [[name, bytes, class]]
@@ -140,6 +192,11 @@ function describe(event) {
   if (event.event === "note") return event.text;
   const layers = event.layers ? ` in ${event.layers} layers` : "";
   if (event.event === "recompilation") return "a graph was compiled";
+  if (event.event === "selection") {
+    const pages = event.hits + event.misses;
+    return `until token ${event.seen}, a query read ${round(event.tokens / event.queries)} tokens of the middle` +
+      (pages ? `, and ${Math.round((100 * event.misses) / pages)} % of its pages were fetched` : "");
+  }
   const into = event.into ? ` into ${event.into}` : "";
   const tokens = event.tokens ? `: ${event.tokens} tokens` : "";
   return `${event.event}${into}${layers}${tokens}${event.seen ? `, at ${event.seen}` : ""}`;
@@ -151,7 +208,8 @@ function addEvents(events) {
   for (const event of events) {
     const last = list.lastChild && list.lastChild.event; // layers may tell of one event in two frames
     if (last && event.layers && ["event", "seen", "into"].every((name) => last[name] === event[name])) {
-      event.layers += last.layers;
+      for (const name of ["layers", "queries", "hits", "misses"]) if (last[name]) event[name] += last[name];
+      if (event.event === "selection") event.tokens += last.tokens;
       list.lastChild.remove();
     }
     const item = element("li", describe(event));
@@ -168,6 +226,7 @@ function report(data) {
   const draw = () => {
     drawTokens($("tokens"), data.points, "Tokens of a layer");
     drawMap($("map"), data.map);
+    showReads(data.map, data.reads);
     if (data.points.length) showLegend(data.points[data.points.length - 1].tokens);
   };
   $("map-note").textContent = data.map_note;
@@ -206,7 +265,7 @@ async function* events(response) {
 function draw() {
   drawTokens($("tokens"), live.points, "Tokens of a layer");
   drawMap($("map"), live.map);
-  if (live.reads) drawReads($("read-map"), live.reads);
+  showReads(live.map, live.reads);
 }
 
 function showState() {
@@ -219,7 +278,9 @@ function showState() {
   showNumbers(numbers);
   if (!s) return;
   showLegend(s.tokens);
-  showBytes([["this cache", s.allocated], ["uncompressed", s.dense, "dense"]]);
+  const bars = [["this cache", s.allocated], ["uncompressed", s.dense, "dense"]];
+  if (s.host) bars.splice(1, 0, ["in host memory", s.host]);
+  showBytes(bars);
 }
 
 function frame(data) {
@@ -233,9 +294,9 @@ function frame(data) {
   if (live.points.length > 600) live.points = live.points.filter((_, i) => i % 2 === 0);
   if (data.map) {
     live.map = data.map;
+    live.reads = data.reads || null;
     $("bright").hidden = !data.map.layers.some((layer) => layer.attention);
   }
-  if (data.reads) { live.reads = data.reads; $("reads").hidden = false; }
   showState();
   draw();
   addEvents(data.events);
@@ -302,8 +363,10 @@ async function send() {
   if (answer) chat.messages.push({ role: "assistant", content: answer });
   else { chat.messages.pop(); words.parentNode.remove(); }
   chat.abort = null;
+  const lost = [$("stop"), document.body].includes(document.activeElement); // a disabled button has no focus
   $("stop").disabled = true;
   $("send").disabled = false;
+  if (lost) $("prompt").focus();
 }
 
 async function start() {
