@@ -7,6 +7,7 @@ graph id.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -30,6 +31,7 @@ class Captured:
         otherwise: Callable[[], Callable],
         must_clone: Callable[[object], bool] = lambda output: True,
         capture: Callable | None = None,
+        counts: Counter[str] | None = None,
     ):
         """Wrap a compiled model.
 
@@ -39,10 +41,11 @@ class Captured:
             must_clone: returns whether the caller may keep tensors of an output. These tensors must be
                 cloned, because the next call overwrites them.
             capture: captures a call; by default the function `record`, which needs a GPU.
+            counts: counts the calls that were not replayed, by name.
         """
         self.compiled, self.otherwise, self.must_clone = compiled, otherwise, must_clone
         self.capture = capture or record
-        self.refused = False
+        self.refused, self.counts = False, Counter() if counts is None else counts
         self.graph_id, self.recordings, self.replays = 0, [], 0
 
     def __call__(self, graph_id: int, arguments: dict):
@@ -55,6 +58,7 @@ class Captured:
         recording = next((x for x in self.recordings if x.kind == kind), None)
         if recording is None:
             self.recordings.append(Recording(kind))
+            self.counts["step, not captured"] += 1
             return self.compiled(**arguments)
         if recording.graph:
             for own, given in zip(recording.inputs, _tensors(leaves)):
@@ -72,6 +76,7 @@ class Captured:
                 self.refused, self.compiled, self.recordings = True, self.otherwise(), []
                 return self.compiled(**arguments)
             recording.inputs = _tensors(leaves)
+            self.counts["step, captured"] += 1
         recording.graph.replay()
         self.replays += 1
         output = recording.output

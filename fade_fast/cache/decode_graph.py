@@ -12,6 +12,7 @@ each draft, crops the tokens that were refused.
 
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -110,9 +111,11 @@ class DecodeGraph:
         reordered: whether rows changed places in it.
         kept: what policies had counted before the newest step, if that step may be taken back.
         failed: whether a step stopped halfway, and could not be taken back.
+        counts: what steps did besides a replay, by name, since the cache was made; for measurements.
     """
 
     def __init__(self, positions: TokenPositions, layers: list[KVLayer], compileable: bool):
+        self.counts: Counter[str] = Counter()
         self.token_positions, self.layers, self.active = positions, layers, False
         self.compileable, self.compiled, self.captures = compileable, False, False
         self.drafts, self.asked, self.undrafted = (lambda: None), {}, False
@@ -204,6 +207,7 @@ class DecodeGraph:
             layer.prepare(room)
         if self.token_positions.room < room:
             self.token_positions.reserve(self.token_positions.length + room)
+            self.counts["positions grow"] += 1
             self.touch()
         if self._stale or self._outgrown() or self._frequencies_changed():
             self._renew()
@@ -268,6 +272,7 @@ class DecodeGraph:
                 layer.compact()
             self.touch()
             self._demotions += 1
+            self.counts["demotion, not captured"] += 1
             return
         past = compressing[0].num_past_threshold
         self.step_index.sub_(past)
@@ -279,8 +284,10 @@ class DecodeGraph:
                 if self.demotion:
                     for layer in compressing:
                         layer.count_replayed_demotion()
+                    self.counts["demotion, replayed"] += 1
                 else:
                     self.demotion, _ = record(self._demote_on_device)
+                    self.counts["demotion, captured"] += 1
                 self.demotion.replay()
         except BaseException:
             self.touch()
@@ -362,7 +369,11 @@ class DecodeGraph:
         stayed = len(inputs) == len(known) and all(a is b for a, b in zip(inputs, known))
         if stayed and slots_read == self._slots_read and not self._outgrown():
             self._refresh()
+            self.counts["views refreshed"] += 1
             return
+        same = stayed and slots_read == self._slots_read
+        reason = "longer prefix" if same else "more slots" if stayed else "other tensors"
+        self.counts[f"new graph id: {reason}"] += 1
         self._demotions = self._demotions if stayed else 0
         self._static_inputs, self._slots_read = inputs, slots_read
         self._frequencies = self._current_frequencies()

@@ -235,7 +235,7 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
         )
         compiled = row_products()(made(config or compile_config))
         return (
-            Captured(compiled, otherwise, _must_clone)
+            Captured(compiled, otherwise, _must_clone, counts=decode_graph.counts)
             if config
             else lambda graph_id, arguments: compiled(**arguments)
         )
