@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..formats.base import Field
 from ..policies import plan
-from .buffers import along, take
+from .buffers import take
 from .eviction import warn_once
 from .positions import PAD, DeviceCounters
 from .store import CompressedStore, StoredTier
@@ -159,25 +159,43 @@ class BudgetStore(CompressedStore):
         return fields
 
     def _codes(self, tier: StoredTier, index: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Codes of the candidates `index`: moved if `tier` holds them, else encoded or requantized."""
-        num_held = sum(t.records.count for t in self.tiers)
-        new = (index - num_held).clamp_min(0)
-        recurs = self.config.eviction_policy != "adaptive"  # which keeps another number each time
-        fields = tier.format.encode(take(keys, new), take(values, new), self.means["mean"], recurs)
-        offset = 0
+        """Codes of the candidates `index` in a tier: those that it holds, requantized ones, and new ones.
+
+        No token ever leaves a coarse tier for a finer one, so those of coarser tiers stand as zeros. Of a
+        long prompt, only the tokens that stay are encoded.
+        """
+        count, held_now, recurs = index.shape[-1], sum(t.records.count for t in self.tiers), True
+        if keys.shape[2] > count:
+            chosen = (index - held_now).clamp_min(0)
+            keys, values = take(keys, chosen), take(values, chosen)
+            index = torch.where(
+                index < held_now, index, held_now + torch.arange(count, device=index.device)
+            )
+            recurs = self.config.eviction_policy != "adaptive"  # which keeps another number each time
+        new = tier.format.encode(keys, values, self.means["mean"], recurs)
+        parts, passed = [], False
         for source in self.tiers:
-            count = source.records.count
-            if count:
-                here = (index >= offset) & (index < offset + count)
-                slots = (index - offset).clamp(0, count - 1)
-                old = {name: source.records.take(name, slots) for name in source.format_fields}
-                if source is not tier:
-                    old = tier.format.requantize(old, source.format)
-                for name, x in fields.items():
-                    chosen = along(here, x, tier.records.fields[name].axis)
-                    fields[name] = torch.where(chosen, old[name], x)
-            offset += count
-        return fields
+            passed |= source is tier
+            if not source.records.count:
+                continue
+            held = {name: source.records[name] for name in source.format_fields}
+            if source is not tier and not passed:
+                held = tier.format.requantize(held, source.format)
+            elif source is not tier:
+                held = {name: self._zeros(tier, name, source.records.count, x) for name, x in new.items()}
+            parts.append(held)
+        parts.append(new)
+        axes = {name: tier.records.fields[name].axis for name in new}
+        return {
+            name: take(torch.cat([part[name] for part in parts], axis), index, axis)
+            for name, axis in axes.items()
+        }
+
+    @staticmethod
+    def _zeros(tier: StoredTier, name: str, slots: int, like: Tensor) -> Tensor:
+        """Zeros of a field of `slots` slots, which take no memory."""
+        shape = tier.records.fields[name].shape_of(len(like), slots)
+        return like.new_zeros(()).expand(shape)
 
     def _counts(self, position: Tensor, places: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Real tokens demoted and evicted so far, [B, 1] each."""
