@@ -13,12 +13,13 @@ each draft, crops the tokens that were refused.
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
 from ..kernels import dense
+from . import together
 from .buffers import copy_all, take_rows
 from .cuda_graph import record
 from .guard import without_autocast
@@ -268,8 +269,7 @@ class DecodeGraph:
         compressing = [layer for layer in self.layers if layer.compresses]
         replayable = all(layer.can_replay_demotion for layer in compressing)
         if self._stale or not self._demotions or not replayable:
-            for layer in self.layers:
-                layer.compact()
+            together.compact(self.layers)
             self.touch()
             self._demotions += 1
             self.counts["demotion, not captured"] += 1
@@ -304,8 +304,7 @@ class DecodeGraph:
     def _demote_on_device(self) -> None:
         """The same by tensors of fixed addresses. All that graphs read is brought up to date."""
         counters = DeviceCounters(self.step_index, self.newest)
-        for layer in self.layers:
-            layer.compact(counters)
+        together.compact(self.layers, counters)
         self._refresh(counters)
         self._set_fresh()
 
@@ -409,8 +408,18 @@ class DecodeGraph:
             self.newest.copy_(self.token_positions.logical.amax(-1))  # the newest token may be padding
         for group in self.groups:
             group.refresh(counters)
+        firsts: dict[Hashable, KVLayer] = {}
+        copies = []
         for layer in self.layers:
-            layer.refresh_static_views(counters)
+            like = layer.views_like
+            first = layer if like is None else firsts.setdefault(like, layer)
+            if first is layer:
+                layer.refresh_static_views(counters)
+            else:
+                for own, other in zip(layer.static_views, first.static_views):
+                    pairs = (own.valid, other.valid), (own.read_at, other.read_at)
+                    copies += [pair for pair in pairs if pair[0] is not None]
+        copy_all(copies)
 
     # -- inside a step
 

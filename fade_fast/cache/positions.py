@@ -27,6 +27,31 @@ class DeviceCounters(NamedTuple):
     newest: Tensor
 
 
+class RepeatedPositions:
+    """The `TokenPositions` of a batch whose rows are repeated as a whole, for a step of several layers.
+
+    Args:
+        positions: of the rows.
+        times: how often.
+    """
+
+    def __init__(self, positions: "TokenPositions", times: int):
+        self._positions, self._times = positions, times
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any token was padding."""
+        return self._positions.has_padding
+
+    def at(self, first: int, count: int, counters: DeviceCounters | None = None) -> Tensor:
+        """See `TokenPositions.at`."""
+        return self._positions.at(first, count, counters).repeat(self._times, 1)
+
+    def newest_of(self, seen: int, counters: DeviceCounters | None = None) -> Tensor:
+        """See `TokenPositions.newest_of`."""
+        return self._positions.newest_of(seen, counters).repeat(self._times)
+
+
 class TokenPositions:
     """Positions of the tokens of a cache.
 

@@ -84,21 +84,18 @@ class SelectStore(AppendStore):
 
     # -- what is stored
 
-    def demote(
-        self, keys, values, first, seen, attention_stats, before_write=lambda evicted: None, counters=None
-    ):
-        tier, new = self.tiers[0], keys.shape[2]
+    def write(self, fields, mean, at, before_write=lambda evicted: None, bound=None):
+        tier = self.tiers[0]
         before = tier.records.count
 
         def reserved(evicted: Tensor | None) -> None:
             self._fit()
             before_write(evicted)
 
-        super().demote(keys, values, first, seen, attention_stats, reserved, counters)
-        if counters is None:
-            self._make_resident(before, before + new)
+        super().write(fields, mean, at, reserved, bound)
+        if at is None:
+            self._make_resident(before, tier.records.count)
         elif self.residency:
-            at = self._slots(first, new, counters)
             room = self.residency.slots * self.page
             for name, x in self.resident.items():
                 x.index_copy_(2, at.clamp_max(room), tier.records.tensors[name].index_select(2, at))

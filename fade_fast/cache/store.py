@@ -6,7 +6,7 @@ token as one record that depends on no other token. So moving a token is a gathe
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -78,8 +78,11 @@ class StoredTier:
             tokens = slots + spare(slots)
         self.records.reserve(tokens)
 
-    def make_room(self, fields: dict[str, Tensor], held: int) -> None:
-        """Allocate now what writing `fields` after `held` slots needs."""
+    def make_room(self, fields: dict[str, Tensor], held: int, bound: Tensor | None = None) -> None:
+        """Allocate now what writing `fields` after `held` slots needs.
+
+        `bound` is the bound of their value scales, if it is known already: [B, H] float32.
+        """
         new = fields["key_codes"].shape[2]
         needed = held + new
         if self.records.compiled and needed > self._longest:
@@ -89,12 +92,15 @@ class StoredTier:
             self.reserve(room if self.budget is None else max(needed, min(self.budget, room)))
         self.records.make_room(new, held)
         if new and self.bound is not None:  # a bound that is too high does no harm
-            bound = self.format.value_bound(fields).to(self.bound.device)
+            bound = self.format.value_bound(fields).to(self.bound.device) if bound is None else bound
             torch.maximum(self.bound, bound, out=self.bound)
 
-    def append(self, at: Tensor | None = None, **fields: Tensor) -> None:
-        """Write records after those in use; `at` names their slots to a graph being captured."""
-        self.make_room(fields, self.records.count)
+    def append(self, at: Tensor | None = None, bound: Tensor | None = None, **fields: Tensor) -> None:
+        """Write records after those in use; `at` names their slots to a graph being captured.
+
+        `bound` is as in `make_room`.
+        """
+        self.make_room(fields, self.records.count, bound)
         self.records.append(at, **fields)
 
     def replace(self, **fields: Tensor) -> None:
@@ -208,6 +214,16 @@ class CompressedStore(ABC):
             for records, count in zip(held, counts):
                 records.count = count
             raise
+
+    @property
+    def views_like(self) -> Hashable | None:
+        """What says which slots the views hide, where other layers may have the same; else None."""
+        return None
+
+    @property
+    def shared(self) -> Hashable | None:
+        """What a demotion depends on beside its arguments. None: this layer is demoted alone."""
+        return None
 
     @abstractmethod
     def position(self, tier: StoredTier) -> Tensor:
