@@ -465,7 +465,7 @@ class KVLayer:
     def can_replay_demotion(self) -> bool:
         """Whether the next demotion can replay the captured graph of the last one."""
         block = self.config.block_size
-        steady = self._num_overflow(self.recent) == block and not (self.observer or self.telemetry)
+        steady = self._num_overflow(self.recent) == block and not self.telemetry
         return steady and self.middle.can_replay_demotion(block)
 
     @property
