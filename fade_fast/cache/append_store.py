@@ -85,7 +85,7 @@ class AppendStore(CompressedStore):
         tier = self.tiers[0]
         needed = tier.records.count + new
         has_means = self.means is None or self.means.capacity * self.per_mean >= needed
-        return 0 < tier.records.count and needed <= tier.num_read and has_means
+        return 0 < tier.records.count and needed <= tier.most_read and has_means
 
     def count_replayed_demotion(self, new: int) -> None:
         self.tiers[0].records.count += new

@@ -469,6 +469,20 @@ class KVLayer:
         return steady and self.middle.can_replay_demotion(block)
 
     @property
+    def can_record_demotion(self) -> bool:
+        """Whether the demotion of the next block can be recorded now, although none is due.
+
+        So many tokens must be counted as if one were due (`num_past_threshold` is 0).
+        """
+        block, fits = self.config.block_size, self.dense.count <= self.dense.capacity
+        return (
+            fits
+            and not self.telemetry
+            and self.demotes_like is not None
+            and self.middle.can_replay_demotion(block)
+        )
+
+    @property
     def num_past_threshold(self) -> int:
         """Recent tokens beyond those with which a block becomes due."""
         return self.recent - self.config.recent_window - self.config.block_size

@@ -15,7 +15,7 @@ from fade_ref.config import FadeConfig
 
 from ..formats.base import Field, Format, TierFormat
 from ..kernels import rotated
-from ..kernels.packed import TierView, bucket, longest, roomy, spare, whole
+from ..kernels.packed import TierView, bucket, chunk_of, longest, roomy, spare, whole
 from ..kernels.rope import RoPE, rotate
 from ..policies.scores import Observer
 from .buffers import Buffers
@@ -55,6 +55,24 @@ class StoredTier:
         if not self.records.compiled:
             return self.records.count
         return min(bucket(self._heads, self.records.count), self._longest)
+
+    @property
+    def most_read(self) -> int:
+        """Most slots a kernel can ever read of the present buffers."""
+        return self._longest if self.records.compiled else self.records.count
+
+    @property
+    def next_read(self) -> int | None:
+        """Slots a kernel reads once the text outgrows those it reads now.
+
+        None: then it needs other buffers, or kernels that are compiled for another number of slots.
+        """
+        now = self.num_read
+        if not self.records.compiled or now >= self._longest:
+            return None
+        later = min(bucket(self._heads, now + 1), self._longest)
+        same = chunk_of(self._heads, now, 1) == chunk_of(self._heads, later, 1)
+        return later if same else None
 
     @property
     def _longest(self) -> int:

@@ -6,7 +6,7 @@ written layer by layer.
 """
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,16 @@ def compact(layers: list[KVLayer], counters: DeviceCounters | None = None) -> No
             _compact(group, counters)
 
 
+def rehearse(layers: list[KVLayer], counters: DeviceCounters) -> None:
+    """Compute what `compact` would, and write nothing: what has yet to be compiled is compiled.
+
+    As many tokens must be due as `compact` is going to find. What they contain does not matter.
+    """
+    for group in groups(layers):
+        if group[0].demotes_like is not None:
+            _compact(group, counters, writes=False)
+
+
 def groups(layers: list[KVLayer]) -> list[list[KVLayer]]:
     """Layers whose demotions are computed together, in order."""
     found: dict[Hashable, list[list[KVLayer]]] = {}
@@ -45,7 +55,7 @@ def groups(layers: list[KVLayer]) -> list[list[KVLayer]]:
     return [group for several in found.values() for group in several]
 
 
-def _compact(layers: list[KVLayer], counters: DeviceCounters | None) -> None:
+def _compact(layers: list[KVLayer], counters: DeviceCounters | None, writes: bool = True) -> None:
     first = layers[0]
     dense, count, recent = first.dense, first.num_due, first.recent
     start = dense.count - recent
@@ -57,7 +67,9 @@ def _compact(layers: list[KVLayer], counters: DeviceCounters | None) -> None:
         later[name] = joined.narrow(field.axis, count, length - count)
     step = first.length - recent
     demote = _demote_planned if isinstance(first.middle, BudgetStore) else _demote_appended
-    demote(layers, tokens, later, step, count, counters)
+    write = demote(layers, tokens, later, step, count, counters)
+    if writes:
+        write()
 
 
 def _close_gap(layer: KVLayer, later: dict[str, Tensor], count: int) -> list[tuple[Tensor, Tensor]]:
@@ -86,7 +98,8 @@ def _fields(fields: dict[str, Tensor], layers: list[KVLayer]) -> list[dict[str, 
 # -- every token is kept
 
 
-def _demote_appended(layers, tokens, later, first, count, counters) -> None:
+def _demote_appended(layers, tokens, later, first, count, counters) -> Callable[[], None]:
+    """What is demoted, computed. The result writes it."""
     stores: list[AppendStore] = [layer.middle for layer in layers]
     store, (tier,) = copy.copy(stores[0]), stores[0].tiers
     store.token_positions = RepeatedPositions(store.token_positions, len(layers))
@@ -95,63 +108,86 @@ def _demote_appended(layers, tokens, later, first, count, counters) -> None:
     records, means = store.encoded(tokens["key"], tokens["value"], position)
     bounds = _rows(tier.format.value_bound(records) if tier.format.has_bound else None, layers)
     parts = zip(layers, _fields(records, layers), _rows(means, layers), bounds, _fields(later, layers))
-    moves = []
-    for layer, fields, mean, bound, rest in parts:
-        layer.middle.write(fields, mean, at, bound=bound)
-        moves += _close_gap(layer, rest, count)
-    copy_all(moves)
+
+    def write() -> None:
+        moves = []
+        for layer, fields, mean, bound, rest in parts:
+            layer.middle.write(fields, mean, at, bound=bound)
+            moves += _close_gap(layer, rest, count)
+        copy_all(moves)
+
+    return write
 
 
 # -- tokens compete for budgets
 
 
-def _demote_planned(layers, tokens, later, first, count, counters) -> None:
+def _demote_planned(layers, tokens, later, first, count, counters) -> Callable[[], None]:
+    """What is demoted, computed. The result writes it."""
     stores: list[BudgetStore] = [layer.middle for layer in layers]
     joined = BudgetStore.joined(stores)
     stats = {name: x for name, x in tokens.items() if name not in ("key", "value")}
     found = joined.planned(tokens["key"], tokens["value"], first, layers[0].length, stats, counters)
     records = [_fields(fields, layers) for fields in found.records]
-    sinks = _turned_sinks(layers, stores[0].evicted, found.evicted)
-    for i, tier in enumerate(stores[0].tiers):
-        bounds = _rows(tier.format.value_bound(found.records[i]) if tier.format.has_bound else None, layers)
-        for store, fields, bound in zip(stores, records[i], bounds):
-            store.tiers[i].make_room(fields, 0, bound)
+    bounds = [
+        _rows(tier.format.value_bound(fields) if tier.format.has_bound else None, layers)
+        for tier, fields in zip(stores[0].tiers, found.records)
+    ]
     fixes_mean = not stores[0].means.count or joined.token_positions.has_padding
     means = _rows(joined.means["mean"] if fixes_mean else None, layers)
-    demoted, evicted = _rows(found.demoted, layers), _rows(found.evicted, layers)
-    copies = list(sinks)
-    for i, store in enumerate(stores):
-        if means[i] is not None and not store.means.count:
-            store.means.append(mean=means[i])
-        elif means[i] is not None:
-            copies.append((store.means["mean"], means[i]))
-        for tier, fields in zip(store.tiers, (parts[i] for parts in records)):
-            copies += tier.records.rewritten(**fields)
-        if store.evicted is None:  # each layer has tensors of its own, whose addresses captured steps know
-            store.count_tokens(demoted[i].clone(), evicted[i].clone())
-        else:
-            copies += [(store._demoted, demoted[i]), (store.evicted, evicted[i])]
-    for layer, rest in zip(layers, _fields(later, layers)):
-        copies += _close_gap(layer, rest, count)
-    copy_all(copies)
+    counts = list(zip(_rows(found.demoted, layers), _rows(found.evicted, layers)))
+    if stores[0].evicted is None:  # each layer gets tensors of its own, whose addresses captured steps know
+        counts = [tuple(x.clone() for x in pair) for pair in counts]
+    sinks = _turned_sinks(layers, stores[0].evicted, found.evicted)
+
+    def write() -> None:
+        for i, store in enumerate(stores):  # all memory is allocated before anything is counted
+            for j, tier in enumerate(store.tiers):
+                tier.make_room(records[j][i], 0, bounds[j][i])
+            store.means.make_room(1, 0)
+        copies = []
+        for i, (layer, store) in enumerate(zip(layers, stores)):
+            if means[i] is not None:
+                copies += store.means.rewritten(mean=means[i])
+            for tier, parts in zip(store.tiers, records):
+                copies += tier.records.rewritten(**parts[i])
+            if store.evicted is None:
+                store.count_tokens(*counts[i])
+            else:
+                copies += zip((store._demoted, store.evicted), counts[i])
+            copies += _write_sinks(layer, *sinks[i]) if sinks else []
+        for layer, rest in zip(layers, _fields(later, layers)):
+            copies += _close_gap(layer, rest, count)
+        copy_all(copies)
+
+    return write
 
 
 def _turned_sinks(layers, before, evicted) -> list[tuple[Tensor, Tensor]]:
-    """Copies that rotate the sinks on by the tokens evicted, see `DenseStore.rotate_sinks`."""
+    """Keys of the sinks of each layer, rotated on by the tokens evicted, and as they came.
+
+    See `DenseStore.rotate_sinks`. Nothing is written. The list is empty where no token is renumbered.
+    """
     if not layers[0].config.contiguous:
         return []
     twin = copy.copy(layers[0].dense)
     count = twin.count = layers[0].config.n_sink
-    keys = [layer.dense.tensors["key"].narrow(2, 0, count) for layer in layers]
-    twin.tensors = {"key": torch.cat(keys)}
+    twin.tensors = {"key": torch.cat([x.dense.tensors["key"].narrow(2, 0, count) for x in layers])}
     if before is not None:
         before = torch.cat([layer.middle.evicted for layer in layers])
         twin.sink_keys = torch.cat([layer.dense.sink_keys for layer in layers])
     twin.rotate_sinks(before, evicted, layers[0].rope())
-    copies = list(zip(keys, _rows(twin.tensors["key"], layers)))
-    for layer, own in zip(layers, _rows(twin.sink_keys, layers)):
-        if layer.dense.sink_keys is None:
-            layer.dense.sink_keys = own.clone()
-        else:
-            copies.append((layer.dense.sink_keys, own))
-    return copies
+    came = _rows(twin.sink_keys, layers)
+    if before is None:
+        came = [x.clone() for x in came]
+    return list(zip(_rows(twin.tensors["key"], layers), came))
+
+
+def _write_sinks(layer: KVLayer, turned: Tensor, came: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The copies that store them in a layer."""
+    dense = layer.dense
+    copies = [(dense.tensors["key"].narrow(2, 0, turned.shape[2]), turned)]
+    if dense.sink_keys is None:
+        dense.sink_keys = came
+        return copies
+    return [*copies, (dense.sink_keys, came)]
