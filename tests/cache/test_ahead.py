@@ -1,13 +1,15 @@
-"""What is captured before it is due: demotions, and steps that read more slots. A graph is played by Python."""
+"""What is captured before it is due: demotions, and steps that read more slots. Python plays a graph."""
 
 import pytest
 import torch
 
-from fade_fast.cache import decode_graph
+from fade_fast.cache import cuda_graph, decode_graph
+from fade_fast.kernels import packed
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
 from ..models import compressed_tokens, new_cache, prompt, tiny_llama
+from .test_cuda_graph import tapes  # noqa: F401
 from .test_decode_graph import SMALL, STEADY, compiled
 
 POLICIES = ("h2o", "snapkv", "keydiff")
@@ -97,4 +99,37 @@ def test_a_demotion_is_captured_before_it_is_due(name, demotions, monkeypatch):
     assert torch.equal(found, expected) and compressed_tokens(cache) > 0 and len(demotions) == made
     ours, theirs = cache.state_dict()[0], other.state_dict()[0]
     assert ours.keys() == theirs.keys()
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+@pytest.mark.slow
+def test_the_step_that_reads_more_slots_is_captured_ahead(tapes, uncompiled_kernels, monkeypatch):  # noqa: F811
+    """It is replayed at once when the text has outgrown the slots that were read, under the same graph id."""
+    monkeypatch.setattr(packed, "_best_step", lambda heads: 128)
+    monkeypatch.setattr(packed, "spare", lambda view: 32)
+    model, config = tiny_llama(dtype=torch.float16), FadeConfig(recent_window=8, block_size=16)
+    ids, found, ids_seen = prompt(258, batch=2), {}, set()
+    for soon in (cuda_graph.SOON, 0):
+        monkeypatch.setattr(cuda_graph, "SOON", soon)
+        monkeypatch.setattr(cuda_graph, "AGAIN", cuda_graph.AGAIN if soon else 10**6)
+        del tapes[:]
+        cache = new_cache(model, config, verify=False, max_length=600)
+        graph = cache.decode_graph
+        real, variants = graph.begin, []
+
+        def begin(*args, real=real, graph=graph, variants=variants):
+            ready = real(*args)
+            variants.append(graph.variant)
+            ids_seen.add(graph.graph_id)
+            return ready
+
+        graph.begin = begin
+        text = compiled(model, cache, ids, backend="aot_eager", new=110)
+        found[soon] = text, cache, graph.counts, variants
+    (text, cache, counts, variants), (same, other, plain, _) = found.values()
+    assert len(set(variants)) == 2 and len(ids_seen) == 2  # one graph id a cache
+    assert counts["step, captured ahead"] >= 1 and counts["step, captured"] == 1
+    assert counts["step, not captured"] == 1 < plain["step, not captured"] == 2 == plain["step, captured"]
+    assert torch.equal(text, same) and compressed_tokens(cache) > 200
+    ours, theirs = cache.state_dict()[0], other.state_dict()[0]
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
