@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .hf.create import attach, create_cache, load_cache
     from .hf.prompts import common_prefix
     from .hf.stream import Summary, stream
+    from .hf.warm import Warmed, warm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "ModelCheck",
     "Summary",
     "TieredKVCache",
+    "Warmed",
     "attach",
     "check_model",
     "common_prefix",
@@ -41,6 +43,7 @@ __all__ = [
     "load_cache",
     "loading",
     "stream",
+    "warm",
 ]
 
 #: The module of each public name. Type checkers read the imports above; a test compares both.
@@ -52,6 +55,7 @@ _HOMES = {
     "ModelCheck": "fade_fast.hf.check",
     "Summary": "fade_fast.hf.stream",
     "TieredKVCache": "fade_fast.hf.cache",
+    "Warmed": "fade_fast.hf.warm",
     "attach": "fade_fast.hf.create",
     "check_model": "fade_fast.hf.check",
     "common_prefix": "fade_fast.hf.prompts",
@@ -60,6 +64,7 @@ _HOMES = {
     "load_cache": "fade_fast.hf.create",
     "loading": "fade_fast.hf",
     "stream": "fade_fast.hf.stream",
+    "warm": "fade_fast.hf.warm",
 }
 
 

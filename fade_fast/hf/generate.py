@@ -260,6 +260,8 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
             if not ready:
                 return plain(*args, **kwargs)
             new = tokens.shape[1]
+            if model.config.return_dict:  # assisted decoding leaves it out; then its steps are as others
+                kwargs.setdefault("return_dict", True)
             if new > 1:
                 kwargs = _of_any_length(kwargs, tokens)
             step = step_of(decode_graph)
