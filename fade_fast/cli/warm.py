@@ -2,8 +2,8 @@
 
 fade warm --model MODEL --config safe --batch 1 8 --mode greedy sampled --file model.warm
 
-On another machine with the same GPU and versions, the same command, or fade_fast.warm(model, file=...),
-loads the file and compiles nothing again.
+On another machine with the same GPU and versions, the same command loads the file and compiles nothing
+again. So does fade_fast.warm(model, file=...).
 """
 
 import argparse
