@@ -35,6 +35,7 @@ WORKER = """
 import json, os, sys
 import torch
 from transformers import LlamaForCausalLM
+import fade_fast
 from transformers.distributed import DistributedConfig
 from tests.hf.test_parallel import CASES, texts
 
@@ -42,6 +43,11 @@ folder, rank = sys.argv[1], os.environ["RANK"]
 split = dict(distributed_config=DistributedConfig(tp_plan="auto"))
 model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **split)
 found = {name: texts(model, config, f"{folder}/{rank}") for name, config in CASES.items()}
+torch.distributed.barrier()
+try:
+    fade_fast.load_cache(f"{folder}/{1 - int(rank)}", model)
+except ValueError as error:
+    found["of the other rank"] = str(error)
 with open(f"{folder}/{rank}.json", "w") as file:
     json.dump(found, file)
 torch.distributed.destroy_process_group()
@@ -81,6 +87,10 @@ def test_two_processes_write_the_text_of_one(tmp_path):
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    for found in ranks:
+        assert found["of the other rank"].endswith("was filled by another model: part differ")
+    with pytest.raises(ValueError, match="part differ"):
+        fade_fast.load_cache(tmp_path / "1", model)
     for name, config in CASES.items():
         expected, one, two = texts(model, config, str(tmp_path / "one")), *(found[name] for found in ranks)
         assert one["whole"] == one["again"] == two["whole"] == two["again"]
