@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .hf.create import attach, create_cache, load_cache
     from .hf.prompts import common_prefix
     from .hf.stream import Summary, stream
+    from .hf.warm import Warmed, warm
 else:  # type checkers know all names
 
     def __getattr__(name: str):
@@ -46,6 +47,7 @@ __all__ = [
     "ModelCheck",
     "Summary",
     "TieredKVCache",
+    "Warmed",
     "attach",
     "check_model",
     "common_prefix",
@@ -54,6 +56,7 @@ __all__ = [
     "load_cache",
     "loading",
     "stream",
+    "warm",
 ]
 
 #: The module of each public name. Type checkers read the imports above; a test compares both.
@@ -65,6 +68,7 @@ _HOMES = {
     "ModelCheck": "fade_fast.hf.check",
     "Summary": "fade_fast.hf.stream",
     "TieredKVCache": "fade_fast.hf.cache",
+    "Warmed": "fade_fast.hf.warm",
     "attach": "fade_fast.hf.create",
     "check_model": "fade_fast.hf.check",
     "common_prefix": "fade_fast.hf.prompts",
@@ -73,6 +77,7 @@ _HOMES = {
     "load_cache": "fade_fast.hf.create",
     "loading": "fade_fast.hf",
     "stream": "fade_fast.hf.stream",
+    "warm": "fade_fast.hf.warm",
 }
 
 

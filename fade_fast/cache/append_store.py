@@ -1,6 +1,6 @@
 """A store without budgets: the token of step index i stays in slot i - n_sink for ever."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from torch import Tensor
 
@@ -19,6 +19,15 @@ class AppendStore(CompressedStore):
 
     per_mean = slots_step
 
+    @property
+    def views_like(self) -> Hashable | None:
+        records = self.tiers[0].records
+        return type(self), records.count, records.capacity
+
+    @property
+    def shared(self) -> Hashable | None:
+        return type(self), self.tiers[0].records.count
+
     def reserve(self, tokens: int) -> None:
         self.tiers[0].reserve(tokens)
         self._reserve_means()
@@ -35,26 +44,40 @@ class AppendStore(CompressedStore):
     def demote(
         self, keys, values, first, seen, attention_stats, before_write=lambda evicted: None, counters=None
     ):
-        tier, count, mean, at, block = self.tiers[0], keys.shape[2], None, None, None
-        position = self.middle_positions(first, count, counters)
-        keys = self.before_rope(keys, position)
+        position = self.middle_positions(first, keys.shape[2], counters)
+        at = None if counters is None else self.slots(first, keys.shape[2], counters)
+        self.write(*self.encoded(keys, values, position), at, before_write)
+
+    def encoded(
+        self, keys: Tensor, values: Tensor, position: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Records of new tokens at `position` [B, 1, n], and the means of their blocks."""
+        mean, keys = None, self.before_rope(keys, position)
         if self.means is not None:
-            blocks = (count // self.per_mean, self.per_mean)
+            blocks = (keys.shape[2] // self.per_mean, self.per_mean)
             grouped = position.unflatten(2, blocks)
             real = grouped != PAD if self.token_positions.has_padding else None
             mean = self.format.key_means(keys.unflatten(2, blocks), grouped, real)
-        fields = tier.format.encode(keys, values, mean, recurs=True)
-        if counters is not None:
-            at = self._slots(first, count, counters)
-            block = at[:: self.per_mean] // self.per_mean
+        return self.tiers[0].format.encode(keys, values, mean, recurs=True), mean
+
+    def write(
+        self,
+        fields: dict[str, Tensor],
+        mean: Tensor | None,
+        at: Tensor | None,
+        before_write: Callable[[Tensor | None], None] = lambda evicted: None,
+        bound: Tensor | None = None,
+    ) -> None:
+        """Append what `encoded` made. `at`: `slots`, for a captured graph. `bound`: see `StoredTier`."""
+        block = None if at is None else at[:: self.per_mean] // self.per_mean
         with self._all_or_nothing():
-            tier.append(at, **fields)
+            self.tiers[0].append(at, bound, **fields)
             self._reserve_means()
             if self.means is not None:
                 self.means.append(block, mean=mean)
             before_write(None)
 
-    def _slots(self, first: int, count: int, counters: DeviceCounters) -> Tensor:
+    def slots(self, first: int, count: int, counters: DeviceCounters) -> Tensor:
         """Slots of step indices `first` to `first + count`, int64 [count], as the device counts them."""
         return self.token_positions.index(first, count, counters) - self.config.n_sink
 
@@ -62,7 +85,7 @@ class AppendStore(CompressedStore):
         tier = self.tiers[0]
         needed = tier.records.count + new
         has_means = self.means is None or self.means.capacity * self.per_mean >= needed
-        return 0 < tier.records.count and needed <= tier.num_read and has_means
+        return 0 < tier.records.count and needed <= tier.most_read and has_means
 
     def count_replayed_demotion(self, new: int) -> None:
         self.tiers[0].records.count += new
@@ -75,7 +98,7 @@ class AppendStore(CompressedStore):
             return
         block = self.per_mean  # only the last block is new
         first = self.config.n_sink + tier.records.count - block
-        position, at = self.middle_positions(first, block, counters), self._slots(first, block, counters)
+        position, at = self.middle_positions(first, block, counters), self.slots(first, block, counters)
         view.valid.index_copy_(-1, at, position != PAD)
         if view.read_at is not None:
             view.read_at.index_copy_(-1, at, position)

@@ -4,20 +4,36 @@ Survivors move, so each record stores its position. One key mean per row serves 
 demotion fixes it.
 """
 
+import copy
 import functools
+from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..formats.base import Field
 from ..policies import plan
-from .buffers import along, take
+from .buffers import Buffers, take
 from .eviction import warn_once
-from .positions import PAD, DeviceCounters
+from .positions import PAD, DeviceCounters, RepeatedPositions
 from .store import CompressedStore, StoredTier
 
 #: Where a tier's new records come from: slots among the candidates, and False for slots without a token.
 Choice = tuple[Tensor, Tensor]
+
+
+class Planned(NamedTuple):
+    """What a demotion writes.
+
+    Attributes:
+        records: of each tier, [B, ...].
+        demoted, evicted: real tokens demoted and evicted so far, int32 [B, 1].
+    """
+
+    records: list[dict[str, Tensor]]
+    demoted: Tensor
+    evicted: Tensor
 
 
 class BudgetStore(CompressedStore):
@@ -50,6 +66,16 @@ class BudgetStore(CompressedStore):
             tier.reserve(tokens if tier.budget is None else min(tier.budget, tokens))
         self.means.reserve(1)
 
+    @property
+    def shared(self) -> Hashable | None:
+        held = [tier.records.count for tier in self.tiers]
+        # Rows of one layer may share a plan; and where the sizes of tiers depend on scores, they differ.
+        if self.config.plan_scope == "layer" or self.token_positions.has_padding:
+            return None
+        if plan.sizes(self.config, held, self.config.block_size) is None:
+            return None
+        return type(self), *held, self.means.count, self.evicted is None
+
     def can_replay_demotion(self, new: int) -> bool:
         held = [tier.records.count for tier in self.tiers]
         full = min(held) > 0 and plan.sizes(self.config, held, new) == held
@@ -65,26 +91,57 @@ class BudgetStore(CompressedStore):
         self, keys, values, first, seen, attention_stats, before_write=lambda evicted: None, counters=None
     ):
         with self._all_or_nothing():
-            position = self.middle_positions(first, keys.shape[2], counters)
-            candidates = self._candidates(keys, position, seen, attention_stats, counters)
-            choices = self._choose(candidates, position)
-            keys = self.before_rope(keys, position)
-            self._fix_mean(keys, position)
-            places = [candidates.position.gather(-1, i).masked_fill(~real, PAD) for i, real in choices]
-            demoted, evicted = self._counts(position, places)
-            records = [
-                self._records(tier, index, place, at, keys, values, candidates)
-                for tier, (index, _), place, at in zip(
-                    self.tiers, choices, places, self._renumber(places, evicted)
-                )
-            ]
-            for tier, fields in zip(self.tiers, records):
+            planned = self.planned(keys, values, first, seen, attention_stats, counters)
+            for tier, fields in zip(self.tiers, planned.records):
                 tier.make_room(fields, 0)
-            self._warn(candidates.position, places, evicted)
-            before_write(evicted)
-            for tier, fields in zip(self.tiers, records):
+            before_write(planned.evicted)
+            for tier, fields in zip(self.tiers, planned.records):
                 tier.replace(**fields)
-            self._count(demoted, evicted)
+            self.count_tokens(planned.demoted, planned.evicted)
+
+    def planned(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        first: int,
+        seen: int,
+        attention_stats: dict[str, Tensor],
+        counters: DeviceCounters | None = None,
+    ) -> Planned:
+        """What `demote` writes. Nothing changes but the mean, which the first demotion fixes."""
+        position = self.middle_positions(first, keys.shape[2], counters)
+        candidates = self._candidates(keys, position, seen, attention_stats, counters)
+        choices = self._choose(candidates, position)
+        keys = self.before_rope(keys, position)
+        self._fix_mean(keys, position)
+        places = [candidates.position.gather(-1, i).masked_fill(~real, PAD) for i, real in choices]
+        demoted, evicted = self._counts(position, places)
+        records = [
+            self._records(tier, index, place, at, keys, values, candidates)
+            for tier, (index, _), place, at in zip(
+                self.tiers, choices, places, self._renumber(places, evicted)
+            )
+        ]
+        self._warn(candidates.position, places, evicted)
+        return Planned(records, demoted, evicted)
+
+    @classmethod
+    def joined(cls, stores: list["BudgetStore"]) -> "BudgetStore":
+        """A store to plan with: its rows are those of all `stores`, one store after another.
+
+        It holds copies. The stores must have one configuration and hold equally many tokens.
+        """
+        first, twin = stores[0], copy.copy(stores[0])
+        twin.token_positions = RepeatedPositions(first.token_positions, len(stores))
+        twin.tiers = [
+            StoredTier(tier.format, Buffers.joined([x.tiers[i].records for x in stores]), None, tier.budget)
+            for i, tier in enumerate(first.tiers)
+        ]
+        twin.means = Buffers.joined([x.means for x in stores])
+        if first.evicted is not None:
+            twin.evicted = torch.cat([x.evicted for x in stores])
+            twin._demoted = torch.cat([x._demoted for x in stores])
+        return twin
 
     def _candidates(
         self,
@@ -159,25 +216,41 @@ class BudgetStore(CompressedStore):
         return fields
 
     def _codes(self, tier: StoredTier, index: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Codes of the candidates `index`: moved if `tier` holds them, else encoded or requantized."""
-        num_held = sum(t.records.count for t in self.tiers)
-        new = (index - num_held).clamp_min(0)
-        recurs = self.config.eviction_policy != "adaptive"  # which keeps another number each time
-        fields = tier.format.encode(take(keys, new), take(values, new), self.means["mean"], recurs)
-        offset = 0
+        """Codes of the candidates `index` in a tier: those that it holds, requantized ones, and new ones.
+
+        No token ever leaves a coarse tier for a finer one, so those of coarser tiers stand as zeros. Of a
+        long prompt, only the tokens that stay are encoded.
+        """
+        count, held_now, recurs = index.shape[-1], sum(t.records.count for t in self.tiers), True
+        if keys.shape[2] > count:
+            chosen = (index - held_now).clamp_min(0)
+            keys, values = take(keys, chosen), take(values, chosen)
+            index = torch.where(index < held_now, index, held_now + torch.arange(count, device=index.device))
+            recurs = self.config.eviction_policy != "adaptive"  # which keeps another number each time
+        new = tier.format.encode(keys, values, self.means["mean"], recurs)
+        parts, passed = [], False
         for source in self.tiers:
-            count = source.records.count
-            if count:
-                here = (index >= offset) & (index < offset + count)
-                slots = (index - offset).clamp(0, count - 1)
-                old = {name: source.records.take(name, slots) for name in source.format_fields}
-                if source is not tier:
-                    old = tier.format.requantize(old, source.format)
-                for name, x in fields.items():
-                    chosen = along(here, x, tier.records.fields[name].axis)
-                    fields[name] = torch.where(chosen, old[name], x)
-            offset += count
-        return fields
+            passed |= source is tier
+            if not source.records.count:
+                continue
+            held = {name: source.records[name] for name in source.format_fields}
+            if source is not tier and not passed:
+                held = tier.format.requantize(held, source.format)
+            elif source is not tier:
+                held = {name: self._zeros(tier, name, source.records.count, x) for name, x in new.items()}
+            parts.append(held)
+        parts.append(new)
+        axes = {name: tier.records.fields[name].axis for name in new}
+        return {
+            name: take(torch.cat([part[name] for part in parts], axis), index, axis)
+            for name, axis in axes.items()
+        }
+
+    @staticmethod
+    def _zeros(tier: StoredTier, name: str, slots: int, like: Tensor) -> Tensor:
+        """Zeros of a field of `slots` slots, which take no memory."""
+        shape = tier.records.fields[name].shape_of(len(like), slots)
+        return like.new_zeros(()).expand(shape)
 
     def _counts(self, position: Tensor, places: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Real tokens demoted and evicted so far, [B, 1] each."""
@@ -198,13 +271,21 @@ class BudgetStore(CompressedStore):
         if dropped > 0:
             warn_once(self.config, dropped)
 
-    def _count(self, demoted: Tensor, evicted: Tensor) -> None:
-        """Store both counts."""
+    def count_tokens(self, demoted: Tensor, evicted: Tensor) -> None:
+        """Store both counts of a `Planned`."""
         if self.evicted is None:
             self.evicted, self._demoted = evicted, demoted
         else:  # in place: captured graphs know the tensors by their addresses
             self.evicted.copy_(evicted)
             self._demoted.copy_(demoted)
+
+    def refresh_view(self, tier, view, counters=None):
+        count = tier.records.count  # captured demotions leave as many as there were
+        torch.ne(self.position(tier), PAD, out=view.valid.narrow(-1, 0, count))
+        if view.read_at is not None:
+            view.read_at.narrow(-1, 0, count).copy_(self.read_at(tier))
+        if counters is None:
+            view.valid.narrow(-1, count, view.valid.shape[-1] - count).zero_()
 
     def _renumber(self, places: list[Tensor], evicted: Tensor) -> list[Tensor]:
         """Positions at which survivors are read: rank among the live tokens, plus the tokens evicted.

@@ -62,6 +62,14 @@ class Buffers:
         """A tensor of one field, all zero."""
         return self.fields[name].empty(batch, slots, device)
 
+    @classmethod
+    def joined(cls, parts: list["Buffers"]) -> "Buffers":
+        """The slots in use of all `parts`, whose rows follow one another: a copy, for reading."""
+        twin = cls.__new__(cls)
+        twin.fields, twin.step, twin.count = parts[0].fields, parts[0].step, parts[0].count
+        twin.tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0].fields}
+        return twin
+
     @property
     def capacity(self) -> int:
         """Number of allocated slots."""
@@ -130,6 +138,12 @@ class Buffers:
             else:
                 held.index_copy_(axis, at, x)
         self.count += new
+
+    def rewritten(self, **records: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Hold exactly these records, for which there is room: the copies to be made, for `copy_all`."""
+        name = next(iter(records))
+        self.count = records[name].shape[self.fields[name].axis]
+        return [(self[name], x) for name, x in records.items()]
 
     def replace(self, **records: Tensor) -> None:
         """Hold exactly these records, in the existing memory if they fit."""

@@ -6,13 +6,21 @@ and Inductor checks that the addresses of the weights did not change. The GPU wa
 graph id.
 """
 
+import functools
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+#: After so many replays of a graph, the next variant is captured if it is at most `SOON` calls away, and from
+#: then on every `AGAIN` replays if it is at most that far away.
+SETTLED, SOON, AGAIN = 8, 1024, 64
+LEAST_FREE = 32  # a capture gives cached memory back if less than this part of a GPU's memory is free
 
 
 class Captured:
@@ -20,8 +28,9 @@ class Captured:
 
     Two calls are of the same kind if their arguments differ only in the values of their tensors. The first
     call of a kind runs normally, so that the model can compile. The second call is captured. A new graph id
-    ends all kinds. All other state that a call depends on must not change while this object is used. A call
-    must not change Python objects. The next call overwrites the logits of the output.
+    ends all kinds. A variant of a graph id has kinds of its own. Those of the next variant may be captured
+    ahead, because they compile nothing. All other state that a call depends on must not change while this
+    object is used. A call must not change Python objects. The next call overwrites the logits of the output.
     """
 
     def __init__(
@@ -30,6 +39,8 @@ class Captured:
         otherwise: Callable[[], Callable],
         must_clone: Callable[[object], bool] = lambda output: True,
         capture: Callable | None = None,
+        counts: Counter[str] | None = None,
+        ahead: Callable[[int], AbstractContextManager] | None = None,
     ):
         """Wrap a compiled model.
 
@@ -39,65 +50,120 @@ class Captured:
             must_clone: returns whether the caller may keep tensors of an output. These tensors must be
                 cloned, because the next call overwrites them.
             capture: captures a call; by default the function `record`, which needs a GPU.
+            counts: counts the calls that were not replayed, by name.
+            ahead: returns a context in which calls are of the next variant, and yields that variant; it
+                yields None if the next variant is more than so many calls away or cannot be captured ahead.
         """
         self.compiled, self.otherwise, self.must_clone = compiled, otherwise, must_clone
         self.capture = capture or record
-        self.refused = False
+        self.refused, self.counts = False, Counter() if counts is None else counts
         self.graph_id, self.recordings, self.replays = 0, [], 0
+        self.ahead = ahead
 
-    def __call__(self, graph_id: int, arguments: dict):
+    def __call__(self, graph_id: int, arguments: dict, variant: Hashable = None):
         if self.refused:
             return self.compiled(**arguments)
         if graph_id != self.graph_id:
             self.graph_id, self.recordings = graph_id, []
         leaves, structure = tree_flatten(arguments)
-        kind = structure, [_kind(x) for x in leaves]
+        kind = variant, structure, [_kind(x) for x in leaves]
         recording = next((x for x in self.recordings if x.kind == kind), None)
         if recording is None:
-            self.recordings.append(Recording(kind))
+            self.recordings = [x for x in self.recordings if x.kind[0] == variant] + [Recording(kind)]
+            self.counts["step, not captured"] += 1
             return self.compiled(**arguments)
         if recording.graph:
             for own, given in zip(recording.inputs, _tensors(leaves)):
                 own.copy_(given)
         else:
             leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-            pool = next((x.graph.pool() for x in self.recordings if x.graph), None)
             try:
                 arguments = tree_unflatten(leaves, structure)
-                recording.graph, recording.output = self.capture(self.compiled, pool, **arguments)
+                recording.graph, recording.output = self.capture(self.compiled, self._pool, **arguments)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 warnings.warn(f"the decode step cannot be captured as a whole: {error}", stacklevel=2)
                 self.refused, self.compiled, self.recordings = True, self.otherwise(), []
                 return self.compiled(**arguments)
-            recording.inputs = _tensors(leaves)
+            recording.inputs, recording.leaves = _tensors(leaves), leaves
+            self.counts["step, captured"] += 1
         recording.graph.replay()
         self.replays += 1
+        recording.replays += 1
+        if self.ahead and not recording.next and recording.replays % AGAIN == SETTLED:
+            self._capture_next(recording)
         output = recording.output
         return tree_map_only(Tensor, torch.clone, output) if self.must_clone(output) else output
+
+    @property
+    def _pool(self) -> tuple[int, int] | None:
+        """The memory of the graphs that there are."""
+        return next((x.graph.pool() for x in self.recordings if x.graph), None)
+
+    def _capture_next(self, recording: "Recording") -> None:
+        """Capture such a call of the next variant, if that is near. Nothing runs."""
+        _, structure, kinds = recording.kind
+        with self.ahead(SOON if recording.replays == SETTLED else AGAIN) as variant:
+            if variant is None:
+                return
+            recording.next = True  # whatever comes of it
+            self.recordings = [x for x in self.recordings if x.kind[0] == recording.kind[0]]
+            arguments = tree_unflatten(recording.leaves, structure)
+            later = Recording((variant, structure, kinds), leaves=recording.leaves, inputs=recording.inputs)
+            try:
+                later.graph, later.output = self.capture(self.compiled, self._pool, **arguments)
+            except RuntimeError:  # memory is short, or something compiles: the call itself will tell
+                return
+            self.recordings.append(later)
+            self.counts["step, captured ahead"] += 1
 
 
 @dataclass
 class Recording:
-    """The CUDA graph that replays the calls of one kind. `graph` is None until the capture."""
+    """The CUDA graph that replays the calls of one kind. `graph` is None until the capture.
+
+    `leaves` are the arguments of the capture, `inputs` the tensors among them. `next` says whether such a
+    call of the next variant was captured, or cannot be.
+    """
 
     kind: tuple
     graph: torch.cuda.CUDAGraph | None = None
     inputs: list[Tensor] = field(default_factory=list)
     output: object = None
+    leaves: list = field(default_factory=list)
+    next: bool = False
+    replays: int = 0
 
 
 def record(call: Callable, pool: tuple[int, int] | None = None, **arguments):
     """Capture a call. Returns its CUDA graph, which has not run yet, and the output of the call.
 
     `pool` is memory to share with graphs that never run at the same time, or None.
+
+    `torch.cuda.graph` waits for the GPU and gives all cached memory back, which the next steps would have to
+    ask for again. Here the GPU goes on, and memory is given back only where little is left.
     """
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may continue to use the GPU.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        output = call(**arguments)
+    free, total = torch.cuda.mem_get_info()
+    if free < total // LEAST_FREE:
+        torch.cuda.empty_cache()
+    graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # Other threads may continue to use the GPU.
+        options = dict(capture_error_mode="thread_local") | ({} if pool is None else dict(pool=pool))
+        graph.capture_begin(**options)
+        try:
+            output = call(**arguments)
+        finally:
+            graph.capture_end()
     return graph, output
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The stream on which graphs of a device are captured."""
+    return torch.cuda.Stream(device)
 
 
 def _kind(x):

@@ -10,20 +10,26 @@ counts in Python. Between calls, a beam search reorders rows. Assisted decoding,
 each draft, crops the tokens that were refused.
 """
 
+import contextlib
 import itertools
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..kernels import dense
+from . import together
+from .append_store import AppendStore
 from .buffers import copy_all, take_rows
 from .cuda_graph import record
 from .guard import without_autocast
 from .layer import MAX_DECODE_TOKENS, KVLayer, ScoreOptions, Visible
 from .positions import PAD, DeviceCounters, TokenPositions
 
+CAPTURES_ON = {"cuda"}  # types of devices on which demotions and reorderings are captured, too
+SETTLED = 8  # steps of a graph id after which what comes later is captured ahead
 AHEAD_ON = {"cuda"}  # types of devices for which generate() need not wait before it prepares the next step
 
 _graph_ids = itertools.count(2)  # the compiler makes constants of 0 and 1
@@ -110,9 +116,11 @@ class DecodeGraph:
         reordered: whether rows changed places in it.
         kept: what policies had counted before the newest step, if that step may be taken back.
         failed: whether a step stopped halfway, and could not be taken back.
+        counts: what steps did besides a replay, by name, since the cache was made; for measurements.
     """
 
     def __init__(self, positions: TokenPositions, layers: list[KVLayer], compileable: bool):
+        self.counts: Counter[str] = Counter()
         self.token_positions, self.layers, self.active = positions, layers, False
         self.compileable, self.compiled, self.captures = compileable, False, False
         self.drafts, self.asked, self.undrafted = (lambda: None), {}, False
@@ -139,6 +147,7 @@ class DecodeGraph:
         self._versions: tuple[int, ...] | None = None  # of the layers, when graphs were last right
         self._appends = 0  # of the layers, when `search` was made
         self._demotions, self.demotion, self.order = 0, None, None
+        self._settling = 0  # steps until the next demotion is recorded ahead; 0: it is not
         self._search: Callable | None = None
         self.kept: list[Tensor] = []
         self._counted: list[Tensor] = []  # the tensors that `kept` has copies of
@@ -204,10 +213,15 @@ class DecodeGraph:
             layer.prepare(room)
         if self.token_positions.room < room:
             self.token_positions.reserve(self.token_positions.length + room)
+            self.counts["positions grow"] += 1
             self.touch()
         if self._stale or self._outgrown() or self._frequencies_changed():
             self._renew()
         self._set_fresh()
+        if self._settling:
+            self._settling -= 1
+            if not self._settling:
+                self._record_demotion()
         self.active = True
         return True
 
@@ -263,24 +277,27 @@ class DecodeGraph:
         """
         compressing = [layer for layer in self.layers if layer.compresses]
         replayable = all(layer.can_replay_demotion for layer in compressing)
-        if self._stale or not self._demotions or not replayable:
-            for layer in self.layers:
-                layer.compact()
+        if self._stale or not (self._demotions or self.demotion) or not replayable:
+            together.compact(self.layers)
             self.touch()
             self._demotions += 1
+            self._settling = 0 if self.demotion else SETTLED
+            self.counts["demotion, not captured"] += 1
             return
         past = compressing[0].num_past_threshold
         self.step_index.sub_(past)
         self._count(-past)
         try:
-            if not self.step_index.is_cuda:
+            if self.step_index.device.type not in CAPTURES_ON:
                 self._demote_on_device()
             else:
                 if self.demotion:
                     for layer in compressing:
                         layer.count_replayed_demotion()
+                    self.counts["demotion, replayed"] += 1
                 else:
                     self.demotion, _ = record(self._demote_on_device)
+                    self.counts["demotion, captured"] += 1
                 self.demotion.replay()
         except BaseException:
             self.touch()
@@ -293,12 +310,41 @@ class DecodeGraph:
             for group in self.groups:
                 group.slot.add_(past)
                 group.held.narrow(2, group.layers[0].dense.count - past, past).copy_(real[:, None])
+        if self._now_read() != self._slots_read:
+            self.touch()
+
+    def _record_demotion(self) -> None:
+        """Record the next demotion before it is due, and compile what it needs: no step then waits for that.
+
+        A recording runs nothing. So tokens that are still to come are counted as if they had come.
+        """
+        compressing = [layer for layer in self.layers if layer.compresses]
+        if self.demotion or not self.captures or self.step_index.device.type not in CAPTURES_ON:
+            return
+        missing = -compressing[0].num_past_threshold if compressing else 0
+        if missing <= 0:
+            return
+        buffers = [layer.dense for layer in compressing]
+        buffers += [x for layer in compressing if layer.middle for x in layer.middle.buffers().values()]
+        held = [x.count for x in buffers]
+        self._count(missing)
+        try:
+            if all(layer.can_record_demotion for layer in compressing):
+                together.rehearse(compressing, DeviceCounters(self.step_index, self.newest))
+                self.demotion, _ = record(self._demote_on_device)
+                self.counts["demotion, captured ahead"] += 1
+        except RuntimeError:  # it is captured when it is due, or fails then
+            self.demotion = None
+        finally:
+            self._count(-missing)
+            for x, count in zip(buffers, held):
+                x.count = count
+            self._set_fresh()
 
     def _demote_on_device(self) -> None:
         """The same by tensors of fixed addresses. All that graphs read is brought up to date."""
         counters = DeviceCounters(self.step_index, self.newest)
-        for layer in self.layers:
-            layer.compact(counters)
+        together.compact(self.layers, counters)
         self._refresh(counters)
         self._set_fresh()
 
@@ -329,7 +375,7 @@ class DecodeGraph:
         if self._stale or not self.captures:
             select(index)
             return
-        if not self.step_index.is_cuda:
+        if self.step_index.device.type not in CAPTURES_ON:
             self._reorder(index.to(torch.int64), select)
         elif self.order:
             self._index.copy_(index)
@@ -359,16 +405,55 @@ class DecodeGraph:
         for layer in self.layers:
             layer.follow_choices()
         inputs = [x for layer in self.layers for x in layer.static_inputs()] + self.token_positions.tensors()
-        slots_read = [layer.slots_read() for layer in self.layers]
+        slots_read = self._now_read()
         known = self._static_inputs
         stayed = len(inputs) == len(known) and all(a is b for a, b in zip(inputs, known))
-        if stayed and slots_read == self._slots_read and not self._outgrown():
+        same = stayed and slots_read == self._slots_read
+        if stayed and not self._outgrown() and (same or self.captures and self._reads_alike(slots_read)):
+            self.counts["views refreshed" if same else "more slots"] += 1
+            self._slots_read = slots_read
             self._refresh()
             return
+        reason = "longer prefix" if same else "more slots" if stayed else "other tensors"
+        self.counts[f"new graph id: {reason}"] += 1
         self._demotions = self._demotions if stayed else 0
         self._static_inputs, self._slots_read = inputs, slots_read
         self._frequencies = self._current_frequencies()
         self._open()
+
+    def _now_read(self) -> list[list[int]]:
+        return [layer.slots_read() for layer in self.layers]
+
+    def _reads_alike(self, slots_read: list[list[int]]) -> bool:
+        """Whether steps that read so many slots differ from the last ones by these numbers alone."""
+        return all(len(a) == len(b) and a[-1] == b[-1] for a, b in zip(slots_read, self._slots_read))
+
+    @property
+    def variant(self) -> tuple:
+        """What distinguishes the graphs of one graph id: the slots that each layer reads."""
+        return tuple(map(tuple, self._slots_read))
+
+    @contextlib.contextmanager
+    def reading_more(self, within: int) -> Iterator[tuple | None]:
+        """Inside this context, layers read the slots that they will when the text outgrows those of now.
+
+        Yields the `variant` of such steps. It is None if that will not be within so many tokens, or if it
+        takes other buffers or kernels; then nothing changes.
+        """
+        stores = [layer.middle for layer in self.layers if layer.compresses]
+        tiers = [store.tiers[0] for store in stores if type(store) is AppendStore and store.count]
+        held = [tier.records.count for tier in tiers]
+        soon = all(x.num_read - x.records.count <= within and x.next_read for x in tiers)
+        if not tiers or len(tiers) < len(stores) or not soon:
+            yield None
+            return
+        try:
+            for tier in tiers:
+                tier.records.count = tier.num_read + 1
+            yield tuple(map(tuple, self._now_read()))
+        finally:
+            for tier, count in zip(tiers, held):
+                tier.records.count = count
 
     def _open(self) -> None:
         """Begin a new graph id."""
@@ -386,7 +471,7 @@ class DecodeGraph:
         self._counted = [x for layer in observed for fields in layer.observed() for x in fields.values()]
         self.kept = [torch.empty_like(x) for x in self._counted]
         self._refresh()
-        self.demotion, self.order = None, None
+        self.demotion, self.order, self._settling = None, None, SETTLED
         _graphs.pop(self.graph_id, None)
         self.graph_id = next(_graph_ids)
         _graphs[self.graph_id] = self
@@ -400,8 +485,18 @@ class DecodeGraph:
             self.newest.copy_(self.token_positions.logical.amax(-1))  # the newest token may be padding
         for group in self.groups:
             group.refresh(counters)
+        firsts: dict[Hashable, KVLayer] = {}
+        copies = []
         for layer in self.layers:
-            layer.refresh_static_views(counters)
+            like = layer.views_like
+            first = layer if like is None else firsts.setdefault(like, layer)
+            if first is layer:
+                layer.refresh_static_views(counters)
+            else:
+                for own, other in zip(layer.static_views, first.static_views):
+                    pairs = (own.valid, other.valid), (own.read_at, other.read_at)
+                    copies += [pair for pair in pairs if pair[0] is not None]
+        copy_all(copies)
 
     # -- inside a step
 

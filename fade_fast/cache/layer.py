@@ -5,7 +5,7 @@ prepares the layer, appends its keys and values, attends, and compacts. Eager st
 captured steps by a tensor; the verbs are the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -400,7 +400,7 @@ class KVLayer:
     @property
     def demotion_due(self) -> bool:
         """Whether a block has to leave the recent region."""
-        return self.is_initialized and self._num_overflow(self.recent) > 0
+        return self.num_due > 0
 
     @torch.no_grad()
     def compact(self, counters: DeviceCounters | None = None) -> bool:
@@ -409,7 +409,7 @@ class KVLayer:
         This waits for the next step, so that tokens cropped in between (assisted decoding) leave no trace.
         With `counters`, a captured graph finds its slots on the device.
         """
-        overflow = self._num_overflow(self.recent) if self.is_initialized else 0
+        overflow = self.num_due
         if overflow:
             self.version += 1
             start = self.dense.count - self.recent
@@ -420,6 +420,31 @@ class KVLayer:
             if self.telemetry:
                 self.telemetry.stored(self)
         return overflow > 0
+
+    @property
+    def num_due(self) -> int:
+        """How many tokens have to leave the recent region."""
+        return self._num_overflow(self.recent) if self.is_initialized else 0
+
+    @property
+    def elements_due(self) -> int:
+        """Elements of their keys, in all rows and heads."""
+        batch, heads, _, dim = self.dense.tensors["key"].shape
+        return batch * heads * dim * self.num_due
+
+    @property
+    def demotes_like(self) -> Hashable | None:
+        """Layers of one kind can be demoted together, see `together.py`; None: this one is demoted alone."""
+        codes, held, dense = self.format.shared, self.middle.shared, self.dense
+        scores = self.observer.shared if self.observer else ()
+        if self.telemetry or None in (codes, held, scores):
+            return None
+        key = dense.tensors["key"]
+        kind = key.shape, key.dtype, key.device, dense.count, self.length, dense.sink_keys is None
+        frequencies = id(self.rope().inv_freq) if self.config.contiguous else None
+        c = self.config
+        limits = c.n_sink, c.recent_window, c.block_size, c.int4_budget, c.int2_budget, c.eviction_policy
+        return (*kind, *limits, c.plan_scope, c.positions, codes, held, scores, frequencies)
 
     def _num_overflow(self, recent: int) -> int:
         """How many of `recent` tokens have to leave: whole blocks."""
@@ -445,8 +470,22 @@ class KVLayer:
     def can_replay_demotion(self) -> bool:
         """Whether the next demotion can replay the captured graph of the last one."""
         block = self.config.block_size
-        steady = self._num_overflow(self.recent) == block and not (self.observer or self.telemetry)
+        steady = self._num_overflow(self.recent) == block and not self.telemetry
         return steady and self.middle.can_replay_demotion(block)
+
+    @property
+    def can_record_demotion(self) -> bool:
+        """Whether the demotion of the next block can be recorded now, although none is due.
+
+        So many tokens must be counted as if one were due (`num_past_threshold` is 0).
+        """
+        block, fits = self.config.block_size, self.dense.count <= self.dense.capacity
+        return (
+            fits
+            and not self.telemetry
+            and self.demotes_like is not None
+            and self.middle.can_replay_demotion(block)
+        )
 
     @property
     def num_past_threshold(self) -> int:
@@ -474,6 +513,14 @@ class KVLayer:
     def allocate_static_views(self) -> None:
         """Make the views that captured steps read."""
         self.static_views = [self.middle.view(tier) for tier in self.held_tiers()]
+
+    @property
+    def views_like(self) -> Hashable | None:
+        """Layers of one kind have static views that hide the same slots; None: this one is like no other."""
+        if not self.has_middle or self.middle.views_like is None:
+            return None
+        key = self.dense.tensors["key"]
+        return key.shape[0], key.device, self.config.contiguous, self.config.n_sink, self.middle.views_like
 
     def refresh_static_views(self, counters: DeviceCounters | None = None) -> None:
         """Bring those views up to date, in place."""

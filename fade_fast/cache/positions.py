@@ -27,6 +27,35 @@ class DeviceCounters(NamedTuple):
     newest: Tensor
 
 
+class RepeatedPositions:
+    """The `TokenPositions` of a batch whose rows are repeated as a whole, for a step of several layers.
+
+    Args:
+        positions: of the rows.
+        times: how often.
+    """
+
+    def __init__(self, positions: "TokenPositions", times: int):
+        self._positions, self._times = positions, times
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any token was padding."""
+        return self._positions.has_padding
+
+    def at(self, first: int, count: int, counters: DeviceCounters | None = None) -> Tensor:
+        """See `TokenPositions.at`."""
+        return self._positions.at(first, count, counters).repeat(self._times, 1)
+
+    def of(self, index: Tensor) -> Tensor:
+        """See `TokenPositions.of`."""
+        return self._positions.of(index).repeat(self._times, 1)
+
+    def newest_of(self, seen: int, counters: DeviceCounters | None = None) -> Tensor:
+        """See `TokenPositions.newest_of`."""
+        return self._positions.newest_of(seen, counters).repeat(self._times)
+
+
 class TokenPositions:
     """Positions of the tokens of a cache.
 
@@ -60,7 +89,11 @@ class TokenPositions:
         """
         if counters is None:
             return self.logical[:, first : first + count]
-        return self.buffer.index_select(1, self.index(first, count, counters))
+        return self.of(self.index(first, count, counters))
+
+    def of(self, index: Tensor) -> Tensor:
+        """Positions of step indices `index` int64 [count], [B, count] int32."""
+        return self.buffer.index_select(1, index)
 
     def index(self, first: int, count: int, counters: DeviceCounters) -> Tensor:
         """Step indices `first` to `first + count` as the device counts them, int64 [count]."""

@@ -147,24 +147,22 @@ class SelectStore(AppendStore):
 
     # -- what is stored
 
-    def demote(
-        self, keys, values, first, seen, attention_stats, before_write=lambda evicted: None, counters=None
-    ):
-        tier, new = self.tiers[0], keys.shape[2]
+    def write(self, fields, mean, at, before_write=lambda evicted: None, bound=None):
+        tier = self.tiers[0]
         before = tier.records.count
 
         def reserved(evicted: Tensor | None) -> None:
             self._fit()
             before_write(evicted)
 
-        super().demote(keys, values, first, seen, attention_stats, reserved, counters)
-        if counters is None:
+        super().write(fields, mean, at, reserved, bound)
+        if at is None:
             self._summarize()
-            self._make_resident(before, before + new)
-            self._admit(before, before + new)
+            self._make_resident(before, tier.records.count)
+            self._admit(before, tier.records.count)
             return
-        at = self._slots(first, new, counters)
-        self._summarize_at(at, self.middle_positions(first, new, counters) != PAD)
+        position = self.token_positions.of(at + self.config.n_sink)[:, None]
+        self._summarize_at(at, position >= self.config.n_sink)
         if self.residency:
             room = self.residency.slots * self.page
             for name, x in self.resident.items():

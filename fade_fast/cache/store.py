@@ -6,7 +6,7 @@ token as one record that depends on no other token. So moving a token is a gathe
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from fade_ref.config import FadeConfig
 
 from ..formats.base import Field, Format, TierFormat
 from ..kernels import rotated
-from ..kernels.packed import TierView, bucket, longest, roomy, spare, whole
+from ..kernels.packed import TierView, bucket, chunk_of, longest, roomy, spare, whole
 from ..kernels.rope import RoPE, rotate
 from ..policies.scores import Observer
 from .buffers import Buffers
@@ -57,6 +57,24 @@ class StoredTier:
         return min(bucket(self._heads, self.records.count), self._longest)
 
     @property
+    def most_read(self) -> int:
+        """Most slots a kernel can ever read of the present buffers."""
+        return self._longest if self.records.compiled else self.records.count
+
+    @property
+    def next_read(self) -> int | None:
+        """Slots a kernel reads once the text outgrows those it reads now.
+
+        None: then it needs other buffers, or kernels that are compiled for another number of slots.
+        """
+        now = self.num_read
+        if not self.records.compiled or now >= self._longest:
+            return None
+        later = min(bucket(self._heads, now + 1), self._longest)
+        same = chunk_of(self._heads, now, 1) == chunk_of(self._heads, later, 1)
+        return later if same else None
+
+    @property
     def _longest(self) -> int:
         """Most slots a kernel can read on CUDA."""
         return longest(self._heads, self.records.capacity)
@@ -78,8 +96,11 @@ class StoredTier:
             tokens = slots + spare(slots)
         self.records.reserve(tokens)
 
-    def make_room(self, fields: dict[str, Tensor], held: int) -> None:
-        """Allocate now what writing `fields` after `held` slots needs."""
+    def make_room(self, fields: dict[str, Tensor], held: int, bound: Tensor | None = None) -> None:
+        """Allocate now what writing `fields` after `held` slots needs.
+
+        `bound` is the bound of their value scales, if it is known already: [B, H] float32.
+        """
         new = fields["key_codes"].shape[2]
         needed = held + new
         if self.records.compiled and needed > self._longest:
@@ -89,12 +110,15 @@ class StoredTier:
             self.reserve(room if self.budget is None else max(needed, min(self.budget, room)))
         self.records.make_room(new, held)
         if new and self.bound is not None:  # a bound that is too high does no harm
-            bound = self.format.value_bound(fields).to(self.bound.device)
+            bound = self.format.value_bound(fields).to(self.bound.device) if bound is None else bound
             torch.maximum(self.bound, bound, out=self.bound)
 
-    def append(self, at: Tensor | None = None, **fields: Tensor) -> None:
-        """Write records after those in use; `at` names their slots to a graph being captured."""
-        self.make_room(fields, self.records.count)
+    def append(self, at: Tensor | None = None, bound: Tensor | None = None, **fields: Tensor) -> None:
+        """Write records after those in use; `at` names their slots to a graph being captured.
+
+        `bound` is as in `make_room`.
+        """
+        self.make_room(fields, self.records.count, bound)
         self.records.append(at, **fields)
 
     def replace(self, **fields: Tensor) -> None:
@@ -214,6 +238,16 @@ class CompressedStore(ABC):
             for records, count in zip(held, counts):
                 records.count = count
             raise
+
+    @property
+    def views_like(self) -> Hashable | None:
+        """What says which slots the views hide, where other layers may have the same; else None."""
+        return None
+
+    @property
+    def shared(self) -> Hashable | None:
+        """What a demotion depends on beside its arguments. None: this layer is demoted alone."""
+        return None
 
     @abstractmethod
     def position(self, tier: StoredTier) -> Tensor:

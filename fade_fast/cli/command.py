@@ -37,6 +37,7 @@ COMMANDS = {
     "train-codebook": (
         "train_codebook", "Learn codebooks of product quantization from a model and a text.",
     ),
+    "warm": ("warm", "Compile what a model needs in a deployment, and keep it in a file."),
     "vllm-calibrate": (
         "vllm_calibrate", "Calibrate a model for the vLLM plugin on a text, and write a file.",
     ),

@@ -1,7 +1,7 @@
 """A format: what a layer stores of each token in its compressed tiers, and how attention reads it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +129,13 @@ class Format(ABC):
     def allocate(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         """Make the tables for heads of `head_dim` channels; `dtype` and `device` are those of the keys."""
         self.table = self._tables(head_dim, device)
+
+    @property
+    def shared(self) -> Hashable | None:
+        """What codes depend on beside the vectors: layers of equal values may be encoded together. None:
+        this layer alone has such tables.
+        """
+        return None
 
     def tensors(self) -> list[Tensor]:
         """The tables that this format holds or shares."""

@@ -58,6 +58,10 @@ class MatchedFormat(RotatedFormat):
         super().__init__(widths, lambda dim, device: None, tier_class)
         self._of_device, self.rope = tables, rope
 
+    @property
+    def shared(self):
+        return None
+
     def check(self, head_dim, layer):
         super().check(head_dim, layer)
         mean, *_ = self._of_device(torch.device("cpu"))

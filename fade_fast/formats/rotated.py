@@ -182,6 +182,10 @@ class RotatedFormat(Format):
         matrix = self.table[:head_dim]
         self._tiers = [self.tier_class(bits, matrix, code, dtype) for bits, code in self._coded_widths()]
 
+    @property
+    def shared(self):
+        return type(self), tuple(self.widths), self.tier_class, id(self.table)
+
     def _coded_widths(self) -> list[tuple[tuple[int, int], Tier]]:
         """Widths and code of each tier."""
         return [(bits, first_tier(*bits) if i == 0 else Tier.INT2) for i, bits in enumerate(self.widths)]

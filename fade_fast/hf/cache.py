@@ -35,7 +35,7 @@ from .calibration import Calibration, calibration_of
 from .codebooks import Codebooks, given
 from .foreign import ForeignLayer, static_window
 from .layer import TieredLayer
-from .models import attention_modules, execution_device, fingerprint, text_config, unwrapped
+from .models import attention_modules, execution_device, of_process, text_config, unwrapped
 from .prompts import SeenTokens
 from .rope_probe import RopeProbe
 
@@ -135,7 +135,7 @@ class TieredKVCache(Cache):
         full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         config = config.resolved(len(layers), full)
         self.fade_config, self.token_positions, self.seen = config, TokenPositions(), SeenTokens()
-        self.fingerprint, self.model_config = fingerprint(model), model_config
+        self.fingerprint, self.model_config = of_process(model), model_config
         self.began: dict[int, int] = {}  # by thread id: number of tokens when its forward pass began
         self.guard = Guard()
         self._tables: dict[tuple, Tensor] = {}

@@ -283,14 +283,17 @@ def of_model(model: PreTrainedModel, layers: list[int]) -> Calibration:
 
 
 def model_file(model: PreTrainedModel, kind: str, *known) -> Path | None:
-    """A file about a model in the user's cache folder; None if weights cannot be read.
+    """A file about a model in the user's cache folder; None if weights cannot be read as a whole.
+
+    A process that holds a part of a tensor-parallel model has no such file: if one process found its file and
+    another did not, the one that measures would wait for the other for ever.
 
     Its name is a digest of the model's configuration and weights, and of what else the contents depend on,
     `known`, as JSON. `kind` names the folder and the kind of file: "calibration", or "widths".
     """
     digest = hashlib.sha256(json.dumps([*known, fingerprint(model)]).encode())
     for name, weight in model.named_parameters():
-        if weight.is_meta:
+        if weight.is_meta or hasattr(weight, "full_tensor"):  # a part of a DTensor
             return None
         flat = weight.detach().flatten()
         some = flat[:: max(1, len(flat) // 16)][:16]  # reading all weights would take long

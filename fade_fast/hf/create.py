@@ -15,7 +15,7 @@ from .attach import attach
 from .cache import TieredKVCache
 from .calibration import Calibration, of_tensors
 from .codebooks import Codebooks
-from .models import fingerprint, unwrapped
+from .models import of_process, unwrapped
 from .widths import Choice, settled
 
 FIELDS = tuple(field.name for field in fields(FadeConfig))
@@ -117,9 +117,10 @@ def load_cache(
         marker = checkpoint.CALIBRATION
         named = {n.removeprefix(marker): x for n, x in tensors.items() if n.startswith(marker)}
         calibration = of_tensors(named, header["calibration"])
-    theirs, ours = header["model"], fingerprint(model)
+    theirs, ours = header["model"], of_process(model)
     if theirs != ours:
-        different = ", ".join(name for name in ours if theirs.get(name) != ours[name])
+        names = dict.fromkeys((*ours, *theirs))
+        different = ", ".join(name for name in names if theirs.get(name) != ours.get(name))
         raise ValueError(f"{path} was filled by another model: {different} differ")
     config = FadeConfig(**header["config"])
     cache = create_cache(

@@ -235,9 +235,11 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
         )
         compiled = row_products()(made(config or compile_config))
         return (
-            Captured(compiled, otherwise, _must_clone)
+            Captured(
+                compiled, otherwise, _must_clone, counts=decode_graph.counts, ahead=decode_graph.reading_more
+            )
             if config
-            else lambda graph_id, arguments: compiled(**arguments)
+            else lambda graph_id, arguments, variant: compiled(**arguments)
         )
 
     def call(*args, **kwargs):
@@ -258,11 +260,13 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
             if not ready:
                 return plain(*args, **kwargs)
             new = tokens.shape[1]
+            if model.config.return_dict:  # assisted decoding leaves it out; then its steps are as others
+                kwargs.setdefault("return_dict", True)
             if new > 1:
                 kwargs = _of_any_length(kwargs, tokens)
             step = step_of(decode_graph)
             try:
-                output = step(decode_graph.graph_id, kwargs)
+                output = step(decode_graph.graph_id, kwargs, decode_graph.variant)
             except BaseException:
                 decode_graph.active = False
                 raise

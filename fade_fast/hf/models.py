@@ -75,6 +75,14 @@ def fingerprint(model: PreTrainedModel) -> dict:
     return json.loads(json.dumps(fields | dict(dtype=str(model.dtype)), default=str))
 
 
+def of_process(model: PreTrainedModel) -> dict:
+    """`fingerprint`, and which part of a tensor-parallel model this process holds: caches of two differ."""
+    meshes = (getattr(weight, "device_mesh", None) for weight in model.parameters())
+    mesh = next((x for x in meshes if x is not None), None)
+    part = {} if mesh is None else dict(part=f"{list(mesh.get_coordinate())} of {list(mesh.shape)}")
+    return fingerprint(model) | part
+
+
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The attention module of each layer, by layer index."""
     return {

@@ -36,6 +36,7 @@ from fade_ref.config import PRESETS, FadeConfig
 
 from .decode_attention import read_bandwidth
 from .models import GEMMA, LLAMA, QWEN, TINY, K, build, step_weights
+from .steps import Slow, Spread, Watch
 
 SHOWN = tuple(name for name in PRESETS if name != "int4")
 #: Our methods; "fp16" never compresses. The others are "dynamic" and "static".
@@ -116,6 +117,11 @@ class Result:
     ms: float | None = None  # median of the steps after warm-up, as are the next two
     mean_ms: float | None = None
     worst_ms: float | None = None
+    mean_over: float | None = None  # over the median of the steps after the first 32, as are the next two
+    p99_over: float | None = None
+    worst_over: float | None = None
+    first_ms: list[float] = field(default_factory=list)  # each of the first 64 steps
+    slow: list[dict] = field(default_factory=list)  # steps above two medians, see `steps.Slow`
     tokens_per_s: float | None = None
     cold_s: float | None = None  # to the first token of the first prefill, with the compilation of kernels
     first_token_s: float | None = None  # the same for a second prefill
@@ -275,12 +281,12 @@ def free(model, method: str) -> None:
 class Clock(LogitsProcessor):
     """Marks the start, and every step when its logits exist. It also records the peaks of memory.
 
-    A step calls it `tokens` times, once for each of its tokens.
+    A step calls it `tokens` times, once for each of its tokens. `watch` reads the counters of `cache`.
     """
 
-    def __init__(self, device: str, tokens: int = 1):
+    def __init__(self, device: str, tokens: int = 1, cache=None):
         self.cuda, self.stamps, self.prefill_peak = device == "cuda", [], None
-        self.tokens, self.asked = tokens, 0
+        self.tokens, self.asked, self.watch = tokens, 0, Watch(cache)
 
     def start(self) -> None:
         if self.cuda:
@@ -293,6 +299,7 @@ class Clock(LogitsProcessor):
         if self.asked % self.tokens:
             return scores
         self._stamp()
+        self.watch.read()
         if self.cuda and len(self.stamps) == 2:
             self.prefill_peak = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -371,7 +378,8 @@ def random_fill(model, cache, batch: int, length: int) -> None:
 @torch.no_grad()
 def run(model, cache, ids, new: int, fill: str, mode: str = "greedy") -> Clock:
     """Prefill and generate `new` tokens, as a user would."""
-    clock, mask = Clock(model.device.type, DRAFT + 1 if mode == "drafted" else 1), torch.ones_like(ids)
+    clock = Clock(model.device.type, DRAFT + 1 if mode == "drafted" else 1, cache)
+    mask = torch.ones_like(ids)
     if mode == "padded":
         padding = torch.linspace(0, ids.shape[1] // 4, len(ids), device=ids.device).ceil()
         mask = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).to(ids.dtype)
@@ -380,7 +388,7 @@ def run(model, cache, ids, new: int, fill: str, mode: str = "greedy") -> Clock:
     asked = dict(do_sample=False, max_new_tokens=new, logits_processor=LogitsProcessorList([clock]))
     made = lambda own, *args, **kwargs: Guesses(own.config.vocab_size)  # noqa: E731
     guessing = mock.patch.object(type(model), "_get_candidate_generator", made)
-    with guessing if mode == "drafted" else contextlib.nullcontext():
+    with guessing if mode == "drafted" else contextlib.nullcontext(), clock.watch.watching():
         model.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, **asked | MODES[mode])
     return clock
 
@@ -438,6 +446,9 @@ def measure(
     settled, extra = steady(steps)
     result.ms, result.mean_ms = (f(settled) * 1e3 for f in (statistics.median, statistics.mean))
     result.worst_ms, result.compile_s = max(settled) * 1e3, extra
+    spread = Spread.of(steps)
+    result.mean_over, result.p99_over, result.worst_over = spread.mean, spread.p99, spread.worst
+    result.first_ms, result.slow = spread.first_ms, [asdict(x) for x in clock.watch.slow(steps)]
     result.tokens_per_s = case.batch / result.ms * 1e3
     if clock.cuda:
         result.prefill_gb = clock.prefill_peak / 1e9
@@ -494,11 +505,17 @@ def largest_batch(model, case: Case, method: str, **options) -> Result:
 
 # -- what is shown
 
+#: Columns of `table`: the first three over the median of the steps after the first 32.
+SPREAD = ("mean / median", "p99 / median", "worst / median", "first 64 steps s")
+
 
 def table(results: list[Result]) -> str:
+    """One row a result. Older results have no spread: without any, its columns are left out."""
+    spreads = any(r.mean_over is not None for r in results)
     head = (
         "case", "method", "fill", "ms a step", "mean", "worst", "tokens/s", "floor ms", "step / floor",
         "first token s", "cold s", "compile s", "prefill GB", "decode GB", "cache GB", "live tokens",
+        *(SPREAD if spreads else ()),
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     show = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"  # noqa: E731
@@ -513,8 +530,16 @@ def table(results: list[Result]) -> str:
             show(r.compile_s), show(r.prefill_gb), show(r.decode_gb),
             "-" if r.cache_bytes is None else show(r.cache_bytes / 1e9, 3), show(r.live, 0),
         ]  # fmt: skip
+        if spreads:
+            cells += [show(x, 2) for x in (r.mean_over, r.p99_over, r.worst_over)]
+            cells.append(show(sum(r.first_ms) / 1e3, 2) if r.first_ms else "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def slow_steps(result: Result) -> str:
+    """One line for each slow step, with what happened at it."""
+    return "\n".join(f"  {Slow(**x).text()}" for x in result.slow)
 
 
 def reached(results: list[Result]) -> list[dict]:
@@ -633,6 +658,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(
                     table(results[-1:]).splitlines()[-1], f"{time.perf_counter() - started:.0f} s", flush=True
                 )
+                if results[-1].slow:
+                    print(slow_steps(results[-1]), flush=True)
                 if args.json:
                     write_json(args.json, report(head, results), indent=1)
         del model

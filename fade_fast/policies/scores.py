@@ -14,6 +14,7 @@ gives to a token, averaged over the query heads of the KV head.
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from pathlib import Path
 
 import torch
@@ -126,6 +127,11 @@ class Observer(ABC):
             now: [B, 1, 1], the position of the newest token.
         """
         return self.score(attention_stats)
+
+    @property
+    def shared(self) -> Hashable | None:
+        """What scores depend on beside the statistics: layers of equal values may be ranked in one call."""
+        return type(self), self.horizon, self.by_head
 
     def advance(self, queries: int) -> None:
         """Advance the cursor after all tiles of `queries` queries have been counted."""
@@ -263,6 +269,10 @@ class Learned(Summed):
         if found != MLP:
             raise ValueError(f"policy_weights have names and shapes {found}: {MLP} are needed")
         self.weights, self.depth = weights, layer / max(layers - 1, 1)
+
+    @property
+    def shared(self):
+        return *super().shared, self.depth, *(id(x) for x in self.weights.values())
 
     def allocate(self, heads, dtype, device):
         super().allocate(heads, dtype, device)

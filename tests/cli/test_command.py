@@ -45,7 +45,7 @@ def test_the_help_of_all_commands_is_that_of_each(name):
 
 def test_every_command_of_the_issue_is_there(capsys):
     names = "demo check generate quality memory bench parity inspect plot calibrate serve report"
-    names += " plan train-codebook train-policy vllm-calibrate needles ruler"
+    names += " warm plan train-codebook train-policy vllm-calibrate needles ruler"
     assert {*command.COMMANDS, *command.PASSED} == set(names.split())
 
 

@@ -1,0 +1,193 @@
+"""Demotes blocks of several layers at once.
+
+A demotion is many small kernels, and a GPU waits longer for their launches than for their work. So layers
+whose blocks leave together are computed as one layer that has the rows of all. What each layer holds is
+written layer by layer.
+"""
+
+import copy
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from .append_store import AppendStore
+from .budget_store import BudgetStore
+from .buffers import copy_all
+from .layer import KVLayer
+from .positions import DeviceCounters, RepeatedPositions
+
+MOST = 1 << 23  # elements of the keys that are demoted together: it limits the memory that this takes
+
+
+def compact(layers: list[KVLayer], counters: DeviceCounters | None = None) -> None:
+    """Demote what is due in every layer, as `KVLayer.compact` does in one.
+
+    Tokens, slots and codes are those of `KVLayer.compact`. If memory runs out, some layers may have demoted
+    their blocks and others not, each of them completely or not at all.
+    """
+    for group in groups([layer for layer in layers if layer.demotion_due]):
+        if len(group) == 1:
+            group[0].compact(counters)
+        else:
+            _compact(group, counters)
+
+
+def rehearse(layers: list[KVLayer], counters: DeviceCounters) -> None:
+    """Compute what `compact` would, and write nothing: what has yet to be compiled is compiled.
+
+    As many tokens must be due as `compact` is going to find. What they contain does not matter.
+    """
+    for group in groups(layers):
+        if group[0].demotes_like is not None:
+            _compact(group, counters, writes=False)
+
+
+def groups(layers: list[KVLayer]) -> list[list[KVLayer]]:
+    """Layers whose demotions are computed together, in order."""
+    found: dict[Hashable, list[list[KVLayer]]] = {}
+    for layer in layers:
+        kind = layer.demotes_like
+        together = found.setdefault(id(layer) if kind is None else kind, [[]])
+        if (len(together[-1]) + 1) * layer.elements_due > MOST and together[-1]:
+            together.append([])
+        together[-1].append(layer)
+    return [group for several in found.values() for group in several]
+
+
+def _compact(layers: list[KVLayer], counters: DeviceCounters | None, writes: bool = True) -> None:
+    first = layers[0]
+    dense, count, recent = first.dense, first.num_due, first.recent
+    start = dense.count - recent
+    length = (dense.capacity if counters is not None else dense.count) - start
+    tokens, later = {}, {}
+    for name, field in dense.fields.items():
+        joined = torch.cat([x.dense.tensors[name].narrow(field.axis, start, length) for x in layers])
+        tokens[name] = joined.narrow(field.axis, 0, count)
+        later[name] = joined.narrow(field.axis, count, length - count)
+    step = first.length - recent
+    demote = _demote_planned if isinstance(first.middle, BudgetStore) else _demote_appended
+    write = demote(layers, tokens, later, step, count, counters)
+    if writes:
+        write()
+
+
+def _close_gap(layer: KVLayer, later: dict[str, Tensor], count: int) -> list[tuple[Tensor, Tensor]]:
+    """Count `count` tokens less in the recent region: the copies of those that move up."""
+    dense = layer.dense
+    start = dense.count - layer.recent
+    moves = [
+        (dense.tensors[name].narrow(axis, start, x.shape[axis]), x)
+        for (name, x), axis in zip(later.items(), [dense.fields[name].axis for name in later])
+    ]
+    dense.count -= count
+    layer.version += 1
+    return moves
+
+
+def _rows(x: Tensor | None, layers: list[KVLayer]) -> list:
+    """The rows of each layer, views; None for each if there is nothing."""
+    return [None] * len(layers) if x is None else list(x.tensor_split(len(layers)))
+
+
+def _fields(fields: dict[str, Tensor], layers: list[KVLayer]) -> list[dict[str, Tensor]]:
+    parts = {name: _rows(x, layers) for name, x in fields.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(len(layers))]
+
+
+# -- every token is kept
+
+
+def _demote_appended(layers, tokens, later, first, count, counters) -> Callable[[], None]:
+    """What is demoted, computed. The result writes it."""
+    stores: list[AppendStore] = [layer.middle for layer in layers]
+    store, (tier,) = copy.copy(stores[0]), stores[0].tiers
+    store.token_positions = RepeatedPositions(store.token_positions, len(layers))
+    position = store.middle_positions(first, count, counters)
+    at = None if counters is None else stores[0].slots(first, count, counters)
+    records, means = store.encoded(tokens["key"], tokens["value"], position)
+    bounds = _rows(tier.format.value_bound(records) if tier.format.has_bound else None, layers)
+    parts = zip(layers, _fields(records, layers), _rows(means, layers), bounds, _fields(later, layers))
+
+    def write() -> None:
+        moves = []
+        for layer, fields, mean, bound, rest in parts:
+            layer.middle.write(fields, mean, at, bound=bound)
+            moves += _close_gap(layer, rest, count)
+        copy_all(moves)
+
+    return write
+
+
+# -- tokens compete for budgets
+
+
+def _demote_planned(layers, tokens, later, first, count, counters) -> Callable[[], None]:
+    """What is demoted, computed. The result writes it."""
+    stores: list[BudgetStore] = [layer.middle for layer in layers]
+    joined = BudgetStore.joined(stores)
+    stats = {name: x for name, x in tokens.items() if name not in ("key", "value")}
+    found = joined.planned(tokens["key"], tokens["value"], first, layers[0].length, stats, counters)
+    records = [_fields(fields, layers) for fields in found.records]
+    bounds = [
+        _rows(tier.format.value_bound(fields) if tier.format.has_bound else None, layers)
+        for tier, fields in zip(stores[0].tiers, found.records)
+    ]
+    fixes_mean = not stores[0].means.count or joined.token_positions.has_padding
+    means = _rows(joined.means["mean"] if fixes_mean else None, layers)
+    counts = list(zip(_rows(found.demoted, layers), _rows(found.evicted, layers)))
+    if stores[0].evicted is None:  # each layer gets tensors of its own, whose addresses captured steps know
+        counts = [tuple(x.clone() for x in pair) for pair in counts]
+    sinks = _turned_sinks(layers, stores[0].evicted, found.evicted)
+
+    def write() -> None:
+        for i, store in enumerate(stores):  # all memory is allocated before anything is counted
+            for j, tier in enumerate(store.tiers):
+                tier.make_room(records[j][i], 0, bounds[j][i])
+            store.means.make_room(1, 0)
+        copies = []
+        for i, (layer, store) in enumerate(zip(layers, stores)):
+            if means[i] is not None:
+                copies += store.means.rewritten(mean=means[i])
+            for tier, parts in zip(store.tiers, records):
+                copies += tier.records.rewritten(**parts[i])
+            if store.evicted is None:
+                store.count_tokens(*counts[i])
+            else:
+                copies += zip((store._demoted, store.evicted), counts[i])
+            copies += _write_sinks(layer, *sinks[i]) if sinks else []
+        for layer, rest in zip(layers, _fields(later, layers)):
+            copies += _close_gap(layer, rest, count)
+        copy_all(copies)
+
+    return write
+
+
+def _turned_sinks(layers, before, evicted) -> list[tuple[Tensor, Tensor]]:
+    """Keys of the sinks of each layer, rotated on by the tokens evicted, and as they came.
+
+    See `DenseStore.rotate_sinks`. Nothing is written. The list is empty where no token is renumbered.
+    """
+    if not layers[0].config.contiguous:
+        return []
+    twin = copy.copy(layers[0].dense)
+    count = twin.count = layers[0].config.n_sink
+    twin.tensors = {"key": torch.cat([x.dense.tensors["key"].narrow(2, 0, count) for x in layers])}
+    if before is not None:
+        before = torch.cat([layer.middle.evicted for layer in layers])
+        twin.sink_keys = torch.cat([layer.dense.sink_keys for layer in layers])
+    twin.rotate_sinks(before, evicted, layers[0].rope())
+    came = _rows(twin.sink_keys, layers)
+    if before is None:
+        came = [x.clone() for x in came]
+    return list(zip(_rows(twin.tensors["key"], layers), came))
+
+
+def _write_sinks(layer: KVLayer, turned: Tensor, came: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The copies that store them in a layer."""
+    dense = layer.dense
+    copies = [(dense.tensors["key"].narrow(2, 0, turned.shape[2]), turned)]
+    if dense.sink_keys is None:
+        dense.sink_keys = came
+        return copies
+    return [*copies, (dense.sink_keys, came)]

@@ -1,0 +1,135 @@
+"""What is captured before it is due: demotions, and steps that read more slots. Python plays a graph."""
+
+import pytest
+import torch
+
+from fade_fast.cache import cuda_graph, decode_graph
+from fade_fast.kernels import packed
+from fade_ref.config import FadeConfig
+
+from ..marks import slow_but
+from ..models import compressed_tokens, new_cache, prompt, tiny_llama
+from .test_cuda_graph import tapes  # noqa: F401
+from .test_decode_graph import SMALL, STEADY, compiled
+
+POLICIES = ("h2o", "snapkv", "keydiff")
+CASES = {name: config for name, config in STEADY.items() if name != "codes"}
+CASES |= {p: FadeConfig(**SMALL, int4_budget=12, int2_budget=8, eviction_policy=p) for p in POLICIES}
+
+
+class Demotion:
+    """A graph of a demotion. Recording changes no tensor; a replay changes nothing in Python."""
+
+    def __init__(self, graph, call):
+        self.graph, self.call, self.replays = graph, call, 0
+        with kept(graph):
+            call()
+
+    def replay(self) -> None:
+        self.replays += 1
+        counts = counted(self.graph.layers)
+        for layer in self.graph.layers:  # as they were at the capture: a block is due
+            layer.dense.count += layer.config.block_size
+            layer.middle.count_replayed_demotion(-layer.config.block_size)
+        self.call()
+        assert counted(self.graph.layers) == counts
+
+
+class kept:
+    """Where tensors get their values back at the end."""
+
+    def __init__(self, graph):
+        self.graph = graph
+
+    def __enter__(self):
+        layers, groups = self.graph.layers, self.graph.groups
+        held = [x for layer in layers for x in layer.tensors()]
+        held += [x for layer in layers for view in layer.static_views for x in (view.valid, view.read_at)]
+        held += [x for group in groups for x in (group.slot, group.held)]
+        self.held = [(x, x.clone()) for x in held if x is not None]
+
+    def __exit__(self, *exception):
+        for x, value in self.held:
+            x.copy_(value)
+
+
+def counted(layers):
+    return [
+        (x.dense.count, {name: b.count for name, b in x.middle.buffers().items()}, x.length) for x in layers
+    ]
+
+
+@pytest.fixture
+def demotions(monkeypatch, uncompiled_kernels):
+    """Demotions are captured on the CPU; those that were."""
+    made = []
+
+    def record(call, pool=None, **arguments):
+        graph = call.__self__
+        made.append(Demotion(graph, call))
+        return made[-1], None
+
+    monkeypatch.setattr(decode_graph, "CAPTURES_ON", {"cpu"})
+    monkeypatch.setattr(decode_graph, "record", record)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", slow_but(CASES, "int4", "h2o"))
+def test_a_demotion_is_captured_before_it_is_due(name, demotions, monkeypatch):
+    """Then every demotion is replayed, and the cache holds the bits of ordinary ones."""
+
+    def run():
+        model = tiny_llama(dtype=torch.float16)
+        cache = new_cache(model, CASES[name], verify=False)
+        out = compiled(model, cache, prompt(60, batch=2), backend="eager", new=60)
+        return out, cache
+
+    monkeypatch.setattr(decode_graph, "SETTLED", 2)
+    found, cache = run()
+    counts = cache.decode_graph.counts
+    graph_ids = 2 if "select" in name else 1  # at first there are no more tokens than are read
+    made = len(demotions)
+    assert counts["demotion, captured ahead"] == graph_ids == made
+    assert counts["demotion, replayed"] == sum(x.replays for x in demotions) > 3
+    assert counts["demotion, not captured"] <= 1 and not counts["demotion, captured"]
+    monkeypatch.setattr(decode_graph, "SETTLED", 0)
+    monkeypatch.setattr(decode_graph, "CAPTURES_ON", set())
+    expected, other = run()
+    assert torch.equal(found, expected) and compressed_tokens(cache) > 0 and len(demotions) == made
+    ours, theirs = cache.state_dict()[0], other.state_dict()[0]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+@pytest.mark.slow
+def test_the_step_that_reads_more_slots_is_captured_ahead(tapes, uncompiled_kernels, monkeypatch):  # noqa: F811
+    """It is replayed at once when the text has outgrown the slots that were read, under the same graph id."""
+    monkeypatch.setattr(packed, "_best_step", lambda heads: 128)
+    monkeypatch.setattr(packed, "spare", lambda view: 32)
+    model, config = tiny_llama(dtype=torch.float16), FadeConfig(recent_window=8, block_size=16)
+    ids, found, ids_seen = prompt(258, batch=2), {}, set()
+    for soon in (cuda_graph.SOON, 0):
+        monkeypatch.setattr(cuda_graph, "SOON", soon)
+        monkeypatch.setattr(cuda_graph, "AGAIN", cuda_graph.AGAIN if soon else 10**6)
+        del tapes[:]
+        cache = new_cache(model, config, verify=False, max_length=600)
+        graph = cache.decode_graph
+        real, variants = graph.begin, []
+
+        def begin(*args, real=real, graph=graph, variants=variants):
+            ready = real(*args)
+            variants.append(graph.variant)
+            ids_seen.add(graph.graph_id)
+            return ready
+
+        graph.begin = begin
+        text = compiled(model, cache, ids, backend="aot_eager", new=110)
+        found[soon] = text, cache, graph.counts, variants
+    (text, cache, counts, variants), (same, other, plain, _) = found.values()
+    assert len(set(variants)) == 2 and len(ids_seen) == 2  # one graph id a cache
+    assert counts["step, captured ahead"] >= 1 and counts["step, captured"] == 1
+    assert counts["step, not captured"] == 1 < plain["step, not captured"] == 2 == plain["step, captured"]
+    assert torch.equal(text, same) and compressed_tokens(cache) > 200
+    ours, theirs = cache.state_dict()[0], other.state_dict()[0]
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())

@@ -1,0 +1,90 @@
+"""Blocks of several layers that are demoted at once."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fade_fast.cache import together
+from fade_fast.policies import plan
+from fade_ref.config import FadeConfig
+
+from ..marks import slow_but
+from ..models import compressed_tokens, new_cache, prompt, tiny_llama
+from .test_decode_graph import CONFIGS, SMALL, compiled
+
+#: Configurations whose layers are demoted one by one: they have tables, plans or sizes of their own.
+ALONE = ("codes", "matched", "matched, evict", "matched, two tiers", "select, matched", "adaptive", "learned")
+CASES = {name: config for name, config in CONFIGS.items() if name not in (*ALONE, "off")}
+CASES["contiguous"] = FadeConfig(**SMALL, positions="contiguous")
+CASES["by head"] = FadeConfig(**SMALL, int4_budget=10, eviction_policy="h2o", plan_scope="head")
+
+
+def run(config, monkeypatch, most, pads=(), layers=3, new=24):
+    """Tokens, the cache, and how many layers were demoted together each time."""
+    sizes, real = [], together._compact
+    with monkeypatch.context() as patch:
+        patch.setattr(together, "MOST", most)
+        patch.setattr(together, "_compact", lambda x, counters: (sizes.append(len(x)), real(x, counters)))
+        model = tiny_llama(dtype=torch.float16, layers=layers)
+        cache = new_cache(model, config, verify=False)
+        out = compiled(model, cache, prompt(60, batch=2, pads=pads), backend="eager", new=new)
+    return out, cache, sizes
+
+
+@pytest.mark.parametrize("padded", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(CASES, "int4", "h2o"))
+def test_layers_together_hold_the_bits_of_layers_alone(name, padded, monkeypatch):
+    pads = (0, 11) if padded else ()
+    found, cache, sizes = run(CASES[name], monkeypatch, together.MOST, pads)
+    expected, other, alone = run(CASES[name], monkeypatch, 0, pads)
+    looked_at = padded and CASES[name].relocatable  # rows keep different numbers of tokens
+    assert set(sizes) == (set() if looked_at else {3}) and not alone
+    assert torch.equal(found, expected) and compressed_tokens(cache) > 0
+    ours, theirs = cache.state_dict()[0], other.state_dict()[0]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+@pytest.mark.slow
+def test_a_part_of_the_layers_together(monkeypatch):
+    """No more than fit the limit, and only layers of equal widths."""
+    block = 2 * 2 * 64 * SMALL["block_size"]  # elements of a layer's keys
+    *_, sizes = run(CONFIGS["int4"], monkeypatch, 2 * block, layers=5, new=9)
+    assert set(sizes) == {2} and len(sizes) % 2 == 0  # the fifth layer is alone
+    config = FadeConfig(**SMALL, layer_bits={1: (8, 8)})
+    *_, sizes = run(config, monkeypatch, together.MOST, layers=4, new=9)
+    assert set(sizes) == {3}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are no views."""
+
+    count = 0
+    VIEWS = ("view", "slice", "select", "squeeze", "expand", "transpose", "detach", "alias", "split", "t")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.__name__.split(".")[0].lstrip("_un").startswith(self.VIEWS)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [p for p in plan.SUPPORTED if p not in ALONE])
+def test_more_layers_take_few_more_launches(policy, monkeypatch):
+    """A plan is made once for all: each layer adds what it stores, and no sorts and sums."""
+    counted = {}
+    config = FadeConfig(**SMALL, int4_budget=12, int2_budget=8, eviction_policy=policy)
+    for layers in (2, 4):
+        with monkeypatch.context() as patch:
+            real = together._compact
+
+            def watched(*args, real=real, layers=layers):
+                with Launches() as mode:
+                    real(*args)
+                counted.setdefault(layers, []).append(mode.count)
+
+            patch.setattr(together, "_compact", watched)
+            model = tiny_llama(layers=layers)
+            cache = new_cache(model, config, verify=False)
+            compiled(model, cache, prompt(60), backend="eager", new=24)
+    few, many = (counted[layers][-1] for layers in (2, 4))
+    assert few > 100 and many - few < 12 * 2, (few, many)

@@ -1,0 +1,102 @@
+"""Tensor parallelism: the heads of a model are split between processes, which talk by gloo on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import fade_fast
+from fade_fast.hf.models import CACHE_NAME
+from fade_ref.config import PRESETS, FadeConfig
+
+from ..models import tiny_llama
+
+SMALL = dict(recent_window=8, block_size=8)
+#: Fields that make a preset compress, evict and choose in a short text.
+SHORT = {name: SMALL for name in PRESETS} | {
+    "balanced": dict(**SMALL, int4_budget=16),
+    "aggressive": dict(recent_window=4, block_size=4, int4_budget=8),
+    "recall": dict(**SMALL, select=8, resident=16),
+}
+CASES = {name: replace(FadeConfig.preset(name), **fields) for name, fields in SHORT.items()}
+CASES["h2o, by head"] = replace(CASES["balanced"], eviction_policy="h2o", plan_scope="head")
+CASES["h2o"] = replace(CASES["balanced"], eviction_policy="h2o")
+#: What each process decides by its own heads: its plans are not those of one process.
+BY_OWN_HEADS = ("h2o",)
+LENGTH, NEW = 60, 24
+
+WORKER = """
+import json, os, sys
+import torch
+from transformers import LlamaForCausalLM
+import fade_fast
+from transformers.distributed import DistributedConfig
+from tests.hf.test_parallel import CASES, texts
+
+folder, rank = sys.argv[1], os.environ["RANK"]
+split = dict(distributed_config=DistributedConfig(tp_plan="auto"))
+model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **split)
+found = {name: texts(model, config, f"{folder}/{rank}") for name, config in CASES.items()}
+torch.distributed.barrier()
+try:
+    fade_fast.load_cache(f"{folder}/{1 - int(rank)}", model)
+except ValueError as error:
+    found["of the other rank"] = str(error)
+with open(f"{folder}/{rank}.json", "w") as file:
+    json.dump(found, file)
+torch.distributed.destroy_process_group()
+"""
+
+
+def texts(model, config: FadeConfig, path: str) -> dict:
+    """Tokens of a text, those of its second half from a stored cache, and what the cache held."""
+    ids = torch.randint(1, 256, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+    def go_on(ids, cache, new):
+        options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE_NAME: cache}, **options)
+
+    whole = go_on(ids, fade_fast.create_cache(model, config), NEW)
+    cache = fade_fast.create_cache(model, config)
+    half = go_on(ids, cache, NEW // 2)
+    cache.save(path)
+    again = go_on(half, fade_fast.load_cache(path, model), NEW - NEW // 2)
+    layer = cache.tiered[0]
+    held = dict(heads=layer.dense["key"].shape[1], compressed=layer.middle.count, evicted=layer.num_evicted)
+    return dict(whole=whole[:, LENGTH:].tolist(), again=again[:, LENGTH:].tolist(), **held)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::fade_fast.EvictionWarning")
+def test_two_processes_write_the_text_of_one(tmp_path):
+    """With every preset; each process stores its heads, and goes on with them in the file of its rank."""
+    tiny_llama(heads=2, group=2, head_dim=16).save_pretrained(tmp_path)
+    root, script = Path(__file__).parents[2], tmp_path / "worker.py"
+    script.write_text(WORKER)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-W", "ignore", *launcher, str(script), str(tmp_path)]
+    own = dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    options = dict(cwd=root, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | own, **options)
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    for found in ranks:
+        assert found["of the other rank"].endswith("was filled by another model: part differ")
+    with pytest.raises(ValueError, match="part differ"):
+        fade_fast.load_cache(tmp_path / "1", model)
+    for name, config in CASES.items():
+        expected, one, two = texts(model, config, str(tmp_path / "one")), *(found[name] for found in ranks)
+        assert one["whole"] == one["again"] == two["whole"] == two["again"]
+        assert expected["heads"] == 2 and one["heads"] == two["heads"] == 1
+        assert min(one["compressed"], two["compressed"]) > 0, name
+        assert expected["evicted"] == one["evicted"] == two["evicted"]
+        assert (expected["evicted"] > 0) == config.evicts
+        if name not in BY_OWN_HEADS:
+            assert one["whole"] == expected["whole"] == expected["again"], name
