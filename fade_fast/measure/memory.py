@@ -25,8 +25,8 @@ from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.saved.memory import StorageMeter
 
-from . import pictures, texts
-from .methods import CONFIGS, Method, Unavailable, allocated, key_shape, methods_of
+from . import options, pictures, texts
+from .methods import Method, Unavailable, allocated, key_shape
 
 SUITE = (
     "dynamic",
@@ -194,19 +194,14 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("fade memory", description=__doc__.splitlines()[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    options.add_model(parser, dtype=None)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N", help="tokens")
-    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help=CONFIGS)
-    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
-    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
+    options.add_methods(parser, SUITE)
     parser.add_argument("--peak", action="store_true", help="run the model, too")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     parser.add_argument("--plot", type=pictures.path, metavar="FILE", help="bytes against length")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="the table of a stored run, and stop")
+    options.add_output(parser)
     args = parser.parse_args(argv)
-    args.methods = methods_of(parser, args)
+    args.methods = options.methods_of(parser, args)
     return args
 
 

@@ -4,7 +4,6 @@ A name is one of `NAMES`, or one of ours followed by changed fields of `FadeConf
 "int4:recent_window=0:block_size=32".
 """
 
-import argparse
 import ast
 import re
 from collections.abc import Callable, Iterator
@@ -31,9 +30,6 @@ SHARE = 4  # policies keep a quarter of the tokens
 QUANTIZED = {"quanto4": ("quanto", 4), "quanto2": ("quanto", 2), "hqq4": ("hqq", 4), "hqq2": ("hqq", 2)}
 WIDTHS = re.compile(r"int([8432])|k([8432])v([8432])")
 NAMES = ("dynamic", *QUANTIZED, "streaming", "off", *PRESETS, "int8|4|3|2", "k4v2", "codes", *POLICIES)
-
-#: Help of the option that takes such names.
-CONFIGS = "such as safe, int3, k4v2, h2o, quanto4, int4:recent_window=32 (docs/quality.md explains them)"
 
 EXACT, COMPRESSES, EVICTS = "exact", "compresses", "evicts"
 
@@ -308,12 +304,3 @@ def _inside(x):
 def allocated(cache: Cache) -> int:
     """Bytes of every distinct storage that a cache holds, whatever the cache reports."""
     return storage_bytes(held_tensors(cache))
-
-
-def methods_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Method]:
-    """The methods that --configs names, "dynamic" first, each once. A wrong name ends the program."""
-    try:
-        names = dict.fromkeys(("dynamic", *args.configs))
-        return [method(name, args.policy_weights, args.codebooks) for name in names]
-    except ValueError as error:
-        parser.error(str(error))

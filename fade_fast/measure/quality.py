@@ -30,9 +30,8 @@ from torch import Tensor
 import fade_fast
 from fade_fast.hf import loading
 
-from . import free, memory, pictures, texts
+from . import free, memory, options, pictures, texts
 from .methods import (
-    CONFIGS,
     POLICIES,
     QUANTIZED,
     Method,
@@ -303,11 +302,9 @@ def show(report: dict, results: list[Result]) -> str:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("fade quality", description=__doc__.splitlines()[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
-    parser.add_argument(
-        "--text", default=texts.WIKITEXT, help="file, or NAME[:CONFIGURATION[:SPLIT[:COLUMN]]]"
-    )
+    cuda = options.on_gpu()
+    options.add_model(parser)
+    options.add_text(parser, "that is read")
     parser.add_argument(
         "--free", action="store_true", help="free-running texts instead; --free --help shows its options"
     )
@@ -318,31 +315,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens fed at a time")
     parser.add_argument("--batch", type=int, default=8 if cuda else 1, metavar="N", help="windows at a time")
     parser.add_argument("--suite", choices=tuple(SUITES), default="table", help="lists of configurations")
-    parser.add_argument("--configs", nargs="+", metavar="NAME", help=CONFIGS)
-    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
-    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
-    parser.add_argument(
-        "--dtype", choices=tuple(loading.DTYPES), default="fp32", help="of the model; default: fp32"
-    )
+    options.add_methods(parser, None)
     parser.add_argument("--compiled", action="store_true", help="on a GPU, compile kernels for every shape")
     parser.add_argument("--no-bytes", dest="weigh", action="store_false", help="do not weigh caches")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well")
     parser.add_argument(
         "--plot", type=pictures.path, metavar="FILE", help="perplexity ratio against bytes a token"
     )
-    parser.add_argument("--show", type=Path, metavar="FILE", help="of a stored run, and stop")
+    options.add_output(parser)
     args = parser.parse_args(argv)
     if args.windows < 1 or args.length < 2 or args.chunk < 1 or args.batch < 1:
         parser.error("--windows, --chunk and --batch must be at least 1, --length at least 2")
-    names = [name for name in args.configs or SUITES[args.suite] if name != "dynamic"]
-    try:  # all methods are compared with the uncompressed run
-        args.methods = [
-            method(name, args.policy_weights, args.codebooks) for name in ("dynamic", *dict.fromkeys(names))
-        ]
-    except ValueError as error:
-        parser.error(str(error))
+    args.methods = options.methods_of(parser, args, args.configs or SUITES[args.suite])
     return args
 
 
@@ -365,10 +349,11 @@ def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     loading.quiet()
     started = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = False
+    text, source = texts.read_or_default(args.text)
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
-    ids = texts.windows(tokenizer, texts.read(args.text), args.windows, args.length)
+    ids = texts.windows(tokenizer, text, args.windows, args.length)
     print(f"ready after {time.perf_counter() - started:.0f} s", flush=True)
-    report = texts.circumstances("quality", model, name, args.text, args.dtype) | dict(
+    report = texts.circumstances("quality", model, name, source, args.dtype) | dict(
         windows=args.windows,
         length=args.length,
         chunk=args.chunk,
