@@ -47,7 +47,7 @@ PASSED = {
     "memory": ("fade_fast.measure.memory", "Bytes of each cache and peak memory, by length."),
     "needles": ("fade_fast.measure.needles", "Recall of facts in long texts, by depth."),
     "ruler": ("fade_fast.measure.ruler", "Tasks of RULER, answered freely."),
-    "bench": ("fade_fast.measure.generate", "Time decode steps; also `bench attention`, `bench serve`."),
+    "bench": ("fade_fast.measure.bench", "Bytes and times of caches with a model and a text of yours."),
     "parity": ("parity.__main__", "Check that the fast cache matches the specification."),
     "train-policy": ("fade_fast.hf.train_policy", "Train the learned eviction policy."),
 }

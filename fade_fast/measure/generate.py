@@ -1,4 +1,4 @@
-"""A decode step of `model.generate()` with each cache: `fade bench`.
+"""A decode step of `model.generate()` with each cache: `fade bench generate`.
 
 Models have the shape of a named model and random bfloat16 weights. Each method prefills random tokens and
 then decodes in plain `model.generate(..., cache=cache)`. The time of a step is the median after compilation
@@ -558,7 +558,7 @@ def tables(results: list[Result]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fade bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("fade bench generate", description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times there as well")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")

@@ -19,14 +19,12 @@ import transformers
 
 import fade_fast
 from fade_fast.hf import loading
-from fade_fast.hf.cache import TieredKVCache
-from fade_fast.hf.codebooks import SIDES
 from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.saved.memory import StorageMeter
 
 from . import options, pictures, texts
-from .methods import Method, Unavailable, allocated, key_shape
+from .methods import Method, Unavailable, allocated, key_shape, made_for
 
 SUITE = (
     "dynamic",
@@ -90,13 +88,7 @@ def filled_bytes(model, m: Method, length: int, reserved: bool = False) -> int:
 
     `reserved`: whether the cache was made for that length. It makes no difference for caches of others.
     """
-    cache = m(model, length)
-    if reserved and isinstance(cache, TieredKVCache):
-        weights = next((x.observer.weights for x in cache.tiered if hasattr(x.observer, "weights")), None)
-        pairs = ((i, zip(SIDES, getattr(layer, "books", None) or ())) for i, layer in enumerate(cache.layers))
-        books = {f"{i}.{side}": x for i, pair in pairs for side, x in pair}
-        options = dict(policy_weights=weights, codebooks=books or None)
-        cache = fade_fast.create_cache(model, cache.fade_config, max_length=length, **options)
+    cache = made_for(model, m, length) if reserved else m(model, length)
     try:
         fill(model, cache, length)
         return allocated(cache)

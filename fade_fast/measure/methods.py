@@ -19,6 +19,7 @@ from fade_fast.cache.layer import MAX_DECODE_TOKENS
 from fade_fast.cache.positions import PAD
 from fade_fast.compile import compiled as compiling
 from fade_fast.hf.cache import TieredKVCache
+from fade_fast.hf.codebooks import SIDES
 from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import text_config
 from fade_fast.saved.memory import storage_bytes
@@ -94,6 +95,21 @@ def method(name: str, weights=None, codebooks=None) -> Method:
         return Method(name, EXACT, lambda model, length: DynamicCache(config=model.config))
     # Groups of HQQ run across rows, so each row is measured by itself.
     return Method(name, COMPRESSES, lambda model, length: _quantized(model, *QUANTIZED[base]), rowwise=False)
+
+
+def made_for(model: PreTrainedModel, m: Method, length: int) -> Cache:
+    """An empty cache of a method. If it is ours, it was made for `length` tokens and does not grow.
+
+    Raises `Unavailable` if something that it needs is missing.
+    """
+    cache = m(model, length)
+    if not isinstance(cache, TieredKVCache):
+        return cache
+    weights = next((x.observer.weights for x in cache.tiered if hasattr(x.observer, "weights")), None)
+    pairs = ((i, zip(SIDES, getattr(layer, "books", None) or ())) for i, layer in enumerate(cache.layers))
+    books = {f"{i}.{side}": x for i, pair in pairs for side, x in pair}
+    options = dict(policy_weights=weights, codebooks=books or None)
+    return fade_fast.create_cache(model, cache.fade_config, max_length=length, **options)
 
 
 def configuration(name: str) -> FadeConfig:

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fade_fast.errors import InputError
 from fade_fast.hf.models import CACHE_NAME
 
 from .methods import COMPRESSES, EVICTS, Method, chosen_tokens, compressed_tokens
 
 
-class NothingCompressed(AssertionError):
+class NothingCompressed(InputError, AssertionError):
     """A measured method compressed or evicted nothing, so its numbers would mean nothing."""
 
 

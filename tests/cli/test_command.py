@@ -302,7 +302,7 @@ def test_commands_of_their_own_get_what_follows(tmp_path, monkeypatch, capsys):
         listen = lambda argv, name=name: heard.append((name, argv, sys.argv)) or 3  # noqa: E731
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(main=listen))
     assert main(["bench", "attention", "--only", "x"]) == 3
-    assert main(["bench", "--list"]) == 3
+    assert main(["bench", "generate", "--list"]) == 3
     assert main(["parity", "compare", "a", "b"]) == 3
     assert [(name, argv) for name, argv, _ in heard] == [
         ("fade_fast.measure.decode_attention", ["--only", "x"]),
