@@ -56,6 +56,7 @@ BENCHES = {
     "attention": "fade_fast.measure.decode_attention",
     "serve": "fade_fast.measure.serve",
 }
+REPORT = ("--suite", "report", "fade_fast.measure.report")  # two arguments, and their module
 #: The extra that contains a package which a command imports.
 EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "matplotlib": "plot", "sklearn": "train", "scipy": "train"}
 
@@ -116,6 +117,9 @@ def pass_on(command: str, argv: list[str]) -> int:
     name, shown = PASSED[command][0], f"fade {command}"
     if command == "bench" and argv and argv[0] in BENCHES:
         name, shown, argv = BENCHES[argv[0]], f"{shown} {argv[0]}", argv[1:]
+    if command == "quality" and REPORT[:2] in zip(argv, argv[1:]):
+        name, shown, at = REPORT[2], f"{shown} {' '.join(REPORT[:2])}", argv.index(REPORT[0])
+        argv = argv[:at] + argv[at + 2 :]
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

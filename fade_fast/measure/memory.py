@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers.cache_utils import Cache
 
 import fade_fast
 from fade_fast.hf import loading
@@ -83,17 +84,22 @@ def fill(model, cache, length: int, dtype=torch.bfloat16, step: int | None = Non
                     layer.update(part, part)
 
 
-def filled_bytes(model, m: Method, length: int, reserved: bool = False) -> int:
-    """Bytes of every storage of a cache that holds `length` bfloat16 tokens of one row.
+def filled(model, m: Method, length: int, reserved: bool = False) -> Cache:
+    """A cache that holds `length` bfloat16 tokens of one row, on a model that is not attached.
 
     `reserved`: whether the cache was made for that length. It makes no difference for caches of others.
     """
     cache = made_for(model, m, length) if reserved else m(model, length)
     try:
         fill(model, cache, length)
-        return allocated(cache)
+        return cache
     finally:
         fade_fast.detach(model)
+
+
+def filled_bytes(model, m: Method, length: int, reserved: bool = False) -> int:
+    """Bytes of every storage of a cache that `filled` made."""
+    return allocated(filled(model, m, length, reserved))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from .methods import (
     evicted_tokens,
     method,
 )
-from .streams import NothingCompressed, Reader, check, chunks, read_by_choice, stream
+from .streams import KEPT, NothingCompressed, Reader, Uncompressed, check, chunks, read_by_choice, stream
 
 SUITE = (
     "dynamic", "off", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive",
@@ -125,7 +126,7 @@ class Score:
         return tuple((x / self.count).tolist() for x in (self.nll, self.kl, self.top1))
 
 
-def measure(model, m: Method, ids: Tensor, exact: list[Tensor], size: int) -> tuple:
+def measure(model, m: Method, ids: Tensor, exact: Iterable[Tensor], size: int) -> tuple:
     """(nll, kl, top1) of each row of `ids` [B, L], compressed tokens read, tokens evicted, configuration.
 
     `exact`: the uncompressed logits, chunk by chunk. Raises `NothingCompressed`, or `Unavailable`.
@@ -164,8 +165,9 @@ def run(
     say=print,
     compiled: bool = False,
     keep=lambda results: None,
+    kept: int = KEPT,
 ) -> list[Result]:
-    """Every method over every window. Uncompressed logits are computed once per batch of windows.
+    """Every method over every window. Uncompressed logits are computed once per batch, if they can be kept.
 
     Args:
         ids: windows [N, L]; `size` tokens of `batch` windows are fed at a time.
@@ -173,12 +175,15 @@ def run(
         say: called with each line of progress.
         compiled: whether kernels run compiled on a GPU, as under `generate()`.
         keep: called after every batch with the results so far.
+        kept: most bytes of uncompressed logits that are kept. If they take more, they are computed for every
+            method, and no more than a chunk of them exists at a time.
     """
     results = {m.name: Result(m.name, m.does, seconds=0.0) for m in methods}
     dynamic = method("dynamic")
     for first in range(0, len(ids), batch):
         part = ids[first : first + batch].to(model.device)
-        exact = list(stream(model, dynamic(model, ids.shape[1]), part, size))
+        fade_fast.detach(model)
+        exact = Uncompressed(model, part, size, kept)
         for m in methods:
             r = results[m.name]
             if r.failed:
@@ -314,7 +319,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
     parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens fed at a time")
     parser.add_argument("--batch", type=int, default=8 if cuda else 1, metavar="N", help="windows at a time")
-    parser.add_argument("--suite", choices=tuple(SUITES), default="table", help="lists of configurations")
+    parser.add_argument(
+        "--suite", choices=(*SUITES, "report"), default="table",
+        help="lists of configurations; report: all measurements, of fewer of them",
+    )  # fmt: skip
     options.add_methods(parser, None)
     parser.add_argument("--compiled", action="store_true", help="on a GPU, compile kernels for every shape")
     parser.add_argument("--no-bytes", dest="weigh", action="store_false", help="do not weigh caches")
@@ -326,6 +334,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.windows < 1 or args.length < 2 or args.chunk < 1 or args.batch < 1:
         parser.error("--windows, --chunk and --batch must be at least 1, --length at least 2")
+    if args.suite not in SUITES:  # the command `fade` runs report.py
+        parser.error("run it as `fade quality --suite report`")
     args.methods = options.methods_of(parser, args, args.configs or SUITES[args.suite])
     return args
 
