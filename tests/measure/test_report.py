@@ -45,6 +45,7 @@ def test_no_more_than_some_chunks_of_logits_exist():
     torch.manual_seed(0)
     model.resize_token_embeddings(vocabulary)
     ids, peak = prompt(length)["input_ids"], {}
+    method("int4")(model, length)  # compares attention functions, once for a model
     for kept in (0, streams.KEPT):
         with memory.StorageMeter() as meter:
             quality.run(model, [method(n) for n in ("dynamic", "int4")], ids, 32, 1, weigh=False, kept=kept)
