@@ -162,8 +162,11 @@ FIELDS = {
 }
 
 
-def table(results: list[Result]) -> str:
-    """Markdown: for each of `FIELDS` that was measured, a table of configurations by lengths."""
+def table(results: list[Result], recall: dict[str, float] | None = None) -> str:
+    """Markdown: for each of `FIELDS` that was measured, a table of configurations by lengths.
+
+    `recall`: the share of facts that a method finds again in long texts, by name, for a column of its own.
+    """
     found, blocks = {(r.method, r.length): r for r in results}, []
     for field, heading in FIELDS.items():
         told = [r for r in results if r.failed or getattr(r, field) is not None]
@@ -171,8 +174,8 @@ def table(results: list[Result]) -> str:
         size = {key: getattr(r, field) for key, r in found.items() if getattr(r, field) is not None}
         if not size or (field == "reserved" and all(size[key] == found[key].grown for key in size)):
             continue
-        lines = [f"{heading}:", "", "| config | " + " | ".join(f"{n} tokens" for n in lengths) + " |"]
-        lines.append("|---" * (1 + len(lengths)) + "|")
+        head = ["config", *(f"{n} tokens" for n in lengths), *([] if recall is None else ["facts found"])]
+        lines = [f"{heading}:", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for name in names:
             cells = []
             for n in lengths:
@@ -180,6 +183,8 @@ def table(results: list[Result]) -> str:
                 ratio = f", 1/{dense / mine:.2f}" if mine and dense else ""
                 failed = found[name, n].failed if (name, n) in found else None
                 cells.append(f"{mine / 2**20:.1f}{ratio}" if mine else failed or "-")
+            if recall is not None:
+                cells.append(f"{recall[name]:.2f}" if name in recall else "-")
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

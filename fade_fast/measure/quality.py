@@ -247,18 +247,30 @@ def summaries(results: list[Result]) -> dict[str, Summary]:
     return {r.method: summary(r, exact) for r in results if not r.failed}
 
 
+RECALL = "facts found"
+
+
+def share(recall: dict[str, float], name: str) -> str:
+    """A cell of the column `RECALL`."""
+    return f"{recall[name]:.2f}" if name in recall else "-"
+
+
 HEAD = (
     "config", "perplexity ratio", "mean KL", "top-1", "allocated at 8K", "compressed tokens a query reads",
     "evicted of a window",
 )  # fmt: skip
 
 
-def table(results: list[Result]) -> str:
-    """Markdown, with one row for each method."""
-    rows, lines = summaries(results), ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+def table(results: list[Result], recall: dict[str, float] | None = None) -> str:
+    """Markdown, with one row for each method.
+
+    `recall`: the share of facts that a method finds again in long texts, by name, for a column of its own.
+    """
+    head = HEAD if recall is None else (*HEAD, RECALL)
+    rows, lines = summaries(results), ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in results:
         if r.failed:
-            lines.append(f"| {r.method} | {r.failed} |" + " |" * (len(HEAD) - 2))
+            lines.append(f"| {r.method} | {r.failed} |" + " |" * (len(head) - 2))
             continue
         s = rows[r.method]
         spread = "" if s.ratio_se is None else f" ± {s.ratio_se:.4f}"
@@ -267,7 +279,7 @@ def table(results: list[Result]) -> str:
         )
         lines.append(
             f"| {r.method} | {s.ratio:.4f}{spread} | {s.kl:.5f} | {s.top1:.4f} | {weight} | {r.read:.0f} "
-            f"| {r.evicted:.0f} |"
+            f"| {r.evicted:.0f} |" + ("" if recall is None else f" {share(recall, r.method)} |")
         )
     return "\n".join(lines)
 

@@ -65,6 +65,34 @@ def test_stored_tables_are_honest(name):
         assert all((r.read > 0 or r.evicted > 0) == (r.method not in ("dynamic", "off")) for r in ran)
 
 
+@pytest.mark.slow
+def test_the_bytes_of_policies_are_those_of_today():
+    assert figures.stored("policies-llama") == json.loads(json.dumps(figures.policy_bytes()))
+
+
+def test_a_policy_that_holds_more_than_everything_is_marked():
+    table = figures.policy_table(figures.stored("policies-llama"))
+    marked = [line.split(" | ")[0] for line in table.splitlines() if "more than keeping everything" in line]
+    assert marked == ["| `snapkv`"]
+
+
+def test_configurations_have_the_names_of_presets():
+    """A preset and its width are never two rows, and all pages call it by one name."""
+    for name in ("quality-smollm2", "needles-smollm2", "memory-smollm2", "memory-h100", "ruler-smollm2"):
+        names = {row["method"] for row in figures.load(name)["results"]}
+        assert not names & {"int8", "int4"}, name
+        assert {row["method"] for row in figures.stored(name)["results"]} & {"int8", "int4"}, name
+
+
+def test_the_readme_says_what_is_found():
+    """Its table of presets has the share of facts that needles-smollm2 found."""
+    found = figures.recall("SmolLM2-135M-Instruct")
+    lines = (figures.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for name in ("lossless", "safe", "balanced", "aggressive"):
+        line = next(x for x in lines if x.startswith(f"| `{name}` |"))
+        assert line.endswith(f"| {found[name]:.2f} |"), name
+
+
 DYNAMIC = quality.Result(
     "dynamic", "exact", nll=[3.0, 3.2], kl=[0.0, 0.0], top1=[1.0, 1.0], read=0, bytes=8000, dense=8000
 )
