@@ -209,7 +209,7 @@ def policy_bytes() -> dict:
 
 
 def policy_table(report: dict) -> str:
-    """MiB of each policy by length. A cache that forgets and yet holds more than all tokens take is marked."""
+    """MiB of each policy by length. One that forgets and yet holds more than all tokens take is marked."""
     everything = report["bytes"]["every token at 4 bits"]
     head = ["cache", *(f"{n:,} tokens" for n in report["lengths"])]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
