@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import figures
 from fade_fast.measure import free, memory, needles, pictures, quality, ruler
+from fade_fast.measure import report as reports
 
 REPORTS = figures.stored_reports()
 
@@ -59,6 +60,13 @@ def test_stored_tables_are_honest(name):
         exact = next(r for r in ran if r.method == "dynamic")
         assert set(exact.length) == set(exact.same) == {report["new"]}
         assert all(a.failed or a.trials == len(a.scores) for a in answers)
+    if report["kind"] == "report":
+        for part, rows in reports.parsed(report).items():
+            ran = [r for r in rows if not r.failed]
+            assert {r.method for r in ran} <= set(report["configs"]), part
+            assert all(
+                (r.read or getattr(r, "evicted", 0)) for r in ran if r.method not in ("dynamic", "off")
+            )
     if report["kind"] == "ruler":
         ran = [r for r in ruler.parsed(report) if not r.failed]
         assert all(r.trials == len(r.scores) == ran[0].trials for r in ran)
