@@ -219,9 +219,9 @@ def show(report: dict) -> str:
     blocks = [
         f"{headline(report)}.",
         summary(report),
-        "MiB and ratios are those of caches that hold as many bfloat16 tokens. *Facts found*: codes in long "
-        "texts that are told exactly (passkey, multikey, recall). *RULER*: the mean score of "
-        f"{', '.join(TASKS)}. {read_by(report)}",
+        "MiB and ratios are those of caches that hold as many bfloat16 tokens, host memory included. *Facts "
+        "found*: codes in long texts that are told exactly (passkey, multikey, recall). *RULER*: the mean "
+        f"score of {', '.join(TASKS)}. {read_by(report)}",
     ]
     for part, module in (("needles", needles), ("ruler", ruler)):
         if found[part]:

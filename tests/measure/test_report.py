@@ -15,12 +15,12 @@ from ..cli.test_demo import loud_again, one_line, tiny  # noqa: F401
 from ..models import prompt, tiny_llama
 
 LENGTH = 768
-CONFIGS = ["int4", "int2", "position:int4_budget=100"]
+CONFIGS = ["int4", "recall", "position:int4_budget=100"]
 
 
 def test_uncompressed_logits_are_the_same_if_they_are_not_kept():
     """Beside an attached cache, too, whose attention function plain caches then share."""
-    model, ids = tiny_llama(dtype=torch.float64), prompt(200, batch=2)["input_ids"]
+    model, ids = tiny_llama(dtype=torch.float64), prompt(200)["input_ids"]
     once, again = Uncompressed(model, ids, 64), Uncompressed(model, ids, 64, keep=0)
     first = list(once)
     assert once.kept is not None and all(a is b for a, b in zip(once, first))
@@ -29,11 +29,11 @@ def test_uncompressed_logits_are_the_same_if_they_are_not_kept():
     assert again.kept is None and len(found) == len(first) == 4
     for a, b in zip(found, first):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    both = [method(name) for name in ("dynamic", "int4", "streaming:recent_window=70")]
-    kept, free = (quality.run(model, both, ids, 64, 2, weigh=False, kept=n) for n in (streams.KEPT, 0))
+    both = [method(name) for name in ("dynamic", "int4")]
+    kept, free = (quality.run(model, both, ids, 64, 1, weigh=False, kept=n) for n in (streams.KEPT, 0))
     for a, b in zip(kept, free):
         assert a.kl == pytest.approx(b.kl, rel=1e-6, abs=1e-12) and a.nll == pytest.approx(b.nll, rel=1e-9)
-        assert a.read == b.read and a.evicted == b.evicted
+        assert a.read == b.read
     assert kept[1].kl[0] > 0 and kept[1].read > 0
 
 
@@ -62,6 +62,7 @@ def test_bytes_of_a_cache_that_compressed_nothing_are_refused():
         report.weigh(model, [method("int4")], 80)
 
 
+@pytest.mark.slow
 def test_the_command(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     asked = ["quality", "--suite", "report", "--model", tiny, "--device", "cpu", "--dtype", "fp32"]
