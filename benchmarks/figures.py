@@ -10,16 +10,34 @@ import argparse
 import json
 import os
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from fade_fast.measure import decode_attention, free, generate, memory, needles, pictures, quality, ruler
+import torch
+
+from fade_fast.hf import capacity
+from fade_fast.measure import (
+    decode_attention,
+    free,
+    generate,
+    memory,
+    methods,
+    needles,
+    pictures,
+    quality,
+    ruler,
+)
+from fade_fast.measure import (
+    report as reports,
+)
+from fade_ref.config import FadeConfig
 
 from . import simulation
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, FIGURES = ROOT / "benchmarks/results", ROOT / "docs/figures"
-PAGES = (ROOT / "README.md", ROOT / "docs/quality.md", ROOT / "docs/speed.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/guide.md", ROOT / "docs/quality.md", ROOT / "docs/speed.md")
 BLOCK = re.compile(r"<!-- results (?P<name>[\w.-]+)(?P<short> short)? -->.*?<!-- end -->", re.DOTALL)
 
 # -- pictures
@@ -49,13 +67,16 @@ TABLES = {
     "free": free.show,
     "ruler": lambda report: f"{ruler.headline(report)}.\n\n{ruler.table(ruler.parsed(report))}",
     "simulation": simulation.shown,
+    "report": reports.show,
 }
 
 # -- text
 
 #: Columns of the short table: what ran of these.
 SHORT = (
+    "lossless",
     "int8",
+    "safe",
     "int4",
     "int3",
     "k4v2",
@@ -69,13 +90,40 @@ SHORT = (
 )
 
 
-def load(name: str) -> dict:
-    """The stored report called `name`."""
+#: What configurations are called in pages, by model. `safe` has 4 bits in every layer of these models.
+NAMES = {"SmolLM2-135M-Instruct": {"int8": "lossless", "int4": "safe"}}
+
+
+def stored(name: str) -> dict:
+    """The stored report called `name`, as it was written."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def short_table(results: list[quality.Result]) -> str:
-    """Three rows of numbers, with a column for each config of `SHORT` that ran."""
+def load(name: str) -> dict:
+    """The same, with the names of `NAMES`. Formats keep theirs."""
+    report = stored(name)
+    names = NAMES.get(report.get("model"), {})
+    for row in report.get("results", []) + report.get("answers", []) if names else ():
+        if "method" in row:
+            base, *changes = row["method"].split(":")
+            row["method"] = ":".join([names.get(base, base), *changes])
+    return report
+
+
+def recall(model: str) -> dict[str, float] | None:
+    """Share of the passkeys in 1024 tokens that each method finds, over all depths; None: not measured."""
+    for path in sorted(RESULTS.glob("needles-*.json")):
+        if (found := load(path.stem))["model"] == model:
+            rows = [r for r in found["results"] if (r["task"], r["length"]) == ("passkey", 1024)]
+            return {
+                name: statistics.mean(r["exact"] for r in rows if r["method"] == name and not r["failed"])
+                for name in dict.fromkeys(r["method"] for r in rows if not r["failed"])
+            }
+    return None
+
+
+def short_table(results: list[quality.Result], recall: dict[str, float] | None = None) -> str:
+    """Rows of numbers, with a column for each config of `SHORT` that ran."""
     rows = quality.summaries(results)
     rows = {name: rows[name] for name in SHORT if name in rows}
     numbers = {
@@ -86,6 +134,9 @@ def short_table(results: list[quality.Result]) -> str:
     lines = ["| | " + " | ".join(f"`{name}`" for name in rows) + " |", "|---" * (1 + len(rows)) + "|"]
     for label, number in numbers.items():
         lines.append(f"| {label} | " + " | ".join(map(number, rows.values())) + " |")
+    if recall is not None:
+        found = (quality.share(recall, name) for name in rows)
+        lines.append("| facts found | " + " | ".join(found) + " |")
     return "\n".join(lines)
 
 
@@ -94,7 +145,7 @@ def agreement(of: str) -> str:
     cache.
     """
     kinds = [kind for kind in ("independent", "simulation", "quality") if has(kind, of)]
-    sources = {kind: load(f"{kind}-{of}") for kind in kinds}
+    sources = {kind: stored(f"{kind}-{of}") for kind in kinds}
     theirs = sources["independent"]
     columns = {f"independent, {theirs['windows']} windows": {r["format"]: r for r in theirs["results"]}}
     if found := sources.get("simulation"):
@@ -141,6 +192,37 @@ def attention(of: str) -> str:
     return "\n\n".join(told + [decode_attention.describe(name, report[name]) for name in others])
 
 
+#: Lengths, and the budget of every policy, of the table of policies.
+POLICY_LENGTHS, POLICY_BUDGET = (3000, 8192, 32768), 2048
+
+
+def policy_bytes() -> dict:
+    """What caches of each policy hold on a GPU, made with `max_length`, for the shape of Llama-3.1-8B."""
+    model = capacity.Architecture(
+        "Llama-3.1-8B", (capacity.LayerShape(8, 128, True),) * 32, torch.bfloat16, 0, True, None
+    )
+    configs = {"every token at 4 bits": FadeConfig.int4()}
+    configs |= {p: FadeConfig(int4_budget=POLICY_BUDGET, eviction_policy=p) for p in methods.POLICIES}
+    rows = {name: [capacity.size(model, c, n).device for n in POLICY_LENGTHS] for name, c in configs.items()}
+    rows = {"uncompressed": [capacity.uncompressed(model, n) for n in POLICY_LENGTHS]} | rows
+    return dict(kind="policies", model=model.name, budget=POLICY_BUDGET, lengths=POLICY_LENGTHS, bytes=rows)
+
+
+def policy_table(report: dict) -> str:
+    """MiB of each policy by length. One that forgets and yet holds more than all tokens take is marked."""
+    everything = report["bytes"]["every token at 4 bits"]
+    head = ["cache", *(f"{n:,} tokens" for n in report["lengths"])]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, row in report["bytes"].items():
+        forgets = name in methods.POLICIES
+        cells = [
+            f"{n / 2**20:,.1f}" + (", **more than keeping everything**" if forgets and n >= whole else "")
+            for n, whole in zip(row, everything)
+        ]
+        lines.append(f"| {f'`{name}`' if forgets else name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def has(kind: str, of: str) -> bool:
     return (RESULTS / f"{kind}-{of}.json").is_file()
 
@@ -155,6 +237,8 @@ def block(name: str, page: Path, short: bool = False) -> str:
     if kind in ("generate", "decode_attention"):
         return generation(of, short) if kind == "generate" else attention(of)
     report = load(name)
+    if report["kind"] == "policies":
+        return policy_table(report)
     if report["kind"] in TABLES:
         return TABLES[report["kind"]](report)
     _, title, module = KINDS[report["kind"]]
@@ -164,7 +248,12 @@ def block(name: str, page: Path, short: bool = False) -> str:
         told = quality.headline(report).split(", in chunks")[0] if short else quality.headline(report)
     else:
         told = "{model}, {dtype}, {device}, torch {torch}, transformers {transformers}".format(**report)
-    table = short_table(results) if short else module.table(results)
+    known = recall(report["model"]) if module in (quality, memory) else None
+    known = known if any(r.method in (known or ()) for r in results if r.method != "dynamic") else None
+    if module is needles:
+        table = needles.table(results)
+    else:
+        table = short_table(results, known) if short else module.table(results, known)
     gap = "" if short else "\n"  # the README has few lines
     if report["kind"] == "quality" and not short:
         table += "\n\n" + quality.best_trades(results)
@@ -196,6 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         draw, _, _ = KINDS[report["kind"]]
         draw(report, FIGURES / f"{name}.png")
         print(f"docs/figures/{name}.png")
+    (RESULTS / "policies-llama.json").write_text(json.dumps(policy_bytes()) + "\n", encoding="utf-8")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         page.write_text(filled(text, page), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`fade bench`, which is fade_fast/measure/generate.py."""
+"""`fade bench generate`, which is fade_fast/measure/generate.py."""
 
 from fade_fast.measure.generate import main
 

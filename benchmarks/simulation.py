@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     formats += [readers.coded(file, model) for file in args.codebooks]
     ids = texts.windows(tokenizer, texts.read(args.text), args.windows, args.length)
-    report = texts.circumstances("simulation", model, called, args.text, args.dtype) | dict(
+    report = texts.circumstances("simulation", model, called, texts.called(args.text), args.dtype) | dict(
         suite=args.suite,
         length=args.length,
         chunk=args.chunk,

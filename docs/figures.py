@@ -26,6 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from fade_fast import FadeConfig, create_cache, detach
 from fade_fast.cli import demo
 from fade_fast.hf import loading
+from fade_fast.measure import texts
 from fade_ref import attention, baselines, product, rope, tiers
 from fade_ref.cache import LayerCache
 from fade_ref.rotation import RotatedCodec, key_mean, qr_rotation
@@ -77,7 +78,7 @@ class Lab:
     def text(self) -> tuple[str, Tensor]:
         """Name and tokens [windows, WINDOW] of a real text; the last window is the one measured."""
         found, size = WIKITEXT.is_file(), (TRAINING_WINDOWS + 1) * WINDOW
-        text = WIKITEXT.read_text(encoding="utf-8") if found else demo.built_in_text()
+        text = WIKITEXT.read_text(encoding="utf-8") if found else texts.built_in()
         tokenizer = self.model and self.tokenizer
         ids = tokenizer(text[: 10 * size], verbose=False, return_tensors="pt").input_ids[0, :size]
         return "WikiText-2 test" if found else "Python's reference", ids.view(-1, WINDOW)

@@ -28,7 +28,8 @@ from .select_store import SelectStore
 from .store import CompressedStore, StoredTier
 
 MAX_DECODE_TOKENS = 16  # most tokens of a step that are stored before they are attended
-MIN_SPARE_SLOTS = 1024  # free slots of a buffer that grows with the text, when the buffer is made
+MIN_SPARE_SLOTS = 128  # free slots of a buffer that grows with the text, when the buffer is made
+MIN_DOUBLED_SLOTS = 1024  # the same if the text is known to fill them
 MIN_FLASH_PREFIX = 4096  # from this many dense tokens on, all but the newest are left to FlashAttention
 
 
@@ -137,6 +138,7 @@ class KVLayer:
         if self.compresses:
             kind = BudgetStore if c.relocatable else AppendStore if c.select is None else SelectStore
             self.middle = kind(c, self.format, self.token_positions, self.rope, batch, heads, self.observer)
+            self.middle.token_bytes = 2 * heads * dim * keys.element_size()
             # All that the region ever holds, unless the window is longer than this text.
             room = min(c.n_sink + c.recent_window + c.block_size, new + c.block_size)
             leaving = max(0, (most or 0) - c.n_sink - c.recent_window)
@@ -221,8 +223,12 @@ class KVLayer:
         count, most = self.dense.count, self._max_dense() or self._max_length
         if count + room <= self.dense.capacity:
             return
-        doubled = max(2 * count, count + MIN_SPARE_SLOTS)
-        self.dense.reserve(max(count + room, doubled if most is None else min(most, doubled)))
+        most = self.token_positions.expected if most is None else most
+        if most is None:  # nothing is known of the text: little is made in advance
+            spare = max(count // 8, MIN_SPARE_SLOTS)
+        else:
+            spare = min(most - count, max(count, MIN_DOUBLED_SLOTS))
+        self.dense.reserve(count + max(room, spare))
         self.version += 1
         if self.telemetry:
             self.telemetry.stored(self)

@@ -63,11 +63,13 @@ class TokenPositions:
         buffer: int32 [B, capacity]: the token's index among the real tokens of its row, or `PAD`.
         length: tokens seen, the logical length of the cache.
         has_padding: whether any token was padding.
+        expected: tokens that the text will have, as far as a generate() under way says; None: not known.
         masks: reads the masks of steps.
     """
 
     def __init__(self):
         self.masks = MaskReader()
+        self.expected: int | None = None
         self.clear()
 
     def clear(self) -> None:

@@ -15,13 +15,13 @@ from fade_ref.config import FadeConfig
 
 from ..formats.base import Field, Format, TierFormat
 from ..kernels import rotated
-from ..kernels.packed import TierView, bucket, chunk_of, longest, roomy, spare, whole
+from ..kernels.packed import TierView, bucket, chunk_of, longest, spare, whole
 from ..kernels.rope import RoPE, rotate
 from ..policies.scores import Observer
+from . import growth
 from .buffers import Buffers
 from .positions import PAD, DeviceCounters, TokenPositions
 
-HEADROOM = 1024  # least slots on CUDA for tokens to come, when a tier is first filled
 ONE_MEAN = 1 << 30  # slots that share a mean, where there is one mean for all
 
 
@@ -33,10 +33,19 @@ class StoredTier:
         records: the records, slot by slot.
         bound: [B, H] float32, at least every value scale ever stored, and never 0; None without scales.
         budget: most tokens the tier will ever hold; None: as many as the text has.
+        outlook: see `CompressedStore.outlook`.
     """
 
-    def __init__(self, format: TierFormat, records: Buffers, bound: Tensor | None, budget: int | None = None):
+    def __init__(
+        self,
+        format: TierFormat,
+        records: Buffers,
+        bound: Tensor | None,
+        budget: int | None,
+        outlook: Callable[["StoredTier", int], tuple[int | None, int | None]],
+    ):
         self.format, self.records, self.bound, self.budget = format, records, bound, budget
+        self.outlook = outlook
         self.format_fields = list(format.fields(heads=1))  # names of the fields that hold codes
 
     @property
@@ -104,10 +113,13 @@ class StoredTier:
         new = fields["key_codes"].shape[2]
         needed = held + new
         if self.records.compiled and needed > self._longest:
-            # Kernels are compiled for a capacity. So it is round: first with slots to spare, then doubled.
-            more = needed if self.records.capacity else max(HEADROOM, needed // 8)
-            room = roomy(self._heads, needed + more)
-            self.reserve(room if self.budget is None else max(needed, min(self.budget, room)))
+            # Kernels are compiled for a capacity. So it is one of a few.
+            if self.budget is None:
+                self.reserve(
+                    growth.slots(self._heads, needed, self.records.capacity, *self.outlook(self, needed))
+                )
+            else:
+                self.reserve(max(needed, min(self.budget, needed + max(growth.HEADROOM, needed // 8))))
         self.records.make_room(new, held)
         if new and self.bound is not None:  # a bound that is too high does no harm
             bound = self.format.value_bound(fields).to(self.bound.device) if bound is None else bound
@@ -153,6 +165,7 @@ class CompressedStore(ABC):
     per_mean = ONE_MEAN  # slots that share a mean
     chooses = False  # whether a short step reads a part of the tokens
     evicted: Tensor | None = None  # [B, 1] int32: real tokens dropped so far
+    token_bytes = 0  # of an uncompressed token; 0: not known
     on_plan: Callable | None = None  # is told of plans: see `plan.Candidates`
 
     def __init__(
@@ -176,7 +189,7 @@ class CompressedStore(ABC):
             if tier.has_bound:
                 least = rotated.SMALLEST_SCALE
                 bound = torch.full((batch, heads), least, dtype=torch.float32, device=device)
-            self.tiers.append(StoredTier(tier, records, bound, budget))
+            self.tiers.append(StoredTier(tier, records, bound, budget, self.outlook))
         self.means: Buffers | None = None
         if format.has_means:
             self.means = Buffers({"mean": Field((dim,), torch.float16, heads)}, 1, batch, device)
@@ -184,6 +197,21 @@ class CompressedStore(ABC):
     def _new_records(self, fields: dict[str, Field], batch: int, device) -> Buffers:
         """The empty records of a tier."""
         return Buffers(fields, self.slots_step, batch, device)
+
+    def outlook(self, tier: StoredTier, needed: int) -> tuple[int | None, int | None]:
+        """Slots that the text will need in a tier without a budget; None: not known. And the slots at which
+        the cache is as large as one without compression; None: not asked for.
+
+        `needed` slots are about to be in use.
+        """
+        c, expected, most = self.config, self.token_positions.expected, None
+        if expected is not None:
+            expected = max(0, expected - c.n_sink - (c.recent_window or 0)) // c.block_size * c.block_size
+        if self.token_bytes:
+            means = 0 if self.means is None else self.means.record_bytes // self.per_mean
+            unused = 2 * c.block_size  # at least the dense slots that are empty, drafts' included
+            most = (needed - unused) * self.token_bytes // (tier.records.record_bytes + means)
+        return expected, most
 
     def loaded(self) -> None:  # noqa: B027 - most stores have nothing to do
         """Called when records were filled other than by `demote`, and positions of tokens are known."""

@@ -48,7 +48,7 @@ PASSED = {
     "memory": ("fade_fast.measure.memory", "Bytes of each cache and peak memory, by length."),
     "needles": ("fade_fast.measure.needles", "Recall of facts in long texts, by depth."),
     "ruler": ("fade_fast.measure.ruler", "Tasks of RULER, answered freely."),
-    "bench": ("fade_fast.measure.generate", "Time decode steps; also `bench attention`, `bench serve`."),
+    "bench": ("fade_fast.measure.bench", "Bytes and times of caches with a model and a text of yours."),
     "parity": ("parity.__main__", "Check that the fast cache matches the specification."),
     "train-policy": ("fade_fast.hf.train_policy", "Train the learned eviction policy."),
 }
@@ -57,6 +57,7 @@ BENCHES = {
     "attention": "fade_fast.measure.decode_attention",
     "serve": "fade_fast.measure.serve",
 }
+REPORT = ("--suite", "report", "fade_fast.measure.report")  # two arguments, and their module
 #: The extra that contains a package which a command imports.
 EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "matplotlib": "plot", "sklearn": "train", "scipy": "train"}
 
@@ -117,6 +118,9 @@ def pass_on(command: str, argv: list[str]) -> int:
     name, shown = PASSED[command][0], f"fade {command}"
     if command == "bench" and argv and argv[0] in BENCHES:
         name, shown, argv = BENCHES[argv[0]], f"{shown} {argv[0]}", argv[1:]
+    if command == "quality" and REPORT[:2] in zip(argv, argv[1:]):
+        name, shown, at = REPORT[2], f"{shown} {' '.join(REPORT[:2])}", argv.index(REPORT[0])
+        argv = argv[:at] + argv[at + 2 :]
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

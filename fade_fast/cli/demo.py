@@ -21,14 +21,13 @@ from ..hf.create import create_cache
 from ..hf.foreign import ForeignLayer
 from ..hf.loading import HUB_ID, LoadError, load, quiet
 from ..hf.models import CACHE_NAME
+from ..measure.texts import built_in
 from ..saved.files import write_json
 from ..saved.memory import storage_bytes
 from . import options, quick
 from .session import Stopwatch
 
 PROMPT_TOKENS = 3000
-# Chapters of Python's language reference in plain prose; `pydoc` ships them with every CPython.
-CHAPTERS = ("objects", "execmodel", "import", "dynamic-features", "attribute-access", "customization")
 QUESTION = "Summarise the text above in a few sentences, in your own words."
 BASELINE = "DynamicCache"
 SHOWN = tuple(name for name in PRESETS if name != "int4")  # `safe` shows the same on most models
@@ -121,7 +120,7 @@ def run_quick(args: argparse.Namespace, name: str) -> None:
     """Compare `safe` with an uncompressed cache on one text, by teacher forcing."""
     model, tokenizer = load(args.model, args.device, quick.dtype_for(args.device, args.dtype))
     check_supported(model, [quick.PRESET])
-    ids = tokenizer(args.prompt_file or built_in_text(), return_tensors="pt", verbose=False).input_ids
+    ids = tokenizer(args.prompt_file or built_in(), return_tensors="pt", verbose=False).input_ids
     reach = getattr(model.config.get_text_config(), "max_position_embeddings", None) or ids.shape[1]
     ids = ids[:, : min(quick.PROMPT + quick.MORE, reach)].to(model.device)
     prompt = ids.shape[1] - quick.MORE
@@ -150,16 +149,9 @@ def encode_prompt(
         room = most - len(_chat(tokenizer, QUESTION).input_ids[0])
         if room <= 0:
             raise LoadError(f"the model reads {reach} tokens at most: too few for {max_new_tokens} new ones")
-        start = tokenizer(built_in_text(), add_special_tokens=False, verbose=False).input_ids[:room]
+        start = tokenizer(built_in(), add_special_tokens=False, verbose=False).input_ids[:room]
         text = f"{tokenizer.decode(start)}\n\n{QUESTION}"
     return _chat(tokenizer, text)
-
-
-def built_in_text() -> str:
-    """About ten thousand words of English that need no download."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name].strip() for name in CHAPTERS if name in topics)
 
 
 def compare(model: PreTrainedModel, inputs, configs: list[str], max_new_tokens: int) -> dict[str, Run]:

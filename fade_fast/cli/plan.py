@@ -140,7 +140,7 @@ def table(rows: list[dict], length: int) -> str:
 
 def notes(model, rows: list[dict], configs: dict[str, FadeConfig], length: int, room: int) -> list[str]:
     """What the table cannot say, one line each."""
-    said = ["Caches made with max_length, as `cache.memory()` counts them. One that grows holds some more."]
+    said = ["Caches made with max_length, as `cache.memory()` counts them. One that grows: up to 1/8 more."]
     if room <= 0:
         said.append("The weights and the reserve alone are larger than this memory: nothing fits.")
     if model.longest:

@@ -151,10 +151,12 @@ def generate(model: PreTrainedModel, *args, **kwargs):
         hooked=all(hasattr(type(model), name) for name in (VALID_AUTO_COMPILE_CRITERIA, GET_COMPILED_CALL))
     )
     decode_graph.asked = prompt.options
+    cache.token_positions.expected = prompt.longest
     try:
         with _deferred_checks():
             output = call(*args, **kwargs)
     finally:
+        cache.token_positions.expected = None
         decode_graph.close_text()
         if decode_graph.reordered:  # beam search moved the rows, so the remembered ids are wrong
             cache.seen.set(None)

@@ -82,13 +82,17 @@ def common_prefix(cache: "TieredKVCache", ids: Tensor) -> int:
 
 @dataclass
 class Prompt:
-    """Arguments of generate(): ids [B, n], mask [B, m] and `OPTIONS`; None where one is missing."""
+    """Arguments of generate(): ids [B, n], mask [B, m] and `OPTIONS`; None where one is missing.
+
+    `longest` is the number of tokens at which the text ends if nothing ends it before; None: not known.
+    """
 
     cache: Cache
     ids: Tensor | None
     mask: Tensor | None
     embedded: bool
     options: dict
+    longest: int | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, cache: Cache, args: tuple, kwargs: dict) -> "Prompt":
@@ -101,7 +105,10 @@ class Prompt:
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         config = args[1] if len(args) > 1 else kwargs.get("generation_config") or model.generation_config
         options = {name: kwargs.get(name, getattr(config, name, None)) for name in OPTIONS}
-        return cls(cache, ids, mask, kwargs.get("inputs_embeds") is not None, options)
+        new, most = (kwargs.get(n, getattr(config, n, None)) for n in ("max_new_tokens", "max_length"))
+        known = mask if mask is not None else ids  # of all tokens, if only new ids are passed
+        longest = most if new is None else None if known is None else known.shape[1] + new
+        return cls(cache, ids, mask, kwargs.get("inputs_embeds") is not None, options, longest)
 
     def check(self) -> None:
         """Raise `ValueError` if the prompt does not continue the cache. Warn about outputs that get lost."""

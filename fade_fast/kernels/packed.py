@@ -622,9 +622,10 @@ def bucket(heads: int, length: int) -> int:
 def roomy(heads: int, length: int) -> int:
     """Return how many slots to allocate for `length` tokens of a growing text.
 
-    It is the result of `bucket`, but at most about an eighth more than `length`, to save memory.
+    At most about an eighth more than `length`, to save memory. There are eight such numbers in each octave,
+    because kernels are compiled for a number of slots.
     """
-    return _rounded(heads, length, min(_best_step(heads), (1 << max(0, length - 1).bit_length()) // 8))
+    return _rounded(heads, length, (1 << max(0, length - 1).bit_length()) // 16)
 
 
 def whole(heads: int, length: int) -> int:

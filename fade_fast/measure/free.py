@@ -39,16 +39,14 @@ from fade_fast.errors import InputError
 from fade_fast.hf import loading
 from fade_fast.hf.models import CACHE_NAME
 
-from . import ruler, texts
+from . import options, ruler, texts
 from .methods import (
-    CONFIGS,
     Method,
     Unavailable,
     compressed_tokens,
     eager,
     evicted_tokens,
     method,
-    methods_of,
 )
 from .streams import NothingCompressed, check, stream
 
@@ -313,9 +311,9 @@ def show(report: dict) -> str:
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("fade quality --free", description=__doc__.splitlines()[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
-    parser.add_argument("--text", default=texts.WIKITEXT, help="of prompts; as --text of `fade quality`")
+    cuda = options.on_gpu()
+    options.add_model(parser)
+    options.add_text(parser, "of prompts")
     parser.add_argument("--prompts", type=int, default=16 if cuda else 4, metavar="N", help="how many")
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=512 if cuda else 128, metavar="N", help="tokens of a text")
@@ -330,19 +328,12 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--trials", type=int, default=20 if cuda else 2, metavar="N", help="examples of a task"
     )
-    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help=CONFIGS)
-    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
-    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
-    parser.add_argument(
-        "--dtype", choices=tuple(loading.DTYPES), default="fp32", help="of the model; default: fp32"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="of a stored run, and stop")
+    options.add_methods(parser, SUITE)
+    options.add_output(parser)
     args = parser.parse_args(argv)
     if min(args.prompts, args.length, args.new, args.chunk, args.batch, args.trials) < 1 or args.margin < 0:
         parser.error("numbers of prompts, tokens and examples must be at least 1, --margin at least 0")
-    args.methods = methods_of(parser, args)
+    args.methods = options.methods_of(parser, args)
     return args
 
 
@@ -359,8 +350,8 @@ def measured(args: argparse.Namespace) -> dict:
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
-    text = texts.read(args.text)
-    report = texts.circumstances("free", model, name, args.text, args.dtype) | dict(
+    text, source = texts.read_or_default(args.text)
+    report = texts.circumstances("free", model, name, source, args.dtype) | dict(
         prompt=args.length, new=args.new, margin=args.margin, seed=args.seed, chunk=args.chunk, results=[],
         answers=[],
     )  # fmt: skip

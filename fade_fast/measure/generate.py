@@ -1,4 +1,4 @@
-"""A decode step of `model.generate()` with each cache: `fade bench`.
+"""A decode step of `model.generate()` with each cache: `fade bench generate`.
 
 Models have the shape of a named model and random bfloat16 weights. Each method prefills random tokens and
 then decodes in plain `model.generate(..., cache=cache)`. The time of a step is the median after compilation
@@ -44,7 +44,8 @@ OURS = {"fp16": FadeConfig(recent_window=None)}
 OURS |= {name: FadeConfig.preset(name) for name in SHOWN}
 OURS["safe"] = FadeConfig.int4()  # random weights say nothing about the widths that a real model needs
 OURS |= {f"int{bits}": FadeConfig(middle_k_bits=bits, middle_v_bits=bits) for bits in (3, 2)}
-OURS["h2o"] = replace(OURS["balanced"], eviction_policy="h2o")  # the same, but ranked by received attention
+H2O = "balanced:eviction_policy=h2o"  # the same, but ranked by received attention
+OURS[H2O] = replace(OURS["balanced"], eviction_policy="h2o")
 BASELINES = ("dynamic", "static")
 METHODS = (*BASELINES, *OURS)
 
@@ -88,7 +89,7 @@ class Case:
 CASES = [
     Case(LLAMA, 1, 2 * K),
     Case(LLAMA, 1, 32 * K),
-    Case(LLAMA, 8, 2 * K, (*BASELINES, "safe", "balanced", "h2o")),
+    Case(LLAMA, 8, 2 * K, (*BASELINES, "safe", "balanced", H2O)),
     Case(LLAMA, 8, 32 * K, (*BASELINES, "fp16", *SHOWN, "int2")),
     Case(LLAMA, 8, 8 * K),
     Case(LLAMA, 1, 128 * K, ("dynamic", "fp16", "safe")),
@@ -187,7 +188,7 @@ TARGETS = [
     Target(WIDE, "balanced", "ms", ("balanced",), 1 / 1.05, at=SHORT),
     Target(WIDE, "balanced", "ms", ("safe",), 1.0, at=SHORT),
     Target(WIDE, "aggressive", "ms", ("safe",), 1.0, at=SHORT),
-    Target(SHORT, "h2o", "ms", ("balanced",), 1 / 1.05),
+    Target(SHORT, H2O, "ms", ("balanced",), 1 / 1.05),
     Target(f"{SHORT} padded", "safe", "ms", ("safe",), 1 / 1.05, at=SHORT),
     Target(f"{SHORT} sampled", "safe", "ms", ("safe",), 1 / 1.05, at=SHORT),
     Target(f"{ALONE} drafted", "safe", "ms", ("safe",), 1 / 1.05, at=ALONE),
@@ -583,7 +584,7 @@ def tables(results: list[Result]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fade bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("fade bench generate", description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times there as well")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")

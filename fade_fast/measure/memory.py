@@ -16,17 +16,16 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers.cache_utils import Cache
 
 import fade_fast
 from fade_fast.hf import loading
-from fade_fast.hf.cache import TieredKVCache
-from fade_fast.hf.codebooks import SIDES
 from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.saved.memory import StorageMeter
 
-from . import pictures, texts
-from .methods import CONFIGS, Method, Unavailable, allocated, key_shape, methods_of
+from . import options, pictures, texts
+from .methods import Method, Unavailable, allocated, key_shape, made_for
 
 SUITE = (
     "dynamic",
@@ -85,23 +84,22 @@ def fill(model, cache, length: int, dtype=torch.bfloat16, step: int | None = Non
                     layer.update(part, part)
 
 
-def filled_bytes(model, m: Method, length: int, reserved: bool = False) -> int:
-    """Bytes of every storage of a cache that holds `length` bfloat16 tokens of one row.
+def filled(model, m: Method, length: int, reserved: bool = False) -> Cache:
+    """A cache that holds `length` bfloat16 tokens of one row, on a model that is not attached.
 
     `reserved`: whether the cache was made for that length. It makes no difference for caches of others.
     """
-    cache = m(model, length)
-    if reserved and isinstance(cache, TieredKVCache):
-        weights = next((x.observer.weights for x in cache.tiered if hasattr(x.observer, "weights")), None)
-        pairs = ((i, zip(SIDES, getattr(layer, "books", None) or ())) for i, layer in enumerate(cache.layers))
-        books = {f"{i}.{side}": x for i, pair in pairs for side, x in pair}
-        options = dict(policy_weights=weights, codebooks=books or None)
-        cache = fade_fast.create_cache(model, cache.fade_config, max_length=length, **options)
+    cache = made_for(model, m, length) if reserved else m(model, length)
     try:
         fill(model, cache, length)
-        return allocated(cache)
+        return cache
     finally:
         fade_fast.detach(model)
+
+
+def filled_bytes(model, m: Method, length: int, reserved: bool = False) -> int:
+    """Bytes of every storage of a cache that `filled` made."""
+    return allocated(filled(model, m, length, reserved))
 
 
 @torch.no_grad()
@@ -164,8 +162,11 @@ FIELDS = {
 }
 
 
-def table(results: list[Result]) -> str:
-    """Markdown: for each of `FIELDS` that was measured, a table of configurations by lengths."""
+def table(results: list[Result], recall: dict[str, float] | None = None) -> str:
+    """Markdown: for each of `FIELDS` that was measured, a table of configurations by lengths.
+
+    `recall`: the share of facts that a method finds again in long texts, by name, for a column of its own.
+    """
     found, blocks = {(r.method, r.length): r for r in results}, []
     for field, heading in FIELDS.items():
         told = [r for r in results if r.failed or getattr(r, field) is not None]
@@ -173,8 +174,8 @@ def table(results: list[Result]) -> str:
         size = {key: getattr(r, field) for key, r in found.items() if getattr(r, field) is not None}
         if not size or (field == "reserved" and all(size[key] == found[key].grown for key in size)):
             continue
-        lines = [f"{heading}:", "", "| config | " + " | ".join(f"{n} tokens" for n in lengths) + " |"]
-        lines.append("|---" * (1 + len(lengths)) + "|")
+        head = ["config", *(f"{n} tokens" for n in lengths), *([] if recall is None else ["facts found"])]
+        lines = [f"{heading}:", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for name in names:
             cells = []
             for n in lengths:
@@ -182,6 +183,8 @@ def table(results: list[Result]) -> str:
                 ratio = f", 1/{dense / mine:.2f}" if mine and dense else ""
                 failed = found[name, n].failed if (name, n) in found else None
                 cells.append(f"{mine / 2**20:.1f}{ratio}" if mine else failed or "-")
+            if recall is not None:
+                cells.append(f"{recall[name]:.2f}" if name in recall else "-")
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
@@ -194,19 +197,14 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("fade memory", description=__doc__.splitlines()[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    options.add_model(parser, dtype=None)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N", help="tokens")
-    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help=CONFIGS)
-    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
-    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
+    options.add_methods(parser, SUITE)
     parser.add_argument("--peak", action="store_true", help="run the model, too")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     parser.add_argument("--plot", type=pictures.path, metavar="FILE", help="bytes against length")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="the table of a stored run, and stop")
+    options.add_output(parser)
     args = parser.parse_args(argv)
-    args.methods = methods_of(parser, args)
+    args.methods = options.methods_of(parser, args)
     return args
 
 

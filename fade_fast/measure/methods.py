@@ -4,7 +4,6 @@ A name is one of `NAMES`, or one of ours followed by changed fields of `FadeConf
 "int4:recent_window=0:block_size=32".
 """
 
-import argparse
 import ast
 import copy
 import re
@@ -21,6 +20,7 @@ from fade_fast.cache.layer import MAX_DECODE_TOKENS
 from fade_fast.cache.positions import PAD
 from fade_fast.compile import compiled as compiling
 from fade_fast.hf.cache import TieredKVCache
+from fade_fast.hf.codebooks import SIDES
 from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import text_config
 from fade_fast.saved.memory import storage_bytes
@@ -32,9 +32,6 @@ SHARE = 4  # policies keep a quarter of the tokens
 QUANTIZED = {"quanto4": ("quanto", 4), "quanto2": ("quanto", 2), "hqq4": ("hqq", 4), "hqq2": ("hqq", 2)}
 WIDTHS = re.compile(r"int([8432])|k([8432])v([8432])")
 NAMES = ("dynamic", *QUANTIZED, "streaming", "off", *PRESETS, "int8|4|3|2", "k4v2", "codes", *POLICIES)
-
-#: Help of the option that takes such names.
-CONFIGS = "such as safe, int3, k4v2, h2o, quanto4, int4:recent_window=32 (docs/quality.md explains them)"
 
 EXACT, COMPRESSES, EVICTS = "exact", "compresses", "evicts"
 
@@ -128,6 +125,21 @@ def read_by(m: Method, cache: Cache) -> Cache:
         if layer.middle is not None:
             layer.middle.choose_by(m.config)
     return twin
+
+
+def made_for(model: PreTrainedModel, m: Method, length: int) -> Cache:
+    """An empty cache of a method. If it is ours, it was made for `length` tokens and does not grow.
+
+    Raises `Unavailable` if something that it needs is missing.
+    """
+    cache = m(model, length)
+    if not isinstance(cache, TieredKVCache):
+        return cache
+    weights = next((x.observer.weights for x in cache.tiered if hasattr(x.observer, "weights")), None)
+    pairs = ((i, zip(SIDES, getattr(layer, "books", None) or ())) for i, layer in enumerate(cache.layers))
+    books = {f"{i}.{side}": x for i, pair in pairs for side, x in pair}
+    options = dict(policy_weights=weights, codebooks=books or None)
+    return fade_fast.create_cache(model, cache.fade_config, max_length=length, **options)
 
 
 def configuration(name: str) -> FadeConfig:
@@ -338,12 +350,3 @@ def _inside(x):
 def allocated(cache: Cache) -> int:
     """Bytes of every distinct storage that a cache holds, whatever the cache reports."""
     return storage_bytes(held_tensors(cache))
-
-
-def methods_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Method]:
-    """The methods that --configs names, "dynamic" first, each once. A wrong name ends the program."""
-    try:
-        names = dict.fromkeys(("dynamic", *args.configs))
-        return [method(name, args.policy_weights, args.codebooks) for name in names]
-    except ValueError as error:
-        parser.error(str(error))

@@ -29,17 +29,15 @@ import fade_fast
 from fade_fast.errors import InputError
 from fade_fast.hf import loading
 
-from . import pictures, texts
+from . import options, pictures, texts
 from .methods import (
     COMPRESSES,
-    CONFIGS,
     POLICIES,
     QUANTIZED,
     Method,
     Unavailable,
     compressed_tokens,
     eager,
-    methods_of,
 )
 from .streams import NothingCompressed, in_parts, of_one_prompt, prefilled, read_by_choice
 
@@ -247,11 +245,9 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("fade needles", description=__doc__.splitlines()[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
-    parser.add_argument(
-        "--text", default=texts.WIKITEXT, help="around the facts; as --text of `fade quality`"
-    )
+    cuda = options.on_gpu()
+    options.add_model(parser)
+    options.add_text(parser, "around the facts")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048], metavar="N", help="tokens")
     parser.add_argument(
@@ -267,22 +263,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch", type=int, default=35 if cuda else 7, metavar="N", help="examples at a time"
     )
-    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help=CONFIGS)
-    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
-    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
-    parser.add_argument(
-        "--dtype", choices=tuple(loading.DTYPES), default="fp32", help="of the model; default: fp32"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    options.add_methods(parser, SUITE)
     parser.add_argument("--plot", type=pictures.path, metavar="FILE", help="heat map")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="the tables of a stored run, and stop")
+    options.add_output(parser)
     args = parser.parse_args(argv)
     if min(args.trials, args.chunk, args.batch, *args.lengths) < 1:
         parser.error("--trials, --chunk, --batch and --lengths must be at least 1")
     if not all(0 <= d <= 100 for d in args.depths):
         parser.error("--depths: from 0 to 100 percent")
-    args.methods = methods_of(parser, args)
+    args.methods = options.methods_of(parser, args)
     return args
 
 
@@ -300,8 +289,9 @@ def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     loading.quiet()
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
+    text, source = texts.read_or_default(args.text)
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
-    report = texts.circumstances("needles", model, name, args.text, args.dtype) | dict(
+    report = texts.circumstances("needles", model, name, source, args.dtype) | dict(
         chunk=args.chunk,
     )
 
@@ -312,7 +302,7 @@ def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
 
     results = run(
         model, tokenizer, args.methods, args.tasks, args.lengths, args.depths, args.trials, args.chunk,
-        args.batch, texts.read(args.text), lambda line: print(line, flush=True), keep,
+        args.batch, text, lambda line: print(line, flush=True), keep,
     )  # fmt: skip
     return report, results
 

@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -30,9 +31,8 @@ from torch import Tensor
 import fade_fast
 from fade_fast.hf import loading
 
-from . import free, memory, pictures, texts
+from . import free, memory, options, pictures, texts
 from .methods import (
-    CONFIGS,
     POLICIES,
     QUANTIZED,
     Method,
@@ -41,7 +41,7 @@ from .methods import (
     evicted_tokens,
     method,
 )
-from .streams import NothingCompressed, Reader, check, chunks, read_by_choice, stream
+from .streams import KEPT, NothingCompressed, Reader, Uncompressed, check, chunks, read_by_choice, stream
 
 SUITE = (
     "dynamic", "off", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive",
@@ -126,7 +126,7 @@ class Score:
         return tuple((x / self.count).tolist() for x in (self.nll, self.kl, self.top1))
 
 
-def measure(model, m: Method, ids: Tensor, exact: list[Tensor], size: int) -> tuple:
+def measure(model, m: Method, ids: Tensor, exact: Iterable[Tensor], size: int) -> tuple:
     """(nll, kl, top1) of each row of `ids` [B, L], compressed tokens read, tokens evicted, configuration.
 
     `exact`: the uncompressed logits, chunk by chunk. Raises `NothingCompressed`, or `Unavailable`.
@@ -165,8 +165,9 @@ def run(
     say=print,
     compiled: bool = False,
     keep=lambda results: None,
+    kept: int = KEPT,
 ) -> list[Result]:
-    """Every method over every window. Uncompressed logits are computed once per batch of windows.
+    """Every method over every window. Uncompressed logits are computed once per batch, if they can be kept.
 
     Args:
         ids: windows [N, L]; `size` tokens of `batch` windows are fed at a time.
@@ -174,12 +175,15 @@ def run(
         say: called with each line of progress.
         compiled: whether kernels run compiled on a GPU, as under `generate()`.
         keep: called after every batch with the results so far.
+        kept: most bytes of uncompressed logits that are kept. If they take more, they are computed for every
+            method, and no more than a chunk of them exists at a time.
     """
     results = {m.name: Result(m.name, m.does, seconds=0.0) for m in methods}
     dynamic = method("dynamic")
     for first in range(0, len(ids), batch):
         part = ids[first : first + batch].to(model.device)
-        exact = list(stream(model, dynamic(model, ids.shape[1]), part, size))
+        fade_fast.detach(model)
+        exact = Uncompressed(model, part, size, kept)
         for m in methods:
             r = results[m.name]
             if r.failed:
@@ -243,18 +247,30 @@ def summaries(results: list[Result]) -> dict[str, Summary]:
     return {r.method: summary(r, exact) for r in results if not r.failed}
 
 
+RECALL = "facts found"
+
+
+def share(recall: dict[str, float], name: str) -> str:
+    """A cell of the column `RECALL`."""
+    return f"{recall[name]:.2f}" if name in recall else "-"
+
+
 HEAD = (
     "config", "perplexity ratio", "mean KL", "top-1", "allocated at 8K", "compressed tokens a query reads",
     "evicted of a window",
 )  # fmt: skip
 
 
-def table(results: list[Result]) -> str:
-    """Markdown, with one row for each method."""
-    rows, lines = summaries(results), ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+def table(results: list[Result], recall: dict[str, float] | None = None) -> str:
+    """Markdown, with one row for each method.
+
+    `recall`: the share of facts that a method finds again in long texts, by name, for a column of its own.
+    """
+    head = HEAD if recall is None else (*HEAD, RECALL)
+    rows, lines = summaries(results), ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in results:
         if r.failed:
-            lines.append(f"| {r.method} | {r.failed} |" + " |" * (len(HEAD) - 2))
+            lines.append(f"| {r.method} | {r.failed} |" + " |" * (len(head) - 2))
             continue
         s = rows[r.method]
         spread = "" if s.ratio_se is None else f" ± {s.ratio_se:.4f}"
@@ -263,7 +279,7 @@ def table(results: list[Result]) -> str:
         )
         lines.append(
             f"| {r.method} | {s.ratio:.4f}{spread} | {s.kl:.5f} | {s.top1:.4f} | {weight} | {r.read:.0f} "
-            f"| {r.evicted:.0f} |"
+            f"| {r.evicted:.0f} |" + ("" if recall is None else f" {share(recall, r.method)} |")
         )
     return "\n".join(lines)
 
@@ -303,11 +319,9 @@ def show(report: dict, results: list[Result]) -> str:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("fade quality", description=__doc__.splitlines()[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
-    parser.add_argument(
-        "--text", default=texts.WIKITEXT, help="file, or NAME[:CONFIGURATION[:SPLIT[:COLUMN]]]"
-    )
+    cuda = options.on_gpu()
+    options.add_model(parser)
+    options.add_text(parser, "that is read")
     parser.add_argument(
         "--free", action="store_true", help="free-running texts instead; --free --help shows its options"
     )
@@ -317,32 +331,24 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
     parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens fed at a time")
     parser.add_argument("--batch", type=int, default=8 if cuda else 1, metavar="N", help="windows at a time")
-    parser.add_argument("--suite", choices=tuple(SUITES), default="table", help="lists of configurations")
-    parser.add_argument("--configs", nargs="+", metavar="NAME", help=CONFIGS)
-    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
-    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
     parser.add_argument(
-        "--dtype", choices=tuple(loading.DTYPES), default="fp32", help="of the model; default: fp32"
-    )
+        "--suite", choices=(*SUITES, "report"), default="table",
+        help="lists of configurations; report: all measurements, of fewer of them",
+    )  # fmt: skip
+    options.add_methods(parser, None)
     parser.add_argument("--compiled", action="store_true", help="on a GPU, compile kernels for every shape")
     parser.add_argument("--no-bytes", dest="weigh", action="store_false", help="do not weigh caches")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well")
     parser.add_argument(
         "--plot", type=pictures.path, metavar="FILE", help="perplexity ratio against bytes a token"
     )
-    parser.add_argument("--show", type=Path, metavar="FILE", help="of a stored run, and stop")
+    options.add_output(parser)
     args = parser.parse_args(argv)
     if args.windows < 1 or args.length < 2 or args.chunk < 1 or args.batch < 1:
         parser.error("--windows, --chunk and --batch must be at least 1, --length at least 2")
-    names = [name for name in args.configs or SUITES[args.suite] if name != "dynamic"]
-    try:  # all methods are compared with the uncompressed run
-        args.methods = [
-            method(name, args.policy_weights, args.codebooks) for name in ("dynamic", *dict.fromkeys(names))
-        ]
-    except ValueError as error:
-        parser.error(str(error))
+    if args.suite not in SUITES:  # the command `fade` runs report.py
+        parser.error("run it as `fade quality --suite report`")
+    args.methods = options.methods_of(parser, args, args.configs or SUITES[args.suite])
     return args
 
 
@@ -365,10 +371,11 @@ def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     loading.quiet()
     started = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = False
+    text, source = texts.read_or_default(args.text)
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
-    ids = texts.windows(tokenizer, texts.read(args.text), args.windows, args.length)
+    ids = texts.windows(tokenizer, text, args.windows, args.length)
     print(f"ready after {time.perf_counter() - started:.0f} s", flush=True)
-    report = texts.circumstances("quality", model, name, args.text, args.dtype) | dict(
+    report = texts.circumstances("quality", model, name, source, args.dtype) | dict(
         windows=args.windows,
         length=args.length,
         chunk=args.chunk,

@@ -35,9 +35,8 @@ import fade_fast
 from fade_fast.errors import InputError
 from fade_fast.hf import loading
 
-from . import texts
+from . import options, texts
 from .methods import (
-    CONFIGS,
     POLICIES,
     QUANTIZED,
     Method,
@@ -45,7 +44,6 @@ from .methods import (
     compressed_tokens,
     eager,
     evicted_tokens,
-    methods_of,
 )
 from .needles import GRASS
 from .streams import NothingCompressed, check, chunks, in_parts, of_one_prompt, prefilled, read_by_choice
@@ -482,9 +480,9 @@ def headline(report: dict) -> str:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("fade ruler", description=__doc__.splitlines()[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
-    parser.add_argument("--text", default=texts.WIKITEXT, help="for prompts; as --text of `fade quality`")
+    cuda = options.on_gpu()
+    options.add_model(parser)
+    options.add_text(parser, "of prompts")
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS)
     )
@@ -497,19 +495,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--batch", type=int, default=20 if cuda else 2, metavar="N", help="examples at a time"
     )
     parser.add_argument("--most", type=int, metavar="N", help="tokens of an answer (default: as in RULER)")
-    parser.add_argument("--configs", nargs="+", default=list(SUITE), metavar="NAME", help=CONFIGS)
-    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
-    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
-    parser.add_argument(
-        "--dtype", choices=tuple(loading.DTYPES), default="fp32", help="of the model; default: fp32"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="the tables of a stored run, and stop")
+    options.add_methods(parser, SUITE)
+    options.add_output(parser)
     args = parser.parse_args(argv)
     if min(args.trials, args.chunk, args.batch, args.most or 1, *args.lengths) < 1:
         parser.error("--trials, --chunk, --batch, --most and --lengths must be at least 1")
-    args.methods = methods_of(parser, args)
+    args.methods = options.methods_of(parser, args)
     return args
 
 
@@ -525,8 +516,9 @@ def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     loading.quiet()
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
+    text, source = texts.read_or_default(args.text)
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
-    report = texts.circumstances("ruler", model, name, args.text, args.dtype) | dict(
+    report = texts.circumstances("ruler", model, name, source, args.dtype) | dict(
         chunk=args.chunk, most=args.most
     )
 
@@ -537,7 +529,7 @@ def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
 
     results = run(
         model, tokenizer, args.methods, args.tasks, args.lengths, args.trials, args.chunk, args.batch,
-        texts.read(args.text), args.most, lambda line: print(line, flush=True), keep,
+        text, args.most, lambda line: print(line, flush=True), keep,
     )  # fmt: skip
     return report, results
 

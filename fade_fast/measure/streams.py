@@ -4,14 +4,18 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from fade_fast.cache.layer import MAX_DECODE_TOKENS
+from fade_fast.errors import InputError
 from fade_fast.hf.models import CACHE_NAME
 
 from .methods import COMPRESSES, EVICTS, Method, by_prompt, chosen_tokens, compressed_tokens, read_by
 
+KEPT = 4 << 30  # bytes of uncompressed logits that are kept
 
-class NothingCompressed(AssertionError):
+
+class NothingCompressed(InputError, AssertionError):
     """A measured method compressed or evicted nothing, so its numbers would mean nothing."""
 
 
@@ -32,6 +36,31 @@ def stream(
     for part in chunks(ids.shape[1], size):
         heard(cache, part.stop - part.start)
         yield in_parts(model, cache, ids[:, part], most)
+
+
+class Uncompressed:
+    """The logits of the uncompressed model over a text, chunk by chunk, as often as they are asked for.
+
+    They are kept if they take at most `keep` bytes. Logits of a long text over a large vocabulary take many
+    gigabytes: then the model runs again each time, beside the cache that is compared with it.
+    """
+
+    def __init__(self, model, ids: Tensor, size: int, keep: int = KEPT):
+        self.model, self.ids, self.size, self.keep = model, ids, size, keep
+        self.kept: list[Tensor] | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.kept is not None:
+            yield from self.kept
+            return
+        count, kept = len(list(chunks(self.ids.shape[1], self.size))), []
+        # Plain caches work under our attention, too: the model may be attached.
+        for logits in stream(self.model, DynamicCache(config=self.model.config), self.ids, self.size):
+            if count * logits.nbytes <= self.keep:
+                kept.append(logits)
+            yield logits
+        if len(kept) == count:
+            self.kept = kept
 
 
 def in_parts(model, cache, ids: Tensor, most: int | None) -> Tensor:

@@ -1,5 +1,9 @@
 """Texts to measure on, as windows of tokens, and models to measure."""
 
+import functools
+import importlib.util
+import itertools
+import re
 from pathlib import Path
 
 import torch
@@ -10,7 +14,9 @@ from fade_fast.errors import InputError, require
 from fade_fast.hf import loading
 
 SMOLLM2 = "smollm2"  # what the default model is called on the command line
+BUILT_IN = "built-in"  # what the text that needs no download is called there
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
+WORDS = 1_000_000  # more than the built-in text has
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # that `datasets` reads
 
 
@@ -20,12 +26,14 @@ def read(source: str) -> str:
     Args:
         source: a file of plain text; or a .json, .jsonl, .csv or .parquet file with a column "text"; or a
             data set on the hub, NAME[:CONFIGURATION[:SPLIT[:COLUMN]]], by default its split "test" and its
-            column "text". Rows are joined by an empty line. Files of plain text are unchanged.
+            column "text"; or `BUILT_IN`. Rows are joined by an empty line. Files of plain text are unchanged.
 
     Raises `MissingPackage` if `datasets` is needed and not installed, and `InputError` if the set cannot be
     loaded or the column is missing.
     """
     path = Path(source)
+    if source == BUILT_IN:
+        return built_in(WORDS)
     if path.is_file() and path.suffix not in TABLES:
         return path.read_text(encoding="utf-8")
     what = f"{source} is no file of plain text: reading it"
@@ -47,12 +55,40 @@ def read(source: str) -> str:
     return "\n\n".join(rows[column])
 
 
-def built_in(words: int) -> str:
-    """The first words of Python's language reference, which every CPython contains; about 10,000 at most."""
+def read_or_default(source: str | None) -> tuple[str, str]:
+    """The text that `source` names, and its name in reports.
+
+    None: WikiText-2 if `datasets` is installed and the hub answers, or else the built-in text.
+    """
+    if source is None:
+        online = importlib.util.find_spec("datasets") is not None and loading.hub_reachable()
+        source = WIKITEXT if online else BUILT_IN
+    return read(source), called(source)
+
+
+#: Chapters of Python's language reference in plain prose. The others follow them in the built-in text.
+CHAPTERS = ("objects", "execmodel", "import", "dynamic-features", "attribute-access", "customization")
+
+
+def built_in(words: int = 10_000) -> str:
+    """The first words of Python's language reference, which every CPython contains; 50,000 at most."""
+    text = _reference()
+    last = next(itertools.islice(re.finditer(r"\S+", text), words - 1, None), None)
+    return text if last is None else text[: last.end()]
+
+
+@functools.cache
+def _reference() -> str:
+    """All chapters, each once: some are a part of others."""
     from pydoc_data.topics import topics
 
-    chapters = ("objects", "execmodel", "import", "dynamic-features", "attribute-access", "customization")
-    return " ".join("\n\n".join(topics[x].strip() for x in chapters if x in topics).split()[:words])
+    found: list[str] = []
+    for name in (*CHAPTERS, *sorted(topics)):
+        chapter = topics.get(name, "").strip()
+        sample = chapter[len(chapter) // 2 :][:400]
+        if chapter and not any(sample in other for other in found):
+            found.append(chapter)
+    return "\n\n".join(found)
 
 
 def load_model(name: str, device, dtype: str):
@@ -85,16 +121,22 @@ def windows(tokenizer, text: str, count: int, length: int) -> Tensor:
     if len(ids) < needed:
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     if len(ids) < needed:
-        raise InputError(f"the text has {len(ids)} tokens: {count} windows of {length} need {needed}")
+        raise InputError(
+            f"the text has {len(ids)} tokens: {count} window{'s' * (count > 1)} of {length} need {needed}; "
+            "give a longer one with --text"
+        )
     return ids[:needed].reshape(count, length).to(torch.int64)
 
 
 def circumstances(kind: str, model, name: str, text: str, dtype: str) -> dict:
-    """The part of a report that says what was measured, where, and with which versions."""
+    """The part of a report that says what was measured, where, and with which versions.
+
+    `text` is what the text is called.
+    """
     return dict(
         kind=kind,
         model=name,
-        text=called(text),
+        text=text,
         device=torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
         dtype=dtype,
         torch=torch.__version__.split("+")[0],

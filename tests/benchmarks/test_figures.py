@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import figures
 from fade_fast.measure import free, memory, needles, pictures, quality, ruler
+from fade_fast.measure import report as reports
 
 REPORTS = figures.stored_reports()
 
@@ -59,10 +60,45 @@ def test_stored_tables_are_honest(name):
         exact = next(r for r in ran if r.method == "dynamic")
         assert set(exact.length) == set(exact.same) == {report["new"]}
         assert all(a.failed or a.trials == len(a.scores) for a in answers)
+    if report["kind"] == "report":
+        for part, rows in reports.parsed(report).items():
+            ran = [r for r in rows if not r.failed]
+            assert {r.method for r in ran} <= set(report["configs"]), part
+            assert all(
+                (r.read or getattr(r, "evicted", 0)) for r in ran if r.method not in ("dynamic", "off")
+            )
     if report["kind"] == "ruler":
         ran = [r for r in ruler.parsed(report) if not r.failed]
         assert all(r.trials == len(r.scores) == ran[0].trials for r in ran)
         assert all((r.read > 0 or r.evicted > 0) == (r.method not in ("dynamic", "off")) for r in ran)
+
+
+@pytest.mark.slow
+def test_the_bytes_of_policies_are_those_of_today():
+    assert figures.stored("policies-llama") == json.loads(json.dumps(figures.policy_bytes()))
+
+
+def test_a_policy_that_holds_more_than_everything_is_marked():
+    table = figures.policy_table(figures.stored("policies-llama"))
+    marked = [line.split(" | ")[0] for line in table.splitlines() if "more than keeping everything" in line]
+    assert marked == ["| `snapkv`"]
+
+
+def test_configurations_have_the_names_of_presets():
+    """A preset and its width are never two rows, and all pages call it by one name."""
+    for name in ("quality-smollm2", "needles-smollm2", "memory-smollm2", "memory-h100", "ruler-smollm2"):
+        names = {row["method"] for row in figures.load(name)["results"]}
+        assert not names & {"int8", "int4"}, name
+        assert {row["method"] for row in figures.stored(name)["results"]} & {"int8", "int4"}, name
+
+
+def test_the_readme_says_what_is_found():
+    """Its table of presets has the share of facts that needles-smollm2 found."""
+    found = figures.recall("SmolLM2-135M-Instruct")
+    lines = (figures.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for name in ("lossless", "safe", "balanced", "aggressive"):
+        line = next(x for x in lines if x.startswith(f"| `{name}` |"))
+        assert line.endswith(f"| {found[name]:.2f} |"), name
 
 
 DYNAMIC = quality.Result(

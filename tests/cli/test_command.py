@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import fade_fast
-from fade_fast.cli import command, demo, plots, session
+from fade_fast.cli import command, plots, session
 from fade_fast.cli.command import main
 from fade_fast.hf import calibration, codebooks, loading
 from fade_fast.kernels import merge, product
+from fade_fast.measure import texts
 from fade_fast.saved import checkpoint, snapshot, telemetry
 from fade_ref.config import FadeConfig
 
@@ -52,7 +53,7 @@ def test_every_command_of_the_issue_is_there(capsys):
 @pytest.fixture(scope="module")
 def document(tmp_path_factory):
     path = tmp_path_factory.mktemp("document") / "document.txt"
-    path.write_text(demo.built_in_text()[:1500], encoding="utf-8")
+    path.write_text(texts.built_in()[:1500], encoding="utf-8")
     return str(path)
 
 
@@ -249,7 +250,7 @@ def test_codebooks(tiny, document, tmp_path, capsys):  # noqa: F811
     assert books.tensors["1.value"].shape == (16, 16, 4) and books.tensors["1.value"].dtype == torch.float16
     assert books.provenance["tokens"] == 300 and books.provenance["centroids"] == 16
     assert str(tmp_path) not in json.dumps(books.provenance)
-    unseen = tokenizer(demo.built_in_text()[5000:6000], return_tensors="pt").input_ids
+    unseen = tokenizer(texts.built_in()[5000:6000], return_tensors="pt").input_ids
     for name, x in codebooks.collect(model, unseen).items():
         layer, side = name.split(".")
         codes = books.encode(int(layer), side, x[None, None])
@@ -301,7 +302,7 @@ def test_commands_of_their_own_get_what_follows(tmp_path, monkeypatch, capsys):
         listen = lambda argv, name=name: heard.append((name, argv, sys.argv)) or 3  # noqa: E731
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(main=listen))
     assert main(["bench", "attention", "--only", "x"]) == 3
-    assert main(["bench", "--list"]) == 3
+    assert main(["bench", "generate", "--list"]) == 3
     assert main(["parity", "compare", "a", "b"]) == 3
     assert [(name, argv) for name, argv, _ in heard] == [
         ("fade_fast.measure.decode_attention", ["--only", "x"]),

@@ -26,6 +26,7 @@ from transformers import (
 from fade_fast.cli import demo
 from fade_fast.cli.command import main
 from fade_fast.hf import loading
+from fade_fast.measure import texts
 
 from .. import gguf_files
 from ..marks import slow_but
@@ -48,7 +49,7 @@ def tiny(tmp_path_factory) -> str:
     """A folder with a random Llama of 1024 positions and a byte-level tokenizer without chat template."""
     folder = tmp_path_factory.mktemp("tiny")
     bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator([demo.built_in_text()[:20_000]], vocab_size=512, special_tokens=["</s>"])
+    bpe.train_from_iterator([texts.built_in()[:20_000]], vocab_size=512, special_tokens=["</s>"])
     PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>").save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=512,

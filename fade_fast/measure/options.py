@@ -1,0 +1,71 @@
+"""Options that the measurements share, each defined once."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from fade_fast.hf import loading
+
+from . import texts
+from .methods import Method, method
+
+#: Help of the option that takes names of methods.
+CONFIGS = "such as safe, int3, k4v2, h2o, quanto4, int4:recent_window=32 (docs/quality.md explains them)"
+
+
+def on_gpu() -> bool:
+    """Whether measurements run on a GPU unless they are told otherwise."""
+    return torch.cuda.is_available()
+
+
+def add_model(parser: argparse.ArgumentParser, dtype: str | None = "fp32") -> None:
+    """--model and --device; also --dtype, unless its default `dtype` is None."""
+    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    parser.add_argument("--device", default="cuda" if on_gpu() else "cpu", help="cuda or cpu")
+    if dtype is not None:
+        parser.add_argument(
+            "--dtype", choices=tuple(loading.DTYPES), default=dtype, help=f"of the model; default: {dtype}"
+        )
+
+
+def add_text(parser: argparse.ArgumentParser, use: str) -> None:
+    """--text, which is for `use`."""
+    parser.add_argument(
+        "--text", metavar="TEXT",
+        help=f"{use}: a file, or NAME[:CONFIGURATION[:SPLIT[:COLUMN]]] of a data set on the hub. "
+        "Default: WikiText-2 if it can be read, or else a built-in text",
+    )  # fmt: skip
+
+
+def add_methods(parser: argparse.ArgumentParser, default: Iterable[str] | None) -> None:
+    """--configs, names of methods, and the files that some of them need. `methods_of` reads them."""
+    parser.add_argument(
+        "--configs", nargs="+", default=None if default is None else list(default), metavar="NAME",
+        help=CONFIGS,
+    )  # fmt: skip
+    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
+    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
+
+
+def add_output(parser: argparse.ArgumentParser, show: bool = True) -> None:
+    """--json, a file for the numbers; and --show, such a file whose tables are printed."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    if show:
+        parser.add_argument("--show", type=Path, metavar="FILE", help="the tables of a stored run, and stop")
+
+
+def methods_of(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str] | None = None
+) -> list[Method]:
+    """The methods that --configs names, "dynamic" first, each once. A wrong name ends the program.
+
+    `names` are those to take instead.
+    """
+    names = args.configs if names is None else names
+    try:
+        names = dict.fromkeys(("dynamic", *names))
+        return [method(name, args.policy_weights, args.codebooks) for name in names]
+    except ValueError as error:
+        parser.error(str(error))
