@@ -101,7 +101,7 @@ CORRUPTIONS = {
     ],
     # -- choosing what to read
     "kernels.halves.join": [
-        ("halves of a key swapped", call("cat").becomes("_.roll(1, -1)"), "life/choosing/a page"),
+        ("halves of a key swapped", call("cat")[1].becomes("_.roll(1, -1)"), "life/choosing/a page"),
         ("upper bits lost", name("odd").becomes("0"), "life/choosing/a page"),
     ],
     "kernels.halves.coarse": [
@@ -114,15 +114,13 @@ CORRUPTIONS = {
         ("padding is a key of the page", call("where")[0].becomes("keys"), "life/choosing/index bounds"),
         ("deviations squared", call("sqrt").becomes("_of"), "life/choosing/index deviation"),
     ],
-    "kernels.summaries.page_mass": [
-        (
-            "the smallest bound",
-            call("clamp_min")[0].becomes("_of.clamp_max(0)"),
-            "life/choosing/index bounds",
-        ),
+    "kernels.summaries._moments": [
+        ("the smallest bound", call("clamp_min").becomes("_of.clamp_max(0)"), "life/choosing/index bounds"),
+    ],
+    "kernels.summaries._of_pages": [
         ("the mean alone", name("DEVIATIONS").becomes("0.0"), "life/choosing/index deviation"),
     ],
-    "cache.select_store.SelectStore._pages_of_blocks": [
+    "cache.select_store.SelectStore.choose": [
         ("first pages of blocks", call("arange").becomes("0 * _"), "choosing/blocks, index deviation+k2"),
     ],
     "kernels.select._mass": [

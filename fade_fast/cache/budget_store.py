@@ -133,9 +133,10 @@ class BudgetStore(CompressedStore):
         """
         first, twin = stores[0], copy.copy(stores[0])
         twin.token_positions = RepeatedPositions(first.token_positions, len(stores))
+        records = [Buffers.joined([x.tiers[i].records for x in stores]) for i in range(len(first.tiers))]
         twin.tiers = [
-            StoredTier(tier.format, Buffers.joined([x.tiers[i].records for x in stores]), None, tier.budget)
-            for i, tier in enumerate(first.tiers)
+            StoredTier(tier.format, held, None, tier.budget, tier.outlook)
+            for tier, held in zip(first.tiers, records)
         ]
         twin.means = Buffers.joined([x.means for x in stores])
         if first.evicted is not None:

@@ -2,8 +2,8 @@
 
 fade warm --model MODEL --config safe --batch 1 8 --mode greedy sampled --file model.warm
 
-On another machine with the same GPU and versions, the same command loads the file and compiles nothing
-again. So does fade_fast.warm(model, file=...).
+With the file, the same command compiles nothing on another machine with the same GPU and versions.
+So does fade_fast.warm(model, file=...).
 """
 
 import argparse
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--max-length", type=number, metavar="N", help="tokens that the caches make room for")
     parser.add_argument(
-        "--file", type=options.writable, metavar="FILE", help="load it if it exists, and store it"
+        "--file", type=options.writable, metavar="FILE", help="load it if it is there; store it at the end"
     )
     options.add_json(parser)
 

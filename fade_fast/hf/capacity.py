@@ -265,9 +265,17 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 def most_tokens(bytes_of: Callable[[int], int], room: int, step: int = 64, most: int = 1 << 27) -> int:
     """Most tokens of one row that fit into `room` bytes, in multiples of `step`; `most` means no limit.
 
-    `bytes_of` gives the bytes of a cache of so many tokens.
+    `bytes_of` gives the bytes of a cache of so many tokens. It raises `ValueError` where a cache cannot hold
+    so many.
     """
-    return largest(lambda n: n == 0 or bytes_of(n * step) <= room, most // step) * step
+
+    def fits(n: int) -> bool:
+        try:
+            return n == 0 or bytes_of(n * step) <= room
+        except ValueError:
+            return False
+
+    return largest(fits, most // step) * step
 
 
 def most_rows(bytes_of: Callable[[int], int], room: int, most: int = 1 << 16) -> int:
