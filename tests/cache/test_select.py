@@ -380,3 +380,25 @@ def test_more_pages_than_can_be_told_apart_are_refused_before_a_write(monkeypatc
     with torch.no_grad(), pytest.raises(ValueError, match="chooses from at most 64 in pages of 8"):
         model(prompt(200)["input_ids"], **{CACHE_NAME: cache}, use_cache=True)
     assert all(layer.middle is None or layer.middle.count == 0 for layer in cache.tiered)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_pinned_memory_is_held_until_the_device_has_finished(capturing, monkeypatch):
+    """PyTorch would hand it to its next user, while a kernel still reads the alias."""
+    waits = []
+
+    class Stream:
+        def synchronize(self):
+            waits.append(True)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(host, "_dropped", [])
+    memory = torch.zeros(8, dtype=torch.uint8)
+    alias = host._Interface(memory, torch.device("cuda"))
+    del alias
+    assert (len(waits), len(host._dropped)) == ((0, 1) if capturing else (1, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    del memory
+    host._release(torch.zeros(1), torch.device("cuda"))
+    assert waits and not host._dropped
