@@ -115,14 +115,15 @@ def test_what_it_refuses(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.real_model
-def test_a_real_model(smollm2, tmp_path):
+def test_a_real_model(smollm2, monkeypatch):
     """All parts on SmolLM2 with 4 bits: the text is predicted as well, and the code is found."""
     model, tokenizer = smollm2
+    monkeypatch.setattr(report, "DEPTHS", (50,))
+    monkeypatch.setattr(report, "TASKS", ("niah_single",))
     plan = report.Plan(length=512, windows=1, trials=1, new=4)
     methods = [method("dynamic"), method("int4")]
     text = texts.built_in(texts.WORDS)
     found = {part: run() for part, run in report.parts(model, tokenizer, text, methods, plan, print).items()}
-    assert all(r.read > 200 for results in found.values() for r in results if r.method == "int4")
+    assert all(r.read > 60 for results in found.values() for r in results if r.method == "int4")
     assert quality.summaries(found["quality"])["int4"].ratio < 1.02
-    passkey = [r.exact for r in found["needles"] if r.task == "passkey" and r.method == "int4"]
-    assert sum(passkey) >= 2
+    assert [r.exact for r in found["needles"] if (r.task, r.method) == ("passkey", "int4")] == [1.0]
