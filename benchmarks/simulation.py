@@ -27,7 +27,7 @@ from transformers import AttentionInterface
 
 import fade_fast
 from fade_fast.hf import loading
-from fade_fast.measure import texts
+from fade_fast.measure import options, texts
 from fade_fast.measure.methods import key_shape
 from fade_fast.measure.quality import Score
 from fade_fast.measure.streams import NothingCompressed
@@ -201,10 +201,9 @@ def tails(report: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
-    parser.add_argument("--text", default=texts.WIKITEXT, help="see fade_fast/measure/texts.py")
-    parser.add_argument("--windows", type=int, default=4 if cuda else 1, metavar="N")
+    options.add_model(parser)
+    options.add_text(parser, "that is read")
+    parser.add_argument("--windows", type=int, default=4 if options.on_gpu() else 1, metavar="N")
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
     parser.add_argument("--chunk", type=int, default=64, metavar="N", help="of the mask blocks")
     parser.add_argument("--suite", choices=tuple(SUITES), default="ours", help="formats and masks")
@@ -217,10 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--codebooks", nargs="+", type=Path, default=[], metavar="FILE", help="of product quantization, too"
     )
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=tuple(loading.DTYPES), default="fp32")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="the table of a stored run, and stop")
+    options.add_output(parser)
     args = parser.parse_args(argv)
     if args.show:
         print(shown(json.loads(args.show.read_text(encoding="utf-8"))))
@@ -230,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     loading.quiet()
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
+    text, source = texts.read_or_default(args.text)
     model, tokenizer, called = texts.load_model(args.model, args.device, args.dtype)
     try:
         config = replace(FadeConfig(), n_sink=args.sinks, recent_window=args.recent)
@@ -237,8 +234,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     formats += [readers.coded(file, model) for file in args.codebooks]
-    ids = texts.windows(tokenizer, texts.read(args.text), args.windows, args.length)
-    report = texts.circumstances("simulation", model, called, texts.called(args.text), args.dtype) | dict(
+    ids = texts.windows(tokenizer, text, args.windows, args.length)
+    report = texts.circumstances("simulation", model, called, source, args.dtype) | dict(
         suite=args.suite,
         length=args.length,
         chunk=args.chunk,

@@ -58,9 +58,9 @@ class Uncompressed:
         for logits in stream(self.model, DynamicCache(config=self.model.config), self.ids, self.size):
             if count * logits.nbytes <= self.keep:
                 kept.append(logits)
+            if len(kept) == count:  # before the last one is given: who has it may ask for nothing more
+                self.kept = kept
             yield logits
-        if len(kept) == count:
-            self.kept = kept
 
 
 def in_parts(model, cache, ids: Tensor, most: int | None) -> Tensor:

@@ -192,6 +192,16 @@ def test_texts(tmp_path):
         texts.windows(tokenizer, models.words(40), 4, 12)
 
 
+def test_the_text_that_needs_no_download(monkeypatch):
+    """It is taken where no hub answers, is long enough for 32K tokens, and repeats no chapter."""
+    monkeypatch.setattr(texts.loading, "hub_reachable", lambda: False)
+    text, name = texts.read_or_default(None)
+    assert name == "built-in" == texts.read_or_default("built-in")[1] and len(text.split()) > 40_000
+    chapters = [x for x in text.split("\n\n") if len(x) > 400]
+    assert len(set(chapters)) == len(chapters)
+    assert len(texts.built_in(100).split()) == 100 and text.startswith(texts.built_in(100))
+
+
 @pytest.mark.slow
 @pytest.mark.real_model
 def test_a_real_model_and_text(smollm2, wikitext):

@@ -22,7 +22,7 @@ def test_uncompressed_logits_are_the_same_if_they_are_not_kept():
     """Beside an attached cache, too, whose attention function plain caches then share."""
     model, ids = tiny_llama(dtype=torch.float64), prompt(200)["input_ids"]
     once, again = Uncompressed(model, ids, 64), Uncompressed(model, ids, 64, keep=0)
-    first = list(once)
+    first = [logits for _, logits in zip(range(4), once)]  # nothing is asked for after the last
     assert once.kept is not None and all(a is b for a, b in zip(once, first))
     method("int4")(model, 200)  # attaches the model
     found = list(again)
@@ -115,14 +115,15 @@ def test_what_it_refuses(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.real_model
-def test_a_real_model(smollm2, tmp_path):
+def test_a_real_model(smollm2, monkeypatch):
     """All parts on SmolLM2 with 4 bits: the text is predicted as well, and the code is found."""
     model, tokenizer = smollm2
+    monkeypatch.setattr(report, "DEPTHS", (50,))
+    monkeypatch.setattr(report, "TASKS", ("niah_single",))
     plan = report.Plan(length=512, windows=1, trials=1, new=4)
     methods = [method("dynamic"), method("int4")]
     text = texts.built_in(texts.WORDS)
     found = {part: run() for part, run in report.parts(model, tokenizer, text, methods, plan, print).items()}
-    assert all(r.read > 200 for results in found.values() for r in results if r.method == "int4")
+    assert all(r.read > 60 for results in found.values() for r in results if r.method == "int4")
     assert quality.summaries(found["quality"])["int4"].ratio < 1.02
-    passkey = [r.exact for r in found["needles"] if r.task == "passkey" and r.method == "int4"]
-    assert sum(passkey) >= 2
+    assert [r.exact for r in found["needles"] if (r.task, r.method) == ("passkey", "int4")] == [1.0]
