@@ -165,8 +165,9 @@ def test_4_bits(default, prompts, calibrated, text):
     ours, theirs = kl(default[2], quality), kl(*through_generate(text))
     report("vLLM, 4 bits", default[2], quality, text)
     print(f"generate(), 4 bits without recent tokens: KL {theirs:.5f}")
-    # Means of a calibration fit less well than those of generate(), which are a text's own (docs/vllm.md).
-    assert ours < min(0.05, 8 * theirs)
+    # generate() reads the sinks and up to 15 tokens before a query uncompressed, and its means are the text's
+    # own. Here it is 4 tokens on pages of 32, with two records each (docs/vllm.md).
+    assert ours < min(0.02, 3 * theirs)
 
 
 def test_4_bits_of_the_matched_codec(default, prompts, calibrated, text):
@@ -174,7 +175,7 @@ def test_4_bits_of_the_matched_codec(default, prompts, calibrated, text):
         quality = distributions(llm, text)
         assert ask(llm, prompts[:5], tokens=6)[0] == [ask(llm, [p], tokens=6)[0][0] for p in prompts[:5]]
     report("vLLM, matched, 4 bits", default[2], quality, text)
-    assert kl(default[2], quality) < 0.03
+    assert kl(default[2], quality) < 0.012
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ def one_rank(llama, calibrated):
     """What an engine of one rank says at 4 bits, in several decoding modes, and its pages."""
     with tiny(llama, dict(calibration=calibrated), block_size=128) as llm:
         found = dict(greedy=tokens(llm), pages=engines.pages(llm))
-        means = {name: x.impl.layer.mean for name, x in engines.layers(llm).items()}
+        means = {name: x.impl.layer.means for name, x in engines.layers(llm).items()}
         assert all(x.abs().max() > 0 for x in means.values())
         found["means"] = means
         found["again"] = tokens(llm)
