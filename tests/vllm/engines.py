@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: .ci/run makes an environment for it", allow_module_level=True)
@@ -104,6 +105,17 @@ def pages(llm) -> tuple[int, int]:
     caches = [layer.kv_cache for layer in layers(llm).values()]
     held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in caches}
     return len(caches[0]), sum(held.values())
+
+
+def forget(llm, byte: int) -> None:
+    """Forget all prefixes, and fill the pages with `byte`: 255 is NaN, 60 in each byte of fp16 is 1.06.
+
+    What a request reads before it was written then differs from engine state to engine state.
+    """
+    assert llm.reset_prefix_cache()
+    for layer in layers(llm).values():
+        storage = layer.kv_cache.untyped_storage()
+        torch.empty(0, dtype=torch.uint8).set_(storage).fill_(byte)
 
 
 def ask(llm, prompts, tokens=16, **options):
