@@ -33,14 +33,12 @@ class New(NamedTuple):
 
     Attributes:
         own: their keys and values as they came, [T, H, D] each.
-        stored: their keys and values as the first record has them, then as both records have them, [T, H, D]
-            each. None: the layer has no records.
+        both: their keys and values as both records have them, [T, H, D] each. None: they have one at most.
         held: second records of the tokens before each row of the batch at hand, as they were before the step.
-            None: the layer has none.
     """
 
     own: tuple[Tensor, Tensor]
-    stored: list[Tensor] | None = None
+    both: list[Tensor] | None = None
     held: dict[str, Tensor] | None = None
 
 
@@ -266,32 +264,35 @@ class CompressedLayer(PagedLayer):
         return self.means[None, :, :1]
 
     def forward(self, cache, query, keys, values, slots, step, output):
-        count, page = len(step.positions), cache.shape[2]
+        count = len(step.positions)
         slots, keys, values = slots[:count], keys[:count], values[:count]
         self.append(cache, keys, values, slots, step.positions)
-        once, missed = self._once(cache, keys, values, slots, step.positions)
-        second, twice = self.views(cache)[1], once
+        both = held = None
         if not self.layout.fine:
-            records = self._encode(*missed, torch.zeros_like(self._early_mean))
-            twice = self._both(once, [self._flat(x) for x in self._decode(records, None, once[0].dtype)])
-        if (first := step.first) is not None:
-            if self.layout.fine:
-                missed = [x[:, :, first.tokens] for x in missed]
-                early = self._encode(*missed, torch.zeros_like(self._early_mean))
-            else:
-                early = self._take(records, first.tokens)
-            self.layout.write(second, early, first.page, first.at)
-        held = None
-        if not self.layout.fine:
-            # Before attention, because another request may read a page in the step that fills it. But queries
-            # also read second records that are overwritten here: those are kept apart.
-            held = [self._second(cache, batch, slice(None)) for batch in step.batches]
-            kept, slot = self.layout.newest(step.positions, page)
-            # Of the tokens that have the same slot the last one is stored.
-            last = (step.after < kept) | (step.positions % page + kept >= page)
-            owner = (slots.long() // page).masked_fill(~last | (slots < 0), 0)  # page 0 belongs to no request
-            self.layout.write(second, records, owner, slot)
-        self.attend(cache, query, New((keys, values), [*once, *twice]), step, output, held)
+            both, held = self._keep_newest(cache, keys, values, slots, step)
+        elif step.first is not None:
+            tokens = step.first.tokens
+            early = [x[tokens] for x in (keys, values, slots, step.positions)]
+            records = self._encode(*self._missed(cache, *early)[1], torch.zeros_like(self._early_mean))
+            self.layout.write(self.views(cache)[1], records, step.first.page, step.first.at)
+        self.attend(cache, query, New((keys, values), both), step, output, held)
+
+    def _keep_newest(self, cache, keys, values, slots, step: Step):
+        """Store the second records of a step. Returns `New.both`, and `New.held` of each batch."""
+        page, second = cache.shape[2], self.views(cache)[1]
+        once, missed = self._missed(cache, keys, values, slots, step.positions)
+        records = self._encode(*missed, torch.zeros_like(self._early_mean))
+        if step.first is not None:
+            self.layout.write(second, self._take(records, step.first.tokens), step.first.page, step.first.at)
+        # Before attention, because another request may read a page in the step that fills it. But queries
+        # also read second records that are overwritten here: those are kept apart.
+        held = [self._second(cache, batch, self._old(cache, batch, slice(None))) for batch in step.batches]
+        kept, slot = self.layout.newest(step.positions, page)
+        # Of the tokens that have the same slot the last one is stored.
+        last = (step.after < kept) | (step.positions % page + kept >= page)
+        owner = (slots.long() // page).masked_fill(~last | (slots < 0), 0)  # page 0 belongs to no request
+        self.layout.write(second, records, owner, slot)
+        return self._both(once, [self._flat(x) for x in self._decode(records, None, once[0].dtype)]), held
 
     def append(self, cache, keys, values, slots, positions):
         count, page = len(slots), cache.shape[2]
@@ -328,8 +329,8 @@ class CompressedLayer(PagedLayer):
         """Tokens [1, H, T, D] as those of a step, [T, H, D]."""
         return x[0].transpose(0, 1)
 
-    def _once(self, cache, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor):
-        """Keys and values of the tokens of a step as `append` stored them, [T, H, D], and what these miss.
+    def _missed(self, cache, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor):
+        """Keys and values of tokens as `append` stored them, [T, H, D], and what these miss.
 
         The latter is float32 [1, H, T, D], to be encoded.
         """
@@ -348,48 +349,55 @@ class CompressedLayer(PagedLayer):
         """Keys and values of tokens near a query, from what their first and their second records have."""
         return [x + y if misses else x for x, y, misses in zip(once, rest, self.misses)]
 
+    def _pages_at(self, cache: Tensor, batch: Batch, of: slice, position: Tensor) -> Tensor:
+        """The pages of tokens at `position` [B, n] of the requests of rows, int64 [B, n]."""
+        table = batch.table[of]
+        owner = table.gather(1, (position // cache.shape[2]).clamp_max(table.shape[1] - 1))
+        return owner.long().clamp(0, len(cache) - 1)
+
+    def _at(self, cache: Tensor, batch: Batch, of: slice, position: Tensor, dtype: torch.dtype):
+        """Keys and values of tokens at `position` [B, n] as the first record has them, [B, H, n, D]."""
+        owner = self._pages_at(cache, batch, of, position)
+        records = self.layout.read(self.views(cache)[0], owner, position % cache.shape[2])
+        return self._decode(records, self._means_at(position), dtype)
+
     def _old(self, cache: Tensor, batch: Batch, of: slice) -> tuple[Tensor, Tensor]:
         """Positions of the `NEAR` tokens before each row's first query, and their pages: int64 [B, NEAR]."""
-        page, table = cache.shape[2], batch.table[of]
-        old = (batch.at[of, :1] - torch.arange(NEAR, 0, -1, device=table.device)).clamp_min(0)
-        owner = table.gather(1, (old // page).clamp_max(table.shape[1] - 1))
-        return old, owner.long().clamp(0, len(cache) - 1)
+        position = near_positions(batch.at[of, :1])[:, :NEAR].clamp_min(0)
+        return position, self._pages_at(cache, batch, of, position)
 
-    def _second(self, cache: Tensor, batch: Batch, of: slice) -> dict[str, Tensor]:
-        """The second records of the `NEAR` tokens before each row's first query, as they are now."""
-        old, owner = self._old(cache, batch, of)
-        return self.layout.read(self.views(cache)[1], owner, self.layout.newest(old, cache.shape[2])[1])
+    def _second(self, cache: Tensor, batch: Batch, old: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """The second records of tokens that `_old` found, as they are now."""
+        position, owner = old
+        slot = self.layout.newest(position, cache.shape[2])[1]
+        return self.layout.read(self.views(cache)[1], owner, slot)
 
-    def _near(self, cache: Tensor, new: New, batch: Batch, of: slice, dtype: torch.dtype):
-        """The `NEAR` tokens before each row's first query, and the tokens of its queries.
+    def _near(self, cache: Tensor, new: New, batch: Batch, of: slice, once: list[Tensor]) -> list[Tensor]:
+        """Keys and values of the tokens at `near_positions` as both records have them, [B, H, NEAR + q, D].
 
-        Returns keys and values [B, H, NEAR + q, D] as the first record has them, and as both have them.
+        `once` are those before a row's first query as the first record has them, [B, H, NEAR, D].
         """
         page, tokens = cache.shape[2], batch.tokens[of]
+        old = self._old(cache, batch, of)
+        # In the page in which a request's new tokens begin, which no other request has, they took the slots
+        # of tokens that the first of them still read. All other pages have what is needed now.
+        begin = batch.at[of, :1] - batch.before[of, None]
+        mine = old[0] // page == begin // page
+        held = {name: x[of] for name, x in new.held.items()}
+        rest = self.layout.choose(mine, held, self._second(cache, batch, old))
+        stored = self._both(once, self._decode(rest, None, once[0].dtype))
         back = torch.arange(NEAR, 0, -1, device=tokens.device)
-        old, owner = self._old(cache, batch, of)
-        once = self._decode(
-            self.layout.read(self.views(cache)[0], owner, old % page), self._means_at(old), dtype
-        )
-        stored = [*once, *once]
-        if new.held is not None:
-            # In the page in which a request's new tokens begin, which no other request has, they took the
-            # slots of tokens that the first of them still read. All other pages have what is needed now.
-            begin = batch.at[of, :1] - batch.before[of, None]
-            mine = old // page == begin // page
-            held = {name: x[of] for name, x in new.held.items()}
-            rest = self.layout.choose(mine, held, self._second(cache, batch, of))
-            stored[2:] = self._both(once, self._decode(rest, None, dtype))
         inside = (back <= batch.before[of, None])[:, None, :, None]  # tokens of this step
         own = (tokens[:, :1] - back).clamp_min(0)
-        parts = []
-        for x, y in zip(stored, new.stored):
-            x = torch.where(inside, y[own].transpose(1, 2).to(dtype), x)
-            x = torch.where(x.isfinite(), x, 0.0)  # of slots that hold no second record, or are not the row's
-            parts.append(torch.cat((x, y[tokens].transpose(1, 2).to(dtype)), 2))
-        return parts
+        rows = lambda x, index: x[index].transpose(1, 2).to(once[0].dtype)  # noqa: E731
+        return [
+            torch.cat((torch.where(inside, rows(y, own), x), rows(y, tokens)), 2)
+            for x, y in zip(stored, new.both)
+        ]
 
     def _left_out(self, at, position, page):
+        if self.layout.fine:
+            return None
         return is_near(at, position, self.layout.newest(position, page)[0] - self.drafts)
 
     def _first(self, cache: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -409,13 +417,17 @@ class CompressedLayer(PagedLayer):
         keys, values = self._first(cache, table, rows.dtype)
         position = torch.arange(FIRST, device=rows.device).expand(len(rows), -1)
         visible = sees(at, position, self.window, self.itself)
-        values = torch.where(values.isfinite(), values, 0.0)  # of pages that are no longer the row's
-        *_, near_keys, near_values = self._near(cache, new, batch, of, rows.dtype)
-        position = near_positions(at)
-        near = sees(at, position, self.window, self.itself) & self._left_out(at, position, page)
-        visible = torch.cat((visible, near), 2).repeat(1, group, 1)
-        keys, values = torch.cat((keys, near_keys), 2), torch.cat((values, near_values), 2)
-        apart = dense.attend(rows, keys, values, visible.unsqueeze(1), self.softcap)
+        if not self.layout.fine:
+            position = near_positions(at)
+            once = self._at(cache, batch, of, position[:, :NEAR].clamp_min(0), rows.dtype)
+            near = zip((keys, values), self._near(cache, new, batch, of, once))
+            keys, values = (torch.cat(x, 2) for x in near)
+            near = sees(at, position, self.window, self.itself) & self._left_out(at, position, page)
+            visible = torch.cat((visible, near), 2)
+        # Values may be of slots that hold no second record, or of pages that are no longer the row's.
+        values = torch.where(values.isfinite(), values, 0.0)
+        visible = visible.repeat(1, group, 1).unsqueeze(1)
+        apart = dense.attend(rows, keys, values, visible, self.softcap)
         own = (x[batch.tokens[of]].transpose(1, 2).to(rows.dtype) for x in new.own)
         keys, values = (x.repeat(1, 1, group, 1) for x in own)
         score = (rows * keys).sum(-1)
@@ -455,10 +467,12 @@ class CompressedLayer(PagedLayer):
         table, first, valid, num_read, seen = batch.shared[key]
         query, *own = map(batch.rows, (query, *new.own))
         wide = torch.promote_types(query.dtype, torch.float32)
-        early = self._first(cache, batch.table, wide)
-        *once, keys, values = self._near(cache, new, batch, slice(None), wide)
-        sides = zip(early, once, (keys, values), own)
-        keys, values = (torch.cat((*x[:3], x[3].to(wide)), 2) for x in sides)
+        every, early = slice(None), self._first(cache, batch.table, wide)
+        once = self._at(cache, batch, every, near_positions(batch.at).clamp_min(0), wide)
+        parts = [early, once, [x.to(wide) for x in own]]
+        if not self.layout.fine:
+            parts.append(self._near(cache, new, batch, every, [x[:, :, :NEAR] for x in once]))
+        keys, values = (torch.cat(side, 2) for side in zip(*parts))
         view = self.view(cache, table, valid, first)
         return self.format.attend(
             query, keys, values, seen, [self.tier], [view], [num_read], rope=None,
@@ -469,9 +483,9 @@ class CompressedLayer(PagedLayer):
         """What the short rows of a batch read, the same in all layers with this window and room.
 
         Returns the table of the tier, the position of its first slot, its validity and the number of slots
-        read, and which queries see the vectors: the `FIRST` first tokens, those of `_near` as their first
-        records have them and as both have them, and the rows' own. Vectors near a query also give the float16
-        kernels a score near the largest one.
+        read, and which queries see the vectors: the `FIRST` first tokens, those at `near_positions` as their
+        first records have them, the rows' own, and those near as both records have them. Vectors near a query
+        also give the float16 kernels a score near the largest one.
         """
         table, first, slots = batch.pages(self.window, page)
         num_read = capacity = int(slots.max())
@@ -490,16 +504,20 @@ class CompressedLayer(PagedLayer):
             valid = torch.nn.functional.pad(valid, (0, capacity - num_read))
         early = torch.arange(FIRST, device=at.device).expand(len(at), -1)
         position = near_positions(at)
-        visible, near = sees(at, position, self.window, False), self._left_out(at, position, page)
+        visible = sees(at, position, self.window, False)
         own = torch.eye(at.shape[1], dtype=torch.bool, device=at.device) & (at >= 0).unsqueeze(2)
-        seen = sees(at, early, self.window, False), visible & ~near, visible & near, own
+        seen = [sees(at, early, self.window, False), visible, own]
+        if not self.layout.fine:
+            near = self._left_out(at, position, page)
+            seen[1:] = visible & ~near, own, visible & near
         return table, first, valid, num_read, torch.cat(seen, 2)
 
 
 def near_positions(at: Tensor) -> Tensor:
-    """Positions of the tokens of `CompressedLayer._near`, for queries at `at` [B, q]: int64 [B, NEAR + q].
+    """Positions of the `NEAR` tokens before each row's first query, and of its queries at `at` [B, q].
 
-    `NOWHERE` for the first tokens of a request, which rows read apart, and where there is none.
+    Returns int64 [B, NEAR + q]; `NOWHERE` for the first tokens of a request, which rows read apart, and where
+    there is none.
     """
     old = at[:, :1] - torch.arange(NEAR, 0, -1, device=at.device)
     position = torch.cat((old, at), 1)

@@ -142,10 +142,10 @@ def test_8_bits_give_the_tokens_of_the_default_backend(default, prompts, calibra
     with engine(smollm2(), dict(preset="lossless", calibration=calibrated), **options) as llm:
         count, held = engines.pages(llm)
         short = [p for p in prompts if len(p) <= engines.BLOCK][:6]
-        alone = [ranked(llm, [p], tokens=60) for p in short]
+        alone = [ranked(llm, [p], tokens=40) for p in short]
         assert preemptions(llm) == 0
         llm.reset_prefix_cache()
-        together, _ = ask(llm, short, tokens=60)
+        together, _ = ask(llm, short, tokens=40)
         assert preemptions(llm) > 0
         agree(together, *([x[i][0] for x in alone] for i in (0, 1)), gap=0.05, least=len(short) - 2)
         assert bfloat16(default) / (held / count) >= 1.6  # pages of 32 tokens; test_tiny.py has larger ones
