@@ -140,6 +140,15 @@ def ranked(llm, prompts, tokens=16):
     return [list(x.token_ids) for x in outputs], likely
 
 
+def beams(llm, prompts, tokens=6, width=3):
+    """Token ids of the beams of each prompt, best first."""
+    from vllm.sampling_params import BeamSearchParams
+
+    params = BeamSearchParams(beam_width=width, max_tokens=tokens, ignore_eos=True)
+    found = llm.beam_search([dict(prompt_token_ids=p) for p in prompts], params)
+    return [[list(x.tokens) for x in out.sequences] for out in found]
+
+
 def preemptions(llm) -> int:
     """How many requests lost their pages so far."""
     return sum(int(m.value) for m in llm.get_metrics() if m.name == "vllm:num_preemptions")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from . import engines
-from .engines import ask, calibration_file, engine, forget, preemptions, ranked, smollm2
+from .engines import ask, beams, calibration_file, engine, forget, preemptions, ranked, smollm2
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
@@ -75,11 +75,11 @@ def kl(base, other):
 
 @pytest.fixture(scope="module")
 def default(prompts, text):
-    """Tokens and distributions of vLLM's own backend, and its bytes per page."""
+    """Tokens and distributions of vLLM's own backend, its bytes per page, and beams of some prompts."""
     with engine(smollm2()) as llm:
         assert all(layer.backend.name == "CPU_ATTN" for layer in engines.layers(llm).values())
         count, held = engines.pages(llm)
-        return *ranked(llm, prompts), distributions(llm, text), held / count
+        return *ranked(llm, prompts), distributions(llm, text), held / count, beams(llm, prompts[5:8])
 
 
 def bfloat16(default):
@@ -134,6 +134,7 @@ def test_dense_pages_give_the_tokens_of_the_default_backend(default, prompts):
     with engine(smollm2(), dict(preset="dense")) as llm:
         assert {type(x.impl.layer).__name__ for x in engines.layers(llm).values()} == {"DenseLayer"}
         assert everywhere(llm, prompts, gap=0) == default[0]
+        assert beams(llm, prompts[5:8]) == default[4]
 
 
 def test_8_bits_give_the_tokens_of_the_default_backend(default, prompts, calibrated):
@@ -149,7 +150,7 @@ def test_8_bits_give_the_tokens_of_the_default_backend(default, prompts, calibra
         assert preemptions(llm) > 0
         agree(together, *([x[i][0] for x in alone] for i in (0, 1)), gap=0.05, least=len(short) - 2)
         assert bfloat16(default) / (held / count) >= 1.6  # pages of 32 tokens; test_tiny.py has larger ones
-        agree(everywhere(llm, prompts, gap=0.03, others=1), *default[:2], gap=0.05, least=9)
+        agree(everywhere(llm, prompts, gap=0.03, others=1), *default[:2], gap=0.03, least=8)
 
 
 def test_4_bits(default, prompts, calibrated, text):
@@ -158,6 +159,9 @@ def test_4_bits(default, prompts, calibrated, text):
         count, held = engines.pages(llm)
         assert count == 64 and {x.kv_cache.dtype for x in engines.layers(llm).values()} == {torch.uint8}
         found = everywhere(llm, prompts, gap=1.0, others=3)
+        searched = beams(llm, prompts[5:8])
+        forget(llm, 60)
+        assert beams(llm, prompts[5:8]) == searched
         agree(
             found, *default[:2], gap=1.0, least=0
         )  # how often they are the same is a matter of the KL below
