@@ -286,7 +286,7 @@ class CompressedLayer(PagedLayer):
             self.layout.write(second, self._take(records, step.first.tokens), step.first.page, step.first.at)
         # Before attention, because another request may read a page in the step that fills it. But queries
         # also read second records that are overwritten here: those are kept apart.
-        held = [self._second(cache, batch, self._old(cache, batch, slice(None))) for batch in step.batches]
+        held = [self._second(cache, batch) for batch in step.batches]
         kept, slot = self.layout.newest(step.positions, page)
         # Of the tokens that have the same slot the last one is stored.
         last = (step.after < kept) | (step.positions % page + kept >= page)
@@ -355,75 +355,75 @@ class CompressedLayer(PagedLayer):
         owner = table.gather(1, (position // cache.shape[2]).clamp_max(table.shape[1] - 1))
         return owner.long().clamp(0, len(cache) - 1)
 
-    def _at(self, cache: Tensor, batch: Batch, of: slice, position: Tensor, dtype: torch.dtype):
-        """Keys and values of tokens at `position` [B, n] as the first record has them, [B, H, n, D]."""
-        owner = self._pages_at(cache, batch, of, position)
-        records = self.layout.read(self.views(cache)[0], owner, position % cache.shape[2])
-        return self._decode(records, self._means_at(position), dtype)
-
     def _old(self, cache: Tensor, batch: Batch, of: slice) -> tuple[Tensor, Tensor]:
         """Positions of the `NEAR` tokens before each row's first query, and their pages: int64 [B, NEAR]."""
         position = near_positions(batch.at[of, :1])[:, :NEAR].clamp_min(0)
         return position, self._pages_at(cache, batch, of, position)
 
-    def _second(self, cache: Tensor, batch: Batch, old: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """The second records of tokens that `_old` found, as they are now."""
-        position, owner = old
+    def _second(self, cache: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The second records of the tokens of `_old`, as they are now, behind `FIRST` without a meaning."""
+        position, owner = self._old(cache, batch, slice(None))
         slot = self.layout.newest(position, cache.shape[2])[1]
-        return self.layout.read(self.views(cache)[1], owner, slot)
+        pad = lambda x: torch.nn.functional.pad(x, (FIRST, 0))  # noqa: E731
+        return self.layout.read(self.views(cache)[1], pad(owner), pad(slot))
 
-    def _near(self, cache: Tensor, new: New, batch: Batch, of: slice, once: list[Tensor]) -> list[Tensor]:
-        """Keys and values of the tokens at `near_positions` as both records have them, [B, H, NEAR + q, D].
+    def _apart(self, cache: Tensor, new: New, batch: Batch, of: slice, dtype: torch.dtype, more: Tensor):
+        """Tokens that rows read as vectors: `FIRST` first ones, `NEAR` before the first query, and queries.
 
-        `once` are those before a row's first query as the first record has them, [B, H, NEAR, D].
+        Returns keys and values [B, H, n, D] of three kinds: of the first tokens, from both of their records;
+        of those before the first query and then at `more` [B, k], from the first record; and of those before
+        and at the row's queries, from both records, in layers that have them.
         """
-        page, tokens = cache.shape[2], batch.tokens[of]
-        old = self._old(cache, batch, of)
-        # In the page in which a request's new tokens begin, which no other request has, they took the slots
-        # of tokens that the first of them still read. All other pages have what is needed now.
-        begin = batch.at[of, :1] - batch.before[of, None]
-        mine = old[0] // page == begin // page
-        held = {name: x[of] for name, x in new.held.items()}
-        rest = self.layout.choose(mine, held, self._second(cache, batch, old))
-        stored = self._both(once, self._decode(rest, None, once[0].dtype))
+        page, tokens, count = cache.shape[2], batch.tokens[of], FIRST + NEAR
+        early = torch.arange(FIRST, device=tokens.device).expand(len(tokens), -1)
+        old = self._old(cache, batch, of)[0]
+        position = torch.cat((early, old, more.clamp_min(0)), 1)
+        owner = self._pages_at(cache, batch, of, position)
+        views, second = self.views(cache)
+        once = self._decode(self.layout.read(views, owner, position % page), self._means_at(position), dtype)
+        stop = FIRST if self.layout.fine else count
+        slot = torch.cat((early, self.layout.newest(old, page)[1]), 1)
+        rest = self.layout.read(second, owner[:, :stop], slot[:, :stop])
+        if new.held is not None:
+            # In the page in which a request's new tokens begin, which no other request has, they took the
+            # slots of tokens that the first of them still read. All other pages have what is needed now.
+            begin = batch.at[of, :1] - batch.before[of, None]
+            mine = torch.nn.functional.pad(old // page == begin // page, (FIRST, 0))
+            rest = self.layout.choose(mine, {name: x[of] for name, x in new.held.items()}, rest)
+        rest = self._decode(rest, None, dtype)
+        kinds = [[x[:, :, :FIRST] + y[:, :, :FIRST] for x, y in zip(once, rest)]]
+        kinds.append([x[:, :, FIRST:] for x in once])
+        if new.both is None:
+            return kinds
         back = torch.arange(NEAR, 0, -1, device=tokens.device)
         inside = (back <= batch.before[of, None])[:, None, :, None]  # tokens of this step
         own = (tokens[:, :1] - back).clamp_min(0)
-        rows = lambda x, index: x[index].transpose(1, 2).to(once[0].dtype)  # noqa: E731
-        return [
-            torch.cat((torch.where(inside, rows(y, own), x), rows(y, tokens)), 2)
-            for x, y in zip(stored, new.both)
-        ]
+        near = self._both([x[:, :, FIRST:count] for x in once], [x[:, :, FIRST:] for x in rest])
+        rows = lambda x, index: x[index].transpose(1, 2).to(dtype)  # noqa: E731
+        kinds.append(
+            [
+                torch.cat((torch.where(inside, rows(y, own), x), rows(y, tokens)), 2)
+                for x, y in zip(near, new.both)
+            ]
+        )
+        return kinds
 
     def _left_out(self, at, position, page):
         if self.layout.fine:
             return None
         return is_near(at, position, self.layout.newest(position, page)[0] - self.drafts)
 
-    def _first(self, cache: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first tokens of some rows, from both of their records: [B, H, FIRST, D]."""
-        page = table[:, :1].long().clamp(0, len(cache) - 1).expand(-1, FIRST)
-        at = torch.arange(FIRST, device=page.device).expand_as(page)
-        views, second = self.views(cache)
-        read = self.layout.read(views, page, at)
-        keys = self.tier.decode_keys(read, self._early_mean, dtype)
-        values = self.tier.decode_values(read, dtype)
-        read = self.layout.read(second, page, at)
-        return keys + self.tier.decode_keys(read, None, dtype), values + self.tier.decode_values(read, dtype)
-
     def _begin(self, cache, rows, new, batch, of):
-        at, table, page = batch.at[of], batch.table[of], cache.shape[2]
+        at, page = batch.at[of], cache.shape[2]
         group = rows.shape[2] // at.shape[1]
-        keys, values = self._first(cache, table, rows.dtype)
+        kinds = self._apart(cache, new, batch, of, rows.dtype, at[:, :0])
         position = torch.arange(FIRST, device=rows.device).expand(len(rows), -1)
         visible = sees(at, position, self.window, self.itself)
         if not self.layout.fine:
             position = near_positions(at)
-            once = self._at(cache, batch, of, position[:, :NEAR].clamp_min(0), rows.dtype)
-            near = zip((keys, values), self._near(cache, new, batch, of, once))
-            keys, values = (torch.cat(x, 2) for x in near)
             near = sees(at, position, self.window, self.itself) & self._left_out(at, position, page)
             visible = torch.cat((visible, near), 2)
+        keys, values = (torch.cat(side, 2) for side in zip(kinds[0], *kinds[2:]))
         # Values may be of slots that hold no second record, or of pages that are no longer the row's.
         values = torch.where(values.isfinite(), values, 0.0)
         visible = visible.repeat(1, group, 1).unsqueeze(1)
@@ -467,11 +467,8 @@ class CompressedLayer(PagedLayer):
         table, first, valid, num_read, seen = batch.shared[key]
         query, *own = map(batch.rows, (query, *new.own))
         wide = torch.promote_types(query.dtype, torch.float32)
-        every, early = slice(None), self._first(cache, batch.table, wide)
-        once = self._at(cache, batch, every, near_positions(batch.at).clamp_min(0), wide)
-        parts = [early, once, [x.to(wide) for x in own]]
-        if not self.layout.fine:
-            parts.append(self._near(cache, new, batch, every, [x[:, :, :NEAR] for x in once]))
+        first_ones, once, *both = self._apart(cache, new, batch, slice(None), wide, batch.at)
+        parts = [first_ones, once, [x.to(wide) for x in own], *both]
         keys, values = (torch.cat(side, 2) for side in zip(*parts))
         view = self.view(cache, table, valid, first)
         return self.format.attend(

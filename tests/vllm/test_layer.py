@@ -79,13 +79,13 @@ def test_the_matched_format(bits, small):
 
 
 @pytest.mark.parametrize("window", [None, 70])
-@pytest.mark.parametrize("place", ["stored", "read from pages", "read as vectors", "read first"])
+@pytest.mark.parametrize("place", ["stored", "read from pages", "read as vectors"])
 def test_every_key_gets_the_mean_of_its_position(place, window, small, monkeypatch):
     """With the mean of other positions, in one place alone, both a prefill and a decode step are wrong."""
     engine = Engine((8, 8), [200, 130], means=MEANS, window=window)
     found = [check(engine, counts) for counts in ([190, 120], [1, 1])]
     other, made = Engine((8, 8), [200, 130], means=MEANS, window=window), CompressedLayer
-    view, append, at, early = made.view, made.append, made._means_at, made._early_mean.fget
+    view, append, at = made.view, made.append, made._means_at
     if place == "stored":
         wrong = lambda self, *args: append(self, *args[:-1], args[-1] + SPAN)  # noqa: E731
         monkeypatch.setattr(made, "append", wrong)
@@ -94,7 +94,7 @@ def test_every_key_gets_the_mean_of_its_position(place, window, small, monkeypat
             self, cache, table, valid, first, start + SPAN
         )
         monkeypatch.setattr(made, "view", wrong)
-    elif place == "read as vectors":
+    else:
         decode = made._attend_short
 
         def wrong(self, *args):
@@ -103,19 +103,9 @@ def test_every_key_gets_the_mean_of_its_position(place, window, small, monkeypat
                 return decode(self, *args)
 
         monkeypatch.setattr(made, "_attend_short", wrong)
-    else:
-        first = made._first
-
-        def wrong(self, *args):
-            with monkeypatch.context() as inside:
-                inside.setattr(made, "_early_mean", property(lambda self: early(self) * 0))
-                return first(self, *args)
-
-        monkeypatch.setattr(made, "_first", wrong)
     for expected, counts in zip(found, ([190, 120], [1, 1])):
         changed = [distance(x, y.double()) for x, y in zip(other.step(counts), expected)]
         untouched = place == "read as vectors" and counts[0] > 1
-        untouched |= place == "read first" and counts[0] == 1 and window is not None
         assert max(changed) == 0 if untouched else min(changed) > 1e-4, counts
 
 
