@@ -298,8 +298,15 @@ def _means(view: TierView, num_read: int) -> int:
 
 def _of_slots_read(args: tuple, slots_read: list) -> tuple:
     """Return the arguments with flat tiers, cut to the slots read."""
-    tiers = [view.flat().first(num_read) for view, num_read in zip(args[5], slots_read)]
+    tiers = [_near(view, num_read).flat().first(num_read) for view, num_read in zip(args[5], slots_read)]
     return *args[:5], tiers, *args[6:]
+
+
+def _near(view: TierView, num_read: int) -> TierView:
+    """Return the view with the means of the slots read. If rows share means, `flat` would copy them all."""
+    if view.means.shape[2] == 1:
+        return view
+    return view._replace(means=view.means.narrow(2, 0, -(-num_read // view.per_mean)))
 
 
 def _of_dynamic_size(dynamic_sizes, *args, chunks, slots_read, **options) -> Tensor:

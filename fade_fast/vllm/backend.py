@@ -1,8 +1,8 @@
 """The attention backend that vLLM loads under the name CUSTOM.
 
 vLLM makes one `FadeImpl` per attention layer, one `FadeBuilder` per group of layers with the same pages, and
-asks the backend class of a layer for the bytes of a page. It then calls, in each step, `build` once a group,
-and `do_kv_cache_update` and `forward` once a layer.
+asks the backend class of a layer for the bytes of a page. It then calls, in each step, `build` once a group
+and `forward` once a layer.
 """
 
 import functools
@@ -33,7 +33,7 @@ from fade_ref.config import KEPT
 from ..kernels.matched import Matrices
 from . import calibration, options
 from .batches import Step, split
-from .layer import ELEMENTS, CompressedLayer, DenseLayer, PagedLayer
+from .layer import ELEMENTS, CompressedLayer, DenseLayer, PagedLayer, mean_rows
 from .pages import GRANULARITY, PREFERRED, cell_bytes
 
 logger = init_logger("vllm." + __name__)
@@ -42,10 +42,12 @@ logger = init_logger("vllm." + __name__)
 class FadeBackend(AttentionBackend):
     """The backend of layers whose widths are not known yet. `of_record` makes that of each layer."""
 
-    forward_includes_kv_cache_update = False  # vLLM calls `do_kv_cache_update` before `forward`
+    forward_includes_kv_cache_update = True  # storing keys needs positions, which are in the metadata
     supported_dtypes: ClassVar = list(options.DTYPES)
     supported_kv_cache_dtypes: ClassVar = ["auto", "float16", "bfloat16"]
     record: ClassVar[int | None] = None  # bytes of a token of a KV head; None: not compressed
+    fine: ClassVar[bool] = False  # see `PageLayout`
+    drafts: ClassVar[int] = 0
 
     @staticmethod
     def get_name() -> str:
@@ -95,22 +97,33 @@ class FadeBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         if cls.record is None or spec.state_content_bytes is not None:
             return spec
-        content = cell_bytes(cls.record, spec.block_size)
+        content = cell_bytes(cls.record, cls.fine, spec.block_size, cls.drafts)
         return replace(spec, dtype=torch.uint8, state_content_bytes=content)
 
 
 @functools.cache
-def of_record(record: int | None) -> type[FadeBackend]:
-    """The backend of layers with records of this size."""
-    name = "FadeBackend" + ("Dense" if record is None else str(record))
-    return type(name, (FadeBackend,), {"record": record, "__module__": __name__, "__qualname__": name})
+def of_record(record: int | None, fine: bool = False, drafts: int = 0) -> type[FadeBackend]:
+    """The backend of layers with records of this size; see `PageLayout`."""
+    name = (
+        "FadeBackend"
+        + ("Dense" if record is None else str(record))
+        + ("Fine" if fine else "")
+        + f"Drafts{drafts}" * bool(drafts)
+    )
+    names = {"record": record, "fine": fine, "drafts": drafts, "__module__": __name__, "__qualname__": name}
+    return type(name, (FadeBackend,), names)
 
 
 @dataclass
 class FadeMetadata(AttentionMetadata):
-    """The requests of a step, cut into batches."""
+    """The requests of a step, cut into batches, and where its tokens are stored.
+
+    Attributes:
+        slots: int64 [T], slot s is slot s % N of page s // N; negative for padding. vLLM may add padding.
+    """
 
     step: Step
+    slots: Tensor
 
 
 class FadeBuilder(AttentionMetadataBuilder[FadeMetadata]):
@@ -146,7 +159,7 @@ class FadeBuilder(AttentionMetadataBuilder[FadeMetadata]):
             rounded=self.device.type == "cuda",
             slack=2 * drafts,
         )
-        return FadeMetadata(cut)
+        return FadeMetadata(cut, step.slot_mapping)
 
 
 class FadeImpl(AttentionImpl[FadeMetadata]):
@@ -217,9 +230,9 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
             self.layer = DenseLayer(**shared)
             layer.attn_backend = of_record(None)
             return
-        mean = matrices = None
+        means = matrices = None
         if asked.calibration is not None:
-            mean, matrices = self._tables(asked, index, config.model_config)
+            means, matrices = self._tables(asked, index, config.model_config)
         else:
             options.warn_once(
                 logger,
@@ -228,26 +241,22 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
                 'calibration, and {"fade": {"calibration": FILE}} in --additional-config uses it.',
             )
         device = torch.empty(0, device=config.device_config.device).device
-        self.layer = CompressedLayer(bits, self.head_size, act_dtype, device, mean, matrices, **shared)
-        layer.attn_backend = of_record(self.layer.layout.record)
+        self.layer = CompressedLayer(
+            bits, self.head_size, act_dtype, device, means, matrices,
+            drafts=config.num_speculative_tokens, **shared,
+        )  # fmt: skip
+        layer.attn_backend = of_record(
+            self.layer.layout.record, self.layer.layout.fine, self.layer.layout.drafts
+        )
 
     def _tables(self, asked: options.Options, index: int, model):
         """Key means of this rank's heads from the calibration, and matrices if the format has any."""
         found = calibration.load(asked.calibration, model)
-        mean, *sides = (
-            calibration.matched(found, index)
-            if asked.config.quant_backend == "matched"
-            else [calibration.key_mean(found, index)]
-        )
+        means = calibration.key_means(found, index, mean_rows(model.max_model_len))
+        sides = calibration.matched(found, index) if asked.config.quant_backend == "matched" else ()
         rank = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         mine = lambda x: calibration.of_rank(x, self.num_kv_heads, *rank)  # noqa: E731
-        return mine(mean), [Matrices(*map(mine, side)) for side in sides] or None
-
-    def do_kv_cache_update(
-        self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Store the step's keys and values [T, H, D] in `kv_cache` [P, H, N, C]."""
-        self.layer.append(kv_cache, key, value, slot_mapping)
+        return mine(means), [Matrices(*map(mine, side)) for side in sides] or None
 
     def forward(
         self,
@@ -261,13 +270,14 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attention of the step, written to `output` [T, Hq, D]. Other tokens are read from `kv_cache`."""
+        """Store the step's keys and values [T, H, D] in `kv_cache` [P, H, N, C], and attend.
+
+        Attention of the step is written to `output` [T, Hq, D]. Other tokens are read from the cache.
+        """
         if attn_metadata is None:  # vLLM measures its memory: count what prefill takes
             if query.is_cuda:
-                torch.empty(4 * ELEMENTS, dtype=torch.float32, device=query.device)
+                most = 4 * ELEMENTS + 12 * key.numel()  # scores, and vectors of a step, some in float64
+                torch.empty(most, dtype=torch.float32, device=query.device)
             return output.zero_()
-        step = attn_metadata.step
-        if step.first is not None:
-            self.layer.append_first(kv_cache, key, value, step.first)
-        self.layer.attend(kv_cache, query, key, value, step, output)
+        self.layer.forward(kv_cache, query, key, value, attn_metadata.slots, attn_metadata.step, output)
         return output

@@ -35,6 +35,7 @@ class Batch:
         reach: on the host, int64 [B]: no query of a row is at this position or behind it. Longest first.
         wanted: int64 [m], index of each real query among the B * q queries; None: all are real.
         targets: int64 [m], the token of each real query.
+        before: int64 [B], how many new tokens of the request are before the first query of a row.
         shared: what layers compute once and share during a step.
     """
 
@@ -44,6 +45,7 @@ class Batch:
     reach: np.ndarray
     wanted: Tensor | None
     targets: Tensor
+    before: Tensor
     shared: dict = field(default_factory=dict)
 
     @property
@@ -112,11 +114,20 @@ class Step:
         short: batches of requests with few new tokens.
         long: rows of requests with many new tokens, or None.
         first: tokens at the first positions, or None.
+        positions: int64 [T], of the tokens of the step in their requests. Padding of vLLM is not among them.
+        after: int64 [T], how many new tokens of its request come after a token.
     """
 
     short: list[Batch]
     long: Batch | None
     first: FirstTokens | None
+    positions: Tensor
+    after: Tensor
+
+    @property
+    def batches(self) -> list[Batch]:
+        """All batches, the long one last."""
+        return self.short + [self.long] * (self.long is not None)
 
 
 def sees(at: Tensor, position: Tensor, window: int | None, itself: bool = True) -> Tensor:
@@ -161,9 +172,10 @@ def split(
     if rounded:
         batches = [_rounded(batch) for batch in batches]
     first = _first(starts, count, reach, lengths, table, slack)
+    positions = _positions(starts, count, lengths)  # and how many tokens come after
     long = np.flatnonzero(count > SHORT)
     if not len(long):
-        return Step(batches, None, first)
+        return Step(batches, None, first, *positions)
     tiles = -(-count[long] // ROWS)
     request = np.repeat(long, tiles)
     before = (np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * ROWS
@@ -172,7 +184,18 @@ def split(
     order = np.argsort(-(reach[request] - after), kind="stable")
     request, before, size = request[order], before[order], size[order]
     whole = _batch(request, starts[request] + before, size, before, lengths, starts, reach, table)
-    return Step(batches, whole, first)
+    return Step(batches, whole, first, *positions)
+
+
+def _positions(starts, count, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of all tokens of a step, and how many new tokens of the request follow each, int64 [T].
+
+    The last new token of a request is its last token.
+    """
+    put = lambda x: torch.from_numpy(x).to(lengths.device, non_blocking=True)  # noqa: E731
+    request = np.repeat(np.arange(len(count)), count)
+    after = put(starts[1:][request] - np.arange(len(request)) - 1)
+    return lengths[put(request)].long() - 1 - after, after
 
 
 def _first(starts, count, reach, lengths: Tensor, table: Tensor, slack: int) -> FirstTokens | None:
@@ -205,7 +228,8 @@ def _batch(request, first, size, before, lengths, starts, reach, table: Tensor) 
         at = at.masked_fill(~put(real), NOWHERE)
         wanted = put(np.flatnonzero(real))
     after = count - before - size
-    return Batch(put(tokens), at, table[index], reach[request] - after, wanted, put(tokens[real]))
+    behind = reach[request] - after
+    return Batch(put(tokens), at, table[index], behind, wanted, put(tokens[real]), put(before))
 
 
 def _rounded(batch: Batch) -> Batch:
@@ -224,4 +248,5 @@ def _rounded(batch: Batch) -> Batch:
         np.pad(batch.reach, (0, more - rows), constant_values=1),
         wanted,
         batch.targets,
+        pad(batch.before, (0, more - rows)),
     )

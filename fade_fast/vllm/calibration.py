@@ -3,8 +3,10 @@
 `fade calibrate` and `fade vllm-calibrate` write such files.
 
 A page of vLLM may be shared by requests with the same prefix, and a request may be computed again after it
-was preempted. So a mean must not depend on a request. It is a table of the engine, read before the first
-token is stored and never changed.
+was preempted. So the mean of a key must not depend on its request. It depends on the position of the key:
+the mean before RoPE is rotated to `SPAN` positions at a time. Requests share a page only at the same
+positions, so they agree on its means. The means are a table of the engine, made before the first token is
+stored and never changed.
 """
 
 import functools
@@ -20,13 +22,13 @@ from ..hf.calibration import Calibration
 from ..hf.calibration import load as load_file
 from ..hf.widths import Choice, key
 from ..kernels.matched import Matrices
+from ..kernels.rope import rotate
 from ..kernels.rotated import LARGEST
+from .pages import SPAN
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-#: Positions over which a mean is taken where keys are rotated by RoPE.
-SPAN = 512
 #: Fields that must agree between the calibrated model and the model at hand. vLLM rewrites other fields.
 FINGERPRINT = (
     "model_type",
@@ -85,39 +87,47 @@ def with_widths(path: str | None, config: FadeConfig) -> FadeConfig:
     return choice.apply(config)
 
 
-def key_mean(found: Calibration, layer: int) -> Tensor:
-    """The mean of the keys of a layer as they are stored, after RoPE: fp16 [H, D], of all KV heads.
+def key_means(found: Calibration, layer: int, rows: int) -> Tensor:
+    """The means of the keys of a layer as they are stored, after RoPE, of all KV heads.
 
-    It is the mean over the text, moved to positions 0 to `SPAN` - 1. Pairs of channels that RoPE turns fast
-    have nearly no mean.
+    Row m [H, D] is the mean before RoPE, rotated to each of the positions m * `SPAN` to (m + 1) * `SPAN` - 1
+    and averaged over them. Pairs of channels that RoPE turns fast have nearly no mean.
+
+    Returns fp16 [H, rows, D]; [H, 1, D] where the calibration does not know how the layer rotates its keys:
+    it then holds their mean as they are stored, for all positions.
 
     Raises `ValueError` if the calibration has no such layer.
     """
     if layer not in found.moments:
         raise ValueError(f"the calibration has layers {sorted(found.moments)}, and not layer {layer}")
-    mean = spec.mean_at(found.moments[layer].mean.double(), found.ropes[layer], SPAN)
-    return mean.clamp(-LARGEST, LARGEST).to(torch.float16)
+    mean, rope = found.moments[layer].mean.double(), found.ropes[layer]
+    means = spec.mean_at(mean, rope, SPAN).unsqueeze(1)  # at the first positions
+    if found.rotates(layer):  # rotations add, so those of a row turn the first row as a whole
+        first = SPAN * torch.arange(rows)
+        means = rotate(means.expand(-1, rows, -1), first, rope.inv_freq, rope.interleaved)
+    return means.clamp(-LARGEST, LARGEST).to(torch.float16)
 
 
-def matched(found: Calibration, layer: int) -> tuple[Tensor, Matrices, Matrices]:
-    """Mean as `key_mean` and matrices of keys and of values of a layer, for the `matched` format.
+def matched(found: Calibration, layer: int) -> tuple[Matrices, Matrices]:
+    """Matrices of keys less their `key_means` and of values of a layer, for the `matched` format.
 
     Raises `ValueError` if the calibration has no such layer.
     """
-    key_mean(found, layer)
-    mean, *sides = found.tables("moved", spec.BLOCK, torch.device("cpu"))[layer]
-    return mean.clamp(-LARGEST, LARGEST).to(torch.float16), *sides
+    if layer not in found.moments:
+        raise ValueError(f"the calibration has layers {sorted(found.moments)}, and not layer {layer}")
+    _, *sides = found.tables("block", SPAN, torch.device("cpu"))[layer]
+    return tuple(sides)
 
 
-def of_rank(mean: Tensor, heads: int, rank: int, ranks: int) -> Tensor:
-    """The rows of `mean` [H, ...] that belong to one of `ranks` tensor-parallel ranks, with `heads` heads.
+def of_rank(table: Tensor, heads: int, rank: int, ranks: int) -> Tensor:
+    """The rows of `table` [H, ...] that belong to one of `ranks` tensor-parallel ranks, with `heads` heads.
 
     With more ranks than heads, vLLM gives several ranks a copy of the same head.
 
-    Raises `ValueError` if the heads of the ranks are not those of `mean`.
+    Raises `ValueError` if the heads of the ranks are not those of `table`.
     """
-    total = len(mean)
+    total = len(table)
     if heads * ranks != max(total, ranks):
         raise ValueError(f"the calibration has {total} KV heads, the model {heads} on each of {ranks} ranks")
     first = rank * total // ranks
-    return mean[first : first + heads]
+    return table[first : first + heads]

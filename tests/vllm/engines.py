@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: .ci/run makes an environment for it", allow_module_level=True)
@@ -106,6 +107,17 @@ def pages(llm) -> tuple[int, int]:
     return len(caches[0]), sum(held.values())
 
 
+def forget(llm, byte: int) -> None:
+    """Forget all prefixes, and fill the pages with `byte`: 255 is NaN, 60 in each byte of fp16 is 1.06.
+
+    What a request reads before it was written then differs from engine state to engine state.
+    """
+    assert llm.reset_prefix_cache()
+    for layer in layers(llm).values():
+        storage = layer.kv_cache.untyped_storage()
+        torch.empty(0, dtype=torch.uint8).set_(storage).fill_(byte)
+
+
 def ask(llm, prompts, tokens=16, **options):
     """Greedy continuations, as lists of token ids, and the number of prompt tokens that were prefix hits."""
     from vllm import SamplingParams
@@ -126,6 +138,15 @@ def ranked(llm, prompts, tokens=16):
     ]
     likely = [[{i: x.logprob for i, x in step.items()} for step in out.logprobs] for out in outputs]
     return [list(x.token_ids) for x in outputs], likely
+
+
+def beams(llm, prompts, tokens=6, width=3):
+    """Token ids of the beams of each prompt, best first."""
+    from vllm.sampling_params import BeamSearchParams
+
+    params = BeamSearchParams(beam_width=width, max_tokens=tokens, ignore_eos=True)
+    found = llm.beam_search([dict(prompt_token_ids=p) for p in prompts], params)
+    return [[list(x.tokens) for x in out.sequences] for out in found]
 
 
 def preemptions(llm) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from fade_fast.vllm.batches import split
 from fade_fast.vllm.layer import CompressedLayer, DenseLayer
-from fade_fast.vllm.pages import FIRST, cell_bytes
+from fade_fast.vllm.pages import FIRST, NEAR, SPAN
 
 HEADS, GROUP, PAGE = 2, 3, 32
 
@@ -37,7 +37,7 @@ class Engine:
         page=PAGE,
         dtype=torch.float32,
         seed=0,
-        mean=None,
+        means=None,
         spare=7,
         matrices=None,
         **options,
@@ -47,7 +47,7 @@ class Engine:
         if bits is None:
             self.layer = DenseLayer(**options)
         else:
-            self.layer = CompressedLayer(bits, dim, dtype, torch.device("cpu"), mean, matrices, **options)
+            self.layer = CompressedLayer(bits, dim, dtype, torch.device("cpu"), means, matrices, **options)
         self.options = options
         draws = torch.Generator().manual_seed(seed)
         blocks = [-(-n // page) for n in lengths]
@@ -55,7 +55,7 @@ class Engine:
         self.table = torch.full((len(lengths), max(blocks) + 3), 0, dtype=torch.int32)
         for row, part in enumerate(ids[: sum(blocks)].split(blocks)):
             self.table[row, : len(part)] = part
-        cell = 2 * dim if bits is None else cell_bytes(self.layer.layout.record, page)
+        cell = 2 * dim if bits is None else self.layer.layout.cell(page)
         shape = (sum(blocks) + spare + 1, HEADS, page, cell)
         self.cache = torch.full(shape, math.nan, dtype=dtype)
         if bits is not None:  # the bits of fp16 NaN, in scales too
@@ -79,46 +79,61 @@ class Engine:
         positions = [torch.arange(s.start, s.stop) for s in spans]
         slots = [t[p // self.page].long() * self.page + p % self.page for t, p in zip(self.table, positions)]
         slots = torch.cat([*slots, torch.full((pads,), -1)])
-        self.layer.append(self.cache, keys, values, slots)
         reach = np.array([s.stop for s in spans])
         starts = np.concatenate(([0], np.cumsum(counts)))
         lengths = torch.from_numpy(reach).int()
         step = split(starts, reach, lengths, self.table[: len(counts)], rounded=rounded)
-        if step.first is not None:
-            self.layer.append_first(self.cache, keys, values, step.first)
+        assert torch.equal(step.positions, torch.cat(positions))
         output = torch.full_like(query, math.nan)
-        self.layer.attend(self.cache, query, keys, values, step, output)
+        self.layer.forward(self.cache, query, keys, values, slots, step, output)
         assert output[len(query) - pads :].isnan().all(), "padding was written"
         self.done = [s.stop for s in spans]
         self.batches = step.short, step.long
         return list(output[: len(query) - pads].split([int(n) for n in counts]))
 
     def stored(self, row):
-        """Keys and values of a request as they are stored, float64 [H, n, D]."""
+        """Keys and values of a request by their first records, then by both, float64 [H, n, D] each."""
         keys, values = (x[row].transpose(0, 1)[None] for x in (self.keys, self.values))
         if self.bits is None:
-            return keys[0].double(), values[0].double()
-        tier, mean = self.layer.tier, self.layer.mean
+            return [keys[0].double(), values[0].double()] * 2
+        tier, rows = self.layer.tier, self.layer.means.shape[1]
+        mean = self.layer.means[None, :, (torch.arange(keys.shape[2]) // SPAN).clamp_max(rows - 1)]
         record = tier.encode(keys, values, mean, False)
         stored = tier.decode_keys(record, mean, torch.float64), tier.decode_values(record, torch.float64)
-        near = tier.decode_keys(record, mean, torch.float32), tier.decode_values(record, torch.float32)
-        missed = [(x.float() - y)[:, :, :FIRST] for x, y in zip((keys, values), near)]
+        missed = [(x.double() - y).float() for x, y in zip((keys, values), stored)]
         if self.bits[1] == 16:
             missed[1].zero_()
-        record = tier.encode(missed[0], missed[1].to(self.dtype), 0 * mean, False)
-        stored[0][:, :, :FIRST] += tier.decode_keys(record, None, torch.float64)
-        stored[1][:, :, :FIRST] += tier.decode_values(record, torch.float64)
-        return stored[0][0], stored[1][0]
+        record = tier.encode(missed[0], missed[1].to(self.dtype), 0 * mean[:, :, :1], False)
+        rest = tier.decode_keys(record, None, torch.float64), tier.decode_values(record, torch.float64)
+        both = [(x + y)[0] for x, y in zip(stored, rest)]
+        for x, y, bits in zip(stored, both, self.bits):
+            if bits >= 8:  # only the first tokens
+                y[:, FIRST:] = x[0, :, FIRST:]
+        return [x[0] for x in stored] + both
+
+    def twice(self, at, position):
+        """Which tokens queries at `at` [q, 1] read with both records: bool [q, n].
+
+        The first tokens; and a token before the query where its page has slots for that many newest tokens.
+        """
+        if self.bits is None:
+            return torch.zeros(len(at), len(position), dtype=torch.bool)
+        slots = 4 if min(self.bits) >= 8 else 4 + 4 * (self.page // 128)
+        kept = torch.where(position < self.page, slots - 4, slots)
+        kept = kept * (min(self.bits) < 8)
+        back = at - position
+        return (back > 0) & ((position < FIRST) | (back <= kept.clamp_max(NEAR)))
 
     def expected(self, row, start, stop):
         """Attention of the queries `start` to `stop` of a request, float64 [n, Hq, D].
 
         A query reads its own token as it came, and the tokens before as they are stored.
         """
-        keys, values = (x.repeat_interleave(GROUP, 0) for x in self.stored(row))
+        keys, values, *both = (x.repeat_interleave(GROUP, 0) for x in self.stored(row))
+        twice = self.twice(torch.arange(start, stop)[:, None], torch.arange(keys.shape[1]))
         own = [x[row].double().transpose(0, 1).repeat_interleave(GROUP, 0) for x in (self.keys, self.values)]
         query = self.queries[row][start:stop].double().transpose(0, 1)
-        scores = query @ keys.mT
+        scores = torch.where(twice, query @ both[0].mT, query @ keys.mT)
         index = torch.arange(stop - start)
         scores[:, index, index + start] = (query * own[0][:, start:stop]).sum(-1)
         scores = scores * self.options["scaling"]
@@ -131,10 +146,12 @@ class Engine:
         scores = scores.masked_fill(~seen, -math.inf)
         if (learned := self.options.get("s_aux")) is not None:
             scores = torch.cat((scores, learned.double()[:, None, None].expand(-1, len(at), 1)), -1)
-            values = torch.cat((values, torch.zeros_like(values[:, :1])), 1)
+            values, both[1] = (torch.cat((x, torch.zeros_like(x[:, :1])), 1) for x in (values, both[1]))
+            twice = torch.nn.functional.pad(twice, (0, 1))
         shares = scores.softmax(-1)
         missed = own[1][:, start:stop] - values[:, start:stop]
-        return (shares @ values + shares[:, index, index + start, None] * missed).transpose(0, 1)
+        found = (shares * ~twice) @ values + (shares * twice) @ both[1]
+        return (found + shares[:, index, index + start, None] * missed).transpose(0, 1)
 
 
 def distance(found, expected):

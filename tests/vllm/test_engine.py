@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from . import engines
-from .engines import ask, calibration_file, engine, preemptions, ranked, smollm2
+from .engines import ask, beams, calibration_file, engine, forget, preemptions, ranked, smollm2
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
@@ -75,11 +75,11 @@ def kl(base, other):
 
 @pytest.fixture(scope="module")
 def default(prompts, text):
-    """Tokens and distributions of vLLM's own backend, and its bytes per page."""
+    """Tokens and distributions of vLLM's own backend, its bytes per page, and beams of some prompts."""
     with engine(smollm2()) as llm:
         assert all(layer.backend.name == "CPU_ATTN" for layer in engines.layers(llm).values())
         count, held = engines.pages(llm)
-        return *ranked(llm, prompts), distributions(llm, text), held / count
+        return *ranked(llm, prompts), distributions(llm, text), held / count, beams(llm, prompts[5:8])
 
 
 def bfloat16(default):
@@ -107,12 +107,12 @@ def everywhere(llm, prompts, gap, others=0):
     round differently in other batches, and then a number at the boundary of two codes may get the other one,
     which moves codes of later layers. So `others` continuations in a run may leave the first ones where two
     tokens are equally likely up to the noise of the codes, `gap` nats. The same batches again give the same
-    tokens, and without codes (`gap` 0) nothing may differ.
+    tokens, whatever free pages held before, and without codes (`gap` 0) nothing may differ.
     """
-    llm.reset_prefix_cache()
+    forget(llm, 60)
     together, likely = ranked(llm, prompts)
     least = len(prompts) - others
-    llm.reset_prefix_cache()
+    forget(llm, 255)
     assert ask(llm, prompts)[0] == together
     again, hits = ask(llm, prompts)
     assert max(hits) >= 3 * engines.BLOCK
@@ -134,6 +134,7 @@ def test_dense_pages_give_the_tokens_of_the_default_backend(default, prompts):
     with engine(smollm2(), dict(preset="dense")) as llm:
         assert {type(x.impl.layer).__name__ for x in engines.layers(llm).values()} == {"DenseLayer"}
         assert everywhere(llm, prompts, gap=0) == default[0]
+        assert beams(llm, prompts[5:8]) == default[4]
 
 
 def test_8_bits_give_the_tokens_of_the_default_backend(default, prompts, calibrated):
@@ -142,14 +143,14 @@ def test_8_bits_give_the_tokens_of_the_default_backend(default, prompts, calibra
     with engine(smollm2(), dict(preset="lossless", calibration=calibrated), **options) as llm:
         count, held = engines.pages(llm)
         short = [p for p in prompts if len(p) <= engines.BLOCK][:6]
-        alone = [ranked(llm, [p], tokens=60) for p in short]
+        alone = [ranked(llm, [p], tokens=40) for p in short]
         assert preemptions(llm) == 0
         llm.reset_prefix_cache()
-        together, _ = ask(llm, short, tokens=60)
+        together, _ = ask(llm, short, tokens=40)
         assert preemptions(llm) > 0
         agree(together, *([x[i][0] for x in alone] for i in (0, 1)), gap=0.05, least=len(short) - 2)
         assert bfloat16(default) / (held / count) >= 1.6  # pages of 32 tokens; test_tiny.py has larger ones
-        agree(everywhere(llm, prompts, gap=0.03, others=1), *default[:2], gap=0.05, least=9)
+        agree(everywhere(llm, prompts, gap=0.03, others=1), *default[:2], gap=0.03, least=8)
 
 
 def test_4_bits(default, prompts, calibrated, text):
@@ -158,6 +159,9 @@ def test_4_bits(default, prompts, calibrated, text):
         count, held = engines.pages(llm)
         assert count == 64 and {x.kv_cache.dtype for x in engines.layers(llm).values()} == {torch.uint8}
         found = everywhere(llm, prompts, gap=1.0, others=3)
+        searched = beams(llm, prompts[5:8])
+        forget(llm, 60)
+        assert beams(llm, prompts[5:8]) == searched
         agree(
             found, *default[:2], gap=1.0, least=0
         )  # how often they are the same is a matter of the KL below
@@ -165,8 +169,9 @@ def test_4_bits(default, prompts, calibrated, text):
     ours, theirs = kl(default[2], quality), kl(*through_generate(text))
     report("vLLM, 4 bits", default[2], quality, text)
     print(f"generate(), 4 bits without recent tokens: KL {theirs:.5f}")
-    # Means of a calibration fit less well than those of generate(), which are a text's own (docs/vllm.md).
-    assert ours < min(0.05, 8 * theirs)
+    # generate() reads the sinks and up to 15 tokens before a query uncompressed, and its means are the text's
+    # own. Here it is 4 tokens on pages of 32, with two records each (docs/vllm.md).
+    assert ours < min(0.02, 3 * theirs)
 
 
 def test_4_bits_of_the_matched_codec(default, prompts, calibrated, text):
@@ -174,7 +179,7 @@ def test_4_bits_of_the_matched_codec(default, prompts, calibrated, text):
         quality = distributions(llm, text)
         assert ask(llm, prompts[:5], tokens=6)[0] == [ask(llm, [p], tokens=6)[0][0] for p in prompts[:5]]
     report("vLLM, matched, 4 bits", default[2], quality, text)
-    assert kl(default[2], quality) < 0.03
+    assert kl(default[2], quality) < 0.012
 
 
 @torch.no_grad()

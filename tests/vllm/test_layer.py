@@ -7,14 +7,15 @@ import torch
 from fade_fast.kernels.matched import Matrices
 from fade_fast.vllm import batches, layer
 from fade_fast.vllm.layer import CompressedLayer
-from fade_fast.vllm.pages import FIRST, PageLayout, cell_bytes
+from fade_fast.vllm.pages import FIRST, SPAN, PageLayout
 
 from .paged import GROUP, HEADS, PAGE, Engine, distance, draw
 
 WIDTHS = [None, (8, 8), (4, 4), (3, 3), (2, 2), (8, 4), (4, 16), (3, 2)]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SINKS = torch.linspace(-1, 4, HEADS * GROUP)
-MEAN = draw(HEADS, 64, seed=9, dtype=torch.float16)
+#: Of contexts up to 512 tokens; neighbors are as far apart as keys are from their mean.
+MEANS = draw(HEADS, layer.mean_rows(512), 64, seed=9, dtype=torch.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +49,8 @@ def check(engine, counts, **options):
 @pytest.mark.parametrize("options", [dict(), dict(window=20, softcap=5.0, s_aux=SINKS)], ids=["plain", "all"])
 def test_a_ragged_life(bits, options, small):
     """Prefill in chunks, verification of drafts and decode of requests of different lengths, in one step."""
-    mean = None if bits is None else MEAN
-    engine = Engine(bits, [90, 7, 41, 150, 1], mean=mean, **options)
+    means = None if bits is None else MEANS
+    engine = Engine(bits, [90, 7, 41, 150, 1], means=means, **options)
     check(engine, [37, 5, 1, 120, 1])
     short, long = engine.batches
     assert long.tokens.shape == (11, 16) and sum(len(x.tokens) for x in short) == 3
@@ -72,19 +73,86 @@ def test_the_matched_format(bits, small):
         whole = torch.cat((inverse, inverse.sum(1, keepdim=True)), 1)
         feedback = torch.eye(64).expand(HEADS, -1, -1)
         sides.append(Matrices(made.float(), whole.float(), feedback))
-    engine = Engine(bits, [60, 33], mean=MEAN, matrices=tuple(sides), window=40)
+    engine = Engine(bits, [60, 33], means=MEANS, matrices=tuple(sides), window=40)
     for counts in ([50, 3], [1, 1], [9, 29]):
         check(engine, counts)
 
 
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("place", ["stored", "read from pages", "read as vectors"])
+def test_every_key_gets_the_mean_of_its_position(place, window, small, monkeypatch):
+    """With the mean of other positions, in one place alone, both a prefill and a decode step are wrong."""
+    engine = Engine((8, 8), [200, 130], means=MEANS, window=window)
+    found = [check(engine, counts) for counts in ([190, 120], [1, 1])]
+    other, made = Engine((8, 8), [200, 130], means=MEANS, window=window), CompressedLayer
+    view, append, at = made.view, made.append, made._means_at
+    if place == "stored":
+        wrong = lambda self, *args: append(self, *args[:-1], args[-1] + SPAN)  # noqa: E731
+        monkeypatch.setattr(made, "append", wrong)
+    elif place == "read from pages":
+        wrong = lambda self, cache, table, valid, first, start=0: view(  # noqa: E731
+            self, cache, table, valid, first, start + SPAN
+        )
+        monkeypatch.setattr(made, "view", wrong)
+    else:
+        decode = made._attend_short
+
+        def wrong(self, *args):
+            with monkeypatch.context() as inside:
+                inside.setattr(made, "_means_at", lambda self, position: at(self, position + SPAN))
+                return decode(self, *args)
+
+        monkeypatch.setattr(made, "_attend_short", wrong)
+    for expected, counts in zip(found, ([190, 120], [1, 1])):
+        changed = [distance(x, y.double()) for x, y in zip(other.step(counts), expected)]
+        untouched = place == "read as vectors" and counts[0] > 1
+        assert max(changed) == 0 if untouched else min(changed) > 1e-4, counts
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (2, 2), (8, 4), (4, 16)])
+@pytest.mark.parametrize("page, window", [(32, None), (128, None), (128, 9), (256, 40)])
+def test_the_newest_tokens_have_two_records(bits, page, window, small):
+    """Steps that end before, at and after the beginning of a page, and chunks shorter than the slots."""
+    engine = Engine(bits, [290, 140, 64], page=page, means=MEANS, window=window)
+    for counts in ([127, 3, 31], [1, 123, 1], [1, 1, 1], [5, 2, 8], [120, 9, 20], [2, 1, 1], [9, 1, 0]):
+        check(engine, counts)
+    if (page, window) == (128, None):  # as many tokens as a larger page would have are too many
+        engine.page = 256
+        with pytest.raises(AssertionError):
+            check(engine, [4, 0, 0])
+
+
+@pytest.mark.parametrize("page", [32, 128])
+def test_tokens_that_are_withdrawn_leave_no_trace(page):
+    """Three drafts are refused, and others follow. A layer that expects none would read their records."""
+    for drafts in (3, 0):
+        engine = Engine((4, 4), [200], page=page, means=MEANS, drafts=drafts)
+        assert engine.layer.layout.newest(torch.tensor([page]), page)[0] == 4 * (
+            1 + page // 128 + (drafts > 0)
+        )
+        check(engine, [150])
+        check(engine, [4])
+        engine.done = [151]
+        for side in (engine.keys, engine.values, engine.queries):
+            side[0][151:] = side[0][151:].flip(0)
+        if drafts:
+            check(engine, [1])
+            check(engine, [2])
+            check(engine, [20])
+        else:
+            with pytest.raises(AssertionError):
+                check(engine, [1])
+
+
 @pytest.mark.parametrize("bits", WIDTHS[1:4])
-def test_chunks_leave_no_trace(bits, small):
+@pytest.mark.parametrize("page", [PAGE, 128])
+def test_chunks_leave_no_trace(bits, page, small):
     """A prompt in one step and in many steps: the same bytes, and outputs equal up to rounding."""
     found, caches = [], []
     for cuts in ([70], [1] * 10 + [60], [2, 44, 24], [64, 6]):
-        engine = Engine(bits, [70], mean=MEAN)
+        engine = Engine(bits, [70], page=page, means=MEANS)
         found.append(torch.cat([engine.step([n])[0] for n in cuts]))
-        caches.append(engine.cache[engine.table[0, :3].long()])
+        caches.append(engine.cache[engine.table[0, : -(-70 // page)].long()])
     assert all(distance(x, found[0].double()) < 1e-5 for x in found[1:])
     same = [(x == caches[0]).float().mean() for x in caches[1:]]
     assert min(same) > 0.9999, "the records of a token depend on the step that stored it"
@@ -92,9 +160,9 @@ def test_chunks_leave_no_trace(bits, small):
 
 def test_batch_mates_leave_no_trace(small):
     """A request alone, and between others."""
-    alone = Engine((4, 4), [60], mean=MEAN, seed=300)
+    alone = Engine((4, 4), [60], means=MEANS, seed=300)
     apart = torch.cat([alone.step([50])[0], alone.step([1])[0], alone.step([9])[0]])
-    among = Engine((4, 4), [40, 7, 100, 60], mean=MEAN)
+    among = Engine((4, 4), [40, 7, 100, 60], means=MEANS)
     for side, other in (
         (among.queries, alone.queries),
         (among.keys, alone.keys),
@@ -107,7 +175,7 @@ def test_batch_mates_leave_no_trace(small):
 
 def test_a_shared_prefix():
     """Two requests whose first pages are the same pages."""
-    engine = Engine((4, 4), [60, 60], mean=MEAN)
+    engine = Engine((4, 4), [60, 60], means=MEANS)
     for side in (engine.queries, engine.keys, engine.values):
         side[1][:32] = side[0][:32]
     engine.table[1, :1] = engine.table[0, :1]
@@ -117,11 +185,29 @@ def test_a_shared_prefix():
     check(engine, [9, 0])
 
 
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (4, 16)])
+@pytest.mark.parametrize("page, start, stop", [(32, 0, 96), (32, 70, 101), (128, 100, 128), (128, 120, 260)])
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_pages_are_shared_in_the_step_that_fills_them(bits, page, start, stop, count, small):
+    """vLLM counts a page as known from the step that fills it: another request hits it in that step."""
+    hit = stop // page * page
+    engine = Engine(bits, [300, hit + count + 9], page=page, means=MEANS)
+    for side in (engine.queries, engine.keys, engine.values):
+        side[1][:hit] = side[0][:hit]
+    engine.table[1, : hit // page] = engine.table[0, : hit // page]
+    if start:
+        check(engine, [start, 0])
+    engine.done[1] = hit
+    check(engine, [stop - start, count])
+    check(engine, [1, 1])
+    check(engine, [20, 8])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_dtypes(dtype, bits):
-    mean = None if bits is None else MEAN
-    engine = Engine(bits, [70, 9], dtype=dtype, mean=mean, window=33, s_aux=SINKS.to(dtype))
+    means = None if bits is None else MEANS
+    engine = Engine(bits, [70, 9], dtype=dtype, means=means, window=33, s_aux=SINKS.to(dtype))
     for counts in ([60, 3], [1, 1], [9, 5]):
         check(engine, counts)
 
@@ -138,7 +224,7 @@ def test_the_kernels_of_a_gpu(bits, window, uncompiled_kernels):
 
     Queries are small: the kernels keep scores in float16, as a distance from those of the nearest tokens.
     """
-    engine = Engine(bits, [300, 40, 90], dtype=torch.float16, mean=MEAN, window=window)
+    engine = Engine(bits, [300, 40, 90], dtype=torch.float16, means=MEANS, window=window)
     engine.queries = [x * 0.1 for x in engine.queries]
     engine.step([290, 30, 81])
     for counts in ([1, 1, 1], [3, 1, 2], [0, 1, 0]):
@@ -152,13 +238,13 @@ def test_the_kernels_of_a_gpu(bits, window, uncompiled_kernels):
 
 def test_the_bound_grows_by_powers_of_two_and_ignores_padding():
     made = CompressedLayer((4, 4), 64, torch.float32, torch.device("cpu"), heads=HEADS, scaling=1.0)
-    cache = torch.zeros(3, HEADS, PAGE, cell_bytes(made.layout.record, PAGE), dtype=torch.uint8)
+    cache = torch.zeros(3, HEADS, PAGE, made.layout.cell(PAGE), dtype=torch.uint8)
     values = torch.stack([draw(HEADS, 64), torch.full((HEADS, 64), torch.inf)])
-    made.append(cache, values, values, torch.tensor([32, -1]))
+    made.append(cache, values, values, torch.tensor([32, -1]), torch.tensor([0, 1]))
     first = made.bound.clone()
     scale = made.views(cache)[0]["value_scale"][1, :, 0].float()
     assert ((first >= scale) & (first <= 4 * scale)).all() and (first.log2() % 1 == 0).all()
-    made.append(cache, values / 100, values / 100, torch.tensor([33, -1]))
+    made.append(cache, values / 100, values / 100, torch.tensor([33, -1]), torch.tensor([1, 2]))
     assert torch.equal(made.bound, first)
 
 
@@ -182,11 +268,11 @@ def test_records_come_back_from_pages(bits, page):
     """Every field of every token, and no byte of another token, in a cache whose pages are far apart."""
     made = CompressedLayer(bits, 64, torch.float32, torch.device("cpu"), heads=HEADS, scaling=1.0)
     layout = made.layout
-    cell = cell_bytes(layout.record, page)
+    cell = layout.cell(page)
     whole = torch.full((9, 2, HEADS, page, cell), 7, dtype=torch.uint8)
     cache = whole[:, 1]
     keys, values = draw(1, HEADS, 24, 64, seed=1), draw(1, HEADS, 24, 64, seed=2)
-    records = made.tier.encode(keys, values, made.mean, False)
+    records = made.tier.encode(keys, values, made.means[None], False)
     slots = torch.randperm(9 * page, generator=torch.Generator().manual_seed(3))[:24]
     views, second = layout.views(cache)
     layout.write(views, records, slots // page, slots % page)
@@ -213,12 +299,12 @@ def test_records_come_back_from_pages(bits, page):
 )
 def test_bytes_of_a_token(dim, bits, least):
     made = CompressedLayer(bits, dim, torch.bfloat16, torch.device("cpu"), heads=HEADS, scaling=1.0)
-    assert 2 * 2 * dim / cell_bytes(made.layout.record, 128) >= least
+    assert 2 * 2 * dim / made.layout.cell(128) >= least
 
 
 def test_other_caches_are_refused():
     made = CompressedLayer((4, 4), 64, torch.float32, torch.device("cpu"), heads=HEADS, scaling=1.0)
-    cell = cell_bytes(made.layout.record, PAGE)
+    cell = made.layout.cell(PAGE)
     good = torch.zeros(3, HEADS, PAGE, cell, dtype=torch.uint8)
     for bad in (good.float(), good[..., :-1], good[:, :, :8], good.mT.contiguous().mT):
         with pytest.raises(ValueError, match="allowed|must be"):

@@ -9,7 +9,10 @@ import torch
 from fade_fast.hf import calibration as measured
 from fade_fast.hf.widths import Choice, key
 from fade_fast.vllm import calibration, options
+from fade_fast.vllm.pages import SPAN
+from fade_ref import matched as spec
 from fade_ref.config import FadeConfig
+from fade_ref.matched import NOPE, Moments
 
 from ..models import tiny_llama
 
@@ -113,20 +116,43 @@ def file(model, tmp_path_factory):
 
 
 def test_key_means_are_those_of_stored_keys(model, file):
-    """Rotated to positions 0 to 511, the mean before RoPE gives the mean of keys there."""
+    """Each row is the mean before RoPE, rotated to its positions one by one."""
     found = calibration.load(file, config(model=model).model_config)
-    moments, rope = found.moments[0], found.ropes[0]
-    frequency = rope.inv_freq.double()
-    angles = torch.arange(512)[:, None].double() * frequency
-    a, b = moments.mean.double().chunk(2, -1)
-    cos, sin = angles.cos()[None], angles.sin()[None]
-    a, b = a[:, None], b[:, None]
-    expected = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).mean(1)
-    torch.testing.assert_close(calibration.key_mean(found, 0).double(), expected, rtol=1e-3, atol=1e-3)
-    mean, keys, values = calibration.matched(found, 1)
-    assert keys.encode.shape == values.encode.shape == (len(mean), mean.shape[1], mean.shape[1])
+    means = calibration.key_means(found, 0, 9)
+    mean, frequency = found.moments[0].mean.double(), found.ropes[0].inv_freq.double()
+    angles = torch.arange(9 * SPAN)[:, None].double() * frequency
+    a, b = mean[:, None].chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    expected = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).unflatten(1, (9, SPAN)).mean(2)
+    assert means.dtype == torch.float16 and means.shape == (len(mean), 9, mean.shape[1])
+    torch.testing.assert_close(means.double(), expected, rtol=1e-3, atol=1e-5)
+    assert (means[:, 1:] - means[:, :-1]).abs().amax((0, 2)).min() > 0.01
     with pytest.raises(ValueError, match="not layer 7"):
-        calibration.key_mean(found, 7)
+        calibration.key_means(found, 7, 9)
+
+
+def test_layers_whose_positions_are_unknown_have_one_mean(file):
+    """The calibration then holds the mean of keys as they are stored."""
+    found = measured.load(file)
+    found.ropes[1] = NOPE
+    means = calibration.key_means(found, 1, 9)
+    assert torch.equal(means, found.moments[1].mean[:, None].half())
+
+
+def test_matrices_are_those_of_keys_less_their_means(model, file):
+    """The codec's share of a key has the moments that the matrices were made for: variance 1 each channel."""
+    found = calibration.load(file, config(model=model).model_config)
+    keys, values = calibration.matched(found, 1)
+    moments, rope = found.moments[1], found.ropes[1]
+    assert keys.encode.shape == values.encode.shape == (len(moments.mean), *moments.keys.shape[1:])
+    mean, of_keys, _ = spec.frame(Moments(*(x.double() for x in moments)), "block", rope, SPAN)
+    assert torch.equal(mean, moments.mean.double())
+    inside = keys.encode.double() @ spec.shrunk(of_keys) @ keys.encode.double().mT
+    torch.testing.assert_close(
+        inside.diagonal(dim1=-2, dim2=-1).mean(-1), torch.ones(len(mean)).double(), rtol=1e-3, atol=0
+    )
+    with pytest.raises(ValueError, match="not layer 7"):
+        calibration.matched(found, 7)
 
 
 def test_a_calibration_of_another_model_or_a_damaged_one_is_refused(model, file, tmp_path):
