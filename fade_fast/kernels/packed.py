@@ -36,6 +36,7 @@ DENSE_TOP = 16.0  # the same factor for 16-bit values: the sum of a chunk must s
 LIMIT = 60_000.0  # upper limit of float16 scores, in powers of two from the reference
 LONG = 1 << 14  # slots of a long buffer, where extra slots for alignment cost little memory
 EAGER_TILE = 2048  # slots per tile in eager mode: the codes of one tile are converted at a time
+FEW_ROWS = 16  # up to so many query rows, a tile has twice as many slots: a step is mostly calls of PyTorch
 
 
 class TierView(NamedTuple):
@@ -529,10 +530,14 @@ def _spread(x: Tensor, per_mean: int, blocks: int, chunk: int) -> Tensor:
     return _cut(x, chunk)
 
 
-def tiles(view: TierView) -> list[tuple[int, int]]:
-    """Return `(start, length)` of each tile. Eager attention processes the tiles one by one."""
+def tiles(view: TierView, rows: int | None = None) -> list[tuple[int, int]]:
+    """Return `(start, length)` of each tile. Eager attention processes the tiles one by one.
+
+    `rows` is the number of query rows; None: many.
+    """
     length, per = view.capacity, view.per_mean
-    tile = max(1, EAGER_TILE // per) * per
+    few = rows is not None and rows <= FEW_ROWS
+    tile = max(1, EAGER_TILE * (2 if few else 1) // per) * per
     return [(start, min(tile, length - start)) for start in range(0, length, tile)]
 
 
@@ -557,7 +562,7 @@ def attend(
     Returns a `Partial` with N in place of [B, H].
     """
     whole = empty(query.plain)
-    for start, length in tiles(view):
+    for start, length in tiles(view, query.plain.shape[1]):
         tile = view.narrow(start, length).whole()
         parts, top, total, _ = attend_chunks(
             query, _near(bias, start, tile), tile, decoder,
@@ -582,7 +587,7 @@ def probabilities(found: Tensor, level: Tensor) -> Tensor:
 def probabilities_by_tile(query: Queries, bias, view: TierView, decoder, level, *, bits, softcap) -> Tensor:
     """Compute the same as `probabilities` where the scores are not kept. The scores are computed again."""
     out, options = [], dict(softcap=softcap, dtype=query.plain.dtype)
-    for start, length in tiles(view):
+    for start, length in tiles(view, query.plain.shape[1]):
         tile = view.narrow(start, length)
         found = scores(query, _near(bias, start, tile), tile, decoder, bits=bits, chunk=length, **options)
         out.append(probabilities(found, level))
