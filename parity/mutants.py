@@ -101,11 +101,12 @@ CORRUPTIONS = {
     ],
     # -- choosing what to read
     "kernels.halves.join": [
-        ("halves of a key swapped", call("cat").becomes("_.roll(1, -1)"), "life/choosing/a page"),
+        ("halves of a key swapped", call("cat")[1].becomes("_.roll(1, -1)"), "life/choosing/a page"),
+        ("halves of single bits swapped", call("cat")[0].becomes("_.roll(1, -1)"), "life/choosing/index k1"),
         ("upper bits lost", name("EVEN")[1].becomes("0"), "life/choosing/a page"),
     ],
     "kernels.halves.coarse": [
-        ("cells read at their lowest code", name("MIDDLE").becomes("0.0"), "life/choosing/three pages"),
+        ("cells read at their lowest code", name("lowest").becomes("0.0"), "life/choosing/three pages"),
     ],
     "kernels.halves.as_two_bits": [
         ("a bit is read as the codes 0 and 2", call("cat").becomes("_ & 0xAA"), "life/choosing/index k1"),
