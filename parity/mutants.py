@@ -102,6 +102,7 @@ CORRUPTIONS = {
     # -- choosing what to read
     "kernels.halves.join": [
         ("halves of a key swapped", call("cat")[1].becomes("_.roll(1, -1)"), "life/choosing/a page"),
+        ("halves of single bits swapped", call("cat")[0].becomes("_.roll(1, -1)"), "life/choosing/index k1"),
         ("upper bits lost", name("odd").becomes("0"), "life/choosing/a page"),
     ],
     "kernels.halves.coarse": [

@@ -88,11 +88,14 @@ def test_a_demotion_is_captured_before_it_is_due(name, demotions, monkeypatch):
     monkeypatch.setattr(decode_graph, "SETTLED", 2)
     found, cache = run()
     counts = cache.decode_graph.counts
-    graph_ids = 2 if "select" in name else 1  # at first there are no more tokens than are read
+    # At first there are no more tokens than are read. With a policy of residents, such demotions are not
+    # replayed, because their pages get slots of their own.
+    graph_ids = 2 if "select" in name and "policy" not in name else 1
+    eager = 4 if "policy" in name else 1
     made = len(demotions)
     assert counts["demotion, captured ahead"] == graph_ids == made
     assert counts["demotion, replayed"] == sum(x.replays for x in demotions) > 3
-    assert counts["demotion, not captured"] <= 1 and not counts["demotion, captured"]
+    assert counts["demotion, not captured"] <= eager and not counts["demotion, captured"]
     monkeypatch.setattr(decode_graph, "SETTLED", 0)
     monkeypatch.setattr(decode_graph, "CAPTURES_ON", set())
     expected, other = run()
