@@ -31,7 +31,7 @@ model.generation_config.compile_config = CompileConfig(fullgraph=True, mode=None
 model.generation_config.compile_config._compile_all_devices = True
 started = time.perf_counter()
 found = fade_fast.warm(model, FadeConfig(**SMALL), batches=(2,), lengths=(40,), file=sys.argv[1])
-print(json.dumps([found.compiled, found.found, found.loaded, found.file_bytes, found.seconds]))
+print(json.dumps([found.compiled, found.found, found.loaded, found.file_bytes]))
 """
 
 
@@ -50,12 +50,12 @@ def process(file, caches) -> list:
 @pytest.mark.slow
 def test_a_fresh_process_with_the_file_compiles_nothing(tmp_path):
     file = tmp_path / "model.warm"
-    compiled, found, loaded, size, seconds = process(file, tmp_path / "one")
+    compiled, found, loaded, size = process(file, tmp_path / "one")
     assert compiled > 0 and not loaded and size == file.stat().st_size > 1000
     written = file.stat().st_mtime_ns
-    again, found, loaded, _, less = process(file, tmp_path / "two")
+    again, found, loaded, _ = process(file, tmp_path / "two")
     assert again == 0 and found >= compiled and loaded > 0
-    assert less < seconds and file.stat().st_mtime_ns == written
+    assert file.stat().st_mtime_ns == written
 
 
 def test_texts_of_each_kind_are_run(monkeypatch):
