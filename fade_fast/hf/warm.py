@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -147,10 +148,8 @@ def _kind() -> dict[str, str]:
     """What compiled code depends on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     kind = dict(torch=torch.__version__, transformers=transformers.__version__, device=device)
-    with suppress(ImportError):
-        import triton
-
-        kind["triton"] = triton.__version__
+    with suppress(metadata.PackageNotFoundError):  # Inductor's compiler for GPUs
+        kind["triton"] = metadata.version("triton")
     return kind
 
 

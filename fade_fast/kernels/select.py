@@ -13,12 +13,11 @@ from torch import Tensor
 from ..compile.compiled import Compiled, dynamic_size, more_rows, rounded, use_compiled
 from ..compile.tiles import tier_tiles
 from . import halves, packed
+from .decode import LOWEST, MOST_ROWS
 from .merge import of_rows
 from .packed import Queries, TierView, force_materialize, wide
 
 INDEX_BITS = 2  # of a code as which the index is read
-MOST_ROWS = 64  # query rows per KV head that the compiled version supports
-LOWEST = -3.0e38  # stands for -inf where -inf less -inf would be NaN
 
 
 def page_mass(

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from ..compile.compiled import Compiled, more_rows, rounded, use_compiled
+from .decode import LOWEST, MOST_ROWS
 from .merge import of_rows
 from .packed import force_materialize
 
 DEVIATIONS = 2.0  # standard deviations from the mean at which "deviation" scores a page
-LOWEST = -3.0e38  # stands for -inf where -inf less -inf would be NaN
 WIDEST = 65504.0  # of float16
 LARGEST_DEVIATION = 255.0  # whose square is a float16
-MOST_ROWS = 64  # query rows per KV head that the compiled version supports
 
 
 def summarize(kind: str, keys: Tensor, real: Tensor, page: int) -> tuple[Tensor, Tensor]:
