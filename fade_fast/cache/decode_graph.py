@@ -296,7 +296,7 @@ class DecodeGraph:
                         layer.count_replayed_demotion()
                     self.counts["demotion, replayed"] += 1
                 else:
-                    self.demotion, _ = record(self._demote_on_device)
+                    self._capture_demotion(compressing)
                     self.counts["demotion, captured"] += 1
                 self.demotion.replay()
         except BaseException:
@@ -330,8 +330,7 @@ class DecodeGraph:
         self._count(missing)
         try:
             if all(layer.can_record_demotion for layer in compressing):
-                together.rehearse(compressing, DeviceCounters(self.step_index, self.newest))
-                self.demotion, _ = record(self._demote_on_device)
+                self._capture_demotion(compressing)
                 self.counts["demotion, captured ahead"] += 1
         except RuntimeError:  # it is captured when it is due, or fails then
             self.demotion = None
@@ -340,6 +339,14 @@ class DecodeGraph:
             for x, count in zip(buffers, held):
                 x.count = count
             self._set_fresh()
+
+    def _capture_demotion(self, layers: list[KVLayer]) -> None:
+        """Capture a demotion of blocks that are due in `layers`, or counted as due.
+
+        A capture does not allow compilation. So the demotion runs once before, and writes nothing.
+        """
+        together.rehearse(layers, DeviceCounters(self.step_index, self.newest))
+        self.demotion, _ = record(self._demote_on_device)
 
     def _demote_on_device(self) -> None:
         """The same by tensors of fixed addresses. All that graphs read is brought up to date."""

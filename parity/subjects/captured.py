@@ -139,10 +139,13 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
         found.holds("one graph", not counters["graph_break"], "a graph break")
         found.same("lengths", cache.token_positions.logical, eager.token_positions.logical)
         claim = "captured, compiled" if found.fused else "captured"
+        # A captured step encodes the blocks of all layers in one product. On a GPU, the size of a product
+        # decides the order of its sums.
+        stored = "stored" if found.device == "cuda" else claim
         for i, (a, b) in enumerate(zip(cache.tiered, eager.tiered)):
             for side, x, y in zip(("keys", "values"), a.decode_all(), b.decode_all()):
                 error = relative_error(x, y.double().cpu())
-                found.near("stored" if found.fused else claim, error, f"{side} of layer {i}")
+                found.near(stored, error, f"{side} of layer {i}")
             for side in ("key", "value") if found.fused else ():
                 x, y = (layer.dense[side][:, :, : layer.dense.count] for layer in (a, b))
                 found.near(claim, relative_error(x, y.double().cpu()), f"uncompressed {side}s of layer {i}")

@@ -105,6 +105,20 @@ def test_a_demotion_is_captured_before_it_is_due(name, demotions, monkeypatch):
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
+def test_a_demotion_runs_once_before_it_is_captured_when_due(demotions, monkeypatch):
+    """A capture does not allow compilation. Steps with drafts reach the next block before `SETTLED` steps."""
+    events, rehearse, record = [], decode_graph.together.rehearse, decode_graph.record
+    monkeypatch.setattr(decode_graph, "SETTLED", 1000)
+    logs = lambda name, call: lambda *args, **more: (events.append(name), call(*args, **more))[1]  # noqa: E731
+    monkeypatch.setattr(decode_graph.together, "rehearse", logs("rehearsed", rehearse))
+    monkeypatch.setattr(decode_graph, "record", logs("recorded", record))
+    model = tiny_llama(dtype=torch.float16)
+    cache = new_cache(model, CASES["h2o"], verify=False)
+    compiled(model, cache, prompt(60, batch=2), backend="eager", new=30)
+    assert cache.decode_graph.counts["demotion, captured"] == 1 and compressed_tokens(cache) > 0
+    assert events == ["rehearsed", "recorded"]
+
+
 @pytest.mark.slow
 def test_the_step_that_reads_more_slots_is_captured_ahead(tapes, uncompiled_kernels, monkeypatch):  # noqa: F811
     """It is replayed at once when the text has outgrown the slots that were read, under the same graph id."""
