@@ -4,8 +4,8 @@ A score is q.k, so an error of a key matters as much as queries see it. Two seco
 for a model: S of the keys (or values), and M of the vectors that multiply them. The codec then stores
 y = A (x - mean), and attention multiplies codes by A^-T q. Three ideas make the codes good:
 
-- **Matching.** A makes both moments diagonal and equal, so no direction is more exposed than another. Then a
-  random rotation spreads every vector evenly.
+- **Matching.** A makes both moments equal, so no direction is more exposed than another. Then a random
+  rotation spreads every vector evenly.
 - **A mean that knows RoPE.** The mean of the keys before RoPE, rotated to the positions of a block, is a
   function of the positions alone. `Frame` names the cases.
 - **Feedback.** Channels are rounded in order. Each one makes up for the errors of the channels before it, as
@@ -89,15 +89,24 @@ def measure(
     at = torch.arange(n_sink, n, device=keys.device)
     still, asked = rotate(keys[:, n_sink:], -at, rope), rotate(query[:, :, n_sink:], -at, rope).flatten(1, 2)
     mean = still.mean(1)
-    if output is None:
-        outputs = torch.eye(dim, dtype=torch.float64, device=keys.device).expand(heads, -1, -1)
-    else:
-        rows = output.double().unflatten(1, (heads, group, dim))
-        outputs = torch.einsum("ohgd,ohge->hde", rows, rows) / group
     return Moments(
         mean, _second(still - mean[:, None], received), _second(asked, given),
-        _second(values[:, n_sink:], received), outputs,
+        _second(values[:, n_sink:], received), _of_outputs(output, heads, dim, keys.device),
     )  # fmt: skip
+
+
+def _of_outputs(output: Tensor | None, heads: int, dim: int, device: torch.device) -> Tensor:
+    """Moments [H, D, D] of the rows of an output projection [hidden, Hq * D] that read each KV head."""
+    if output is None:
+        return torch.eye(dim, dtype=torch.float64, device=device).expand(heads, -1, -1)
+    rows = output.double().unflatten(1, (heads, -1, dim)).transpose(0, 1).flatten(1, 2)  # [H, rows, D]
+    return rows.mT @ rows * heads * dim / output.shape[1]
+
+
+def with_output(moments: Moments, output: Tensor) -> Moments:
+    """`moments` that were measured without an output projection, with this one, [hidden, Hq * D]."""
+    heads, dim = moments.mean.shape
+    return moments._replace(outputs=_of_outputs(output, heads, dim, moments.mean.device))
 
 
 def mean_of(texts: list[Moments]) -> Moments:
@@ -215,17 +224,16 @@ def shrunk(moment: Tensor) -> Tensor:
 def matched(S: Tensor, M: Tensor, seed: int = 0) -> Matrices:
     """Matrices for vectors of second moment S [H, D, D] that are multiplied by vectors of moment M.
 
-    With R the root of the geometric mean of S^-1 and M, the moments R S R and R^-1 M R^-1 are equal. The
-    eigenvectors of R S R make them diagonal. Part of the remaining spread is whitened (`WHITEN`), and the
-    seeded rotation of the rotated codec mixes the channels.
+    With R the root of the geometric mean of S^-1 and M, the moments R S R and R^-1 M R^-1 are equal. Part of
+    their spread is whitened (`WHITEN`), and the seeded rotation of the rotated codec mixes the channels.
+
+    A is a continuous function of both moments. Eigenvectors alone are not: their signs, and their order where
+    eigenvalues are equal, differ between machines, and old codes would decode to other vectors there.
     """
     S, M = shrunk(S), shrunk(M)
     root, inverse = power(S, 0.5), power(S, -0.5)
     R = power(inverse @ power(root @ M @ root, 0.5) @ inverse, 0.5)
-    spread, U = torch.linalg.eigh(R @ S @ R)
-    spread = spread.clamp_min(1e-12 * spread.amax(-1, keepdim=True).clamp_min(1e-300))
-    P = qr_rotation(S.shape[-1], seed).to(S.device)
-    A = P @ (spread.pow(-WHITEN / 2).unsqueeze(-1) * U.mT) @ R
+    A = qr_rotation(S.shape[-1], seed).to(S.device) @ power(R @ S @ R, -WHITEN / 2) @ R
     A = A / (A @ S @ A.mT).diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()[:, None, None]
     back = torch.linalg.inv(A)
     W = back.mT @ M @ back

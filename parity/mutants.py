@@ -154,7 +154,7 @@ CORRUPTIONS = {
         ("scaling of chosen pages", attribute("scaling").becomes("1.0"), "life/choosing/a page"),
     ],
     # -- the matched codec
-    "kernels.matched.round_with_feedback": [
+    "kernels.matched._quantize": [
         ("errors of earlier blocks lost", binary("@")[1].becomes("0 * (_)"), "matched codes, 4"),
         ("feedback not scaled", binary("/").becomes("_0"), "matched codes, 2"),
     ],
@@ -165,11 +165,13 @@ CORRUPTIONS = {
         ("distance of other levels", call("sqrt").becomes("1.2 * _"), "matched codes, 2"),
         ("the first scale, not the best", compare("<")[0].becomes("(_) & False"), "matched codes, 3"),
     ],
-    "kernels.matched._gain": [
+    "kernels.matched._finish": [
         ("biased scale", call("square").becomes("1.1 * _"), "matched codes, 4"),
     ],
-    "kernels.matched.encode": [
+    "kernels.matched._centered": [
         ("dropped mean of matched keys", compare("is").becomes("True"), "matched codes, 4"),
+    ],
+    "kernels.matched.encode": [
         ("matrix transposed", attribute("mT").drop(), "matched codes, 8"),
     ],
     "formats.matched.MatchedFormat.key_means": [

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable
 
 from torch import Tensor
 
+from ..formats.base import Format
 from ..kernels.packed import TierView
 from .positions import PAD, DeviceCounters
 from .store import CompressedStore, StoredTier
@@ -46,19 +47,22 @@ class AppendStore(CompressedStore):
     ):
         position = self.middle_positions(first, keys.shape[2], counters)
         at = None if counters is None else self.slots(first, keys.shape[2], counters)
-        self.write(*self.encoded(keys, values, position), at, before_write)
+        self.write(*self.encoded(keys, values, position, self.format), at, before_write)
 
     def encoded(
-        self, keys: Tensor, values: Tensor, position: Tensor
+        self, keys: Tensor, values: Tensor, position: Tensor, format: Format
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Records of new tokens at `position` [B, 1, n], and the means of their blocks."""
+        """Records of new tokens at `position` [B, 1, n], and the means of their blocks.
+
+        `format` is that of the heads given: of this layer, or of several (`Format.joined`).
+        """
         mean, keys = None, self.before_rope(keys, position)
         if self.means is not None:
             blocks = (keys.shape[2] // self.per_mean, self.per_mean)
             grouped = position.unflatten(2, blocks)
             real = grouped != PAD if self.token_positions.has_padding else None
-            mean = self.format.key_means(keys.unflatten(2, blocks), grouped, real)
-        return self.tiers[0].format.encode(keys, values, mean, recurs=True), mean
+            mean = format.key_means(keys.unflatten(2, blocks), grouped, real)
+        return format.tiers[0].encode(keys, values, mean, recurs=True), mean
 
     def write(
         self,

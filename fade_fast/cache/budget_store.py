@@ -72,6 +72,8 @@ class BudgetStore(CompressedStore):
         # Rows of one layer may share a plan; and where the sizes of tiers depend on scores, they differ.
         if self.config.plan_scope == "layer" or self.token_positions.has_padding:
             return None
+        if self.format.has_own_tables:
+            return None
         if plan.sizes(self.config, held, self.config.block_size) is None:
             return None
         return type(self), *held, self.means.count, self.evicted is None

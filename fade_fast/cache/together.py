@@ -1,8 +1,8 @@
 """Demotes blocks of several layers at once.
 
 A demotion is many small kernels, and a GPU waits longer for their launches than for their work. So layers
-whose blocks leave together are computed as one layer that has the rows of all. What each layer holds is
-written layer by layer.
+whose blocks leave together are computed as one layer: of the KV heads of all, or, where tokens compete for
+budgets, of the rows of all. What each layer holds is written layer by layer.
 """
 
 import copy
@@ -15,8 +15,9 @@ from .append_store import AppendStore
 from .budget_store import BudgetStore
 from .buffers import copy_all
 from .layer import KVLayer
-from .positions import DeviceCounters, RepeatedPositions
+from .positions import DeviceCounters
 
+ROWS, HEADS = 0, 1  # axes of all tensors of a token: [B, H, ...]
 MOST = 1 << 23  # elements of the keys that are demoted together: it limits the memory that this takes
 
 
@@ -61,12 +62,14 @@ def _compact(layers: list[KVLayer], counters: DeviceCounters | None, writes: boo
     start = dense.count - recent
     length = (dense.capacity if counters is not None else dense.count) - start
     tokens, later = {}, {}
+    planned = isinstance(first.middle, BudgetStore)
     for name, field in dense.fields.items():
-        joined = torch.cat([x.dense.tensors[name].narrow(field.axis, start, length) for x in layers])
+        parts = [x.dense.tensors[name].narrow(field.axis, start, length) for x in layers]
+        joined = torch.cat(parts, dim=ROWS if planned else HEADS)
         tokens[name] = joined.narrow(field.axis, 0, count)
         later[name] = joined.narrow(field.axis, count, length - count)
     step = first.length - recent
-    demote = _demote_planned if isinstance(first.middle, BudgetStore) else _demote_appended
+    demote = _demote_planned if planned else _demote_appended
     write = demote(layers, tokens, later, step, count, counters)
     if writes:
         write()
@@ -85,13 +88,13 @@ def _close_gap(layer: KVLayer, later: dict[str, Tensor], count: int) -> list[tup
     return moves
 
 
-def _rows(x: Tensor | None, layers: list[KVLayer]) -> list:
-    """The rows of each layer, views; None for each if there is nothing."""
-    return [None] * len(layers) if x is None else list(x.tensor_split(len(layers)))
+def _parts(x: Tensor | None, layers: list[KVLayer], axis: int) -> list:
+    """The rows or heads of each layer, views; None for each if there is nothing."""
+    return [None] * len(layers) if x is None else list(x.tensor_split(len(layers), dim=axis))
 
 
-def _fields(fields: dict[str, Tensor], layers: list[KVLayer]) -> list[dict[str, Tensor]]:
-    parts = {name: _rows(x, layers) for name, x in fields.items()}
+def _fields(fields: dict[str, Tensor], layers: list[KVLayer], axis: int) -> list[dict[str, Tensor]]:
+    parts = {name: _parts(x, layers, axis) for name, x in fields.items()}
     return [{name: part[i] for name, part in parts.items()} for i in range(len(layers))]
 
 
@@ -100,14 +103,15 @@ def _fields(fields: dict[str, Tensor], layers: list[KVLayer]) -> list[dict[str, 
 
 def _demote_appended(layers, tokens, later, first, count, counters) -> Callable[[], None]:
     """What is demoted, computed. The result writes it."""
-    stores: list[AppendStore] = [layer.middle for layer in layers]
-    store, (tier,) = copy.copy(stores[0]), stores[0].tiers
-    store.token_positions = RepeatedPositions(store.token_positions, len(layers))
+    store: AppendStore = layers[0].middle
     position = store.middle_positions(first, count, counters)
-    at = None if counters is None else stores[0].slots(first, count, counters)
-    records, means = store.encoded(tokens["key"], tokens["value"], position)
-    bounds = _rows(tier.format.value_bound(records) if tier.format.has_bound else None, layers)
-    parts = zip(layers, _fields(records, layers), _rows(means, layers), bounds, _fields(later, layers))
+    at = None if counters is None else store.slots(first, count, counters)
+    format = store.format.joined([layer.middle.format for layer in layers])
+    records, means = store.encoded(tokens["key"], tokens["value"], position, format)
+    (tier,) = format.tiers
+    bounds = _parts(tier.value_bound(records) if tier.has_bound else None, layers, HEADS)
+    fields, rest = (_fields(x, layers, HEADS) for x in (records, later))
+    parts = zip(layers, fields, _parts(means, layers, HEADS), bounds, rest)
 
     def write() -> None:
         moves = []
@@ -128,14 +132,14 @@ def _demote_planned(layers, tokens, later, first, count, counters) -> Callable[[
     joined = BudgetStore.joined(stores)
     stats = {name: x for name, x in tokens.items() if name not in ("key", "value")}
     found = joined.planned(tokens["key"], tokens["value"], first, layers[0].length, stats, counters)
-    records = [_fields(fields, layers) for fields in found.records]
+    records = [_fields(fields, layers, ROWS) for fields in found.records]
     bounds = [
-        _rows(tier.format.value_bound(fields) if tier.format.has_bound else None, layers)
+        _parts(tier.format.value_bound(fields) if tier.format.has_bound else None, layers, ROWS)
         for tier, fields in zip(stores[0].tiers, found.records)
     ]
     fixes_mean = not stores[0].means.count or joined.token_positions.has_padding
-    means = _rows(joined.means["mean"] if fixes_mean else None, layers)
-    counts = list(zip(_rows(found.demoted, layers), _rows(found.evicted, layers)))
+    means = _parts(joined.means["mean"] if fixes_mean else None, layers, ROWS)
+    counts = list(zip(_parts(found.demoted, layers, ROWS), _parts(found.evicted, layers, ROWS)))
     if stores[0].evicted is None:  # each layer gets tensors of its own, whose addresses captured steps know
         counts = [tuple(x.clone() for x in pair) for pair in counts]
     sinks = _turned_sinks(layers, stores[0].evicted, found.evicted)
@@ -156,7 +160,7 @@ def _demote_planned(layers, tokens, later, first, count, counters) -> Callable[[
             else:
                 copies += zip((store._demoted, store.evicted), counts[i])
             copies += _write_sinks(layer, *sinks[i]) if sinks else []
-        for layer, rest in zip(layers, _fields(later, layers)):
+        for layer, rest in zip(layers, _fields(later, layers, ROWS)):
             copies += _close_gap(layer, rest, count)
         copy_all(copies)
 
@@ -177,10 +181,10 @@ def _turned_sinks(layers, before, evicted) -> list[tuple[Tensor, Tensor]]:
         before = torch.cat([layer.middle.evicted for layer in layers])
         twin.sink_keys = torch.cat([layer.dense.sink_keys for layer in layers])
     twin.rotate_sinks(before, evicted, layers[0].rope())
-    came = _rows(twin.sink_keys, layers)
+    came = _parts(twin.sink_keys, layers, ROWS)
     if before is None:
         came = [x.clone() for x in came]
-    return list(zip(_rows(twin.tensors["key"], layers), came))
+    return list(zip(_parts(twin.tensors["key"], layers, ROWS), came))
 
 
 def _write_sinks(layer: KVLayer, turned: Tensor, came: Tensor) -> list[tuple[Tensor, Tensor]]:

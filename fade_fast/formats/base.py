@@ -132,10 +132,22 @@ class Format(ABC):
 
     @property
     def shared(self) -> Hashable | None:
-        """What codes depend on beside the vectors: layers of equal values may be encoded together. None:
-        this layer alone has such tables.
+        """What codes depend on beside the vectors and tables: layers of equal values may be encoded together,
+        by the format that `joined` makes. None: this layer is encoded alone.
         """
         return None
+
+    @property
+    def has_own_tables(self) -> bool:
+        """Whether each KV head has tables of its own: layers may be joined as heads, and not as rows."""
+        return False
+
+    @staticmethod
+    def joined(formats: "list[Format]") -> "Format":
+        """The format of one layer that has the KV heads of all layers with these formats, which are equal
+        in `shared`. It only encodes.
+        """
+        return formats[0]
 
     def tensors(self) -> list[Tensor]:
         """The tables that this format holds or shares."""

@@ -1,6 +1,7 @@
 """The `matched` format: codes whose matrices fit the keys and queries of a model; see `fade_ref.matched`."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +13,24 @@ from .rotated import RotatedFormat, RotatedTier, pack_record, requantize
 
 #: Mean of the keys [H, D] float32, and matrices of keys and of values, on a device.
 Tables = tuple[Tensor, Matrices, Matrices]
+
+
+def joined_tables(tables: Sequence[Tensor]) -> Tensor:
+    """Tables [H, ...] of several layers as one tensor [layers * H, ...]: without a copy, if they lie one
+    after another in one stack.
+    """
+    first, size = tables[0], tables[0].numel()
+    follows = all(
+        x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and x.storage_offset() == first.storage_offset() + i * size
+        and x.is_contiguous()
+        and x.shape == first.shape
+        for i, x in enumerate(tables)
+    )
+    if not follows:
+        return torch.cat(list(tables))
+    shape = len(tables) * first.shape[0], *first.shape[1:]
+    return first.as_strided(shape, first.stride(), first.storage_offset())
 
 
 class MatchedTier(RotatedTier):
@@ -60,7 +79,21 @@ class MatchedFormat(RotatedFormat):
 
     @property
     def shared(self):
-        return None
+        frequencies = None if self.rope is None else (id(self.rope().inv_freq), self.rope().interleaved)
+        return type(self), tuple(self.widths), self.tier_class, frequencies
+
+    @property
+    def has_own_tables(self):
+        return True
+
+    @staticmethod
+    def joined(formats):
+        tables = [(x.mean, *x.matrices[0], *x.matrices[1]) for x in formats]
+        mean, *sides = (joined_tables(x) for x in zip(*tables))
+        made = copy.copy(formats[0])
+        made._of_device = lambda device: (mean, Matrices(*sides[:3]), Matrices(*sides[3:]))
+        made.allocate(formats[0].tiers[0].head_dim, formats[0].tiers[0].dtype, mean.device)
+        return made
 
     def check(self, head_dim, layer):
         super().check(head_dim, layer)

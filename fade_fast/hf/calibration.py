@@ -47,7 +47,7 @@ from .rope_probe import RopeProbe
 from .undisturbed import undisturbed
 
 NAME = "fade calibration"  # name of the recording attention function in transformers
-VERSION = 1  # of files, and of how matrices are derived from moments: old codes need the old matrices
+VERSION = 2  # of files, and of how matrices are derived from moments: old codes need the old matrices
 SINKS = 4  # first tokens of the text, which moments leave out
 #: Names that models give the projection behind their attention.
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "o")
@@ -93,11 +93,11 @@ class Calibration:
         if key not in self._tables:
             if device.type != "cpu":
                 here = self.tables(kind, block, torch.device("cpu"))
-                self._tables[key] = {i: _to(x, device) for i, x in here.items()}
+                self._tables[key] = _stacked(here, device)
             else:
                 with ThreadPoolExecutor() as pool:
                     made = pool.map(lambda i: self._derive(i, kind, block), self.moments)
-                    self._tables[key] = dict(zip(self.moments, made))
+                    self._tables[key] = _stacked(dict(zip(self.moments, made)))
         return self._tables[key]
 
     def _derive(self, layer: int, kind: str, block: int) -> tuple[Tensor, Matrices, Matrices]:
@@ -131,9 +131,18 @@ def _matrices(side: spec.Matrices) -> Matrices:
     )
 
 
-def _to(tables, device: torch.device):
-    mean, *sides = tables
-    return mean.to(device), *(Matrices(*(x.to(device) for x in side)) for side in sides)
+def _stacked(tables: dict[int, tuple], device: torch.device | str = "cpu") -> dict[int, tuple]:
+    """The tables of layers on a device. Those of one shape lie one after another; see `joined_tables`."""
+    leaves = {i: [mean, *keys, *values] for i, (mean, keys, values) in tables.items()}
+    kinds: dict[tuple, list[int]] = {}
+    for i, tensors in leaves.items():
+        kinds.setdefault(tuple(x.shape for x in tensors), []).append(i)
+    placed = {}
+    for members in kinds.values():
+        stacks = [torch.stack(x).to(device) for x in zip(*(leaves[i] for i in members))]
+        for i, (mean, *sides) in zip(members, zip(*stacks)):
+            placed[i] = mean, Matrices(*sides[:3]), Matrices(*sides[3:])
+    return {i: placed[i] for i in tables}
 
 
 def load(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Calibration:
@@ -233,12 +242,14 @@ def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibra
             ropes[i] = Rope(found.inv_freq.double().cpu(), interleaved=found.interleaved)
         except ValueError:
             ropes[i] = NOPE
-        query, keys, values, scaling = heard[i]
+        query, keys, values, scaling = heard.pop(i)  # where the layer runs: float64 is slow on a host
+        there = Rope(ropes[i].inv_freq.to(query.device), interleaved=ropes[i].interleaved)
+        rows = zip(query, keys, values)
+        found = spec.mean_of([spec.measure(*row, None, there, scaling, SINKS) for row in rows])
         output = output_projection(modules[i], query.shape[1] * query.shape[3]) if i in modules else None
-        output = None if output is None else output.detach().cpu()
-        rows = zip(*(x.cpu() for x in (query, keys, values)))
-        measured = [spec.measure(*row, output, ropes[i], scaling, SINKS) for row in rows]
-        moments[i] = Moments(*(x.float().contiguous() for x in spec.mean_of(measured)))
+        if output is not None:
+            found = spec.with_output(found, output.detach().to(query.device))
+        moments[i] = Moments(*(x.float().cpu().contiguous() for x in found))
     provenance = dict(
         version=VERSION,
         fingerprint=fingerprint(model),

@@ -1,8 +1,8 @@
 """The matched codec: symmetric codes of 8, 4, 3 or 2 bits, with matrices for each KV head.
 
 `fade_ref.matched` derives the matrices and specifies the codes. This module encodes the same way, in float32
-and in parallel over tokens. Channels come before tokens here, [H, D, T], because channels are rounded one
-after another.
+and in parallel over tokens. Channels come before tokens here, [B, H, D, n], because channels are rounded one
+after another. Products are left to PyTorch; everything between two products is one compiled piece.
 """
 
 from collections.abc import Callable
@@ -42,28 +42,55 @@ class Matrices(NamedTuple):
         return self.decode_and_sum[:, :-1]
 
 
-def round_with_feedback(unit: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes of `unit` [H, D, T], which is in units of the distance between levels, and their gain.
+def quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
+    """Codes of vectors that are already centered and multiplied by A: float32 [B, H, n, D]."""
+    return _quantize(y.mT.contiguous(), feedback, bits)
 
-    Each channel is rounded after the errors of the channels before were added, weighted by V_ij / V_ii. A
-    product adds the errors of earlier blocks of `TOGETHER` channels, so that one compiled version of
-    `_round_block` serves all blocks.
 
-    Returns codes uint8 [H, D, T], and <Vu, Vc> / <Vu, Vu> of vectors u and centered codes c, [H, T]; 1 for
-    zero vectors. The damage V e of the errors is a by-product of rounding: V_ii times what is left of channel
-    i. So Vc = Vu - Ve needs no product with the codes.
+def _quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
+    """The same of `y` [B, H, D, n].
+
+    Of `FACTORS`, the scale with the least squared error of plain rounding wins. Each channel is then rounded
+    after the errors of the channels before were added, weighted by V_ij / V_ii. A product adds the errors of
+    earlier blocks of `TOGETHER` channels, so that one compiled version of `_round_block` serves all blocks.
+
+    Where compiled versions run, n is padded to a power of two, so that few versions serve all n.
     """
+    dim, length = y.shape[2:]
+    if use_compiled(y) and (more := rounded(length) - length):
+        y = torch.nn.functional.pad(y, (0, more))
+    step, limit = (torch.full((), x, device=y.device) for x in (STEPS[bits], center(bits)))
+    unit, tried = _run(_in_units, y, step, limit)
     diagonal = feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [H, D, 1]
-    weight, exposed, dim = feedback / diagonal, feedback @ unit, unit.shape[1]
-    codes, errors = torch.empty_like(unit, dtype=torch.uint8), torch.empty_like(unit)
-    limit, lost = torch.full((), center(bits), device=unit.device), []
+    weight, exposed = feedback / diagonal, feedback @ unit
+    errors, codes, lost = torch.empty_like(unit), [], []
     for start in range(0, dim, TOGETHER):
         own = slice(start, min(start + TOGETHER, dim))
-        before = weight[:, own, :start] @ errors[:, :start]
-        block = weight[:, own, own].contiguous(), exposed[:, own], diagonal[:, own].contiguous()
-        codes[:, own], errors[:, own], loss = _run(_round_block, unit[:, own], before, *block, limit)
-        lost.append(loss)
-    return codes, _run(_gain, exposed, torch.stack(lost))
+        before = weight[:, own, :start] @ errors[:, :, :start]
+        block = weight[:, own, own].contiguous(), exposed[:, :, own], diagonal[:, own].contiguous()
+        found = _run(_round_block, unit[:, :, own], before, *block, limit)
+        for part, x in zip((codes, lost), found[::2]):
+            part.append(x)
+        errors[:, :, own] = found[1]
+    packed, scale = _run(_finish, exposed, tried, lost, codes, bits=bits)
+    return Packed(packed[:, :, :length], scale[:, :, :length], None)
+
+
+def _in_units(dynamic_sizes, y: Tensor, step: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """`y` [B, H, D, n] divided by the best scale of each vector, and these scales [B, H, n].
+
+    The first of equally good scales wins. `step` and `limit` are tensors, so that one compiled version serves
+    all widths: the distance between levels of N(0, 1), and the largest centered code.
+    """
+    size = y.square().mean(2, keepdim=True).sqrt() * step
+    tried = least = None
+    for factor in FACTORS:
+        scale = size * factor
+        unit = y / torch.where(scale > 0, scale, 1.0)
+        error = (y - scale * _nearest(unit, limit)).square().sum(2, keepdim=True)
+        tried = scale if tried is None else torch.where(error < least, scale, tried)
+        least = error if least is None else torch.minimum(error, least)
+    return y / torch.where(tried > 0, tried, 1.0), tried.squeeze(2)
 
 
 def _round_block(
@@ -75,31 +102,28 @@ def _round_block(
     diagonal: Tensor,
     limit: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of one block uint8 [H, C, T], their errors [H, C, T], and its part of <Vu, Ve> [H, T].
+    """Codes of one block uint8 [B, H, C, n], their errors [B, H, C, n], its part of <Vu, Ve> [B, H, n].
 
-    The arguments: `unit`, the weighted errors of earlier blocks `before`, and `exposed`, that is Vu,
-    [H, C, T]; `weight` [H, C, C], that between the channels of the block, and `diagonal` of V [H, C, 1];
-    `limit`, the largest centered code, a tensor, so that one compiled version serves all widths.
+    u are the vectors in units of the distance between levels, and e the errors of their centered codes. The
+    damage V e is a by-product of rounding: V_ii times what is left of channel i.
+
+    The arguments: u as `unit`, the weighted errors of earlier blocks as `before`, and Vu as `exposed`,
+    [B, H, C, n]; `weight` [H, C, C], that between the channels of the block, and `diagonal` of V [H, C, 1];
+    `limit` as in `_in_units`.
     """
-    codes, errors, lost = [], [], torch.zeros_like(unit[:, 0])
-    for i in range(unit.shape[1]):
-        wanted = unit[:, i] + before[:, i]
+    codes, errors, lost = [], [], torch.zeros_like(unit[:, :, 0])
+    for i in range(unit.shape[2]):
+        wanted = unit[:, :, i] + before[:, :, i]
         if torch.compiler.is_compiling():  # one kernel keeps the block in registers
             for j, error in enumerate(errors):
                 wanted = wanted + weight[:, i, j].unsqueeze(-1) * error
         elif errors:
-            wanted = wanted + (weight[:, i : i + 1, :i] @ torch.stack(errors, dim=1)).squeeze(1)
+            wanted = wanted + (weight[:, i : i + 1, :i] @ torch.stack(errors, dim=2)).squeeze(2)
         near = _nearest(wanted, limit)
-        lost = lost + exposed[:, i] * (diagonal[:, i] * (wanted - near))
+        lost = lost + exposed[:, :, i] * (diagonal[:, i] * (wanted - near))
         codes.append((near + limit).to(torch.uint8))
-        errors.append(unit[:, i] - near)
-    return torch.stack(codes, dim=1), torch.stack(errors, dim=1), lost
-
-
-def _gain(dynamic_sizes, exposed: Tensor, lost: Tensor) -> Tensor:
-    """<Vu, Vc> / <Vu, Vu> [H, T] from Vu [H, D, T] and the parts of <Vu, Ve>, [blocks, H, T]."""
-    whole = exposed.square().sum(1)
-    return torch.where(whole > 0, 1 - lost.sum(0) / torch.where(whole > 0, whole, 1.0), 1.0)
+        errors.append(unit[:, :, i] - near)
+    return torch.stack(codes, dim=2), torch.stack(errors, dim=2), lost
 
 
 def _nearest(unit: Tensor, limit: Tensor) -> Tensor:
@@ -107,50 +131,44 @@ def _nearest(unit: Tensor, limit: Tensor) -> Tensor:
     return (unit + limit).round().clamp(torch.zeros_like(limit), 2 * limit) - limit
 
 
-def quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
-    """Codes of vectors that are already centered and multiplied by A: float32 [B, H, n, D].
+def _finish(
+    dynamic_sizes, exposed: Tensor, tried: Tensor, lost: list[Tensor], codes: list[Tensor], *, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Packed codes [B, H, n, D * bits / 8] and stored scales fp16 [B, H, n].
 
-    Of `FACTORS`, the scale with the least squared error of plain rounding wins. The stored scale makes the
-    vector unbiased in the metric of V, and stays within a factor of 2 of the scale that was tried.
+    The stored scale makes the vector unbiased in the metric of V, and stays within a factor of 2 of the scale
+    that was `tried` [B, H, n]. The gain <Vu, Vc> / <Vu, Vu> of centered codes c needs no product with the
+    codes, because Vc = Vu - Ve. A zero vector has the gain 1.
 
-    Where compiled versions run, n is padded to a power of two, so that few versions serve all n.
+    `exposed` is Vu [B, H, D, n]. `lost` and `codes` are the results of `_round_block`.
     """
-    batch, _, length, _ = y.shape
-    if use_compiled(y):
-        y = torch.nn.functional.pad(y, (0, 0, 0, rounded(length) - length))
-    y = y.permute(1, 3, 0, 2).flatten(2)  # [H, D, T]
-    step, limit = (torch.full((), x, device=y.device) for x in (STEPS[bits], center(bits)))
-    unit, tried = _run(_in_units, y, step, limit)
-    codes, gain = round_with_feedback(unit, feedback, bits)
-    # The stored scale stays within a factor of 2 of the scale that was tried.
-    scale = torch.where(gain > 0, tried.squeeze(1) / gain.clamp(0.5, 2.0), tried.squeeze(1))
-    scale = scale.clamp_max(LARGEST).half()
-    codes, scale = codes.mT.unflatten(1, (batch, -1)), scale.unflatten(1, (batch, -1))
-    codes, scale = (x.transpose(0, 1)[:, :, :length] for x in (codes, scale))
-    return Packed(pack(codes.contiguous(), bits), scale.contiguous(), None)
-
-
-def _in_units(dynamic_sizes, y: Tensor, step: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """`y` [H, D, T] divided by the best scale of each vector, and these scales [H, 1, T].
-
-    The first of equally good scales wins.
-    """
-    size = y.square().mean(1, keepdim=True).sqrt() * step
-    tried = least = None
-    for factor in FACTORS:
-        scale = size * factor
-        unit = y / torch.where(scale > 0, scale, 1.0)
-        error = (y - scale * _nearest(unit, limit)).square().sum(1, keepdim=True)
-        tried = scale if tried is None else torch.where(error < least, scale, tried)
-        least = error if least is None else torch.minimum(error, least)
-    return y / torch.where(tried > 0, tried, 1.0), tried
+    whole = exposed.square().sum(2)
+    gain = torch.where(whole > 0, 1 - sum(lost) / torch.where(whole > 0, whole, 1.0), 1.0)
+    scale = torch.where(gain > 0, tried / gain.clamp(0.5, 2.0), tried)
+    return pack(torch.cat(codes, dim=2).mT, bits).contiguous(), scale.clamp_max(LARGEST).half()
 
 
 def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, feedback: Tensor, bits: int) -> Packed:
-    """Center, multiply by A and quantize: x [B, H, n, D] of any floating dtype, computed in float32."""
+    """Center, multiply by A and quantize.
+
+    Args:
+        x: [B, H, n, D] of any floating dtype; computed in float32.
+        mean: [B, H, m, D], each the mean of n / m vectors, or None for values.
+        matrix, feedback: A and V [H, D, D].
+        bits: 8, 4, 3 or 2.
+    """
+    few = rounded(x.shape[2]) == x.shape[2]  # then few compiled versions serve all lengths
+    x = (_run if few else _eagerly)(_centered, x, mean)
+    return _quantize(matrix @ x.mT, feedback, bits)
+
+
+def _centered(dynamic_sizes, x: Tensor, mean: Tensor | None) -> Tensor:
+    """`x` less its means, float32 [B, H, n, D]."""
     x = x.float()
-    y = (x if mean is None else x - mean.float()) @ matrix.mT
-    return quantize(y, feedback, bits)
+    if mean is None:
+        return x
+    groups = x.unflatten(2, (mean.shape[2], x.shape[2] // mean.shape[2]))
+    return (groups - mean.float().unsqueeze(3)).flatten(2, 3)
 
 
 def encode_both(
@@ -169,19 +187,23 @@ def encode_both(
 
 def _encode_both(keys, values, mean, *tables, bits) -> tuple[Packed, Packed]:
     """`tables`: `encode` and `feedback` of keys, then of values."""
-    each = keys.shape[2] // mean.shape[2]
-    mean = mean.unsqueeze(3).expand(-1, -1, -1, each, -1).flatten(2, 3)
     packed = encode(keys, mean, *tables[:2], bits[0])
     return packed, Packed(values, None, None) if bits[1] == 16 else encode(values, None, *tables[2:], bits[1])
 
 
-def _run(function: Callable, *args: Tensor):
+def _run(function: Callable, *args, **constants):
     """`function`, compiled where compiled versions run."""
-    return _compiled[function]([], dict, *args) if use_compiled(args[0]) else function([], *args)
+    if use_compiled(args[0]):
+        return _compiled[function]([], dict, *args, **constants)
+    return _eagerly(function, *args, **constants)
 
 
-# Codes are defined by the stored scales, which are rounded.
-_compiled = {
-    function: Compiled(function, options={"emulate_precision_casts": True})
-    for function in (_in_units, _round_block, _gain)
-}
+def _eagerly(function: Callable, *args, **constants):
+    return function([], *args, **constants)
+
+
+# Codes are defined by the stored scales, which are rounded. A block of channels is one kernel, although it
+# has more operations than Inductor would fuse.
+_PRECISE = {"emulate_precision_casts": True}
+_compiled = {function: Compiled(function, options=_PRECISE) for function in (_centered, _in_units, _finish)}
+_compiled[_round_block] = Compiled(_round_block, options=_PRECISE | {"max_fusion_size": 1024})
