@@ -19,11 +19,11 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 from torch import Tensor
 
+from ..compile.record import record
 from ..kernels import dense
 from . import together
 from .append_store import AppendStore
 from .buffers import copy_all, take_rows
-from .cuda_graph import record
 from .guard import without_autocast
 from .layer import MAX_DECODE_TOKENS, KVLayer, ScoreOptions, Visible
 from .positions import PAD, DeviceCounters, TokenPositions
