@@ -114,6 +114,35 @@ class Compiled:
         return self.graphs[key][0](dynamic_sizes, *args)
 
 
+class CompiledForSizes(Compiled):
+    """The compiled version of a function of tensors [heads, ..., tokens]: one graph for all such sizes.
+
+    The first argument says how many heads and tokens there are. An axis of size 1 needs a graph of its own,
+    because the compiler makes constants of 0 and 1.
+    """
+
+    def __call__(self, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], *args, **constants):
+        heads, tokens = args[0].shape[0], args[0].shape[-1]
+        kinds = []
+        for x in tree_leaves(args):
+            free = [
+                axis for axis, size in ((0, heads), (-1, tokens)) if x.dim() > 1 and x.shape[axis] == size
+            ]
+            fixed = list(x.shape)
+            for axis in free:
+                fixed[axis] = min(fixed[axis], 2)
+            kinds.append((x, free, (*fixed, x.dtype, x.device)))
+        key = tuple(kind for *_, kind in kinds), *constants.items()
+        if key in self.graphs and not compiled_of(self.graphs[key][1]):
+            del self.graphs[key]
+        if key not in self.graphs:
+            for x, free, _ in kinds:
+                for axis in free:
+                    torch._dynamo.maybe_mark_dynamic(x, axis % x.dim())
+        with torch._C._ForceDispatchKeyGuard(*PLAIN):
+            return self._call(key, dynamic_sizes, pinned, args, constants)
+
+
 def _own(function: Callable, constants: dict) -> Callable:
     """`function` with `constants` bound, and with a new code object.
 

@@ -1,8 +1,9 @@
 """The matched codec: symmetric codes of 8, 4, 3 or 2 bits, with matrices for each KV head.
 
 `fade_ref.matched` derives the matrices and specifies the codes. This module encodes the same way, in float32
-and in parallel over tokens. Channels come before tokens here, [B, H, D, n], because channels are rounded one
-after another. Products are left to PyTorch; everything between two products is one compiled piece.
+and in parallel over tokens. Channels come before tokens here, because channels are rounded one after another.
+The tokens of all rows are one axis: [H, D, T]. Products are left to PyTorch. All between two products is one
+compiled piece, which serves any number of heads and tokens.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..compile.compiled import Compiled, rounded, use_compiled
+from ..compile.compiled import CompiledForSizes, use_compiled
+from ..compile.replay import Replayed
 from . import rotated
 from .rotated import LARGEST, Packed, center, pack
 
@@ -19,7 +21,7 @@ from .rotated import LARGEST, Packed, center, pack
 STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
 #: Scales that the encoder tries, relative to that of `STEPS`.
 FACTORS = (0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.17, 1.27, 1.4)
-TOGETHER = 16  # channels between two products with the errors of all channels before
+TOGETHER = 8  # channels between two products with the errors of all channels before
 
 
 class Matrices(NamedTuple):
@@ -44,53 +46,55 @@ class Matrices(NamedTuple):
 
 def quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
     """Codes of vectors that are already centered and multiplied by A: float32 [B, H, n, D]."""
-    return _quantize(y.mT.contiguous(), feedback, bits)
+    return _of_rows(_quantize(_by_head(y).mT.contiguous(), feedback, bits), len(y))
 
 
-def _quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
-    """The same of `y` [B, H, D, n].
+def _by_head(x: Tensor) -> Tensor:
+    """[B, H, n, D] as [H, B * n, D]."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _of_rows(found: tuple[Tensor, Tensor], batch: int) -> Packed:
+    """Codes [H, B * n, bytes] and scales [H, B * n] as those of B rows."""
+    return Packed(*(x.unflatten(1, (batch, -1)).transpose(0, 1) for x in found), None)
+
+
+def _quantize(y: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Packed codes [H, T, D * bits / 8] and scales [H, T] of `y` [H, D, T].
 
     Of `FACTORS`, the scale with the least squared error of plain rounding wins. Each channel is then rounded
     after the errors of the channels before were added, weighted by V_ij / V_ii. A product adds the errors of
     earlier blocks of `TOGETHER` channels, so that one compiled version of `_round_block` serves all blocks.
-
-    Where compiled versions run, n is padded to a power of two, so that few versions serve all n.
     """
-    dim, length = y.shape[2:]
-    if use_compiled(y) and (more := rounded(length) - length):
-        y = torch.nn.functional.pad(y, (0, more))
     step, limit = (torch.full((), x, device=y.device) for x in (STEPS[bits], center(bits)))
     unit, tried = _run(_in_units, y, step, limit)
     diagonal = feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [H, D, 1]
     weight, exposed = feedback / diagonal, feedback @ unit
     errors, codes, lost = torch.empty_like(unit), [], []
-    for start in range(0, dim, TOGETHER):
-        own = slice(start, min(start + TOGETHER, dim))
-        before = weight[:, own, :start] @ errors[:, :, :start]
-        block = weight[:, own, own].contiguous(), exposed[:, :, own], diagonal[:, own].contiguous()
-        found = _run(_round_block, unit[:, :, own], before, *block, limit)
-        for part, x in zip((codes, lost), found[::2]):
-            part.append(x)
-        errors[:, :, own] = found[1]
-    packed, scale = _run(_finish, exposed, tried, lost, codes, bits=bits)
-    return Packed(packed[:, :, :length], scale[:, :, :length], None)
+    for start in range(0, y.shape[1], TOGETHER):
+        own = slice(start, start + TOGETHER)
+        before = weight[:, own, :start] @ errors[:, :start]
+        block = weight[:, own, own, None], exposed[:, own], diagonal[:, own]
+        code, errors[:, own], part = _run(_round_block, unit[:, own], before, *block, limit)
+        codes.append(code)
+        lost.append(part)
+    return _run(_finish, exposed, tried, lost, codes, bits=bits)
 
 
 def _in_units(dynamic_sizes, y: Tensor, step: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """`y` [B, H, D, n] divided by the best scale of each vector, and these scales [B, H, n].
+    """`y` [H, D, T] divided by the best scale of each vector, and these scales [H, T].
 
     The first of equally good scales wins. `step` and `limit` are tensors, so that one compiled version serves
     all widths: the distance between levels of N(0, 1), and the largest centered code.
     """
-    size = y.square().mean(2, keepdim=True).sqrt() * step
-    tried = least = None
+    size = y.square().mean(1, keepdim=True).sqrt() * step
+    unit = y / torch.where(size > 0, size, 1.0)
+    best = least = None
     for factor in FACTORS:
-        scale = size * factor
-        unit = y / torch.where(scale > 0, scale, 1.0)
-        error = (y - scale * _nearest(unit, limit)).square().sum(2, keepdim=True)
-        tried = scale if tried is None else torch.where(error < least, scale, tried)
+        error = (unit - factor * _nearest(unit / factor, limit)).square().sum(1, keepdim=True)
+        best = torch.full_like(error, factor) if best is None else torch.where(error < least, factor, best)
         least = error if least is None else torch.minimum(error, least)
-    return y / torch.where(tried > 0, tried, 1.0), tried.squeeze(2)
+    return unit / best, (size * best).squeeze(1)
 
 
 def _round_block(
@@ -102,28 +106,28 @@ def _round_block(
     diagonal: Tensor,
     limit: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of one block uint8 [B, H, C, n], their errors [B, H, C, n], its part of <Vu, Ve> [B, H, n].
+    """Codes of one block uint8 [H, C, T], their errors [H, C, T], and its part of <Vu, Ve> [H, T].
 
     u are the vectors in units of the distance between levels, and e the errors of their centered codes. The
     damage V e is a by-product of rounding: V_ii times what is left of channel i.
 
     The arguments: u as `unit`, the weighted errors of earlier blocks as `before`, and Vu as `exposed`,
-    [B, H, C, n]; `weight` [H, C, C], that between the channels of the block, and `diagonal` of V [H, C, 1];
+    [H, C, T]; `weight` [H, C, C, 1], that between the channels of the block, and `diagonal` of V [H, C, 1];
     `limit` as in `_in_units`.
     """
-    codes, errors, lost = [], [], torch.zeros_like(unit[:, :, 0])
-    for i in range(unit.shape[2]):
-        wanted = unit[:, :, i] + before[:, :, i]
+    codes, errors, lost = [], [], torch.zeros_like(unit[:, 0])
+    for i in range(unit.shape[1]):
+        wanted = unit[:, i] + before[:, i]
         if torch.compiler.is_compiling():  # one kernel keeps the block in registers
             for j, error in enumerate(errors):
-                wanted = wanted + weight[:, i, j].unsqueeze(-1) * error
+                wanted = wanted + weight[:, i, j] * error
         elif errors:
-            wanted = wanted + (weight[:, i : i + 1, :i] @ torch.stack(errors, dim=2)).squeeze(2)
+            wanted = wanted + (weight[:, i : i + 1, :i, 0] @ torch.stack(errors, dim=1)).squeeze(1)
         near = _nearest(wanted, limit)
-        lost = lost + exposed[:, :, i] * (diagonal[:, i] * (wanted - near))
+        lost = lost + exposed[:, i] * (diagonal[:, i] * (wanted - near))
         codes.append((near + limit).to(torch.uint8))
-        errors.append(unit[:, :, i] - near)
-    return torch.stack(codes, dim=2), torch.stack(errors, dim=2), lost
+        errors.append(unit[:, i] - near)
+    return torch.stack(codes, dim=1), torch.stack(errors, dim=1), lost
 
 
 def _nearest(unit: Tensor, limit: Tensor) -> Tensor:
@@ -134,18 +138,18 @@ def _nearest(unit: Tensor, limit: Tensor) -> Tensor:
 def _finish(
     dynamic_sizes, exposed: Tensor, tried: Tensor, lost: list[Tensor], codes: list[Tensor], *, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Packed codes [B, H, n, D * bits / 8] and stored scales fp16 [B, H, n].
+    """Packed codes [H, T, D * bits / 8] and stored scales fp16 [H, T].
 
     The stored scale makes the vector unbiased in the metric of V, and stays within a factor of 2 of the scale
-    that was `tried` [B, H, n]. The gain <Vu, Vc> / <Vu, Vu> of centered codes c needs no product with the
-    codes, because Vc = Vu - Ve. A zero vector has the gain 1.
+    that was `tried` [H, T]. The gain <Vu, Vc> / <Vu, Vu> of centered codes c needs no product with the codes,
+    because Vc = Vu - Ve. A zero vector has the gain 1.
 
-    `exposed` is Vu [B, H, D, n]. `lost` and `codes` are the results of `_round_block`.
+    `exposed` is Vu [H, D, T]. `lost` and `codes` are the results of `_round_block`.
     """
-    whole = exposed.square().sum(2)
+    whole = exposed.square().sum(1)
     gain = torch.where(whole > 0, 1 - sum(lost) / torch.where(whole > 0, whole, 1.0), 1.0)
     scale = torch.where(gain > 0, tried / gain.clamp(0.5, 2.0), tried)
-    return pack(torch.cat(codes, dim=2).mT, bits).contiguous(), scale.clamp_max(LARGEST).half()
+    return pack(torch.cat(codes, dim=1).mT, bits).contiguous(), scale.clamp_max(LARGEST).half()
 
 
 def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, feedback: Tensor, bits: int) -> Packed:
@@ -157,18 +161,11 @@ def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, feedback: Tensor, bit
         matrix, feedback: A and V [H, D, D].
         bits: 8, 4, 3 or 2.
     """
-    few = rounded(x.shape[2]) == x.shape[2]  # then few compiled versions serve all lengths
-    x = (_run if few else _eagerly)(_centered, x, mean)
-    return _quantize(matrix @ x.mT, feedback, bits)
-
-
-def _centered(dynamic_sizes, x: Tensor, mean: Tensor | None) -> Tensor:
-    """`x` less its means, float32 [B, H, n, D]."""
-    x = x.float()
-    if mean is None:
-        return x
-    groups = x.unflatten(2, (mean.shape[2], x.shape[2] // mean.shape[2]))
-    return (groups - mean.float().unsqueeze(3)).flatten(2, 3)
+    batch, x = len(x), x.float()
+    if mean is not None:
+        groups = x.unflatten(2, (mean.shape[2], x.shape[2] // mean.shape[2]))
+        x = (groups - mean.float().unsqueeze(3)).flatten(2, 3)
+    return _of_rows(_quantize(matrix @ _by_head(x).mT, feedback, bits), batch)
 
 
 def encode_both(
@@ -182,7 +179,7 @@ def encode_both(
     """`encode` for the keys and values of some tokens; arguments as in `rotated.encode_both`."""
     tables = [x for side in matrices for x in (side.encode, side.feedback)]
     # Both versions are the same function, because it calls compiled pieces.
-    return rotated.in_tiles(_encode_both, _encode_both, keys, values, mean, tables, bits, recurs)
+    return rotated.in_tiles(_replayed, _replayed, keys, values, mean, tables, bits, recurs)
 
 
 def _encode_both(keys, values, mean, *tables, bits) -> tuple[Packed, Packed]:
@@ -202,8 +199,11 @@ def _eagerly(function: Callable, *args, **constants):
     return function([], *args, **constants)
 
 
+MOST_REPLAYED = 1 << 21  # elements of the keys of a call that is replayed: 2,048 tokens of 8 heads of 128
+_replayed = Replayed(_encode_both, MOST_REPLAYED)
+
 # Codes are defined by the stored scales, which are rounded. A block of channels is one kernel, although it
 # has more operations than Inductor would fuse.
 _PRECISE = {"emulate_precision_casts": True}
-_compiled = {function: Compiled(function, options=_PRECISE) for function in (_centered, _in_units, _finish)}
-_compiled[_round_block] = Compiled(_round_block, options=_PRECISE | {"max_fusion_size": 1024})
+_compiled = {function: CompiledForSizes(function, options=_PRECISE) for function in (_in_units, _finish)}
+_compiled[_round_block] = CompiledForSizes(_round_block, options=_PRECISE | {"max_fusion_size": 1024})
