@@ -18,6 +18,10 @@ class InputError(LoadError, ValueError):
     """A text or a number that a measurement cannot use. The message is one line."""
 
 
+class NotCalibrated(ValueError):
+    """A model cannot be calibrated, and a codec needs that. The message is one line."""
+
+
 class MissingPackage(LoadError, ImportError):
     """A package of an optional extra is not installed. The message names the command that installs it."""
 

@@ -65,8 +65,10 @@ class FadeConfig:
             `fade_fast.create_cache` measures the loss once for a model. If `middle_k_bits` and
             `middle_v_bits` lose more, it chooses `layer_bits`. `None`: the widths are as given. `fade_ref`
             takes the widths as given.
-        quant_backend: the codec, one of `CODECS`. With "product" the cache is given codebooks. They set the
-            width, and the middle is one tier, PQ, that keeps every token.
+        quant_backend: the codec, one of `CODECS`. "rotated", the default of this class, needs nothing from
+            the model. "matched", the codec of the presets that keep every token at 4 bits, loses less and
+            needs a calibration. With "product" the cache is given codebooks. They set the width, and the
+            middle is one tier, PQ, that keeps every token.
         positions: RoPE positions of survivors. "contiguous" renumbers them without gaps (StreamingLLM, arXiv
             2309.17453, section 3.2). "original" leaves their own. `None`, the default, is "contiguous" if
             tokens can be evicted and "original" otherwise.
@@ -433,22 +435,22 @@ class FadeConfig:
 
     @classmethod
     def safe(cls) -> "FadeConfig":
-        """INT4 middle, every token kept. If that loses more than `SAFE_LOSS`, some layers get more bits."""
-        return cls(loss_bound=SAFE_LOSS)
+        """Matched INT4 middle, every token kept. If it loses more than `SAFE_LOSS`, some layers get more bits."""
+        return cls(quant_backend="matched", loss_bound=SAFE_LOSS)
 
     @classmethod
     def int4(cls) -> "FadeConfig":
-        """INT4 middle for every model, every token kept."""
-        return cls()
+        """Matched INT4 middle for every model, every token kept."""
+        return cls(quant_backend="matched")
 
     @classmethod
     def recall(cls) -> "FadeConfig":
-        """INT4 middle, every token kept, and each query reads the 512 tokens of it that matter to it.
+        """Matched INT4 middle, every token kept; each query reads the 512 tokens of it that matter to it.
 
         Nothing is forgotten. The upper bits of keys and 1024 tokens stay on the GPU. The lower bits of keys
         and the values of all tokens lie in host memory.
         """
-        return cls(select=512, cold="host")
+        return cls(quant_backend="matched", select=512, cold="host")
 
     @classmethod
     def balanced(cls) -> "FadeConfig":

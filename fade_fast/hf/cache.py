@@ -37,7 +37,7 @@ from .foreign import ForeignLayer, static_window
 from .layer import TieredLayer
 from .models import attention_modules, execution_device, of_process, text_config, unwrapped
 from .prompts import SeenTokens
-from .rope_probe import RopeProbe
+from .rope_probe import probe_of
 
 if TYPE_CHECKING:
     from .widths import Choice
@@ -157,7 +157,7 @@ class TieredKVCache(Cache):
             i in modules and execution_device(modules[i]) or model.device for i in range(len(layers))
         ]
         by_rope = config.contiguous or (config.quant_backend == "matched" and not config.relocatable)
-        ropes = RopeProbe(model) if by_rope else None
+        ropes = probe_of(model) if by_rope else None
         self.calibration: Calibration | None = None
         if config.quant_backend == "matched":
             self.calibration = calibration_of(model, calibration, full)

@@ -29,6 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from fade_ref import matched as spec
 from fade_ref.matched import NOPE, Moments, Rope
 
+from ..errors import NotCalibrated
 from ..kernels.matched import Matrices
 from ..saved.files import whole
 from .attention import attention
@@ -43,7 +44,7 @@ from .models import (
     text_config,
     vocabulary,
 )
-from .rope_probe import RopeProbe
+from .rope_probe import probe_of
 from .undisturbed import undisturbed
 
 NAME = "fade calibration"  # name of the recording attention function in transformers
@@ -214,7 +215,7 @@ def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibra
     Every row is a text. The moments are means over the rows.
 
     Raises:
-        ValueError: the model does not let its attention be replaced, or cannot run on token ids alone.
+        NotCalibrated: the model does not let its attention be replaced, or cannot run on token ids alone.
     """
     heard: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
     modules = attention_modules(model)
@@ -225,17 +226,17 @@ def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibra
             device = execution_device(model.get_input_embeddings()) or model.device
             type(model).forward(model, input_ids=ids.to(device), use_cache=False, logits_to_keep=1)
         except Exception as error:  # noqa: BLE001 - any error of the model's own code
-            raise ValueError(
+            raise NotCalibrated(
                 f"{type(model).__name__} cannot be calibrated: over {ids.shape[1]} tokens its forward pass "
                 f"raises {type(error).__name__}: {error}"
             ) from error
         finally:
             _heard.reset(token)
     if missing := sorted(set(layers) - heard.keys()):
-        raise ValueError(
+        raise NotCalibrated(
             f"{type(model).__name__} cannot be calibrated: its layers {missing} reach no attention function"
         )
-    probe, ropes, moments = RopeProbe(model), {}, {}
+    probe, ropes, moments = probe_of(model), {}, {}
     for i in layers:
         try:
             found = probe.find(i)()
@@ -250,6 +251,11 @@ def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibra
         if output is not None:
             found = spec.with_output(found, output.detach().to(query.device))
         moments[i] = Moments(*(x.float().cpu().contiguous() for x in found))
+        if not all(x.isfinite().all() for x in moments[i]):
+            raise NotCalibrated(
+                f"{type(model).__name__} cannot be calibrated: keys, values or queries of layer {i} are not "
+                "finite"
+            )
     provenance = dict(
         version=VERSION,
         fingerprint=fingerprint(model),
@@ -274,7 +280,7 @@ def of_model(model: PreTrainedModel, layers: list[int]) -> Calibration:
     The texts are those of `calibration_text`, if the tokenizer is found on this machine by the name of the
     model. Else the model writes its own texts, with a fixed seed.
 
-    Raises `ValueError` as `calibrate`.
+    Raises `NotCalibrated` as `calibrate`.
     """
     if model in _known:
         return _known[model]
@@ -284,7 +290,7 @@ def of_model(model: PreTrainedModel, layers: list[int]) -> Calibration:
         with contextlib.suppress(ValueError, OSError):  # a damaged file is written anew
             found = load(path, model)
     if found is None or sorted(found.moments) != sorted(layers):
-        found = calibrate(model, built_in(model), layers)
+        found = calibrate(model, _texts(model), layers)
         if path is not None:
             with contextlib.suppress(OSError):  # without a writable folder, every process measures
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -311,6 +317,21 @@ def model_file(model: PreTrainedModel, kind: str, *known) -> Path | None:
         digest.update(f"{name} {list(weight.shape)} {some.double().tolist()}".encode())
     suffix = "safetensors" if kind == "calibration" else "json"
     return cache_folder() / kind / f"{digest.hexdigest()}.{suffix}"
+
+
+def _texts(model: PreTrainedModel) -> Tensor:
+    try:
+        ids = built_in(model)
+    except Exception as error:  # noqa: BLE001 - any error of the model's own code
+        raise NotCalibrated(
+            f"{type(model).__name__} cannot be calibrated: as it writes a text, its forward pass raises "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if ids.shape[1] <= SINKS:
+        raise NotCalibrated(
+            f"{type(model).__name__} cannot be calibrated: it reads at most {ids.shape[1]} tokens"
+        )
+    return ids
 
 
 def built_in(model: PreTrainedModel) -> Tensor:

@@ -159,9 +159,12 @@ def size(model: Architecture, config: FadeConfig, length: int, batch: int = 1, o
     """Bytes of `create_cache(model, config, max_length=length)` that holds `length` tokens in `batch` rows.
 
     A `loss_bound` is left out: the widths that `safe` chooses depend on the weights, so all layers have
-    those of the configuration. `on_gpu` counts the buffers of a GPU, which have some slots to spare.
+    those of the configuration. `on_gpu` counts the buffers of a GPU, which have some slots to spare. Where
+    the attention cannot be replaced, a preset has the codec that needs no calibration.
     """
     config = replace(config, loss_bound=None)
+    if config.quant_backend == "matched" and not model.dispatches:
+        config = replace(config, quant_backend="rotated")
     count = len(model.layers)
     config = config.resolved(count, [i for i, shape in enumerate(model.layers) if shape.tiered])
     device = host = 0

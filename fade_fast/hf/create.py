@@ -61,9 +61,10 @@ def create_cache(
             result of `codebooks.train`, or tensors with the same names and shapes. Codebooks belong to one
             model.
         calibration: a file that `fade calibrate` wrote, or a `Calibration`. It belongs to one model.
-            `quant_backend="matched"` needs one: by default the model is calibrated at its first cache of this
-            kind, on a short text, and the result is kept in the user's cache folder. `safe` takes the widths
-            that the file contains.
+            `quant_backend="matched"`, the codec of `safe`, `int4` and `recall`, needs one: by default the
+            model is calibrated at its first cache of this kind, on a short text, and the result is kept in
+            the user's cache folder. `safe` takes the widths that the file contains. A model that cannot read
+            a text by itself gets the codec "rotated" in these presets, and a `CodecWarning`.
         verify: see `attach`.
 
     Raises:

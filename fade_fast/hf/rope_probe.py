@@ -5,6 +5,7 @@ hidden states do not depend on positions, and the keys of two runs differ by the
 """
 
 import contextvars
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,7 @@ class RopeProbe:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.model, self.failure = model, None
+        self._model, self.failure = weakref.ref(model), None
         self.still: dict[int, Tensor] = {}
         self.moved: dict[int, Tensor] = {}
         if _unsuited(model):
@@ -74,6 +75,10 @@ class RopeProbe:
                 self.failure = f"{type(error).__name__}: {error}"
             # Long RoPE replaces its frequencies while the model runs. These belong to the recorded keys.
             self._inv_freq = {name: x.clone() for name, _, x in _frequencies(model)}
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._model()
 
     def find(self, layer_idx: int) -> Rope:
         """How the keys of a layer are rotated.
@@ -114,6 +119,21 @@ class RopeProbe:
             f"layer {layer_idx} of {type(self.model).__name__} cannot be renumbered ({why}): "
             'evict with positions="original", or use a configuration that keeps every token'
         )
+
+
+#: Probes of the models of this process, and the buffers that each model had then.
+_known: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[list, RopeProbe]]" = weakref.WeakKeyDictionary()
+
+
+def probe_of(model: PreTrainedModel) -> RopeProbe:
+    """The probe of a model. It runs the model once: another thread may use the model the next time."""
+    buffers = [(name, weakref.ref(module)) for name, module, _ in _frequencies(model)]
+    if model not in _known or _known[model][0] != buffers:
+        probe = RopeProbe(model)
+        if probe.failure:  # perhaps the model can run later
+            return probe
+        _known[model] = buffers, probe
+    return _known[model][1]
 
 
 def _unsuited(model: PreTrainedModel) -> str:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import warnings
 import weakref
 from dataclasses import asdict, dataclass, replace
 
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fade_ref.config import KEPT, Bits, FadeConfig
+from fade_ref.config import KEPT, PRESETS, Bits, FadeConfig
 
 from ..cache.guard import without_autocast
+from ..errors import NotCalibrated
 from ..saved.files import write_json
 from .attention import NAME
 from .cache import TieredKVCache
@@ -37,6 +39,13 @@ CHUNK = 32  # tokens per forward pass, and of a block: each pass reads all earli
 TOKENS = 640  # most tokens of the text
 ROWS, LENGTH = 4, 96  # texts that a model without a tokenizer writes itself, and their tokens
 MORE = 8  # bits of keys and values that 4 or fewer bits damage too much
+
+
+PRESET_CONFIGS = tuple(map(FadeConfig.preset, PRESETS))
+
+
+class CodecWarning(UserWarning):
+    """A preset got another codec than its own."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,16 @@ def settled(
     """What `TieredKVCache` takes: a configuration with nothing left to choose, and the calibration it needs.
 
     The third is the choice, or None without a `loss_bound`. Arguments and errors are those of `chosen`.
+
+    A preset whose codec needs a calibration, which this model cannot have, gets the rotated codec, and a
+    `CodecWarning`.
     """
+    if config.quant_backend == "matched" and calibration is None and config in PRESET_CONFIGS:
+        try:
+            TieredKVCache(model, replace(config, loss_bound=None))
+        except NotCalibrated as why:
+            warnings.warn(f"{why}. So this cache has the codec 'rotated'", CodecWarning, stacklevel=3)
+            config = replace(config, quant_backend="rotated")
     if config.loss_bound is None:
         return config, calibration, None
     choice = chosen(model, config, calibration, again)
@@ -156,11 +174,11 @@ def key(config: FadeConfig) -> str:
 
 
 def _choose(model: PreTrainedModel, config: FadeConfig, calibration: Calibration | None) -> Choice:
-    ladder = Ladder(model, config, calibration)
     try:
+        ladder = Ladder(model, config, calibration)
         with undisturbed(model), without_autocast():
             return ladder.climb()
-    except Untried as why:
+    except (Untried, NotCalibrated) as why:
         return Choice(bound=config.loss_bound, untried=str(why))
 
 

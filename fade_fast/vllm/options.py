@@ -5,7 +5,8 @@ The options are `--additional-config '{"fade": {...}}'`, or `additional_config={
 - `preset`: "safe" (the default: 4 bits, or the widths that the calibration file has), "int4", "lossless" (8
   bits) or "dense" (no compression, to compare).
 - `middle_k_bits`, `middle_v_bits`, `layer_bits`: as in `FadeConfig`; other widths than those of the preset.
-- `quant_backend`: "rotated" (the default) or "matched", which needs a calibration.
+- `quant_backend`: "matched" (the default of `safe` and `int4` with a calibration) or "rotated" (the default
+  without one).
 - `calibration`: a file of `fade vllm-calibrate`.
 
 Everything is checked when the engine starts: in the process of the user on a CPU, in the workers on GPUs.
@@ -81,9 +82,11 @@ def read(additional_config: object) -> Options:
         if widths:
             raise ValueError(f"preset='dense' compresses nothing and contradicts {', '.join(widths)}")
         return Options(None, path)
-    if (codec := given.get("quant_backend", CODECS[0])) not in CODECS:
-        raise ValueError(f"quant_backend={codec!r}: one of {', '.join(CODECS)} is allowed")
     base = FadeConfig.preset(preset)
+    if path is None:  # an engine measures nothing
+        base = replace(base, quant_backend="rotated")
+    if (codec := given.get("quant_backend", base.quant_backend)) not in CODECS:
+        raise ValueError(f"quant_backend={codec!r}: one of {', '.join(CODECS)} is allowed")
     chosen = base.loss_bound is not None and not widths.keys() & set(BITS)
     config = replace(base, **(widths if chosen else {"loss_bound": None, **widths}))
     if config.quant_backend == "matched" and path is None:

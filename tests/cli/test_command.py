@@ -231,7 +231,7 @@ def test_calibrate(tiny, document, tmp_path, capsys):  # noqa: F811
     choices = own.provenance["choices"]
     assert len(choices) == 2 and all(choice["loss"] is not None for choice in choices.values())
     assert fade_fast.create_cache(model, "safe", calibration=own).choice.loss == next(
-        choice["loss"] for name, choice in choices.items() if "rotated" in name
+        choice["loss"] for name, choice in choices.items() if "matched" in name
     )
     config = FadeConfig(quant_backend="matched", recent_window=8, block_size=4)
     assert (

@@ -39,14 +39,17 @@ def test_every_field_is_an_option():
         "--resident", "128",
     )  # fmt: skip
     assert options.with_fields(others) == FadeConfig(
-        select=0.9, select_page=16, select_max=64, index="k2", cold="host", resident=128
-    )
+        quant_backend="matched", select=0.9, select_page=16, select_max=64, index="k2", cold="host",
+        resident=128,
+    )  # fmt: skip
     bound = parsed("--loss-bound", "0.01")
-    assert options.with_fields(bound) == FadeConfig(loss_bound=0.01)
+    assert options.with_fields(bound) == FadeConfig(quant_backend="matched", loss_bound=0.01)
     names = {name for x in (args, others, bound) for name in options.fields_of(x)}
     assert names == set(FadeConfig.__dataclass_fields__)
     assert options.with_fields(parsed()) == FadeConfig.safe()
-    assert options.with_fields(parsed("--int4-budget", "7")) == FadeConfig(int4_budget=7)
+    assert options.with_fields(parsed("--int4-budget", "7")) == FadeConfig(
+        quant_backend="matched", int4_budget=7
+    )
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_no_more_than_some_chunks_of_logits_exist():
 
 def test_bytes_of_a_cache_that_compressed_nothing_are_refused():
     model = tiny_llama(dtype=torch.bfloat16)
-    found = report.weigh(model, [method("dynamic"), method("int4")], 400)
+    found = report.weigh(model, [method("dynamic"), method("int8")], 400)
     assert found[1].read > 300 and found[1].reserved <= found[1].grown < found[0].reserved
     with pytest.raises(NothingCompressed, match="int4"):
         report.weigh(model, [method("int4")], 80)

@@ -102,7 +102,8 @@ def test_size_on_disk(tmp_path):
     cache = fade_fast.create_cache(model, "safe")
     talk(model, cache, prompt(3000)["input_ids"], new=2)
     cache.save(tmp_path / "c")
-    assert (tmp_path / "c").stat().st_size <= 1.02 * cache.memory().packed
+    moments = sum(x.nbytes for x in cache.calibration.tensors().values())
+    assert (tmp_path / "c").stat().st_size <= 1.02 * cache.memory().packed + moments
 
 
 def test_an_empty_cache(tmp_path):

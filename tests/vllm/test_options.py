@@ -193,6 +193,6 @@ def test_safe_takes_the_widths_of_the_file(tmp_path):
     assert read() == read(calibration=path, preset="int4") == [(4, 4)] * 3
     assert read(calibration=path, middle_v_bits=3) == [(4, 3)] * 3
     assert read(calibration=path, layer_bits={0: (8, 8)}) == [(8, 8), (4, 4), (4, 4)]
-    assert read(calibration=path, quant_backend="matched") == [(4, 4)] * 3  # measured for another codec
+    assert read(calibration=path, quant_backend="rotated") == [(4, 4)] * 3  # measured for another codec
     with pytest.raises(ValueError, match="no such file"):
         read(calibration=str(tmp_path / "other"))
