@@ -78,9 +78,13 @@ SHORT = (
     "int8",
     "safe",
     "int4",
+    "k4v4",
     "int3",
+    "int3:quant_backend=matched",
     "k4v2",
+    "k4v2:quant_backend=matched",
     "int2",
+    "int2:quant_backend=matched",
     "quanto4",
     "balanced",
     "streaming",
@@ -201,7 +205,7 @@ def policy_bytes() -> dict:
     model = capacity.Architecture(
         "Llama-3.1-8B", (capacity.LayerShape(8, 128, True),) * 32, torch.bfloat16, 0, True, None
     )
-    configs = {"every token at 4 bits": FadeConfig.int4()}
+    configs = {"every token at 4 bits": FadeConfig()}  # the codec of all policies
     configs |= {p: FadeConfig(int4_budget=POLICY_BUDGET, eviction_policy=p) for p in methods.POLICIES}
     rows = {name: [capacity.size(model, c, n).device for n in POLICY_LENGTHS] for name, c in configs.items()}
     rows = {"uncompressed": [capacity.uncompressed(model, n) for n in POLICY_LENGTHS]} | rows

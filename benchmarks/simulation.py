@@ -38,11 +38,11 @@ from .readers import Read, Reader
 
 NAME = "fade_simulated"
 MASKS = ("blocks", "last")
-FORMATS = ("int8", "int4", "int3", "k4v2", "int2")
-MATCHED = tuple(f"{name}:quant_backend=matched" for name in FORMATS[1:])
+FORMATS = ("int8", "k4v4", "int3", "k4v2", "int2")
+MATCHED = ("int4", *(f"{name}:quant_backend=matched" for name in FORMATS[2:]))
 #: Formats with equal tails, by bits.
 TAILS = (
-    "int4", MATCHED[0], "kivi4", "kivi4:group=64", "quanto4", "hqq4", "kvarn4", "turboquant4",
+    "k4v4", MATCHED[0], "kivi4", "kivi4:group=64", "quanto4", "hqq4", "kvarn4", "turboquant4",
     "int3", MATCHED[1], "kivi3", "kvarn3", "turboquant3",
     "k4v2", MATCHED[2], "kivi-k4v2", "kvarn-k4v2", "turboquant-k4v2",
     "int2", MATCHED[3], "kivi2", "kivi2:group=64", "quanto2", "hqq2", "kvarn2", "turboquant2",

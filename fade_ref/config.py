@@ -435,7 +435,7 @@ class FadeConfig:
 
     @classmethod
     def safe(cls) -> "FadeConfig":
-        """Matched INT4 middle, every token kept. If it loses more than `SAFE_LOSS`, some layers get more bits."""
+        """Matched INT4 middle, every token kept. Layers get more bits if it loses more than `SAFE_LOSS`."""
         return cls(quant_backend="matched", loss_bound=SAFE_LOSS)
 
     @classmethod
