@@ -121,14 +121,12 @@ CORRUPTIONS = {
     "kernels.summaries._of_pages": [
         ("the mean alone", name("DEVIATIONS").becomes("0.0"), "life/choosing/index deviation"),
     ],
-    "cache.select_store.SelectStore.choose": [
-        ("first pages of blocks", call("arange").becomes("0 * _"), "choosing/blocks, index deviation+k2"),
-    ],
     "kernels.select._mass": [
         ("the heaviest head of a group", call("mean").becomes("_of.amax(2)"), "life/choosing"),
         ("the best token of a page", call("reduce")[1].becomes("torch.ones_like(tops)"), "life/choosing"),
     ],
-    "policies.select.choose": [
+    "policies.select._choose": [
+        ("first pages of blocks", call("arange").becomes("0 * _"), "choosing/blocks, index deviation+k2"),
         ("the lightest pages", call("topk").given(largest="False"), "life/choosing/a page"),
         (
             "a share without the page that reaches it",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fade_ref.config import PAGES, FadeConfig
 
-from ..compile.compiled import Compiled, use_compiled
+from ..compile.compiled import TOGETHER, Compiled, use_compiled
 from ..compile.host_fetch import rows_of_either
 from ..formats.base import Field
 from ..formats.split import INDEX
@@ -74,9 +74,7 @@ class SelectStore(AppendStore):
     """An `AppendStore` whose pages are chosen.
 
     Attributes:
-        counted: int64 [4] on the device, over all short steps that chose: queries times KV heads; tokens of
-            the middle that these read; chosen pages that were on the GPU, and pages that were fetched. The
-            last two stay 0 without a host.
+        tallies: what short steps that chose have counted on the device, int64 [H] each; see `counted`.
         resident: the payload on the GPU, at least `slots + 1` pages of each field; empty without a host. The
             page after the slots takes writes that mean nothing.
         residency: which page is in which slot; None without a host.
@@ -110,7 +108,7 @@ class SelectStore(AppendStore):
         (batch, heads), device = codes.shape[:2], codes.device
         self.most = config.tokens_selected // self.page
         self.share = config.select if isinstance(config.select, float) else None
-        self.counted = torch.zeros(4, dtype=torch.int64, device=device)
+        self.tallies = [torch.zeros(heads, dtype=torch.int64, device=device) for _ in range(4)]
         self.newest: dict[str, Tensor] = {}
         self.resident: dict[str, Tensor] = {}
         self.residency: select.Residency | None = None
@@ -129,6 +127,14 @@ class SelectStore(AppendStore):
             return super()._new_records(fields, batch, device)
         cold = tuple(name for name in fields if is_payload(name, self.config))
         return HostBuffers(fields, cold, self.slots_step, batch, device)
+
+    @property
+    def counted(self) -> Tensor:
+        """Int64 [4], over all short steps that chose: queries times KV heads; tokens of the middle that these
+        read; chosen pages that were on the GPU, and pages that were fetched. The last two stay 0 without a
+        host.
+        """
+        return torch.stack(self.tallies).sum(-1)
 
     @property
     def chooses(self) -> bool:
@@ -238,7 +244,7 @@ class SelectStore(AppendStore):
         first = max(start // self.page, stop // self.page - self.residency.slots, self.residency.slots)
         if first < stop // self.page:
             batch, heads = self.residency.slot_of_page.shape[:2]
-            pages = torch.arange(first, stop // self.page, device=self.counted.device)
+            pages = torch.arange(first, stop // self.page, device=self.tallies[0].device)
             self._bring(pages.expand(batch, heads, -1))
 
     def _bring(self, pages: Tensor) -> None:
@@ -268,7 +274,8 @@ class SelectStore(AppendStore):
         super().map(function)
         self.resident = {name: function(x) for name, x in self.resident.items()}
         self.newest = {name: function(x) for name, x in self.newest.items()}
-        self.counted = self.counted.to(self.tiers[0].records.tensors[INDEX].device)
+        device = self.tiers[0].records.tensors[INDEX].device
+        self.tallies = [x.to(device) for x in self.tallies]
         if self.residency:
             self.residency.map(function)
         if self.summaries:
@@ -278,7 +285,7 @@ class SelectStore(AppendStore):
     def tensors(self) -> list[Tensor]:
         lent = self.residency.tensors() if self.residency else []
         own = [*self.summaries.pages.tensors.values()] if self.summaries else []
-        kept = [self.counted, *self.newest.values()]
+        kept = [*self.tallies, *self.newest.values()]
         return [*super().tensors(), *kept, *self.resident.values(), *lent, *own]
 
     def host_tensors(self) -> list[Tensor]:
@@ -328,12 +335,12 @@ class SelectStore(AppendStore):
         asked = query.transpose(1, 2).flatten(0, 1).unsqueeze(2).contiguous()
         sees = seen.expand(-1, new, -1).flatten(0, 1).unsqueeze(1)
         mass = page_mass(asked, each(keys), sees, table, near, near.capacity, self.page, **options)
-        each_page = torch.arange(size // self.page, device=rows.device)
-        count = blocks.shape[-1] * len(each_page)  # pages that only fill up are not there to be chosen
-        numbers = (rows.unsqueeze(-1) * len(each_page) + each_page).flatten(-2).unsqueeze(2)[..., :count]
-        mass = mass.narrow(-1, 0, count)
-        found, keep = select.choose(mass, min(self.most, count), self.share, numbers)
-        found = numbers.gather(-1, found)
+        per_block = size // self.page
+        count = blocks.shape[-1] * per_block  # pages that only fill up are not there to be chosen
+        found, keep = select.choose(
+            mass.narrow(-1, 0, count), min(self.most, count), self.share,
+            rows.narrow(-1, 0, blocks.shape[-1]).unsqueeze(2), per_block,
+        )  # fmt: skip
         back = lambda x: x.squeeze(2).unflatten(0, (-1, new)).transpose(1, 2)  # noqa: E731
         return Choice(back(found), None if keep is None else back(keep))
 
@@ -370,29 +377,29 @@ class SelectStore(AppendStore):
         held = tier.records.tensors if names is None else {n: tier.records.tensors[n] for n in names}
         valid = view.valid if view.valid.shape[1] == 1 else view.valid[:, queries]
         valid = valid.expand(-1, count, -1).flatten(0, 1).contiguous()
-        means = self.means.tensors["mean"]
+        near = {n: x for n, x in held.items() if n not in payload}
+        whole = "key_codes" in held
         found = pages.gather(
-            {n: x for n, x in held.items() if n not in payload}, means, valid, index, keep,
-            page=page, per_mean=self.per_mean,
+            near, self.means.tensors["mean"], valid, index, keep, page=page, per_mean=self.per_mean,
+            join=(INDEX, "key_codes") if whole else None, given=payload.get("key_codes"),
         )  # fmt: skip
-        found |= payload
-        codes, numbers = found[INDEX], [found.get(name) for name in KEY_NUMBERS]
+        found = payload | found
+        numbers = [found.get(name) for name in KEY_NUMBERS]
         bound = tier.bound if count == 1 else tier.bound.repeat_interleave(count, dim=0)
         means, valid = found["mean"], found["valid"].flatten(0, 1).unsqueeze(1)
-        if "key_codes" not in found:
+        if not whole:
+            codes = found[INDEX]
             empty = Packed(codes.mT, None, None)
             return TierView(Packed(codes, *numbers), empty, bound, means, valid, page, key_index=codes)
         values = Packed(found["value_codes"].mT, found.get("value_scale"), found.get("value_zero"))
-        return TierView(
-            Packed(pages.joined(codes, found["key_codes"]), *numbers), values, bound, means, valid, page
-        )
+        return TierView(Packed(found["key_codes"], *numbers), values, bound, means, valid, page)
 
     def num_together(self, new: int) -> int:
         """How many of the `new` queries of a step `chosen` takes at once.
 
         Pages that one query fetches may replace those of another, and compiled kernels serve one batch.
         """
-        return 1 if self.residency or use_compiled(self.counted) else new
+        return 1 if self.residency or use_compiled(self.tallies[0]) else new
 
     def chosen(self, view: TierView, choice: Choice, first: int) -> TierView:
         """The view of the pages that some queries of the step read: an ordinary tier, a row for each query.
@@ -425,7 +432,7 @@ class SelectStore(AppendStore):
         if wanted == bool(self.newest):
             return
         shape = (*self.tiers[0].records.tensors[INDEX].shape[:2], self.most)
-        device = self.counted.device
+        device = self.tallies[0].device
         self.newest = {}
         if wanted:
             page = torch.full(shape, -1, dtype=torch.int64, device=device)
@@ -470,20 +477,27 @@ class SelectStore(AppendStore):
 
     def _count(self, valid: Tensor, keep: Tensor | None, fetched: Tensor | None) -> None:
         run = _compiled_count if use_compiled(valid) else _add_counts
-        args = self.counted, valid, keep, fetched
+        args = self.tallies, valid, keep, fetched
         run([], dict, *args) if use_compiled(valid) else run([], *args)
 
 
 def _add_counts(
-    dynamic_sizes, counted: Tensor, valid: Tensor, keep: Tensor | None, fetched: Tensor | None
+    dynamic_sizes, tallies: list[Tensor], valid: Tensor, keep: Tensor | None, fetched: Tensor | None
 ) -> None:
-    """Add to `SelectStore.counted`: a step reads the `valid` slots, bool [N * H, 1, S]."""
-    counts = [torch.full_like(counted[0], valid.shape[0]), valid.sum()]
+    """Add to `SelectStore.tallies`: a step reads the `valid` slots, bool [N * H, 1, S].
+
+    Counts of KV heads are left apart, so that one kernel of several programs counts and adds.
+    """
+    of_heads = lambda x: x.reshape(-1, len(tallies[0]), x.shape[-1])  # noqa: E731
+    valid = of_heads(valid)
+    read, queries = valid.sum((0, 2)), len(valid)
+    tallies[READ].add_(read)
+    tallies[QUERIES].add_(read.clamp(queries, queries))  # a constant, by the same kernel
     if fetched is not None:
-        used = torch.full_like(counted[0], fetched.numel()) if keep is None else keep.sum()
-        missed = fetched.sum()
-        counts += [used - missed, missed]
-    counted[: len(counts)].add_(torch.stack(counts))
+        fetched = of_heads(fetched)
+        found = ~fetched if keep is None else of_heads(keep) & ~fetched
+        tallies[HITS].add_(found.sum((0, 2)))
+        tallies[MISSES].add_(fetched.sum((0, 2)))
 
 
 def _fetch_rows(dynamic_sizes, far, near, index, slots, fetched) -> Tensor:
@@ -502,4 +516,4 @@ def _fetch_rows(dynamic_sizes, far, near, index, slots, fetched) -> Tensor:
 
 
 _compiled = Compiled(_fetch_rows, options={})
-_compiled_count = Compiled(_add_counts, options={})
+_compiled_count = Compiled(_add_counts, options=TOGETHER | {"split_reductions": False})

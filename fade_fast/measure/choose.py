@@ -243,7 +243,7 @@ class Window:
                 f"hits cannot be forced among {pages} pages: {self.size} are read and "
                 f"{store.residency.slots} are on the GPU; use a longer text"
             )
-        rows, device = store.residency.slot_of_page.shape[:2], store.counted.device
+        rows, device = store.residency.slot_of_page.shape[:2], store.tallies[0].device
         order = torch.rand(*rows, pages, generator=torch.Generator(device).manual_seed(2), device=device)
         self.order = order.argsort(dim=-1)
         self.at = torch.arange(self.size, device=device)

@@ -11,7 +11,11 @@ MOST_PAGES = 1 << PAGE_BITS
 
 
 def choose(
-    mass: Tensor, pages: int, share: float | None = None, ages: Tensor | None = None
+    mass: Tensor,
+    pages: int,
+    share: float | None = None,
+    blocks: Tensor | None = None,
+    per_block: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """The heaviest pages of each query and KV head; of equal pages, the newer one. With `share`, the heaviest
     one comes first.
@@ -20,24 +24,37 @@ def choose(
         mass: [B, H, q, P], not negative. Masses are compared by their seven most significant bits.
         pages: how many to choose, at most P.
         share: stop as soon as the chosen pages hold this share of the mass.
-        ages: integers [B, H, q, P] or [P], below `MOST_PAGES`, larger for newer pages, no two of a row equal;
-            None: 0, 1, 2, ...
+        blocks: int64 [B, H, q, n]. The masses are those of the `per_block` pages of block `blocks[..., 0]`,
+            then of `blocks[..., 1]`, and so on; no two blocks of a row are equal. Masses of what follows
+            after the last page that counts can be left out. None: of all pages, in order.
 
     Returns pages int64 [B, H, q, pages], and bool of the same shape, which of them are to be read; None: all.
     """
-    # One number per page: first its mass, as bits that sort like the number, then its age. No two are equal,
+    args = mass, blocks
+    options = dict(pages=pages, share=share, per_block=per_block)
+    return (
+        _compiled_choose([], dict, *args, **options) if use_compiled(mass) else _choose([], *args, **options)
+    )
+
+
+def _choose(
+    dynamic_sizes, mass: Tensor, blocks: Tensor | None, *, pages: int, share: float | None, per_block: int
+) -> tuple[Tensor, Tensor | None]:
+    # One number per page: first its mass, as bits that sort like the number, then the page. No two are equal,
     # so every device chooses the same pages. Few bits are sorted fast: a mass keeps seven significant ones.
     bits = mass.to(torch.float32).view(torch.int32) >> PAGE_BITS
-    ages = torch.arange(mass.shape[-1], device=mass.device) if ages is None else ages
-    key = (bits << PAGE_BITS) | ages.to(torch.int32)
-    index = key.topk(pages, dim=-1, sorted=share is not None).indices
+    numbers = torch.arange(mass.shape[-1] if blocks is None else per_block, device=mass.device)
+    if blocks is not None:
+        numbers = (blocks.unsqueeze(-1) * per_block + numbers).flatten(-2)
+    key = (bits << PAGE_BITS) | numbers.to(torch.int32)
+    found = key.topk(pages, dim=-1, sorted=share is not None)
+    index = found.indices if blocks is None else (found.values & (MOST_PAGES - 1)).to(torch.int64)
     if share is None:
         return index, None
-    weight = mass.gather(-1, index)
+    weight = mass.gather(-1, found.indices)
     before = weight.cumsum(-1) - weight
     keep = before < share
-    keep[..., 0] = True
-    return index, keep
+    return index, torch.cat((torch.ones_like(keep[..., :1]), keep[..., 1:]), dim=-1)
 
 
 class Residency:
@@ -157,4 +174,5 @@ def _by_rank(age: Tensor, ranks: Tensor, page: Tensor, used: Tensor) -> Tensor:
     return order.gather(-1, rank.gather(-1, order).argsort(dim=-1, stable=True))
 
 
+_compiled_choose = Compiled(_choose, options={})
 _compiled_touch = Compiled(_touch, options={})
