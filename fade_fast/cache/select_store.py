@@ -379,9 +379,10 @@ class SelectStore(AppendStore):
         valid = valid.expand(-1, count, -1).flatten(0, 1).contiguous()
         near = {n: x for n, x in held.items() if n not in payload}
         whole = "key_codes" in held
+        join = (INDEX, "key_codes")
         found = pages.gather(
             near, self.means.tensors["mean"], valid, index, keep, page=page, per_mean=self.per_mean,
-            join=(INDEX, "key_codes") if whole else None, given=payload.get("key_codes"),
+            join=join if whole else None, given={name: payload[name] for name in join if name in payload},
         )  # fmt: skip
         found = payload | found
         numbers = [found.get(name) for name in KEY_NUMBERS]

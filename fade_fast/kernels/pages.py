@@ -22,7 +22,7 @@ def gather(
     page: int,
     per_mean: int,
     join: tuple[str, str] | None = None,
-    given: Tensor | None = None,
+    given: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The pages `index` of a tier, a row for each of m queries of each row of the tier.
 
@@ -35,17 +35,17 @@ def gather(
         page: slots of a page, a divisor of S.
         join: names of the upper and the lower parts of codes, uint8. They come joined (`halves.join`), under
             the name of the lower part.
-        given: the lower part, [B * m, H, n * page, W], if it is gathered already.
+        given: those of these parts that are gathered already, [B * m, H, n * page, W].
 
     Returns the fields, [B * m, H, n * page, *shape], with "mean", [B * m, H, n, D], and "valid", bool
     [B * m, H, n * page].
     """
-    parts = {} if join is None else {name: fields[name] for name in join if name in fields}
-    parts |= {} if given is None else {join[1]: given}
+    given = given or {}
+    parts = {} if join is None else {name: given[name] if name in given else fields[name] for name in join}
     slots = 1 if parts and all(_fits(x, 1) for x in parts.values()) else 0
     rows = {name: rows_of(x, page, slots if name in parts else page) for name, x in fields.items()}
     args = rows, means.flatten(0, 2), valid.view(-1, page), index, keep
-    given = None if given is None else rows_of(given, page, slots)
+    given = {name: rows_of(x, page, slots) for name, x in given.items()}
     options = dict(heads=means.shape[0] * means.shape[1], page=page, per_mean=per_mean, join=join)
     if use_compiled(index):
         found, mean, seen = _compiled([], dict, *args, given, **options)
@@ -81,11 +81,11 @@ def _gather(dynamic_sizes, rows, means, valid, index, keep, given, *, heads, pag
     """Rows of all fields, means and masks. `heads` counts those of all rows of the tier."""
     head = torch.arange(heads, device=index.device).reshape(-1, index.shape[1], 1)
     head = head.repeat_interleave(len(index) // len(head), dim=0)
-    found = {}
+    found = dict(given)
     for name, x in rows.items():
         found[name] = x.index_select(0, (head * (len(x) // heads) + index).flatten())
     if join is not None:
-        upper, lower = (x.view(len(x), page, -1) for x in (found.pop(join[0]), found.get(join[1], given)))
+        upper, lower = (x.view(len(x), page, -1) for x in map(found.pop, join))
         found[join[1]] = halves.join(upper, lower).flatten(1)
     mean = means.index_select(0, (head * (len(means) // heads) + index * page // per_mean).flatten())
     query = torch.arange(len(index), device=index.device).reshape(-1, 1, 1)

@@ -240,12 +240,16 @@ def test_parts_of_codes_are_joined_as_they_are_gathered(dim, kept, version):
     means, valid = torch.zeros(2, 3, 1, 4), torch.ones(2, 40, dtype=torch.bool)
     options = dict(page=8, per_mean=40, join=("upper", "lower"))
     found = pages.gather(dict(upper=upper, lower=lower), means, valid, index, None, **options)
-    apart = pages.gather(dict(lower=lower), means, valid, index, None, page=8, per_mean=40)["lower"]
-    given = pages.gather(dict(upper=upper), means, valid, index, None, given=apart, **options)
+    parts = dict(upper=upper, lower=lower)
+    apart = pages.gather(parts, means, valid, index, None, page=8, per_mean=40)
+    apart = {name: apart[name] for name in parts}
+    one, both = dict(lower=apart["lower"]), apart
+    given = pages.gather(dict(upper=upper), means, valid, index, None, given=one, **options)
+    joined = pages.gather({}, means, valid, index, None, given=both, **options)
     for b, h in itertools.product(range(2), range(3)):
         expected = codes[b, h].unflatten(0, (5, 8))[index[b, h]].flatten(0, 1)
-        assert torch.equal(found["lower"][b, h], expected) and torch.equal(given["lower"][b, h], expected)
-    assert "upper" not in found and "upper" not in given
+        assert all(torch.equal(x["lower"][b, h], expected) for x in (found, given, joined))
+    assert not any("upper" in x for x in (found, given, joined))
 
 
 @pytest.mark.slow
