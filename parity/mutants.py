@@ -135,8 +135,12 @@ CORRUPTIONS = {
         ),
     ],
     "policies.select._touch": [
-        ("a replaced page is still looked for", call("scatter_")[1].drop(), "life/choosing/host"),
-        ("nothing is ever used", call("scatter_")[0].drop(), "life/choosing/host"),
+        (
+            "a dropped page is still looked for",
+            call("full_like")[1].becomes("replaced"),
+            "life/choosing/host",
+        ),
+        ("nothing is ever used", call("_put")[3].drop(), "life/choosing/host"),
     ],
     "cache.select_store.SelectStore._make_resident": [
         ("the first pages not resident", call("copy_").drop(), "life/choosing/host"),

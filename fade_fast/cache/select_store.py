@@ -468,13 +468,14 @@ class SelectStore(AppendStore):
 
     def _fetch(self, index: Tensor, slots: Tensor, fetched: Tensor) -> dict[str, Tensor]:
         """The payload of the pages `index`: from the GPU, or from the host into its slot."""
-        found, run = {}, _compiled if use_compiled(index) else _fetch_rows
-        for name in self.payload:
-            far, near = self.tiers[0].records.tensors[name], self.resident[name]
-            args = pages.rows_of(far, self.page), pages.rows_of(near, self.page), index, slots, fetched
-            new = run([], dict, *args) if use_compiled(index) else run([], *args)
-            found[name] = new.view(near.dtype).reshape(*index.shape[:2], -1, *near.shape[3:])
-        return found
+        held = self.tiers[0].records.tensors
+        far, near = ([pages.rows_of(x[n], self.page) for n in self.payload] for x in (held, self.resident))
+        args = far, near, index, slots, fetched
+        rows = _compiled([], dict, *args) if use_compiled(index) else _fetch_rows([], *args)
+        shape = *index.shape[:2], index.shape[2] * self.page
+        return {
+            n: x.view(held[n].dtype).reshape(*shape, *held[n].shape[3:]) for n, x in zip(self.payload, rows)
+        }
 
     def _count(self, valid: Tensor, keep: Tensor | None, fetched: Tensor | None) -> None:
         run = _compiled_count if use_compiled(valid) else _add_counts
@@ -501,20 +502,26 @@ def _add_counts(
         tallies[MISSES].add_(fetched.sum((0, 2)))
 
 
-def _fetch_rows(dynamic_sizes, far, near, index, slots, fetched) -> Tensor:
-    """The pages `index` of `far`, or the pages `slots` of `near`, as rows; see `pages.rows_of`.
+def _fetch_rows(
+    dynamic_sizes, far: list[Tensor], near: list[Tensor], index: Tensor, slots: Tensor, fetched: Tensor
+) -> list[Tensor]:
+    """The pages `index` of each field in `far`, or the pages `slots` in `near`, as rows; see `pages.rows_of`.
 
     The pages that are `fetched` come from `far`, and are also written to their places in `near`. The last
-    three arguments are [B, H, n].
+    three arguments are [B, H, n]. One kernel fetches all fields: short rows alone would only wait.
     """
     head = torch.arange(index.shape[0] * index.shape[1], device=index.device).reshape(*index.shape[:2], 1)
-    far_row, near_row = (
-        (head * (len(rows) // head.numel()) + at).flatten() for rows, at in ((far, index), (near, slots))
-    )
-    rows = rows_of_either(far, near, far_row, near_row, fetched.flatten())
-    near.index_copy_(0, near_row, rows)
-    return rows
+    found = []
+    for there, here in zip(far, near):
+        far_row, near_row = (
+            (head * (len(rows) // head.numel()) + at).flatten()
+            for rows, at in ((there, index), (here, slots))
+        )
+        rows = rows_of_either(there, here, far_row, near_row, fetched.flatten())
+        here.index_copy_(0, near_row, rows)
+        found.append(rows)
+    return found
 
 
-_compiled = Compiled(_fetch_rows, options={})
+_compiled = Compiled(_fetch_rows, options=TOGETHER)
 _compiled_count = Compiled(_add_counts, options=TOGETHER | {"split_reductions": False})
