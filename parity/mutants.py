@@ -121,14 +121,12 @@ CORRUPTIONS = {
     "kernels.summaries._of_pages": [
         ("the mean alone", name("DEVIATIONS").becomes("0.0"), "life/choosing/index deviation"),
     ],
-    "cache.select_store.SelectStore.choose": [
-        ("first pages of blocks", call("arange").becomes("0 * _"), "choosing/blocks, index deviation+k2"),
-    ],
     "kernels.select._mass": [
         ("the heaviest head of a group", call("mean").becomes("_of.amax(2)"), "life/choosing"),
         ("the best token of a page", call("reduce")[1].becomes("torch.ones_like(tops)"), "life/choosing"),
     ],
-    "policies.select.choose": [
+    "policies.select._choose": [
+        ("first pages of blocks", call("arange").becomes("0 * _"), "choosing/blocks, index deviation+k2"),
         ("the lightest pages", call("topk").given(largest="False"), "life/choosing/a page"),
         (
             "a share without the page that reaches it",
@@ -137,8 +135,12 @@ CORRUPTIONS = {
         ),
     ],
     "policies.select._touch": [
-        ("a replaced page is still looked for", call("scatter_")[1].drop(), "life/choosing/host"),
-        ("nothing is ever used", call("scatter_")[0].drop(), "life/choosing/host"),
+        (
+            "a dropped page is still looked for",
+            call("full_like")[1].becomes("replaced"),
+            "life/choosing/host",
+        ),
+        ("nothing is ever used", call("_put")[3].drop(), "life/choosing/host"),
     ],
     "cache.select_store.SelectStore._make_resident": [
         ("the first pages not resident", call("copy_").drop(), "life/choosing/host"),

@@ -63,7 +63,7 @@ KERNELS = (
     scores._compiled,
     select._compiled,
     pages._compiled,
-    pages._compiled_join,
+    residency._compiled_choose,
     residency._compiled_touch,
     select_store._compiled,
     select_store._compiled_count,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fade_ref.config import PAGES, FadeConfig
 
-from ..compile.compiled import Compiled, use_compiled
+from ..compile.compiled import TOGETHER, Compiled, use_compiled
 from ..compile.host_fetch import rows_of_either
 from ..formats.base import Field
 from ..formats.split import INDEX
@@ -74,9 +74,7 @@ class SelectStore(AppendStore):
     """An `AppendStore` whose pages are chosen.
 
     Attributes:
-        counted: int64 [4] on the device, over all short steps that chose: queries times KV heads; tokens of
-            the middle that these read; chosen pages that were on the GPU, and pages that were fetched. The
-            last two stay 0 without a host.
+        tallies: what short steps that chose have counted on the device, int64 [H] each; see `counted`.
         resident: the payload on the GPU, at least `slots + 1` pages of each field; empty without a host. The
             page after the slots takes writes that mean nothing.
         residency: which page is in which slot; None without a host.
@@ -110,7 +108,7 @@ class SelectStore(AppendStore):
         (batch, heads), device = codes.shape[:2], codes.device
         self.most = config.tokens_selected // self.page
         self.share = config.select if isinstance(config.select, float) else None
-        self.counted = torch.zeros(4, dtype=torch.int64, device=device)
+        self.tallies = [torch.zeros(heads, dtype=torch.int64, device=device) for _ in range(4)]
         self.newest: dict[str, Tensor] = {}
         self.resident: dict[str, Tensor] = {}
         self.residency: select.Residency | None = None
@@ -129,6 +127,14 @@ class SelectStore(AppendStore):
             return super()._new_records(fields, batch, device)
         cold = tuple(name for name in fields if is_payload(name, self.config))
         return HostBuffers(fields, cold, self.slots_step, batch, device)
+
+    @property
+    def counted(self) -> Tensor:
+        """Int64 [4], over all short steps that chose: queries times KV heads; tokens of the middle that these
+        read; chosen pages that were on the GPU, and pages that were fetched. The last two stay 0 without a
+        host.
+        """
+        return torch.stack(self.tallies).sum(-1)
 
     @property
     def chooses(self) -> bool:
@@ -238,7 +244,7 @@ class SelectStore(AppendStore):
         first = max(start // self.page, stop // self.page - self.residency.slots, self.residency.slots)
         if first < stop // self.page:
             batch, heads = self.residency.slot_of_page.shape[:2]
-            pages = torch.arange(first, stop // self.page, device=self.counted.device)
+            pages = torch.arange(first, stop // self.page, device=self.tallies[0].device)
             self._bring(pages.expand(batch, heads, -1))
 
     def _bring(self, pages: Tensor) -> None:
@@ -268,7 +274,8 @@ class SelectStore(AppendStore):
         super().map(function)
         self.resident = {name: function(x) for name, x in self.resident.items()}
         self.newest = {name: function(x) for name, x in self.newest.items()}
-        self.counted = self.counted.to(self.tiers[0].records.tensors[INDEX].device)
+        device = self.tiers[0].records.tensors[INDEX].device
+        self.tallies = [x.to(device) for x in self.tallies]
         if self.residency:
             self.residency.map(function)
         if self.summaries:
@@ -278,7 +285,7 @@ class SelectStore(AppendStore):
     def tensors(self) -> list[Tensor]:
         lent = self.residency.tensors() if self.residency else []
         own = [*self.summaries.pages.tensors.values()] if self.summaries else []
-        kept = [self.counted, *self.newest.values()]
+        kept = [*self.tallies, *self.newest.values()]
         return [*super().tensors(), *kept, *self.resident.values(), *lent, *own]
 
     def host_tensors(self) -> list[Tensor]:
@@ -328,12 +335,12 @@ class SelectStore(AppendStore):
         asked = query.transpose(1, 2).flatten(0, 1).unsqueeze(2).contiguous()
         sees = seen.expand(-1, new, -1).flatten(0, 1).unsqueeze(1)
         mass = page_mass(asked, each(keys), sees, table, near, near.capacity, self.page, **options)
-        each_page = torch.arange(size // self.page, device=rows.device)
-        count = blocks.shape[-1] * len(each_page)  # pages that only fill up are not there to be chosen
-        numbers = (rows.unsqueeze(-1) * len(each_page) + each_page).flatten(-2).unsqueeze(2)[..., :count]
-        mass = mass.narrow(-1, 0, count)
-        found, keep = select.choose(mass, min(self.most, count), self.share, numbers)
-        found = numbers.gather(-1, found)
+        per_block = size // self.page
+        count = blocks.shape[-1] * per_block  # pages that only fill up are not there to be chosen
+        found, keep = select.choose(
+            mass.narrow(-1, 0, count), min(self.most, count), self.share,
+            rows.narrow(-1, 0, blocks.shape[-1]).unsqueeze(2), per_block,
+        )  # fmt: skip
         back = lambda x: x.squeeze(2).unflatten(0, (-1, new)).transpose(1, 2)  # noqa: E731
         return Choice(back(found), None if keep is None else back(keep))
 
@@ -370,29 +377,30 @@ class SelectStore(AppendStore):
         held = tier.records.tensors if names is None else {n: tier.records.tensors[n] for n in names}
         valid = view.valid if view.valid.shape[1] == 1 else view.valid[:, queries]
         valid = valid.expand(-1, count, -1).flatten(0, 1).contiguous()
-        means = self.means.tensors["mean"]
+        near = {n: x for n, x in held.items() if n not in payload}
+        whole = "key_codes" in held
+        join = (INDEX, "key_codes")
         found = pages.gather(
-            {n: x for n, x in held.items() if n not in payload}, means, valid, index, keep,
-            page=page, per_mean=self.per_mean,
+            near, self.means.tensors["mean"], valid, index, keep, page=page, per_mean=self.per_mean,
+            join=join if whole else None, given={name: payload[name] for name in join if name in payload},
         )  # fmt: skip
-        found |= payload
-        codes, numbers = found[INDEX], [found.get(name) for name in KEY_NUMBERS]
+        found = payload | found
+        numbers = [found.get(name) for name in KEY_NUMBERS]
         bound = tier.bound if count == 1 else tier.bound.repeat_interleave(count, dim=0)
         means, valid = found["mean"], found["valid"].flatten(0, 1).unsqueeze(1)
-        if "key_codes" not in found:
+        if not whole:
+            codes = found[INDEX]
             empty = Packed(codes.mT, None, None)
             return TierView(Packed(codes, *numbers), empty, bound, means, valid, page, key_index=codes)
         values = Packed(found["value_codes"].mT, found.get("value_scale"), found.get("value_zero"))
-        return TierView(
-            Packed(pages.joined(codes, found["key_codes"]), *numbers), values, bound, means, valid, page
-        )
+        return TierView(Packed(found["key_codes"], *numbers), values, bound, means, valid, page)
 
     def num_together(self, new: int) -> int:
         """How many of the `new` queries of a step `chosen` takes at once.
 
         Pages that one query fetches may replace those of another, and compiled kernels serve one batch.
         """
-        return 1 if self.residency or use_compiled(self.counted) else new
+        return 1 if self.residency or use_compiled(self.tallies[0]) else new
 
     def chosen(self, view: TierView, choice: Choice, first: int) -> TierView:
         """The view of the pages that some queries of the step read: an ordinary tier, a row for each query.
@@ -425,7 +433,7 @@ class SelectStore(AppendStore):
         if wanted == bool(self.newest):
             return
         shape = (*self.tiers[0].records.tensors[INDEX].shape[:2], self.most)
-        device = self.counted.device
+        device = self.tallies[0].device
         self.newest = {}
         if wanted:
             page = torch.full(shape, -1, dtype=torch.int64, device=device)
@@ -460,46 +468,60 @@ class SelectStore(AppendStore):
 
     def _fetch(self, index: Tensor, slots: Tensor, fetched: Tensor) -> dict[str, Tensor]:
         """The payload of the pages `index`: from the GPU, or from the host into its slot."""
-        found, run = {}, _compiled if use_compiled(index) else _fetch_rows
-        for name in self.payload:
-            far, near = self.tiers[0].records.tensors[name], self.resident[name]
-            args = pages.rows_of(far, self.page), pages.rows_of(near, self.page), index, slots, fetched
-            new = run([], dict, *args) if use_compiled(index) else run([], *args)
-            found[name] = new.view(near.dtype).reshape(*index.shape[:2], -1, *near.shape[3:])
-        return found
+        held = self.tiers[0].records.tensors
+        far, near = ([pages.rows_of(x[n], self.page) for n in self.payload] for x in (held, self.resident))
+        args = far, near, index, slots, fetched
+        rows = _compiled([], dict, *args) if use_compiled(index) else _fetch_rows([], *args)
+        shape = *index.shape[:2], index.shape[2] * self.page
+        return {
+            n: x.view(held[n].dtype).reshape(*shape, *held[n].shape[3:]) for n, x in zip(self.payload, rows)
+        }
 
     def _count(self, valid: Tensor, keep: Tensor | None, fetched: Tensor | None) -> None:
         run = _compiled_count if use_compiled(valid) else _add_counts
-        args = self.counted, valid, keep, fetched
+        args = self.tallies, valid, keep, fetched
         run([], dict, *args) if use_compiled(valid) else run([], *args)
 
 
 def _add_counts(
-    dynamic_sizes, counted: Tensor, valid: Tensor, keep: Tensor | None, fetched: Tensor | None
+    dynamic_sizes, tallies: list[Tensor], valid: Tensor, keep: Tensor | None, fetched: Tensor | None
 ) -> None:
-    """Add to `SelectStore.counted`: a step reads the `valid` slots, bool [N * H, 1, S]."""
-    counts = [torch.full_like(counted[0], valid.shape[0]), valid.sum()]
+    """Add to `SelectStore.tallies`: a step reads the `valid` slots, bool [N * H, 1, S].
+
+    Counts of KV heads are left apart, so that one kernel of several programs counts and adds.
+    """
+    of_heads = lambda x: x.reshape(-1, len(tallies[0]), x.shape[-1])  # noqa: E731
+    valid = of_heads(valid)
+    read, queries = valid.sum((0, 2)), len(valid)
+    tallies[READ].add_(read)
+    tallies[QUERIES].add_(read.clamp(queries, queries))  # a constant, by the same kernel
     if fetched is not None:
-        used = torch.full_like(counted[0], fetched.numel()) if keep is None else keep.sum()
-        missed = fetched.sum()
-        counts += [used - missed, missed]
-    counted[: len(counts)].add_(torch.stack(counts))
+        fetched = of_heads(fetched)
+        found = ~fetched if keep is None else of_heads(keep) & ~fetched
+        tallies[HITS].add_(found.sum((0, 2)))
+        tallies[MISSES].add_(fetched.sum((0, 2)))
 
 
-def _fetch_rows(dynamic_sizes, far, near, index, slots, fetched) -> Tensor:
-    """The pages `index` of `far`, or the pages `slots` of `near`, as rows; see `pages.rows_of`.
+def _fetch_rows(
+    dynamic_sizes, far: list[Tensor], near: list[Tensor], index: Tensor, slots: Tensor, fetched: Tensor
+) -> list[Tensor]:
+    """The pages `index` of each field in `far`, or the pages `slots` in `near`, as rows; see `pages.rows_of`.
 
     The pages that are `fetched` come from `far`, and are also written to their places in `near`. The last
-    three arguments are [B, H, n].
+    three arguments are [B, H, n]. One kernel fetches all fields: short rows alone would only wait.
     """
     head = torch.arange(index.shape[0] * index.shape[1], device=index.device).reshape(*index.shape[:2], 1)
-    far_row, near_row = (
-        (head * (len(rows) // head.numel()) + at).flatten() for rows, at in ((far, index), (near, slots))
-    )
-    rows = rows_of_either(far, near, far_row, near_row, fetched.flatten())
-    near.index_copy_(0, near_row, rows)
-    return rows
+    found = []
+    for there, here in zip(far, near):
+        far_row, near_row = (
+            (head * (len(rows) // head.numel()) + at).flatten()
+            for rows, at in ((there, index), (here, slots))
+        )
+        rows = rows_of_either(there, here, far_row, near_row, fetched.flatten())
+        here.index_copy_(0, near_row, rows)
+        found.append(rows)
+    return found
 
 
-_compiled = Compiled(_fetch_rows, options={})
-_compiled_count = Compiled(_add_counts, options={})
+_compiled = Compiled(_fetch_rows, options=TOGETHER)
+_compiled_count = Compiled(_add_counts, options=TOGETHER | {"split_reductions": False})

@@ -55,6 +55,7 @@ PASSED = {
 BENCHES = {
     "generate": "fade_fast.measure.generate",
     "attention": "fade_fast.measure.decode_attention",
+    "choose": "fade_fast.measure.choose",
     "serve": "fade_fast.measure.serve",
 }
 REPORT = ("--suite", "report", "fade_fast.measure.report")  # two arguments, and their module

@@ -233,7 +233,7 @@ def _operator(
     blocks = [num_read // chunk for num_read, chunk in zip(slots_read, chunks)]
 
     def pinned() -> Tiles:
-        out = step_tiles(heads, rows, keys.shape[2], sum(map(_means, view, slots_read)), dim)
+        out = step_tiles(heads, rows, keys.shape[2], sum(map(num_means, view, slots_read)), dim)
         for n, chunk, pair, by_table in zip(blocks, chunks, pairs, paged):
             widths = tuple(packed.field_width(b, dim) for b in pair)
             out |= tier_tiles(heads, rows, n, chunk, pair, widths, dim, by_table)
@@ -291,7 +291,7 @@ def _from_list(tensors: list[Tensor | None], per_mean: int) -> TierView:
     return TierView(Packed(*keys), Packed(*values), bound, means, valid, per_mean, *rest)
 
 
-def _means(view: TierView, num_read: int) -> int:
+def num_means(view: TierView, num_read: int) -> int:
     """Return the number of rows that a tier adds to the table of the first product."""
     return 0 if view.read_at is not None else min(view.means.shape[2], -(-num_read // view.per_mean))
 

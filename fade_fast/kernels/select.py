@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..compile.compiled import Compiled, dynamic_size, more_rows, rounded, use_compiled
-from ..compile.tiles import tier_tiles
+from ..compile.tiles import step_tiles, tier_tiles
 from . import halves, packed
-from .decode import LOWEST, MOST_ROWS
+from .decode import LOWEST, MOST_ROWS, num_means
 from .merge import of_rows
 from .packed import Queries, TierView, force_materialize, wide
 
@@ -70,8 +70,12 @@ def page_mass(
     width = packed.field_width(INDEX_BITS, query.shape[-1])
 
     def pinned():
-        bits = (INDEX_BITS, INDEX_BITS)
-        return tier_tiles(heads, rows, num_read // chunk, chunk, bits, (width, width), query.shape[-1])
+        bits, n = (INDEX_BITS, INDEX_BITS), num_read // chunk
+        tiles = tier_tiles(heads, rows, n, chunk, bits, (width, width), query.shape[-1])
+        tiles |= step_tiles(heads, rows, keys.shape[2], num_means(view, num_read), query.shape[-1])
+        real = query.shape[1] // keys.shape[1] * columns
+        # A program of the pass over all scores reads as many as one of the statistics of a tier.
+        return tiles | {(heads * real * n, chunk // page): tiles[heads * n * rows, chunk]}
 
     tied = num_read // chunk == 1 or num_read == view.capacity  # the compiler would make constants of these
     sizes = [] if tied else [dynamic_size(num_read // chunk)]
@@ -131,10 +135,11 @@ def _for_rows(valid: Tensor, rows: int) -> Tensor:
     return valid if valid.shape[1] == 1 else valid.repeat(1, rows // valid.shape[1], 1)
 
 
-def _mass(scores: Tensor, page: int, shape: tuple[int, int, int]) -> Tensor:
+def _mass(scores: Tensor, page: int, shape: tuple[int, int, int], run: int | None = None) -> Tensor:
     """Mass [B, H, q, P] from base-2 scores [N, R, S], R = G * q.
 
-    When compiled, one kernel reads all scores, and the others read two numbers of each page. Sums over the
+    When compiled, one kernel reads all scores, each program those of `run` pages of a row, and the others
+    read two numbers of each page. One program for a whole row would leave most of a GPU idle. Sums over the
     few tokens of a page are written out, because a generated reduction of so few numbers is slow.
     """
     batch, heads, new = shape
@@ -143,9 +148,21 @@ def _mass(scores: Tensor, page: int, shape: tuple[int, int, int]) -> Tensor:
     sums = functools.reduce(torch.add, [torch.exp2(x - tops) for x in tokens])  # [N, R, P]
     if torch.compiler.is_compiling():
         tops, sums = force_materialize(tops), force_materialize(sums)
-    weights = sums * torch.exp2(tops - tops.amax(-1, keepdim=True))
-    mass = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(sums.dtype).tiny)
+    both = tops, sums
+    if run is not None:
+        both = _joined(*(x.unflatten(-1, (-1, run)) for x in both))
+    top, total = (x.unsqueeze(-1) for x in _joined(*both))
+    mass = sums * torch.exp2(tops - top) / total.clamp_min(torch.finfo(sums.dtype).tiny)
     return mass.unflatten(0, (batch, heads)).unflatten(2, (-1, new)).mean(2)
+
+
+def _joined(tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest score, and the sum of weights, over the last axis."""
+    top = tops.amax(-1)
+    total = (sums * torch.exp2(tops - top.unsqueeze(-1))).sum(-1)
+    return (
+        (force_materialize(top), force_materialize(total)) if torch.compiler.is_compiling() else (top, total)
+    )
 
 
 def _compiled_mass(
@@ -178,7 +195,7 @@ def _compiled_mass(
     scores = packed.scores(queries, bias, tier, None, **options)  # [blocks * N, R, chunk]
     scores = scores.unflatten(0, (blocks, batch * heads)).movedim(0, 2).flatten(2).to(wide(dtype))
     scores = scores.narrow(1, 0, real)
-    return _mass(scores, page, (batch, heads, new))
+    return _mass(scores, page, (batch, heads, new), chunk // page)
 
 
 _compiled = Compiled(_compiled_mass)

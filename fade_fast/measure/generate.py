@@ -282,8 +282,11 @@ def free(model, method: str) -> None:
 class Clock(LogitsProcessor):
     """Marks the start, and every step when its logits exist. It also records the peaks of memory.
 
-    A step calls it `tokens` times, once for each of its tokens. `watch` reads the counters of `cache`.
+    A step calls it `tokens` times, once for each of its tokens. `watch` reads the counters of `cache`. `ids`
+    is the text in the end, int64 [B, n].
     """
+
+    ids: torch.Tensor
 
     def __init__(self, device: str, tokens: int = 1, cache=None):
         self.cuda, self.stamps, self.prefill_peak = device == "cuda", [], None
@@ -390,7 +393,7 @@ def run(model, cache, ids, new: int, fill: str, mode: str = "greedy") -> Clock:
     made = lambda own, *args, **kwargs: Guesses(own.config.vocab_size)  # noqa: E731
     guessing = mock.patch.object(type(model), "_get_candidate_generator", made)
     with guessing if mode == "drafted" else contextlib.nullcontext(), clock.watch.watching():
-        model.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, **asked | MODES[mode])
+        clock.ids = model.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, **asked | MODES[mode])
     return clock
 
 

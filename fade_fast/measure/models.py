@@ -53,10 +53,14 @@ MODELS = {
 LONGEST = 144 * K  # positions every model is made for
 
 
-def build(name: str, device: str):
-    """A model with random bfloat16 weights, made on the device. Its RoPE buffers are float32."""
+def build(name: str, device: str, **changed):
+    """A model with random bfloat16 weights, made on the device. Its RoPE buffers are float32.
+
+    `changed` are numbers of its configuration that differ from those of the name.
+    """
     make, configure, options = MODELS[name]
-    config = configure(**options, max_position_embeddings=LONGEST, attn_implementation="sdpa")
+    options = dict(max_position_embeddings=LONGEST) | options | changed
+    config = configure(**options, attn_implementation="sdpa")
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

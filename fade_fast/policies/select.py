@@ -8,10 +8,15 @@ from .residents import Wanted
 
 PAGE_BITS = 17  # of a sorting key, an int32, that number the page
 MOST_PAGES = 1 << PAGE_BITS
+TAKEN = torch.iinfo(torch.int64).max  # age of a slot that a step uses already
 
 
 def choose(
-    mass: Tensor, pages: int, share: float | None = None, ages: Tensor | None = None
+    mass: Tensor,
+    pages: int,
+    share: float | None = None,
+    blocks: Tensor | None = None,
+    per_block: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """The heaviest pages of each query and KV head; of equal pages, the newer one. With `share`, the heaviest
     one comes first.
@@ -20,24 +25,37 @@ def choose(
         mass: [B, H, q, P], not negative. Masses are compared by their seven most significant bits.
         pages: how many to choose, at most P.
         share: stop as soon as the chosen pages hold this share of the mass.
-        ages: integers [B, H, q, P] or [P], below `MOST_PAGES`, larger for newer pages, no two of a row equal;
-            None: 0, 1, 2, ...
+        blocks: int64 [B, H, q, n]. The masses are those of the `per_block` pages of block `blocks[..., 0]`,
+            then of `blocks[..., 1]`, and so on; no two blocks of a row are equal. Masses of what follows
+            after the last page that counts can be left out. None: of all pages, in order.
 
     Returns pages int64 [B, H, q, pages], and bool of the same shape, which of them are to be read; None: all.
     """
-    # One number per page: first its mass, as bits that sort like the number, then its age. No two are equal,
+    args = mass, blocks
+    options = dict(pages=pages, share=share, per_block=per_block)
+    return (
+        _compiled_choose([], dict, *args, **options) if use_compiled(mass) else _choose([], *args, **options)
+    )
+
+
+def _choose(
+    dynamic_sizes, mass: Tensor, blocks: Tensor | None, *, pages: int, share: float | None, per_block: int
+) -> tuple[Tensor, Tensor | None]:
+    # One number per page: first its mass, as bits that sort like the number, then the page. No two are equal,
     # so every device chooses the same pages. Few bits are sorted fast: a mass keeps seven significant ones.
     bits = mass.to(torch.float32).view(torch.int32) >> PAGE_BITS
-    ages = torch.arange(mass.shape[-1], device=mass.device) if ages is None else ages
-    key = (bits << PAGE_BITS) | ages.to(torch.int32)
-    index = key.topk(pages, dim=-1, sorted=share is not None).indices
+    numbers = torch.arange(mass.shape[-1] if blocks is None else per_block, device=mass.device)
+    if blocks is not None:
+        numbers = (blocks.unsqueeze(-1) * per_block + numbers).flatten(-2)
+    key = (bits << PAGE_BITS) | numbers.to(torch.int32)
+    found = key.topk(pages, dim=-1, sorted=share is not None)
+    index = found.indices if blocks is None else (found.values & (MOST_PAGES - 1)).to(torch.int64)
     if share is None:
         return index, None
-    weight = mass.gather(-1, index)
+    weight = mass.gather(-1, found.indices)
     before = weight.cumsum(-1) - weight
     keep = before < share
-    keep[..., 0] = True
-    return index, keep
+    return index, torch.cat((torch.ones_like(keep[..., :1]), keep[..., 1:]), dim=-1)
 
 
 class Residency:
@@ -125,36 +143,44 @@ def _touch(
     used = torch.ones_like(found, dtype=torch.bool) if keep is None else keep
     hit = used & (found >= 0)
     miss = used & ~hit
-    now = clock.expand_as(found)
-    last_used.scatter_(-1, torch.where(hit, found, nowhere), now)
-    # One number per slot, by use and then by place: no two are equal.
-    age = last_used[..., :-1] * nowhere + torch.arange(nowhere, device=index.device)
-    most = min(index.shape[-1], nowhere)
+    # One number per slot, by use and then by place: no two are equal. Slots that are not to be had come last.
+    place, most = torch.arange(nowhere + 1, device=index.device), min(index.shape[-1], nowhere)
+    age = torch.where(place == nowhere, TAKEN, last_used * nowhere + place)
+    _put(age, torch.where(hit, found, nowhere), torch.full_like(found, TAKEN))
     if ranks is None:
         oldest = age.topk(most, dim=-1, largest=False).indices
     else:
-        oldest = _by_rank(age, ranks, page_of_slot[..., :-1], last_used[..., :-1] == clock)[..., :most]
+        oldest = _by_rank(age[..., :-1], ranks, page_of_slot[..., :-1])[..., :most]
     replaced = oldest.gather(-1, (miss.cumsum(-1) - 1).clamp(0, most - 1))
     old = page_of_slot.gather(-1, replaced)
+    # One write to each tensor: the compiler makes a copy for two.
+    gone, new = torch.where(miss, old, none), torch.where(miss, index, none)
     absent = torch.full_like(old, -1)
-    slot_of_page.scatter_(-1, torch.where(miss, old, none), absent)
-    slot_of_page.scatter_(-1, torch.where(miss, index, none), replaced)
+    _put(slot_of_page, torch.cat((gone, new), dim=-1), torch.cat((absent, replaced), dim=-1))
     here = torch.where(miss, replaced, nowhere)
-    page_of_slot.scatter_(-1, here, index)
-    last_used.scatter_(-1, here, now)
+    slots = torch.where(hit, found, here)
+    _put(page_of_slot, here, index)
+    _put(last_used, slots, clock.expand_as(slots))
     clock.add_(1)
-    return torch.where(hit, found, here), miss
+    return slots, miss
 
 
-def _by_rank(age: Tensor, ranks: Tensor, page: Tensor, used: Tensor) -> Tensor:
-    """Slots [B, H, slots], those `used` in this step last, before them the page wanted most, and so on.
+def _put(x: Tensor, at: Tensor, values: Tensor) -> None:
+    """`x.scatter_(-1, at, values)` of a contiguous tensor [B, H, n]. The compiler would scatter in a copy."""
+    rows = torch.arange(x.shape[0] * x.shape[1], device=x.device).reshape(*x.shape[:2], 1) * x.shape[-1]
+    x.view(-1).index_copy_(0, (rows + at).flatten(), values.flatten())
 
-    `age`, `page` and `used` are those of the slots, [B, H, slots].
+
+def _by_rank(age: Tensor, ranks: Tensor, page: Tensor) -> Tensor:
+    """Slots [B, H, slots], those that are `TAKEN` last, before them the page wanted most, and so on.
+
+    `age` and `page` are those of the slots, [B, H, slots].
     """
     ranks = torch.nn.functional.pad(ranks, (0, 1))
-    rank = ranks.gather(-1, page.clamp_max(ranks.shape[-1] - 1)).masked_fill(used, torch.inf)
+    rank = ranks.gather(-1, page.clamp_max(ranks.shape[-1] - 1)).masked_fill(age == TAKEN, torch.inf)
     order = age.argsort(dim=-1)
     return order.gather(-1, rank.gather(-1, order).argsort(dim=-1, stable=True))
 
 
+_compiled_choose = Compiled(_choose, options={})
 _compiled_touch = Compiled(_touch, options={})

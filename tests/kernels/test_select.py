@@ -228,13 +228,28 @@ def test_queries_of_a_step_gather_from_their_row():
         assert torch.equal(found["valid"][n, h], valid[n, slots])
 
 
-@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("dim", [32, 80, 128])
 @pytest.mark.parametrize("kept", [1, 2])
-def test_parts_of_codes_are_joined_in_words(dim, kept, version):
+def test_parts_of_codes_are_joined_as_they_are_gathered(dim, kept, version):
+    """In words where those of a token fill some, as at 128 channels, and also with a lower part that came
+    from somewhere else."""
     draw = torch.Generator().manual_seed(dim)
     codes = torch.randint(0, 256, (2, 3, 40, dim // 2), generator=draw, dtype=torch.uint8)
     upper, lower = (x.contiguous() for x in halves.split(codes, kept))
-    assert torch.equal(pages.joined(upper, lower), codes)
+    index = torch.randint(0, 5, (2, 3, 4), generator=draw)
+    means, valid = torch.zeros(2, 3, 1, 4), torch.ones(2, 40, dtype=torch.bool)
+    options = dict(page=8, per_mean=40, join=("upper", "lower"))
+    found = pages.gather(dict(upper=upper, lower=lower), means, valid, index, None, **options)
+    parts = dict(upper=upper, lower=lower)
+    apart = pages.gather(parts, means, valid, index, None, page=8, per_mean=40)
+    apart = {name: apart[name] for name in parts}
+    one, both = dict(lower=apart["lower"]), apart
+    given = pages.gather(dict(upper=upper), means, valid, index, None, given=one, **options)
+    joined = pages.gather({}, means, valid, index, None, given=both, **options)
+    for b, h in itertools.product(range(2), range(3)):
+        expected = codes[b, h].unflatten(0, (5, 8))[index[b, h]].flatten(0, 1)
+        assert all(torch.equal(x["lower"][b, h], expected) for x in (found, given, joined))
+    assert not any("upper" in x for x in (found, given, joined))
 
 
 @pytest.mark.slow
