@@ -460,18 +460,16 @@ class SelectStore(AppendStore):
 
     def _fetch(self, index: Tensor, slots: Tensor, fetched: Tensor) -> dict[str, Tensor]:
         """The payload of the pages `index`: from the GPU, or from the host into its slot."""
-        found, run = {}, _compiled if use_compiled(index) else _fetch_rows
+        found = {}
         for name in self.payload:
             far, near = self.tiers[0].records.tensors[name], self.resident[name]
-            args = pages.rows_of(far, self.page), pages.rows_of(near, self.page), index, slots, fetched
-            new = run([], dict, *args) if use_compiled(index) else run([], *args)
+            rows = pages.rows_of(far, self.page), pages.rows_of(near, self.page)
+            new = _compiled.run(index, *rows, index, slots, fetched)
             found[name] = new.view(near.dtype).reshape(*index.shape[:2], -1, *near.shape[3:])
         return found
 
     def _count(self, valid: Tensor, keep: Tensor | None, fetched: Tensor | None) -> None:
-        run = _compiled_count if use_compiled(valid) else _add_counts
-        args = self.counted, valid, keep, fetched
-        run([], dict, *args) if use_compiled(valid) else run([], *args)
+        _compiled_count.run(valid, self.counted, valid, keep, fetched)
 
 
 def _add_counts(

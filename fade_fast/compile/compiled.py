@@ -84,6 +84,19 @@ class Compiled:
 
         `dynamic_sizes` are tensors whose length may differ between calls.
         """
+        return self._call(dynamic_sizes, pinned, args, constants)
+
+    def run(self, like: Tensor, *args, **constants):
+        """Call the function on `args`: compiled where tensors like `like` run compiled, otherwise eagerly.
+
+        This is for functions without dynamic sizes and without tiles. The eager function is looked up in its
+        module at each call, so that a test can replace it there.
+        """
+        if like.device.type in COMPILED_ON:
+            return self._call([], dict, args, constants)
+        return self.function.__globals__[self.function.__name__]([], *args, **constants)
+
+    def _call(self, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], args: tuple, constants: dict):
         shapes = tuple(
             (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
             for x in tree_leaves(args)
@@ -94,24 +107,31 @@ class Compiled:
         # Inside the first call of another compiled graph, tensors show other dispatch keys than in later
         # calls. Then this function would be compiled again, and a CUDA graph capture does not allow that.
         with torch._C._ForceDispatchKeyGuard(*PLAIN):
-            return self._call(key, dynamic_sizes, pinned, args, constants)
+            if key not in self.graphs:
+                return self._first_call(key, dynamic_sizes, pinned, args, constants)
+            return self.graphs[key][0](dynamic_sizes, *args)
 
-    def _call(self, key: tuple, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], args, constants):
-        if key not in self.graphs:
-            tiles = pinned()
-            bound = _own(self.function, constants)
-            graph = torch.compile(bound, fullgraph=True, options=self.options)
-            tag = torch.compiler.config.patch(cache_key_tag=str(tiles))  # for graphs in the disk cache
-            with (
-                pinned_tiles(tiles),
-                tag,
-                torch._dynamo.config.patch(automatic_dynamic_shapes=False),  # except `dynamic_sizes`
-                symbolic_shapes.patch(use_duck_shape=False),  # equal lengths may differ later
-            ):
-                result = graph(dynamic_sizes, *args)
-            self.graphs[key] = graph, bound.__code__
-            return result
-        return self.graphs[key][0](dynamic_sizes, *args)
+    def _first_call(
+        self,
+        key: tuple,
+        dynamic_sizes: list[Tensor],
+        pinned: Callable[[], Tiles],
+        args: tuple,
+        constants: dict,
+    ):
+        tiles = pinned()
+        bound = _own(self.function, constants)
+        graph = torch.compile(bound, fullgraph=True, options=self.options)
+        tag = torch.compiler.config.patch(cache_key_tag=str(tiles))  # for graphs in the disk cache
+        with (
+            pinned_tiles(tiles),
+            tag,
+            torch._dynamo.config.patch(automatic_dynamic_shapes=False),  # except `dynamic_sizes`
+            symbolic_shapes.patch(use_duck_shape=False),  # equal lengths may differ later
+        ):
+            result = graph(dynamic_sizes, *args)
+        self.graphs[key] = graph, bound.__code__
+        return result
 
 
 def _own(function: Callable, constants: dict) -> Callable:

@@ -6,7 +6,7 @@ A page is one run of bytes in each field of a tier. It moves as words of eight b
 import torch
 from torch import Tensor
 
-from ..compile.compiled import Compiled, use_compiled
+from ..compile.compiled import Compiled
 from . import halves
 
 WORD = torch.int64
@@ -38,10 +38,7 @@ def gather(
     rows = {name: rows_of(x, page) for name, x in fields.items()}
     args = rows, means.flatten(0, 2), valid.view(-1, page), index, keep
     options = dict(heads=means.shape[0] * means.shape[1], page=page, per_mean=per_mean)
-    if use_compiled(index):
-        found, mean, seen = _compiled([], dict, *args, **options)
-    else:
-        found, mean, seen = _gather([], *args, **options)
+    found, mean, seen = _compiled.run(index, *args, **options)
     shape = *index.shape[:2], index.shape[2] * page
     found = {
         name: x.view(fields[name].dtype).reshape(*shape, *fields[name].shape[3:]) for name, x in found.items()
@@ -61,8 +58,7 @@ def joined(upper: Tensor, lower: Tensor) -> Tensor:
     """`halves.join` of codes uint8 [..., W], in words where the bytes of a token fill them."""
     fits = all(x.shape[-1] % WORD.itemsize == 0 and x.data_ptr() % WORD.itemsize == 0 for x in (upper, lower))
     parts = [x.view(WORD) if fits else x for x in (upper, lower)]
-    found = _compiled_join([], dict, *parts) if use_compiled(upper) else halves.join(*parts)
-    return found.view(torch.uint8)
+    return _compiled_join.run(upper, *parts).view(torch.uint8)
 
 
 def _gather(dynamic_sizes, rows, means, valid, index, keep, *, heads, page, per_mean):
