@@ -104,11 +104,17 @@ def example(tokenizer, task: str, length: int, depth: int, seed: int, text: Tens
         raise InputError(f"{task}: {length} tokens are too few for the task, or more than the text has")
     # The asked fact at `depth`, the others anywhere.
     places = [round(spare * depth / 100), *(rng.randrange(spare + 1) for _ in facts[1:])]
-    parts, last = [start, head], 0
+    parts = [start, head, *woven(filler[:spare], facts, places)]
+    return Example(torch.cat(parts), asked, ids(f" {codes[0]}"))
+
+
+def woven(filler: Tensor, facts: list[Tensor], places: list[int]) -> list[Tensor]:
+    """The parts of `filler`, with each of `facts` at its place. Facts of one place stay in their order."""
+    parts, last = [], 0
     for place, fact in sorted(zip(places, facts), key=lambda pair: pair[0]):
         parts += [filler[last:place], fact]
         last = place
-    return Example(torch.cat([*parts, filler[last:spare]]), asked, ids(f" {codes[0]}"))
+    return [*parts, filler[last:]]
 
 
 @torch.no_grad()

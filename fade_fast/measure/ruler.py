@@ -34,7 +34,7 @@ from fade_fast.errors import InputError
 
 from . import options, runs
 from .methods import POLICIES, QUANTIZED, Method, compressed_tokens, evicted_tokens
-from .needles import GRASS
+from .needles import GRASS, woven
 from .streams import check, chunks, in_parts, of_one_prompt, prefilled, read_by_choice
 
 TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "fwe")
@@ -169,12 +169,7 @@ def example(source: Source, task: str, length: int, seed: int) -> Example:
 
 def _woven(rng: random.Random, filler: Tensor, facts: list[Tensor]) -> list[Tensor]:
     """`facts` at random places of `filler`, in their order."""
-    places = sorted(rng.randrange(len(filler) + 1) for _ in facts)
-    parts, last = [], 0
-    for place, fact in zip(places, facts):
-        parts += [filler[last:place], fact]
-        last = place
-    return [*parts, filler[last:]]
+    return woven(filler, facts, sorted(rng.randrange(len(filler) + 1) for _ in facts))
 
 
 def _niah(source: Source, rng: random.Random, length: int, keys: int) -> Example:
