@@ -470,17 +470,14 @@ class SelectStore(AppendStore):
         """The payload of the pages `index`: from the GPU, or from the host into its slot."""
         held = self.tiers[0].records.tensors
         far, near = ([pages.rows_of(x[n], self.page) for n in self.payload] for x in (held, self.resident))
-        args = far, near, index, slots, fetched
-        rows = _compiled([], dict, *args) if use_compiled(index) else _fetch_rows([], *args)
+        rows = _compiled.run(index, far, near, index, slots, fetched)
         shape = *index.shape[:2], index.shape[2] * self.page
         return {
             n: x.view(held[n].dtype).reshape(*shape, *held[n].shape[3:]) for n, x in zip(self.payload, rows)
         }
 
     def _count(self, valid: Tensor, keep: Tensor | None, fetched: Tensor | None) -> None:
-        run = _compiled_count if use_compiled(valid) else _add_counts
-        args = self.tallies, valid, keep, fetched
-        run([], dict, *args) if use_compiled(valid) else run([], *args)
+        _compiled_count.run(valid, self.tallies, valid, keep, fetched)
 
 
 def _add_counts(

@@ -84,34 +84,55 @@ class Compiled:
 
         `dynamic_sizes` are tensors whose length may differ between calls.
         """
-        shapes = tuple(
-            (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
-            for x in tree_leaves(args)
-        )
-        key = (shapes, *constants.items())
+        return self._call(dynamic_sizes, pinned, args, constants)
+
+    def run(self, like: Tensor, *args, **constants):
+        """Call the function on `args`: compiled where tensors like `like` run compiled, otherwise eagerly.
+
+        This is for functions without dynamic sizes and without tiles. The eager function is looked up in its
+        module at each call, so that a test can replace it there.
+        """
+        if like.device.type in COMPILED_ON:
+            return self._call([], dict, args, constants)
+        return self.function.__globals__[self.function.__name__]([], *args, **constants)
+
+    def _call(self, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], args: tuple, constants: dict):
+        key = (self._kinds(args), *constants.items())
         if key in self.graphs and not compiled_of(self.graphs[key][1]):
             del self.graphs[key]  # `torch._dynamo.reset()` dropped it; the new graph needs its tiles, too
         # Inside the first call of another compiled graph, tensors show other dispatch keys than in later
         # calls. Then this function would be compiled again, and a CUDA graph capture does not allow that.
         with torch._C._ForceDispatchKeyGuard(*PLAIN):
-            return self._call(key, dynamic_sizes, pinned, args, constants)
+            if key not in self.graphs:
+                return self._first_call(key, dynamic_sizes, pinned, args, constants)
+            return self.graphs[key][0](dynamic_sizes, *args)
 
-    def _call(self, key: tuple, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], args, constants):
-        if key not in self.graphs:
-            tiles = pinned()
-            bound = _own(self.function, constants)
-            graph = torch.compile(bound, fullgraph=True, options=self.options)
-            tag = torch.compiler.config.patch(cache_key_tag=str(tiles))  # for graphs in the disk cache
-            with (
-                pinned_tiles(tiles),
-                tag,
-                torch._dynamo.config.patch(automatic_dynamic_shapes=False),  # except `dynamic_sizes`
-                symbolic_shapes.patch(use_duck_shape=False),  # equal lengths may differ later
-            ):
-                result = graph(dynamic_sizes, *args)
-            self.graphs[key] = graph, bound.__code__
-            return result
-        return self.graphs[key][0](dynamic_sizes, *args)
+    def _kinds(self, args: tuple) -> tuple:
+        """What distinguishes calls that need graphs of their own, beside constants."""
+        leaves = tree_leaves(args)
+        return tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
+
+    def _first_call(
+        self,
+        key: tuple,
+        dynamic_sizes: list[Tensor],
+        pinned: Callable[[], Tiles],
+        args: tuple,
+        constants: dict,
+    ):
+        tiles = pinned()
+        bound = _own(self.function, constants)
+        graph = torch.compile(bound, fullgraph=True, options=self.options)
+        tag = torch.compiler.config.patch(cache_key_tag=str(tiles))  # for graphs in the disk cache
+        with (
+            pinned_tiles(tiles),
+            tag,
+            torch._dynamo.config.patch(automatic_dynamic_shapes=False),  # except `dynamic_sizes`
+            symbolic_shapes.patch(use_duck_shape=False),  # equal lengths may differ later
+        ):
+            result = graph(dynamic_sizes, *args)
+        self.graphs[key] = graph, bound.__code__
+        return result
 
 
 class CompiledForSizes(Compiled):
@@ -121,26 +142,34 @@ class CompiledForSizes(Compiled):
     because the compiler makes constants of 0 and 1.
     """
 
-    def __call__(self, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], *args, **constants):
-        heads, tokens = args[0].shape[0], args[0].shape[-1]
+    def _kinds(self, args):
         kinds = []
-        for x in tree_leaves(args):
-            free = [
-                axis for axis, size in ((0, heads), (-1, tokens)) if x.dim() > 1 and x.shape[axis] == size
-            ]
-            fixed = list(x.shape)
+        for x, free in self._free_axes(args):
+            shape = [min(size, 2) if axis in free else size for axis, size in enumerate(x.shape)]
+            kinds.append((*shape, *free, x.dtype, x.device))
+        return tuple(kinds)
+
+    def _first_call(self, key, dynamic_sizes, pinned, args, constants):
+        for x, free in self._free_axes(args):
             for axis in free:
-                fixed[axis] = min(fixed[axis], 2)
-            kinds.append((x, free, (*fixed, x.dtype, x.device)))
-        key = tuple(kind for *_, kind in kinds), *constants.items()
-        if key in self.graphs and not compiled_of(self.graphs[key][1]):
-            del self.graphs[key]
-        if key not in self.graphs:
-            for x, free, _ in kinds:
-                for axis in free:
-                    torch._dynamo.maybe_mark_dynamic(x, axis % x.dim())
-        with torch._C._ForceDispatchKeyGuard(*PLAIN):
-            return self._call(key, dynamic_sizes, pinned, args, constants)
+                torch._dynamo.maybe_mark_dynamic(x, axis)
+        return super()._first_call(key, dynamic_sizes, pinned, args, constants)
+
+    @staticmethod
+    def _free_axes(args: tuple) -> list[tuple[Tensor, list[int]]]:
+        """Each tensor, and its axes that count heads or tokens."""
+        sizes = args[0].shape[0], args[0].shape[-1]
+        return [
+            (
+                x,
+                [
+                    axis
+                    for axis, size in zip((0, x.dim() - 1), sizes)
+                    if x.dim() > 1 and x.shape[axis] == size
+                ],
+            )
+            for x in tree_leaves(args)
+        ]
 
 
 def _own(function: Callable, constants: dict) -> Callable:

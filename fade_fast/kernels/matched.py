@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..compile.compiled import CompiledForSizes, use_compiled
+from ..compile.compiled import CompiledForSizes
 from ..compile.replay import Replayed
 from . import rotated
 from .rotated import LARGEST, Packed, center, pack
@@ -190,13 +190,7 @@ def _encode_both(keys, values, mean, *tables, bits) -> tuple[Packed, Packed]:
 
 def _run(function: Callable, *args, **constants):
     """`function`, compiled where compiled versions run."""
-    if use_compiled(args[0]):
-        return _compiled[function]([], dict, *args, **constants)
-    return _eagerly(function, *args, **constants)
-
-
-def _eagerly(function: Callable, *args, **constants):
-    return function([], *args, **constants)
+    return _compiled[function.__name__].run(args[0], *args, **constants)
 
 
 MOST_REPLAYED = 1 << 21  # elements of the keys of a call that is replayed: 2,048 tokens of 8 heads of 128
@@ -205,5 +199,7 @@ _replayed = Replayed(_encode_both, MOST_REPLAYED)
 # Codes are defined by the stored scales, which are rounded. A block of channels is one kernel, although it
 # has more operations than Inductor would fuse.
 _PRECISE = {"emulate_precision_casts": True}
-_compiled = {function: CompiledForSizes(function, options=_PRECISE) for function in (_in_units, _finish)}
-_compiled[_round_block] = CompiledForSizes(_round_block, options=_PRECISE | {"max_fusion_size": 1024})
+_compiled = {
+    function.__name__: CompiledForSizes(function, options=_PRECISE | {"max_fusion_size": 1024})
+    for function in (_in_units, _round_block, _finish)
+}

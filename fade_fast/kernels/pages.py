@@ -6,7 +6,7 @@ A page is one run of bytes in each field of a tier. It moves as words of eight b
 import torch
 from torch import Tensor
 
-from ..compile.compiled import TOGETHER, Compiled, use_compiled
+from ..compile.compiled import TOGETHER, Compiled
 from . import halves
 
 WORD = torch.int64
@@ -47,10 +47,7 @@ def gather(
     args = rows, means.flatten(0, 2), valid.view(-1, page), index, keep
     given = {name: rows_of(x, page, slots) for name, x in given.items()}
     options = dict(heads=means.shape[0] * means.shape[1], page=page, per_mean=per_mean, join=join)
-    if use_compiled(index):
-        found, mean, seen = _compiled([], dict, *args, given, **options)
-    else:
-        found, mean, seen = _gather([], *args, given, **options)
+    found, mean, seen = _compiled.run(index, *args, given, **options)
     shape = *index.shape[:2], index.shape[2] * page
     dtypes = {name: x.dtype for name, x in (fields | parts).items()}
     found = {

@@ -21,34 +21,23 @@ writes. A method that reads none, or that should evict and drops none, is an err
 
 import argparse
 import copy
-import gc
+import functools
 import json
 import math
 import random
 import statistics
-import time
-import traceback
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import fade_fast
 from fade_fast.errors import InputError
-from fade_fast.hf import loading
 from fade_fast.hf.models import CACHE_NAME
 
-from . import options, ruler, texts
-from .methods import (
-    Method,
-    Unavailable,
-    compressed_tokens,
-    eager,
-    evicted_tokens,
-    method,
-)
-from .streams import NothingCompressed, check, stream
+from . import options, ruler, runs
+from .methods import Method, compressed_tokens, evicted_tokens, method
+from .streams import check, stream
 
 SUITE = (
     "off", "int8", "int4", "int4:quant_backend=matched", "int3", "k4v2", "int2",
@@ -199,28 +188,8 @@ def run(
         part = ids[rows : rows + batch].to(model.device)
         exact = after(model, part, size)
         plain = write(model, dynamic, part, new, size, exact)
-        for m in methods:
-            r = results[m.name]
-            if r.failed:
-                continue
-            started = time.perf_counter()
-            try:
-                with eager():
-                    known = [plain] if m.name == "dynamic" else None
-                    written = known or _by_rows(model, m, part, new, size, exact)
-            except Unavailable as error:
-                r.failed = str(error)
-                continue
-            except NothingCompressed:
-                raise
-            except Exception as error:  # one failed method must not end the run
-                traceback.print_exc()
-                r.failed = f"{type(error).__name__}: {error}"[:300]
-                continue
-            finally:
-                fade_fast.detach(model)
-                gc.collect()
-            r.seconds += time.perf_counter() - started
+        work = functools.partial(_by_rows, model, ids=part, new=new, size=size, exact=exact, plain=plain)
+        for m, r, written in runs.each(model, methods, results, work):
             _add(r, written, plain.tokens, margin)
             say(
                 f"  {m.name}: {len(r.length)} prompts, {r.seconds:.1f} s, lengths {r.length}, "
@@ -230,8 +199,10 @@ def run(
     return list(results.values())
 
 
-def _by_rows(model, m: Method, ids: Tensor, new: int, size: int, exact: Exact) -> list[Text]:
-    """Texts of a batch; of single rows, if the method mixes rows."""
+def _by_rows(model, m: Method, ids: Tensor, new: int, size: int, exact: Exact, plain: Text) -> list[Text]:
+    """Texts of a batch; of single rows, if the method mixes rows. `plain` is that of "dynamic"."""
+    if m.name == "dynamic":
+        return [plain]
     if m.rowwise or len(ids) == 1:
         return [write(model, m, ids, new, size, exact)]
     rows = [ids[i : i + 1] for i in range(len(ids))]
@@ -346,29 +317,20 @@ def main(argv: list[str]) -> int:
 
 def measured(args: argparse.Namespace) -> dict:
     """Load, run, and record the circumstances. The file of `--json` is written after every method."""
-    loading.quiet()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    started = time.perf_counter()
-    model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
-    text, source = texts.read_or_default(args.text)
-    report = texts.circumstances("free", model, name, source, args.dtype) | dict(
-        prompt=args.length, new=args.new, margin=args.margin, seed=args.seed, chunk=args.chunk, results=[],
-        answers=[],
+    record = runs.Record(
+        "free", args, indent=None, prompt=args.length, new=args.new, margin=args.margin, seed=args.seed,
+        chunk=args.chunk, results=[], answers=[],
     )  # fmt: skip
-
-    def keep(results: list, where: str = "results") -> None:
-        report[where] = [asdict(r) for r in results]
-        report["seconds"] = time.perf_counter() - started
-        if args.json:
-            args.json.write_text(json.dumps(report) + "\n", encoding="utf-8")
-
-    say = lambda line: print(line, flush=True)  # noqa: E731
+    model, tokenizer, text = record.model, record.tokenizer, record.text
     ids = prompts(tokenizer, text, args.prompts, args.length, args.seed)
-    keep(run(model, args.methods, ids, args.new, args.chunk, args.batch, args.margin, say, keep))
+    found = run(
+        model, args.methods, ids, args.new, args.chunk, args.batch, args.margin, runs.say, record.keep
+    )
+    record.keep(found)
     if args.tasks:
         answers = ruler.run(
             model, tokenizer, args.methods, args.tasks, [args.task_length], args.trials, 512, args.batch,
-            text, None, say, lambda found: keep(found, "answers"),
+            text, None, runs.say, lambda found: record.keep(found, "answers"),
         )  # fmt: skip
-        keep(answers, "answers")
-    return json.loads(json.dumps(report))
+        record.keep(answers, "answers")
+    return json.loads(json.dumps(record.report))

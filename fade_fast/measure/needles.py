@@ -18,27 +18,16 @@ import argparse
 import json
 import random
 import time
-import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import fade_fast
 from fade_fast.errors import InputError
-from fade_fast.hf import loading
 
-from . import options, pictures, texts
-from .methods import (
-    COMPRESSES,
-    POLICIES,
-    QUANTIZED,
-    Method,
-    Unavailable,
-    compressed_tokens,
-    eager,
-)
+from . import options, pictures, runs
+from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, compressed_tokens
 from .streams import NothingCompressed, in_parts, of_one_prompt, prefilled, read_by_choice
 
 TASKS = ("passkey", "multikey", "recall")
@@ -115,11 +104,17 @@ def example(tokenizer, task: str, length: int, depth: int, seed: int, text: Tens
         raise InputError(f"{task}: {length} tokens are too few for the task, or more than the text has")
     # The asked fact at `depth`, the others anywhere.
     places = [round(spare * depth / 100), *(rng.randrange(spare + 1) for _ in facts[1:])]
-    parts, last = [start, head], 0
+    parts = [start, head, *woven(filler[:spare], facts, places)]
+    return Example(torch.cat(parts), asked, ids(f" {codes[0]}"))
+
+
+def woven(filler: Tensor, facts: list[Tensor], places: list[int]) -> list[Tensor]:
+    """The parts of `filler`, with each of `facts` at its place. Facts of one place stay in their order."""
+    parts, last = [], 0
     for place, fact in sorted(zip(places, facts), key=lambda pair: pair[0]):
         parts += [filler[last:place], fact]
         last = place
-    return Example(torch.cat([*parts, filler[last:spare]]), asked, ids(f" {codes[0]}"))
+    return [*parts, filler[last:]]
 
 
 @torch.no_grad()
@@ -189,24 +184,18 @@ def score(model, methods: list[Method], task: str, length: int, cells, size: int
     results = {(m.name, d): Result(task, length, d, m.name) for m in methods for d, _ in cells}
     sums: dict[tuple[str, int], list] = {key: [] for key in results}
     step = batch if all(m.rowwise for m in methods) else 1
-    try:
+
+    def asked() -> None:
         for i in range(0, len(cells), step):
             part = cells[i : i + step]
-            with eager():
-                found = ask(model, methods, [e for _, e in part], size)
+            found = ask(model, methods, [e for _, e in part], size)
             for m, (right, nll, read) in zip(methods, found, strict=True):
                 for (d, _), row, x in zip(part, right.tolist(), nll.tolist()):
                     sums[m.name, d].append((all(row), sum(row) / len(row), x, read))
-    except Unavailable as error:
-        return [Result(task, length, d, name, failed=str(error)) for name, d in results]
-    except NothingCompressed:
-        raise
-    except Exception as error:  # one failed method must not end the run
-        traceback.print_exc()
-        failed = f"{type(error).__name__}: {error}"[:300]
+
+    _, failed = runs.attempt(model, asked)
+    if failed is not None:
         return [Result(task, length, d, name, failed=failed) for name, d in results]
-    finally:
-        fade_fast.detach(model)
     for key, r in results.items():
         r.trials = len(sums[key])
         r.exact, r.tokens, r.nll, r.read = (sum(column) / r.trials for column in zip(*sums[key]))
@@ -286,25 +275,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances. The file of `--json` is written after every method."""
-    loading.quiet()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    started = time.perf_counter()
-    text, source = texts.read_or_default(args.text)
-    model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
-    report = texts.circumstances("needles", model, name, source, args.dtype) | dict(
-        chunk=args.chunk,
-    )
-
-    def keep(results: list[Result]) -> None:
-        report.update(seconds=time.perf_counter() - started, results=[asdict(r) for r in results])
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
+    record = runs.Record("needles", args, chunk=args.chunk)
     results = run(
-        model, tokenizer, args.methods, args.tasks, args.lengths, args.depths, args.trials, args.chunk,
-        args.batch, text, lambda line: print(line, flush=True), keep,
+        record.model, record.tokenizer, args.methods, args.tasks, args.lengths, args.depths, args.trials,
+        args.chunk, args.batch, record.text, runs.say, record.keep,
     )  # fmt: skip
-    return report, results
+    return record.report, results
 
 
 if __name__ == "__main__":

@@ -14,34 +14,23 @@ result. Bytes are those of every storage of a cache made for 8192 bfloat16 token
 """
 
 import argparse
-import gc
+import functools
 import json
 import math
 import statistics
 import sys
-import time
-import traceback
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import fade_fast
-from fade_fast.hf import loading
 
-from . import free, memory, options, pictures, texts
-from .methods import (
-    POLICIES,
-    QUANTIZED,
-    Method,
-    Unavailable,
-    eager,
-    evicted_tokens,
-    method,
-)
-from .streams import KEPT, NothingCompressed, Reader, Uncompressed, check, chunks, read_by_choice, stream
+from . import free, memory, options, pictures, runs, texts
+from .methods import POLICIES, QUANTIZED, Method, evicted_tokens, method
+from .streams import KEPT, Reader, Uncompressed, check, chunks, read_by_choice, stream
 
 SUITE = (
     "dynamic", "off", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive",
@@ -184,27 +173,9 @@ def run(
         part = ids[first : first + batch].to(model.device)
         fade_fast.detach(model)
         exact = Uncompressed(model, part, size, kept)
-        for m in methods:
-            r = results[m.name]
-            if r.failed:
-                continue
-            started = time.perf_counter()
-            try:
-                with eager(not compiled):
-                    nll, kl, top1, read, evicted, r.config = measure(model, m, part, exact, size)
-            except Unavailable as error:
-                r.failed = str(error)
-                continue
-            except NothingCompressed:
-                raise
-            except Exception as error:  # one failed method must not end the run
-                traceback.print_exc()
-                r.failed = f"{type(error).__name__}: {error}"[:300]
-                continue
-            finally:
-                fade_fast.detach(model)
-                gc.collect()
-            r.seconds += time.perf_counter() - started
+        work = functools.partial(measure, model, ids=part, exact=exact, size=size)
+        for m, r, found in runs.each(model, methods, results, work, compiled):
+            nll, kl, top1, read, evicted, r.config = found
             share = len(part) / (len(r.nll) + len(part))
             r.read = read * share + (r.read or 0.0) * (1 - share)
             r.evicted = evicted * share + (r.evicted or 0.0) * (1 - share)
@@ -368,31 +339,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances. The file of `--json` is written after every batch."""
-    loading.quiet()
-    started = time.perf_counter()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    text, source = texts.read_or_default(args.text)
-    model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
-    ids = texts.windows(tokenizer, text, args.windows, args.length)
-    print(f"ready after {time.perf_counter() - started:.0f} s", flush=True)
-    report = texts.circumstances("quality", model, name, source, args.dtype) | dict(
-        windows=args.windows,
-        length=args.length,
-        chunk=args.chunk,
-        weighed_at=AT,
+    record = runs.Record(
+        "quality", args, windows=args.windows, length=args.length, chunk=args.chunk, weighed_at=AT
     )
-
-    def keep(results: list[Result]) -> None:
-        report.update(seconds=time.perf_counter() - started, results=[asdict(r) for r in results])
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
+    ids = texts.windows(record.tokenizer, record.text, args.windows, args.length)
+    runs.say(f"ready after {record.seconds():.0f} s")
     results = run(
-        model, args.methods, ids, args.chunk, args.batch, args.weigh,
-        lambda line: print(line, flush=True), args.compiled, keep,
+        record.model, args.methods, ids, args.chunk, args.batch, args.weigh, runs.say, args.compiled,
+        record.keep,
     )  # fmt: skip
-    keep(results)
-    return report, results
+    record.keep(results)
+    return record.report, results
 
 
 if __name__ == "__main__":

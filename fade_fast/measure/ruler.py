@@ -23,30 +23,19 @@ import random
 import re
 import statistics
 import time
-import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import fade_fast
 from fade_fast.errors import InputError
-from fade_fast.hf import loading
 
-from . import options, texts
-from .methods import (
-    POLICIES,
-    QUANTIZED,
-    Method,
-    Unavailable,
-    compressed_tokens,
-    eager,
-    evicted_tokens,
-)
-from .needles import GRASS
-from .streams import NothingCompressed, check, chunks, in_parts, of_one_prompt, prefilled, read_by_choice
+from . import options, runs
+from .methods import POLICIES, QUANTIZED, Method, compressed_tokens, evicted_tokens
+from .needles import GRASS, woven
+from .streams import check, chunks, in_parts, of_one_prompt, prefilled, read_by_choice
 
 TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "fwe")
 SUITE = (
@@ -180,12 +169,7 @@ def example(source: Source, task: str, length: int, seed: int) -> Example:
 
 def _woven(rng: random.Random, filler: Tensor, facts: list[Tensor]) -> list[Tensor]:
     """`facts` at random places of `filler`, in their order."""
-    places = sorted(rng.randrange(len(filler) + 1) for _ in facts)
-    parts, last = [], 0
-    for place, fact in zip(places, facts):
-        parts += [filler[last:place], fact]
-        last = place
-    return [*parts, filler[last:]]
+    return woven(filler, facts, sorted(rng.randrange(len(filler) + 1) for _ in facts))
 
 
 def _niah(source: Source, rng: random.Random, length: int, keys: int) -> Example:
@@ -406,24 +390,18 @@ def measured_in(
     """Methods that share their prefills over the examples of a task, in batches."""
     results = [Result(task, length, m.name) for m in methods]
     read, evicted = ([[] for _ in methods] for _ in range(2))
-    try:
+
+    def answered() -> None:
         for part in chunks(len(examples), batch if all(m.rowwise for m in methods) else 1):
-            with eager():
-                answers = answer(model, tokenizer, methods, examples[part], size, new)
+            answers = answer(model, tokenizer, methods, examples[part], size, new)
             for i, (said, seen, gone) in enumerate(answers):
                 results[i].scores += [score(words, e.answers) for words, e in zip(said, examples[part])]
                 read[i] += [seen] * len(said)
                 evicted[i] += [gone] * len(said)
-    except Unavailable as error:
-        return [Result(task, length, m.name, failed=str(error)) for m in methods]
-    except NothingCompressed:
-        raise
-    except Exception as error:  # one failed method must not end the run
-        traceback.print_exc()
-        failed = f"{type(error).__name__}: {error}"[:300]
+
+    _, failed = runs.attempt(model, answered)
+    if failed is not None:
         return [Result(task, length, m.name, failed=failed) for m in methods]
-    finally:
-        fade_fast.detach(model)
     for r, seen, gone in zip(results, read, evicted, strict=True):
         r.trials, r.score = len(r.scores), statistics.mean(r.scores)
         r.full = statistics.mean(float(x == 1) for x in r.scores)
@@ -513,25 +491,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances. The file of `--json` is written after every method."""
-    loading.quiet()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    started = time.perf_counter()
-    text, source = texts.read_or_default(args.text)
-    model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
-    report = texts.circumstances("ruler", model, name, source, args.dtype) | dict(
-        chunk=args.chunk, most=args.most
-    )
-
-    def keep(results: list[Result]) -> None:
-        report.update(seconds=time.perf_counter() - started, results=[asdict(r) for r in results])
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
+    record = runs.Record("ruler", args, chunk=args.chunk, most=args.most)
     results = run(
-        model, tokenizer, args.methods, args.tasks, args.lengths, args.trials, args.chunk, args.batch,
-        text, args.most, lambda line: print(line, flush=True), keep,
+        record.model, record.tokenizer, args.methods, args.tasks, args.lengths, args.trials, args.chunk,
+        args.batch, record.text, args.most, runs.say, record.keep,
     )  # fmt: skip
-    return report, results
+    return record.report, results
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..compile.compiled import Compiled, use_compiled
+from ..compile.compiled import Compiled
 from .residents import Wanted
 
 PAGE_BITS = 17  # of a sorting key, an int32, that number the page
@@ -106,9 +106,7 @@ class Residency:
         """
         held = self.page_of_slot, self.slot_of_page, self.last_used, self.clock
         ranks = self.wanted.ranks() if self.wanted else None
-        if use_compiled(index):
-            return _compiled_touch([], dict, index, keep, ranks, *held)
-        return _touch([], index, keep, ranks, *held)
+        return _compiled_touch.run(index, index, keep, ranks, *held)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""

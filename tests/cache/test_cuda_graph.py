@@ -26,7 +26,7 @@ from fade_ref.config import FadeConfig
 
 from ..marks import part, slow_but
 from ..models import compressed_tokens, drafts, new_cache, predictable, prompt, tiny_llama
-from .test_decode_graph import CAPTURED, CONFIGS, compiled, eager
+from .test_decode_graph import CAPTURED, CONFIGS, REPLAYED, compiled, eager
 
 CUDA = torch.device("cuda")
 
@@ -83,7 +83,7 @@ def hold_the_same(cache, other):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name, padded", slow_but(part("replays", CAPTURED), ("int4, int2, evict", False)))
+@pytest.mark.parametrize("name, padded", slow_but(REPLAYED, ("int4, int2, evict", False)))
 def test_replayed_steps_equal_eager_steps(tapes, name, padded):
     model = tiny_llama(dtype=torch.float64)
     inputs = prompt(30, batch=2, pads=(0, 9) if padded else ())

@@ -20,7 +20,7 @@ from fade_fast.policies import plan
 from fade_fast.saved.memory import StorageMeter
 from fade_ref.config import FadeConfig
 
-from ..marks import pairwise, part, slow_but
+from ..marks import FULL, pairwise, part, slow_but
 from ..models import (
     RandomDrafts,
     compressed_tokens,
@@ -90,16 +90,14 @@ def fresh_counters():
 
 #: Tests that compare captured steps with eager steps share this grid. The test is its first axis.
 CAPTURED = pairwise(
-    ("steps", "replays", "beams"),
+    ("steps", "beams"),
     CONFIGS,
     (False, True),
-    keep=[
-        ("steps", "int4, int2, evict", True),
-        ("steps", "h2o", True),
-        ("replays", "int4, int2, evict", False),
-        ("beams", "evict", False),
-    ],
+    keep=[("steps", "int4, int2, evict", True), ("steps", "h2o", True), ("beams", "evict", False)],
 )
+#: The test of beams replays steps of every configuration. So the test of replays needs one of each kind.
+KINDS = "int4, int2, evict", "matched, two tiers", "codes", "select, host", "select, policy", "off", "h2o"
+REPLAYED = pairwise(CONFIGS, (False, True)) if FULL else [(name, i % 2 > 0) for i, name in enumerate(KINDS)]
 
 
 @pytest.mark.parametrize("name, padded", slow_but(part("steps", CAPTURED), ("h2o", True)))

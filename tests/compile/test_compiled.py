@@ -38,6 +38,23 @@ def graphs() -> int:
     return counters["stats"].get("unique_graphs", 0)
 
 
+def tripled(dynamic_sizes, x, *, more):
+    return 3 * x + more
+
+
+def test_run_chooses_by_the_device_and_finds_the_eager_function_at_the_call(
+    traced_kernels, compiled_on, monkeypatch
+):
+    kernel = compiling.Compiled(tripled, options={})
+    compiled_on("cuda")
+    x = torch.ones(3)
+    assert kernel.run(x, x, more=1).eq(4).all() and not kernel.graphs
+    monkeypatch.setitem(globals(), "tripled", lambda dynamic_sizes, x, *, more: x - more)
+    assert kernel.run(x, x, more=1).eq(0).all()
+    compiled_on("cpu")
+    assert kernel.run(x, x, more=1).eq(4).all() and len(kernel.graphs) == graphs() == 1
+
+
 def test_one_graph_a_shape_and_constant(twin):
     for n in (5, 6, 9):
         assert twin([dynamic_size(n)], dict, torch.ones(3), factor=2).eq(2 + n).all()

@@ -5,8 +5,7 @@ import torch
 
 from fade_fast.measure import needles
 from fade_fast.measure.methods import method
-from fade_fast.measure.quality import NothingCompressed
-from fade_fast.measure.streams import of_one_prompt
+from fade_fast.measure.streams import NothingCompressed, of_one_prompt
 
 from ..marks import slow_but
 from ..models import tiny_llama
