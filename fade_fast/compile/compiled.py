@@ -99,7 +99,7 @@ class Compiled:
     def _call(self, key: tuple, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], args, constants):
         if key not in self.graphs:
             tiles = pinned()
-            bound = _own(self.function, constants)
+            bound = bind(self.function, constants)
             graph = torch.compile(bound, fullgraph=True, options=self.options)
             tag = torch.compiler.config.patch(cache_key_tag=str(tiles))  # for graphs in the disk cache
             with (
@@ -114,7 +114,7 @@ class Compiled:
         return self.graphs[key][0](dynamic_sizes, *args)
 
 
-def _own(function: Callable, constants: dict) -> Callable:
+def bind(function: Callable, constants: dict) -> Callable:
     """`function` with `constants` bound, and with a new code object.
 
     Dynamo keeps only a few graphs per code object, and here every shape needs a graph.

@@ -1,0 +1,61 @@
+"""Functions of tensors that are kept compiled for a CPU, as loops over any number of rows and tokens."""
+
+import functools
+import types
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.fx.experimental import _config as symbolic_shapes
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list as compiled_of
+from torch.utils._pytree import tree_leaves
+
+from .compiled import APART, PLAIN, bind
+
+
+@functools.cache
+def available() -> bool:
+    """Whether there is a C++ compiler for Inductor."""
+    from torch._inductor import cpp_builder
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except Exception:  # noqa: BLE001 - whatever the reason: eager steps need none
+        return False
+    return True
+
+
+class Loops:
+    """The compiled version of a function of tensors, for any number of rows and tokens.
+
+    Args:
+        function: compiled for each set of constants, dtypes and dimensions.
+        lengths: yields `(tensor, dimension)` for each dimension of its arguments that is data.
+    """
+
+    def __init__(self, function: Callable, lengths: Callable[..., Iterable[tuple[Tensor, int]]]):
+        self.function, self.lengths = function, lengths
+        self.graphs: dict[tuple, tuple[Callable, types.CodeType]] = {}
+
+    def __call__(self, *args, **constants) -> Tensor:
+        """Call the compiled version on `args`."""
+        key = (torch.get_num_threads(), *constants.items())
+        key += tuple(None if x is None else (x.dtype, x.dim()) for x in tree_leaves(args))
+        if key in self.graphs and not compiled_of(self.graphs[key][1]):
+            del self.graphs[key]  # `torch._dynamo.reset()` dropped it
+        with torch._C._ForceDispatchKeyGuard(*PLAIN):
+            if key in self.graphs:
+                return self.graphs[key][0](*args)
+            bound = bind(self.function, constants)
+            graph = torch.compile(bound, fullgraph=True, options=APART)
+            for x, dim in self.lengths(*args):
+                torch._dynamo.mark_dynamic(x, dim)
+            tag = torch.compiler.config.patch(cache_key_tag="loops")  # graphs in the disk cache are like these
+            with (
+                tag,
+                torch._dynamo.config.patch(automatic_dynamic_shapes=False),  # except `lengths`
+                symbolic_shapes.patch(use_duck_shape=False, backed_size_oblivious=True),
+            ):
+                result = graph(*args)
+            self.graphs[key] = graph, bound.__code__
+            return result
