@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config as symbolic_shapes
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list as compiled_of
-from torch.utils._pytree import tree_leaves
 
 from .compiled import APART, PLAIN, bind
 
@@ -25,11 +24,15 @@ def available() -> bool:
     return True
 
 
+#: Products and sums of one instruction: they round once, and so are no less exact.
+OPTIONS = APART | {"cpp.enable_floating_point_contract_flag": "fast"}
+
+
 class Loops:
     """The compiled version of a function of tensors, for any number of rows and tokens.
 
     Args:
-        function: compiled for each set of constants, dtypes and dimensions.
+        function: compiled once for each set of constants, which must tell its dtypes and fixed sizes.
         lengths: yields `(tensor, dimension)` for each dimension of its arguments that is data.
     """
 
@@ -39,23 +42,25 @@ class Loops:
 
     def __call__(self, *args, **constants) -> Tensor:
         """Call the compiled version on `args`."""
-        key = (torch.get_num_threads(), *constants.items())
-        key += tuple(None if x is None else (x.dtype, x.dim()) for x in tree_leaves(args))
-        if key in self.graphs and not compiled_of(self.graphs[key][1]):
-            del self.graphs[key]  # `torch._dynamo.reset()` dropped it
+        key = (torch.get_num_threads(), *constants.values())
+        known = self.graphs.get(key)
+        # `torch._dynamo.reset()` drops compiled versions.
         with torch._C._ForceDispatchKeyGuard(*PLAIN):
-            if key in self.graphs:
-                return self.graphs[key][0](*args)
-            bound = bind(self.function, constants)
-            graph = torch.compile(bound, fullgraph=True, options=APART)
-            for x, dim in self.lengths(*args):
-                torch._dynamo.mark_dynamic(x, dim)
-            tag = torch.compiler.config.patch(cache_key_tag="loops")  # graphs in the disk cache are like these
-            with (
-                tag,
-                torch._dynamo.config.patch(automatic_dynamic_shapes=False),  # except `lengths`
-                symbolic_shapes.patch(use_duck_shape=False, backed_size_oblivious=True),
-            ):
-                result = graph(*args)
-            self.graphs[key] = graph, bound.__code__
-            return result
+            if known is None or not compiled_of(known[1]):
+                return self._first_call(key, args, constants)
+            return known[0](*args)
+
+    def _first_call(self, key: tuple, args: tuple, constants: dict) -> Tensor:
+        bound = bind(self.function, constants)
+        graph = torch.compile(bound, fullgraph=True, options=OPTIONS)
+        for x, dim in self.lengths(*args):
+            torch._dynamo.mark_dynamic(x, dim)
+        with (
+            torch.compiler.config.patch(cache_key_tag="loops"),  # graphs in the disk cache are like these
+            torch._dynamo.config.patch(automatic_dynamic_shapes=False),  # except `lengths`
+            # Equal lengths may differ later. One row or token, and a full buffer, are no special cases.
+            symbolic_shapes.patch(use_duck_shape=False, backed_size_oblivious=True),
+        ):
+            result = graph(*args)
+        self.graphs[key] = graph, bound.__code__
+        return result

@@ -6,6 +6,7 @@ size and every number of tokens. It exists for many tokens only, because compili
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -55,30 +56,47 @@ def attend(
 ) -> Tensor:
     """The same as `decode.attend`, for arguments that it takes (`takes`): [B, 1, Hq, D]."""
     (batch, q_heads, _, dim), heads = query.shape, keys.shape[1]
-    rows = query.reshape(batch * heads, q_heads // heads, dim).float() * scaling
-    by_head = lambda x: x if x.dim() == 2 else x.expand(batch, -1, -1, -1).flatten(0, 1)  # noqa: E731
-    matrix = by_head(matrix.narrow(-2, 0, dim))
-    stored = [_tier(view, count, batch, heads) for view, count in zip(tiers, slots_read)]
-    per_mean = tuple(view.per_mean if view.means.shape[2] > 1 else 0 for view in tiers)
-    output, sums = _loops(
-        rows, rows @ matrix.mT, keys.flatten(0, 1), values.flatten(0, 1), _rows(seen, batch, heads), stored,
-        bits=tuple(bits), per_mean=per_mean,
+    rows = query.reshape(batch * heads, q_heads // heads, dim)
+    if matrix.dim() == 3:  # a matrix for each KV head
+        matrix = matrix.expand(batch, -1, -1, -1).flatten(0, 1)
+        value_matrix = value_matrix.expand(batch, -1, -1, -1).flatten(0, 1)
+    output = _loops(
+        (rows, keys.flatten(0, 1), values.flatten(0, 1), _rows(seen, batch, heads), matrix, value_matrix),
+        [_tier(view, count, batch, heads) for view, count in zip(tiers, slots_read)],
+        scaling=scaling, bits=tuple(bits), per_mean=tuple(map(_per_mean, tiers)),
+        # What the compiled version depends on beside these: it sees no other values.
+        kind=(rows.shape[1:], query.dtype, keys.dtype, matrix.dim(), *(view.full for view in tiers)),
     )  # fmt: skip
-    output = output + sums @ (matrix if value_matrix is None else by_head(value_matrix))
-    return output.reshape(batch, 1, q_heads, dim).to(query.dtype)
+    return output.reshape(batch, 1, q_heads, dim)
+
+
+def _per_mean(view: TierView) -> int:
+    """Slots of a mean; 0 where one mean is for all."""
+    return view.per_mean if view.means.shape[2] > 1 else 0
 
 
 def _tier(view: TierView, count: int, batch: int, heads: int) -> list[Tensor | None]:
-    """The tensors of a tier, rows and heads merged, cut to `count` slots.
+    """The tensors of a tier, rows and heads merged, cut to `count` slots; no mask where all slots are valid.
 
     They are cut here: if the compiler saw the whole buffer, a full one would be a case of its own.
     """
-    cut = lambda x, axis=1: None if x is None else x.flatten(0, 1).narrow(axis, 0, count)  # noqa: E731
+    rows = batch * heads
+
+    def cut(x: Tensor | None) -> Tensor | None:  # one operation instead of two
+        if x is None:
+            return None
+        if not x.is_contiguous():
+            return x.flatten(0, 1).narrow(1, 0, count)
+        slots, *width = x.shape[2:]
+        each = math.prod(width)
+        return x.as_strided((rows, count, *width), (slots * each, each, 1)[: 2 + len(width)], x.storage_offset())
+
     (codes, *rest), (value_codes, *value_rest), means = view.keys, view.values, view.means.flatten(0, 1)
     if means.shape[1] > 1:
         means = means.narrow(1, 0, -(-count // view.per_mean))
-    valid = _rows(view.valid.narrow(2, 0, count), batch, heads)
-    return [cut(codes), *map(cut, rest), cut(value_codes, 2), *map(cut, value_rest), means, valid]
+    valid = None if view.full else _rows(view.valid.narrow(2, 0, count), batch, heads)
+    value_codes = value_codes.flatten(0, 1).narrow(2, 0, count)
+    return [cut(codes), *map(cut, rest), value_codes, *map(cut, value_rest), means, valid]
 
 
 def _rows(seen: Tensor, batch: int, heads: int) -> Tensor:
@@ -88,11 +106,12 @@ def _rows(seen: Tensor, batch: int, heads: int) -> Tensor:
     return seen.reshape(batch * heads, -1).contiguous()
 
 
-def _attend(query, rotated, keys, values, seen, tiers, *, bits, per_mean) -> tuple[Tensor, Tensor]:
-    """Attention of rows [N, R, D]: the part of the uncompressed tokens, and that of the tiers, still rotated.
-
-    There is one softmax over all tokens, so nothing has to be merged.
-    """
+def _attend(dense, tiers, *, scaling, bits, per_mean, kind) -> Tensor:
+    """Attention of rows [N, R, D]. There is one softmax over all tokens, so nothing has to be merged."""
+    query, keys, values, seen, matrix, value_matrix = dense
+    dtype, query = query.dtype, query.float() * scaling
+    matrix = matrix.narrow(-2, 0, query.shape[-1])
+    rotated = force_materialize(_product(query, matrix))
     scores = [[torch.where(seen, x, -torch.inf) for x in _products(keys, query)]]
     for (codes, scale, zero, *_, means, valid), (width, _), per in zip(tiers, bits, per_mean):
         bias = [force_materialize(x) for x in _products(means, query)]
@@ -105,14 +124,23 @@ def _attend(query, rotated, keys, values, seen, tiers, *, bits, per_mean) -> tup
     top = [functools.reduce(torch.maximum, each).clamp_min(lowest) for each in zip(*tops)]
     weights = [[torch.exp(x - t) for x, t in zip(each, top)] for each in scores]
     total = torch.stack([sum(w.sum(-1, keepdim=True) for w in each) for each in zip(*weights)], dim=1)
-    share = 1 / total.clamp_min(torch.finfo(torch.float32).tiny)
     values = values.float()
     values = torch.where(values.abs() <= torch.finfo(torch.float32).max, values, 0.0)  # 0 * NaN is NaN
     output = torch.stack([(values * w.unsqueeze(-1)).sum(1) for w in weights[0]], dim=1)
     sums = 0.0
     for own, (*_, codes, scale, zero, _, valid), (_, width) in zip(weights[1:], tiers, bits):
         sums = sums + _sums(own, codes, scale, zero, valid, width)
-    return output * share, sums * share
+    back = matrix if value_matrix is None else value_matrix
+    output = output + _product(force_materialize(sums), back.mT)
+    return (output / total.clamp_min(torch.finfo(torch.float32).tiny)).to(dtype)
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """The product of rows [N, R, D] with the rows of a matrix [D, D], or with those of a matrix for each N.
+
+    It is a loop like all others: a call of a library would take longer than this small product.
+    """
+    return (rows.unsqueeze(2) * matrix.unsqueeze(-3)).sum(-1)
 
 
 def _products(vectors: Tensor, query: Tensor) -> list[Tensor]:
@@ -131,14 +159,15 @@ def _scores(rotated, codes, scale, zero, bias, valid, width: int) -> list[Tensor
     for r, mean in enumerate(bias):
         dot = sum(x * q[:, r : r + 1] for x, q in parts).sum(-1)
         found = dot * scale + zero * total[:, r] + mean
-        scores.append(force_materialize(torch.where(valid, found, -torch.inf)))
+        scores.append(force_materialize(found if valid is None else torch.where(valid, found, -torch.inf)))
     return scores
 
 
 def _sums(weights: list[Tensor], codes, scale, zero, valid, width: int) -> Tensor:
     """Weighted sums of the values of a tier, before they are rotated back: [N, R, D]."""
-    scale = torch.where(valid, scale.float(), 0.0)  # slots without a token may hold anything
-    zero = None if zero is None else torch.where(valid, zero.float(), 0.0) + center(width) * scale
+    known = lambda x: x.float() if valid is None else torch.where(valid, x.float(), 0.0)  # noqa: E731
+    scale = known(scale)  # slots without a token may hold anything
+    zero = None if zero is None else known(zero) + center(width) * scale
     fields, out = _fields(codes, width), []
     for own in weights:
         shift = 0.0 if zero is None else (own * zero).sum(-1, keepdim=True)
@@ -161,13 +190,14 @@ def _fields(codes: Tensor, width: int) -> list[tuple[Tensor, float]]:
     return fields
 
 
-def _lengths(query, rotated, keys, values, seen, tiers):
+def _lengths(dense, tiers):
     """Dimensions that differ between calls: rows, and tokens of each kind."""
-    yield from ((x, 0) for x in (query, rotated))
+    query, keys, values, seen, *matrices = dense
+    yield from ((x, 0) for x in (query, *matrices) if x is not None and x.dim() == 3)
     yield from ((x, dim) for x in (keys, values, seen) for dim in (0, 1))
     for codes, scale, zero, value_codes, value_scale, value_zero, means, valid in tiers:
-        numbers = (x for x in (scale, zero, value_scale, value_zero) if x is not None)
-        yield from ((x, dim) for x in (codes, *numbers, valid) for dim in (0, 1))
+        each = (codes, scale, zero, value_scale, value_zero, valid)
+        yield from ((x, dim) for x in each for dim in (0, 1) if x is not None)
         yield from ((value_codes, dim) for dim in (0, 2))
         yield from ((means, dim) for dim in ((0, 1) if means.shape[1] > 1 else (0,)))
 
