@@ -40,9 +40,9 @@ class Loops:
         self.function, self.lengths = function, lengths
         self.graphs: dict[tuple, tuple[Callable, types.CodeType]] = {}
 
-    def __call__(self, *args, **constants) -> Tensor:
-        """Call the compiled version on `args`."""
-        key = (torch.get_num_threads(), *constants.values())
+    def __call__(self, threads: int, *args, **constants) -> Tensor:
+        """Call the version for so many threads on `args`."""
+        key = (threads, *constants.values())
         known = self.graphs.get(key)
         # `torch._dynamo.reset()` drops compiled versions.
         with torch._C._ForceDispatchKeyGuard(*PLAIN):
@@ -52,7 +52,7 @@ class Loops:
 
     def _first_call(self, key: tuple, args: tuple, constants: dict) -> Tensor:
         bound = bind(self.function, constants)
-        graph = torch.compile(bound, fullgraph=True, options=OPTIONS)
+        graph = torch.compile(bound, fullgraph=True, options=OPTIONS | {"cpp.threads": key[0]})
         for x, dim in self.lengths(*args):
             torch._dynamo.mark_dynamic(x, dim)
         with (

@@ -18,6 +18,7 @@ from .packed import TierView, force_materialize
 from .rotated import center
 
 LEAST = 2048  # slots of a tier from which on a step runs in compiled loops
+ONE_THREAD = 1 << 16  # slots of all rows and heads up to which one thread works: threads wait for each other
 MOST_ROWS = 8  # query rows of a KV head: each has sums of its own in every loop
 
 
@@ -60,7 +61,9 @@ def attend(
     if matrix.dim() == 3:  # a matrix for each KV head
         matrix = matrix.expand(batch, -1, -1, -1).flatten(0, 1)
         value_matrix = value_matrix.expand(batch, -1, -1, -1).flatten(0, 1)
+    alone = batch * heads * sum(slots_read) < ONE_THREAD
     output = _loops(
+        1 if alone else torch.get_num_threads(),
         (rows, keys.flatten(0, 1), values.flatten(0, 1), _rows(seen, batch, heads), matrix, value_matrix),
         [_tier(view, count, batch, heads) for view, count in zip(tiers, slots_read)],
         scaling=scaling, bits=tuple(bits), per_mean=tuple(map(_per_mean, tiers)),
