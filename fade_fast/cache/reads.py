@@ -130,7 +130,7 @@ class AttentionQuery:
         return Visible(seen, views)
 
     def _sees_all(self) -> bool:
-        """Whether the only query sees every token that the layer holds, and no graph asks for fixed shapes."""
+        """Whether the only query sees every token held, and nothing asks for fixed shapes."""
         layer = self.layer
         hides = self.step_mask is not None or layer.token_positions.has_padding
         fixed = use_compiled(self.raw) or layer.counts_in_attend(1)

@@ -28,7 +28,7 @@ ONE_MEAN = 1 << 30  # slots that share a mean, where there is one mean for all
 
 @functools.lru_cache(maxsize=64)
 def _first_slots(batch: int, count: int, capacity: int, device: torch.device) -> Tensor:
-    """The mask [batch, 1, capacity] of the first `count` slots. All layers of a step share it: read it only."""
+    """The mask [batch, 1, capacity] of the first `count` slots. Layers share it, so nothing may write it."""
     valid = torch.zeros(batch, 1, capacity, dtype=torch.bool, device=device)
     valid[:, :, :count] = True
     return valid

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.fx.experimental import _config as symbolic_shapes
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list as compiled_of
+from torch.fx.experimental import _config as symbolic_shapes
 
 from .compiled import APART, PLAIN, bind
 

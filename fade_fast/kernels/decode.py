@@ -69,9 +69,9 @@ def attend(
             query rows. Slots after the slots read receive 0.
 
     On CUDA, for two-byte dtypes and up to `MOST_ROWS` rows, one compiled graph runs the products in float16.
-    The relative error is below 2e-3, without the rounding of bfloat16 output. On a CPU, a step of one token over
-    many slots runs in compiled loops (`decode_loops.py`). In all other cases the function runs tile by tile in
-    float32, or in float64 if the query is float64.
+    The relative error is below 2e-3, without the rounding of bfloat16 output. On a CPU, a step of one token
+    over many slots runs in compiled loops (`decode_loops.py`). In all other cases the function runs tile by
+    tile in float32, or in float64 if the query is float64.
 
     Raises `ValueError` if shapes, dtypes, devices or numbers of slots read do not match.
     """

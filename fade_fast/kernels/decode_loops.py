@@ -1,8 +1,8 @@
 """Attention of a step of one token on a CPU, over all tiers of a layer, in loops that Inductor generates.
 
-An eager step converts codes to float32 in memory, field by field and tile by tile. These loops convert them in
-registers: each stored byte is read once, and only scores are written. One compiled version serves every batch
-size and every number of tokens. It exists for many tokens only, because compiling takes seconds.
+An eager step converts codes to float32 in memory, field by field and tile by tile. These loops convert them
+in registers: each stored byte is read once, and only scores are written. One compiled version serves every
+batch size and every number of tokens. Steps over few tokens are eager, because compiling takes seconds.
 """
 
 import functools
@@ -58,17 +58,17 @@ def attend(
     """The same as `decode.attend`, for arguments that it takes (`takes`): [B, 1, Hq, D]."""
     (batch, q_heads, _, dim), heads = query.shape, keys.shape[1]
     rows = query.reshape(batch * heads, q_heads // heads, dim)
-    if matrix.dim() == 3:  # a matrix for each KV head
-        matrix = matrix.expand(batch, -1, -1, -1).flatten(0, 1)
-        value_matrix = value_matrix.expand(batch, -1, -1, -1).flatten(0, 1)
+    tables = [matrix, matrix[..., :dim, :] if value_matrix is None else value_matrix]
+    by_head = [x.dim() == 3 for x in tables]  # whether each KV head has a matrix of its own
+    tables = [x.expand(batch, -1, -1, -1).flatten(0, 1) if own else x for x, own in zip(tables, by_head)]
     alone = batch * heads * sum(slots_read) < ONE_THREAD
     output = _loops(
         1 if alone else torch.get_num_threads(),
-        (rows, keys.flatten(0, 1), values.flatten(0, 1), _rows(seen, batch, heads), matrix, value_matrix),
+        (rows, keys.flatten(0, 1), values.flatten(0, 1), _rows(seen, batch, heads), *tables),
         [_tier(view, count, batch, heads) for view, count in zip(tiers, slots_read)],
         scaling=scaling, bits=tuple(bits), per_mean=tuple(map(_per_mean, tiers)),
         # What the compiled version depends on beside these: it sees no other values.
-        kind=(rows.shape[1:], query.dtype, keys.dtype, matrix.dim(), *(view.full for view in tiers)),
+        kind=(rows.shape[1:], query.dtype, keys.dtype, *by_head, *(view.full for view in tiers)),
     )  # fmt: skip
     return output.reshape(batch, 1, q_heads, dim)
 
@@ -92,7 +92,8 @@ def _tier(view: TierView, count: int, batch: int, heads: int) -> list[Tensor | N
             return x.flatten(0, 1).narrow(1, 0, count)
         slots, *width = x.shape[2:]
         each = math.prod(width)
-        return x.as_strided((rows, count, *width), (slots * each, each, 1)[: 2 + len(width)], x.storage_offset())
+        strides = (slots * each, each, 1)[: 2 + len(width)]
+        return x.as_strided((rows, count, *width), strides, x.storage_offset())
 
     (codes, *rest), (value_codes, *value_rest), means = view.keys, view.values, view.means.flatten(0, 1)
     if means.shape[1] > 1:
@@ -133,8 +134,7 @@ def _attend(dense, tiers, *, scaling, bits, per_mean, kind) -> Tensor:
     sums = 0.0
     for own, (*_, codes, scale, zero, _, valid), (_, width) in zip(weights[1:], tiers, bits):
         sums = sums + _sums(own, codes, scale, zero, valid, width)
-    back = matrix if value_matrix is None else value_matrix
-    output = output + _product(force_materialize(sums), back.mT)
+    output = output + _product(force_materialize(sums), value_matrix.mT)
     return (output / total.clamp_min(torch.finfo(torch.float32).tiny)).to(dtype)
 
 
@@ -196,7 +196,7 @@ def _fields(codes: Tensor, width: int) -> list[tuple[Tensor, float]]:
 def _lengths(dense, tiers):
     """Dimensions that differ between calls: rows, and tokens of each kind."""
     query, keys, values, seen, *matrices = dense
-    yield from ((x, 0) for x in (query, *matrices) if x is not None and x.dim() == 3)
+    yield from ((x, 0) for x in (query, *matrices) if x.dim() == 3)
     yield from ((x, dim) for x in (keys, values, seen) for dim in (0, 1))
     for codes, scale, zero, value_codes, value_scale, value_zero, means, valid in tiers:
         each = (codes, scale, zero, value_scale, value_zero, valid)
