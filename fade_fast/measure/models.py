@@ -53,9 +53,13 @@ MODELS = {
 LONGEST = 144 * K  # positions every model is made for
 
 
-def build(name: str, device: str):
-    """A model with random bfloat16 weights, made on the device. Its RoPE buffers are float32."""
+def build(name: str, device: str, layers: int | None = None):
+    """A model with random bfloat16 weights, made on the device. Its RoPE buffers are float32.
+
+    `layers`: how many it has; None: as many as the shape says.
+    """
     make, configure, options = MODELS[name]
+    options = options | ({} if layers is None else dict(num_hidden_layers=layers))
     config = configure(**options, max_position_embeddings=LONGEST, attn_implementation="sdpa")
     torch.manual_seed(0)
     before = torch.get_default_dtype()
