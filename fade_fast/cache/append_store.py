@@ -13,6 +13,8 @@ from .store import CompressedStore, StoredTier
 class AppendStore(CompressedStore):
     """Positions follow from slots, so none is stored. Each block has a mean of its own."""
 
+    fills_slots = True
+
     @property
     def slots_step(self) -> int:
         """Tokens come in whole blocks."""

@@ -30,6 +30,12 @@ def rows_of(mask: Tensor | None, start: int, count: int) -> Tensor | None:
     return None if mask is None else mask[:, :, start : start + count]
 
 
+@functools.lru_cache(maxsize=64)
+def _ones(batch: int, count: int, device: torch.device) -> Tensor:
+    """A mask [batch, 1, count] that hides nothing. All layers of a step share it."""
+    return torch.ones(batch, 1, count, dtype=torch.bool, device=device)
+
+
 class AttentionQuery:
     """The queries of a step, or of a part of one.
 
@@ -54,9 +60,17 @@ class AttentionQuery:
     ):
         self.raw, self.layer, self.options, self.step_mask = query, layer, options, step_mask
         self.start, self.stop = start, start + query.shape[2]
-        wide = torch.promote_types(query.dtype, torch.float32)
-        self.query = of_rows(query.to(wide) * options.scaling, layer.heads)
-        self.positions = layer.token_positions.logical[:, None, self.start : self.stop, None]
+
+    @functools.cached_property
+    def query(self) -> Tensor:
+        """The scaled query heads of each KV head, float32 or float64."""
+        wide = torch.promote_types(self.raw.dtype, torch.float32)
+        return of_rows(self.raw.to(wide) * self.options.scaling, self.layer.heads)
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """Positions of the queries, [B, 1, q, 1]."""
+        return self.layer.token_positions.logical[:, None, self.start : self.stop, None]
 
     # -- what the queries see
 
@@ -104,12 +118,28 @@ class AttentionQuery:
     def visible(self) -> Visible:
         """What the queries of a short step see of the layer."""
         layer = self.layer
+        if self._sees_all():
+            keys = layer.dense.tensors["key"]
+            seen = _ones(keys.shape[0], layer.dense.count, keys.device)
+            return Visible(seen, [layer.middle.view(t, full=True) for t in layer.held_tiers()])
         seen = self.sees_dense()[:, 0]
         # One shape for as long as the buffers last.
         if use_compiled(self.raw) or layer.counts_in_attend(self.raw.shape[2]):
             seen = torch.nn.functional.pad(seen, (0, layer.dense.capacity - seen.shape[-1]))
         views = [layer.middle.view(t, self.sees(self.tier_at(t))[:, 0]) for t in layer.held_tiers()]
         return Visible(seen, views)
+
+    def _sees_all(self) -> bool:
+        """Whether the only query sees every token held, and nothing asks for fixed shapes."""
+        layer = self.layer
+        hides = self.step_mask is not None or layer.token_positions.has_padding
+        fixed = use_compiled(self.raw) or layer.counts_in_attend(1)
+        return (
+            self.raw.shape[2] == 1
+            and self.options.window is None
+            and not (hides or fixed)
+            and (layer.middle is None or layer.middle.fills_slots)
+        )
 
     # -- short steps
 

@@ -84,6 +84,8 @@ class SelectStore(AppendStore):
             `fetched`: bool [B, H, n], which of these pages came from the host.
     """
 
+    fills_slots = False  # a query reads some of them
+
     def __init__(self, *args):
         super().__init__(*args)
         (tier,) = self.tiers

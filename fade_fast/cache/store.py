@@ -5,6 +5,7 @@ token as one record that depends on no other token. So moving a token is a gathe
 """
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 
@@ -23,6 +24,14 @@ from .buffers import Buffers
 from .positions import PAD, DeviceCounters, TokenPositions
 
 ONE_MEAN = 1 << 30  # slots that share a mean, where there is one mean for all
+
+
+@functools.lru_cache(maxsize=64)
+def _first_slots(batch: int, count: int, capacity: int, device: torch.device) -> Tensor:
+    """The mask [batch, 1, capacity] of the first `count` slots. Layers share it, so nothing may write it."""
+    valid = torch.zeros(batch, 1, capacity, dtype=torch.bool, device=device)
+    valid[:, :, :count] = True
+    return valid
 
 
 class StoredTier:
@@ -164,6 +173,7 @@ class CompressedStore(ABC):
     slots_step = 1  # capacities are multiples of this
     per_mean = ONE_MEAN  # slots that share a mean
     chooses = False  # whether a short step reads a part of the tokens
+    fills_slots = False  # whether each slot in use holds a real token, in a batch without padding
     evicted: Tensor | None = None  # [B, 1] int32: real tokens dropped so far
     token_bytes = 0  # of an uncompressed token; 0: not known
     on_plan: Callable | None = None  # is told of plans: see `plan.Candidates`
@@ -301,17 +311,24 @@ class CompressedStore(ABC):
         means = {} if self.means is None else {"means": self.means}
         return {tier.name: tier.records for tier in self.tiers} | means
 
-    def view(self, tier: StoredTier, visible: Tensor | None = None) -> TierView:
+    def view(self, tier: StoredTier, visible: Tensor | None = None, full: bool = False) -> TierView:
         """The view of a tier that kernels read: its buffers at full capacity.
 
-        `visible`: bool [B, 1 or R, n], for the slots in use; None: those that hold a token.
+        Args:
+            visible: bool [B, 1 or R, n], for the slots in use; None: those that hold a token.
+            full: whether every slot in use holds a token that every query sees. Then `visible` is not used.
         """
-        capacity = tier.records.capacity
-        visible = self.position(tier) != PAD if visible is None else visible
+        capacity, count = tier.records.capacity, tier.records.count
         pad = lambda x: torch.nn.functional.pad(x, (0, capacity - x.shape[-1]))  # noqa: E731
+        if full:
+            codes = tier.records.tensors["key_codes"]
+            valid = _first_slots(codes.shape[0], count, capacity, codes.device)
+        else:
+            valid = pad(self.position(tier) != PAD if visible is None else visible)
         read_at = pad(self.read_at(tier)) if self.config.contiguous else None
         means = None if self.means is None else self.means.tensors["mean"]
-        return tier.format.view(tier.records.tensors, tier.bound, means, pad(visible), self.per_mean, read_at)
+        view = tier.format.view(tier.records.tensors, tier.bound, means, valid, self.per_mean, read_at)
+        return view._replace(full=True) if full else view
 
     def refresh_view(self, tier: StoredTier, view: TierView, counters: DeviceCounters | None = None) -> None:
         """Bring the tensors that `view` made beside the buffers up to date, in place."""

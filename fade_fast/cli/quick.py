@@ -99,7 +99,7 @@ def text(found: Quick, on_cpu: bool) -> str:
         "compared with the prediction of the uncompressed cache. The ratio grows with the length of text.",
     ]
     if on_cpu:
-        lines.append("On a CPU the cache saves memory, and no time. Time is saved on a GPU: docs/speed.md.")
+        lines.append("On a CPU the cache saves memory, and time only in long texts: docs/speed.md.")
     return "\n".join(lines)
 
 

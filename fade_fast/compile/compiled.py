@@ -121,7 +121,7 @@ class Compiled:
         constants: dict,
     ):
         tiles = pinned()
-        bound = _own(self.function, constants)
+        bound = bind(self.function, constants)
         graph = torch.compile(bound, fullgraph=True, options=self.options)
         tag = torch.compiler.config.patch(cache_key_tag=str(tiles))  # for graphs in the disk cache
         with (
@@ -172,7 +172,7 @@ class CompiledForSizes(Compiled):
         ]
 
 
-def _own(function: Callable, constants: dict) -> Callable:
+def bind(function: Callable, constants: dict) -> Callable:
     """`function` with `constants` bound, and with a new code object.
 
     Dynamo keeps only a few graphs per code object, and here every shape needs a graph.

@@ -99,14 +99,14 @@ def warm(
             raise ValueError(f"mode {mode!r}: of {', '.join(MODES)}")
     if min((*batches, *lengths), default=1) < 1:
         raise ValueError(f"batches {batches} and lengths {lengths}: numbers of at least 1")
-    started, before = time.perf_counter(), _counts()
+    started, before = time.perf_counter(), compiled_graphs()
     path = None if file is None else Path(file)
     loaded = load_compiled(path) if path and path.exists() else 0
     configs = [config] if isinstance(config, str | FadeConfig) else list(config)
     for each in configs:
         for batch, length, mode in _texts(batches, lengths, modes):
             _run(model, each, batch, length, mode, max_length)
-    compiled, found = (now - then for now, then in zip(_counts(), before))
+    compiled, found = (now - then for now, then in zip(compiled_graphs(), before))
     size = 0
     if path:
         if compiled or not loaded:
@@ -134,7 +134,7 @@ def _run(model, config, batch: int, length: int, mode: str, max_length: int | No
     model.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, **options)
 
 
-def _counts() -> tuple[int, int]:
+def compiled_graphs() -> tuple[int, int]:
     """Graphs that Inductor compiled so far, and those that it found in its caches."""
     found = counters["inductor"]["fxgraph_cache_hit"]
     compiled = counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"]

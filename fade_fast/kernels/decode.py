@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..compile.compiled import Compiled, dynamic_size, more_rows, rounded, use_compiled
 from ..compile.tiles import Tiles, step_tiles, tier_tiles
-from . import packed
+from . import decode_loops, packed
 from .packed import LOG2E, Decoder, Queries, TierView, force_materialize, wide
 from .rotated import Packed, is_uniform
 
@@ -69,13 +69,20 @@ def attend(
             query rows. Slots after the slots read receive 0.
 
     On CUDA, for two-byte dtypes and up to `MOST_ROWS` rows, one compiled graph runs the products in float16.
-    The relative error is below 2e-3, without the rounding of bfloat16 output. In all other cases the function
-    runs tile by tile in float32, or in float64 if the query is float64.
+    The relative error is below 2e-3, without the rounding of bfloat16 output. On a CPU, a step of one token
+    over many slots runs in compiled loops (`decode_loops.py`). In all other cases the function runs tile by
+    tile in float32, or in float64 if the query is float64.
 
     Raises `ValueError` if shapes, dtypes, devices or numbers of slots read do not match.
     """
     matrices = matrix, value_matrix
     _check(query, keys, values, seen, matrices, tiers, bits, slots_read, s_aux, inv_freq, mass or [])
+    plain = softcap is None and s_aux is None and not mass
+    if plain and decode_loops.takes(query, keys, tiers, bits, slots_read):
+        return decode_loops.attend(
+            query, keys, values, seen, matrix, value_matrix, tiers,
+            bits=bits, slots_read=slots_read, scaling=scaling,
+        )  # fmt: skip
     new, columns = query.shape[2], rounded(query.shape[2])
     # Add padding queries, and ignore them afterwards. Add none with `mass`, because it would count them.
     fits = use_compiled(query) and not mass and query.shape[1] // keys.shape[1] * columns <= MOST_ROWS

@@ -57,6 +57,7 @@ class TierView(NamedTuple):
             them. None if the slots of a row are contiguous.
         key_index: [B, H, S, W / 2] uint8, the upper bits of 4-bit key codes, if the tier stores them apart;
             the codes of `keys` are then the lower bits. `whole` joins both. None if the codes are whole.
+        full: whether every slot that the step reads is valid for every row. Kernels may then ignore `valid`.
 
     With a block table, codes, scales and zero points are stored in P pages. Key codes are [P, H, page, W],
     value codes are [P, H, W, page], scales and zero points are [P, H, page]. Slot i of row b is slot
@@ -79,6 +80,7 @@ class TierView(NamedTuple):
     read_at: Tensor | None = None
     block_table: Tensor | None = None
     key_index: Tensor | None = None
+    full: bool = False
 
     @property
     def capacity(self) -> int:

@@ -175,7 +175,7 @@ def notes(report: dict, results: list[Result]) -> list[str]:
     """What the table cannot say, one line each."""
     said = []
     if report["device"] == "CPU":
-        said.append("On a CPU the cache saves memory, and no time. Time is saved on a GPU: docs/speed.md.")
+        said.append("On a CPU the cache saves memory, and time only in long texts: docs/speed.md.")
     if slow := [r.method for r in results if r.captured is not None and 2 * r.captured < r.new]:
         said.append(f"Steps of {', '.join(slow)} were not captured as CUDA graphs: expect faster ones.")
     if any(r.evicted for r in results):

@@ -53,13 +53,15 @@ MODELS = {
 LONGEST = 144 * K  # positions every model is made for
 
 
-def build(name: str, device: str, **changed):
+def build(name: str, device: str, layers: int | None = None, **changed):
     """A model with random bfloat16 weights, made on the device. Its RoPE buffers are float32.
 
-    `changed` are numbers of its configuration that differ from those of the name.
+    `layers`: how many it has; None: as many as the shape says. `changed` are other numbers of its
+    configuration that differ from those of the shape.
     """
     make, configure, options = MODELS[name]
     options = dict(max_position_embeddings=LONGEST) | options | changed
+    options |= {} if layers is None else dict(num_hidden_layers=layers)
     config = configure(**options, attn_implementation="sdpa")
     torch.manual_seed(0)
     before = torch.get_default_dtype()

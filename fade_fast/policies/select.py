@@ -33,9 +33,7 @@ def choose(
     """
     args = mass, blocks
     options = dict(pages=pages, share=share, per_block=per_block)
-    return (
-        _compiled_choose([], dict, *args, **options) if use_compiled(mass) else _choose([], *args, **options)
-    )
+    return _compiled_choose.run(mass, *args, **options)
 
 
 def _choose(

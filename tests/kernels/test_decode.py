@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from fade_fast.compile import compiled as compiling
-from fade_fast.kernels import decode, packed, rotated
+from fade_fast.kernels import decode, decode_loops, packed, rotated
 from fade_fast.kernels.packed import TierView
 from fade_fast.kernels.rotated import Packed
 from parity.tolerances import ATTENTION
@@ -193,6 +193,12 @@ def check(args, options):
     mass = [x.double() for x in mass]
     assert distance(torch.cat(mass, -1), torch.cat(expected_mass, -1)) <= CLOSE[wide]
     return found, mass
+
+
+@pytest.fixture(autouse=True)
+def no_loops(monkeypatch):
+    """Steps over many slots run tile by tile; `test_decode_loops.py` has the other way of a CPU."""
+    monkeypatch.setattr(decode_loops, "LEAST", 1 << 30)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,230 @@
+"""What a fresh process waits for: `fade bench start`.
+
+Two processes run one after the other, with a folder of their own for compiled code: the first one finds it
+empty, the second one finds what the first one left. Each one makes a model of a named shape with random
+weights, and then runs texts of several batch sizes and modes. For each text the table has the seconds to the
+first token, from there to the second one, in all, and the graphs that were compiled for it, with their
+seconds. `--layers N` makes a model of N layers. Without a GPU a tiny model runs. Its steps are not compiled,
+and its times mean nothing.
+
+A process that has not ended after `--limit` seconds is stopped, and the texts that it has finished are shown.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+STARTED = time.perf_counter()  # before torch is imported
+NEW = 16  # tokens of a text: enough for steps to be captured
+LENGTH = 512  # tokens of a prompt
+#: Texts by name: batch and mode. A draft is of one text.
+TEXTS = {
+    "greedy": (1, "greedy"),
+    "again": (1, "greedy"),
+    "sampled": (1, "sampled"),
+    "B 2": (2, "greedy"),
+    "B 2 padded": (2, "padded"),
+    "B 4": (4, "greedy"),
+    "B 8": (8, "greedy"),
+    "beams": (2, "beams"),
+    "drafted": (1, "drafted"),
+}
+CACHES = ("empty", "filled")  # what a process finds on disk
+
+
+@dataclass
+class Text:
+    """What one text took, in seconds.
+
+    Attributes:
+        name: of `TEXTS`.
+        first, second: to the first token, and from there to the second one.
+        whole: of the whole call of `generate()`.
+        graphs: seconds of compilation by the name of a function, and how many graphs: `{name: [n, seconds]}`.
+        found: graphs that Inductor found on disk. compiled: graphs that it compiled.
+    """
+
+    name: str
+    first: float
+    second: float
+    whole: float
+    graphs: dict[str, list[float]] = field(default_factory=dict)
+    found: int = 0
+    compiled: int = 0
+
+
+@dataclass
+class Process:
+    """What one process took.
+
+    Attributes:
+        caches: of `CACHES`.
+        imported, built: seconds from its start until modules were imported, and until the model was there.
+        second_token: seconds from its start to the second token of the first text.
+        texts: those that it finished. stopped: why the others are missing.
+    """
+
+    caches: str
+    imported: float | None = None
+    built: float | None = None
+    second_token: float | None = None
+    texts: list[Text] = field(default_factory=list)
+    stopped: str | None = None
+
+
+# -- the measured process
+
+
+def measure(model, name: str, config: str, length: int) -> Text:
+    """Run one text of `TEXTS`. It is compiled where that was not done before."""
+    import torch
+    from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
+
+    from fade_fast.hf.warm import compiled_graphs
+
+    from . import generate
+
+    batch, mode = TEXTS[name]
+    generator = torch.Generator(model.device).manual_seed(1)
+    size = (batch, length)
+    ids = torch.randint(model.config.vocab_size, size, generator=generator, device=model.device)
+    cache = generate.make_cache(model, config, None, length)
+    clear_compilation_metrics()
+    before, started = compiled_graphs(), time.perf_counter()
+    first, second, *_ = generate.run(model, cache, ids, NEW, "once", mode).seconds()
+    whole = time.perf_counter() - started
+    graphs: dict[str, list[float]] = {}
+    for one in get_compilation_metrics():
+        entry = graphs.setdefault(one.co_name or "", [0, 0.0])
+        entry[0] += 1
+        entry[1] += (one.duration_us or 0) / 1e6
+    compiled, found = (now - then for now, then in zip(compiled_graphs(), before))
+    return Text(name, first, second, whole, graphs, found, compiled)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run all texts in this process, and print a line of JSON for each."""
+    import torch
+
+    from . import models
+
+    say = lambda **line: print(json.dumps(line), flush=True)  # noqa: E731
+    since = lambda: time.perf_counter() - STARTED  # noqa: E731
+    say(imported=since())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = args.model or (models.LLAMA if device == "cuda" else models.TINY)
+    model = models.build(name, device, args.layers)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    say(built=since())
+    for name in args.only:
+        begun = since()
+        text = measure(model, name, args.config, args.length)
+        say(text=asdict(text), second_token=begun + text.first + text.second)
+
+
+# -- the measuring process
+
+
+def watch(args: argparse.Namespace, caches: str, folder: Path) -> Process:
+    """Start a process with its compiled code in `folder`, and read what it says."""
+    process = Process(caches)
+    own = dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"))
+    command = [sys.executable, "-m", __spec__.name, "--child", "--config", args.config]
+    command += ["--length", str(args.length), "--only", *args.only]
+    command += ["--model", args.model] if args.model else []
+    command += ["--layers", str(args.layers)] if args.layers else []
+    with subprocess.Popen(command, env=os.environ | own, stdout=subprocess.PIPE, text=True) as child:
+        timer = threading.Timer(args.limit, child.kill)
+        timer.start()
+        try:
+            for line in child.stdout:
+                _read(process, line)
+            code = child.wait()
+        finally:
+            timer.cancel()
+            child.kill()
+    if code:
+        late = not timer.is_alive() and code < 0
+        process.stopped = f"stopped after {args.limit:g} s" if late else f"ended with exit code {code}"
+    return process
+
+
+def _read(process: Process, line: str) -> None:
+    """Take in what a process says. Other lines, of libraries, are passed over."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return
+    if not isinstance(said, dict):
+        return
+    process.imported = said.get("imported", process.imported)
+    process.built = said.get("built", process.built)
+    if "text" in said:
+        process.texts.append(Text(**said["text"]))
+        if process.second_token is None:
+            process.second_token = said["second_token"]
+
+
+def table(processes: list[Process]) -> str:
+    """The times of each process, text by text."""
+    lines = []
+    for process in processes:
+        parts = [f"caches on disk: {process.caches}"]
+        for name in ("imported", "built", "second_token"):
+            seconds = getattr(process, name)
+            parts.append(f"{name.replace('_', ' ')} after {'-' if seconds is None else f'{seconds:.1f} s'}")
+        lines += [", ".join(parts), "text         first  second   whole  compiled  found  graphs"]
+        for text in process.texts:
+            each = sorted(text.graphs.items(), key=lambda item: -item[1][1])
+            shown = ", ".join(f"{n:g} {name} {seconds:.1f} s" for name, (n, seconds) in each)
+            times = f"{text.first:>7.2f} {text.second:>7.2f} {text.whole:>7.2f}"
+            lines.append(f"{text.name:<11}{times} {text.compiled:>9} {text.found:>6}  {shown}")
+        lines += [f"the other texts: {process.stopped}"] if process.stopped else []
+        lines.append("")
+    return "\n".join(lines)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--model", help="name of a shape (default: Llama-3.1-8B, without a GPU tiny)")
+    parser.add_argument("--layers", type=int, help="layers of the model (default: those of the shape)")
+    parser.add_argument("--config", default="safe", help="name of a method of `fade bench generate`")
+    parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens of a prompt ({LENGTH})")
+    parser.add_argument("--only", nargs="+", choices=tuple(TEXTS), default=list(TEXTS), metavar="TEXT")
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES), metavar="empty|filled")
+    parser.add_argument("--folder", type=Path, help="keeps compiled code for later (default: a new folder)")
+    parser.add_argument("--limit", type=float, default=100.0, help="seconds of one process (100)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store the numbers")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, and print the table. Returns 1 if a process did not finish its texts."""
+    args = arguments(argv)
+    if args.child:
+        run(args)
+        return 0
+    from fade_fast.saved.files import write_json
+
+    processes = []
+    with tempfile.TemporaryDirectory() as made:
+        for caches in args.caches:
+            processes.append(watch(args, caches, args.folder or Path(made)))
+            print(table(processes[-1:]), flush=True)
+            if args.json:
+                write_json(args.json, dict(layers=args.layers, processes=[asdict(p) for p in processes]))
+    return int(any(process.stopped for process in processes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

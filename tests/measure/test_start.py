@@ -1,0 +1,78 @@
+"""measure.start: what a fresh process waits for, and which texts compile a step."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+from fade_fast.measure import generate, start
+from fade_fast.measure.start import Process, Text
+
+from ..models import tiny_llama
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """A model whose steps are compiled on a CPU, but without generated code."""
+    torch._dynamo.reset()
+    made = generate.make_cache
+
+    def make(*args):
+        cache = made(*args)
+        cache.decode_graph.compileable = True
+        return cache
+
+    monkeypatch.setattr(generate, "make_cache", make)
+    model = tiny_llama(layers=1, dtype=torch.bfloat16)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    model.generation_config.compile_config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    model.generation_config.compile_config._compile_all_devices = True
+    return model
+
+
+def test_which_texts_compile_a_step(model):
+    """The first text, the first of several rows, and the first with drafts. No other one does."""
+    names = ("greedy", "again", "sampled", "B 2", "B 2 padded", "B 4", "B 8", "beams", "drafted")
+    texts = {name: start.measure(model, name, "safe", 40) for name in names}
+    compiled = {name: sum(n for n, _ in text.graphs.values()) for name, text in texts.items()}
+    assert compiled == dict.fromkeys(names, 0) | {"greedy": 1, "B 2": 1, "drafted": 1}
+    assert all(text.first > 0 and text.second > 0 and text.whole > text.second for text in texts.values())
+    assert texts["greedy"].whole > texts["again"].whole
+
+
+def test_what_a_process_says():
+    process, said = (
+        Process("empty"),
+        Text("greedy", 1.0, 2.0, 4.0, {"forward": [1, 1.5]}, found=2, compiled=3),
+    )
+    lines = [dict(imported=1.0), dict(built=2.0), dict(text=vars(said), second_token=5.0)]
+    lines.append(dict(text=vars(said) | dict(name="again"), second_token=9.0))
+    for line in ("a warning", "[1]", *map(json.dumps, lines)):
+        start._read(process, line)
+    assert (process.imported, process.built, process.second_token) == (1.0, 2.0, 5.0)
+    assert process.texts[0] == said and len(process.texts) == 2
+    process.stopped = "stopped after 3 s"
+    shown = start.table([process])
+    assert "second token after 5.0 s" in shown and "1 forward 1.5 s" in shown and "stopped after 3 s" in shown
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    file, root = tmp_path / "start.json", Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore", "-m", "fade_fast", "bench", "start", "--length", "40"]
+    command += ["--only", "greedy", "B 2", "--layers", "1", "--model", "tiny", "--json", str(file)]
+    own = dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        command, env=os.environ | own, cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    empty, filled = json.loads(file.read_text())["processes"]
+    assert (empty["caches"], filled["caches"]) == start.CACHES
+    for process in (empty, filled):
+        assert [text["name"] for text in process["texts"]] == ["greedy", "B 2"] and process["stopped"] is None
+        assert 0 < process["imported"] < process["built"] < process["second_token"]
