@@ -38,9 +38,10 @@ def allowed(yes: bool) -> Iterator[Twins]:
     """Allow or forbid compiled versions of the kernels. Yields a record of the graphs that ran."""
     graphs, before, call = Twins(), compiling.COMPILED_ON, compiling.Compiled._call
 
-    def watched(self, key, *args):
+    def watched(self, dynamic_sizes, pinned, args, constants):
+        key = self._kinds(args), *constants.items()
         start, new = time.perf_counter(), key not in self.graphs
-        result = call(self, key, *args)
+        result = call(self, dynamic_sizes, pinned, args, constants)
         graphs.graphs.add(f"{self.function.__module__}.{self.function.__qualname__} {key}")
         graphs.new += new
         graphs.seconds += time.perf_counter() - start if new else 0.0

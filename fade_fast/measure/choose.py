@@ -75,6 +75,7 @@ class Row:
         bound_ms: time of a copy of these bytes from host memory.
         fetch_gb_s: bandwidth inside the step, see above.
         gpu_bytes, host_bytes, dense_bytes: of the cache, and of an uncompressed one.
+        tables_bytes: of tables that all caches of a model share, which `gpu_bytes` leaves out.
         cold_s, first_token_s: of a first prefill, which compiles, and of later ones, median.
         refused: larger batches that did not fit.
     """
@@ -98,6 +99,7 @@ class Row:
     bound_ms: float | None = None
     fetch_gb_s: float | None = None
     gpu_bytes: int | None = None
+    tables_bytes: int | None = None
     host_bytes: int | None = None
     dense_bytes: int | None = None
     cold_s: float | None = None
@@ -296,7 +298,8 @@ def record(text: Text, row: Row, times: list[float], counted: list[int]) -> None
     row.ms = statistics.median(times)
     row.all_ms = bench.scaled(row.ms)
     row.tokens_per_s, row.captured = text.batch / row.all_ms * 1e3, text.captured
-    row.gpu_bytes, row.host_bytes, row.dense_bytes = memory.allocated, memory.host, memory.dense
+    row.gpu_bytes, row.host_bytes = memory.allocated - memory.tables, memory.host
+    row.tables_bytes, row.dense_bytes = memory.tables, memory.dense
     row.held = row.read = text.held
     if not text.stores or not text.stores[0].chooses:
         return

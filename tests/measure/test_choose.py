@@ -35,7 +35,7 @@ def test_the_command(tmp_path, capsys):
             assert 0 < r["read"] == 64 < r["held"] and r["ms"] > 0
     for r in rows["hits"]:  # 8 pages of 2 KV heads
         assert r["hits"] == 16 * r["forced"] and r["hits"] + r["misses"] == 16
-        assert r["fetched_bytes"] == r["misses"] * 8 * (64 // 4 + 64 // 2 + 4)
+        assert r["fetched_bytes"] == r["misses"] * 8 * (64 // 4 + 64 // 2 + 2)
         assert r["host_bytes"] > 0 and r["gpu_bytes"] < r["dense_bytes"]
     assert [r["forced"] for r in rows["hits"]] == [1.0, 0.75, 0.5]
     assert all(r["first_token_s"] > 0 for r in rows["prefill"])
