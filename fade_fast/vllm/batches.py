@@ -33,10 +33,10 @@ class Batch:
         at: int64 [B, q], positions of the queries; `NOWHERE` for padding.
         table: [B, n], pages of each row.
         reach: on the host, int64 [B]: no query of a row is at this position or behind it. Longest first.
-        wanted: int64 [m], index of each real query among the B * q queries; None: all are real.
+        wanted: int64 [m], index of each real query among the B * q queries; None: the first m.
         targets: int64 [m], the token of each real query.
         before: int64 [B], how many new tokens of the request are before the first query of a row.
-        in_order: whether query b is token b of the step, and nothing is padding.
+        in_order: whether the m real queries are the first m tokens of the step, in rows of one query.
         shared: what layers compute once and share during a step.
     """
 
@@ -57,19 +57,18 @@ class Batch:
 
     def rows(self, x: Tensor) -> Tensor:
         """The tokens `x` [T, H, D] of the step as queries of this batch, [B, H, q, D]."""
-        if self.in_order:
+        if self.in_order and len(self.tokens) == len(self.targets):
             return x[: len(self.tokens)].unsqueeze(2)
         return x[self.tokens].transpose(1, 2)
 
     def store(self, result: Tensor, output: Tensor) -> None:
         """Write the result [B, q, H, D] to the tokens `output` [T, H, D]. Padding is dropped."""
-        flat = result.flatten(0, 1)
+        flat, count = result.flatten(0, 1), len(self.targets)
+        flat = flat[:count] if self.wanted is None else flat[self.wanted]
         if self.in_order:
-            output[: len(flat)].copy_(flat)
-        elif self.wanted is None:  # padding rows are the last ones
-            output.index_copy_(0, self.targets, flat[: len(self.targets)].to(output.dtype))
+            output[:count].copy_(flat)
         else:
-            output[self.targets] = flat[self.wanted].to(output.dtype)
+            output.index_copy_(0, self.targets, flat.to(output.dtype))
 
     def pages(self, window: int | None, page: int) -> tuple[Tensor, Tensor, np.ndarray]:
         """The part of the table that a layer reads, and where it begins.
@@ -186,13 +185,13 @@ def split(
     if rounded:
         batches = [_rounded(batch) for batch in batches]
     single = count.max(initial=0) == 1
-    if single and len(batches) == 1 and np.array_equal(short, np.arange(len(batches[0].tokens))):
-        batches[0].in_order = True
+    if single and len(batches) == 1:
+        batches[0].in_order = np.array_equal(short, np.arange(len(short)))
     first = _first(starts, count, reach, lengths, table, slack)
     positions = _positions(starts, count, lengths)  # and how many tokens come after
     long = np.flatnonzero(count > SHORT)
     if not len(long):
-        return Step(batches, None, first, *positions, single)
+        return Step(batches, None, first, *positions, bool(single))
     tiles = -(-count[long] // ROWS)
     request = np.repeat(long, tiles)
     before = (np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * ROWS
@@ -222,7 +221,7 @@ def uniform(lengths: Tensor, table: Tensor, longest: int, rounded: bool = False)
     none = torch.zeros_like(at)
     batch = Batch(index.unsqueeze(1), at.unsqueeze(1), table, reach, None, index, none)
     batch = _rounded(batch) if rounded else batch
-    batch.in_order = len(batch.tokens) == count
+    batch.in_order = True
     page = table[:, 0].long().masked_fill((at < 0) | (at >= FIRST), 0)
     first = FirstTokens(index, page, at.clamp(0, FIRST - 1))
     return Step([batch], None, first, at, none, True)
@@ -278,7 +277,7 @@ def _rounded(batch: Batch) -> Batch:
     rows, width = batch.tokens.shape
     more, wider = (1 << (n - 1).bit_length() for n in (rows, width))
     wanted = batch.wanted
-    if wider > width or (more > rows and wanted is None):
+    if wider > width:
         index = torch.arange(rows * width, device=batch.at.device) if wanted is None else wanted
         wanted = index // width * wider + index % width
     pad, added = torch.nn.functional.pad, (0, wider - width, 0, more - rows)
