@@ -305,8 +305,9 @@ def _vectors(dynamic_sizes, runs, keys, values, tokens, old, means, decoders, of
         if before is not None:
             more = torch.where(of.replaced[..., None, None], dequantize(before[i], bits, middle), more)
         more = torch.where(of.twice[i][..., None, None], more, 0.0)
-        turned.append((dequantize(first[i], bits, middle) + more).to(dtype))  # [B, E, H, D]
-    turned = torch.stack(turned).permute(0, 3, 1, 2, 4)  # [2, H, B, E, D]
+        whole = (dequantize(first[i], bits, middle) + more).to(dtype)  # [B, E, H, D]
+        turned.append(whole.permute(2, 0, 1, 3))
+    turned = torch.stack(turned)  # [2, H, B, E, D]
     size = turned.shape
     if decoders.dim() == 2:
         found = turned.reshape(-1, size[-1]) @ decoders
@@ -372,12 +373,14 @@ def _run(name: str, *args, **constants):
     return globals()[f"_{name}"]([], *args, **constants)
 
 
+#: One kernel reads both records of a token, and writes their sum.
+_FUSED = {f"realize_{what}_threshold": 1000 for what in ("opcount", "acc_reads", "reads")}
 # Codes are defined by the stored scales and zero points, which are rounded.
-_ROUNDED = {"emulate_precision_casts": True}
+_ROUNDED = _FUSED | {"emulate_precision_casts": True}
 _compiled = {
     name: Compiled(function, options=options)
     for name, function, options in (
-        ("writes", _writes, {}), ("reads", _reads, {}), ("vectors", _vectors, {}),
-        ("store", _store, _ROUNDED), ("turned", _turned, {}), ("write", _write, {}),
+        ("writes", _writes, _FUSED), ("reads", _reads, _FUSED), ("vectors", _vectors, _FUSED),
+        ("store", _store, _ROUNDED), ("turned", _turned, {}), ("write", _write, _FUSED),
     )
 }  # fmt: skip

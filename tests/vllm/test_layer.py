@@ -283,6 +283,7 @@ def test_a_step_of_the_device_alone(bits, rounded):
     assert torch.equal(*(x.view(torch.uint8) for _, x in made))
 
 
+@pytest.mark.slow
 def test_decode_steps_compile_once(traced_kernels, compiled_on):
     """Other lengths, tables and layers are served by the same graphs, and lookups read no other page."""
     compiled_on("cpu")
