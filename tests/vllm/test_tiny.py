@@ -72,7 +72,7 @@ def tokens(llm, prompts=PROMPTS, **options):
 
 
 def test_steps_as_vllm_captures_them(gemma, monkeypatch):
-    """Decode steps from what a captured graph has, lengths, tables and slots on the device: the same tokens."""
+    """Decode steps from lengths, tables and slots on the device, as in a graph: the same tokens."""
     from fade_fast.vllm.backend import FadeBuilder
 
     with tiny(gemma, dict(preset="int4")) as llm:
