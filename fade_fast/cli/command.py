@@ -56,6 +56,7 @@ BENCHES = {
     "generate": "fade_fast.measure.generate",
     "attention": "fade_fast.measure.decode_attention",
     "serve": "fade_fast.measure.serve",
+    "paged": "fade_fast.measure.paged_attention",
 }
 REPORT = ("--suite", "report", "fade_fast.measure.report")  # two arguments, and their module
 #: The extra that contains a package which a command imports.

@@ -1,4 +1,4 @@
-"""Attention of the vLLM plugin over packed pages against attention in bfloat16; vLLM is not needed.
+"""Attention of the vLLM plugin over packed pages against bfloat16: `fade bench paged`. vLLM is not needed.
 
 It makes layers, pages and batches as the backend of the plugin makes them (`fade_fast.vllm`), for one layer
 with random data of the shape of a model: pages in a random order, `--page` tokens in each. A decode step adds
@@ -623,7 +623,7 @@ STORING = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("paged_attention", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("fade bench paged", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what is measured there as well")
     parser.add_argument("--only", default="", metavar="TEXT", help="decode cases whose name contains TEXT")
     parser.add_argument("--page", type=int, default=None, help=f"tokens in a page (default {PREFERRED})")

@@ -16,7 +16,7 @@ from ..compile.compiled import rounded, use_compiled
 from ..compile.page_gather import pages_of
 from ..formats.matched import MatchedFormat
 from ..formats.rotated import RotatedFormat
-from ..kernels import dense, matched, packed, rotated
+from ..kernels import dense, packed, rotated
 from ..kernels.matched import Matrices
 from ..kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
 from . import single
@@ -256,13 +256,13 @@ class CompressedLayer(PagedLayer):
 
     def _single_tables(self, dtype: torch.dtype, device: torch.device, matrices) -> None:
         """The matrices of `single.py`."""
-        self.encoders, self.quantize = self.tier.key_matrix.double(), None
+        self.encoders, self.feedback = self.tier.key_matrix.double(), None
         decoders = self.tier.key_matrix
         if matrices is not None:
             sides = self.tier.matrices
             self.encoders = torch.stack([side.encode.double() for side in sides])
             decoders = torch.stack([side.decode for side in sides])
-            self.quantize = [functools.partial(matched.quantize, feedback=side.feedback) for side in sides]
+            self.feedback = torch.stack([side.feedback for side in sides])
         # The compiled kernels compute in float16 for two-byte dtypes, and read these vectors in float16.
         half = dtype.itemsize == 2 and use_compiled(self.means)
         self.decoders = decoders.to(torch.float16 if half else torch.promote_types(dtype, torch.float32))
@@ -318,7 +318,7 @@ class CompressedLayer(PagedLayer):
             step.shared[kind] = single.writes(step.positions, slots, rows, kind)
         return single.store(
             keys, values, self.means, self.encoders, self.layout.runs(cache), self.bound,
-            step.shared[kind], kind, self.quantize,
+            step.shared[kind], kind, self.feedback,
         )  # fmt: skip
 
     def _keep_newest(self, cache, keys, values, slots, step: Step):

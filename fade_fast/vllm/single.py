@@ -15,13 +15,14 @@ Pages are runs of bytes here, uint8 [P, H, L], because a compiled function must 
 views of a tensor: it would copy the tensor.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..compile.compiled import Compiled, use_compiled
-from ..kernels import rotated
+from ..kernels import matched, rotated
 from ..kernels.rotated import Packed, dequantize
 from .batches import sees
 from .pages import FIRST, NEAR, SPAN, newest, room
@@ -194,7 +195,7 @@ def _reads(dynamic_sizes, at, table, *, capacity, kind) -> Reads:
 
 def store(
     keys: Tensor, values: Tensor, means: Tensor, encoders: Tensor, runs: Tensor, bound: Tensor,
-    to: Writes, kind: Kind, quantize=None,
+    to: Writes, kind: Kind, feedback: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Encode the tokens of a step, and write their records.
 
@@ -208,8 +209,8 @@ def store(
         runs: uint8 [P, H, L], written in place.
         bound: float32 [H], raised in place to a power of two that is at least every new value scale.
         to: from `writes`.
-        quantize: makes codes of keys and of values [1, H, T, D], `(vectors, bits=...) -> codes`; None: those
-            of the `rotated` codec, in one compiled function.
+        feedback: float32 [2, H, D, D], the matrices by which the `matched` codec rounds keys and values. It
+            has compiled functions of its own. None: the codec is `rotated`.
 
     Returns the second records that were overwritten, uint8 [T, H, record]; None if no query reads them.
     """
@@ -217,22 +218,16 @@ def store(
     if len(keys) < rows:
         more = (0, 0, 0, 0, 0, rows - len(keys))
         keys, values = (torch.nn.functional.pad(x, more) for x in (keys, values))
-    if quantize is None:
+    if feedback is None:
         return _run("store", keys, values, means, encoders, runs, bound, to, kind=kind)
     turned = _run("turned", keys, values, means, encoders, to.mean, to.real, kind=kind)
-    sides = [_twice(y, bits, f) for y, bits, f in zip(turned, kind.bits, quantize)]
+    sides = _encoded(turned, kind, feedback)
     return _run("write", sides, runs, bound, to, kind=kind)
 
 
 def _store(dynamic_sizes, keys, values, means, encoders, runs, bound, to: Writes, *, kind) -> Tensor | None:
     turned = _turned([], keys, values, means, encoders, to.mean, to.real, kind=kind)
-    if kind.bits[0] == kind.bits[1]:  # both sides at once take half as many kernels
-        both = _twice(turned.squeeze(1), kind.bits[0], rotated.quantize)
-        sides = [
-            [Packed(*(None if x is None else x[i : i + 1] for x in one)) for one in both] for i in (0, 1)
-        ]
-    else:
-        sides = [_twice(y, bits, rotated.quantize) for y, bits in zip(turned, kind.bits)]
+    sides = _encoded(turned, kind, None)
     return _write([], sides, runs, bound, to, kind=kind)
 
 
@@ -251,10 +246,28 @@ def _turned(dynamic_sizes, keys, values, means, encoders, mean, real, *, kind) -
     return (both.flatten(0, 1) @ encoders.flatten(0, 1).mT).view(size).unsqueeze(1)
 
 
-def _twice(turned: Tensor, bits: int, quantize) -> tuple[Packed, Packed]:
+def _encoded(turned: Tensor, kind: Kind, feedback: Tensor | None) -> list[list[Packed]]:
+    """Both records of keys, and of values, [1, H, T, ...].
+
+    At equal widths both sides are encoded as heads of one side: this takes half as many kernels.
+    """
+    if kind.bits[0] != kind.bits[1]:
+        matrices = (None, None) if feedback is None else feedback
+        return [_twice(*x) for x in zip(turned, kind.bits, matrices)]
+    heads, matrices = turned.shape[2], None if feedback is None else feedback.flatten(0, 1)
+    both = _twice(turned.flatten(0, 2).unsqueeze(0), kind.bits[0], matrices)
+    cut = lambda x, side: None if x is None else x[:, side * heads : (side + 1) * heads]  # noqa: E731
+    return [[Packed(*(cut(x, side) for x in one)) for one in both] for side in (0, 1)]
+
+
+def _twice(turned: Tensor, bits: int, feedback: Tensor | None) -> list[Packed]:
     """Codes of `turned` [1, H, T, D], and of what these miss."""
+    if feedback is None:
+        quantize = rotated.quantize
+    else:
+        quantize = functools.partial(matched.quantize, feedback=feedback)
     first = quantize(turned.float(), bits=bits)
-    return first, quantize((turned - dequantize(first, bits, turned.dtype)).float(), bits=bits)
+    return [first, quantize((turned - dequantize(first, bits, turned.dtype)).float(), bits=bits)]
 
 
 def _write(dynamic_sizes, sides, runs, bound, to: Writes, *, kind) -> Tensor | None:
