@@ -268,6 +268,7 @@ class CompressedLayer(PagedLayer):
         self.decoders = decoders.to(torch.float16 if half else torch.promote_types(dtype, torch.float32))
 
     def _kind(self, page: int) -> single.Kind:
+        """What `single.py` knows of pages of `page` tokens."""
         fields = tuple((name, field.bytes, field.axis == -1) for name, field in self.layout.fields.items())
         return single.Kind(
             fields, self.tier.bits, page, self.layout.fine, self.drafts, self.means.shape[1], self.window
@@ -506,20 +507,15 @@ class CompressedLayer(PagedLayer):
     def _attend_single(self, cache, query, new, batch):
         """`_attend_short` of a step in which each request has one new token."""
         kind = self._kind(cache.shape[2])
-        if kind not in batch.shared:
+        key = kind, self.heads
+        if key not in batch.shared:
             num_read, capacity = self._capacity(batch, kind.page, use_compiled(query))
-            batch.shared[kind] = single.reads(batch.at[:, 0], batch.table, capacity, kind), num_read
-        of, num_read = batch.shared[kind]
+            batch.shared[key] = single.reads(batch.at[:, 0], batch.table, capacity, kind), num_read
+        of, num_read = batch.shared[key]
+        runs, tokens = self.layout.runs(cache), batch.tokens[:, 0]
         keys, values = single.vectors(
-            self.layout.runs(cache),
-            *new.own,
-            batch.tokens[:, 0],
-            new.old,
-            self.means,
-            self.decoders,
-            of,
-            kind,
-        )
+            runs, *new.own, tokens, new.old, self.means, self.decoders, of, kind
+        )  # fmt: skip
         view = self.view(cache, of.table, of.valid, of.first)
         return self.format.attend(
             batch.rows(query), keys, values, of.seen, [self.tier], [view], [num_read], rope=None,

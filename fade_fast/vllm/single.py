@@ -349,9 +349,9 @@ def _addresses(at: Tensor, kind: Kind, second: bool) -> list[Tensor]:
 
 
 def _read(runs: Tensor, page: Tensor, at: Tensor, kind: Kind, second: bool) -> list[Packed]:
-    """Keys and values of records, with tokens [B, E] before heads."""
+    """Keys and values of records, with tokens [B, E] before heads. Rows of padding may name any page."""
     head = torch.arange(runs.shape[1], device=runs.device).unsqueeze(-1)
-    page = page[..., None, None]
+    page = page.clamp(0, len(runs) - 1)[..., None, None]
     return _sides([runs[page, head, x.unsqueeze(-2)] for x in _addresses(at, kind, second)], kind)
 
 
