@@ -261,6 +261,8 @@ def test_a_step_of_the_device_alone(bits, rounded):
     for whole in (False, True):
         engine = Engine(bits, [150, 40, 3], means=None if bits is None else MEANS)
         engine.step([149, 39, 2])
+        for x in engine.values:
+            x[-1] *= 100
         lengths = torch.tensor([150, 40, 3, 0, 0], dtype=torch.int32)
         table = torch.nn.functional.pad(engine.table, (0, 0, 0, 2))
         last = [x[-1:] for side in (engine.queries, engine.keys, engine.values) for x in side]
@@ -279,6 +281,10 @@ def test_a_step_of_the_device_alone(bits, rounded):
         output = torch.zeros_like(query)
         engine.layer.forward(engine.cache, query, keys, values, slots, step, output)
         made.append((output[:3], engine.cache[1:]))
+        if bits is not None:  # new tokens raise the bound, and padding does not
+            scales = engine.layer.views(engine.cache)[0].get("value_scale")
+            most = 0 if scales is None else scales[engine.table.unique().long()[1:]].nan_to_num(0).max()
+            assert most <= engine.layer.bound.max() <= 1e4
     assert distance(made[1][0], made[0][0].double()) < 1e-5
     assert torch.equal(*(x.view(torch.uint8) for _, x in made))
 
