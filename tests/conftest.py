@@ -14,6 +14,7 @@ from fade_fast.hf import loading
 from fade_fast.kernels import decode, dense, matched, pages, product, product_decode, rotated, select
 from fade_fast.policies import scores
 from fade_fast.policies import select as residency
+from fade_fast.vllm import single
 
 WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2/test.txt"
 
@@ -67,6 +68,7 @@ KERNELS = (
     residency._compiled_touch,
     select_store._compiled,
     select_store._compiled_count,
+    *single._compiled.values(),
 )
 
 

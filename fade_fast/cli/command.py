@@ -57,6 +57,7 @@ BENCHES = {
     "attention": "fade_fast.measure.decode_attention",
     "choose": "fade_fast.measure.choose",
     "serve": "fade_fast.measure.serve",
+    "paged": "fade_fast.measure.paged_attention",
     "start": "fade_fast.measure.start",
 }
 REPORT = ("--suite", "report", "fade_fast.measure.report")  # two arguments, and their module

@@ -1,10 +1,15 @@
-"""Attention of the vLLM plugin over packed pages against attention in bfloat16; vLLM is not needed.
+"""Attention of the vLLM plugin over packed pages against bfloat16: `fade bench paged`. vLLM is not needed.
 
 It makes layers, pages and batches as the backend of the plugin makes them (`fade_fast.vllm`), for one layer
 with random data of the shape of a model: pages in a random order, `--page` tokens in each. A decode step adds
 one token to each request. What is timed is what a layer does in such a step: `attend`, from the queries to
 the output in bfloat16, and `forward`, which stores the new tokens before. `split` and what layers share are
 done once a step and timed apart.
+
+A third time is that of a whole step in one CUDA graph, as vLLM captures it with `full_graphs`: what a step
+does once, and storing and attention of all layers, from lengths, tables and slots on the device. A captured
+step must serve all lengths. So it is timed for the longest length of the case, and for the longest context
+of the shape, at the lengths of the case: how much more it takes is the price of one graph for all lengths.
 
 The baselines are kernels of PyTorch over contiguous keys and values in bfloat16, all requests of equal
 length. That is easier than pages, so it is a fair and strong baseline. Several kernels run, and the fastest
@@ -38,7 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fade_fast.compile.compiled import use_compiled
 from fade_fast.kernels.matched import Matrices
 from fade_fast.saved.files import write_json
-from fade_fast.vllm.batches import Step, split
+from fade_fast.vllm.batches import Step, split, uniform
 from fade_fast.vllm.layer import CompressedLayer, DenseLayer, mean_rows
 from fade_fast.vllm.pages import FIRST, NEAR, PREFERRED, SPAN
 from fade_ref import matched as spec
@@ -126,6 +131,10 @@ class Result:
     eager_us: float  # without a graph: the larger of the times of host and device
     forward_us: float  # of storing and attention
     forward_eager_us: float
+    graph_us: float | None  # of a whole step in a graph, by the number of layers
+    most_us: float | None  # the same where contexts may be as long as the shape allows
+    launches: int | None  # kernels of attention, and with storing; None without a GPU
+    forward_launches: int | None
     dense_us: float
     dense_eager_us: float
     dense_kernel: str
@@ -380,6 +389,29 @@ def graphed(function: Callable, device: str) -> float | None:
         return None
 
 
+def graph_of(function: Callable) -> Callable:
+    """A CUDA graph of a call that ran before. Calling it replays the graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def launches(function: Callable, device: str) -> int | None:
+    """Kernels and copies that a call launches. None where they cannot be counted."""
+    if device != "cuda":
+        return None
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            function()
+            torch.cuda.synchronize()
+        on_device = torch.autograd.DeviceType.CUDA
+        return sum(x.count for x in found.key_averages() if x.device_type == on_device) or None
+    except RuntimeError as error:
+        print(f"  launches are not counted: {str(error).splitlines()[0][:100]}", file=sys.stderr, flush=True)
+        return None
+
+
 # -- what is measured
 
 
@@ -389,7 +421,7 @@ def measure(case: Case, shape: Shape, device: str) -> Result:
     pool = Pool(shape, layer, lengths, device)
     pool.fill()
     args = pool.decode()
-    exact, output = pool.exact(*args[:3]), args[-1]
+    exact, output, fresh = pool.exact(*args[:3]), args[-1], pool.cache.clone()
     compile_s = seconds(lambda: layer.forward(pool.cache, *args), device)
     error = error_of(output, exact)
     assert error <= TOLERANCE, f"{case.name}: the output is off by {error:.1e}"
@@ -417,10 +449,35 @@ def measure(case: Case, shape: Shape, device: str) -> Result:
         step = pool.step([1] * len(lengths), lengths)
         layer.forward(pool.cache, *args[:4], step, output)
 
+    on_device = torch.tensor(lengths, dtype=torch.int32, device=device)
+
+    def whole(longest: int):
+        step = uniform(on_device, pool.table, longest, use_compiled(pool.table))
+        for one, cache in layers:
+            one.forward(cache, *args[:4], step, output)
+
+    def captured(longest: int) -> float | None:
+        """Microseconds of a layer of a captured step, whose last output is compared with float64."""
+
+        def once():
+            output.fill_(torch.nan)
+            layers[-1][1].copy_(fresh)  # what a token overwrote is read only before
+            return whole(longest)
+
+        once()
+        found = graphed(lambda: whole(longest), device)
+        replay = graph_of(once) if found is not None and device == "cuda" else once
+        replay()
+        off = error_of(output, exact)
+        assert off <= TOLERANCE, f"{case.name}: a captured step is off by {off:.1e}"
+        return found and found / len(layers)
+
     for _ in layers:
         forward()  # every layer finds the views of its pages
     us, eager_us = graphed(attend, device), eager(attend, device)
     forward_us, forward_eager_us = graphed(forward, device), eager(forward, device)
+    graph_us, most_us = captured(max(lengths)), captured(max(shape.most, *lengths))
+    counts = launches(attend, device), launches(forward, device)
     wall = lambda call: statistics.median(seconds(call, device) for _ in range(9)) * 1e6  # noqa: E731
     step_us = wall(once) - wall(forward)
     dense_kernel, kernels, dense_eager_us = fastest(
@@ -434,6 +491,7 @@ def measure(case: Case, shape: Shape, device: str) -> Result:
         name=case.name, target=case.target, error=error, tokens=tokens, read_bytes=read, dense_bytes=dense,
         layers=len(layers), us=us, eager_us=eager_us, dense_us=dense_us, dense_eager_us=dense_eager_us,
         dense_kernel=dense_kernel, kernels=kernels, forward_us=forward_us, forward_eager_us=forward_eager_us,
+        graph_us=graph_us, most_us=most_us, launches=counts[0], forward_launches=counts[1],
         step_us=step_us, compile_s=compile_s, speedup=dense_us / best,
         eager_speedup=dense_eager_us / eager_us, gb_per_s=read / best / 1e3,
         dense_gb_per_s=dense / dense_us / 1e3,
@@ -527,6 +585,7 @@ def capacity(shape: Shape, pages: tuple[int, ...]) -> list[dict]:
 
 HEAD = (
     "case", "layer us", "bf16 us", "speed-up", "target", "no graph us", "bf16", "speed-up", "with storing us",
+    "no graph", "step in a graph us", "for all lengths us", "launches", "with storing",
     "step us", "GB/s", "bf16 GB/s", "bf16 kernel", "error", "compile s",
 )  # fmt: skip
 
@@ -539,8 +598,9 @@ def row(r: Result) -> str:
     cells = [
         r.name, show(r.us), show(r.dense_us), show(r.speedup, ".2f"), show(r.target, ".2f"),
         show(r.eager_us), show(r.dense_eager_us), show(r.eager_speedup, ".2f"), show(r.forward_us),
-        show(r.step_us), show(r.gb_per_s, ".0f"), show(r.dense_gb_per_s, ".0f"), r.dense_kernel,
-        show(r.error, ".1e"), show(r.compile_s),
+        show(r.forward_eager_us), show(r.graph_us), show(r.most_us), show(r.launches, "d"),
+        show(r.forward_launches, "d"), show(r.step_us), show(r.gb_per_s, ".0f"),
+        show(r.dense_gb_per_s, ".0f"), r.dense_kernel, show(r.error, ".1e"), show(r.compile_s),
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
@@ -563,7 +623,7 @@ STORING = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("paged_attention", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("fade bench paged", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what is measured there as well")
     parser.add_argument("--only", default="", metavar="TEXT", help="decode cases whose name contains TEXT")
     parser.add_argument("--page", type=int, default=None, help=f"tokens in a page (default {PREFERRED})")

@@ -6,7 +6,7 @@ and `forward` once a layer.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -32,7 +32,7 @@ from fade_ref.config import KEPT
 
 from ..kernels.matched import Matrices
 from . import calibration, options
-from .batches import Step, split
+from .batches import Step, split, uniform
 from .layer import ELEMENTS, CompressedLayer, DenseLayer, PagedLayer, mean_rows
 from .pages import GRANULARITY, PREFERRED, cell_bytes
 
@@ -119,19 +119,34 @@ class FadeMetadata(AttentionMetadata):
     """The requests of a step, cut into batches, and where its tokens are stored.
 
     Attributes:
+        cut: the step. None: it is captured, and `lengths`, `table` and `longest` are arguments of `uniform`.
         slots: int64 [T], slot s is slot s % N of page s // N; negative for padding. vLLM may add padding.
     """
 
-    step: Step
+    cut: Step | None
     slots: Tensor
+    lengths: Tensor | None = None
+    table: Tensor | None = None
+    longest: int = 0
+    made: dict[bool, Step] = field(default_factory=dict)
+
+    @property
+    def step(self) -> Step:
+        """The step. A captured one is cut by the first layer that asks, within the graph.
+
+        vLLM writes the lengths, tables and slots of later steps into the same tensors.
+        """
+        if self.cut is not None:
+            return self.cut
+        cuda = self.slots.is_cuda
+        inside = cuda and torch.cuda.is_current_stream_capturing()  # what was made before is not in the graph
+        if inside not in self.made:
+            self.made[inside] = uniform(self.lengths, self.table, self.longest, rounded=cuda)
+        return self.made[inside]
 
 
 class FadeBuilder(AttentionMetadataBuilder[FadeMetadata]):
     """Cuts a step into batches, once for all layers with the same pages."""
-
-    # Batches are cut on the host, so attention stays between the pieces of vLLM's CUDA graphs. Its work then
-    # follows the live lengths.
-    _cudagraph_support: ClassVar = AttentionCGSupport.NEVER
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -139,6 +154,17 @@ class FadeBuilder(AttentionMetadataBuilder[FadeMetadata]):
             "fade: %d layers with pages of %d tokens in %d bytes",
             len(layer_names), kv_cache_spec.block_size, kv_cache_spec.page_size_bytes,
         )  # fmt: skip
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        """Whether vLLM may capture whole decode steps.
+
+        Usually batches are cut on the host, and attention stays between the pieces of vLLM's CUDA graphs. Its
+        work then follows the live lengths. A captured step reads as many slots as the longest context has.
+        """
+        if options.read(vllm_config.additional_config).full_graphs:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def build(
         self,
@@ -160,6 +186,19 @@ class FadeBuilder(AttentionMetadataBuilder[FadeMetadata]):
             slack=2 * drafts,
         )
         return FadeMetadata(cut, step.slot_mapping)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FadeMetadata:
+        """A step whose tensors are those of vLLM, where each request has one new token."""
+        step = common_attn_metadata
+        if step.max_query_len > 1:  # a profile run of vLLM, not a graph of ours
+            return self.build(0, step)
+        return FadeMetadata(
+            None,
+            step.slot_mapping,
+            step.seq_lens[: step.num_reqs],
+            step.block_table_tensor[: step.num_reqs],
+            self.vllm_config.model_config.max_model_len,
+        )
 
 
 class FadeImpl(AttentionImpl[FadeMetadata]):

@@ -33,9 +33,10 @@ class Batch:
         at: int64 [B, q], positions of the queries; `NOWHERE` for padding.
         table: [B, n], pages of each row.
         reach: on the host, int64 [B]: no query of a row is at this position or behind it. Longest first.
-        wanted: int64 [m], index of each real query among the B * q queries; None: all are real.
+        wanted: int64 [m], index of each real query among the B * q queries; None: the first m.
         targets: int64 [m], the token of each real query.
         before: int64 [B], how many new tokens of the request are before the first query of a row.
+        in_order: whether the m real queries are the first m tokens of the step, in rows of one query.
         shared: what layers compute once and share during a step.
     """
 
@@ -46,6 +47,7 @@ class Batch:
     wanted: Tensor | None
     targets: Tensor
     before: Tensor
+    in_order: bool = False
     shared: dict = field(default_factory=dict)
 
     @property
@@ -55,12 +57,18 @@ class Batch:
 
     def rows(self, x: Tensor) -> Tensor:
         """The tokens `x` [T, H, D] of the step as queries of this batch, [B, H, q, D]."""
+        if self.in_order and len(self.tokens) == len(self.targets):
+            return x[: len(self.tokens)].unsqueeze(2)
         return x[self.tokens].transpose(1, 2)
 
     def store(self, result: Tensor, output: Tensor) -> None:
         """Write the result [B, q, H, D] to the tokens `output` [T, H, D]. Padding is dropped."""
-        flat = result.flatten(0, 1).to(output.dtype)
-        output[self.targets] = flat if self.wanted is None else flat[self.wanted]
+        flat, count = result.flatten(0, 1), len(self.targets)
+        flat = flat[:count] if self.wanted is None else flat[self.wanted]
+        if self.in_order:
+            output[:count].copy_(flat)
+        else:
+            output.index_copy_(0, self.targets, flat.to(output.dtype))
 
     def pages(self, window: int | None, page: int) -> tuple[Tensor, Tensor, np.ndarray]:
         """The part of the table that a layer reads, and where it begins.
@@ -114,8 +122,11 @@ class Step:
         short: batches of requests with few new tokens.
         long: rows of requests with many new tokens, or None.
         first: tokens at the first positions, or None.
-        positions: int64 [T], of the tokens of the step in their requests. Padding of vLLM is not among them.
+        positions: int64 [T], of the tokens of the step in their requests. Padding of vLLM is not among them,
+            except in a step of `uniform`, where its positions are negative.
         after: int64 [T], how many new tokens of its request come after a token.
+        single: whether each request has one new token.
+        shared: what layers compute once and share during the step.
     """
 
     short: list[Batch]
@@ -123,6 +134,8 @@ class Step:
     first: FirstTokens | None
     positions: Tensor
     after: Tensor
+    single: bool = False
+    shared: dict = field(default_factory=dict)
 
     @property
     def batches(self) -> list[Batch]:
@@ -171,11 +184,14 @@ def split(
         batches.append(_batch(part, starts[part], count[part], 0 * part, lengths, starts, reach, table))
     if rounded:
         batches = [_rounded(batch) for batch in batches]
+    single = count.max(initial=0) == 1
+    if single and len(batches) == 1:
+        batches[0].in_order = np.array_equal(short, np.arange(len(short)))
     first = _first(starts, count, reach, lengths, table, slack)
     positions = _positions(starts, count, lengths)  # and how many tokens come after
     long = np.flatnonzero(count > SHORT)
     if not len(long):
-        return Step(batches, None, first, *positions)
+        return Step(batches, None, first, *positions, bool(single))
     tiles = -(-count[long] // ROWS)
     request = np.repeat(long, tiles)
     before = (np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * ROWS
@@ -185,6 +201,30 @@ def split(
     request, before, size = request[order], before[order], size[order]
     whole = _batch(request, starts[request] + before, size, before, lengths, starts, reach, table)
     return Step(batches, whole, first, *positions)
+
+
+def uniform(lengths: Tensor, table: Tensor, longest: int, rounded: bool = False) -> Step:
+    """A step in which request b has one new token, token b, by operations on the device alone.
+
+    So a CUDA graph can hold it.
+
+    Args:
+        lengths: int [R], length of each request after this step; 0 for padding.
+        table: [R, n], pages of each request.
+        longest: an upper bound of all lengths that there may be.
+        rounded: see `split`.
+    """
+    count = len(lengths)
+    index = torch.arange(count, device=lengths.device)
+    at = lengths.long() - 1
+    reach = np.full(count, longest, dtype=np.int64)
+    none = torch.zeros_like(at)
+    batch = Batch(index.unsqueeze(1), at.unsqueeze(1), table, reach, None, index, none)
+    batch = _rounded(batch) if rounded else batch
+    batch.in_order = True
+    page = table[:, 0].long().masked_fill((at < 0) | (at >= FIRST), 0)
+    first = FirstTokens(index, page, at.clamp(0, FIRST - 1))
+    return Step([batch], None, first, at, none, True)
 
 
 def _positions(starts, count, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +277,7 @@ def _rounded(batch: Batch) -> Batch:
     rows, width = batch.tokens.shape
     more, wider = (1 << (n - 1).bit_length() for n in (rows, width))
     wanted = batch.wanted
-    if wider > width or (more > rows and wanted is None):
+    if wider > width:
         index = torch.arange(rows * width, device=batch.at.device) if wanted is None else wanted
         wanted = index // width * wider + index % width
     pad, added = torch.nn.functional.pad, (0, wider - width, 0, more - rows)

@@ -19,6 +19,7 @@ from ..formats.rotated import RotatedFormat
 from ..kernels import dense, packed, rotated
 from ..kernels.matched import Matrices
 from ..kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
+from . import single
 from .batches import NOWHERE, Batch, Step, sees
 from .pages import FIRST, NEAR, SPAN, PageLayout
 
@@ -35,11 +36,15 @@ class New(NamedTuple):
         own: their keys and values as they came, [T, H, D] each.
         both: their keys and values as both records have them, [T, H, D] each. None: they have one at most.
         held: second records of the tokens before each row of the batch at hand, as they were before the step.
+        single: whether `single.py` stored the tokens of the step.
+        old: the second records that it overwrote, uint8 [T, H, record]; None: no query reads them.
     """
 
     own: tuple[Tensor, Tensor]
     both: list[Tensor] | None = None
     held: dict[str, Tensor] | None = None
+    single: bool = False
+    old: Tensor | None = None
 
 
 class PagedLayer(ABC):
@@ -244,6 +249,30 @@ class CompressedLayer(PagedLayer):
         # power of two changes no digit of a result.
         self.bound = torch.full((self.heads,), rotated.SMALLEST_SCALE, device=device)
         self._viewed: tuple[Tensor | None, tuple] = None, ({}, {})
+        #: Whether `single.py` serves decode steps: it knows bytes of codes, and no values as they are.
+        self.takes_single = packed.DENSE not in bits
+        if self.takes_single:
+            self._single_tables(dtype, device, matrices)
+
+    def _single_tables(self, dtype: torch.dtype, device: torch.device, matrices) -> None:
+        """The matrices of `single.py`."""
+        self.encoders, self.feedback = self.tier.key_matrix.double(), None
+        decoders = self.tier.key_matrix
+        if matrices is not None:
+            sides = self.tier.matrices
+            self.encoders = torch.stack([side.encode.double() for side in sides])
+            decoders = torch.stack([side.decode for side in sides])
+            self.feedback = torch.stack([side.feedback for side in sides])
+        # The compiled kernels compute in float16 for two-byte dtypes, and read these vectors in float16.
+        half = dtype.itemsize == 2 and use_compiled(self.means)
+        self.decoders = decoders.to(torch.float16 if half else torch.promote_types(dtype, torch.float32))
+
+    def _kind(self, page: int) -> single.Kind:
+        """What `single.py` knows of pages of `page` tokens."""
+        fields = tuple((name, field.bytes, field.axis == -1) for name, field in self.layout.fields.items())
+        return single.Kind(
+            fields, self.tier.bits, page, self.layout.fine, self.drafts, self.means.shape[1], self.window
+        )
 
     def views(self, cache: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The fields of the records and of the second records in the cache; see `PageLayout.views`."""
@@ -256,7 +285,7 @@ class CompressedLayer(PagedLayer):
         rows = self.means.shape[1]
         if rows == 1:
             return self.means[None]
-        return self.means[:, (position // SPAN).clamp(0, rows - 1)].transpose(0, 1)
+        return self.means[:, single.mean_row(position, rows)].transpose(0, 1)
 
     @property
     def _early_mean(self) -> Tensor:
@@ -266,6 +295,10 @@ class CompressedLayer(PagedLayer):
     def forward(self, cache, query, keys, values, slots, step, output):
         count = len(step.positions)
         slots, keys, values = slots[:count], keys[:count], values[:count]
+        if step.single and self.takes_single:
+            new = New((keys, values), single=True, old=self._store(cache, keys, values, slots, step))
+            self.attend(cache, query, new, step, output)
+            return
         self.append(cache, keys, values, slots, step.positions)
         both = held = None
         if not self.layout.fine:
@@ -276,6 +309,18 @@ class CompressedLayer(PagedLayer):
             records = self._encode(*self._missed(cache, *early)[1], torch.zeros_like(self._early_mean))
             self.layout.write(self.views(cache)[1], records, step.first.page, step.first.at)
         self.attend(cache, query, New((keys, values), both), step, output, held)
+
+    def _store(self, cache, keys, values, slots, step: Step) -> Tensor | None:
+        """Store a step in which each request has one new token. Returns `New.old`."""
+        self.views(cache)  # refuses other caches
+        kind = self._kind(cache.shape[2])
+        if kind not in step.shared:
+            rows = rounded(len(slots)) if use_compiled(keys) else len(slots)
+            step.shared[kind] = single.writes(step.positions, slots, rows, kind)
+        return single.store(
+            keys, values, self.means, self.encoders, self.layout.runs(cache), self.bound,
+            step.shared[kind], kind, self.feedback,
+        )  # fmt: skip
 
     def _keep_newest(self, cache, keys, values, slots, step: Step):
         """Store the second records of a step. Returns `New.both`, and `New.held` of each batch."""
@@ -459,7 +504,41 @@ class CompressedLayer(PagedLayer):
             self.tier, rows, view, visible.shape[-1], reference, None, self.softcap
         )
 
+    def _attend_single(self, cache, query, new, batch):
+        """`_attend_short` of a step in which each request has one new token."""
+        kind = self._kind(cache.shape[2])
+        key = kind, self.heads
+        if key not in batch.shared:
+            num_read, capacity = self._capacity(batch, kind.page, use_compiled(query))
+            batch.shared[key] = single.reads(batch.at[:, 0], batch.table, capacity, kind), num_read
+        of, num_read = batch.shared[key]
+        runs, tokens = self.layout.runs(cache), batch.tokens[:, 0]
+        keys, values = single.vectors(
+            runs, *new.own, tokens, new.old, self.means, self.decoders, of, kind
+        )  # fmt: skip
+        view = self.view(cache, of.table, of.valid, of.first)
+        return self.format.attend(
+            batch.rows(query), keys, values, of.seen, [self.tier], [view], [num_read], rope=None,
+            scaling=self.scaling, softcap=self.softcap, s_aux=self.s_aux,
+        )  # fmt: skip
+
+    def _capacity(self, batch: Batch, page: int, compiled: bool) -> tuple[int, int]:
+        """How many slots the short rows of a batch read, and how many their view has.
+
+        Compiled versions serve all lengths: their capacity is constant.
+        """
+        at_once = batch.at.shape[1]
+        most = [int(batch.reach.max()), batch.table.shape[1] * page]
+        if self.window is not None:
+            most = [min(n, at_once + self.window + page - 2) for n in most]
+        if not compiled:
+            return most[0], most[0]
+        num_read, capacity = (packed.bucket(len(batch.at) * self.heads, n) for n in most)
+        return num_read, capacity + packed.spare(capacity)
+
     def _attend_short(self, cache, query, new, batch):
+        if new.single:
+            return self._attend_single(cache, query, new, batch)
         page = cache.shape[2]
         key = page, self.window, self.heads, self.layout.fine
         if key not in batch.shared:
@@ -484,14 +563,9 @@ class CompressedLayer(PagedLayer):
         first records have them, the rows' own, and those near as both records have them. Vectors near a query
         also give the float16 kernels a score near the largest one.
         """
-        table, first, slots = batch.pages(self.window, page)
-        num_read = capacity = int(slots.max())
-        if compiled:  # a constant capacity: one compiled version then serves all lengths
-            most = batch.table.shape[1] * page
-            if self.window is not None:
-                most = min(most, batch.at.shape[1] + self.window + page - 2)
-            num_read, capacity = (packed.bucket(len(table) * self.heads, n) for n in (num_read, most))
-            capacity += packed.spare(capacity)
+        table, first, _ = batch.pages(self.window, page)
+        num_read, capacity = self._capacity(batch, page, compiled)
+        if compiled:
             table = torch.nn.functional.pad(table, (0, -(-capacity // page) - table.shape[1]))
         at = batch.at
         position = first[:, None] + torch.arange(num_read, device=first.device)

@@ -8,6 +8,7 @@ The options are `--additional-config '{"fade": {...}}'`, or `additional_config={
 - `quant_backend`: "matched" (the default of `safe` and `int4` with a calibration) or "rotated" (the default
   without one).
 - `calibration`: a file of `fade vllm-calibrate`.
+- `full_graphs`: whether vLLM may capture whole decode steps as CUDA graphs (`false` is the default).
 
 Everything is checked when the engine starts: in the process of the user on a CPU, in the workers on GPUs.
 """
@@ -31,7 +32,7 @@ PRESETS = ("safe", "int4", "lossless", "dense")
 BITS = ("middle_k_bits", "middle_v_bits", "layer_bits")
 WIDTHS = (*BITS, "quant_backend")
 CODECS = ("rotated", "matched")
-ALLOWED = ("preset", *WIDTHS, "calibration")
+ALLOWED = ("preset", *WIDTHS, "calibration", "full_graphs")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Speculative methods that have no model, and so no layers, of their own.
 SPECULATIVE = ("ngram", "suffix")
@@ -44,10 +45,12 @@ class Options:
     Attributes:
         config: the widths. None: no layer is compressed.
         calibration: path of the calibration file, or None.
+        full_graphs: whether vLLM may capture whole decode steps.
     """
 
     config: FadeConfig | None
     calibration: str | None
+    full_graphs: bool = False
 
     def bits(self, layer: int, layers: int) -> Bits:
         """Bits of keys and values of a layer; a model has `layers` layers."""
@@ -77,11 +80,14 @@ def read(additional_config: object) -> Options:
     path = given.get("calibration")
     if path is not None and not isinstance(path, str):
         raise ValueError(f"calibration={path!r}: the path of a file is allowed")
+    graphs = given.get("full_graphs", False)
+    if not isinstance(graphs, bool):
+        raise ValueError(f"full_graphs={graphs!r}: true or false is allowed")
     widths = {name: given[name] for name in WIDTHS if name in given}
     if preset == "dense":
         if widths:
             raise ValueError(f"preset='dense' compresses nothing and contradicts {', '.join(widths)}")
-        return Options(None, path)
+        return Options(None, path, graphs)
     base = FadeConfig.preset(preset)
     if path is None:  # an engine measures nothing
         base = replace(base, quant_backend="rotated")
@@ -93,7 +99,7 @@ def read(additional_config: object) -> Options:
         raise ValueError("quant_backend='matched' needs calibration, a file of `fade vllm-calibrate`")
     if chosen:  # by the file; an engine measures nothing
         config = calibration.with_widths(path, config)
-    return Options(config, path)
+    return Options(config, path, graphs)
 
 
 def check(vllm_config: "VllmConfig") -> None:

@@ -41,6 +41,19 @@ def cell_bytes(record: int, fine: bool, page: int, drafts: int = 0) -> int:
     return record - (-room(page, fine, drafts) * record // page)
 
 
+def newest(position: Tensor, page: int, fine: bool, drafts: int = 0) -> tuple[Tensor, Tensor]:
+    """How many newest tokens keep a second record in the page of `position`, and the slot of this one.
+
+    Both are int64, and `position` is that of tokens in their requests. The other arguments are as in
+    `PageLayout`.
+    """
+    if fine:
+        return torch.zeros_like(position), torch.zeros_like(position)
+    whole, early = room(page, fine, drafts), position < page
+    slot = torch.where(early, FIRST + position % max(1, whole - FIRST), position % whole)
+    return torch.where(early, whole - FIRST, whole), slot.clamp_max(whole - 1)
+
+
 class PageLayout:
     """Where the fields of a tier's records are in a page.
 
@@ -61,15 +74,8 @@ class PageLayout:
         return cell_bytes(self.record, self.fine, page, self.drafts)
 
     def newest(self, position: Tensor, page: int) -> tuple[Tensor, Tensor]:
-        """How many newest tokens keep a second record in the page of `position`, and the slot of this one.
-
-        Both are int64, and `position` is that of tokens in their requests.
-        """
-        if self.fine:
-            return torch.zeros_like(position), torch.zeros_like(position)
-        whole, early = room(page, self.fine, self.drafts), position < page
-        slot = torch.where(early, FIRST + position % max(1, whole - FIRST), position % whole)
-        return torch.where(early, whole - FIRST, whole), slot.clamp_max(whole - 1)
+        """`newest` for these pages."""
+        return newest(position, page, self.fine, self.drafts)
 
     def views(self, cache: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Each field as a view of the cache.
@@ -92,10 +98,16 @@ class PageLayout:
             )
         if cache.stride()[2:] != (cell, 1):
             raise ValueError(f"the cache has strides {cache.stride()}; the last two must be {(cell, 1)}")
-        runs = cache.as_strided((pages, heads, tokens * cell), (*cache.stride()[:2], 1))
+        runs = self.runs(cache)
         return self._cut(runs, tokens), self._cut(
             runs[..., tokens * self.record :], room(tokens, self.fine, self.drafts)
         )
+
+    @staticmethod
+    def runs(cache: Tensor) -> Tensor:
+        """The bytes of each head in each page, uint8 [P, H, N * C], of a cache that `views` accepts."""
+        pages, heads, tokens, cell = cache.shape
+        return cache.as_strided((pages, heads, tokens * cell), (*cache.stride()[:2], 1))
 
     def _cut(self, runs: Tensor, tokens: int) -> dict[str, Tensor]:
         """Views of the fields of `tokens` records in runs of bytes [P, H, n]."""

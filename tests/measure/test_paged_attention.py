@@ -15,9 +15,13 @@ from fade_fast.measure.paged_attention import (
     Result,
     Shape,
     error_of,
+    graph_of,
     make_layer,
     measure,
 )
+from fade_fast.vllm.batches import uniform
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.mark.slow
@@ -69,6 +73,35 @@ def test_the_kernels_of_a_gpu(case, uncompiled_kernels):
     """Shapes and precision as on CUDA, uncompiled. A CPU sums products in float16."""
     result = measure(case, replace(SMALL, page=64), "cpu")
     assert 0 < result.error < 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("bits, codec", [(4, "rotated"), (8, "rotated"), (4, "matched")])
+def test_a_captured_step_serves_other_lengths(bits, codec, device):
+    """Lengths, slots, queries and tokens of a second step are written into the tensors of the first."""
+    shape = replace(SMALL, page=64)
+    layer = make_layer(shape, bits, codec, torch.device(device))
+    pool = Pool(shape, layer, [600, 90, 300], device)
+    pool.fill()
+    fresh, held = pool.cache.clone(), [x for x in pool.decode() if isinstance(x, torch.Tensor)]
+    output, longest = held.pop(), torch.tensor(pool.lengths, dtype=torch.int32, device=device)
+
+    def step():
+        made = uniform(longest, pool.table, shape.most, rounded=device == "cuda")
+        layer.forward(pool.cache, *held, made, output)
+
+    step()
+    replay = graph_of(step) if device == "cuda" else step
+    for lengths in ([600, 90, 300], [131, 3, 65]):
+        pool.lengths = lengths
+        pool.cache.copy_(fresh)
+        query, keys, values, slots, *_ = pool.decode()
+        exact = pool.exact(query, keys, values)
+        for x, new in zip((*held, longest), (query, keys, values, slots, torch.tensor(lengths))):
+            x.copy_(new)
+        replay()
+        assert error_of(output, exact) < 1e-2
 
 
 def test_wrong_outputs_are_seen():

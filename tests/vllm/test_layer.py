@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fade_fast.kernels.matched import Matrices
-from fade_fast.vllm import batches, layer
+from fade_fast.vllm import batches, layer, single
 from fade_fast.vllm.layer import CompressedLayer
 from fade_fast.vllm.pages import FIRST, SPAN, PageLayout
 
@@ -85,7 +85,7 @@ def test_every_key_gets_the_mean_of_its_position(place, window, small, monkeypat
     engine = Engine((8, 8), [200, 130], means=MEANS, window=window)
     found = [check(engine, counts) for counts in ([190, 120], [1, 1])]
     other, made = Engine((8, 8), [200, 130], means=MEANS, window=window), CompressedLayer
-    view, append, at = made.view, made.append, made._means_at
+    view, append, row = made.view, made.append, single.mean_row
     if place == "stored":
         wrong = lambda self, *args: append(self, *args[:-1], args[-1] + SPAN)  # noqa: E731
         monkeypatch.setattr(made, "append", wrong)
@@ -99,7 +99,7 @@ def test_every_key_gets_the_mean_of_its_position(place, window, small, monkeypat
 
         def wrong(self, *args):
             with monkeypatch.context() as inside:
-                inside.setattr(made, "_means_at", lambda self, position: at(self, position + SPAN))
+                inside.setattr(single, "mean_row", lambda position, rows: row(position + SPAN, rows))
                 return decode(self, *args)
 
         monkeypatch.setattr(made, "_attend_short", wrong)
@@ -234,6 +234,75 @@ def test_the_kernels_of_a_gpu(bits, window, uncompiled_kernels):
                 assert distance(x, engine.expected(row, before[row], before[row] + len(x))) <= 5e-3
         for batch in engine.batches[0]:
             assert all(n & (n - 1) == 0 for n in batch.tokens.shape)
+
+
+@pytest.mark.parametrize("bits", WIDTHS[1:4] + [(8, 4)])
+@pytest.mark.parametrize("page, window", [(32, None), (128, 40)])
+def test_decode_steps_do_what_other_steps_do(bits, page, window, small):
+    """Single tokens through `single.py` and through the code of all steps: the same bytes and outputs."""
+    made = []
+    for takes in (True, False):
+        engine = Engine(bits, [134, 40, 24], page=page, means=MEANS, window=window)
+        assert engine.layer.takes_single
+        engine.layer.takes_single = takes
+        steps = [engine.step(n) for n in ([124, 31, 15], *[[1, 1, 1]] * 8, [1, 1, 0], [1, 0, 1])]
+        used = engine.table[engine.table > 0].long()
+        made.append((torch.cat([x for step in steps for x in step]), engine.cache[used], engine.layer.bound))
+    (one, cache, bound), (other, expected, wanted) = made
+    assert distance(one, other.double()) < 1e-5 and torch.equal(bound, wanted)
+    assert (cache == expected).float().mean() > 0.9999
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (8, 8), (4, 16), None])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_step_of_the_device_alone(bits, rounded):
+    """A captured step: rows of the size of the graph, among them padding, and no length on the host."""
+    made = []
+    for whole in (False, True):
+        engine = Engine(bits, [150, 40, 3], means=None if bits is None else MEANS)
+        engine.step([149, 39, 2])
+        for x in engine.values:
+            x[-1] *= 100
+        lengths = torch.tensor([150, 40, 3, 0, 0], dtype=torch.int32)
+        table = torch.nn.functional.pad(engine.table, (0, 0, 0, 2))
+        last = [x[-1:] for side in (engine.queries, engine.keys, engine.values) for x in side]
+        pad = lambda xs: torch.cat([*xs, torch.full((2, *xs[0].shape[1:]), torch.nan)])  # noqa: E731
+        query, keys, values = (pad(last[i : i + 3]) for i in (0, 3, 6))
+        slots = torch.tensor(
+            [int(t[(n - 1) // PAGE]) * PAGE + (n - 1) % PAGE for t, n in zip(table, lengths)]
+        )
+        slots[3:] = -1
+        if whole:
+            step = batches.uniform(lengths, table, 224, rounded)
+            assert step.single and len(step.short[0].tokens) == (8 if rounded else 5)
+        else:
+            starts = np.array([0, 1, 2, 3, 3, 3])
+            step = batches.split(starts, lengths.numpy().astype(np.int64), lengths, table, rounded)
+        output = torch.zeros_like(query)
+        engine.layer.forward(engine.cache, query, keys, values, slots, step, output)
+        made.append((output[:3], engine.cache[1:]))
+        if bits is not None:  # new tokens raise the bound, and padding does not
+            scales = engine.layer.views(engine.cache)[0].get("value_scale")
+            most = 0 if scales is None else scales[engine.table.unique().long()[1:]].nan_to_num(0).max()
+            assert most <= engine.layer.bound.max() <= 1e4
+    assert distance(made[1][0], made[0][0].double()) < 1e-5
+    assert torch.equal(*(x.view(torch.uint8) for _, x in made))
+
+
+@pytest.mark.slow
+def test_decode_steps_compile_once(traced_kernels, compiled_on):
+    """Other lengths, tables and layers are served by the same graphs, and lookups read no other page."""
+    compiled_on("cpu")
+    engine = Engine((4, 4), [130, 70], means=MEANS, dtype=torch.float16)
+    engine.queries = [x * 0.1 for x in engine.queries]
+    engine.step([120, 60], rounded=True)
+    engine.step([1, 1], rounded=True)
+    held = {name: len(x.graphs) for name, x in single._compiled.items()}
+    assert [held[name] for name in ("writes", "reads", "store", "vectors")] == [1, 1, 1, 1]
+    for _ in range(2):
+        for row, x in enumerate(engine.step([1, 1], rounded=True)):
+            assert distance(x, engine.expected(row, engine.done[row] - 1, engine.done[row])) <= 5e-3
+    assert held == {name: len(x.graphs) for name, x in single._compiled.items()}
 
 
 def test_the_bound_grows_by_powers_of_two_and_ignores_padding():

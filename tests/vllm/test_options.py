@@ -54,6 +54,7 @@ def test_presets_and_widths():
     mixed = read(middle_k_bits=8, middle_v_bits=3, layer_bits={"1": [16, 16], "2": [4, 16]})
     assert [mixed.bits(i, 4) for i in range(4)] == [(8, 3), (16, 16), (4, 16), (8, 3)]
     assert [read(layer_bits="boundary").bits(i, 6)[0] for i in range(6)] == [8, 8, 4, 4, 8, 8]
+    assert read(full_graphs=True).full_graphs and not read(preset="dense").full_graphs
     options.check(config(dict(preset="lossless")))
 
 
@@ -69,6 +70,7 @@ REFUSED = [
     (dict(fade=dict(quant_backend="matched")), "needs calibration"),
     (dict(fade=dict(quant_backend="product")), "'product': one of rotated, matched"),
     (dict(fade=dict(calibration=3)), "the path of a file"),
+    (dict(fade=dict(full_graphs="yes")), "full_graphs='yes': true or false"),
     (dict(fade=dict(calibration="/nowhere/at.all")), "no such file"),
     (dict(fade={}, backend=None), "need --attention-backend CUSTOM"),
     (dict(fade={}, backend="FLASH_ATTN"), "need --attention-backend CUSTOM"),

@@ -71,6 +71,29 @@ def tokens(llm, prompts=PROMPTS, **options):
     return ask(llm, prompts, **dict(detokenize=False) | options)[0]
 
 
+def test_steps_as_vllm_captures_them(gemma, monkeypatch):
+    """Decode steps from lengths, tables and slots on the device, as in a graph: the same tokens."""
+    from fade_fast.vllm.backend import FadeBuilder
+
+    with tiny(gemma, dict(preset="int4")) as llm:
+        expected = tokens(llm)
+    build, seen = FadeBuilder.build, []
+
+    def captured(self, prefix, step, fast_build=False):
+        if step.max_query_len > 1:
+            return build(self, prefix, step, fast_build)
+        seen.append(step.num_reqs)
+        found = self.build_for_cudagraph_capture(step)
+        assert found.cut is None and found.step is found.step
+        return found
+
+    monkeypatch.setattr(FadeBuilder, "build", captured)
+    with tiny(gemma, dict(preset="int4", full_graphs=True)) as llm:
+        support = FadeBuilder.get_cudagraph_support(llm.llm_engine.vllm_config, None)
+        assert support.name == "UNIFORM_SINGLE_TOKEN_DECODE" and tokens(llm) == expected
+    assert max(seen) > 1
+
+
 def test_windows_and_softcaps(gemma):
     with tiny(gemma) as llm:
         expected = tokens(llm)
