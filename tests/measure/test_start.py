@@ -16,6 +16,9 @@ from fade_fast.measure.start import Process, Text
 from ..models import tiny_llama
 
 
+EVERY = ("greedy", "again", "sampled", "B 2", "B 2 padded", "B 4", "B 8", "beams", "drafted")
+
+
 @pytest.fixture
 def model(monkeypatch):
     """A model whose steps are compiled on a CPU, but without generated code."""
@@ -35,12 +38,14 @@ def model(monkeypatch):
     return model
 
 
-def test_which_texts_compile_a_step(model):
+@pytest.mark.parametrize(
+    "names", [("greedy", "again", "sampled", "B 2", "B 4"), pytest.param(EVERY, marks=pytest.mark.slow)]
+)
+def test_which_texts_compile_a_step(model, names):
     """The first one, the first of several rows, and the first with drafts. No other batch size or mode does."""
-    names = ("greedy", "again", "sampled", "B 2", "B 2 padded", "B 4", "B 8", "beams", "drafted")
     texts = {name: start.measure(model, name, "safe", 40) for name in names}
     compiled = {name: sum(n for n, _ in text.graphs.values()) for name, text in texts.items()}
-    assert compiled == dict.fromkeys(names, 0) | {"greedy": 1, "B 2": 1, "drafted": 1}
+    assert compiled == {name: int(name in ("greedy", "B 2", "drafted")) for name in names}
     assert all(text.first > 0 and text.second > 0 and text.whole > text.second for text in texts.values())
     assert texts["greedy"].whole > texts["again"].whole
 
