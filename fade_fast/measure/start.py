@@ -4,7 +4,7 @@ Two processes run one after the other, with a folder of their own for compiled c
 empty, the second one finds what the first one left. Each one makes a model of a named shape with random
 weights, and then runs texts of several batch sizes and modes. For each text the table has the seconds to the
 first token, from there to the second one, in all, and the graphs that were compiled for it, with their
-seconds. `--layers N` makes a model of N layers. Without a GPU a tiny model runs, whose steps are not compiled,
+seconds. `--layers N` makes a model of N layers. Without a GPU a tiny model runs. Its steps are not compiled,
 and its times mean nothing.
 
 A process that has not ended after `--limit` seconds is stopped, and the texts that it has finished are shown.
@@ -119,7 +119,8 @@ def run(args: argparse.Namespace) -> None:
     since = lambda: time.perf_counter() - STARTED  # noqa: E731
     say(imported=since())
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = models.build(args.model or (models.LLAMA if device == "cuda" else models.TINY), device, args.layers)
+    name = args.model or (models.LLAMA if device == "cuda" else models.TINY)
+    model = models.build(name, device, args.layers)
     if device == "cuda":
         torch.cuda.synchronize()
     say(built=since())
@@ -192,7 +193,8 @@ def table(processes: list[Process]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--model", help="name of a shape (default: Llama-3.1-8B, without a GPU tiny)")
     parser.add_argument("--layers", type=int, help="layers of the model (default: those of the shape)")
     parser.add_argument("--config", default="safe", help="name of a method of `fade bench generate`")
@@ -200,7 +202,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=tuple(TEXTS), default=list(TEXTS), metavar="TEXT")
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES), metavar="empty|filled")
     parser.add_argument("--folder", type=Path, help="keeps compiled code for later (default: a new folder)")
-    parser.add_argument("--limit", type=float, default=100.0, help="seconds of one process (100)")
+    parser.add_argument("--limit", type=float, default=70.0, help="seconds of one process (70)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store the numbers")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
