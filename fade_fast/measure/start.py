@@ -193,8 +193,8 @@ def table(processes: list[Process]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--model", help="name of a shape (default: Llama-3.1-8B, without a GPU tiny)")
     parser.add_argument("--layers", type=int, help="layers of the model (default: those of the shape)")
     parser.add_argument("--config", default="safe", help="name of a method of `fade bench generate`")
@@ -202,7 +202,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=tuple(TEXTS), default=list(TEXTS), metavar="TEXT")
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES), metavar="empty|filled")
     parser.add_argument("--folder", type=Path, help="keeps compiled code for later (default: a new folder)")
-    parser.add_argument("--limit", type=float, default=100.0, help="seconds of one process (100)")
+    parser.add_argument("--limit", type=float, default=70.0, help="seconds of one process (70)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store the numbers")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)

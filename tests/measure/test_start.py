@@ -15,6 +15,8 @@ from fade_fast.measure.start import Process, Text
 
 from ..models import tiny_llama
 
+EVERY = ("greedy", "again", "sampled", "B 2", "B 2 padded", "B 4", "B 8", "beams", "drafted")
+
 
 @pytest.fixture
 def model(monkeypatch):
@@ -35,21 +37,20 @@ def model(monkeypatch):
     return model
 
 
-def test_which_texts_compile_a_step(model):
-    """The first text, the first of several rows, and the first with drafts. No other one does."""
-    names = ("greedy", "again", "sampled", "B 2", "B 2 padded", "B 4", "B 8", "beams", "drafted")
+@pytest.mark.parametrize(
+    "names", [("greedy", "again", "sampled", "B 2", "B 4"), pytest.param(EVERY, marks=pytest.mark.slow)]
+)
+def test_which_texts_compile_a_step(model, names):
+    """The first one, the first of several rows, and the first with drafts: no other batch size or mode."""
     texts = {name: start.measure(model, name, "safe", 40) for name in names}
     compiled = {name: sum(n for n, _ in text.graphs.values()) for name, text in texts.items()}
-    assert compiled == dict.fromkeys(names, 0) | {"greedy": 1, "B 2": 1, "drafted": 1}
+    assert compiled == {name: int(name in ("greedy", "B 2", "drafted")) for name in names}
     assert all(text.first > 0 and text.second > 0 and text.whole > text.second for text in texts.values())
     assert texts["greedy"].whole > texts["again"].whole
 
 
 def test_what_a_process_says():
-    process, said = (
-        Process("empty"),
-        Text("greedy", 1.0, 2.0, 4.0, {"forward": [1, 1.5]}, found=2, compiled=3),
-    )
+    process, said = Process("empty"), Text("greedy", 1.0, 2.0, 4.0, {"forward": [1, 1.5]}, 2, 3)
     lines = [dict(imported=1.0), dict(built=2.0), dict(text=vars(said), second_token=5.0)]
     lines.append(dict(text=vars(said) | dict(name="again"), second_token=9.0))
     for line in ("a warning", "[1]", *map(json.dumps, lines)):
@@ -67,9 +68,8 @@ def test_two_processes(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "fade_fast", "bench", "start", "--length", "40"]
     command += ["--only", "greedy", "B 2", "--layers", "1", "--model", "tiny", "--json", str(file)]
     own = dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1")
-    done = subprocess.run(
-        command, env=os.environ | own, cwd=root, capture_output=True, text=True, timeout=300
-    )
+    options = dict(env=os.environ | own, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, **options, timeout=300)
     assert done.returncode == 0, done.stderr
     empty, filled = json.loads(file.read_text())["processes"]
     assert (empty["caches"], filled["caches"]) == start.CACHES
