@@ -140,7 +140,7 @@ CORRUPTIONS = {
             call("full_like")[1].becomes("replaced"),
             "life/choosing/host",
         ),
-        ("nothing is ever used", call("_put")[3].drop(), "life/choosing/host"),
+        ("slots in use are replaced", call("_put")[0].drop(), "life/choosing/host"),
     ],
     "cache.select_store.SelectStore._make_resident": [
         ("the first pages not resident", call("copy_").drop(), "life/choosing/host"),

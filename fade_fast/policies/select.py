@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..compile.compiled import Compiled
+from ..compile.compiled import Compiled, use_compiled
 from .residents import Wanted
 
 PAGE_BITS = 17  # of a sorting key, an int32, that number the page
@@ -26,19 +26,32 @@ def choose(
         pages: how many to choose, at most P.
         share: stop as soon as the chosen pages hold this share of the mass.
         blocks: int64 [B, H, q, n]. The masses are those of the `per_block` pages of block `blocks[..., 0]`,
-            then of `blocks[..., 1]`, and so on; no two blocks of a row are equal. Masses of what follows
-            after the last page that counts can be left out. None: of all pages, in order.
+            then of `blocks[..., 1]`, and so on; no two blocks of a row are equal. None: of all pages, in
+            order.
 
     Returns pages int64 [B, H, q, pages], and bool of the same shape, which of them are to be read; None: all.
     """
-    args = mass, blocks
     options = dict(pages=pages, share=share, per_block=per_block)
-    return _compiled_choose.run(mass, *args, **options)
+    if not use_compiled(mass) or pages == mass.shape[-1]:
+        return _choose([mass], blocks, **options)
+    mass, sizes = mass.contiguous(), mass.shape
+    if blocks is None:  # the number of pages grows with the text
+        torch._dynamo.mark_dynamic(mass, 3)
+        sizes = mass.shape[:3]
+    return _compiled_choose([mass], dict, blocks, sizes=sizes, **options)
 
 
 def _choose(
-    dynamic_sizes, mass: Tensor, blocks: Tensor | None, *, pages: int, share: float | None, per_block: int
+    masses: list[Tensor],
+    blocks: Tensor | None,
+    *,
+    pages: int,
+    share: float | None,
+    per_block: int,
+    sizes: torch.Size | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    """See `choose`. `masses` has one tensor; its fixed `sizes` tell compiled versions apart."""
+    (mass,) = masses
     # One number per page: first its mass, as bits that sort like the number, then the page. No two are equal,
     # so every device chooses the same pages. Few bits are sorted fast: a mass keeps seven significant ones.
     bits = mass.to(torch.float32).view(torch.int32) >> PAGE_BITS

@@ -252,6 +252,21 @@ def test_parts_of_codes_are_joined_as_they_are_gathered(dim, kept, version):
     assert not any("upper" in x for x in (found, given, joined))
 
 
+def test_one_compiled_version_chooses_from_any_number_of_pages(traced_kernels, compiled_on):
+    """A growing text has more and more pages, and must not compile for each number of them."""
+    draw, found = torch.Generator().manual_seed(0), []
+    masses = [torch.rand(2, 3, 1, n, generator=draw) for n in (40, 56, 41, 8)]
+    blocks = torch.stack([torch.randperm(9, generator=draw)[:5] for _ in range(6)]).view(2, 3, 1, 5)
+    asked = [(x, dict(share=share)) for x in masses for share in (None, 0.1)]
+    asked.append((masses[0].clone(), dict(blocks=blocks, per_block=8)))
+    for device in ((), ("cpu",)):
+        compiled_on(*device)
+        found.append([policy.choose(x, 8, **options) for x, options in asked])
+    assert counters["stats"]["unique_graphs"] == 3
+    for (eager, kept), (chosen, keep) in zip(*found):
+        assert torch.equal(chosen, eager) and (keep is kept is None or torch.equal(keep, kept))
+
+
 @pytest.mark.slow
 def test_compiled_residency_equals_eager(compiled_on):
     draw, states = torch.Generator().manual_seed(0), []
