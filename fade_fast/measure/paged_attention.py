@@ -625,7 +625,12 @@ STORING = (
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("fade bench paged", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what is measured there as well")
-    parser.add_argument("--only", default="", metavar="TEXT", help="decode cases whose name contains TEXT")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="the decode case of this name, or those whose name contains TEXT",
+    )
     parser.add_argument("--page", type=int, default=None, help=f"tokens in a page (default {PREFERRED})")
     parser.add_argument("--quick", action="store_true", help="small shapes, as without a GPU")
     parser.add_argument("--skip-decode", action="store_true", help="no decode cases")
@@ -672,7 +677,8 @@ def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
         if not args.skip_decode:
             print("\n" + header(HEAD), flush=True)
-            for case in (case for case in cases if args.only in case.name):
+            exactly = [case for case in cases if case.name == args.only]
+            for case in exactly or [case for case in cases if args.only in case.name]:
                 result = attempt(case.name, lambda case=case: measure(case, shape, args.device))
                 if result is not None:
                     found["results"].append(asdict(result))
