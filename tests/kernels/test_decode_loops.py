@@ -163,6 +163,7 @@ def sized(batch, exact, length, capacity):
     )
 
 
+@pytest.mark.slow
 def test_one_graph_for_every_batch_and_length(traced):
     for size in SIZES:
         check(*sized(*size))
