@@ -275,7 +275,8 @@ def _write(dynamic_sizes, sides, runs, bound, to: Writes, *, kind) -> Tensor | N
     page, second = to.page.view(-1, 1, 1), to.second.view(-1, 1, 1)
     address, record = to.address.unsqueeze(1), kind.record
     old = None if kind.fine else runs[second, head, address[..., record:]]
-    records = torch.cat([_bytes([side[i] for side in sides], kind) for i in range(2)], -1)
+    # Dynamo of torch 2.11 may take an index 0 or 1 for a bool.
+    records = torch.cat([_bytes(list(both), kind) for both in zip(*sides)], -1)
     first = torch.arange(2 * record, device=runs.device) < record
     runs.index_put_((torch.where(first, page, second), head, address), records)
     most = sides[1][0].scale[0].float().amax(-1)
