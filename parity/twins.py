@@ -40,7 +40,7 @@ def allowed(yes: bool) -> Iterator[Twins]:
 
     def watched(self, dynamic_sizes, pinned, args, constants):
         key = self._kinds(args), *constants.items()
-        start, new = time.perf_counter(), key not in self.graphs
+        start, new = time.perf_counter(), not self._knows(key)
         result = call(self, dynamic_sizes, pinned, args, constants)
         graphs.graphs.add(f"{self.function.__module__}.{self.function.__qualname__} {key}")
         graphs.new += new

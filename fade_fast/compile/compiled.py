@@ -98,14 +98,17 @@ class Compiled:
 
     def _call(self, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], args: tuple, constants: dict):
         key = (self._kinds(args), *constants.items())
-        if key in self.graphs and not compiled_of(self.graphs[key][1]):
-            del self.graphs[key]  # `torch._dynamo.reset()` dropped it; the new graph needs its tiles, too
+        known = self._knows(key)
         # Inside the first call of another compiled graph, tensors show other dispatch keys than in later
         # calls. Then this function would be compiled again, and a CUDA graph capture does not allow that.
         with torch._C._ForceDispatchKeyGuard(*PLAIN):
-            if key not in self.graphs:
+            if not known:
                 return self._first_call(key, dynamic_sizes, pinned, args, constants)
             return self.graphs[key][0](dynamic_sizes, *args)
+
+    def _knows(self, key: tuple) -> bool:
+        """Whether there is a graph. `torch._dynamo.reset()` drops all, and a new one needs its tiles, too."""
+        return key in self.graphs and bool(compiled_of(self.graphs[key][1]))
 
     def _kinds(self, args: tuple) -> tuple:
         """What distinguishes calls that need graphs of their own, beside constants."""

@@ -5,8 +5,8 @@ The options are `--additional-config '{"fade": {...}}'`, or `additional_config={
 - `preset`: "safe" (the default: 4 bits, or the widths that the calibration file has), "int4", "lossless" (8
   bits) or "dense" (no compression, to compare).
 - `middle_k_bits`, `middle_v_bits`, `layer_bits`: as in `FadeConfig`; other widths than those of the preset.
-- `quant_backend`: "matched" (the default of `safe` and `int4` with a calibration) or "rotated" (the default
-  without one).
+- `quant_backend`: "rotated" (the default, because a step stores its tokens in few kernels) or "matched", which
+  needs a calibration.
 - `calibration`: a file of `fade vllm-calibrate`.
 - `full_graphs`: whether vLLM may capture whole decode steps as CUDA graphs (`false` is the default).
 
@@ -88,9 +88,7 @@ def read(additional_config: object) -> Options:
         if widths:
             raise ValueError(f"preset='dense' compresses nothing and contradicts {', '.join(widths)}")
         return Options(None, path, graphs)
-    base = FadeConfig.preset(preset)
-    if path is None:  # an engine measures nothing
-        base = replace(base, quant_backend="rotated")
+    base = replace(FadeConfig.preset(preset), quant_backend=CODECS[0])
     if (codec := given.get("quant_backend", base.quant_backend)) not in CODECS:
         raise ValueError(f"quant_backend={codec!r}: one of {', '.join(CODECS)} is allowed")
     chosen = base.loss_bound is not None and not widths.keys() & set(BITS)

@@ -28,6 +28,9 @@ from .batches import sees
 from .pages import FIRST, NEAR, SPAN, newest, room
 
 
+SIDES = ("key", "value")
+
+
 class Kind(NamedTuple):
     """What the bytes of a page mean. Equal for all layers with pages of one kind.
 
@@ -364,7 +367,7 @@ def _sides(parts: list[Tensor], kind: Kind) -> list[Packed]:
             low, high = x.to(torch.int16).unbind(-1)
             x = (low | (high << 8)).view(torch.float16)
         named[name] = x
-    return [Packed(*(named.get(f"{side}_{name}") for name in Packed._fields)) for side in ("key", "value")]
+    return [Packed(*(named.get(f"{side}_{name}") for name in Packed._fields)) for side in SIDES]
 
 
 def _bytes(sides: list[Packed], kind: Kind) -> Tensor:
@@ -372,7 +375,7 @@ def _bytes(sides: list[Packed], kind: Kind) -> Tensor:
     parts = []
     for name, _, _ in kind.fields:
         side, _, field = name.partition("_")
-        x = getattr(sides[side == "value"], field)[0].transpose(0, 1)
+        x = getattr(sides[SIDES.index(side)], field)[0].transpose(0, 1)
         if field != "codes":
             x = x.contiguous().view(torch.int16).unsqueeze(-1)
             x = ((x >> 8 * torch.arange(2, device=x.device, dtype=torch.int16)) & 255).to(torch.uint8)

@@ -1,6 +1,6 @@
 """What a user may ask, and what is refused with which reason. No engine is needed."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -187,7 +187,8 @@ def test_safe_takes_the_widths_of_the_file(tmp_path):
     model = tiny_llama(layers=3)
     found = measured.calibrate(model, torch.arange(40)[None], [0, 1, 2])
     choice = Choice(((1, (8, 4)),), 1e-4, 5e-3, FadeConfig.safe().loss_bound, 0.0, 40)
-    found.provenance["choices"] = {key(FadeConfig.safe()): asdict(choice)}
+    safe = replace(FadeConfig.safe(), quant_backend="rotated")
+    found.provenance["choices"] = {key(safe): asdict(choice)}
     path = str(tmp_path / "file")
     found.save(path)
     read = lambda **given: [options.read({"fade": given}).bits(i, 3) for i in range(3)]  # noqa: E731
@@ -195,6 +196,6 @@ def test_safe_takes_the_widths_of_the_file(tmp_path):
     assert read() == read(calibration=path, preset="int4") == [(4, 4)] * 3
     assert read(calibration=path, middle_v_bits=3) == [(4, 3)] * 3
     assert read(calibration=path, layer_bits={0: (8, 8)}) == [(8, 8), (4, 4), (4, 4)]
-    assert read(calibration=path, quant_backend="rotated") == [(4, 4)] * 3  # measured for another codec
+    assert read(calibration=path, quant_backend="matched") == [(4, 4)] * 3  # measured for another codec
     with pytest.raises(ValueError, match="no such file"):
         read(calibration=str(tmp_path / "other"))
