@@ -27,7 +27,6 @@ from ..kernels.rotated import Packed, dequantize
 from .batches import sees
 from .pages import FIRST, NEAR, SPAN, newest, room
 
-
 SIDES = ("key", "value")
 
 
