@@ -14,7 +14,7 @@ from .packed import force_materialize
 DEVIATIONS = 2.0  # standard deviations from the mean at which "deviation" scores a page
 WIDEST = 65504.0  # of float16
 LARGEST_DEVIATION = 255.0  # whose square is a float16
-UNIT = 16  # pages: kernels load whole words of a row whose length is known to be a multiple of this number
+UNIT = 16  # pages: a known divisor of the length of a row, so that kernels load several numbers at once
 
 
 def summarize(kind: str, keys: Tensor, real: Tensor, page: int) -> tuple[Tensor, Tensor]:
@@ -64,8 +64,9 @@ def page_mass(
         page: tokens of a page.
         scaling, softcap: of scores.
 
-    On CUDA, for two-byte dtypes and up to `MOST_ROWS` query rows, one compiled graph serves all counts of
-    pages. In all other cases the function runs in float32, or in float64 if the query is float64.
+    On CUDA, for two-byte dtypes and up to `MOST_ROWS` query rows, one compiled graph serves all counts that
+    are multiples of `UNIT`. Other counts share a graph if they share their largest power of two. In all
+    other cases the function runs in float32, or in float64 if the query is float64.
 
     Raises `ValueError` if there are not so many pages.
     """
@@ -85,7 +86,7 @@ def page_mass(
     if new > 1:
         query, valid = more_rows(query, rounded(new)), more_rows(valid, rounded(new))
     unit = math.gcd(count, UNIT)
-    # The compiler would make constants of these.
+    # The compiler would make constants of such counts, so they have graphs of their own.
     tied = count == unit or count == first.shape[2] or count * page == valid.shape[-1]
     sizes = [] if tied else [dynamic_size(count // unit)]
     options |= dict(scaling=scaling, unit=unit, units=count // unit if tied else None)
