@@ -11,7 +11,17 @@ from torch._dynamo.utils import counters
 from fade_fast.cache import layer, select_store
 from fade_fast.compile import compiled as compiling
 from fade_fast.hf import loading
-from fade_fast.kernels import decode, dense, matched, pages, product, product_decode, rotated, select
+from fade_fast.kernels import (
+    decode,
+    dense,
+    matched,
+    pages,
+    product,
+    product_decode,
+    rotated,
+    select,
+    summaries,
+)
 from fade_fast.policies import scores
 from fade_fast.policies import select as residency
 from fade_fast.vllm import single
@@ -63,6 +73,7 @@ KERNELS = (
     rotated._compiled,
     scores._compiled,
     select._compiled,
+    summaries._compiled,
     pages._compiled,
     residency._compiled_choose,
     residency._compiled_touch,

@@ -40,10 +40,8 @@ class Summaries:
 
         `valid` is bool [B, 1 or q, S], of all slots.
         """
-        count = num_read // self.page
-        parts = (self.pages.tensors[name].narrow(2, 0, count) for name in ("first", "second"))
-        valid = valid.narrow(-1, 0, count * self.page)
-        return summaries.page_mass(self.kind, query, *parts, valid, self.page, **options)
+        parts, count = (self.pages.tensors[name] for name in ("first", "second")), num_read // self.page
+        return summaries.page_mass(self.kind, query, *parts, valid, count, self.page, **options)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `function` of it."""

@@ -1,11 +1,12 @@
 """Scores of pages from a few numbers of each page. `fade_ref.summaries` explains them."""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
-from ..compile.compiled import Compiled, more_rows, rounded, use_compiled
+from ..compile.compiled import Compiled, dynamic_size, more_rows, rounded, use_compiled
 from .decode import LOWEST, MOST_ROWS
 from .merge import of_rows
 from .packed import force_materialize
@@ -13,6 +14,7 @@ from .packed import force_materialize
 DEVIATIONS = 2.0  # standard deviations from the mean at which "deviation" scores a page
 WIDEST = 65504.0  # of float16
 LARGEST_DEVIATION = 255.0  # whose square is a float16
+UNIT = 16  # pages: a known divisor of the length of a row, so that kernels load several numbers at once
 
 
 def summarize(kind: str, keys: Tensor, real: Tensor, page: int) -> tuple[Tensor, Tensor]:
@@ -44,21 +46,33 @@ def page_mass(
     first: Tensor,
     second: Tensor,
     valid: Tensor,
+    count: int,
     page: int,
     *,
     scaling: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Probability mass of each page for each query and KV head, float32 or float64 [B, H, q, P].
+    """Probability mass of each page for each query and KV head, float32 or float64 [B, H, q, count].
 
     Args:
         kind: "bounds" or "deviation".
         query: [B, Hq, q, D].
-        first, second: [B, H, P, D], from `summarize`. Pages without a token may hold anything.
-        valid: bool [B, 1 or q, P * page], which tokens each query sees.
+        first, second: [B, H, P, D], from `summarize`, at full capacity. Pages without a token may hold
+            anything.
+        valid: bool [B, 1 or q, S], which tokens each query sees, at full capacity.
+        count: pages that are read, the first ones: at most P and S / page.
         page: tokens of a page.
         scaling, softcap: of scores.
+
+    On CUDA, for two-byte dtypes and up to `MOST_ROWS` query rows, one compiled graph serves all counts that
+    are multiples of `UNIT`. Other counts share a graph if they share their largest power of two. In all
+    other cases the function runs in float32, or in float64 if the query is float64.
+
+    Raises `ValueError` if there are not so many pages.
     """
+    most = min(first.shape[2], valid.shape[-1] // page)
+    if not 0 < count <= most:
+        raise ValueError(f"count={count}: 1 to {most} pages are allowed")
     heads, new = first.shape[1], query.shape[2]
     rows, options = (
         max(2, query.shape[1] // heads * rounded(new)),
@@ -67,11 +81,21 @@ def page_mass(
     if not (use_compiled(query) and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
         dtype = torch.promote_types(query.dtype, torch.float32)
         asked = of_rows(query.to(dtype) * scaling, heads)
+        first, second, valid = _beginning(first, second, valid, count, page)
         return _of_pages(*_moments(kind, asked, first.to(dtype), second.to(dtype)), valid, new, **options)
     if new > 1:
         query, valid = more_rows(query, rounded(new)), more_rows(valid, rounded(new))
-    found = _compiled([], dict, query.contiguous(), first, second, valid, scaling=scaling, **options)
-    return found.narrow(2, 0, new)
+    unit = math.gcd(count, UNIT)
+    # The compiler would make constants of such counts, so they have graphs of their own.
+    tied = count == unit or count == first.shape[2] or count * page == valid.shape[-1]
+    sizes = [] if tied else [dynamic_size(count // unit)]
+    options |= dict(scaling=scaling, unit=unit, units=count // unit if tied else None)
+    return _compiled(sizes, dict, query.contiguous(), first, second, valid, **options).narrow(2, 0, new)
+
+
+def _beginning(first: Tensor, second: Tensor, valid: Tensor, count: int, page: int) -> list[Tensor]:
+    """The numbers and the masks of the first `count` pages."""
+    return [first.narrow(2, 0, count), second.narrow(2, 0, count), valid.narrow(-1, 0, count * page)]
 
 
 def _moments(kind: str, rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -81,8 +105,12 @@ def _moments(kind: str, rows: Tensor, first: Tensor, second: Tensor) -> tuple[Te
     return rows @ first.mT, rows.square() @ second.square().mT
 
 
-def _compiled_mass(dynamic_sizes, query, first, second, valid, *, kind, page, scaling, softcap) -> Tensor:
+def _compiled_mass(
+    dynamic_sizes, query, first, second, valid, *, kind, page, unit, units, scaling, softcap
+) -> Tensor:
     """The same in one graph: products in float16, everything else in float32."""
+    units = units or dynamic_sizes[0].shape[0] - 1
+    first, second, valid = _beginning(first, second, valid, units * unit, page)
     (batch, heads, _, dim), new = first.shape, query.shape[2]
     rows = (query.float() * scaling).to(torch.float16).reshape(batch * heads, -1, dim)
     real = rows.shape[1]
