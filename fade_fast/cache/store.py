@@ -108,10 +108,10 @@ class StoredTier:
         return self.records.narrow(start, self.records.count if stop is None else stop)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` in all; on CUDA for as many slots as a kernel reads then."""
+        """Make room for `tokens` in all; on CUDA for as many slots as a kernel reads then, in whole blocks."""
         if self.records.compiled and tokens:
             slots = whole(self._heads, tokens)
-            tokens = slots + spare(slots)
+            tokens = -(-(slots + spare(slots)) // self.records.step) * self.records.step
         self.records.reserve(tokens)
 
     def make_room(self, fields: dict[str, Tensor], held: int, bound: Tensor | None = None) -> None:

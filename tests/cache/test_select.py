@@ -34,6 +34,16 @@ def read_share(cache) -> float:
     return read / queries / (held / len(cache.tiered)) if queries else 1.0
 
 
+@pytest.mark.parametrize("index", slow_but(INDEXES, "k2", "deviation+k2"))
+def test_buffers_as_on_a_gpu(index, uncompiled_kernels):
+    """They have slots to spare, and hold whole pages and blocks all the same."""
+    model, inputs = tiny_llama(dtype=torch.float16), prompt(400)
+    cache = new_cache(model, FadeConfig(select=64, index=index), max_length=500)
+    logits = teacher_forced(model, cache, inputs, [396, 1, 1, 1, 1])
+    assert logits.isfinite().all() and read_share(cache) < 0.3
+    assert all(layer.middle.tiers[0].records.capacity % 64 == 0 for layer in cache.tiered)
+
+
 @pytest.mark.parametrize("codec", ["rotated", "matched"])
 def test_below_the_budget_nothing_changes(codec):
     """To the bit: the same codes, read in the same order."""
