@@ -108,7 +108,7 @@ class StoredTier:
         return self.records.narrow(start, self.records.count if stop is None else stop)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` in all; on CUDA for as many slots as a kernel reads then, in whole blocks."""
+        """Make room for `tokens` in all; on CUDA, in whole blocks, for as many slots as a kernel reads."""
         if self.records.compiled and tokens:
             slots = whole(self._heads, tokens)
             tokens = -(-(slots + spare(slots)) // self.records.step) * self.records.step

@@ -4,9 +4,9 @@ The options are `--additional-config '{"fade": {...}}'`, or `additional_config={
 
 - `preset`: "safe" (the default: 4 bits, or the widths that the calibration file has), "int4", "lossless" (8
   bits) or "dense" (no compression, to compare).
-- `middle_k_bits`, `middle_v_bits`, `layer_bits`: as in `FadeConfig`. They replace those of the preset.
-- `quant_backend`: "rotated" (the default, because a step stores its tokens in few kernels) or "matched", which
-  needs a calibration.
+- `middle_k_bits`, `middle_v_bits`, `layer_bits`: as in `FadeConfig`, instead of those of the preset.
+- `quant_backend`: "rotated" (the default: a step stores its tokens in few kernels) or "matched", which needs
+  a calibration.
 - `calibration`: a file of `fade vllm-calibrate`.
 - `full_graphs`: whether vLLM may capture whole decode steps as CUDA graphs (`false` is the default).
 
