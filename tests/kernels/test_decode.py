@@ -396,7 +396,7 @@ def test_inductor_compiles_it_for_the_cpu():
     constants = dict(bits=((4, 4),), chunks=None, scaling=options["scaling"], softcap=None, interleaved=False)
     inputs = decode._of_slots_read((*args, None, None, []), options["slots_read"])
     with torch.no_grad():
-        found = torch.compile(compiling._own(decode._attend, constants), fullgraph=True)(*inputs)
+        found = torch.compile(compiling.bind(decode._attend, constants), fullgraph=True)(*inputs)
     assert distance(found, decode.attend(*args, **options).double()) <= 1e-6
 
 

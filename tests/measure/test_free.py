@@ -79,10 +79,10 @@ def test_worse_formats_leave_earlier(model, ids):
 
 @pytest.mark.slow
 def test_damage_shows(model, ids, monkeypatch):
-    before = run(model, ids, "int4")["int4"]
+    before = run(model, ids, "k4v4")["k4v4"]
     encode = rotated.encode_both
     monkeypatch.setattr(rotated, "encode_both", lambda k, v, *rest: encode(k, v.flip(-1), *rest))
-    after = run(model, ids, "int4")["int4"]
+    after = run(model, ids, "k4v4")["k4v4"]
     assert sum(after.kl) > 10 * sum(before.kl) and sum(after.length) < sum(before.length)
 
 
