@@ -62,14 +62,14 @@ def test_peaks_include_the_cache_and_leave_nothing_behind(model):
 def test_the_command(tmp_path, capsys):
     file = tmp_path / "out.json"
     options = ["--model", models.save(tmp_path / "model"), "--lengths", "1024", "--device", "cpu", "--peak"]
-    assert memory.main([*options, "--configs", "int4", "h2o", "--json", str(file)]) == 0
+    assert memory.main([*options, "--configs", "k4v4", "h2o", "--json", str(file)]) == 0
     report, results = memory.stored(file)
     rows = {r.method: r for r in results}
-    assert rows["dynamic"].grown / rows["int4"].grown > 2.4 and rows["dynamic"].grown / rows["h2o"].grown > 5
+    assert rows["dynamic"].grown / rows["k4v4"].grown > 2.4 and rows["dynamic"].grown / rows["h2o"].grown > 5
     assert all(r.prefill > 0 and r.step > 0 and r.length == 1024 for r in results)
     assert report["kind"] == "memory"
     assert memory.table(results).count("| dynamic |") == 3  # held; in use during prefill, and in a step
-    assert f"| int4 | {rows['int4'].grown / 2**20:.1f}, 1/" in memory.table(results)
+    assert f"| k4v4 | {rows['k4v4'].grown / 2**20:.1f}, 1/" in memory.table(results)
     shown = capsys.readouterr().out
     assert memory.main(["--show", str(file)]) == 0
     assert capsys.readouterr().out.strip() in shown

@@ -9,6 +9,7 @@ import torch
 from fade_fast.kernels import rotated
 from fade_fast.measure import memory, quality, texts
 from fade_fast.measure.methods import Unavailable, at_equal_bytes, compressed_tokens, method, record_bytes
+from fade_fast.measure.streams import NothingCompressed
 from fade_ref.config import PRESETS, FadeConfig
 
 from ..models import prompt, tiny_llama
@@ -68,12 +69,12 @@ def test_score_by_hand():
 
 @pytest.mark.slow
 def test_fewer_bits_cost_more_and_damage_shows(model, ids, monkeypatch):
-    _, rows = run(model, ids, "int8", "int4", "k4v2", "int2")
+    _, rows = run(model, ids, "int8", "k4v4", "k4v2", "int2")
     kl = {name: s.kl for name, s in rows.items()}
-    assert 0 < kl["int8"] < kl["int4"] < kl["k4v2"] < kl["int2"]
+    assert 0 < kl["int8"] < kl["k4v4"] < kl["k4v2"] < kl["int2"]
     encode = rotated.encode_both
     monkeypatch.setattr(rotated, "encode_both", lambda k, v, *rest: encode(k, v.flip(-1), *rest))
-    assert run(model, ids, "int4")[1]["int4"].kl > 10 * kl["int4"]
+    assert run(model, ids, "k4v4")[1]["k4v4"].kl > 10 * kl["k4v4"]
 
 
 @pytest.mark.slow
@@ -90,14 +91,14 @@ def test_compressed_tokens_read_are_counted(model, ids):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "balanced"])
 def test_a_cache_that_compressed_nothing_is_an_error(model, ids, name):
-    with pytest.raises(quality.NothingCompressed, match=f"{name}: no query read"):
+    with pytest.raises(NothingCompressed, match=f"{name}: no query read"):
         run(model, ids[:, :120], name)
 
 
 @pytest.mark.slow
 def test_a_cache_that_evicted_nothing_is_an_error(model, ids):
     streams = "streaming:recent_window=300"
-    with pytest.raises(quality.NothingCompressed, match="no token was evicted"):
+    with pytest.raises(NothingCompressed, match="no token was evicted"):
         run(model, ids[:, :300], streams)
 
 
@@ -166,14 +167,14 @@ def test_the_command(folder, tmp_path, capsys):
     text, file, page = tmp_path / "text.txt", tmp_path / "out.json", tmp_path / "out.md"
     text.write_text(models.words(1000))
     options = ["--model", folder, "--text", str(text), "--length", "256", "--windows", "3", "--batch", "2"]
-    options += ["--device", "cpu", "--configs", "int4", "streaming:recent_window=60", "learned"]
+    options += ["--device", "cpu", "--configs", "k4v4", "streaming:recent_window=60", "learned"]
     assert quality.main([*options, "--json", str(file), "--markdown", str(page)]) == 0
     report, results = quality.stored(file)
     assert report["device"] == "CPU" and report["windows"] == 3 and report["text"] == "text.txt"
     assert str(tmp_path) not in file.read_text()
     rows = {r.method: r for r in results}
-    assert len(rows["int4"].nll) == 3 and rows["int4"].read > 0
-    assert rows["int4"].dense / rows["int4"].bytes > 3
+    assert len(rows["k4v4"].nll) == 3 and rows["k4v4"].read > 0
+    assert rows["k4v4"].dense / rows["k4v4"].bytes > 3
     first = capsys.readouterr().out
     assert quality.main(["--show", str(file)]) == 0
     assert page.read_text().strip() in first and page.read_text().strip() in capsys.readouterr().out
