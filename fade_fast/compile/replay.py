@@ -1,5 +1,6 @@
 """Functions of many small kernels, replayed as CUDA graphs: a GPU would wait for the host between kernels."""
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -58,14 +59,15 @@ class Replayed:
                 self.known.popitem(last=False)
             return self.function(*args, **constants)
         self.known.move_to_end(key)
-        if found.graph is None and not found.refused:
-            self._record(found, leaves, structure, constants)
-        if found.refused:
-            return self.function(*args, **constants)
-        for own, given in zip(found.inputs, (x for x in leaves if isinstance(x, Tensor))):
-            own.copy_(given)
-        found.graph.replay()
-        return tree_map_only(Tensor, torch.clone, found.output)
+        with _on_device(first):  # a recording sees only the current device
+            if found.graph is None and not found.refused:
+                self._record(found, leaves, structure, constants)
+            if found.refused:
+                return self.function(*args, **constants)
+            for own, given in zip(found.inputs, (x for x in leaves if isinstance(x, Tensor))):
+                own.copy_(given)
+            found.graph.replay()
+            return tree_map_only(Tensor, torch.clone, found.output)
 
     def _record(self, found: Replay, leaves: list, structure, constants: dict) -> None:
         """Record a call. If memory is short or something compiles, calls of this kind stay ordinary ones."""
@@ -76,6 +78,10 @@ class Replayed:
         except RuntimeError:
             found.graph, found.refused = None, True
         found.inputs = [x for x in leaves if isinstance(x, Tensor)]
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _is_recording(x: Tensor) -> bool:
