@@ -41,7 +41,8 @@ class Run:
         tokens: ids of the new tokens.
         prefill_s: seconds from the call of generate() to the first new token.
         decode_s: seconds from the first new token to the last.
-        allocated: bytes of every distinct storage of the cache right after generate().
+        allocated: bytes of every distinct storage of the cache right after generate(), without the tables
+            that all caches of a model share.
         dense: bytes of an uncompressed cache for the same tokens.
         tiers: number of tokens in each tier.
     """
@@ -194,7 +195,7 @@ def measure(model: PreTrainedModel, inputs, cache, name: str, max_new_tokens: in
         tiers = {Tier.FP16.name: cache.get_seq_length()}
     else:
         memory = cache.memory()
-        allocated, dense, tiers = memory.allocated, memory.dense, memory.tokens
+        allocated, dense, tiers = memory.own, memory.dense, memory.tokens
     first, last = watch.times[0], watch.times[-1]
     return Run(tokens, first - watch.start, last - first, allocated, dense, tiers)
 

@@ -29,6 +29,7 @@ class Quick:
         kl: mean Kullback-Leibler divergence from the uncompressed prediction, in nats.
         top1: share of predictions with the same most likely token.
         uncompressed, held: bytes of an uncompressed cache and of this one, with bfloat16 keys and values.
+        tables: bytes that all caches of the model share, which `held` leaves out.
     """
 
     tokens: int
@@ -38,6 +39,7 @@ class Quick:
     top1: float
     uncompressed: int
     held: int
+    tables: int
 
 
 def dtype_for(device: str | None, dtype: str) -> str:
@@ -74,6 +76,7 @@ def compare(model: PreTrainedModel, ids: Tensor, prompt: int = PROMPT) -> Quick:
     tokens = cache.memory().tokens
     bf16 = capacity.architecture(model.config, torch.bfloat16)
     length = ids.shape[1]
+    size = capacity.size(bf16, cache.fade_config, length, on_gpu=False)
     return Quick(
         tokens=length,
         compressed=sum(n for name, n in tokens.items() if name not in (Tier.FP16.name, Tier.EVICTED.name)),
@@ -81,7 +84,8 @@ def compare(model: PreTrainedModel, ids: Tensor, prompt: int = PROMPT) -> Quick:
         kl=float((plain.exp() * (plain - ours)).sum(-1).mean()),
         top1=float((plain.argmax(-1) == ours.argmax(-1)).float().mean()),
         uncompressed=capacity.uncompressed(bf16, length),
-        held=capacity.size(bf16, cache.fade_config, length, on_gpu=False).device,
+        held=size.device - size.tables,
+        tables=size.tables,
     )
 
 
@@ -97,6 +101,7 @@ def text(found: Quick, on_cpu: bool) -> str:
         f"{found.compressed:g} of {found.tokens} tokens were compressed, and every one can be read. MiB:",
         f"with bfloat16 keys and values. KL and top-1: {found.predicted} predictions on the same text, each",
         "compared with the prediction of the uncompressed cache. The ratio grows with the length of text.",
+        f"All caches of the model share {found.tables / mib:.2f} MiB of tables, which are not counted.",
     ]
     if on_cpu:
         lines.append("On a CPU the cache saves memory, and time only in long texts: docs/speed.md.")

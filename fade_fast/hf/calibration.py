@@ -180,7 +180,7 @@ def calibration_of(
     `TypeError` for another type.
     """
     if source is None:
-        return of_model(model, layers)
+        return _shared(of_model(model, layers))
     if isinstance(source, (str, os.PathLike)):
         source = load(source)
     if not isinstance(source, Calibration):
@@ -188,7 +188,15 @@ def calibration_of(
     _check_model("the calibration", source, model)
     if sorted(source.moments) != sorted(layers):
         raise ValueError(f"the calibration has layers {sorted(source.moments)}, the model needs {layers}")
-    return source
+    return _shared(source)
+
+
+_in_use: "weakref.WeakValueDictionary[str, Calibration]" = weakref.WeakValueDictionary()
+
+
+def _shared(calibration: Calibration) -> Calibration:
+    """The equal calibration that some cache has, if there is one: its tables then exist once."""
+    return _in_use.setdefault(calibration.digest, calibration)
 
 
 def _check_model(name, calibration: Calibration, model: PreTrainedModel) -> None:

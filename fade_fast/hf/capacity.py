@@ -83,10 +83,14 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of a cache: those on the model's device, and those in host memory (`cold="host"`)."""
+    """Bytes of a cache: those on the model's device, and those in host memory (`cold="host"`).
+
+    `tables` is the part of `device` that all caches of a model share.
+    """
 
     device: int
     host: int = 0
+    tables: int = 0
 
 
 def architecture(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> Architecture:
@@ -167,7 +171,7 @@ def size(model: Architecture, config: FadeConfig, length: int, batch: int = 1, o
         config = replace(config, quant_backend="rotated")
     count = len(model.layers)
     config = config.resolved(count, [i for i, shape in enumerate(model.layers) if shape.tiered])
-    device = host = 0
+    device = host = matrices = 0
     tables: dict[int, int] = {}  # that layers share, by head_dim; -1: weights of a policy
     for index, shape in enumerate(model.layers):
         if not shape.tiered:
@@ -177,7 +181,7 @@ def size(model: Architecture, config: FadeConfig, length: int, batch: int = 1, o
         found = _tiered(config, widths, shape.heads, shape.dim, model.dtype, length, batch, on_gpu)
         device, host = device + found[0], host + found[1]
         if config.quant_backend == "matched":
-            device += found[2]  # each layer has matrices of its own
+            matrices += found[2]  # each layer has its own
         else:
             tables[shape.dim] = max(tables.get(shape.dim, 0), found[2])
         if on_gpu:  # where each layer copies the weights of a policy
@@ -187,7 +191,8 @@ def size(model: Architecture, config: FadeConfig, length: int, batch: int = 1, o
     # Positions of the tokens, which all layers share: see `TokenPositions.reserve`.
     spare = length if on_gpu else length // 64
     positions = -(-(length + spare) // 256) * 256 * batch * torch.int32.itemsize
-    return Size(device + sum(tables.values()) + positions, host)
+    shared = matrices + sum(tables.values())
+    return Size(device + shared + positions, host, shared)
 
 
 def _untiered(shape: LayerShape, dtype: torch.dtype, length: int, batch: int, on_gpu: bool) -> int:

@@ -46,7 +46,7 @@ class Memory:
         tokens: tokens by tier, "EVICTED" included, summed over the batch, of one tiered layer (the mean over
             layers where they differ).
         tables: the part of `allocated` that does not grow with the text: rotations, matrices and codebooks.
-            All caches of a model with one calibration share its matrices.
+            All caches of a model share them.
         host: bytes of the storages in host memory, with `cold="host"`.
         selected: what queries have read, where they choose; None if none has chosen.
     """
@@ -68,9 +68,14 @@ class Memory:
         return self.tokens.get(Tier.EVICTED.name, 0)
 
     @property
+    def own(self) -> int:
+        """What this cache alone allocates: `allocated` without `tables`."""
+        return self.allocated - self.tables
+
+    @property
     def ratio(self) -> float:
-        """How many times smaller the cache is than an uncompressed one: dense / allocated."""
-        return self.dense / self.allocated if self.allocated else 1.0
+        """How many times smaller the cache is than an uncompressed one: dense / own."""
+        return self.dense / self.own if self.own else 1.0
 
     def __str__(self) -> str:
         """Bytes with units, and the ratio in words.
@@ -78,8 +83,9 @@ class Memory:
         >>> print(Memory(allocated=2**20, packed=2**19, dense=3 * 2**20, tokens={"FP16": 68, "INT4": 900}))
         1.00 MiB allocated (512.0 KiB needed), 3.00 MiB if uncompressed: 3.00 times smaller; 68 FP16, 900 INT4
         """
-        how = compared(self.dense, self.allocated) or "nothing held"
-        text = f"{size(self.allocated)} allocated ({size(self.packed)} needed)"
+        how = compared(self.dense, self.own) or "nothing held"
+        text = f"{size(self.own)} allocated ({size(self.packed)} needed)"
+        text += f", {size(self.tables)} of tables" if self.tables > self.own // 64 else ""
         text += f", {size(self.dense)} if uncompressed"
         text += f", {size(self.host)} more in host memory" if self.host else ""
         tokens = ", ".join(f"{count:g} {tier}" for tier, count in self.tokens.items())

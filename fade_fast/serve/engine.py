@@ -418,7 +418,7 @@ class Engine:
         finally:
             self.view.end()
         if job.cache is not None:
-            job.bytes = job.cache.memory(compact=False).allocated
+            job.bytes = job.cache.memory(compact=False).own
             self.prefixes.others = job.bytes + sum(other.bytes for other in self._active)
             self.prefixes.trim()
         self._active.append(job)

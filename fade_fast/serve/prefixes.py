@@ -159,7 +159,7 @@ class Prefixes:
             if np.array_equal(entry.tokens, tokens):
                 entry.used = self._tick()
                 return
-        size = cache.memory().allocated
+        size = cache.memory().own
         self.entries.append(Entry(tokens.astype(np.int32), cache, None, size, self._tick()))
         self.trim()
 
@@ -198,7 +198,7 @@ class Prefixes:
             warnings.warn(f"a stored cache cannot be read and is dropped: {error}", stacklevel=2)
             self._drop(entry)
             return False
-        entry.bytes = entry.cache.memory().allocated
+        entry.bytes = entry.cache.memory().own
         self.loaded += 1
         return True
 

@@ -76,7 +76,7 @@ def teacher_forced_step(model, cache, count):
 @pytest.mark.parametrize("bits, least", [(8, 1.8), (4, 3.3), (3, 4.1), (2, 5.5)])
 def test_ratio_at_8192_tokens_of_head_dim_64_in_bfloat16(bits, least):
     """The shape of SmolLM2's cache, by the storages that live after generate()."""
-    model = tiny_llama(heads=3, group=3, layers=2, dtype=torch.bfloat16)
+    model = tiny_llama(heads=3, group=3, layers=6 if bits == 4 else 2, dtype=torch.bfloat16)
     cache = fade_fast.create_cache(model, FadeConfig(middle_k_bits=bits, middle_v_bits=bits))
     generate(model, cache, prompt(8192 - 64), new=64)
     memory = cache.memory()
