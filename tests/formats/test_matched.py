@@ -169,6 +169,8 @@ def test_generate_save_copy(name, pads, tmp_path):
     memory, matrices = cache.memory(), 2 * 2 * (3 * 64 + 1) * 64 * 4  # two sides of two heads
     assert memory.tables == 3 * (matrices + 2 * 64 * 4) < memory.allocated
     cache.save(tmp_path / "cache")
+    assert fade_fast.load_cache(tmp_path / "cache", model, verify=False).calibration is cache.calibration
+    calibration._in_use.clear()  # as in another process
     twin, again = copy.deepcopy(cache), fade_fast.load_cache(tmp_path / "cache", model, verify=False)
     assert twin.calibration is cache.calibration and again.calibration is not cache.calibration
     step = dict(input_ids=torch.tensor([[5], [9]]), attention_mask=torch.ones(2, cache.get_seq_length() + 1))
@@ -207,6 +209,9 @@ def test_the_user_s_folder_keeps_the_calibration(cache_folder):
     first = new_cache(model, FadeConfig(**SMALL)).calibration
     (file,) = (cache_folder / "fade" / "calibration").iterdir()
     assert new_cache(model, FadeConfig(**SMALL, int4_budget=9)).calibration is first
+    again = new_cache(tiny_llama(), FadeConfig(**SMALL)).calibration
+    assert again is first  # equal models share the tables
+    calibration._in_use.clear()  # as in another process
     again = new_cache(tiny_llama(), FadeConfig(**SMALL)).calibration
     assert again is not first and again.digest == first.digest
     assert again.provenance["tokens"] == calibration.TOKENS
