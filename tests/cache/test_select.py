@@ -2,15 +2,17 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 import fade_fast
-from fade_fast.cache import host
+from fade_fast.cache import host, select_store
 from fade_fast.cache.select_store import SelectStore
 from fade_fast.hf.models import CACHE_NAME
+from fade_fast.kernels import pages
 from fade_fast.policies import select
 from fade_fast.policies.residents import Wanted
 from fade_ref import importance
@@ -42,6 +44,23 @@ def test_buffers_as_on_a_gpu(index, uncompiled_kernels):
     logits = teacher_forced(model, cache, inputs, [396, 1, 1, 1, 1])
     assert logits.isfinite().all() and read_share(cache) < 0.3
     assert all(layer.middle.tiers[0].records.capacity % 64 == 0 for layer in cache.tiered)
+
+
+@pytest.mark.parametrize(
+    "codec, indexes",
+    [("rotated", ("k2", "deviation+k2")), pytest.param("matched", INDEXES, marks=pytest.mark.slow)],
+)
+def test_every_torch_can_trace_the_kernels(codec, indexes, traced_kernels, compiled_on):
+    """Older versions of Dynamo refuse some Python. Nothing is generated, so this takes seconds."""
+    model, inputs = tiny_llama(dtype=torch.float16), prompt(200)
+    compiled_on("cpu")
+    for index in indexes:
+        cold = None if "+" in index else "host"
+        config = FadeConfig(select=32, block_size=32, recent_window=16, index=index, cold=cold)
+        cache = new_cache(model, replace(config, quant_backend=codec), max_length=250)
+        logits = teacher_forced(model, cache, inputs, [198, 1, 1])
+        assert logits.isfinite().all() and read_share(cache) < 0.5
+    assert all(len(x.graphs) for x in (select._compiled_choose, pages._compiled, select_store._compiled))
 
 
 @pytest.mark.parametrize("codec", ["rotated", "matched"])
