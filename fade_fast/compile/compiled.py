@@ -161,18 +161,12 @@ class CompiledForSizes(Compiled):
     @staticmethod
     def _free_axes(args: tuple) -> list[tuple[Tensor, list[int]]]:
         """Each tensor, and its axes that count heads or tokens."""
-        sizes = args[0].shape[0], args[0].shape[-1]
-        return [
-            (
-                x,
-                [
-                    axis
-                    for axis, size in zip((0, x.dim() - 1), sizes)
-                    if x.dim() > 1 and x.shape[axis] == size
-                ],
-            )
-            for x in tree_leaves(args)
-        ]
+        heads, tokens = args[0].shape[0], args[0].shape[-1]
+        found = []
+        for x in tree_leaves(args):
+            axes = [(0, heads), (x.dim() - 1, tokens)] if x.dim() > 1 else []
+            found.append((x, [axis for axis, size in axes if x.shape[axis] == size]))
+        return found
 
 
 def bind(function: Callable, constants: dict) -> Callable:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from .compiled import use_compiled
 from .record import record
 
 REPLAYS_ON = {"cuda"}  # types of devices on which calls are replayed
@@ -31,7 +32,8 @@ class Replay:
 class Replayed:
     """A function of tensors whose calls are replayed from the third call of a kind on.
 
-    Calls of one kind agree in shapes, dtypes, devices, thread, stream and constants. The first call compiles
+    Calls of one kind agree in shapes, dtypes, devices, thread, stream and constants, and in whether compiled
+    versions run. The first call compiles
     what it needs, and the second call is recorded. A call within the recording of another graph is an
     ordinary one.
 
@@ -51,7 +53,8 @@ class Replayed:
             return self.function(*args, **constants)
         leaves, structure = tree_flatten(args)
         kinds = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves]
-        key = (threading.get_ident(), _stream(first), structure, *kinds, *constants.items())
+        place = threading.get_ident(), _stream(first), use_compiled(first)
+        key = (*place, structure, *kinds, *constants.items())
         found = self.known.get(key)
         if found is None:
             self.known[key] = Replay()

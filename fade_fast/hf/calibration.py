@@ -1,5 +1,8 @@
 """Calibration: what the `matched` codec knows of a model's keys, values and queries.
 
+Moments and matrices come from `fade_ref.matched`. This is an exception to the rule that fade_fast takes no
+numerics from fade_ref: they are computed once for a model, in float64, and codes depend on every bit.
+
 `calibrate(model, ids)` runs the model over a text and measures moments; `fade_ref.matched` derives matrices
 from them. One calibration serves all caches of a model. `of_model` makes it at the first cache of a model,
 from a short text, and keeps it in the user's cache folder. Every process then uses the same one.

@@ -1,7 +1,7 @@
 """Plans: which middle tokens stay, and in which tier. Scores and budgets determine a plan.
 
 This module takes the ranking and the budgets from `fade_ref.plan`, and the scores of keys from
-`fade_ref.scores`. This is the exception to the rule that fade_fast takes no numerics from fade_ref. A second
+`fade_ref.scores`. This is an exception to the rule that fade_fast takes no numerics from fade_ref. A second
 copy would only repeat the same code. This module adds the information of a running cache.
 """
 
