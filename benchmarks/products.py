@@ -92,7 +92,7 @@ class Result:
 def compiled(shape: Shape, rows: int, tiles: dict | None, inputs: tuple):
     """The function, compiled and called once. `tiles` None means the products of the library."""
     torch._dynamo.reset()
-    function = compiling._own(lambda *args: shape.function(*args), {})
+    function = compiling.bind(shape.function, {})
     graph = torch.compile(function, fullgraph=True, dynamic=False)
     tag = torch.compiler.config.patch(cache_key_tag=f"{rows} {tiles}")  # apart in the disk cache
     with torch.no_grad(), tag, mock.patch.object(inductor, "few_tile", lambda *args: dict(tiles)):
