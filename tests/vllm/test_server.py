@@ -17,6 +17,7 @@ openai = pytest.importorskip("openai", reason="the client `openai` is not instal
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 PATIENCE = 240  # seconds until the server answers
+NEARLY_EQUAL = 0.2  # nats between two tokens that the noise of the codes may exchange
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +101,24 @@ def test_chat_and_streaming(client):
 
 
 def test_sixteen_at_once(client):
-    """Each says what it says alone."""
+    """Each says what it says alone, or differs first where two tokens are nearly equally likely.
+
+    vLLM's own products round differently in other batches, see `everywhere` in test_engine.py.
+    """
     prompts = [f"{i} plus {i + 1} is" for i in range(16)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        together = list(pool.map(lambda p: complete(client, p).choices[0].text, prompts))
-    assert len(set(together)) > 1
-    for i in (0, 7, 15):
-        assert complete(client, prompts[i]).choices[0].text == together[i]
+        together = list(pool.map(lambda p: complete(client, p, logprobs=5).choices[0], prompts))
+    assert len({choice.text for choice in together}) > 1
+    same = 0
+    for i in (0, 7, 10, 15):
+        alone = complete(client, prompts[i], logprobs=5).choices[0]
+        same += alone.text == together[i].text
+        pairs = zip(alone.logprobs.tokens, together[i].logprobs.tokens, alone.logprobs.top_logprobs)
+        for token, other, likely in pairs:
+            if token != other:
+                assert likely.get(other, -99.0) >= likely[token] - NEARLY_EQUAL, alone.text
+                break
+    assert same >= 2
 
 
 def test_a_client_that_disconnects(server, client):
