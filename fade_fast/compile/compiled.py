@@ -72,10 +72,18 @@ def dynamic_size(n: int) -> Tensor:
 
 
 class Compiled:
-    """The compiled version of a function of tensors: one graph per shape, with its tiles pinned."""
+    """The compiled version of a function of tensors: one graph per shape, with its tiles pinned.
 
-    def __init__(self, function: Callable, options: dict = OPTIONS):
-        self.function, self.options = function, APART | options
+    Args:
+        function: its first argument is a list of tensors, the dynamic sizes.
+        options: of Inductor.
+        tiles: gives the tiles that `run` pins, from the other arguments of the function.
+    """
+
+    def __init__(
+        self, function: Callable, options: dict = OPTIONS, tiles: Callable[..., Tiles] = lambda *args: {}
+    ):
+        self.function, self.options, self.tiles = function, APART | options, tiles
         # Each graph, and the code object by which Dynamo finds it.
         self.graphs: dict[tuple, tuple[Callable, types.CodeType]] = {}
 
@@ -89,11 +97,11 @@ class Compiled:
     def run(self, like: Tensor, *args, **constants):
         """Call the function on `args`: compiled where tensors like `like` run compiled, otherwise eagerly.
 
-        This is for functions without dynamic sizes and without tiles. The eager function is looked up in its
-        module at each call, so that a test can replace it there.
+        This is for functions without dynamic sizes. The eager function is looked up in its module at each
+        call, so that a test can replace it there.
         """
         if like.device.type in COMPILED_ON:
-            return self._call([], dict, args, constants)
+            return self._call([], functools.partial(self.tiles, *args), args, constants)
         return self.function.__globals__[self.function.__name__]([], *args, **constants)
 
     def _call(self, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], args: tuple, constants: dict):

@@ -108,7 +108,8 @@ def pinned_tiles(tiles: Tiles):
     class Pinned(InductorChoices):
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
             hint = V.graph.sizevars.optimization_hint
-            chosen = tiles.get((int(hint(features.numel)), int(hint(features.reduction_numel))))
+            results, summands = int(hint(features.numel)), int(hint(features.reduction_numel))
+            chosen = tiles.get((results, summands), tiles.get((None, summands)))
             if chosen is None or not features.is_reduction():
                 return kernel_kwargs
             if "ZBLOCK" in chosen and "z" not in groups[0]:  # the batch became rows

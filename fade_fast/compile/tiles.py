@@ -1,8 +1,11 @@
 """Measured block sizes of generated kernels: nothing is tuned when a kernel is compiled."""
 
 #: Block sizes, warps and stages of the generated kernels of one graph, by the number of results of a kernel
-#: and the number of summands per result. A config without R0_BLOCK sums all summands at once.
-Tiles = dict[tuple[int, int], dict]
+#: and the number of summands per result. A number of results that is None stands for all others. A config
+#: without R0_BLOCK sums all summands at once.
+Tiles = dict[tuple[int | None, int], dict]
+#: Option of Inductor for kernels without sums: one set of block sizes is compiled, and none is measured.
+UNTUNED = {"triton.autotune_pointwise": False}
 
 
 def tier_tiles(
@@ -97,6 +100,20 @@ def step_tiles(heads: int, rows: int, exact: int, means: int, dim: int) -> Tiles
         (heads * rows, exact): dict(XBLOCK=1, R0_BLOCK=256, num_warps=1, num_stages=1),
         (heads * rows * dim, exact + dim): last,
     }
+
+
+def summary_tiles(rows: int, dim: int) -> Tiles:
+    """Tiles of the products of `kernels/summaries.py`: `rows` query rows, at least 2, and `dim` channels.
+
+    Inductor would compile and measure 19 sets. These are not tuned on a GPU.
+    """
+    product = dict(ZBLOCK=1, YBLOCK=power_of_two(rows), XBLOCK=128, num_warps=4, num_stages=2)
+    return {(None, dim): dict(product, R0_BLOCK=64 if dim % 64 == 0 else 32)}
+
+
+def channel_tiles(dim: int) -> Tiles:
+    """Tiles of sums over `dim` channels of a vector, where neighbors in memory are tokens; not tuned."""
+    return {(None, dim): dict(XBLOCK=32, num_warps=4, num_stages=1)}
 
 
 def power_of_two(n: int) -> int:

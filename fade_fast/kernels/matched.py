@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..compile.compiled import CompiledForSizes
 from ..compile.replay import Replayed
+from ..compile.tiles import UNTUNED, channel_tiles
 from . import rotated
 from .rotated import LARGEST, Packed, center, pack
 
@@ -70,15 +71,15 @@ def _quantize(y: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     unit, tried = _run(_in_units, y, step, limit)
     diagonal = feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [H, D, 1]
     weight, exposed = feedback / diagonal, feedback @ unit
-    errors, codes, lost = torch.empty_like(unit), [], []
+    errors, lost = torch.empty_like(unit), []
     for start in range(0, y.shape[1], TOGETHER):
         own = slice(start, start + TOGETHER)
         before = weight[:, own, :start] @ errors[:, :start]
         block = weight[:, own, own, None], exposed[:, own], diagonal[:, own]
-        code, errors[:, own], part = _run(_round_block, unit[:, own], before, *block, limit)
-        codes.append(code)
-        lost.append(part)
-    return _run(_finish, exposed, tried, lost, codes, bits=bits)
+        found = _run(_round_block, unit[:, own], before, *block, limit)
+        errors[:, own] = found[:, :-1]
+        lost.append(found[:, -1])
+    return _run(_finish, unit, errors, exposed, tried, lost, limit, bits=bits)
 
 
 def _in_units(dynamic_sizes, y: Tensor, step: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,8 +106,9 @@ def _round_block(
     exposed: Tensor,
     diagonal: Tensor,
     limit: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of one block uint8 [H, C, T], their errors [H, C, T], and its part of <Vu, Ve> [H, T].
+) -> Tensor:
+    """Errors of the codes of one block, and after its C channels the part of the block in <Vu, Ve>:
+    [H, C + 1, T].
 
     u are the vectors in units of the distance between levels, and e the errors of their centered codes. The
     damage V e is a by-product of rounding: V_ii times what is left of channel i.
@@ -115,7 +117,7 @@ def _round_block(
     [H, C, T]; `weight` [H, C, C, 1], that between the channels of the block, and `diagonal` of V [H, C, 1];
     `limit` as in `_in_units`.
     """
-    codes, errors, lost = [], [], torch.zeros_like(unit[:, 0])
+    errors, lost = [], torch.zeros_like(unit[:, 0])
     for i in range(unit.shape[1]):
         wanted = unit[:, i] + before[:, i]
         if torch.compiler.is_compiling():  # one kernel keeps the block in registers
@@ -125,9 +127,10 @@ def _round_block(
             wanted = wanted + (weight[:, i : i + 1, :i, 0] @ torch.stack(errors, dim=1)).squeeze(1)
         near = _nearest(wanted, limit)
         lost = lost + exposed[:, i] * (diagonal[:, i] * (wanted - near))
-        codes.append((near + limit).to(torch.uint8))
         errors.append(unit[:, i] - near)
-    return torch.stack(codes, dim=1), torch.stack(errors, dim=1), lost
+    # One result of more than 8 tensors: Inductor stacks up to 8 in a kernel of their own, which would compute
+    # the block again for each of them.
+    return torch.stack((*errors, lost), dim=1)
 
 
 def _nearest(unit: Tensor, limit: Tensor) -> Tensor:
@@ -136,7 +139,15 @@ def _nearest(unit: Tensor, limit: Tensor) -> Tensor:
 
 
 def _finish(
-    dynamic_sizes, exposed: Tensor, tried: Tensor, lost: list[Tensor], codes: list[Tensor], *, bits: int
+    dynamic_sizes,
+    unit: Tensor,
+    errors: Tensor,
+    exposed: Tensor,
+    tried: Tensor,
+    lost: list[Tensor],
+    limit: Tensor,
+    *,
+    bits: int,
 ) -> tuple[Tensor, Tensor]:
     """Packed codes [H, T, D * bits / 8] and stored scales fp16 [H, T].
 
@@ -144,12 +155,14 @@ def _finish(
     that was `tried` [H, T]. The gain <Vu, Vc> / <Vu, Vu> of centered codes c needs no product with the codes,
     because Vc = Vu - Ve. A zero vector has the gain 1.
 
-    `exposed` is Vu [H, D, T]. `lost` and `codes` are the results of `_round_block`.
+    Vectors u, `errors` e of their centered codes, and Vu as `exposed`: [H, D, T]. A centered code is u - e up
+    to rounding. `lost` are the parts of <Vu, Ve>, from `_round_block`.
     """
     whole = exposed.square().sum(1)
     gain = torch.where(whole > 0, 1 - sum(lost) / torch.where(whole > 0, whole, 1.0), 1.0)
     scale = torch.where(gain > 0, tried / gain.clamp(0.5, 2.0), tried)
-    return pack(torch.cat(codes, dim=1).mT, bits).contiguous(), scale.clamp_max(LARGEST).half()
+    codes = (unit - errors + limit).round().to(torch.uint8)
+    return pack(codes.mT, bits).contiguous(), scale.clamp_max(LARGEST).half()
 
 
 def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, feedback: Tensor, bits: int) -> Packed:
@@ -198,8 +211,8 @@ _replayed = Replayed(_encode_both, MOST_REPLAYED)
 
 # Codes are defined by the stored scales, which are rounded. A block of channels is one kernel, although it
 # has more operations than Inductor would fuse.
-_PRECISE = {"emulate_precision_casts": True}
+_options = UNTUNED | {"emulate_precision_casts": True, "max_fusion_size": 1024}
 _compiled = {
-    function.__name__: CompiledForSizes(function, options=_PRECISE | {"max_fusion_size": 1024})
+    function.__name__: CompiledForSizes(function, _options, lambda y, *others: channel_tiles(y.shape[1]))
     for function in (_in_units, _round_block, _finish)
 }

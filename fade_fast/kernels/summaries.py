@@ -6,7 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..compile.compiled import Compiled, dynamic_size, more_rows, rounded, use_compiled
+from ..compile.compiled import OPTIONS, Compiled, dynamic_size, more_rows, rounded, use_compiled
+from ..compile.tiles import UNTUNED, summary_tiles
 from .decode import LOWEST, MOST_ROWS
 from .merge import of_rows
 from .packed import force_materialize
@@ -74,10 +75,8 @@ def page_mass(
     if not 0 < count <= most:
         raise ValueError(f"count={count}: 1 to {most} pages are allowed")
     heads, new = first.shape[1], query.shape[2]
-    rows, options = (
-        max(2, query.shape[1] // heads * rounded(new)),
-        dict(kind=kind, page=page, softcap=softcap),
-    )
+    rows = max(2, query.shape[1] // heads * rounded(new))
+    options = dict(kind=kind, page=page, softcap=softcap)
     if not (use_compiled(query) and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
         dtype = torch.promote_types(query.dtype, torch.float32)
         asked = of_rows(query.to(dtype) * scaling, heads)
@@ -90,7 +89,8 @@ def page_mass(
     tied = count == unit or count == first.shape[2] or count * page == valid.shape[-1]
     sizes = [] if tied else [dynamic_size(count // unit)]
     options |= dict(scaling=scaling, unit=unit, units=count // unit if tied else None)
-    return _compiled(sizes, dict, query.contiguous(), first, second, valid, **options).narrow(2, 0, new)
+    pinned = functools.partial(summary_tiles, rows, query.shape[-1])
+    return _compiled(sizes, pinned, query.contiguous(), first, second, valid, **options).narrow(2, 0, new)
 
 
 def _beginning(first: Tensor, second: Tensor, valid: Tensor, count: int, page: int) -> list[Tensor]:
@@ -142,4 +142,4 @@ def _of_pages(one: Tensor, other: Tensor, valid: Tensor, new: int, *, kind, page
     return mass.unflatten(2, (-1, new)).mean(2)
 
 
-_compiled = Compiled(_compiled_mass)
+_compiled = Compiled(_compiled_mass, options=OPTIONS | UNTUNED)
