@@ -16,7 +16,7 @@ def tier_tiles(
     bits: tuple[int, int],
     widths: tuple[int, int],
     dim: int,
-    paged: bool = False,
+    page: int | None = None,
 ) -> Tiles:
     """Tiles of one tier, measured on an H100 for 2 to 64 rows (docs/lab-notebook.md).
 
@@ -24,7 +24,7 @@ def tier_tiles(
         heads: batch times KV heads. rows: query rows of each, at least 2.
         blocks: chunks of `chunk` tokens.
         bits, widths: of keys and values, bits a code and codes a field. dim: head_dim.
-        paged: whether there is a block table; measured on an H200 for 4 rows.
+        page: tokens of a page if there is a block table; measured on an H200 for 4 rows and small pages.
     """
     x, (key_width, value_width) = power_of_two(rows), widths
     scores = dict(ZBLOCK=1, XBLOCK=x, YBLOCK=128, R0_BLOCK=16, num_warps=2, num_stages=3)
@@ -53,13 +53,14 @@ def tier_tiles(
     if chunk <= 128:
         values.update(num_stages=2, num_warps=2)
     stats = dict(XBLOCK=4, num_warps=min(8, max(1, chunk // (128 if chunk <= 512 else 256))), num_stages=1)
-    if paged:
+    if page:
         # A pipeline of loads by a table takes a third longer than many small programs that do not load
         # ahead. A row of codes ends with its page: of fewer tokens, a warp loads longer pieces.
         values.update(R0_BLOCK=64, num_stages=4, num_warps=1 if x <= 8 else 2 if x <= 16 else 4)
         if heads * blocks >= 2048:
             values.update(R0_BLOCK=64 if bits[1] >= 4 else 32, num_stages=1)
-        stats.update(XBLOCK=1, num_warps=1)  # the rows of a program would exchange their scales
+        if page < chunk:
+            stats.update(XBLOCK=1, num_warps=1)  # the rows of a program would exchange their scales
     join = dict(XBLOCK=16, R0_BLOCK=16 if heads >= 32 else 64, num_warps=4)
     if heads >= 32 and blocks <= 32:
         join.update(XBLOCK=32, R0_BLOCK=max(4, power_of_two(blocks)), num_warps=2 if blocks > 8 else 1)

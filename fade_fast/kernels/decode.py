@@ -235,15 +235,15 @@ def _operator(
     args = (query, keys, values, seen, matrix, view, s_aux, inv_freq, mass, value_matrix)
     if not (use_compiled(query) and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
         return _attend(*_of_slots_read(args, slots_read), chunks=None, **options)
-    paged = [x.block_table is not None for x in view]
-    chunks = _chunks_of(heads, slots_read, rows, pairs, paged)
+    pages = [None if x.block_table is None else x.page_size for x in view]
+    chunks = _chunks_of(heads, slots_read, rows, pairs, [page is not None for page in pages])
     blocks = [num_read // chunk for num_read, chunk in zip(slots_read, chunks)]
 
     def pinned() -> Tiles:
         out = step_tiles(heads, rows, keys.shape[2], sum(map(num_means, view, slots_read)), dim)
-        for n, chunk, pair, by_table in zip(blocks, chunks, pairs, paged):
+        for n, chunk, pair, page in zip(blocks, chunks, pairs, pages):
             widths = tuple(packed.field_width(b, dim) for b in pair)
-            out |= tier_tiles(heads, rows, n, chunk, pair, widths, dim, by_table)
+            out |= tier_tiles(heads, rows, n, chunk, pair, widths, dim, page)
         return out
 
     whole = tuple(slots_read) if any(map(_ties, view, blocks, slots_read)) else None

@@ -264,15 +264,15 @@ class Problem:
         """The kernels of the first tier alone: compiled on CUDA, in float32 elsewhere."""
         slots, bits, num_read = self.tiers[0], self.options["bits"][0], self.options["slots_read"][0]
         heads, rows, d = queries.plain.shape
-        paged = slots.block_table is not None
-        chunk = packed.chunk_of(heads, num_read, rows, bits[1], paged)
+        page = None if slots.block_table is None else slots.page_size
+        chunk = packed.chunk_of(heads, num_read, rows, bits[1], page is not None)
         dynamic_sizes = [dynamic_size(num_read // chunk)]
         args = dynamic_sizes, queries, bias, slots
         if self.device != "cuda":
             return tier_kernels(*args, chunk=chunk, bits=bits, dtype=torch.float32)
         widths = tuple(packed.field_width(b, d) for b in bits)
         pinned = lambda: tier_tiles(  # noqa: E731
-            heads, rows, num_read // chunk, chunk, bits, widths, d, paged
+            heads, rows, num_read // chunk, chunk, bits, widths, d, page
         )
         args = dynamic_sizes, pinned, queries, bias, slots
         return compiled_tier(*args, chunk=chunk, bits=bits, dtype=torch.float16)
