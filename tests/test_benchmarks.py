@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks import products
+from benchmarks import int8, products
 from fade_fast.measure import decode_attention, generate, models
 from fade_fast.measure.generate import Case, Result, Target
 
@@ -70,6 +70,15 @@ def test_products_are_measured_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert "out of shared memory" in capsys.readouterr().out
     monkeypatch.setattr(products, "compiled", lambda *args: 1 / 0)
     assert products.main(["--rows", "2"]) == 1
+
+
+def test_eight_bits_by_flex_attention(tmp_path, capsys):
+    """The normalizer comes from two digits, and both offsets of codes are undone."""
+    file = tmp_path / "out.json"
+    assert int8.main(["--tiles", "2", "--json", str(file)]) == 0
+    results = json.loads(file.read_text())["results"]
+    assert len(results) == 2 and all(r["failed"] is None and 0 < r["error"] < 1e-4 for r in results)
+    assert capsys.readouterr().out.count("| 64 |") == 2
 
 
 @pytest.mark.slow
