@@ -438,8 +438,8 @@ CORRUPTIONS = {
         ("window forgotten before the first demotion", compare("is not").becomes("False"), "outgrows")
     ],
     # -- long steps
-    "cache.reads.AttentionQuery._flash": [
-        ("long steps look ahead", call("attend").argument("causal").becomes("False"), "long steps/int4"),
+    "cache.reads.AttentionQuery._plain": [
+        ("long steps look ahead", constant(True).becomes("False"), "long steps/int4"),
         ("long steps forget their earlier blocks", binary("-")[0].becomes("0 * _"), "long steps/int4"),
         (
             "long steps read the same slots again and again",
@@ -447,7 +447,7 @@ CORRUPTIONS = {
             "long steps/int4",
         ),
     ],
-    "cache.reads.AttentionQuery.fits_flash": [
+    "cache.reads.AttentionQuery.hides": [
         ("long steps see padding", attribute("has_padding").becomes("False"), "long steps/int4"),
         (
             "long steps see past windows",
@@ -459,8 +459,26 @@ CORRUPTIONS = {
         (
             "long steps read keys as values",
             attribute("values").becomes("view.keys") & item("codebooks")[1].becomes("self.codebooks[0]"),
-            "of codes/codes, no sinks",
+            "long steps/codes, softcap",
         )
+    ],
+    "cache.reads.AttentionQuery._decoded": [
+        (
+            "values decoded as keys",
+            attribute("decode_values").becomes("self.layer.middle.decode_keys"),
+            "long steps/int4",
+        )
+    ],
+    "cache.reads.AttentionQuery._masked": [
+        (
+            "slots without a token read",
+            call("sees")[-1].becomes("torch.ones_like(_)"),
+            "long steps/evict, padding",
+        ),
+        ("a mask for the tile before", call("sees")[-1].becomes("_.roll(1, -1)"), "long steps/int4, window"),
+    ],
+    "kernels.flash.attend": [
+        ("a query without keys counts", call("any").becomes("torch.ones_like(_)"), "long steps/int4, window"),
     ],
     # -- checkpoints
     "saved.checkpoint._of_tiered": [

@@ -15,8 +15,9 @@ from .store import StoredTier
 
 TILE = 2048  # keys decoded or scored at a time
 ROWS = 512  # query tokens of a long step attended at a time
-FLASH_TILE = 16384  # keys decoded at a time for FlashAttention
-FLASH_ROWS = 4096  # query tokens attended at a time by it
+FLASH_TILE = 16384  # keys decoded at a time for kernels of PyTorch
+FLASH_ROWS = 4096  # query tokens attended at a time by them
+MASKED_TILE, MASKED_ROWS = 4096, 2048  # the same where a mask says what a query sees: it has their product
 
 
 def tiles(count: int, size: int | None = None) -> list[tuple[int, int]]:
@@ -182,33 +183,61 @@ class AttentionQuery:
 
     @property
     def fits_flash(self) -> bool:
-        """Whether FlashAttention can do a long step: nothing hides a past token, and there is no window."""
-        layer, options = self.layer, self.options
-        hides = self.step_mask is not None or layer.token_positions.has_padding
-        if hides or options.window is not None or options.softcap is not None:
-            return False
-        real = ((layer.middle.position(tier) != PAD).all() for tier in layer.held_tiers())
-        return flash.takes(self.raw, layer.dense["key"]) and all(real)
+        """Whether kernels of PyTorch can do a long step: they know no softcap."""
+        return self.options.softcap is None and flash.takes(self.raw, self.layer.dense["key"])
+
+    @functools.cached_property
+    def hides(self) -> bool:
+        """Whether a query of a long step may not see a token before it, or a slot without one."""
+        layer = self.layer
+        if self.step_mask is not None or layer.token_positions.has_padding or self.options.window is not None:
+            return True
+        return not all((layer.middle.position(tier) != PAD).all() for tier in layer.held_tiers())
+
+    @property
+    def most_rows(self) -> int:
+        """Queries of a long step that are attended at a time."""
+        if not self.fits_flash:
+            return ROWS
+        return MASKED_ROWS if self.hides else FLASH_ROWS
 
     def _flash(self, first: int, keys: Tensor, values: Tensor) -> list[Partial]:
-        """Partials over all tokens, decoded tile by tile in the dtype of the model."""
-        layer, scaling = self.layer, self.options.scaling
-        past, own = self.start - first, slice(self.start - first, self.stop - first)
-        partials = [flash.attend(self.raw, keys[:, :, own], values[:, :, own], scaling, causal=True)]
-        for k, v in ((layer.dense["key"], layer.dense["value"]), (keys[:, :, :past], values[:, :, :past])):
+        """The partial over all tokens, decoded tile by tile in the dtype of the model."""
+        parts = self._masked(first, keys, values) if self.hides else self._plain(first, keys, values)
+        found = (flash.attend(self.raw, k, v, self.options.scaling, *rest) for k, v, *rest in parts)
+        return [functools.reduce(combine, found)]
+
+    def _plain(self, first: int, keys: Tensor, values: Tensor) -> Iterator[tuple]:
+        """Keys and values that every query sees, and whether they are the queries' own."""
+        dense, past, own = self.layer.dense, self.start - first, slice(self.start - first, self.stop - first)
+        yield keys[:, :, own], values[:, :, own], True
+        for k, v in ((dense["key"], dense["value"]), (keys[:, :, :past], values[:, :, :past])):
             if k.shape[2]:
-                partials.append(flash.attend(self.raw, k, v, scaling))
-        for tier in layer.held_tiers():
-            total = None
+                yield k, v, False
+        for tier in self.layer.held_tiers():
             for tile in tiles(tier.records.count, FLASH_TILE):
-                decoded = (
-                    decode(tier, *tile, self.query.dtype).to(self.raw.dtype)
-                    for decode in (layer.middle.decode_keys, layer.middle.decode_values)
-                )
-                part = flash.attend(self.raw, *decoded, scaling)
-                total = part if total is None else combine(total, part)
-            partials.append(total)
-        return partials
+                yield *self._decoded(tier, *tile), False
+
+    def _masked(self, first: int, keys: Tensor, values: Tensor) -> Iterator[tuple]:
+        """Keys and values, False, and which of them each query sees, bool [B or 1, 1, q, n]."""
+        dense = self.layer.dense
+        for start, stop in tiles(self.num_reachable(first), MASKED_TILE):
+            seen = self.sees_step(first, start, stop)
+            yield keys[:, :, start:stop], values[:, :, start:stop], False, seen
+        for start, stop in tiles(dense.count, MASKED_TILE):
+            seen = self.sees(self.dense_at()[..., start:stop])
+            yield dense["key"][:, :, start:stop], dense["value"][:, :, start:stop], False, seen
+        for tier in self.layer.held_tiers():
+            for start, stop in tiles(tier.records.count, MASKED_TILE):
+                position = self.tier_at(tier)[..., start:stop]
+                empty = (position == PAD).unsqueeze(-1)  # holds anything, perhaps what is not a number
+                decoded = (x.masked_fill(empty, 0.0) for x in self._decoded(tier, start, stop))
+                yield *decoded, False, self.sees(position)
+
+    def _decoded(self, tier: StoredTier, start: int, stop: int) -> Iterator[Tensor]:
+        """Keys and values of slots `start` to `stop` in the dtype of the model."""
+        for decode in (self.layer.middle.decode_keys, self.layer.middle.decode_values):
+            yield decode(tier, start, stop, self.query.dtype).to(self.raw.dtype)
 
     def _tiled(self, first: int, keys: Tensor, values: Tensor) -> list[Partial]:
         """Partials over all tokens, by products of our own."""

@@ -92,8 +92,7 @@ def _later_step(layer, query, keys, values, start, own, options, plain, compact_
         layer.append(keys, values)
         return AttentionQuery(query, layer, start, options, own).attend()
     stats = layer.new_stats(new)
-    fits_flash = AttentionQuery(query[:, :, :1], layer, start, options, own).fits_flash
-    size = reads.FLASH_ROWS if fits_flash else reads.ROWS
+    size = AttentionQuery(query[:, :, :1], layer, start, options, own).most_rows
     parts = []
     for i, part in enumerate(query.split(size, dim=2)):
         rows = AttentionQuery(part, layer, start + i * size, options, rows_of(own, i * size, size))

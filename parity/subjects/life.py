@@ -130,8 +130,13 @@ LONG = {
     "whole": {},
     "padding": dict(padding=(0, 7)),
     "padding in a long step": dict(padding=(0, 0)),
+    "padding, bfloat16": dict(padding=(0, 7), shape=dict(dtype=torch.bfloat16)),
     "window": dict(terms=TERMS["window"]),
     "learned sinks": dict(terms=TERMS["learned sinks"]),
+    "softcap": dict(terms=TERMS["softcap"]),
+    "all terms, padding": dict(terms=TERMS["all"], padding=(0, 7)),
+    "float32": dict(shape=dict(dtype=torch.float32)),
+    "window, padding, float32": dict(terms=TERMS["window"], padding=(0, 7), shape=dict(dtype=torch.float32)),
     "bfloat16": dict(shape=dict(dtype=torch.bfloat16)),
 }
 RANDOM, CODED_RANDOM, CHOSEN_RANDOM = 24, 8, 12  # random traces
@@ -190,8 +195,9 @@ def collect() -> list[Case]:
         found.append(Case("life", "what models ask", f"window, {config}, a text that outgrows it", run))
     for name in ("int4", "int4, int2", "evict", "before RoPE", "codes", "off"):
         for title, options in LONG.items():
+            dtype = options.get("shape", {}).get("dtype", torch.float64)
             run = _in_tiles(_trace((CONFIGS | CODED)[name], [24, 1, 33, 1, 40, 3, 1], **options))
-            found.append(Case("life", "long steps", f"{name}, {title}", run))
+            found.append(Case("life", "long steps", f"{name}, {title}", run, dtype=dtype))
     for dtype in ATTENTION:
         for dim, group in ((80, 4), (128, 7), (256, 1)):
             shape = dict(head_dim=dim, group=group, heads=1, dtype=dtype)
@@ -323,10 +329,10 @@ def walk(found: Found, config, shape, steps, **options) -> None:
 def tiles(tile: int, rows: int, eager: int, encoded: int):
     """Use short tiles, so that small inputs need several tiles."""
     places = ((reads, "TILE"), (reads, "ROWS"), (packed, "EAGER_TILE"), (rotated, "TILE"))
-    places += ((reads, "FLASH_TILE"), (reads, "FLASH_ROWS"))
+    places += ((reads, "FLASH_TILE"), (reads, "FLASH_ROWS"), (reads, "MASKED_TILE"), (reads, "MASKED_ROWS"))
     before = [getattr(module, name) for module, name in places]
     try:
-        for (module, name), value in zip(places, (tile, rows, eager, encoded, tile, rows)):
+        for (module, name), value in zip(places, (tile, rows, eager, encoded, tile, rows, tile, rows)):
             setattr(module, name, value)
         yield
     finally:
