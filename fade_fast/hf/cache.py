@@ -347,7 +347,12 @@ class TieredKVCache(Cache):
 
     @single_threaded
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace row i by the old row `beam_idx[i]`. `beam_idx` is int64 [B]."""
+        """Replace row i by the old row `beam_idx[i]`. `beam_idx` is int64 [B].
+
+        In a beam search of generate(), the rows of a text share most of what they hold, and only the rest
+        moves. The search keeps each row within its text. A call of your own in the middle of a search must
+        do that, too: on a GPU nothing checks it.
+        """
         self._check_rows(beam_idx, same=True)
         self.decode_graph.reorder(beam_idx, self._reorder)
         if not self.decode_graph.within:  # a beam search must not wait until the host knows the indices
