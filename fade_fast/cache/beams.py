@@ -110,7 +110,8 @@ class Beams:
         return True
 
     def continue_search(self) -> None:
-        """The next step belongs to a beam search. Look once whether the rows of each text became equal.
+        """The next step belongs to a beam search. Look once whether the rows of each text became equal, and
+        whether any layer shares what they hold.
 
         The host waits for the first reordering.
         """
@@ -119,7 +120,8 @@ class Beams:
         rows = self._first.tolist()
         beams = len(rows) // self._texts
         sources = [set(rows[i : i + beams]) for i in range(0, len(rows), beams)] if beams > 1 else []
-        if len(sources) == self._texts and all(len(x) == 1 for x in sources):
+        equal = len(sources) == self._texts and all(len(x) == 1 for x in sources)
+        if equal and any(self._forks):
             self._beams = beams
         else:
             self.close()
