@@ -386,7 +386,7 @@ CORRUPTIONS = {
         ("sinks not turned", item("evicted").becomes("0 * _"), "of tokens/evict")
     ],
     # -- the life of tokens
-    "cache.layer.KVLayer._num_overflow": [
+    "cache.layer.KVLayer.num_overflow": [
         ("one block less than is due", binary("*").becomes("_ - _1"), "of tokens/int4"),
         ("a block too late", compare("<").to("<="), "of tokens/int4"),
     ],

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..formats.base import Format
 from ..kernels.packed import TierView
+from .buffers import shared_by
 from .positions import PAD, DeviceCounters
 from .store import CompressedStore, StoredTier
 
@@ -13,6 +14,7 @@ from .store import CompressedStore, StoredTier
 class AppendStore(CompressedStore):
     """Positions follow from slots, so none is stored. Each block has a mean of its own."""
 
+    keeps_slots = True
     fills_slots = True
 
     @property
@@ -38,6 +40,15 @@ class AppendStore(CompressedStore):
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         super().map(function)
         self._reserve_means()
+
+    def written(self, slots: range) -> list[Tensor]:
+        (tier,) = self.tiers
+        found = tier.records.between(slots)
+        if tier.bound is not None:
+            found.append(tier.bound)
+        if self.means is not None:
+            found += self.means.between(shared_by(slots, self.per_mean))
+        return found
 
     def _reserve_means(self) -> None:
         """Make room for the means of all slots there are."""

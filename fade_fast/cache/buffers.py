@@ -16,14 +16,10 @@ GROWTH = 256
 def take_rows(x: Tensor, index: Tensor, pending: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
     """Rows `index` [B'] int64 of `x` [B, ...]. In place if B' = B, because CUDA graphs keep addresses.
 
-    Rows move eight bytes at a time where possible, because a GPU gathers bytes no faster than words.
+    `x` may be a view of some slots; then only these move.
     `pending` is a list that gets the copies to be made in place, for `copy_all`; if None, they are made here.
     """
-    index, words = index.to(x.device), x
-    if x.dim() > 1 and x.numel() and x.is_contiguous():
-        words, start = x.flatten(1), x.storage_offset() * x.element_size()
-        if start % 8 == 0 == words.shape[1] * x.element_size() % 8:
-            words = words.view(torch.int64)
+    index, words = index.to(x.device), _words(x)
     chosen = words[index]  # `index_select` would take one thread through all rows
     if len(index) == len(x):
         if pending is None:
@@ -34,13 +30,34 @@ def take_rows(x: Tensor, index: Tensor, pending: list[tuple[Tensor, Tensor]] | N
     return chosen.view(x.dtype).view(len(index), *x.shape[1:])
 
 
+def _words(x: Tensor) -> Tensor:
+    """A view of `x` [B, ...] as numbers of eight bytes, or `x` where its layout does not allow that.
+
+    A GPU gathers bytes no faster than words.
+    """
+    if x.dim() < 2 or not x.numel():
+        return x
+    if x.is_contiguous():
+        x = x.flatten(1)
+    elif x.dim() > 3 and x[0, 0].is_contiguous():  # some slots of all heads
+        x = x.flatten(2)
+    steps = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    fits = x.stride(-1) == 1 and all(n * x.element_size() % 8 == 0 for n in steps)
+    return x.view(torch.int64) if fits else x
+
+
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copy the second tensor of each pair into the first. On CUDA one kernel copies many of one dtype."""
-    by_dtype = {}
+    kinds = {}
     for pair in pairs:
-        by_dtype.setdefault(pair[0].dtype, []).append(pair)
-    for alike in by_dtype.values():  # mixed dtypes would need one kernel per pair
+        kinds.setdefault((pair[0].dtype, pair[0].is_contiguous()), []).append(pair)
+    for alike in kinds.values():  # a mixture, and views with gaps, need one kernel per pair
         torch._foreach_copy_(*map(list, zip(*alike)))
+
+
+def shared_by(slots: range, per: int) -> range:
+    """The groups of `per` slots that some slots belong to."""
+    return range(slots.start // per, -(-slots.stop // per))
 
 
 class Buffers:
@@ -98,6 +115,10 @@ class Buffers:
         return {
             name: x.narrow(self.fields[name].axis, start, stop - start) for name, x in self.tensors.items()
         }
+
+    def between(self, slots: range) -> list[Tensor]:
+        """Views of some slots of every field, as far as these exist; see `cut`."""
+        return [cut(x, self.fields[name].axis, slots) for name, x in self.tensors.items()]
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots in all. Stored records stay.
@@ -173,6 +194,14 @@ class Buffers:
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `function(tensor)`: rows reordered, moved to a device, ..."""
         self.tensors = {name: function(x) for name, x in self.tensors.items()}
+
+
+def cut(x: Tensor, axis: int, slots: range) -> Tensor:
+    """A view of some slots of `x`, as far as these exist. All of `x` if they are most of it: one kernel
+    copies many tensors without gaps."""
+    held = x.shape[axis]
+    first, stop = min(slots.start, held), min(slots.stop, held)
+    return x if 2 * (stop - first) >= held else x.narrow(axis, first, stop - first)
 
 
 def along(x: Tensor, like: Tensor, axis: int = 2) -> Tensor:

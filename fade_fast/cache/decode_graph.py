@@ -23,7 +23,8 @@ from ..compile.record import record
 from ..kernels import dense
 from . import together
 from .append_store import AppendStore
-from .buffers import copy_all, take_rows
+from .beams import Beams, Written
+from .buffers import copy_all, cut, take_rows
 from .guard import without_autocast
 from .layer import MAX_DECODE_TOKENS, KVLayer, ScoreOptions, Visible
 from .positions import PAD, DeviceCounters, TokenPositions
@@ -109,6 +110,7 @@ class DecodeGraph:
         drafts: gives the drafter while assisted decoding goes on, else None.
         asked: options of the newest generate() (`prompts.OPTIONS`).
         undrafted: whether it has had a step without drafts.
+        beams: knows what the rows of a text share in a beam search.
         within: whether a generate() is under way. hooked: whether it asks our hooks before it compiles.
         reached: hooks that this text came by: "step", "search", "drafts", "ahead", or "declined".
         steps, eager_steps: decode steps of this text by the graph, and outside of it.
@@ -124,17 +126,20 @@ class DecodeGraph:
         self.token_positions, self.layers, self.active = positions, layers, False
         self.compileable, self.compiled, self.captures = compileable, False, False
         self.drafts, self.asked, self.undrafted = (lambda: None), {}, False
+        self.beams = Beams(positions, layers)
         self.open_text(hooked=False)
         self.close_text()
         self.clear()
 
-    def open_text(self, hooked: bool) -> None:
-        """Count anew, for another generate()."""
+    def open_text(self, hooked: bool, texts: int | None = None) -> None:
+        """Count anew, for another generate() of so many `texts`; None: not known."""
         self.within, self.hooked, self.reached = True, hooked, set()
+        self.beams.open(texts)
         self.steps, self.eager_steps, self.replays, self.reordered = 0, 0, 0, False
 
     def close_text(self) -> None:
         """A generate() has ended."""
+        self.beams.close()
         self.within = self.hooked = False
 
     def clear(self) -> None:
@@ -147,12 +152,14 @@ class DecodeGraph:
         self._versions: tuple[int, ...] | None = None  # of the layers, when graphs were last right
         self._appends = 0  # of the layers, when `search` was made
         self._demotions, self.demotion, self.order = 0, None, None
+        self._order_reach: int | None = None  # what `beams.reach` was when `order` was recorded
         self._settling = 0  # steps until the next demotion is recorded ahead; 0: it is not
         self._search: Callable | None = None
         self.kept: list[Tensor] = []
         self._counted: list[Tensor] = []  # the tensors that `kept` has copies of
         self._kept_at = 0  # tokens seen when `kept` was right; 0 if it is not
         self.failed = False
+        self.beams.close()
 
     @property
     def runs_ahead(self) -> bool:
@@ -365,6 +372,7 @@ class DecodeGraph:
     def crop(self, n: int) -> None:
         """Go on before the newest `n` tokens, which the cache has cropped."""
         self._kept_at = 0
+        self.beams.close()
         if self._stale or self.token_positions.has_padding:
             self.touch()
             return
@@ -373,33 +381,48 @@ class DecodeGraph:
         for group in self.groups:
             group.crop(n)
 
-    def reorder(self, index: Tensor, select: Callable[[Tensor], None]) -> None:
-        """Reorder rows by `select(index)`, in place: a few small kernels for each of many tensors.
+    def reorder(self, index: Tensor, select: Callable[[Tensor, Written | None], None]) -> None:
+        """Reorder rows by `select`, in place: a few small kernels for each of many tensors.
 
-        From the second time with one graph id on, a CUDA graph replays them.
+        Within a beam search, `select` is told what the beams of a text do not share. From the second time
+        with one graph id on, a CUDA graph replays the kernels.
         """
         self._kept_at, self.reordered = 0, True
-        if self._stale or not self.captures:
-            select(index)
-            return
-        if self.step_index.device.type not in CAPTURES_ON:
-            self._reorder(index.to(torch.int64), select)
-        elif self.order:
+        graphed = not self._stale and self.captures
+        reach = self.beams.reach(index, static=graphed)
+        if not graphed:
+            select(index, self.beams.written(reach, static=False))
+        elif self.step_index.device.type not in CAPTURES_ON:
+            self._reorder(index.to(torch.int64), select, self.beams.written(reach, static=True))
+        elif self.order and self._order_reach == reach:
             self._index.copy_(index)
             self.order.replay()
         else:
             device = self.step_index.device
             self._index = index.to(device, torch.int64, copy=True)  # or each gather would cast it
-            self.order, _ = record(self._reorder, index=self._index, select=select)
+            what = dict(select=select, written=self.beams.written(reach, static=True))
+            self.order, _ = record(self._reorder, index=self._index, **what)
+            self._order_reach = reach
+            self.counts["reordering, captured"] += 1
             self.order.replay()
-        self._set_fresh()
+        if graphed:
+            self._set_fresh()
+        if reach is None and self.within and self.beams.moved_all(index):
+            self.order = None  # it may be of another beam search
 
-    def _reorder(self, index: Tensor, select: Callable[[Tensor], None]) -> None:
+    def _reorder(
+        self, index: Tensor, select: Callable[[Tensor, Written | None], None], written: Written | None
+    ) -> None:
         """The same, and all that graphs read brought up to date."""
-        select(index)
-        held = [self.newest, self.real, *(group.held for group in self.groups)]
-        for layer in self.layers:
-            held += [x for view in layer.static_views for x in (view.valid, view.read_at) if x is not None]
+        select(index, written)
+        held = [self.newest, self.real]
+        every = [None] * len(self.layers) if written is None else written.layers
+        for group in self.groups:
+            slots = every[self.layers.index(group.layers[0])]
+            held.append(group.held if slots is None else cut(group.held, 2, slots.dense))
+        for layer, slots in zip(self.layers, every):
+            of_slots = [x for view in layer.static_views for x in (view.valid, view.read_at) if x is not None]
+            held += of_slots if slots is None else [cut(x, -1, slots.middle) for x in of_slots]
         pending = []
         for x in held:
             take_rows(x, index, pending)

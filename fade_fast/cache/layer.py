@@ -278,7 +278,7 @@ class KVLayer:
         self.length += new
         tokens = dict(key=keys, value=values)
         tokens |= self.new_stats(new) if attention_stats is None else attention_stats
-        overflow = self._num_overflow(recent + new - sinks) if attended else 0
+        overflow = self.num_overflow(recent + new - sinks) if attended else 0
         needed, most = dense.count + new - overflow, self._max_dense() or 0
         if use_compiled(keys) and most - MAX_DECODE_TOKENS < needed <= most:  # a draft, and others to come
             dense.reserve(most)
@@ -430,7 +430,7 @@ class KVLayer:
     @property
     def num_due(self) -> int:
         """How many tokens have to leave the recent region."""
-        return self._num_overflow(self.recent) if self.is_initialized else 0
+        return self.num_overflow(self.recent) if self.is_initialized else 0
 
     @property
     def elements_due(self) -> int:
@@ -452,7 +452,7 @@ class KVLayer:
         limits = c.n_sink, c.recent_window, c.block_size, c.int4_budget, c.int2_budget, c.eviction_policy
         return (*kind, *limits, c.plan_scope, c.positions, codes, held, scores, frequencies)
 
-    def _num_overflow(self, recent: int) -> int:
+    def num_overflow(self, recent: int) -> int:
         """How many of `recent` tokens have to leave: whole blocks."""
         c = self.config
         if not self.compresses or recent < c.recent_window + c.block_size:
@@ -476,7 +476,7 @@ class KVLayer:
     def can_replay_demotion(self) -> bool:
         """Whether the next demotion can replay the captured graph of the last one."""
         block = self.config.block_size
-        steady = self._num_overflow(self.recent) == block and not self.telemetry
+        steady = self.num_overflow(self.recent) == block and not self.telemetry
         return steady and self.middle.can_replay_demotion(block)
 
     @property

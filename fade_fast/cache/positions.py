@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .buffers import take_rows
+from .buffers import cut, take_rows
 from .masks import PAD, MaskReader
 
 GROWTH = 256  # step indices allocated at a time
@@ -173,10 +173,13 @@ class TokenPositions:
         self.length -= n
         self._checked = (-1, False)
 
-    def select_rows(self, index: Tensor) -> None:
-        """Rows `index` [B'] take the places of the present rows."""
-        if self.buffer is not None:
-            self.buffer = take_rows(self.buffer, index)
+    def select_rows(self, index: Tensor, steps: range | None = None) -> None:
+        """Rows `index` [B'] take the places of the present rows. With `steps`, rows differ only there."""
+        if self.buffer is None:
+            return
+        found = take_rows(self.buffer if steps is None else cut(self.buffer, 1, steps), index)
+        if steps is None:
+            self.buffer = found
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""

@@ -31,7 +31,7 @@ from ..kernels.select import page_mass
 from ..policies import select
 from ..policies.residents import Wanted
 from .append_store import AppendStore
-from .buffers import Buffers
+from .buffers import Buffers, shared_by
 from .host import HostBuffers
 from .positions import PAD
 from .summaries import Summaries
@@ -283,6 +283,14 @@ class SelectStore(AppendStore):
         if self.summaries:
             self.summaries.map(function)
         self._fit()
+
+    def written(self, slots: range) -> list[Tensor]:
+        found = super().written(slots)
+        if self.summaries:
+            found += self.summaries.pages.between(shared_by(slots, self.summaries.page))
+        if self.residency:  # each row has its own pages on the GPU
+            found += [*self.resident.values(), *self.residency.of_rows()]
+        return [*found, *self.newest.values()]
 
     def tensors(self) -> list[Tensor]:
         lent = self.residency.tensors() if self.residency else []

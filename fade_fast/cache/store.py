@@ -173,6 +173,7 @@ class CompressedStore(ABC):
     slots_step = 1  # capacities are multiples of this
     per_mean = ONE_MEAN  # slots that share a mean
     chooses = False  # whether a short step reads a part of the tokens
+    keeps_slots = False  # whether a token stays in the slot it got
     fills_slots = False  # whether each slot in use holds a real token, in a batch without padding
     evicted: Tensor | None = None  # [B, 1] int32: real tokens dropped so far
     token_bytes = 0  # of an uncompressed token; 0: not known
@@ -225,6 +226,12 @@ class CompressedStore(ABC):
 
     def loaded(self) -> None:  # noqa: B027 - most stores have nothing to do
         """Called when records were filled other than by `demote`, and positions of tokens are known."""
+
+    def written(self, slots: range) -> list[Tensor]:
+        """What is written while `slots` come into use: views of them, and all tensors of rows that have no
+        slots. Only for stores that keep slots.
+        """
+        raise NotImplementedError
 
     def keep_choices(self, wanted: bool) -> None:  # noqa: B027 - most stores choose nothing
         """Keep what the newest query chose to read, in tensors of fixed addresses, or keep it no longer."""

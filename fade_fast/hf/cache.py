@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 
 from fade_ref.config import FadeConfig
 
+from ..cache.beams import Written, move
 from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import Guard, reading, single_threaded
 from ..cache.layer import KVLayer
@@ -346,15 +347,30 @@ class TieredKVCache(Cache):
 
     @single_threaded
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace row i by the old row `beam_idx[i]`. `beam_idx` is int64 [B]."""
+        """Replace row i by the old row `beam_idx[i]`. `beam_idx` is int64 [B].
+
+        In a beam search of generate(), the rows of a text share most of what they hold, and only the rest
+        moves. The search keeps each row within its text. A call of your own in the middle of a search must
+        do that, too: on a GPU nothing checks it.
+        """
         self._check_rows(beam_idx, same=True)
         self.decode_graph.reorder(beam_idx, self._reorder)
         if not self.decode_graph.within:  # a beam search must not wait until the host knows the indices
             self.seen.select_rows(beam_idx)
 
-    def _reorder(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.token_positions.select_rows(beam_idx)
+    def _reorder(self, beam_idx: Tensor, written: Written | None) -> None:
+        """Move rows: all that they hold, or what was `written` since the rows of each text were equal."""
+        if written is None:
+            super().reorder_cache(beam_idx)
+            self.token_positions.select_rows(beam_idx)
+            return
+        slots = iter(written.layers)
+        for layer in self.layers:
+            if isinstance(layer, TieredLayer):
+                move(layer.kv, beam_idx, next(slots))
+            else:
+                layer.reorder_cache(beam_idx)
+        self.token_positions.select_rows(beam_idx, written.positions)
 
     @single_threaded
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -363,6 +379,7 @@ class TieredKVCache(Cache):
         Raises `ValueError` for other indices than those of rows.
         """
         self._check_rows(indices)
+        self.decode_graph.beams.close()
         for layer in self.layers:
             if isinstance(layer, TieredLayer):
                 layer.kv.select_rows(indices)

@@ -148,7 +148,8 @@ def generate(model: PreTrainedModel, *args, **kwargs):
     prompt = Prompt.of(model, cache, args, kwargs)
     prompt.check()
     decode_graph.open_text(
-        hooked=all(hasattr(type(model), name) for name in (VALID_AUTO_COMPILE_CRITERIA, GET_COMPILED_CALL))
+        hooked=all(hasattr(type(model), name) for name in (VALID_AUTO_COMPILE_CRITERIA, GET_COMPILED_CALL)),
+        texts=prompt.texts,
     )
     decode_graph.asked = prompt.options
     cache.token_positions.expected = prompt.longest
@@ -394,6 +395,8 @@ def _call(model: PreTrainedModel, *args, **kwargs):
     """Run `model(...)`. The step is compiled in beam search and in assisted decoding."""
     if not torch.compiler.is_compiling():
         decode_graph, searching = _graph_of(kwargs), model.__dict__.pop("_fade_searching", False)
+        if decode_graph and searching:
+            decode_graph.beams.continue_search()
         if decode_graph and (searching or decode_graph.drafts() is not None):
             asked = decode_graph.asked
             wanted = decode_graph.captures and not asked.get("disable_compile")

@@ -110,6 +110,12 @@ class Prompt:
         longest = most if new is None else None if known is None else known.shape[1] + new
         return cls(cache, ids, mask, kwargs.get("inputs_embeds") is not None, options, longest)
 
+    @property
+    def texts(self) -> int | None:
+        """How many texts are asked for, before they are repeated for beams; None: not known."""
+        known = self.mask if self.ids is None else self.ids
+        return None if known is None else known.shape[0]
+
     def check(self) -> None:
         """Raise `ValueError` if the prompt does not continue the cache. Warn about outputs that get lost."""
         if self.options["use_cache"] is False:

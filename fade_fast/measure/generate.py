@@ -36,7 +36,7 @@ from fade_ref.config import PRESETS, FadeConfig
 
 from .decode_attention import read_bandwidth
 from .models import GEMMA, LLAMA, QWEN, TINY, K, build, step_weights
-from .steps import Slow, Spread, Watch
+from .steps import Reorderings, Slow, Spread, Watch
 
 SHOWN = tuple(name for name in PRESETS if name != "int4")
 #: Our methods; "fp16" never compresses. The others are "dynamic" and "static".
@@ -82,8 +82,14 @@ class Case:
         return f"{self.model} B {self.batch} x S {self.length}{mode}"
 
     @property
+    def beams(self) -> int:
+        """Rows of the cache for each text."""
+        return MODES[self.mode].get("num_beams", 1)
+
+    @property
     def tokens(self) -> int:
-        return self.batch * self.length
+        """Tokens of the prompt, over the rows of the cache."""
+        return self.batch * self.beams * self.length
 
 
 CASES = [
@@ -98,6 +104,7 @@ CASES = [
     Case(LLAMA, 8, 2 * K, ("static", "safe"), "padded"),
     Case(LLAMA, 8, 2 * K, ("static", "safe"), "sampled"),
     Case(LLAMA, 2, 2 * K, ("dynamic", "safe"), "beams"),
+    Case(LLAMA, 2, 32 * K, ("dynamic", "safe"), "beams"),
     Case(LLAMA, 1, 2 * K, ("dynamic", "fp16", "safe", "balanced"), "drafted"),
 ]
 TINY_CASES = [Case(TINY, 2, 192, (*BASELINES, "fp16", "safe", "balanced"))]
@@ -123,6 +130,7 @@ class Result:
     worst_over: float | None = None
     first_ms: list[float] = field(default_factory=list)  # each of the first 64 steps
     slow: list[dict] = field(default_factory=list)  # steps above two medians, see `steps.Slow`
+    reorder_ms: float | None = None  # median of the later reorderings of a beam search
     tokens_per_s: float | None = None
     cold_s: float | None = None  # to the first token of the first prefill, with the compilation of kernels
     first_token_s: float | None = None  # the same for a second prefill
@@ -162,7 +170,8 @@ class Target:
         return self.quantity in ("ms", "batch")
 
     def text(self) -> str:
-        what = dict(ms="speed-up", over_floor="step over floor").get(self.quantity, self.quantity)
+        names = dict(ms="speed-up", over_floor="step over floor", reorder_ms="time of a reordering")
+        what = names.get(self.quantity, self.quantity)
         others = " / ".join(self.against) and f" against {' / '.join(self.against)}"
         return f"{self.method}: {what}{others}" + (f" at {self.at}" if self.at else "")
 
@@ -174,6 +183,7 @@ def largest_case(model: str, length: int) -> str:
 
 LONG, WIDE = (Case(LLAMA, batch, 32 * K).name for batch in (1, 8))
 SHORT, ALONE = (Case(LLAMA, batch, 2 * K).name for batch in (8, 1))
+BEAMS, LONG_BEAMS = (Case(LLAMA, 2, n * K, mode="beams").name for n in (2, 32))
 TARGETS = [
     Target(WIDE, "safe", "ms", BASELINES, 4.0),
     Target(LONG, "safe", "ms", BASELINES, 2.5),
@@ -191,6 +201,8 @@ TARGETS = [
     Target(SHORT, H2O, "ms", ("balanced",), 1 / 1.05),
     Target(f"{SHORT} padded", "safe", "ms", ("safe",), 1 / 1.05, at=SHORT),
     Target(f"{SHORT} sampled", "safe", "ms", ("safe",), 1 / 1.05, at=SHORT),
+    Target(LONG_BEAMS, "safe", "reorder_ms", ("safe",), 1.1, at=BEAMS),
+    Target(LONG_BEAMS, "safe", "ms", ("safe",), 1 / 1.1, at=BEAMS),
     Target(f"{ALONE} drafted", "safe", "ms", ("safe",), 1 / 1.05, at=ALONE),
     Target(LONG, "safe", "over_floor", (), 1.4),
     Target(LONG, "safe", "first_token_s", ("dynamic",), 1.1),
@@ -282,8 +294,8 @@ def free(model, method: str) -> None:
 class Clock(LogitsProcessor):
     """Marks the start, and every step when its logits exist. It also records the peaks of memory.
 
-    A step calls it `tokens` times, once for each of its tokens. `watch` reads the counters of `cache`. `ids`
-    is the text in the end, int64 [B, n].
+    A step calls it `tokens` times, once for each of its tokens. `watch` reads the counters of `cache`, and
+    `reorderings` times how its rows move. `ids` is the text in the end, int64 [B, n].
     """
 
     ids: torch.Tensor
@@ -291,6 +303,7 @@ class Clock(LogitsProcessor):
     def __init__(self, device: str, tokens: int = 1, cache=None):
         self.cuda, self.stamps, self.prefill_peak = device == "cuda", [], None
         self.tokens, self.asked, self.watch = tokens, 0, Watch(cache)
+        self.reorderings = Reorderings(cache, self.cuda)
 
     def start(self) -> None:
         if self.cuda:
@@ -332,7 +345,7 @@ def choose_fill(case: Case, method: str) -> str:
     """
     if method == "static":
         return "chunk" if case.length > CHUNK else "once"
-    return "rows" if case.batch > 1 and case.tokens > ONCE else "once"
+    return "rows" if case.batch * case.beams > 1 and case.tokens > ONCE else "once"
 
 
 def prefill(model, cache, ids, fill: str) -> None:
@@ -388,11 +401,13 @@ def run(model, cache, ids, new: int, fill: str, mode: str = "greedy") -> Clock:
         padding = torch.linspace(0, ids.shape[1] // 4, len(ids), device=ids.device).ceil()
         mask = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).to(ids.dtype)
     clock.start()
-    prefill(model, cache, ids, fill)
+    beams = MODES[mode].get("num_beams", 1)
+    prefill(model, cache, ids.repeat_interleave(beams, dim=0), fill)
     asked = dict(do_sample=False, max_new_tokens=new, logits_processor=LogitsProcessorList([clock]))
     made = lambda own, *args, **kwargs: Guesses(own.config.vocab_size)  # noqa: E731
     guessing = mock.patch.object(type(model), "_get_candidate_generator", made)
-    with guessing if mode == "drafted" else contextlib.nullcontext(), clock.watch.watching():
+    watching = clock.watch.watching(), clock.reorderings.watching()
+    with guessing if mode == "drafted" else contextlib.nullcontext(), watching[0], watching[1]:
         clock.ids = model.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, **asked | MODES[mode])
     return clock
 
@@ -422,7 +437,7 @@ def measure(
 ) -> Result:
     """One method in one case. Raises the errors of the model, including exhausted memory."""
     result = Result(case.name, method, case.batch, case.length, new, fill)
-    if case.mode != "greedy" and fill != "once":
+    if case.mode not in ("greedy", "beams") and fill != "once":
         raise ValueError(f"{case.mode} is prefilled by generate() itself, not by {fill!r}")
     room = -(-(case.length + new) // 128) * 128
     generator = torch.Generator(model.device).manual_seed(1)
@@ -452,6 +467,7 @@ def measure(
     result.worst_ms, result.compile_s = max(settled) * 1e3, extra
     spread = Spread.of(steps)
     result.mean_over, result.p99_over, result.worst_over = spread.mean, spread.p99, spread.worst
+    result.reorder_ms = clock.reorderings.median()
     result.first_ms, result.slow = spread.first_ms, [asdict(x) for x in clock.watch.slow(steps)]
     result.tokens_per_s = case.batch / result.ms * 1e3
     if clock.cuda:
@@ -514,12 +530,13 @@ SPREAD = ("mean / median", "p99 / median", "worst / median", "first 64 steps s")
 
 
 def table(results: list[Result]) -> str:
-    """One row a result. Older results have no spread: without any, its columns are left out."""
+    """One row a result. Columns that no result fills are left out: spreads of older ones, reorderings."""
     spreads = any(r.mean_over is not None for r in results)
+    reorders = any(r.reorder_ms is not None for r in results)
     head = (
         "case", "method", "fill", "ms a step", "mean", "worst", "tokens/s", "floor ms", "step / floor",
         "first token s", "cold s", "compile s", "prefill GB", "decode GB", "cache GB", "live tokens",
-        *(SPREAD if spreads else ()),
+        *(SPREAD if spreads else ()), *(("reordering ms",) if reorders else ()),
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     show = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"  # noqa: E731
@@ -537,6 +554,8 @@ def table(results: list[Result]) -> str:
         if spreads:
             cells += [show(x, 2) for x in (r.mean_over, r.p99_over, r.worst_over)]
             cells.append(show(sum(r.first_ms) / 1e3, 2) if r.first_ms else "-")
+        if reorders:
+            cells.append(show(r.reorder_ms, 2))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -69,6 +69,48 @@ def first_counted(steps: list[float]) -> int:
     return min(SKIPPED, len(steps) // 2)
 
 
+class Reorderings:
+    """How long each call of `cache.reorder_cache` takes, on a GPU by events: nobody waits for them."""
+
+    def __init__(self, cache, cuda: bool):
+        self.cache, self.cuda = cache, cuda
+        self._pairs: list[tuple] = []
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside this context, calls are timed."""
+        plain = self.cache.reorder_cache
+
+        def timed(index):
+            start = self._stamp()
+            plain(index)
+            self._pairs.append((start, self._stamp()))
+
+        self.cache.reorder_cache = timed
+        try:
+            yield
+        finally:
+            del self.cache.reorder_cache
+
+    def _stamp(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def median(self) -> float | None:
+        """Milliseconds of the later ones; None if there was none. Waits for the device."""
+        if not self._pairs:
+            return None
+        if self.cuda:
+            torch.cuda.synchronize()
+            times = [start.elapsed_time(stop) for start, stop in self._pairs]
+        else:
+            times = [(stop - start) * 1e3 for start, stop in self._pairs]
+        return statistics.median(times[first_counted(times) :])
+
+
 class Watch:
     """Readings of what a process and a cache have done so far.
 

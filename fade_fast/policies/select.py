@@ -119,6 +119,11 @@ class Residency:
         ranks = self.wanted.ranks() if self.wanted else None
         return _compiled_touch.run(index, index, keep, ranks, *held)
 
+    def of_rows(self) -> list[Tensor]:
+        """Every tensor that has rows."""
+        more = self.wanted.stats.values() if self.wanted else []
+        return [self.page_of_slot, self.slot_of_page, self.last_used, *more]
+
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         more = self.wanted.tensors() if self.wanted else []
