@@ -63,6 +63,8 @@ def run(
         )
     if real is not None:  # a NaN in a padding slot must not reach a real token
         keys, values = (x.masked_fill(~real[:, None, :, None], 0) for x in (keys, values))
+    if not start and layer.format.awaits_tables:
+        layer.format.learner.learn(query, keys, values, real, options.scaling)
     layer.compact()
     positions.extend(start, real, query.shape[0], new, query.device)
     if not start:

@@ -30,6 +30,7 @@ from .attention import NAME
 from .cache import TieredKVCache
 from .calibration import Calibration, load, model_file, own_texts, text_ids
 from .calibration_text import CHECK
+from .first_prompt import PromptCalibration
 from .models import text_config, unwrapped
 from .undisturbed import undisturbed
 from .verify import Witness, feed
@@ -194,6 +195,8 @@ class Ladder:
         #: Without recent tokens and in short blocks, a short text shows what a long one would lose.
         self.config = replace(config, loss_bound=None, recent_window=0, block_size=CHUNK)
         cache = TieredKVCache(model, self.config, calibration=calibration)
+        if isinstance(cache.calibration, PromptCalibration):  # this text must not give the matrices
+            raise Untried(cache.calibration.why)
         self.calibration = cache.calibration
         self.layers = [layer.layer_idx for layer in cache.tiered]
         self.bits = {i: (config.middle_k_bits, config.middle_v_bits) for i in self.layers}
