@@ -31,6 +31,7 @@ from .cache import TieredKVCache
 from .calibration import Calibration, load, model_file, own_texts, text_ids
 from .calibration_text import CHECK
 from .first_prompt import PromptCalibration
+from .layer import TieredLayer
 from .models import text_config, unwrapped
 from .undisturbed import undisturbed
 from .verify import Witness, feed
@@ -310,7 +311,11 @@ class Ladder:
         compresses = config.compresses
         if not compresses:
             config = replace(config, quant_backend="rotated", layer_bits=None)
-        return TieredKVCache(self.model, config, calibration=self.calibration if compresses else None)
+        cache = TieredKVCache(self.model, config, calibration=self.calibration if compresses else None)
+        for layer in cache.layers:  # short steps: encoding layer by layer would take longer than the model
+            if isinstance(layer, TieredLayer):
+                layer.demotes_late = True
+        return cache
 
     def _with(self, bits: dict[int, Bits]) -> FadeConfig:
         return replace(self.config, layer_bits=bits)
