@@ -179,11 +179,12 @@ def _attend(
             f"{new} queries come with {keys.shape[2]} keys: a tiered cache cannot serve cross-attention"
         )
     past = layer.kv.length > 0
-    if past and not layer.kv.index:
-        layer.graph.eager_steps += new <= MAX_DECODE_TOKENS
-        layer.graph.compact()  # layers of one kind are computed together
+    first = past and not layer.kv.index
+    if first and new <= MAX_DECODE_TOKENS:
+        layer.graph.eager_steps += 1
     at_once = not (layer.shared or layer.demotes_late)
-    output = step.run(layer.kv, query, keys, values, attention_mask, options, plain, compact_at_once=at_once)
+    compact = layer.graph.compact if first else None
+    output = step.run(layer.kv, query, keys, values, attention_mask, options, plain, at_once, compact)
     return without_gradient(output, query, keys, values) if past else output, None
 
 
