@@ -154,8 +154,8 @@ def settled(
 
     The third is the choice, or None without a `loss_bound`. Arguments and errors are those of `chosen`.
 
-    A preset whose codec needs a calibration, which this model cannot have, gets the rotated codec, and a
-    `CodecWarning`.
+    A preset whose codec needs a calibration, which this model cannot have, not even from its first prompt,
+    gets the rotated codec, and a `CodecWarning`.
     """
     if config.quant_backend == "matched" and calibration is None and config in PRESET_CONFIGS:
         try:
