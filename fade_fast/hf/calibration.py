@@ -241,7 +241,7 @@ def of_tensors(tensors: dict[str, Tensor], provenance: dict) -> Calibration:
     if provenance.get("version", VERSION) != VERSION:
         raise ValueError(f"a calibration has version {provenance['version']}; {VERSION} is understood here")
     styles = {int(i): interleaved for i, interleaved in provenance.pop("interleaved").items()}
-    # Copies: tensors of a file are its pages, and the process would die if somebody wrote a shorter file there.
+    # Copies: tensors of a file are its pages, and the process would die if somebody shortened the file.
     tensors = {name: x.clone() for name, x in tensors.items()}
     moments = {i: Moments(*(tensors[f"{i}.{name}"] for name in Moments._fields)) for i in sorted(styles)}
     ropes = {i: Rope(tensors[f"{i}.inv_freq"], interleaved=styles[i]) for i in sorted(styles)}
