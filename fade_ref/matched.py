@@ -95,6 +95,27 @@ def measure(
     )  # fmt: skip
 
 
+def measure_alone(
+    keys: Tensor, values: Tensor, position: Tensor, output: Tensor | None, rope: Rope
+) -> Moments:
+    """Moments of one layer where queries are not known: all tokens count alike, and queries see all channels
+    alike.
+
+    Args:
+        keys, values: [H, n, D], n at least 1, keys after RoPE, of tokens that are no sinks.
+        position: int64 [n], of the tokens.
+        output, rope: as in `measure`.
+    """
+    keys, values = keys.double(), values.double()
+    (heads, _, dim), even = keys.shape, torch.ones_like(keys[..., 0])
+    still = rotate(keys, -position, rope)
+    mean = still.mean(1)
+    return Moments(
+        mean, _second(still - mean[:, None], even), _of_outputs(None, heads, dim, keys.device),
+        _second(values, even), _of_outputs(output, heads, dim, keys.device),
+    )  # fmt: skip
+
+
 def _of_outputs(output: Tensor | None, heads: int, dim: int, device: torch.device) -> Tensor:
     """Moments [H, D, D] of the rows of an output projection [hidden, Hq * D] that read each KV head."""
     if output is None:

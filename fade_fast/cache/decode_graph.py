@@ -207,6 +207,11 @@ class DecodeGraph:
 
     # -- around a step
 
+    @torch.no_grad()
+    def compact(self) -> None:
+        """Demote what is due in every layer, before an eager step."""
+        together.compact(self.layers)
+
     def begin(self, new: int, batch: int) -> bool:
         """Prepare for a step of `new` tokens; False if it has to run outside the graph."""
         observes = any(layer.observer for layer in self.layers)

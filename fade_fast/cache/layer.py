@@ -133,20 +133,40 @@ class KVLayer:
         if self.observer:
             self.observer.allocate(heads, keys.dtype, keys.device)
             extra = self.observer.fields
+        awaits_tables = self.format.awaits_tables  # another thread may make them at any time
         self.format.allocate(dim, keys.dtype, keys.device)
         self.dense = DenseStore(c, self.token_positions, extra, heads, dim, keys.dtype, batch, keys.device)
         if self.compresses:
-            kind = BudgetStore if c.relocatable else AppendStore if c.select is None else SelectStore
-            self.middle = kind(c, self.format, self.token_positions, self.rope, batch, heads, self.observer)
-            self.middle.token_bytes = 2 * heads * dim * keys.element_size()
+            if not awaits_tables:
+                self._allocate_middle()
             # All that the region ever holds, unless the window is longer than this text.
             room = min(c.n_sink + c.recent_window + c.block_size, new + c.block_size)
-            leaving = max(0, (most or 0) - c.n_sink - c.recent_window)
-            self.middle.reserve(leaving // c.block_size * c.block_size)
             most = room if most is None else min(room, most)
             if use_compiled(keys):  # one shape for all steps
                 most = min(c.n_sink + c.recent_window + c.block_size, max(MIN_FLASH_PREFIX, room))
         self.dense.reserve(most or 0)
+
+    def _allocate_middle(self) -> None:
+        """Make the store of compressed tokens. The tables of the format exist."""
+        c, key = self.config, self.dense.tensors["key"]
+        batch, heads, _, dim = key.shape
+        kind = BudgetStore if c.relocatable else AppendStore if c.select is None else SelectStore
+        self.middle = kind(c, self.format, self.token_positions, self.rope, batch, heads, self.observer)
+        self.middle.token_bytes = 2 * heads * dim * key.element_size()
+        leaving = max(0, (self._max_length or 0) - c.n_sink - c.recent_window)
+        self.middle.reserve(leaving // c.block_size * c.block_size)
+
+    def _open_middle(self, tokens: dict[str, Tensor], first: int) -> None:
+        """Make the store for the first tokens that are demoted, from step index `first` on, if the format had
+        no tables when the layer was allocated. If the format still has none, these tokens give them.
+        """
+        keys, values = tokens["key"], tokens["value"]
+        if self.format.awaits_tables:
+            position = self.token_positions.at(first, keys.shape[2])
+            self.format.learner.learn_alone(keys, values, position)
+        self.format.allocate(keys.shape[3], self.dtype, self.device)
+        self._allocate_middle()
+        self.version += 1
 
     def check(self, keys: Tensor, values: Tensor, least: int = 1) -> None:
         """Refuse keys and values that cannot follow the tokens stored, before anything is written.
@@ -441,6 +461,8 @@ class KVLayer:
     @property
     def demotes_like(self) -> Hashable | None:
         """Layers of one kind can be demoted together, see `together.py`; None: this one is demoted alone."""
+        if self.middle is None:
+            return None
         codes, held, dense = self.format.shared, self.middle.shared, self.dense
         scores = self.observer.shared if self.observer else ()
         if self.telemetry or None in (codes, held, scores):
@@ -466,6 +488,8 @@ class KVLayer:
             if self.config.contiguous and evicted is not None:
                 self.dense.rotate_sinks(self.middle.evicted, evicted, self.rope())
 
+        if self.middle is None:
+            self._open_middle(tokens, first)
         stats = {name: x for name, x in tokens.items() if name not in ("key", "value")}
         done = self.telemetry and self.telemetry.demotion(self, tokens["key"].shape[2], first)
         self.middle.demote(tokens["key"], tokens["value"], first, self.length, stats, rotate_sinks, counters)
@@ -477,7 +501,7 @@ class KVLayer:
         """Whether the next demotion can replay the captured graph of the last one."""
         block = self.config.block_size
         steady = self.num_overflow(self.recent) == block and not self.telemetry
-        return steady and self.middle.can_replay_demotion(block)
+        return steady and self.has_middle and self.middle.can_replay_demotion(block)
 
     @property
     def can_record_demotion(self) -> bool:

@@ -36,6 +36,7 @@ def run(
     options: ScoreOptions,
     plain: PlainAttention,
     compact_at_once: bool = True,
+    compact: Callable[[], object] | None = None,
 ) -> Tensor:
     """Store a step's keys and values in a layer, and attend: [B, q, Hq, D].
 
@@ -46,6 +47,7 @@ def run(
         plain: attention over tensors, for steps that need no compressed tokens.
         compact_at_once: whether a long step may demote its tokens at once; not where another layer reads
             them, too.
+        compact: demotes what is due in all layers, together; None: in this layer alone.
 
     Raises `ValueError` for a mask that cannot be obeyed, before anything is written.
     """
@@ -63,7 +65,9 @@ def run(
         )
     if real is not None:  # a NaN in a padding slot must not reach a real token
         keys, values = (x.masked_fill(~real[:, None, :, None], 0) for x in (keys, values))
-    layer.compact()
+    if not start and layer.format.awaits_tables:
+        layer.format.learner.learn(query, keys, values, real, options.scaling)
+    (compact or layer.compact)()
     positions.extend(start, real, query.shape[0], new, query.device)
     if not start:
         return _first_step(layer, query, keys, values, mask, own, options, plain)

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from fade_ref.tiers import Tier
 
 from ..hf import capacity
-from ..hf.attach import detach
+from ..hf.attach import attach, detach
+from ..hf.cache import TieredKVCache
 from ..hf.create import create_cache
 from ..hf.models import CACHE_NAME
 
@@ -49,30 +51,57 @@ def dtype_for(device: str | None, dtype: str) -> str:
 
 
 @torch.no_grad()
-def predictions(model: PreTrainedModel, cache: Cache, ids: Tensor, prompt: int, label: str) -> Tensor:
-    """Log-probabilities [n, vocabulary], float32, of the tokens of `ids` [1, m] after the first `prompt`.
+def predictions(
+    model: PreTrainedModel, cache: Cache, ids: Tensor, label: str, chunk: int = CHUNK, keep: int = 0
+) -> Tensor:
+    """Log-probabilities [n, vocabulary], float32, of the tokens that follow those of `ids` [1, n].
 
-    The text itself is fed (teacher forcing), so both caches see the same tokens.
+    The text itself is fed (teacher forcing), `chunk` tokens a step, so all caches see the same tokens. The
+    result has the predictions of the last `keep` tokens of each step; 0: of all.
     """
-    parts = [ids[:, :prompt], *ids[:, prompt:].split(CHUNK, dim=1)]
     found = []
     with tqdm(total=ids.shape[1], desc=label, unit="token", leave=False, disable=None) as bar:
-        for part in parts:
-            keep = 1 if part.shape[1] == prompt else 0
+        for part in ids.split(chunk, dim=1):
             out = model(input_ids=part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=keep)
             found.append(out.logits[0].float().log_softmax(-1))
             bar.update(part.shape[1])
-    return torch.cat(found)[:-1]  # the last one predicts a token that the text does not have
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def store(keys_and_values: DynamicCache, cache: TieredKVCache) -> bool:
+    """Give a tiered cache the tokens of another cache. False, and nothing is stored, where the model has
+    layers that do not keep every token.
+    """
+    layers = keys_and_values.layers
+    if not all(type(layer) is DynamicLayer for layer in layers):
+        return False
+    for i, layer in enumerate(layers):
+        cache.update(layer.keys, layer.values, i)
+    return True
 
 
 def compare(model: PreTrainedModel, ids: Tensor, prompt: int = PROMPT) -> Quick:
-    """Predict the tokens of `ids` [1, n] after the first `prompt` ones, uncompressed and with `safe`."""
+    """Predict the tokens of `ids` [1, n] after the first `prompt` ones, uncompressed and with `safe`.
+
+    The model reads the prompt once: attention over a prompt sees no code, so both caches get the same keys
+    and values.
+    """
     cache = create_cache(model, PRESET)  # measures the widths first, where that was not done before
+    detach(model)
+    uncompressed = DynamicCache(config=model.config)
+    first = predictions(model, uncompressed, ids[:, :prompt], "prompt", prompt, keep=1)
+    first_ours, stored, rest = first, store(uncompressed, cache), ids[:, prompt:]
+    plain = predictions(model, uncompressed, rest, "uncompressed")
     try:
-        ours = predictions(model, cache, ids, prompt, PRESET)
+        attach(model)
+        if not stored:
+            first_ours = predictions(model, cache, ids[:, :prompt], PRESET, prompt, keep=1)
+        ours = predictions(model, cache, rest, PRESET)
     finally:
         detach(model)
-    plain = predictions(model, DynamicCache(config=model.config), ids, prompt, "uncompressed")
+    # The last prediction is of a token that the text does not have.
+    plain, ours = torch.cat((first, plain[:-1])), torch.cat((first_ours, ours[:-1]))
     tokens = cache.memory().tokens
     bf16 = capacity.architecture(model.config, torch.bfloat16)
     length = ids.shape[1]

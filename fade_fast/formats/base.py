@@ -131,6 +131,11 @@ class Format(ABC):
         self.table = self._tables(head_dim, device)
 
     @property
+    def awaits_tables(self) -> bool:
+        """Whether the tables do not exist yet, because the first tokens of a text give them."""
+        return False
+
+    @property
     def shared(self) -> Hashable | None:
         """What codes depend on beside the vectors and tables: layers of equal values may be encoded together,
         by the format that `joined` makes. None: this layer is encoded alone.

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +57,29 @@ class MatchedTier(RotatedTier):
         return requantize(fields, source.bits, self.bits, quantize)
 
 
+class Learner(Protocol):
+    """Makes the tables of one layer from the first tokens of a text. All caches of a model share it."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the tables exist. They never change afterwards."""
+
+    def learn(self, query: Tensor, keys: Tensor, values: Tensor, real: Tensor | None, scaling: float) -> None:
+        """Make the tables from the first tokens of a text, if these are enough.
+
+        Args:
+            query: [B, Hq, n, D]; keys, values: [B, H, n, D], all after RoPE.
+            real: bool [B, n], False at padding. None: all tokens are real.
+            scaling: of the scores.
+        """
+
+    def learn_alone(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
+        """Make the tables from keys after RoPE and values [B, H, n, D] alone.
+
+        `position` is int [B, n], negative at padding.
+        """
+
+
 class MatchedFormat(RotatedFormat):
     """One or two tiers of the `matched` codec.
 
@@ -63,8 +87,11 @@ class MatchedFormat(RotatedFormat):
         widths: of keys and values in each tier, finest first; none where the layer is not compressed.
         tables: `(device)` -> the tables of this layer. All caches of a model share them.
         rope: how the model rotates the keys of this layer, where the mean follows the positions of a block;
-            None where one mean serves all tokens.
+            None where it does not.
         tier_class: as in `RotatedFormat`.
+        own_means: without `rope`, whether keys are stored less their own mean, as in the rotated codec. If
+            not, one mean of the tables serves all tokens.
+        learner: makes the tables, if they need not exist yet.
     """
 
     def __init__(
@@ -73,14 +100,28 @@ class MatchedFormat(RotatedFormat):
         tables: Callable[[torch.device], Tables],
         rope: Callable[[], RoPE] | None,
         tier_class: type[MatchedTier] = MatchedTier,
+        own_means: bool = False,
+        learner: Learner | None = None,
     ):
         super().__init__(widths, lambda dim, device: None, tier_class)
-        self._of_device, self.rope = tables, rope
+        self._of_device, self.rope, self.own_means, self.learner = tables, rope, own_means, learner
+
+    @property
+    def awaits_tables(self):
+        return self.learner is not None and not self.learner.ready
 
     @property
     def shared(self):
         frequencies = None if self.rope is None else (id(self.rope().inv_freq), self.rope().interleaved)
-        return type(self), tuple(self.widths), self.tier_class, frequencies
+        return type(self), tuple(self.widths), self.tier_class, frequencies, self.own_means
+
+    def with_blank_tables(self, heads: int, head_dim: int) -> "MatchedFormat":
+        """A copy with the sizes of this format, whose tables mean nothing."""
+        one = torch.eye(head_dim).expand(heads, -1, -1)
+        side = Matrices(one, torch.cat((one, one.sum(1, keepdim=True)), dim=1), one)
+        made = copy.copy(self)
+        made.learner, made._of_device = None, lambda device: (torch.zeros(heads, head_dim), side, side)
+        return made
 
     @property
     def has_own_tables(self):
@@ -97,6 +138,8 @@ class MatchedFormat(RotatedFormat):
 
     def check(self, head_dim, layer):
         super().check(head_dim, layer)
+        if self.awaits_tables:
+            return
         mean, *_ = self._of_device(torch.device("cpu"))
         if mean.shape[-1] != head_dim:
             raise ValueError(
@@ -104,6 +147,9 @@ class MatchedFormat(RotatedFormat):
             )
 
     def allocate(self, head_dim, dtype, device):
+        if self.awaits_tables:  # attention takes a table also where it reads no code
+            self.table = rotated.with_sum(torch.eye(head_dim, device=device))
+            return
         self.mean, *matrices = self._of_device(device)
         keys, values = matrices
         self.table, self.value_table = keys.decode_and_sum, values.decode
@@ -112,12 +158,14 @@ class MatchedFormat(RotatedFormat):
         self._tiers = [self.tier_class(bits, (keys, values), code, dtype) for bits, code in widths]
 
     def tensors(self):
-        if self.table is None:
-            return []
+        if self.value_table is None:
+            return super().tensors()
         sides = (x for side in self.matrices for x in (side.encode, side.decode_and_sum, side.feedback))
         return [self.mean, *sides]
 
     def key_means(self, keys, position, real):
+        if self.rope is None and self.own_means:
+            return super().key_means(keys, position, real)
         if self.rope is None:
             means = self.mean.clamp(-rotated.LARGEST, rotated.LARGEST).half()[None, :, None]
             return means.expand(len(keys), -1, keys.shape[2], -1).contiguous()

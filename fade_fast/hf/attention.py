@@ -179,11 +179,12 @@ def _attend(
             f"{new} queries come with {keys.shape[2]} keys: a tiered cache cannot serve cross-attention"
         )
     past = layer.kv.length > 0
-    if past and new <= MAX_DECODE_TOKENS and not layer.kv.index:
+    first = past and not layer.kv.index
+    if first and new <= MAX_DECODE_TOKENS:
         layer.graph.eager_steps += 1
-    output = step.run(
-        layer.kv, query, keys, values, attention_mask, options, plain, compact_at_once=not layer.shared
-    )
+    at_once = not (layer.shared or layer.demotes_late)
+    compact = layer.graph.compact if first else None
+    output = step.run(layer.kv, query, keys, values, attention_mask, options, plain, at_once, compact)
     return without_gradient(output, query, keys, values) if past else output, None
 
 

@@ -32,8 +32,9 @@ from ..policies import plan, scores
 from ..saved import checkpoint, memory, snapshot, telemetry
 from ..saved.memory import Memory
 from .attention import NAME
-from .calibration import Calibration, calibration_of
+from .calibration import Calibration
 from .codebooks import Codebooks, given
+from .first_prompt import LayerLearner, PromptCalibration, for_cache
 from .foreign import ForeignLayer, static_window
 from .layer import TieredLayer
 from .models import attention_modules, execution_device, of_process, text_config, unwrapped
@@ -44,10 +45,6 @@ if TYPE_CHECKING:
     from .widths import Choice
 
 CODECS = ("rotated", "matched", "product")  # the supported values of `quant_backend`
-
-
-def _tables_of(calibration: Calibration, kind: str, block: int, layer: int, device: torch.device):
-    return calibration.tables(kind, block, device)[layer]
 
 
 class TieredKVCache(Cache):
@@ -159,9 +156,10 @@ class TieredKVCache(Cache):
         ]
         by_rope = config.contiguous or (config.quant_backend == "matched" and not config.relocatable)
         ropes = probe_of(model) if by_rope else None
-        self.calibration: Calibration | None = None
+        self.calibration: Calibration | PromptCalibration | None = None
         if config.quant_backend == "matched":
-            self.calibration = calibration_of(model, calibration, full)
+            needed = [i for i in full if tier_widths(config, config.bits(i, len(layers)))]
+            self.calibration = for_cache(model, calibration, full, needed)
         elif calibration is not None:
             raise ValueError(
                 f"quant_backend={config.quant_backend!r}, calibration given: "
@@ -173,19 +171,17 @@ class TieredKVCache(Cache):
         self.tiered: list[KVLayer] = []
         for index, i in enumerate(full):
             rope = None
-            if ropes and (config.contiguous or self.calibration.rotates(i)):
+            widths = tier_widths(config, config.bits(i, len(layers)))
+            known = self.calibration is not None and (i in needed or i in self.calibration.moments)
+            if ropes and (config.contiguous or known and self.calibration.rotates(i)):
                 rope = ropes.find(i)
             if i in by_layer:
                 format = ProductFormat(by_layer[i], self._table)
-            elif config.quant_backend == "matched":
-                kind = "still" if config.contiguous else "moved" if rope is None else "block"
-                tables = functools.partial(_tables_of, self.calibration, kind, config.block_size, i)
-                widths = tier_widths(config, config.bits(i, len(layers)))
-                tier = MatchedTier if config.select is None else tier_class("matched", config.index_bits)
-                format = MatchedFormat(widths, tables, rope if kind == "block" else None, tier)
+            elif known:
+                format = self._matched(i, widths, rope)
             else:
                 tier = RotatedTier if config.select is None else tier_class("rotated", config.index_bits)
-                format = RotatedFormat(tier_widths(config, config.bits(i, len(layers))), self._table, tier)
+                format = RotatedFormat(widths, self._table, tier)
             observer = scores.observer(config, weights, i, len(layers)) if format.compresses else None
             self.tiered.append(
                 KVLayer(config, format, self.token_positions, rope, index, max_length, observer, i)
@@ -206,6 +202,20 @@ class TieredKVCache(Cache):
             if type(layer) is DynamicSlidingWindowLayer and on_gpu:
                 layers[i] = static_window(layer.sliding_window)
         super().__init__(layers=layers)
+
+    def _matched(self, layer: int, widths: list[tuple[int, int]], rope) -> MatchedFormat:
+        """The format of a layer with matched codes."""
+        config, calibration = self.fade_config, self.calibration
+        kind = "still" if config.contiguous else "moved" if rope is None else "block"
+        learner = LayerLearner(calibration, layer) if isinstance(calibration, PromptCalibration) else None
+        return MatchedFormat(
+            widths,
+            functools.partial(calibration.of_layer, layer, kind, config.block_size),
+            rope if kind == "block" else None,
+            MatchedTier if config.select is None else tier_class("matched", config.index_bits),
+            own_means=calibration.of_prompt and not calibration.rotates(layer),
+            learner=learner,
+        )
 
     def __deepcopy__(self, memo: dict) -> "TieredKVCache":
         """Return an independent copy for the same model.

@@ -65,6 +65,7 @@ class Calibration:
         moments: by layer index, float32 on the CPU.
         ropes: how each layer rotates its keys; `NOPE` if that is unknown, and then moments are after RoPE.
         provenance: model and text.
+        of_prompt: whether the moments are those of the first prompt of a process (`first_prompt.py`).
     """
 
     moments: dict[int, Moments]
@@ -81,9 +82,25 @@ class Calibration:
             digest.update(x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
         return digest.hexdigest()
 
+    @property
+    def of_prompt(self) -> bool:
+        """See above."""
+        return self.provenance.get("first_prompt", False)
+
+    def __str__(self) -> str:
+        tokens = self.provenance.get("tokens", "unknown")
+        of = "the first prompt of a process" if self.of_prompt else "a text for calibration"
+        return f"matrices fit {of}, {tokens} tokens"
+
     def rotates(self, layer: int) -> bool:
         """Whether it is known how a layer rotates its keys."""
         return len(self.ropes[layer].inv_freq) > 0
+
+    def of_layer(
+        self, layer: int, kind: str, block: int, device: torch.device
+    ) -> tuple[Tensor, Matrices, Matrices]:
+        """The tables of one layer."""
+        return self.tables(kind, block, device)[layer]
 
     def tables(
         self, kind: str, block: int, device: torch.device
@@ -100,15 +117,11 @@ class Calibration:
                 self._tables[key] = _stacked(here, device)
             else:
                 with ThreadPoolExecutor() as pool:
-                    made = pool.map(lambda i: self._derive(i, kind, block), self.moments)
+                    made = pool.map(
+                        lambda i: derive(self.moments[i], self.ropes[i], kind, block), self.moments
+                    )
                     self._tables[key] = _stacked(dict(zip(self.moments, made)))
         return self._tables[key]
-
-    def _derive(self, layer: int, kind: str, block: int) -> tuple[Tensor, Matrices, Matrices]:
-        moments = Moments(*(x.double() for x in self.moments[layer]))
-        mean, keys, queries = spec.frame(moments, kind, self.ropes[layer], block)
-        sides = spec.matched(keys, queries), spec.matched(moments.values, moments.outputs)
-        return mean.float(), *(_matrices(side) for side in sides)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a file."""
@@ -124,6 +137,14 @@ class Calibration:
         """Write a file, atomically. Raises `OSError` if the file cannot be written."""
         with whole(path) as written:
             save_file(self.tensors(), written, metadata={"fade-calibration": json.dumps(self.header())})
+
+
+def derive(moments: Moments, rope: Rope, kind: str, block: int) -> tuple[Tensor, Matrices, Matrices]:
+    """The tables of a layer, on the CPU; arguments as in `Calibration.tables`."""
+    moments = Moments(*(x.double() for x in moments))
+    mean, keys, queries = spec.frame(moments, kind, rope, block)
+    sides = spec.matched(keys, queries), spec.matched(moments.values, moments.outputs)
+    return mean.float(), *(_matrices(side) for side in sides)
 
 
 def _matrices(side: spec.Matrices) -> Matrices:
@@ -173,11 +194,15 @@ def load(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Calib
 
 
 def calibration_of(
-    model: PreTrainedModel, source: "str | os.PathLike | Calibration | None", layers: list[int]
+    model: PreTrainedModel,
+    source: "str | os.PathLike | Calibration | None",
+    layers: list[int],
+    needed: list[int],
 ) -> Calibration:
-    """The calibration for a cache whose compressed layers are `layers`.
+    """The calibration for a cache whose tiered layers are `layers`.
 
     `source` is the `calibration` argument of `create_cache`: a file, a `Calibration`, or None for `of_model`.
+    If it comes from a first prompt, it may have the layers `needed` alone: those that the cache compresses.
 
     Raises as `load` and `of_model`, also for a `Calibration` of another model or of other layers. Raises
     `TypeError` for another type.
@@ -189,7 +214,8 @@ def calibration_of(
     if not isinstance(source, Calibration):
         raise TypeError(f"calibration is a file or a Calibration, not {type(source).__name__}")
     _check_model("the calibration", source, model)
-    if sorted(source.moments) != sorted(layers):
+    least = needed if source.of_prompt else layers
+    if not set(least) <= source.moments.keys() <= set(layers):
         raise ValueError(f"the calibration has layers {sorted(source.moments)}, the model needs {layers}")
     return _shared(source)
 
@@ -215,6 +241,8 @@ def of_tensors(tensors: dict[str, Tensor], provenance: dict) -> Calibration:
     if provenance.get("version", VERSION) != VERSION:
         raise ValueError(f"a calibration has version {provenance['version']}; {VERSION} is understood here")
     styles = {int(i): interleaved for i, interleaved in provenance.pop("interleaved").items()}
+    # Copies: tensors of a file are its pages, and the process would die if somebody shortened the file.
+    tensors = {name: x.clone() for name, x in tensors.items()}
     moments = {i: Moments(*(tensors[f"{i}.{name}"] for name in Moments._fields)) for i in sorted(styles)}
     ropes = {i: Rope(tensors[f"{i}.inv_freq"], interleaved=styles[i]) for i in sorted(styles)}
     return Calibration(moments, ropes, provenance)
@@ -247,21 +275,13 @@ def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibra
         raise NotCalibrated(
             f"{type(model).__name__} cannot be calibrated: its layers {missing} reach no attention function"
         )
-    probe, ropes, moments = probe_of(model), {}, {}
+    ropes, moments = ropes_of(model, layers), {}
     for i in layers:
-        try:
-            found = probe.find(i)()
-            ropes[i] = Rope(found.inv_freq.double().cpu(), interleaved=found.interleaved)
-        except ValueError:
-            ropes[i] = NOPE
         query, keys, values, scaling = heard.pop(i)  # where the layer runs: float64 is slow on a host
         there = Rope(ropes[i].inv_freq.to(query.device), interleaved=ropes[i].interleaved)
         rows = zip(query, keys, values)
         found = spec.mean_of([spec.measure(*row, None, there, scaling, SINKS) for row in rows])
-        output = output_projection(modules[i], query.shape[1] * query.shape[3]) if i in modules else None
-        if output is not None:
-            found = spec.with_output(found, output.detach().to(query.device))
-        moments[i] = Moments(*(x.float().cpu().contiguous() for x in found))
+        moments[i] = kept(found, modules.get(i), query.shape[1] * query.shape[3])
         if not all(x.isfinite().all() for x in moments[i]):
             raise NotCalibrated(
                 f"{type(model).__name__} cannot be calibrated: keys, values or queries of layer {i} are not "
@@ -275,6 +295,28 @@ def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibra
         torch=torch.__version__,
     )
     return Calibration(moments, ropes, provenance)
+
+
+def ropes_of(model: PreTrainedModel, layers: list[int]) -> dict[int, Rope]:
+    """How layers rotate their keys, on the CPU; `NOPE` where that is not found."""
+    probe, ropes = probe_of(model), {}
+    for i in layers:
+        try:
+            found = probe.find(i)()
+            ropes[i] = Rope(found.inv_freq.double().cpu(), interleaved=found.interleaved)
+        except ValueError:
+            ropes[i] = NOPE
+    return ropes
+
+
+def kept(moments: Moments, module: nn.Module | None, channels: int) -> Moments:
+    """Moments as they are kept, float32 on the CPU, with those of the output projection of the attention
+    module, if it is found. The query heads have so many `channels` in all.
+    """
+    output = None if module is None else output_projection(module, channels)
+    if output is not None:
+        moments = spec.with_output(moments, output.detach().to(moments.mean.device))
+    return Moments(*(x.float().cpu().contiguous() for x in moments))
 
 
 #: Calibrations of the models of this process.

@@ -201,6 +201,8 @@ def _bytes(layer: KVLayer, heads: int, dim: int, dtype: torch.dtype, length: int
         return dense, dense
     due = max(0, length - config.n_sink - config.recent_window) // config.block_size * config.block_size
     zeros = torch.zeros(1, heads, config.block_size, dim, dtype=dtype)
+    if layer.format.awaits_tables:
+        layer.format = layer.format.with_blank_tables(heads, dim)
     layer.allocate(zeros)
     layer.token_positions.extend(0, None, 1, config.block_size, zeros.device)
     layer.middle.demote(zeros, zeros, 0, config.block_size, layer.new_stats(config.block_size))

@@ -64,7 +64,8 @@ def create_cache(
             `quant_backend="matched"`, the codec of `safe`, `int4` and `recall`, needs one: by default the
             model is calibrated at its first cache of this kind, on a short text, and the result is kept in
             the user's cache folder. `safe` takes the widths that the file contains. A model that cannot read
-            a text by itself gets the codec "rotated" in these presets, and a `CodecWarning`.
+            a text by itself is calibrated on the first prompt of the process; `describe()` says so. If its
+            attention cannot be replaced either, these presets get the codec "rotated", and a `CodecWarning`.
         verify: see `attach`.
 
     Raises:

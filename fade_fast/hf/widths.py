@@ -30,6 +30,8 @@ from .attention import NAME
 from .cache import TieredKVCache
 from .calibration import Calibration, load, model_file, own_texts, text_ids
 from .calibration_text import CHECK
+from .first_prompt import PromptCalibration
+from .layer import TieredLayer
 from .models import text_config, unwrapped
 from .undisturbed import undisturbed
 from .verify import Witness, feed
@@ -152,8 +154,8 @@ def settled(
 
     The third is the choice, or None without a `loss_bound`. Arguments and errors are those of `chosen`.
 
-    A preset whose codec needs a calibration, which this model cannot have, gets the rotated codec, and a
-    `CodecWarning`.
+    A preset whose codec needs a calibration, which this model cannot have, not even from its first prompt,
+    gets the rotated codec, and a `CodecWarning`.
     """
     if config.quant_backend == "matched" and calibration is None and config in PRESET_CONFIGS:
         try:
@@ -194,6 +196,8 @@ class Ladder:
         #: Without recent tokens and in short blocks, a short text shows what a long one would lose.
         self.config = replace(config, loss_bound=None, recent_window=0, block_size=CHUNK)
         cache = TieredKVCache(model, self.config, calibration=calibration)
+        if isinstance(cache.calibration, PromptCalibration):  # this text must not give the matrices
+            raise Untried(cache.calibration.why)
         self.calibration = cache.calibration
         self.layers = [layer.layer_idx for layer in cache.tiered]
         self.bits = {i: (config.middle_k_bits, config.middle_v_bits) for i in self.layers}
@@ -307,7 +311,11 @@ class Ladder:
         compresses = config.compresses
         if not compresses:
             config = replace(config, quant_backend="rotated", layer_bits=None)
-        return TieredKVCache(self.model, config, calibration=self.calibration if compresses else None)
+        cache = TieredKVCache(self.model, config, calibration=self.calibration if compresses else None)
+        for layer in cache.layers:  # short steps: encoding layer by layer would take longer than the model
+            if isinstance(layer, TieredLayer):
+                layer.demotes_late = True
+        return cache
 
     def _with(self, bits: dict[int, Bits]) -> FadeConfig:
         return replace(self.config, layer_bits=bits)

@@ -53,7 +53,8 @@ def state_dict(cache) -> tuple[dict[str, Tensor], dict]:
     )
     if cache.codebooks is not None:
         known["codebooks"] = cache.codebooks
-    if cache.calibration is not None:  # without it, nobody could decode the codes
+    awaits = any(layer.format.awaits_tables for layer in cache.tiered)  # then there is no code yet
+    if cache.calibration is not None and not awaits:  # without it, nobody could decode the codes
         tensors |= {CALIBRATION + name: x for name, x in cache.calibration.tensors().items()}
         known["calibration"] = cache.calibration.header()
     if cache.choice is not None:
@@ -98,7 +99,9 @@ def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
     unplaced = dict(tensors)
     given = {n.removeprefix(CALIBRATION): unplaced.pop(n) for n in tensors if n.startswith(CALIBRATION)}
     held = {} if cache.calibration is None else cache.calibration.tensors()
-    if given.keys() != held.keys() or not all(torch.equal(x.cpu(), held[n]) for n, x in given.items()):
+    same = given.keys() == held.keys() and all(torch.equal(x.cpu(), held[n]) for n, x in given.items())
+    coded = any(tensors[n].numel() for n in tensors if n.endswith("_codes"))
+    if not same and (given or coded):  # before the first prompt was long enough, there is neither
         raise ValueError("what is stored are codes of another calibration than the cache's")
     position = unplaced.pop("timeline", None)
     by_layer = [{} for _ in layers]
@@ -282,7 +285,8 @@ def _fill_tiered(layer: KVLayer, parts: dict[str, Tensor], about: dict) -> None:
     layer.length, layer.dense.sinks_placed = about["length"], about["sinks_placed"]
     layer.dense.sink_keys = parts.pop("sink_keys", None)
     middle = layer.middle
-    if middle is None:
+    awaited = layer.dense.count == layer.length and not any(n.startswith("tier") for n in parts)
+    if middle is None or awaited:  # nothing was compressed, because there were no tables
         return
     for i, tier in enumerate(middle.tiers):
         fields = {name: parts.pop(f"tier{i}.{name}") for name in tier.records.fields}

@@ -2,9 +2,10 @@
 
 A snapshot is a dict of `version`, `length` (tokens seen per row), `batch`, `tokens` (tokens seen over all
 rows, without padding; None for a file read without positions), `config`, `widths` (how the widths of the
-layers were chosen, or ""; not for a file), `allocated`, `packed` and `dense`
-(bytes, as in `cache.memory()`; a file has `packed` only) and `layers`. Where queries choose what they read,
-it also has `selected` (see `memory.Selected`), and with a host `host`, the bytes in host memory.
+layers were chosen, or ""; not for a file), `codes` (where the matrices of the codec come from, or ""; not for
+a file), `allocated`, `packed` and `dense` (bytes, as in `cache.memory()`; a file has `packed` only) and
+`layers`. Where queries choose what they read, it also has `selected` (see `memory.Selected`), and with a host
+`host`, the bytes in host memory.
 
 A layer has `layer`, `kind` ("tiered", or the transformers class of an uncompressed layer) and `bytes`. A
 tiered layer also has `tiers`, by name: `slots` or `tokens` over all rows, `bytes`, and on request
@@ -54,6 +55,7 @@ def of(cache: "TieredKVCache", positions: bool = True, memory: Memory | None = N
         tokens=int((token_positions.logical >= 0).sum()) if token_positions.length else 0,
         config=checkpoint.config_dict(cache.fade_config),
         widths="" if cache.choice is None else str(cache.choice),
+        codes="" if cache.calibration is None else str(cache.calibration),
         allocated=memory.allocated,
         packed=memory.packed,
         dense=memory.dense,
@@ -167,7 +169,7 @@ def text(snapshot: dict) -> str:
     """A snapshot as text. Layers that hold the same share a line."""
     config = FadeConfig(**snapshot["config"])
     lines = [f"TieredKVCache, {snapshot['length']} tokens seen, {config}"]
-    lines += [f"widths: {snapshot['widths']}"] if snapshot.get("widths") else []
+    lines += [f"{name}: {snapshot[name]}" for name in ("widths", "codes") if snapshot.get(name)]
     if "allocated" in snapshot and snapshot["allocated"]:
         lines.append(
             f"{size(snapshot['allocated'])} allocated, {size(snapshot['packed'])} needed, "

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fade_fast.cache import together
+from fade_fast.hf.models import CACHE_NAME
 from fade_fast.policies import plan
 from fade_ref.config import FadeConfig
 
@@ -88,3 +89,25 @@ def test_more_layers_take_few_more_launches(policy, monkeypatch):
             compiled(model, cache, prompt(60), backend="eager", new=24)
     few, many = (counted[layers][-1] for layers in (2, 4))
     assert few > 100 and many - few < 12 * 2, (few, many)
+
+
+def test_an_eager_step_demotes_all_layers_together(monkeypatch):
+    """One group for all layers; and a step whose mask is refused has demoted nothing."""
+    model, text = tiny_llama(layers=3), prompt(60)["input_ids"]
+    cache = new_cache(model, CONFIGS["int4"])
+    groups, compact = [], together._compact
+    monkeypatch.setattr(
+        together, "_compact", lambda x, counters: (groups.append(len(x)), compact(x, counters))
+    )
+    with torch.no_grad():
+        for start in range(0, 48, 12):
+            model(text[:, start : start + 12], **{CACHE_NAME: cache})
+        assert any(layer.demotion_due for layer in cache.tiered)
+        held, known = [layer.middle.count for layer in cache.tiered], len(groups)
+        refused = torch.zeros(1, 1, 1, 49)
+        refused[..., -1] = -1.0
+        with pytest.raises(ValueError):
+            model(text[:, 48:49], attention_mask=refused, **{CACHE_NAME: cache})
+        assert held == [layer.middle.count for layer in cache.tiered] and len(groups) == known
+        model(text[:, 48:49], **{CACHE_NAME: cache})
+    assert groups and set(groups) == {3} and held != [layer.middle.count for layer in cache.tiered]

@@ -254,6 +254,9 @@ def test_files(tmp_path):
         calibration.load(tmp_path / "text")
     with pytest.raises(TypeError, match="not list"):
         fade_fast.create_cache(model, FadeConfig(**SMALL), calibration=[], verify=False)
+    loaded = calibration.load(tmp_path / "file")
+    (tmp_path / "file").write_bytes(b"")  # in place: what was loaded must not be pages of the file
+    assert loaded.digest == found.digest
 
 
 def test_codes_of_another_calibration_are_refused():

@@ -192,13 +192,27 @@ def test_a_model_that_cannot_read_tokens_alone_keeps_its_widths():
     model.__class__ = Needy
     choice = chosen(model, FadeConfig.safe())
     assert choice.layer_bits == () and choice.loss is None and "needs more than tokens" in choice.untried
+    cache = fade_fast.create_cache(model, "safe")
+    assert "their loss is unknown" in cache.describe() and cache.fade_config == FadeConfig.preset("int4")
+    model.__class__ = Counting
+    assert chosen(model, FadeConfig.safe()).loss is not None  # the failure was not remembered
+
+
+class Fixed(Needy):
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return False
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be verified", "ignore:Fixed does not dispatch")
+def test_a_model_without_queries_gets_the_rotated_codec():
+    model = sharp()
+    model.__class__ = Fixed
     with pytest.warns(widths.CodecWarning, match="needs more than tokens.*has the codec 'rotated'"):
         cache = fade_fast.create_cache(model, "safe")
     assert "their loss is unknown" in cache.describe() and cache.fade_config == FadeConfig()
     with pytest.raises(NotCalibrated, match="needs more than tokens"):
         fade_fast.create_cache(model, FadeConfig(quant_backend="matched", block_size=32))
-    model.__class__ = Counting
-    assert chosen(model, FadeConfig.safe()).loss is not None  # the failure was not remembered
 
 
 def test_a_calibration_file_contains_choices(tmp_path):
