@@ -4,8 +4,6 @@
 #: and the number of summands per result. A number of results that is None stands for all others. A config
 #: without R0_BLOCK sums all summands at once.
 Tiles = dict[tuple[int | None, int], dict]
-#: Option of Inductor for kernels without sums: one set of block sizes is compiled, and none is measured.
-UNTUNED = {"triton.autotune_pointwise": False}
 
 
 def tier_tiles(

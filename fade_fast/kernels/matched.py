@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..compile.compiled import CompiledForSizes
 from ..compile.replay import Replayed
-from ..compile.tiles import UNTUNED, channel_tiles
+from ..compile.tiles import channel_tiles
 from . import rotated
 from .rotated import LARGEST, Packed, center, pack
 
@@ -211,7 +211,7 @@ _replayed = Replayed(_encode_both, MOST_REPLAYED)
 
 # Codes are defined by the stored scales, which are rounded. A block of channels is one kernel, although it
 # has more operations than Inductor would fuse.
-_options = UNTUNED | {"emulate_precision_casts": True, "max_fusion_size": 1024}
+_options = {"emulate_precision_casts": True, "max_fusion_size": 1024}
 _compiled = {
     function.__name__: CompiledForSizes(function, _options, lambda y, *others: channel_tiles(y.shape[1]))
     for function in (_in_units, _round_block, _finish)

@@ -6,8 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..compile.compiled import OPTIONS, Compiled, dynamic_size, more_rows, rounded, use_compiled
-from ..compile.tiles import UNTUNED, summary_tiles
+from ..compile.compiled import Compiled, dynamic_size, more_rows, rounded, use_compiled
+from ..compile.tiles import summary_tiles
 from .decode import LOWEST, MOST_ROWS
 from .merge import of_rows
 from .packed import force_materialize
@@ -142,4 +142,4 @@ def _of_pages(one: Tensor, other: Tensor, valid: Tensor, new: int, *, kind, page
     return mass.unflatten(2, (-1, new)).mean(2)
 
 
-_compiled = Compiled(_compiled_mass, options=OPTIONS | UNTUNED)
+_compiled = Compiled(_compiled_mass)
