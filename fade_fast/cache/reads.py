@@ -224,12 +224,14 @@ class AttentionQuery:
         for start, stop in tiles(self.num_reachable(first), MASKED_TILE):
             seen = self.sees_step(first, start, stop)
             yield keys[:, :, start:stop], values[:, :, start:stop], False, seen
+        at = self.dense_at()
         for start, stop in tiles(dense.count, MASKED_TILE):
-            seen = self.sees(self.dense_at()[..., start:stop])
+            seen = self.sees(at[..., start:stop])
             yield dense["key"][:, :, start:stop], dense["value"][:, :, start:stop], False, seen
         for tier in self.layer.held_tiers():
+            at = self.tier_at(tier)
             for start, stop in tiles(tier.records.count, MASKED_TILE):
-                position = self.tier_at(tier)[..., start:stop]
+                position = at[..., start:stop]
                 empty = (position == PAD).unsqueeze(-1)  # holds anything, perhaps what is not a number
                 decoded = (x.masked_fill(empty, 0.0) for x in self._decoded(tier, start, stop))
                 yield *decoded, False, self.sees(position)
