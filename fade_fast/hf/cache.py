@@ -35,7 +35,7 @@ from .calibration import Calibration, calibration_of
 from .codebooks import Codebooks, given
 from .foreign import ForeignLayer, static_window
 from .layer import TieredLayer
-from .models import attention_modules, execution_device, of_process, text_config, unwrapped
+from .models import attention_modules, execution_device, of_process, ranks_of, text_config, unwrapped
 from .prompts import SeenTokens
 from .rope_probe import probe_of
 
@@ -151,7 +151,7 @@ class TieredKVCache(Cache):
                 f"{type(model).__name__} has no layer whose cache could be tiered: no full-attention "
                 f"layer that caches keys and values alone. transformers gives its layers {kinds}"
             )
-        modules = attention_modules(model)
+        modules, ranks = attention_modules(model), ranks_of(model)
         #: The device of each layer's keys. If the weights are offloaded, they are on another device.
         self.homes = [
             i in modules and execution_device(modules[i]) or model.device for i in range(len(layers))
@@ -187,7 +187,7 @@ class TieredKVCache(Cache):
                 format = RotatedFormat(tier_widths(config, config.bits(i, len(layers))), self._table, tier)
             observer = scores.observer(config, weights, i, len(layers)) if format.compresses else None
             self.tiered.append(
-                KVLayer(config, format, self.token_positions, rope, index, max_length, observer, i)
+                KVLayer(config, format, self.token_positions, rope, index, max_length, observer, i, ranks)
             )
         self.decode_graph = DecodeGraph(self.token_positions, self.tiered, compileable=on_gpu)
         self.decode_graph.captures = len(full) == len(layers)
@@ -397,13 +397,16 @@ class TieredKVCache(Cache):
     def memory(self, *, compact: bool = True) -> Memory:
         """Return how much memory the cache uses now.
 
-        Blocks that are due for demotion are demoted first; with `compact=False` nothing is changed.
+        Blocks that are due for demotion are demoted first; with `compact=False` nothing is changed. The bytes
+        of a tensor-parallel model are those of this process, which holds a part of the heads. There, a policy
+        that averages over heads leaves the blocks to the next step, because it needs the other processes.
 
         Raises `RuntimeError` while another thread runs a step.
         """
         self.decode_graph.check_whole()
         for layer in self.tiered if compact else ():
-            layer.compact()
+            if layer.compacts_alone:
+                layer.compact()
         return memory.of(self.stored_layers(), self.token_positions.tensors() + self.decode_graph.kept)
 
     @reading

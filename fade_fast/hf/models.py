@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
+from ..cache.ranks import Ranks
+
 
 def unwrapped(model):
     """The original model of `torch.compile(model)`; other models are returned unchanged."""
@@ -81,6 +83,21 @@ def of_process(model: PreTrainedModel) -> dict:
     mesh = next((x for x in meshes if x is not None), None)
     part = {} if mesh is None else dict(part=f"{list(mesh.get_coordinate())} of {list(mesh.shape)}")
     return fingerprint(model) | part
+
+
+def ranks_of(model: PreTrainedModel) -> Ranks | None:
+    """The processes between which a tensor-parallel model is split; None for a model that is not split."""
+    for weight in model.parameters():
+        mesh = getattr(weight, "device_mesh", None)
+        if mesh is None:
+            continue
+        names = mesh.mesh_dim_names
+        if names and "tp" in names:
+            mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+        elif names or not getattr(model, "_tp_size", None):  # transformers 5.17 gives the mesh no names
+            continue
+        return Ranks(mesh.get_group()) if mesh.size() > 1 else None
+    return None
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:

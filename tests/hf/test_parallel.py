@@ -26,9 +26,9 @@ SHORT = {name: SMALL for name in PRESETS} | {
 }
 CASES = {name: replace(FadeConfig.preset(name), **fields) for name, fields in SHORT.items()}
 CASES["h2o, by head"] = replace(CASES["balanced"], eviction_policy="h2o", plan_scope="head")
-CASES["h2o"] = replace(CASES["balanced"], eviction_policy="h2o")
-#: What each process decides by its own heads: its plans are not those of one process.
-BY_OWN_HEADS = ("h2o",)
+#: These plan by the mean over heads, those of the other process included.
+AVERAGED = ("h2o", "adaptive", "keydiff")
+CASES |= {name: replace(CASES["balanced"], eviction_policy=name, int2_budget=8) for name in AVERAGED}
 LENGTH, NEW = 60, 24
 
 WORKER = """
@@ -76,7 +76,7 @@ def texts(model, config: FadeConfig, path: str) -> dict:
 @pytest.mark.filterwarnings("ignore::fade_fast.EvictionWarning")
 def test_two_processes_write_the_text_of_one(tmp_path):
     """With every preset; each process stores its heads, and goes on with them in the file of its rank."""
-    tiny_llama(heads=2, group=2, head_dim=16).save_pretrained(tmp_path)
+    tiny_llama(heads=4, group=2, head_dim=16).save_pretrained(tmp_path)
     root, script = Path(__file__).parents[2], tmp_path / "worker.py"
     script.write_text(WORKER)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -94,9 +94,8 @@ def test_two_processes_write_the_text_of_one(tmp_path):
     for name, config in CASES.items():
         expected, one, two = texts(model, config, str(tmp_path / "one")), *(found[name] for found in ranks)
         assert one["whole"] == one["again"] == two["whole"] == two["again"]
-        assert expected["heads"] == 2 and one["heads"] == two["heads"] == 1
+        assert expected["heads"] == 4 and one["heads"] == two["heads"] == 2
         assert min(one["compressed"], two["compressed"]) > 0, name
         assert expected["evicted"] == one["evicted"] == two["evicted"]
         assert (expected["evicted"] > 0) == config.evicts
-        if name not in BY_OWN_HEADS:
-            assert one["whole"] == expected["whole"] == expected["again"], name
+        assert one["whole"] == expected["whole"] == expected["again"], name
