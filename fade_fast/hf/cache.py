@@ -35,7 +35,15 @@ from .calibration import Calibration, calibration_of
 from .codebooks import Codebooks, given
 from .foreign import ForeignLayer, static_window
 from .layer import TieredLayer
-from .models import attention_modules, execution_device, of_process, ranks_of, text_config, unwrapped
+from .models import (
+    attention_modules,
+    execution_device,
+    of_process,
+    ranks_of,
+    split_keys,
+    text_config,
+    unwrapped,
+)
 from .prompts import SeenTokens
 from .rope_probe import probe_of
 
@@ -152,6 +160,13 @@ class TieredKVCache(Cache):
                 f"layer that caches keys and values alone. transformers gives its layers {kinds}"
             )
         modules, ranks = attention_modules(model), ranks_of(model)
+        for i in full if ranks is not None else ():
+            keys, dim = split_keys(modules.get(i)), getattr(modules.get(i), "head_dim", None)
+            if keys is not None and dim and len(keys) % dim:
+                raise ValueError(
+                    f"{type(model).__name__}: a layer's KV heads cannot be split between {ranks.size} "
+                    f"processes, each of which would have {len(keys) / dim:g} heads: use fewer processes"
+                )
         #: The device of each layer's keys. If the weights are offloaded, they are on another device.
         self.homes = [
             i in modules and execution_device(modules[i]) or model.device for i in range(len(layers))

@@ -85,6 +85,16 @@ def of_process(model: PreTrainedModel) -> dict:
     return fingerprint(model) | part
 
 
+def split_keys(module: nn.Module | None) -> torch.Tensor | None:
+    """This process's rows of the projection that gives the keys of an attention module.
+
+    None if the module has no `k_proj` that is split between processes: then each process has all heads.
+    """
+    weight = getattr(getattr(module, "k_proj", None), "weight", None)
+    here = weight.to_local() if hasattr(weight, "to_local") else None
+    return None if here is None or here.shape == weight.shape else here
+
+
 def ranks_of(model: PreTrainedModel) -> Ranks | None:
     """The processes between which a tensor-parallel model is split; None for a model that is not split."""
     for weight in model.parameters():

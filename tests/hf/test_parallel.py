@@ -29,6 +29,8 @@ CASES["h2o, by head"] = replace(CASES["balanced"], eviction_policy="h2o", plan_s
 #: These plan by the mean over heads, those of the other process included.
 AVERAGED = ("h2o", "adaptive", "keydiff")
 CASES |= {name: replace(CASES["balanced"], eviction_policy=name, int2_budget=8) for name in AVERAGED}
+#: Matched codes of few bits, so that matrices of other heads would change the text.
+CALIBRATED = replace(CASES["int4"], middle_k_bits=2, middle_v_bits=2)
 LENGTH, NEW = 60, 24
 
 WORKER = """
@@ -37,24 +39,39 @@ import torch
 from transformers import LlamaForCausalLM
 import fade_fast
 from transformers.distributed import DistributedConfig
-from tests.hf.test_parallel import CASES, texts
+from tests.hf.test_parallel import CALIBRATED, CASES, reason, texts
 
 folder, rank = sys.argv[1], os.environ["RANK"]
 split = dict(distributed_config=DistributedConfig(tp_plan="auto"))
 model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **split)
 found = {name: texts(model, config, f"{folder}/{rank}") for name, config in CASES.items()}
+found["a file"] = texts(model, CALIBRATED, f"{folder}/{rank}", f"{folder}/whole.calibration")
+cache = fade_fast.create_cache(model, CALIBRATED)
+cache.calibration.save(f"{folder}/{rank}.calibration")
 torch.distributed.barrier()
-try:
-    fade_fast.load_cache(f"{folder}/{1 - int(rank)}", model)
-except ValueError as error:
-    found["of the other rank"] = str(error)
+other = f"{folder}/{1 - int(rank)}"
+found["refused"] = [
+    reason(fade_fast.load_cache, other, model),
+    reason(fade_fast.create_cache, model, CALIBRATED, calibration=f"{other}.calibration"),
+]
+few = LlamaForCausalLM.from_pretrained(f"{folder}/few", dtype=torch.float64, **split)
+found["refused"].append(reason(fade_fast.create_cache, few))
 with open(f"{folder}/{rank}.json", "w") as file:
     json.dump(found, file)
 torch.distributed.destroy_process_group()
 """
 
 
-def texts(model, config: FadeConfig, path: str) -> dict:
+def reason(call, *args, **kwargs) -> str:
+    """Why a call is refused."""
+    try:
+        call(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def texts(model, config: FadeConfig, path: str, calibration: str | None = None) -> dict:
     """Tokens of a text, those of its second half from a stored cache, and what the cache held."""
     ids = torch.randint(1, 256, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
@@ -62,8 +79,8 @@ def texts(model, config: FadeConfig, path: str) -> dict:
         options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
         return model.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE_NAME: cache}, **options)
 
-    whole = go_on(ids, fade_fast.create_cache(model, config), NEW)
-    cache = fade_fast.create_cache(model, config)
+    whole = go_on(ids, fade_fast.create_cache(model, config, calibration=calibration), NEW)
+    cache = fade_fast.create_cache(model, config, calibration=calibration)
     half = go_on(ids, cache, NEW // 2)
     cache.save(path)
     again = go_on(half, fade_fast.load_cache(path, model), NEW - NEW // 2)
@@ -77,21 +94,22 @@ def texts(model, config: FadeConfig, path: str) -> dict:
 def test_two_processes_write_the_text_of_one(tmp_path):
     """With every preset; each process stores its heads, and goes on with them in the file of its rank."""
     tiny_llama(heads=4, group=2, head_dim=16).save_pretrained(tmp_path)
-    root, script = Path(__file__).parents[2], tmp_path / "worker.py"
-    script.write_text(WORKER)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, "-W", "ignore", *launcher, str(script), str(tmp_path)]
-    own = dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    options = dict(cwd=root, capture_output=True, text=True, timeout=300)
-    done = subprocess.run(command, env=os.environ | own, **options)
-    assert done.returncode == 0, done.stderr
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    tiny_llama(heads=1, group=2, head_dim=16).save_pretrained(tmp_path / "few")
     model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    file = tmp_path / "whole.calibration"
+    fade_fast.create_cache(model, CALIBRATED).calibration.save(file)
+    ranks = in_two_processes(WORKER, tmp_path)
     for found in ranks:
-        assert found["of the other rank"].endswith("was filled by another model: part differ")
+        assert found["refused"][0].endswith("was filled by another model: part differ")
+        assert "measured on the heads of one process" in found["refused"][1]
+        assert (
+            "cannot be split between 2 processes, each of which would have 0.5 heads" in found["refused"][2]
+        )
     with pytest.raises(ValueError, match="part differ"):
         fade_fast.load_cache(tmp_path / "1", model)
-    for name, config in CASES.items():
+    with pytest.raises(ValueError, match="measured on the heads of one process"):
+        fade_fast.create_cache(model, CALIBRATED, calibration=tmp_path / "1.calibration")
+    for name, config in [*CASES.items(), ("a file", CALIBRATED)]:
         expected, one, two = texts(model, config, str(tmp_path / "one")), *(found[name] for found in ranks)
         assert one["whole"] == one["again"] == two["whole"] == two["again"]
         assert expected["heads"] == 4 and one["heads"] == two["heads"] == 2
@@ -99,3 +117,16 @@ def test_two_processes_write_the_text_of_one(tmp_path):
         assert expected["evicted"] == one["evicted"] == two["evicted"]
         assert (expected["evicted"] > 0) == config.evicts
         assert one["whole"] == expected["whole"] == expected["again"], name
+
+
+def in_two_processes(script: str, folder: Path) -> list[dict]:
+    """Run a script by torchrun, given a folder. Returns what both wrote into `{rank}.json` there."""
+    root, file = Path(__file__).parents[2], folder / "worker.py"
+    file.write_text(script)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-W", "ignore", *launcher, str(file), str(folder)]
+    own = dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    options = dict(cwd=root, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | own, **options)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
