@@ -22,6 +22,7 @@ from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import Guard, reading, single_threaded
 from ..cache.layer import KVLayer
 from ..cache.positions import TokenPositions
+from ..cache.ranks import Ranks
 from ..formats.matched import MatchedFormat, MatchedTier
 from ..formats.product import ProductFormat
 from ..formats.rotated import RotatedFormat, RotatedTier, tier_widths
@@ -205,7 +206,8 @@ class TieredKVCache(Cache):
                 KVLayer(config, format, self.token_positions, rope, index, max_length, observer, i, ranks)
             )
         self.decode_graph = DecodeGraph(self.token_positions, self.tiered, compileable=on_gpu)
-        self.decode_graph.captures = len(full) == len(layers)
+        self.decode_graph.captures = len(full) == len(layers) and (ranks is None or ranks.captures)
+        self.decode_graph.uncaptured = self._why_uncaptured(model, on_gpu, ranks)
         shared = bool(getattr(model_config, "num_kv_shared_layers", 0))
 
         def dispatches() -> bool:
@@ -220,6 +222,16 @@ class TieredKVCache(Cache):
             if type(layer) is DynamicSlidingWindowLayer and on_gpu:
                 layers[i] = static_window(layer.sliding_window)
         super().__init__(layers=layers)
+
+    def _why_uncaptured(self, model: PreTrainedModel, on_gpu: bool, ranks: Ranks | None) -> str:
+        if not on_gpu and any(home.type == "cuda" for home in self.homes):
+            where = ", ".join(sorted({str(p.device) for p in model.parameters()}))
+            return f"weights are on {where}, and a captured step is of one GPU"
+        if not on_gpu or ranks is None or self.decode_graph.captures:
+            return ""
+        if not ranks.captures:
+            return "the processes of the model do not talk by NCCL"
+        return "layers of transformers count in Python, and Inductor's graphs know nothing of other processes"
 
     def __deepcopy__(self, memo: dict) -> "TieredKVCache":
         """Return an independent copy for the same model.

@@ -562,7 +562,7 @@ def test_a_step_that_cannot_be_captured_is_compiled_otherwise():
         raise RuntimeError("operation not permitted when stream is capturing")
 
     x, other = torch.arange(4.0), Sum()
-    call = Captured(Sum(), otherwise=lambda: other, capture=record)
+    call = Captured(Sum(), otherwise=lambda why: other, capture=record)
     call(1, dict(x=x))
     with pytest.warns(UserWarning, match="not permitted when stream is capturing"):
         assert torch.equal(call(1, dict(x=x)).logits, x)
@@ -590,7 +590,7 @@ def test_memory_that_ran_out_is_no_reason_to_compile_otherwise():
     def record(call, pool=None, **arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    call = Captured(Sum(), otherwise=lambda: pytest.fail("compiled otherwise"), capture=record)
+    call = Captured(Sum(), otherwise=lambda why: pytest.fail("compiled otherwise"), capture=record)
     call(1, dict(x=torch.ones(2)))
     with pytest.raises(torch.OutOfMemoryError):
         call(1, dict(x=torch.ones(2)))

@@ -6,16 +6,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import CompileConfig, LlamaForCausalLM
 
 import fade_fast
+from fade_fast.cache import cuda_graph
+from fade_fast.hf import generate
 from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import PRESETS, FadeConfig
 
-from ..models import tiny_llama
+from ..cache.test_cuda_graph import Tapes
+from ..cache.test_decode_graph import compiled
+from ..models import prompt, tiny_llama
 
 SMALL = dict(recent_window=8, block_size=8)
 #: Fields that make a preset compress, evict and choose in a short text.
@@ -31,6 +36,8 @@ AVERAGED = ("h2o", "adaptive", "keydiff")
 CASES |= {name: replace(CASES["balanced"], eviction_policy=name, int2_budget=8) for name in AVERAGED}
 #: Matched codes of few bits, so that matrices of other heads would change the text.
 CALIBRATED = replace(CASES["int4"], middle_k_bits=2, middle_v_bits=2)
+#: Where steps are captured: demotions without a plan, planned by position, and planned by all heads.
+CAPTURED = {name: CASES[name] for name in ("int4", "balanced", "h2o", "adaptive")}
 LENGTH, NEW = 60, 24
 
 WORKER = """
@@ -39,7 +46,7 @@ import torch
 from transformers import LlamaForCausalLM
 import fade_fast
 from transformers.distributed import DistributedConfig
-from tests.hf.test_parallel import CALIBRATED, CASES, reason, texts
+from tests.hf.test_parallel import CALIBRATED, CAPTURED, CASES, captured, reason, texts
 
 folder, rank = sys.argv[1], os.environ["RANK"]
 split = dict(distributed_config=DistributedConfig(tp_plan="auto"))
@@ -54,12 +61,33 @@ found["refused"] = [
     reason(fade_fast.load_cache, other, model),
     reason(fade_fast.create_cache, model, CALIBRATED, calibration=f"{other}.calibration"),
 ]
+found |= {f"captured, {name}": captured(model, config) for name, config in CAPTURED.items()}
+found["captured, one fails"] = captured(model, CASES["int4"], fails=rank == "1")
 few = LlamaForCausalLM.from_pretrained(f"{folder}/few", dtype=torch.float64, **split)
 found["refused"].append(reason(fade_fast.create_cache, few))
 with open(f"{folder}/{rank}.json", "w") as file:
     json.dump(found, file)
 torch.distributed.destroy_process_group()
 """
+
+
+def captured(model, config: FadeConfig, fails: bool = False) -> dict:
+    """Tokens of the same text by steps that are compiled and captured, by tapes for CUDA graphs.
+
+    With `fails`, a capture raises an error in this process.
+    """
+    tapes, plain = Tapes(), CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    tapes.error = RuntimeError("no stream") if fails else None
+    cache = fade_fast.create_cache(model, config)
+    with (
+        mock.patch.object(cuda_graph, "record", tapes.record),
+        mock.patch.object(generate, "uncaptured", lambda config, device: plain),
+    ):
+        cache.decode_graph.captures = True  # gloo stands for NCCL
+        options = dict(new=NEW, min_new_tokens=NEW)
+        written = compiled(model, cache, prompt(LENGTH, batch=2, seed=1), **options)[:, LENGTH:].tolist()
+    graph = cache.decode_graph
+    return dict(written=written, replays=graph.replays, counts=graph.counts, about=cache.describe())
 
 
 def reason(call, *args, **kwargs) -> str:
@@ -73,7 +101,7 @@ def reason(call, *args, **kwargs) -> str:
 
 def texts(model, config: FadeConfig, path: str, calibration: str | None = None) -> dict:
     """Tokens of a text, those of its second half from a stored cache, and what the cache held."""
-    ids = torch.randint(1, 256, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    ids = prompt(LENGTH, batch=2, seed=1)["input_ids"]
 
     def go_on(ids, cache, new):
         options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
@@ -109,6 +137,7 @@ def test_two_processes_write_the_text_of_one(tmp_path):
         fade_fast.load_cache(tmp_path / "1", model)
     with pytest.raises(ValueError, match="measured on the heads of one process"):
         fade_fast.create_cache(model, CALIBRATED, calibration=tmp_path / "1.calibration")
+    written = {}
     for name, config in [*CASES.items(), ("a file", CALIBRATED)]:
         expected, one, two = texts(model, config, str(tmp_path / "one")), *(found[name] for found in ranks)
         assert one["whole"] == one["again"] == two["whole"] == two["again"]
@@ -117,6 +146,16 @@ def test_two_processes_write_the_text_of_one(tmp_path):
         assert expected["evicted"] == one["evicted"] == two["evicted"]
         assert (expected["evicted"] > 0) == config.evicts
         assert one["whole"] == expected["whole"] == expected["again"], name
+        written[name] = expected["whole"]
+    for name in CAPTURED:
+        one, two = (found[f"captured, {name}"] for found in ranks)
+        assert one["written"] == two["written"] == written[name]
+        assert one["counts"] == two["counts"] and one["replays"] == two["replays"] > NEW / 2
+        assert "not captured" not in one["about"] and "part [1] of [2]" in two["about"]
+    one, two = (found["captured, one fails"] for found in ranks)
+    assert one["written"] == two["written"] == written["int4"] and not one["replays"] and not two["replays"]
+    assert "decode steps are not captured: another process could not capture it" in one["about"]
+    assert "decode steps are not captured: no stream" in two["about"]
 
 
 def in_two_processes(script: str, folder: Path) -> list[dict]:
