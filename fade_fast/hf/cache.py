@@ -21,7 +21,7 @@ from fade_ref.config import FadeConfig
 from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import Guard, reading, single_threaded
 from ..cache.layer import KVLayer
-from ..cache.positions import TokenPositions
+from ..cache.positions import PositionsElsewhere, TokenPositions
 from ..cache.ranks import Ranks
 from ..formats.matched import MatchedFormat, MatchedTier
 from ..formats.product import ProductFormat
@@ -46,7 +46,7 @@ from .models import (
     unwrapped,
 )
 from .prompts import SeenTokens
-from .rope_probe import probe_of
+from .rope_probe import RopeElsewhere, probe_of
 
 if TYPE_CHECKING:
     from .widths import Choice
@@ -186,10 +186,14 @@ class TieredKVCache(Cache):
             codebooks = given(codebooks, model)
             by_layer, self.codebooks = codebooks.by_layer(full), codebooks.digest
         self.tiered: list[KVLayer] = []
+        self._elsewhere: dict[torch.device, PositionsElsewhere] = {}  # for layers on other devices
         for index, i in enumerate(full):
-            rope = None
+            rope, positions, home = None, self.token_positions, self.homes[i]
+            if i in modules and home != self.homes[full[0]]:
+                positions = self._elsewhere.setdefault(home, PositionsElsewhere(self.token_positions, home))
             if ropes and (config.contiguous or self.calibration.rotates(i)):
                 rope = ropes.find(i)
+                rope = rope if positions is self.token_positions else RopeElsewhere(rope, home)
             if i in by_layer:
                 format = ProductFormat(by_layer[i], self._table)
             elif config.quant_backend == "matched":
@@ -203,7 +207,7 @@ class TieredKVCache(Cache):
                 format = RotatedFormat(tier_widths(config, config.bits(i, len(layers))), self._table, tier)
             observer = scores.observer(config, weights, i, len(layers)) if format.compresses else None
             self.tiered.append(
-                KVLayer(config, format, self.token_positions, rope, index, max_length, observer, i, ranks)
+                KVLayer(config, format, positions, rope, index, max_length, observer, i, ranks)
             )
         self.decode_graph = DecodeGraph(self.token_positions, self.tiered, compileable=on_gpu)
         self.decode_graph.captures = len(full) == len(layers) and (ranks is None or ranks.captures)
@@ -434,7 +438,9 @@ class TieredKVCache(Cache):
         for layer in self.tiered if compact else ():
             if layer.compacts_alone:
                 layer.compact()
-        return memory.of(self.stored_layers(), self.token_positions.tensors() + self.decode_graph.kept)
+        others = self.token_positions.tensors() + self.decode_graph.kept
+        others += [x for positions in self._elsewhere.values() for x in positions.tensors()]
+        return memory.of(self.stored_layers(), others)
 
     @reading
     def save(self, path: str | os.PathLike, tokens: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Tensor parallelism: the heads of a model are split between processes, which talk by gloo on a CPU."""
+"""Several devices: heads split between processes, which talk by gloo on a CPU; layers on two devices."""
 
 import json
 import os
@@ -14,7 +14,10 @@ from transformers import CompileConfig, LlamaForCausalLM
 
 import fade_fast
 from fade_fast.cache import cuda_graph
+from fade_fast.cache.positions import PositionsElsewhere, TokenPositions
+from fade_fast.hf import cache as cache_module
 from fade_fast.hf import generate
+from fade_fast.hf.attention import attention
 from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import PRESETS, FadeConfig
 
@@ -39,6 +42,7 @@ CALIBRATED = replace(CASES["int4"], middle_k_bits=2, middle_v_bits=2)
 #: Where steps are captured: demotions without a plan, planned by position, and planned by all heads.
 CAPTURED = {name: CASES[name] for name in ("int4", "balanced", "h2o", "adaptive")}
 LENGTH, NEW = 60, 24
+META = torch.device("meta")
 
 WORKER = """
 import json, os, sys
@@ -169,3 +173,65 @@ def in_two_processes(script: str, folder: Path) -> list[dict]:
     done = subprocess.run(command, env=os.environ | own, **options)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+# -- device_map: layers on two devices, of which the second is meta here, where tensors have no numbers
+
+TWO_DEVICES = CASES | {"learned": replace(CASES["h2o"], eviction_policy="learned")}
+del TWO_DEVICES["safe"]  # it is `int4` once its widths are chosen
+del TWO_DEVICES["adaptive"]  # its plans say how many tokens stay, which meta cannot
+
+
+@pytest.fixture
+def second_layer_on_meta(monkeypatch):
+    """Layers of a model are on the CPU, but the second one is on meta. A product of both is an error."""
+    home, autocast = cache_module.execution_device, torch.is_autocast_enabled
+    of = lambda m: META if getattr(m, "layer_idx", None) == 1 else home(m)  # noqa: E731
+    monkeypatch.setattr(cache_module, "execution_device", of)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and autocast(kind))
+
+
+@pytest.mark.filterwarnings("ignore::fade_fast.EvictionWarning")
+@pytest.mark.parametrize("name", TWO_DEVICES)
+def test_a_layer_computes_on_its_own_device(name, second_layer_on_meta):
+    model = tiny_llama()
+    cache = fade_fast.create_cache(model, TWO_DEVICES[name], verify=False)
+    modules = [layer.self_attn for layer in model.model.layers]
+    for new in (60, 1, 1, 20, *[1] * 12):
+        for module, layer, device in zip(modules, cache.layers, ("cpu", "meta")):
+            query, keys, values = (torch.randn(2, heads, new, 64, device=device) for heads in (4, 2, 2))
+            output, _ = attention(module, query, *layer.update(keys, values), None, 0.0, 0.125)
+            assert output.device.type == device and output.shape == (2, new, 4, 64)
+    here, there = cache.tiered
+    assert there.token_positions is not here.token_positions and here.middle.count == there.middle.count > 0
+    assert {x.device.type for x in there.middle.tensors() + there.dense.all_tensors()} == {"meta"}
+
+
+def test_positions_elsewhere_are_those_of_the_cache():
+    """After every kind of change, also where padding has come in the place of a token that was cropped."""
+    here = TokenPositions()
+    there = PositionsElsewhere(here, torch.device("cpu"))
+    assert there.buffer is None and there.tensors() == []
+    real = torch.ones(2, 3, dtype=torch.bool)
+    changes = [
+        lambda: there.extend(0, None, 2, 5, "cpu"),
+        lambda: here.extend(5, real, 2, 3, "cpu"),
+        lambda: here.crop(2),
+        lambda: there.extend(6, real.tril()[:2, :2], 2, 2, "cpu"),
+        lambda: here.select_rows(torch.tensor([1, 0])),
+        lambda: here.select_rows(torch.tensor([0, 0, 1])),
+    ]
+    for change in changes:
+        change()
+        assert torch.equal(there.logical, here.logical) and there.has_padding == here.has_padding
+        assert there.buffer is not here.buffer and there.buffer is there.tensors()[0]
+    assert there.batch == 3 and there.length == 8
+
+
+def test_describe_says_why_steps_on_two_devices_are_not_captured():
+    cache = fade_fast.create_cache(tiny_llama(), CASES["int4"])
+    assert "not captured" not in cache.describe()
+    cache.homes[1] = torch.device("cuda:1")
+    cache.decode_graph.uncaptured = cache._why_uncaptured(tiny_llama(), False, None)
+    said = "decode steps are not captured: weights are on cpu, and a captured step is of one GPU"
+    assert said in cache.describe() and cache.snapshot()["uncaptured"] in said
