@@ -1,6 +1,6 @@
 """A decode step on one GPU, and on several by tensor parallelism: `fade bench parallel`.
 
-NCCL_NVLS_ENABLE=0 OMP_NUM_THREADS=8 torchrun --standalone --nproc-per-node 2 -m fade_fast bench parallel
+OMP_NUM_THREADS=8 torchrun --standalone --nproc-per-node 2 -m fade_fast bench parallel
 
 The model has the shape of Llama-3.1-8B and random bfloat16 weights, which each process draws for its part.
 Caches hold random keys and values. First the first process alone measures each method on one GPU. Then all
@@ -9,6 +9,9 @@ as in `fade bench generate`, whose code this is.
 
 Before the times, a model of four layers in float32 writes a text with each method of `TOLD`, on one GPU and
 on all. Its weights are the same in both, so its tokens must be, too.
+
+`--one-shot` lets the compiler sum over GPUs by PyTorch's symmetric memory: each GPU reads the others' parts.
+NVLink multicast stays off with either.
 
 `--json FILE` writes the numbers after every measurement, `--show FILE` prints them. An error in any process
 ends the run, because the others would wait for it. Without GPUs a tiny model runs through the same code in
@@ -30,6 +33,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from torch._inductor import config as inductor
+from torch.distributed import _symmetric_memory as symmetric_memory
 
 import fade_fast
 from fade_fast.compile.record import record
@@ -46,6 +51,8 @@ TARGET = 1.6  # times the tokens a second of one GPU, with `safe`
 TOLD = {"safe": "safe", "h2o": H2O}
 LAYERS, PROMPT, WRITTEN = 4, 512, 48  # of that model and of its text
 REPEATS = 20  # of the collectives that are timed alone
+#: Variables that keep NVLink multicast off: programs that use it can disturb other programs of a shared host.
+NO_MULTICAST = dict(NCCL_NVLS_ENABLE="0", TORCH_SYMM_MEM_DISABLE_MULTICAST="1", NVSHMEM_DISABLE_NVLS="1")
 LONGEST_STEP = timedelta(minutes=5)  # a process that waits longer for another one ends the run
 
 
@@ -60,6 +67,8 @@ class Processes:
         )
 
     def __enter__(self) -> "Processes":
+        for name, value in NO_MULTICAST.items():
+            os.environ.setdefault(name, value)
         bound = {}
         if self.cuda:
             torch.cuda.set_device(self.device)
@@ -133,6 +142,17 @@ def equal_tokens(one: dict, split: dict) -> dict[str, int]:
 
 
 # -- times
+
+
+@contextlib.contextmanager
+def one_shot(model, wanted: bool) -> Iterator[None]:
+    """Inside this context, compiled steps of a split model sum by symmetric memory, if that is wanted."""
+    if not wanted:
+        yield
+        return
+    symmetric_memory.enable_symm_mem_for_group(ranks_of(model).group.group_name)
+    with inductor.patch({"_collective.auto_select": True}):
+        yield
 
 
 def collectives_ms(processes: Processes, hidden: int, layers: int, batch: int, dtype: torch.dtype) -> float:
@@ -217,7 +237,10 @@ def show(report: dict) -> str:
                 f"captured steps {one} and {split}"
             )
     if report["collectives_ms"] is not None:
-        said.append(f"The sums over GPUs of a step take {report['collectives_ms']:.2f} ms alone")
+        how = "; steps sum by symmetric memory instead" if report["one_shot"] else ""
+        said.append(
+            f"The sums over GPUs of a step take {report['collectives_ms']:.2f} ms alone, by all_reduce{how}"
+        )
     found = faster(*next((r[1:] for r in rows(report) if r[0] == "safe"), (None, None)))
     if found is not None and report["device"] != "cpu":
         yes = "reached" if found >= TARGET else "**not reached**"
@@ -240,6 +263,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--parts", default="tokens,times", metavar="A,B", help="tokens, times, or both (the default)"
     )
+    parser.add_argument("--one-shot", action="store_true", help="sum over GPUs by symmetric memory")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, as without a GPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
     args = parser.parse_args(argv)
@@ -295,6 +319,7 @@ def measured(args: argparse.Namespace, processes: Processes) -> dict:
         length=args.length,
         methods=args.methods,
         written=WRITTEN,
+        one_shot=args.one_shot,
         small=f"{exact['layers']} layers, {str(exact['dtype']).removeprefix('torch.')}",
         equal={},
         texts={},
@@ -327,7 +352,7 @@ def measured(args: argparse.Namespace, processes: Processes) -> dict:
     if "tokens" in args.parts:
         processes.say("tokens:")
         alone(write_alone)
-        with model_of(build_split, name, **exact, **wide) as model:
+        with model_of(build_split, name, **exact, **wide) as model, one_shot(model, args.one_shot):
             redraw(model)
             report["texts"]["split"] = texts(model, TOLD)
         if not processes.rank:
@@ -338,7 +363,7 @@ def measured(args: argparse.Namespace, processes: Processes) -> dict:
         processes.say("one GPU:")
         alone(time_alone)
         processes.say(f"{processes.size} GPUs:")
-        with model_of(build_split, name, **wide) as model:
+        with model_of(build_split, name, **wide) as model, one_shot(model, args.one_shot):
             config = model.config
             for result in timed(processes, model, case, args.new):
                 report["split"].append(asdict(result))
