@@ -41,7 +41,9 @@ CASES |= {name: replace(CASES["balanced"], eviction_policy=name, int2_budget=8) 
 CALIBRATED = replace(CASES["int4"], middle_k_bits=2, middle_v_bits=2)
 #: Where steps are captured: demotions without a plan, planned by position, and planned by all heads.
 CAPTURED = {name: CASES[name] for name in ("int4", "balanced", "h2o", "adaptive")}
-LENGTH, NEW = 60, 24
+#: Tokens of the prompt, written ones, and those of them that come before the cache is stored: then a block of
+#: eight tokens is due.
+LENGTH, NEW, FIRST = 60, 24, 9
 META = torch.device("meta")
 
 WORKER = """
@@ -113,9 +115,15 @@ def texts(model, config: FadeConfig, path: str, calibration: str | None = None) 
 
     whole = go_on(ids, fade_fast.create_cache(model, config, calibration=calibration), NEW)
     cache = fade_fast.create_cache(model, config, calibration=calibration)
-    half = go_on(ids, cache, NEW // 2)
+    half = go_on(ids, cache, FIRST)
+    assert config.block_size != 8 or cache.tiered[0].demotion_due
+    if torch.distributed.is_initialized():
+        if torch.distributed.get_rank() == 0:  # one process alone may ask
+            cache.describe()
+        torch.distributed.barrier()
     cache.save(path)
-    again = go_on(half, fade_fast.load_cache(path, model), NEW - NEW // 2)
+    cache = fade_fast.load_cache(path, model)
+    again = go_on(half, cache, NEW - FIRST)
     layer = cache.tiered[0]
     held = dict(heads=layer.dense["key"].shape[1], compressed=layer.middle.count, evicted=layer.num_evicted)
     return dict(whole=whole[:, LENGTH:].tolist(), again=again[:, LENGTH:].tolist(), **held)
