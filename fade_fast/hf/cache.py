@@ -446,6 +446,8 @@ class TieredKVCache(Cache):
     def save(self, path: str | os.PathLike, tokens: Tensor | None = None) -> None:
         """Write the cache to a file `path`, completely or not at all. `load_cache` reads the file.
 
+        Each process of a tensor-parallel model stores its own heads, under a path of its own.
+
         `tokens` is an integer tensor with the input ids. A cache does not know these ids. The file stores
         them, and `checkpoint.read_tokens` reads them.
 
