@@ -1,5 +1,6 @@
 """Captured steps: what is replayed, and what is not. Where there is no GPU, a graph is played by Python."""
 
+import contextlib
 import copy
 import gc
 import warnings
@@ -568,6 +569,30 @@ def test_a_step_that_cannot_be_captured_is_compiled_otherwise():
         assert torch.equal(call(1, dict(x=x)).logits, x)
     assert torch.equal(call(1, dict(x=x + 1)).logits, x + 1) and torch.equal(call(2, dict(x=x)).logits, x)
     assert other.runs == 3
+
+
+def test_a_step_that_another_process_cannot_capture_is_compiled_otherwise(tapes):
+    """Also the next variant, ahead: nothing is replayed that another process does not replay."""
+    x, other, why, votes, heard = torch.arange(4.0), Sum(), [], [True, False], []
+
+    def agree(yes):
+        heard.append(yes)
+        return votes.pop(0)
+
+    call = Captured(
+        Sum(),
+        otherwise=lambda reason: why.append(reason) or other,
+        ahead=lambda within: contextlib.nullcontext("more slots"),
+        agree=agree,
+    )
+    for i in range(cuda_graph.SETTLED + 1):
+        assert torch.equal(call(1, dict(x=x + i)).logits, x + i)
+    assert len(tapes) == 2 and tapes[1].replays == 0, "the next variant was captured, and dropped"
+    votes.append(False)
+    call(1, dict(x=x), "more slots")
+    with pytest.warns(UserWarning, match="another process could not capture it"):
+        assert torch.equal(call(1, dict(x=x), "more slots").logits, x)
+    assert heard == [True] * 3 and why == ["another process could not capture it"] and other.runs == 1
 
 
 @pytest.mark.slow
