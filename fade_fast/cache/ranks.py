@@ -35,7 +35,7 @@ class Ranks:
     @property
     def captures(self) -> bool:
         """Whether a CUDA graph can contain what these processes tell each other within a step."""
-        return dist.get_backend(self.group) == "nccl"
+        return "cuda:nccl" in dist.get_backend_config(self.group)  # a group may have a backend by device
 
     def all_heads(self, x: Tensor) -> Tensor:
         """`x` [B, H of this process, n] of every process, one after another: [B, H of all, n].
