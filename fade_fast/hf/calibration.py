@@ -161,7 +161,8 @@ def load(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Calib
     try:
         with safe_open(path, framework="pt") as file:
             provenance = json.loads((file.metadata() or {})["fade-calibration"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # Copied: a mapped file that another program cuts short would end the process when it is read.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             version, _ = provenance["version"], provenance["fingerprint"]
     except FileNotFoundError:
         raise
