@@ -7,23 +7,38 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fade_fast.measure import parallel
 
 ROOT = Path(__file__).parents[2]
 
 
+def run(file: Path, *asked: str, **environment: str) -> tuple[str, dict]:
+    """What two processes of the command print, and the report that they write into `file`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fade_fast"]
+    own = dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1") | environment
+    options = dict(cwd=ROOT, capture_output=True, text=True, timeout=400, env=os.environ | own)
+    asked = ["bench", "parallel", *asked, "--json", str(file)]
+    done = subprocess.run([sys.executable, "-W", "ignore", *launcher, *asked], **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(file.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_write_by_captured_steps_what_one_writes(tmp_path):
+    _, report = run(tmp_path / "parallel.json", "--tiny", "--parts", "tokens")
+    assert report["equal"] == dict.fromkeys(parallel.TOLD, parallel.WRITTEN)
+    for name, told in report["texts"]["split"].items():
+        assert told["captured"] > parallel.WRITTEN / 2 and not told["uncaptured"], name
+
+
 @pytest.mark.slow
 def test_two_processes_measure(tmp_path):
     """The table comes last, and tokens equal those of one process."""
-    file = tmp_path / "parallel.json"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fade_fast"]
-    asked = ["bench", "parallel", "--device", "cpu", "--methods", "safe,static", "--json", str(file)]
-    own = dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    options = dict(cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | own)
-    done = subprocess.run([sys.executable, "-W", "ignore", *launcher, *asked], **options)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(file.read_text())
+    asked = "--device", "cpu", "--methods", "safe,static"
+    printed, report = run(tmp_path / "parallel.json", *asked, CUDA_VISIBLE_DEVICES="")
     assert report["processes"] == 2 and report["equal"] == dict.fromkeys(parallel.TOLD, parallel.WRITTEN)
     assert (
         [r["method"] for r in report["one"]] == [r["method"] for r in report["split"]] == ["safe", "static"]
@@ -32,7 +47,7 @@ def test_two_processes_measure(tmp_path):
     one, split = (report[name][0]["cache_bytes"] for name in ("one", "split"))
     assert split < 0.7 * one, "a process holds its heads only"
     assert report["collectives_ms"] > 0
-    assert done.stdout.endswith(parallel.show(report) + "\n")
+    assert printed.endswith(parallel.show(report) + "\n")
 
 
 def result(method: str, ms: float | None, **fields) -> dict:
