@@ -182,7 +182,7 @@ class KVLayer:
         elif self.token_positions.length and self.token_positions.batch != keys.shape[0]:
             raise ValueError(f"{keys.shape[0]} rows do not fit a cache of {self.token_positions.batch}")
         elif self.compresses:
-            self.format.check(keys.shape[3], self.layer_idx)
+            self.format.check(keys.shape[3], self.layer_idx, keys.shape[1])
 
     # -- sizes
 
