@@ -435,8 +435,9 @@ def output_projection(module: nn.Module, channels: int) -> Tensor | None:
     """Weight [hidden, channels] of the projection behind an attention module; None if it is not found."""
     for name in OUTPUTS:
         weight = getattr(getattr(module, name, None), "weight", None)
-        if hasattr(weight, "to_local"):  # tensor parallel: the columns of this process's heads
-            weight = weight.to_local()
+        if hasattr(weight, "to_local"):  # tensor parallel: the columns of this process's heads, or of a part
+            here = weight.to_local()
+            weight = here if here.shape[-1] == channels else weight.full_tensor()
         if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
             if type(getattr(module, name)).__name__ == "Conv1D":  # GPT-2 stores the transposed matrix
                 weight = weight.mT

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import CompileConfig, LlamaForCausalLM
+from transformers import CompileConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import fade_fast
 from fade_fast.cache import cuda_graph
@@ -49,7 +49,7 @@ META = torch.device("meta")
 WORKER = """
 import json, os, sys
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Phi3ForCausalLM
 import fade_fast
 from transformers.distributed import DistributedConfig
 from tests.hf.test_parallel import CALIBRATED, CAPTURED, CASES, captured, reason, texts
@@ -69,12 +69,22 @@ found["refused"] = [
 ]
 found |= {f"captured, {name}": captured(model, config) for name, config in CAPTURED.items()}
 found["captured, one fails"] = captured(model, CASES["int4"], fails=rank == "1")
+phi = Phi3ForCausalLM.from_pretrained(f"{folder}/phi", dtype=torch.float64, **split)
+found["phi"] = texts(phi, CALIBRATED, f"{folder}/{rank}")
 few = LlamaForCausalLM.from_pretrained(f"{folder}/few", dtype=torch.float64, **split)
 found["refused"].append(reason(fade_fast.create_cache, few))
 with open(f"{folder}/{rank}.json", "w") as file:
     json.dump(found, file)
 torch.distributed.destroy_process_group()
 """
+
+
+def tiny_phi3() -> Phi3ForCausalLM:
+    """A model whose projections are split, but not its heads: each process computes all of them."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, pad_token_id=0)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+    return Phi3ForCausalLM(Phi3Config(**sizes, **heads)).double()
 
 
 def captured(model, config: FadeConfig, fails: bool = False) -> dict:
@@ -135,6 +145,8 @@ def test_two_processes_write_the_text_of_one(tmp_path):
     """With every preset; each process stores its heads, and goes on with them in the file of its rank."""
     tiny_llama(heads=4, group=2, head_dim=16).save_pretrained(tmp_path)
     tiny_llama(heads=1, group=2, head_dim=16).save_pretrained(tmp_path / "few")
+    phi = tiny_phi3().eval()
+    phi.save_pretrained(tmp_path / "phi")
     model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     file = tmp_path / "whole.calibration"
     fade_fast.create_cache(model, CALIBRATED).calibration.save(file)
@@ -159,6 +171,8 @@ def test_two_processes_write_the_text_of_one(tmp_path):
         assert (expected["evicted"] > 0) == config.evicts
         assert one["whole"] == expected["whole"] == expected["again"], name
         written[name] = expected["whole"]
+    expected, one, two = texts(phi, CALIBRATED, str(tmp_path / "one")), *(found["phi"] for found in ranks)
+    assert one["whole"] == two["whole"] == one["again"] == expected["whole"] and one["heads"] == 2
     for name in CAPTURED:
         one, two = (found[f"captured, {name}"] for found in ranks)
         assert one["written"] == two["written"] == written[name]
