@@ -25,6 +25,7 @@ import json
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
@@ -150,7 +151,9 @@ def one_shot(model, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    symmetric_memory.enable_symm_mem_for_group(ranks_of(model).group.group_name)
+    with warnings.catch_warnings():  # torch says that no call is needed, but its compiler asks for it
+        warnings.simplefilter("ignore", FutureWarning)
+        symmetric_memory.enable_symm_mem_for_group(ranks_of(model).group.group_name)
     with inductor.patch({"_collective.auto_select": True}):
         yield
 
@@ -245,7 +248,7 @@ def show(report: dict) -> str:
     if found is not None and report["device"] != "cpu":
         yes = "reached" if found >= TARGET else "**not reached**"
         said.append(f"safe has {found:.2f} times the tokens/s of one GPU; the target, {TARGET}, is {yes}")
-    return "\n\n".join([*said, "\n".join(lines)])
+    return "\n\n".join([*said, "\n".join(lines)] if report["one"] or report["split"] else said)
 
 
 # -- the command
