@@ -67,10 +67,20 @@ class BudgetStore(CompressedStore):
         self.means.reserve(1)
 
     @property
+    def asks_ranks(self) -> bool:
+        """Whether a demotion needs the scores of heads that other processes hold.
+
+        Such a demotion is never captured: a graph with collectives must be captured by all processes at once.
+        """
+        return self.ranks is not None and plan.averages_heads(self.config)
+
+    @property
     def shared(self) -> Hashable | None:
         held = [tier.records.count for tier in self.tiers]
         # Rows of one layer may share a plan; and where the sizes of tiers depend on scores, they differ.
         if self.config.plan_scope == "layer" or self.token_positions.has_padding:
+            return None
+        if self.asks_ranks:  # which layers are joined must not differ between processes
             return None
         if self.format.has_own_tables:
             return None
@@ -80,7 +90,7 @@ class BudgetStore(CompressedStore):
 
     def can_replay_demotion(self, new: int) -> bool:
         held = [tier.records.count for tier in self.tiers]
-        full = min(held) > 0 and plan.sizes(self.config, held, new) == held
+        full = min(held) > 0 and plan.sizes(self.config, held, new) == held and not self.asks_ranks
         # With padding, the fullest row decides how many tokens stay. The host must look at that number.
         return full and not self.token_positions.has_padding
 
@@ -169,6 +179,7 @@ class BudgetStore(CompressedStore):
                 for name, field in self._observed.items()
             },
             self.on_plan,
+            self.ranks.all_heads if self.asks_ranks else None,
         )
 
     def _candidate_keys(self, held: list[StoredTier], keys: Tensor) -> Tensor:

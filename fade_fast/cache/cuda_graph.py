@@ -6,6 +6,7 @@ and Inductor checks that the addresses of the weights did not change. The GPU wa
 graph id.
 """
 
+import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -36,29 +37,33 @@ class Captured:
     def __init__(
         self,
         compiled: Callable,
-        otherwise: Callable[[], Callable],
+        otherwise: Callable[[str], Callable],
         must_clone: Callable[[object], bool] = lambda output: True,
         capture: Callable | None = None,
         counts: Counter[str] | None = None,
         ahead: Callable[[int], AbstractContextManager] | None = None,
+        agree: Callable[[bool], bool] = lambda yes: yes,
     ):
         """Wrap a compiled model.
 
         Args:
             compiled: the function to capture.
-            otherwise: returns the function to call instead, if `compiled` cannot be captured.
+            otherwise: given the reason, returns the function to call instead, if `compiled` cannot be
+                captured.
             must_clone: returns whether the caller may keep tensors of an output. These tensors must be
                 cloned, because the next call overwrites them.
             capture: captures a call; by default the function `record`, which needs a GPU.
             counts: counts the calls that were not replayed, by name.
             ahead: returns a context in which calls are of the next variant, and yields that variant; it
                 yields None if the next variant is more than so many calls away or cannot be captured ahead.
+            agree: of several processes that call together, returns whether all say yes. A graph with
+                collectives must be captured and replayed by all of them at the same call.
         """
         self.compiled, self.otherwise, self.must_clone = compiled, otherwise, must_clone
         self.capture = capture or record
         self.refused, self.counts = False, Counter() if counts is None else counts
         self.graph_id, self.recordings, self.replays = 0, [], 0
-        self.ahead = ahead
+        self.ahead, self.agree = ahead, agree
 
     def __call__(self, graph_id: int, arguments: dict, variant: Hashable = None):
         if self.refused:
@@ -77,14 +82,17 @@ class Captured:
                 own.copy_(given)
         else:
             leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+            arguments, error = tree_unflatten(leaves, structure), None
             try:
-                arguments = tree_unflatten(leaves, structure)
                 recording.graph, recording.output = self.capture(self.compiled, self._pool, **arguments)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
-                warnings.warn(f"the decode step cannot be captured as a whole: {error}", stacklevel=2)
-                self.refused, self.compiled, self.recordings = True, self.otherwise(), []
+            except RuntimeError as raised:
+                error = str(raised)
+            if not self.agree(error is None):
+                why = "another process could not capture it" if error is None else error
+                warnings.warn(f"the decode step cannot be captured as a whole: {why}", stacklevel=2)
+                self.refused, self.compiled, self.recordings = True, self.otherwise(why), []
                 return self.compiled(**arguments)
             recording.inputs, recording.leaves = _tensors(leaves), leaves
             self.counts["step, captured"] += 1
@@ -111,12 +119,11 @@ class Captured:
             self.recordings = [x for x in self.recordings if x.kind[0] == recording.kind[0]]
             arguments = tree_unflatten(recording.leaves, structure)
             later = Recording((variant, structure, kinds), leaves=recording.leaves, inputs=recording.inputs)
-            try:
+            with contextlib.suppress(RuntimeError):  # memory is short, or something compiles
                 later.graph, later.output = self.capture(self.compiled, self._pool, **arguments)
-            except RuntimeError:  # memory is short, or something compiles: the call itself will tell
-                return
-            self.recordings.append(later)
-            self.counts["step, captured ahead"] += 1
+            if self.agree(later.graph is not None):  # else the call itself will tell
+                self.recordings.append(later)
+                self.counts["step, captured ahead"] += 1
 
 
 @dataclass

@@ -102,7 +102,9 @@ class DecodeGraph:
         compileable: whether generate() may compile steps.
         compiled: whether the last generate() does so.
         captures: whether compiled steps may be captured here instead of by Inductor. They may if all layers
-            are tiered, because other layers count in Python.
+            are tiered, because other layers count in Python. With a tensor-parallel model, they also need
+            processes that talk by NCCL.
+        uncaptured: why steps are not captured, although the model runs on a GPU; empty if they are.
         active: whether a step is under way, so that attention goes through `fade::step`.
         graph_id: see above. dynamic_size: a tensor of that length.
         demotion, order: the CUDA graphs of a demotion and of a reordering, or None.
@@ -125,6 +127,7 @@ class DecodeGraph:
         self.counts: Counter[str] = Counter()
         self.token_positions, self.layers, self.active = positions, layers, False
         self.compileable, self.compiled, self.captures = compileable, False, False
+        self.uncaptured = ""
         self.drafts, self.asked, self.undrafted = (lambda: None), {}, False
         self.beams = Beams(positions, layers)
         self.open_text(hooked=False)

@@ -18,12 +18,14 @@ from ..formats.base import Format
 from ..kernels import dense as dense_kernels
 from ..kernels.packed import TierView
 from ..kernels.rope import RoPE
+from ..policies import plan
 from ..policies.scores import Observer
 from .append_store import AppendStore
 from .budget_store import BudgetStore
 from .buffers import copy_all, take, take_rows
 from .dense import DenseStore
 from .positions import DeviceCounters, TokenPositions
+from .ranks import Ranks
 from .select_store import SelectStore
 from .store import CompressedStore, StoredTier
 
@@ -80,6 +82,7 @@ class KVLayer:
         max_length: tokens to make room for at once; None grows on demand.
         observer: of the attention that tokens receive, if the policy asks.
         layer_idx: place among the model's layers; for messages and reports.
+        ranks: the processes that hold the heads of this model; None if this process holds all of them.
 
     Attributes:
         length: tokens seen.
@@ -100,8 +103,10 @@ class KVLayer:
         max_length: int | None = None,
         observer: Observer | None = None,
         layer_idx: int | None = None,
+        ranks: Ranks | None = None,
     ):
         self.config, self.format, self.token_positions, self.rope = config, format, positions, rope
+        self.ranks = ranks
         self.index, self.layer_idx, self.observer, self._max_length = index, layer_idx, observer, max_length
         self.version = self.appends = 0
         self.reset()
@@ -151,7 +156,9 @@ class KVLayer:
         c, key = self.config, self.dense.tensors["key"]
         batch, heads, _, dim = key.shape
         kind = BudgetStore if c.relocatable else AppendStore if c.select is None else SelectStore
-        self.middle = kind(c, self.format, self.token_positions, self.rope, batch, heads, self.observer)
+        self.middle = kind(
+            c, self.format, self.token_positions, self.rope, batch, heads, self.observer, self.ranks
+        )
         self.middle.token_bytes = 2 * heads * dim * key.element_size()
         leaving = max(0, (self._max_length or 0) - c.n_sink - c.recent_window)
         self.middle.reserve(leaving // c.block_size * c.block_size)
@@ -195,7 +202,7 @@ class KVLayer:
         elif self.token_positions.length and self.token_positions.batch != keys.shape[0]:
             raise ValueError(f"{keys.shape[0]} rows do not fit a cache of {self.token_positions.batch}")
         elif self.compresses:
-            self.format.check(keys.shape[3], self.layer_idx)
+            self.format.check(keys.shape[3], self.layer_idx, keys.shape[1])
 
     # -- sizes
 
@@ -446,6 +453,11 @@ class KVLayer:
             if self.telemetry:
                 self.telemetry.stored(self)
         return overflow > 0
+
+    @property
+    def compacts_alone(self) -> bool:
+        """Whether `compact` needs no other process. If it does, only steps may call it."""
+        return self.ranks is None or not plan.averages_heads(self.config)
 
     @property
     def num_due(self) -> int:

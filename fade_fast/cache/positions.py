@@ -184,3 +184,54 @@ class TokenPositions:
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         return [] if self.buffer is None else [self.buffer]
+
+
+class PositionsElsewhere(TokenPositions):
+    """The `TokenPositions` of a cache for its layers on another device, with a copy of the buffer there.
+
+    What is recorded is recorded in the original. The copy is made anew after a change, so once a step.
+
+    Args:
+        original: of the cache.
+        device: of the layers.
+    """
+
+    def __init__(self, original: TokenPositions, device: torch.device):
+        self.original, self.device = original, device
+        self.masks = MaskReader()  # each device gets a mask of its own
+        self._copy: Tensor | None = None
+        self._copied: tuple[Tensor, int] | None = None  # buffer of the original, and its version
+
+    @property
+    def buffer(self) -> Tensor | None:  # type: ignore[override]
+        now = self.original.buffer
+        if now is None or now.is_inference():  # the latter count no versions
+            self._copied = None
+            return None if now is None else now.to(self.device)
+        if self._copied is None or self._copied[0] is not now or self._copied[1] != now._version:
+            self._copy, self._copied = now.to(self.device, copy=True), (now, now._version)
+        return self._copy
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        return self.original.length
+
+    @property
+    def has_padding(self) -> bool:  # type: ignore[override]
+        return self.original.has_padding
+
+    @property
+    def expected(self) -> int | None:  # type: ignore[override]
+        return self.original.expected
+
+    def extend(self, start: int, valid: Tensor | None, batch: int, count: int, device) -> None:
+        if start + count > self.length:
+            held = self.original.buffer
+            home = device if held is None else held.device
+            self.original.extend(start, None if valid is None else valid.to(home), batch, count, home)
+
+    def all_real(self, start: int, valid: Tensor) -> bool:
+        return self.original.all_real(start, valid)
+
+    def tensors(self) -> list[Tensor]:
+        return [] if self._copy is None else [self._copy]

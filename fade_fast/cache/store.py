@@ -22,6 +22,7 @@ from ..policies.scores import Observer
 from . import growth
 from .buffers import Buffers
 from .positions import PAD, DeviceCounters, TokenPositions
+from .ranks import Ranks
 
 ONE_MEAN = 1 << 30  # slots that share a mean, where there is one mean for all
 
@@ -168,6 +169,7 @@ class CompressedStore(ABC):
         rope: gives how the model rotates the keys of this layer; needed if `config.contiguous`.
         batch, heads: rows, and KV heads of the layer.
         observer: knows how much attention tokens received; None where the policy does not ask.
+        ranks: the processes that hold the heads of this model; None if this process holds all of them.
     """
 
     slots_step = 1  # capacities are multiples of this
@@ -188,9 +190,10 @@ class CompressedStore(ABC):
         batch: int,
         heads: int,
         observer: Observer | None = None,
+        ranks: Ranks | None = None,
     ):
         self.config, self.format, self.token_positions, self.rope = config, format, positions, rope
-        self.observer = observer
+        self.observer, self.ranks = observer, ranks
         self.plans = heads if config.plan_scope == "head" else 1  # plans per row
         device, dim = format.table.device, format.table.shape[-1]
         self.tiers: list[StoredTier] = []

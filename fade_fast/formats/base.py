@@ -123,8 +123,11 @@ class Format(ABC):
         """Whether there is any tier."""
 
     @abstractmethod
-    def check(self, head_dim: int, layer: int | None) -> None:
-        """Raise `ValueError` if heads of `head_dim` channels cannot be stored; `layer` is for the message."""
+    def check(self, head_dim: int, layer: int | None, heads: int | None = None) -> None:
+        """Raise `ValueError` if `heads` KV heads of `head_dim` channels cannot be stored.
+
+        `layer` is for the message. `heads` is None where another part of the program has checked them.
+        """
 
     def allocate(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         """Make the tables for heads of `head_dim` channels; `dtype` and `device` are those of the keys."""

@@ -136,11 +136,13 @@ class MatchedFormat(RotatedFormat):
         made.allocate(formats[0].tiers[0].head_dim, formats[0].tiers[0].dtype, mean.device)
         return made
 
-    def check(self, head_dim, layer):
-        super().check(head_dim, layer)
+    def check(self, head_dim, layer, heads=None):
+        super().check(head_dim, layer, heads)
         if self.awaits_tables:
             return
         mean, *_ = self._of_device(torch.device("cpu"))
+        if heads not in (None, len(mean)):
+            raise ValueError(f"layer {layer} has {heads} KV heads, its calibration is for {len(mean)}")
         if mean.shape[-1] != head_dim:
             raise ValueError(
                 f"layer {layer} has keys of {head_dim} channels, its calibration is for {mean.shape[-1]}"

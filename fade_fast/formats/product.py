@@ -70,7 +70,7 @@ class ProductFormat(Format):
     def compresses(self):
         return True
 
-    def check(self, head_dim, layer):
+    def check(self, head_dim, layer, heads=None):
         for side, book in zip(("keys", "values"), self.codebooks):
             channels = book.shape[0] * book.shape[2]
             if channels != head_dim:

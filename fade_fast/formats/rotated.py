@@ -173,7 +173,7 @@ class RotatedFormat(Format):
     def compresses(self):
         return bool(self.widths)
 
-    def check(self, head_dim, layer):
+    def check(self, head_dim, layer, heads=None):
         for bits in {b for pair in self.widths for b in (*pair, *self.tier_class.parts)}:
             packed_bytes(bits, head_dim)
 

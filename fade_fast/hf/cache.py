@@ -22,7 +22,8 @@ from ..cache.beams import Written, move
 from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import Guard, reading, single_threaded
 from ..cache.layer import KVLayer
-from ..cache.positions import TokenPositions
+from ..cache.positions import PositionsElsewhere, TokenPositions
+from ..cache.ranks import Ranks
 from ..formats.matched import MatchedFormat, MatchedTier
 from ..formats.product import ProductFormat
 from ..formats.rotated import RotatedFormat, RotatedTier, tier_widths
@@ -37,9 +38,17 @@ from .codebooks import Codebooks, given
 from .first_prompt import LayerLearner, PromptCalibration, for_cache
 from .foreign import ForeignLayer, static_window
 from .layer import TieredLayer
-from .models import attention_modules, execution_device, of_process, text_config, unwrapped
+from .models import (
+    attention_modules,
+    execution_device,
+    of_process,
+    ranks_of,
+    split_keys,
+    text_config,
+    unwrapped,
+)
 from .prompts import SeenTokens
-from .rope_probe import probe_of
+from .rope_probe import RopeElsewhere, probe_of
 
 if TYPE_CHECKING:
     from .widths import Choice
@@ -149,7 +158,14 @@ class TieredKVCache(Cache):
                 f"{type(model).__name__} has no layer whose cache could be tiered: no full-attention "
                 f"layer that caches keys and values alone. transformers gives its layers {kinds}"
             )
-        modules = attention_modules(model)
+        modules, ranks = attention_modules(model), ranks_of(model)
+        for i in full if ranks is not None else ():
+            keys, dim = split_keys(modules.get(i)), getattr(modules.get(i), "head_dim", None)
+            if keys is not None and dim and len(keys) % dim:
+                raise ValueError(
+                    f"{type(model).__name__}: a layer's KV heads cannot be split between {ranks.size} "
+                    f"processes, each of which would have {len(keys) / dim:g} heads: use fewer processes"
+                )
         #: The device of each layer's keys. If the weights are offloaded, they are on another device.
         self.homes = [
             i in modules and execution_device(modules[i]) or model.device for i in range(len(layers))
@@ -169,12 +185,16 @@ class TieredKVCache(Cache):
             codebooks = given(codebooks, model)
             by_layer, self.codebooks = codebooks.by_layer(full), codebooks.digest
         self.tiered: list[KVLayer] = []
+        self._elsewhere: dict[torch.device, PositionsElsewhere] = {}  # for layers on other devices
         for index, i in enumerate(full):
-            rope = None
+            rope, positions, home = None, self.token_positions, self.homes[i]
+            if i in modules and home != self.homes[full[0]]:
+                positions = self._elsewhere.setdefault(home, PositionsElsewhere(self.token_positions, home))
             widths = tier_widths(config, config.bits(i, len(layers)))
             known = self.calibration is not None and (i in needed or i in self.calibration.moments)
             if ropes and (config.contiguous or known and self.calibration.rotates(i)):
                 rope = ropes.find(i)
+                rope = rope if positions is self.token_positions else RopeElsewhere(rope, home)
             if i in by_layer:
                 format = ProductFormat(by_layer[i], self._table)
             elif known:
@@ -184,10 +204,11 @@ class TieredKVCache(Cache):
                 format = RotatedFormat(widths, self._table, tier)
             observer = scores.observer(config, weights, i, len(layers)) if format.compresses else None
             self.tiered.append(
-                KVLayer(config, format, self.token_positions, rope, index, max_length, observer, i)
+                KVLayer(config, format, positions, rope, index, max_length, observer, i, ranks)
             )
         self.decode_graph = DecodeGraph(self.token_positions, self.tiered, compileable=on_gpu)
-        self.decode_graph.captures = len(full) == len(layers)
+        self.decode_graph.captures = len(full) == len(layers) and (ranks is None or ranks.captures)
+        self.decode_graph.uncaptured = self._why_uncaptured(model, on_gpu, ranks)
         shared = bool(getattr(model_config, "num_kv_shared_layers", 0))
 
         def dispatches() -> bool:
@@ -216,6 +237,16 @@ class TieredKVCache(Cache):
             own_means=calibration.of_prompt and not calibration.rotates(layer),
             learner=learner,
         )
+
+    def _why_uncaptured(self, model: PreTrainedModel, on_gpu: bool, ranks: Ranks | None) -> str:
+        if not on_gpu and any(home.type == "cuda" for home in self.homes):
+            where = ", ".join(sorted({str(p.device) for p in model.parameters()}))
+            return f"weights are on {where}, and a captured step is of one GPU"
+        if not on_gpu or ranks is None or self.decode_graph.captures:
+            return ""
+        if not ranks.captures:
+            return "the processes of the model do not talk by NCCL"
+        return "layers of transformers count in Python, and Inductor's graphs know nothing of other processes"
 
     def __deepcopy__(self, memo: dict) -> "TieredKVCache":
         """Return an independent copy for the same model.
@@ -424,18 +455,25 @@ class TieredKVCache(Cache):
     def memory(self, *, compact: bool = True) -> Memory:
         """Return how much memory the cache uses now.
 
-        Blocks that are due for demotion are demoted first; with `compact=False` nothing is changed.
+        Blocks that are due for demotion are demoted first; with `compact=False` nothing is changed. The bytes
+        of a tensor-parallel model are those of this process, which holds a part of the heads. There, a policy
+        that averages over heads leaves the blocks to the next step, because it needs the other processes.
 
         Raises `RuntimeError` while another thread runs a step.
         """
         self.decode_graph.check_whole()
         for layer in self.tiered if compact else ():
-            layer.compact()
-        return memory.of(self.stored_layers(), self.token_positions.tensors() + self.decode_graph.kept)
+            if layer.compacts_alone:
+                layer.compact()
+        others = self.token_positions.tensors() + self.decode_graph.kept
+        others += [x for positions in self._elsewhere.values() for x in positions.tensors()]
+        return memory.of(self.stored_layers(), others)
 
     @reading
     def save(self, path: str | os.PathLike, tokens: Tensor | None = None) -> None:
         """Write the cache to a file `path`, completely or not at all. `load_cache` reads the file.
+
+        Each process of a tensor-parallel model stores its own heads, under a path of its own.
 
         `tokens` is an integer tensor with the input ids. A cache does not know these ids. The file stores
         them, and `checkpoint.read_tokens` reads them.

@@ -19,7 +19,7 @@ import json
 import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,9 @@ from .models import (
     cache_parameter,
     execution_device,
     fingerprint,
+    of_process,
+    ranks_of,
+    split_keys,
     text_config,
     vocabulary,
 )
@@ -179,7 +182,8 @@ def load(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Calib
     try:
         with safe_open(path, framework="pt") as file:
             provenance = json.loads((file.metadata() or {})["fade-calibration"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # Copied: a mapped file that another program cuts short would end the process when it is read.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             version, _ = provenance["version"], provenance["fingerprint"]
     except FileNotFoundError:
         raise
@@ -214,6 +218,7 @@ def calibration_of(
     if not isinstance(source, Calibration):
         raise TypeError(f"calibration is a file or a Calibration, not {type(source).__name__}")
     _check_model("the calibration", source, model)
+    source = _of_own_heads(source, model)
     least = needed if source.of_prompt else layers
     if not set(least) <= source.moments.keys() <= set(layers):
         raise ValueError(f"the calibration has layers {sorted(source.moments)}, the model needs {layers}")
@@ -228,8 +233,32 @@ def _shared(calibration: Calibration) -> Calibration:
     return _in_use.setdefault(calibration.digest, calibration)
 
 
+def _of_own_heads(calibration: Calibration, model: PreTrainedModel) -> Calibration:
+    """The part of a calibration for the KV heads that this process holds of a tensor-parallel model.
+
+    A calibration of these heads alone is returned as it is. Raises `ValueError` for any other heads.
+    """
+    ranks, modules, moments = ranks_of(model), attention_modules(model), {}
+    if ranks is None:
+        return calibration
+    for i, found in calibration.moments.items():
+        rows = split_keys(modules[i]) if i in modules else None
+        heads, dim = found.mean.shape
+        here = heads if rows is None else len(rows) // dim
+        if heads == here:
+            moments[i] = found
+        elif heads == here * ranks.size:
+            first = ranks.rank * here
+            moments[i] = Moments(*(x[first : first + here].clone() for x in found))
+        else:
+            raise ValueError(f"the calibration has {heads} KV heads in layer {i}, this process has {here}")
+    return replace(calibration, moments=moments, _tables={})
+
+
 def _check_model(name, calibration: Calibration, model: PreTrainedModel) -> None:
-    ours = fingerprint(model)
+    ours, part = fingerprint(model), calibration.provenance.get("part")
+    if part is not None and part != of_process(model).get("part"):
+        raise ValueError(f"{name}: measured on the heads of one process, part {part} of the model")
     measured = calibration.provenance["fingerprint"] | dict(dtype=ours["dtype"])  # another dtype only rounds
     if measured != ours:
         raise ValueError(f"{name}: measured on another model than {type(model).__name__} at hand")
@@ -282,19 +311,23 @@ def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibra
         rows = zip(query, keys, values)
         found = spec.mean_of([spec.measure(*row, None, there, scaling, SINKS) for row in rows])
         moments[i] = kept(found, modules.get(i), query.shape[1] * query.shape[3])
-        if not all(x.isfinite().all() for x in moments[i]):
-            raise NotCalibrated(
-                f"{type(model).__name__} cannot be calibrated: keys, values or queries of layer {i} are not "
-                "finite"
-            )
-    provenance = dict(
-        version=VERSION,
-        fingerprint=fingerprint(model),
-        tokens=ids.numel(),
-        ids_sha256=hashlib.sha256(ids.to(torch.int32).cpu().numpy().tobytes()).hexdigest(),
-        torch=torch.__version__,
-    )
+    broken = [i for i, found in moments.items() if not all(x.isfinite().all() for x in found)]
+    ranks = ranks_of(model)
+    if broken or ranks is not None and not ranks.agree(not broken, model.device):
+        where = f"layer {broken[0]}" if broken else "heads of another process"
+        raise NotCalibrated(
+            f"{type(model).__name__} cannot be calibrated: keys, values or queries of {where} are not finite"
+        )
+    text = hashlib.sha256(ids.to(torch.int32).cpu().numpy().tobytes()).hexdigest()
+    provenance = provenance_of(model) | dict(tokens=ids.numel(), ids_sha256=text)
     return Calibration(moments, ropes, provenance)
+
+
+def provenance_of(model: PreTrainedModel) -> dict:
+    """Which model is calibrated here, and which part of a tensor-parallel one, as JSON values."""
+    ours = of_process(model)
+    part = dict(part=ours.pop("part")) if "part" in ours else {}
+    return part | dict(version=VERSION, fingerprint=ours, torch=torch.__version__)
 
 
 def ropes_of(model: PreTrainedModel, layers: list[int]) -> dict[int, Rope]:
@@ -343,7 +376,7 @@ def of_model(model: PreTrainedModel, layers: list[int]) -> Calibration:
         with contextlib.suppress(ValueError, OSError):  # a damaged file is written anew
             found = load(path, model)
     if found is None or sorted(found.moments) != sorted(layers):
-        found = calibrate(model, _texts(model), layers)
+        found = calibrate(model, same_ids(model, _texts(model)), layers)
         if path is not None:
             with contextlib.suppress(OSError):  # without a writable folder, every process measures
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -385,6 +418,12 @@ def _texts(model: PreTrainedModel) -> Tensor:
             f"{type(model).__name__} cannot be calibrated: it reads at most {ids.shape[1]} tokens"
         )
     return ids
+
+
+def same_ids(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The ids of the first process, if `model` is split between several: all must read the same text."""
+    ranks = ranks_of(model)
+    return ids if ranks is None else ranks.of_first(ids, model.device)
 
 
 def built_in(model: PreTrainedModel) -> Tensor:
@@ -438,8 +477,9 @@ def output_projection(module: nn.Module, channels: int) -> Tensor | None:
     """Weight [hidden, channels] of the projection behind an attention module; None if it is not found."""
     for name in OUTPUTS:
         weight = getattr(getattr(module, name, None), "weight", None)
-        if hasattr(weight, "to_local"):  # tensor parallel: the columns of this process's heads
-            weight = weight.to_local()
+        if hasattr(weight, "to_local"):  # tensor parallel: the columns of this process's heads, or of a part
+            here = weight.to_local()
+            weight = here if here.shape[-1] == channels else weight.full_tensor()
         if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
             if type(getattr(module, name)).__name__ == "Conv1D":  # GPT-2 stores the transposed matrix
                 weight = weight.mT

@@ -39,6 +39,9 @@ def create_cache(
     Some models do not allow a replacement of their attention. They get dense keys and values at every step,
     and a warning. Their memory decreases between steps, but their speed does not increase.
 
+    Every process of a tensor-parallel model calls this function. Each gets a cache of its own KV heads, and
+    all keep the same tokens: policies that average over heads ask the other processes for their scores.
+
     Args:
         model: a decoder of transformers, of any dtype and on any device. The result of `torch.compile` for
             such a model is also allowed.
@@ -63,16 +66,19 @@ def create_cache(
         calibration: a file that `fade calibrate` wrote, or a `Calibration`. It belongs to one model.
             `quant_backend="matched"`, the codec of `safe`, `int4` and `recall`, needs one: by default the
             model is calibrated at its first cache of this kind, on a short text, and the result is kept in
-            the user's cache folder. `safe` takes the widths that the file contains. A model that cannot read
-            a text by itself is calibrated on the first prompt of the process; `describe()` says so. If its
-            attention cannot be replaced either, these presets get the codec "rotated", and a `CodecWarning`.
+            the user's cache folder. Each process of a tensor-parallel model takes its heads from a file, and
+            measures at each start without one. `safe` takes the widths that the file contains. A model that
+            cannot read a text by itself is calibrated on the first prompt of the process; `describe()` says
+            so. If its attention cannot be replaced either, these presets get the codec "rotated", and a
+            `CodecWarning`.
         verify: see `attach`.
 
     Raises:
         ValueError: the preset is unknown, or the model or the policy is not supported. A policy that ranks by
             attention needs a model whose attention can be replaced. Codebooks are missing, incomplete, from
             another model, or given although the configuration does not use them. The same holds for a
-            calibration. `attach` can also raise `ValueError`.
+            calibration. Processes of a tensor-parallel model would hold parts of KV heads. `attach` can also
+            raise `ValueError`.
         TypeError: `model`, `config`, `codebooks` or `calibration` has another type.
     """
     if isinstance(config, str):
@@ -110,8 +116,8 @@ def load_cache(
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not a saved cache, is damaged, or belongs to another version, another model or
-            other codebooks.
+        ValueError: the file is not a saved cache, is damaged, or belongs to another version, another model,
+            another process of a tensor-parallel model, or other codebooks.
     """
     model, (tensors, header) = unwrapped(model), checkpoint.read(path)
     calibration = None

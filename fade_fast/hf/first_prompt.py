@@ -29,14 +29,14 @@ from ..kernels.matched import Matrices
 from .calibration import (
     SINKS,
     TOKENS,
-    VERSION,
     Calibration,
     calibration_of,
     derive,
     kept,
+    provenance_of,
     ropes_of,
 )
-from .models import attention_modules, fingerprint
+from .models import attention_modules
 
 LEAST = 32  # tokens of a prompt, sinks included, whose queries are worth measuring
 
@@ -57,7 +57,7 @@ class PromptCalibration:
         self.moments: dict[int, Moments] = {}
         self.ropes: dict[int, Rope] = ropes_of(model, layers)
         self._modules = weakref.WeakValueDictionary(attention_modules(model))
-        self._provenance = dict(version=VERSION, fingerprint=fingerprint(model), torch=torch.__version__)
+        self._provenance = provenance_of(model)
         self._lock = threading.RLock()
         self._stacks: dict[tuple, list[Tensor]] = {}
         self._placed: dict[tuple, tuple[Tensor, Matrices, Matrices]] = {}

@@ -229,20 +229,27 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
     def step_of(decode_graph: DecodeGraph):
         """Return the compiled step. It is a function of the graph id and the arguments."""
 
-        def otherwise():
-            decode_graph.captures = False  # later calls of generate() do not try again
-            return made(compile_config)
+        ranks = decode_graph.layers[0].ranks
 
-        config = (
-            uncaptured(compile_config or CompileConfig(), model.device) if decode_graph.captures else None
-        )
+        def otherwise(why: str):
+            decode_graph.captures = False  # later calls of generate() do not try again
+            decode_graph.uncaptured = why
+            return made(compile_config) if ranks is None else compiled
+
+        # Inductor's own graphs know nothing of other processes: there, steps are captured here or not at all.
+        alone = decode_graph.captures or ranks is not None
+        config = uncaptured(compile_config or CompileConfig(), model.device) if alone else None
         compiled = row_products()(made(config or compile_config))
-        return (
-            Captured(
-                compiled, otherwise, _must_clone, counts=decode_graph.counts, ahead=decode_graph.reading_more
-            )
-            if config
-            else lambda graph_id, arguments, variant: compiled(**arguments)
+        if not config or not decode_graph.captures:
+            return lambda graph_id, arguments, variant: compiled(**arguments)
+        together = {} if ranks is None else dict(agree=functools.partial(ranks.agree, device=model.device))
+        return Captured(
+            compiled,
+            otherwise,
+            _must_clone,
+            counts=decode_graph.counts,
+            ahead=decode_graph.reading_more,
+            **together,
         )
 
     def call(*args, **kwargs):

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
+from ..cache.ranks import Ranks
+
 
 def unwrapped(model):
     """The original model of `torch.compile(model)`; other models are returned unchanged."""
@@ -81,6 +83,31 @@ def of_process(model: PreTrainedModel) -> dict:
     mesh = next((x for x in meshes if x is not None), None)
     part = {} if mesh is None else dict(part=f"{list(mesh.get_coordinate())} of {list(mesh.shape)}")
     return fingerprint(model) | part
+
+
+def split_keys(module: nn.Module | None) -> torch.Tensor | None:
+    """This process's rows of the projection that gives the keys of an attention module.
+
+    None if the module has no `k_proj` that is split between processes: then each process has all heads.
+    """
+    weight = getattr(getattr(module, "k_proj", None), "weight", None)
+    here = weight.to_local() if hasattr(weight, "to_local") else None
+    return None if here is None or here.shape == weight.shape else here
+
+
+def ranks_of(model: PreTrainedModel) -> Ranks | None:
+    """The processes between which a tensor-parallel model is split; None for a model that is not split."""
+    for weight in model.parameters():
+        mesh = getattr(weight, "device_mesh", None)
+        if mesh is None:
+            continue
+        names = mesh.mesh_dim_names
+        if names and "tp" in names:
+            mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+        elif names or not getattr(model, "_tp_size", None):  # transformers 5.17 gives the mesh no names
+            continue
+        return Ranks(mesh.get_group()) if mesh.size() > 1 else None
+    return None
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:

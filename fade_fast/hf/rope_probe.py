@@ -42,6 +42,29 @@ class Rope:
         return RoPE(self.inv_freq(), self.interleaved)
 
 
+class RopeElsewhere:
+    """How the keys of a layer are rotated, with the frequencies on the device of the layer.
+
+    Args:
+        rope: finds the frequencies where the model keeps them.
+        device: of the layer.
+    """
+
+    def __init__(self, rope: Rope, device: torch.device):
+        self.rope, self.device = rope, device
+        self._copy: Tensor | None = None
+        self._copied: tuple[Tensor, int] | None = None  # frequencies of the model, and their version
+
+    def __call__(self) -> RoPE:
+        """Both, as they are now."""
+        found = self.rope()
+        now = found.inv_freq
+        version = -1 if now.is_inference() else now._version
+        if self._copied is None or self._copied[0] is not now or self._copied[1] != version or version < 0:
+            self._copy, self._copied = now.to(self.device), (now, version)
+        return found._replace(inv_freq=self._copy)
+
+
 class _Still(nn.Module):
     """Zero frequencies for a layer without RoPE: renumbering leaves its keys unchanged."""
 

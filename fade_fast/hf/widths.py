@@ -28,11 +28,11 @@ from ..errors import NotCalibrated
 from ..saved.files import write_json
 from .attention import NAME
 from .cache import TieredKVCache
-from .calibration import Calibration, load, model_file, own_texts, text_ids
+from .calibration import Calibration, load, model_file, own_texts, same_ids, text_ids
 from .calibration_text import CHECK
 from .first_prompt import PromptCalibration
 from .layer import TieredLayer
-from .models import text_config, unwrapped
+from .models import ranks_of, text_config, unwrapped
 from .undisturbed import undisturbed
 from .verify import Witness, feed
 
@@ -193,6 +193,7 @@ class Ladder:
 
     def __init__(self, model: PreTrainedModel, config: FadeConfig, calibration: Calibration | None):
         self.model, self.bound, self.calibration = model, config.loss_bound, calibration
+        self.ranks = ranks_of(model)
         #: Without recent tokens and in short blocks, a short text shows what a long one would lose.
         self.config = replace(config, loss_bound=None, recent_window=0, block_size=CHUNK)
         cache = TieredKVCache(model, self.config, calibration=calibration)
@@ -265,7 +266,8 @@ class Ladder:
         self.witness.relative.clear()
         with self.witness:
             self._feed(cache)
-        return {i: error for i, error in self.witness.relative.items() if i in self.bits}
+        found = {i: error for i, error in self.witness.relative.items() if i in self.bits}
+        return dict(zip(found, self._agreed(list(found.values()))))
 
     def loss(self, bits: dict[int, Bits]) -> float:
         """Mean KL divergence of the predictions with these bits from the exact ones, in nats per token.
@@ -279,9 +281,21 @@ class Ladder:
         for ours, exact in zip(found.split(CHUNK, 1)[1:], self.exact.split(CHUNK, 1)[1:]):
             ours, exact = (x.float().log_softmax(-1) for x in (ours, exact))
             total += torch.nn.functional.kl_div(ours, exact, reduction="sum", log_target=True).item()
+        (total,) = self._agreed([total])
         if not math.isfinite(total):
             raise Untried("the outputs of the model are not finite")
         return max(0.0, total / (self.ids.numel() - self.ids.shape[0] * CHUNK))
+
+    def _agreed(self, numbers: list[float]) -> list[float]:
+        """The numbers of the first process, if the model is split between several.
+
+        All have the same predictions. But if a last bit differed, one process might choose other widths, or
+        measure once more and wait for the others for ever.
+        """
+        if self.ranks is None:
+            return numbers
+        told = torch.tensor(numbers, dtype=torch.float64)
+        return self.ranks.of_first(told, self.model.device).tolist()
 
     def _read_exact(self) -> None:
         name = type(self.model).__name__
@@ -289,7 +303,7 @@ class Ladder:
             if self.model._can_set_attn_implementation():
                 self.model.set_attn_implementation(NAME)
             ids = text_ids(self.model, CHECK, TOKENS)
-            self.ids = own_texts(self.model, ROWS, LENGTH) if ids is None else ids
+            self.ids = same_ids(self.model, own_texts(self.model, ROWS, LENGTH) if ids is None else ids)
             if self.model._can_set_attn_implementation():  # `own_texts` used another one
                 self.model.set_attn_implementation(NAME)
             if self.ids.shape[1] <= CHUNK:

@@ -8,9 +8,10 @@ tokens. The first token is that of a run for which kernels are compiled already.
 median after warm-up. A configuration that compressed nothing is an error and not a row. Without a GPU the
 model runs in float32, which is faster there.
 
-`fade bench generate` times models of named shapes with random weights, `fade bench start` a fresh process,
-`fade bench choose` what choosing and host memory cost, `fade bench attention` one layer, `fade bench paged`
-one layer of the vLLM plugin, and `fade bench serve` the server.
+`fade bench generate` times models of named shapes with random weights, `fade bench parallel` one GPU against
+several, `fade bench start` a fresh process, `fade bench choose` what choosing and host memory cost,
+`fade bench attention` one layer, `fade bench paged` one layer of the vLLM plugin, and `fade bench serve` the
+server.
 """
 
 import argparse

@@ -29,7 +29,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 import fade_fast
 from fade_fast.hf.attach import attach
 from fade_fast.hf.cache import TieredKVCache
-from fade_fast.hf.models import CACHE_NAME
+from fade_fast.hf.models import CACHE_NAME, attention_modules, split_keys
 from fade_fast.saved.files import write_json
 from fade_fast.saved.memory import storage_bytes
 from fade_ref.config import PRESETS, FadeConfig
@@ -380,7 +380,9 @@ def random_fill(model, cache, batch: int, length: int) -> None:
     """Fill a cache with random keys and values. No model runs, so only the cache needs memory."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = (batch, config.num_key_value_heads, length, head_dim)
+    split = split_keys(next(iter(attention_modules(model).values()), None))
+    heads = config.num_key_value_heads if split is None else len(split) // head_dim
+    size = (batch, heads, length, head_dim)
     fade_fast.detach(model)  # our layers then store what they are given, without a query
     for layer in cache.layers if isinstance(cache, TieredKVCache) else ():
         layer.shows_survivors = True
@@ -461,6 +463,7 @@ def measure(
         )
         if result.captured < len(steps) / 2:
             result.failed = f"not captured: {result.captured} of {len(steps)} steps"
+            result.failed += f", {why}" if (why := cache.decode_graph.uncaptured) else ""
             return result
     settled, extra = steady(steps)
     result.ms, result.mean_ms = (f(settled) * 1e3 for f in (statistics.median, statistics.mean))

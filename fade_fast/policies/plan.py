@@ -19,6 +19,11 @@ from fade_ref.tiers import Tier
 from .scores import OBSERVERS, Observer
 
 
+def averages_heads(config: FadeConfig) -> bool:
+    """Return whether plans average scores over the heads of a layer, and so must know all of them."""
+    return config.relocatable and config.plan_scope != "head" and config.eviction_policy != "position"
+
+
 def sizes(config: FadeConfig, held: list[int], new: int) -> list[int] | None:
     """Return the number of tokens in each tier after `new` tokens join the `held` tokens.
 
@@ -63,6 +68,8 @@ class Candidates:
         observer, attention_stats: the statistics of the attention that the tokens received, if the policy
             needs them.
         planned: a function that receives scores, positions and tiers. None if there is no listener.
+        all_heads: a function that extends scores [B, H, n] by the heads that other processes hold. None if
+            this process holds all heads.
     """
 
     position: Tensor
@@ -72,6 +79,7 @@ class Candidates:
     observer: Observer | None = None
     attention_stats: dict[str, Tensor] = field(default_factory=dict)
     planned: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    all_heads: Callable[[Tensor], Tensor] | None = None
 
 
 #: Policies that score without attention: StreamingLLM (arXiv 2309.17453), Knorm (arXiv 2406.11430) and
@@ -107,6 +115,8 @@ def choose(config: FadeConfig, c: Candidates, first: Tier) -> tuple[Tensor, Tens
     must then belong to the same step index in every row. A slot counts if any row has a token in it.
     """
     found, position, already_int2 = scores(config.eviction_policy, c), c.position, c.already_int2
+    if c.all_heads is not None and averages_heads(config):
+        found = c.all_heads(found)
     if config.plan_scope == "head":
         found = found.expand(position.shape)
     elif config.plan_scope == "sequence":

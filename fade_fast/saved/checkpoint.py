@@ -240,7 +240,8 @@ def _digest(tensors: dict[str, Tensor], header: dict) -> str:
 
 
 def _of_tiered(layer: KVLayer) -> tuple[dict[str, Tensor], dict]:
-    layer.compact()
+    if layer.compacts_alone:  # else a block that is due is stored among the recent tokens
+        layer.compact()
     if not layer.length:
         return {}, dict(length=0)
     parts = {f"exact.{name}": layer.dense[name] for name in layer.dense.fields}

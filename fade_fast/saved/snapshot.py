@@ -3,9 +3,11 @@
 A snapshot is a dict of `version`, `length` (tokens seen per row), `batch`, `tokens` (tokens seen over all
 rows, without padding; None for a file read without positions), `config`, `widths` (how the widths of the
 layers were chosen, or ""; not for a file), `codes` (where the matrices of the codec come from, or ""; not for
-a file), `allocated`, `packed` and `dense` (bytes, as in `cache.memory()`; a file has `packed` only) and
-`layers`. Where queries choose what they read, it also has `selected` (see `memory.Selected`), and with a host
-`host`, the bytes in host memory.
+a file), `uncaptured` (why decode steps on a GPU are not captured as CUDA graphs, or ""; not for a file),
+`allocated`, `packed` and `dense` (bytes, as in `cache.memory()`; a file has `packed` only) and `layers`.
+Where queries choose what they read, it also has `selected` (see `memory.Selected`), and with a host `host`,
+the bytes in host memory. With a tensor-parallel model it has `part`: which process this is. Heads and bytes
+are those of this process.
 
 A layer has `layer`, `kind` ("tiered", or the transformers class of an uncompressed layer) and `bytes`. A
 tiered layer also has `tiers`, by name: `slots` or `tokens` over all rows, `bytes`, and on request
@@ -56,13 +58,19 @@ def of(cache: "TieredKVCache", positions: bool = True, memory: Memory | None = N
         config=checkpoint.config_dict(cache.fade_config),
         widths="" if cache.choice is None else str(cache.choice),
         codes="" if cache.calibration is None else str(cache.calibration),
+        uncaptured=cache.decode_graph.uncaptured,
         allocated=memory.allocated,
         packed=memory.packed,
         dense=memory.dense,
         layers=layers,
+        **_part(cache.fingerprint),
         **({} if memory.selected is None else dict(selected=asdict(memory.selected))),
         **(dict(host=memory.host) if memory.host else {}),
     )
+
+
+def _part(fingerprint: dict) -> dict:
+    return {"part": fingerprint["part"]} if "part" in fingerprint else {}
 
 
 def _of_tiered(index: int, layer: KVLayer, positions: bool) -> dict:
@@ -119,6 +127,7 @@ def _of_file(path: str | os.PathLike, positions: bool) -> dict:
         config=header["config"],
         packed=sum(size for _, size in shapes.values()),
         layers=layers,
+        **_part(header["model"]),
     )
     if positions and "timeline" in shapes:
         _add_positions(path, snapshot, config, shapes)
@@ -170,6 +179,10 @@ def text(snapshot: dict) -> str:
     config = FadeConfig(**snapshot["config"])
     lines = [f"TieredKVCache, {snapshot['length']} tokens seen, {config}"]
     lines += [f"{name}: {snapshot[name]}" for name in ("widths", "codes") if snapshot.get(name)]
+    if "part" in snapshot:
+        lines.append(f"part {snapshot['part']} of a tensor-parallel model: bytes are those of this process")
+    if snapshot.get("uncaptured"):
+        lines.append(f"decode steps are not captured: {snapshot['uncaptured']}")
     if "allocated" in snapshot and snapshot["allocated"]:
         lines.append(
             f"{size(snapshot['allocated'])} allocated, {size(snapshot['packed'])} needed, "

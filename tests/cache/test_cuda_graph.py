@@ -1,5 +1,6 @@
 """Captured steps: what is replayed, and what is not. Where there is no GPU, a graph is played by Python."""
 
+import contextlib
 import copy
 import gc
 import warnings
@@ -562,12 +563,36 @@ def test_a_step_that_cannot_be_captured_is_compiled_otherwise():
         raise RuntimeError("operation not permitted when stream is capturing")
 
     x, other = torch.arange(4.0), Sum()
-    call = Captured(Sum(), otherwise=lambda: other, capture=record)
+    call = Captured(Sum(), otherwise=lambda why: other, capture=record)
     call(1, dict(x=x))
     with pytest.warns(UserWarning, match="not permitted when stream is capturing"):
         assert torch.equal(call(1, dict(x=x)).logits, x)
     assert torch.equal(call(1, dict(x=x + 1)).logits, x + 1) and torch.equal(call(2, dict(x=x)).logits, x)
     assert other.runs == 3
+
+
+def test_a_step_that_another_process_cannot_capture_is_compiled_otherwise(tapes):
+    """Also the next variant, ahead: nothing is replayed that another process does not replay."""
+    x, other, why, votes, heard = torch.arange(4.0), Sum(), [], [True, False], []
+
+    def agree(yes):
+        heard.append(yes)
+        return votes.pop(0)
+
+    call = Captured(
+        Sum(),
+        otherwise=lambda reason: why.append(reason) or other,
+        ahead=lambda within: contextlib.nullcontext("more slots"),
+        agree=agree,
+    )
+    for i in range(cuda_graph.SETTLED + 1):
+        assert torch.equal(call(1, dict(x=x + i)).logits, x + i)
+    assert len(tapes) == 2 and tapes[1].replays == 0, "the next variant was captured, and dropped"
+    votes.append(False)
+    call(1, dict(x=x), "more slots")
+    with pytest.warns(UserWarning, match="another process could not capture it"):
+        assert torch.equal(call(1, dict(x=x), "more slots").logits, x)
+    assert heard == [True] * 3 and why == ["another process could not capture it"] and other.runs == 1
 
 
 @pytest.mark.slow
@@ -590,7 +615,7 @@ def test_memory_that_ran_out_is_no_reason_to_compile_otherwise():
     def record(call, pool=None, **arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    call = Captured(Sum(), otherwise=lambda: pytest.fail("compiled otherwise"), capture=record)
+    call = Captured(Sum(), otherwise=lambda why: pytest.fail("compiled otherwise"), capture=record)
     call(1, dict(x=torch.ones(2)))
     with pytest.raises(torch.OutOfMemoryError):
         call(1, dict(x=torch.ones(2)))

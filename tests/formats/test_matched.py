@@ -305,3 +305,13 @@ def test_means_follow_positions():
                 torch.testing.assert_close(
                     kv.middle.means["mean"][b, :, j].double(), expected, rtol=2e-3, atol=2e-3
                 )
+
+
+def test_keys_of_other_heads_are_refused():
+    """As a process would have whose model splits heads in a way that is not known."""
+    cache = new_cache(tiny_llama(), FadeConfig(**SMALL))
+    keys = torch.randn(1, 1, 40, 64)
+    with pytest.raises(ValueError, match="layer 0 has 1 KV heads, its calibration is for 2"):
+        cache.tiered[0].check(keys, keys)
+    keys = keys.expand(-1, 2, -1, -1)
+    cache.tiered[0].check(keys, keys)
