@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from ..formats.base import TierFormat
 from .append_store import AppendStore
 from .budget_store import BudgetStore
 from .buffers import copy_all
@@ -98,6 +99,11 @@ def _fields(fields: dict[str, Tensor], layers: list[KVLayer], axis: int) -> list
     return [{name: part[i] for name, part in parts.items()} for i in range(len(layers))]
 
 
+def _bound(tier: TierFormat, records: dict[str, Tensor]) -> Tensor | None:
+    """The bound of the value scales of `records`; None where kernels need none, or there is no record."""
+    return tier.value_bound(records) if tier.has_bound and records["key_codes"].shape[2] else None
+
+
 # -- every token is kept
 
 
@@ -109,7 +115,7 @@ def _demote_appended(layers, tokens, later, first, count, counters) -> Callable[
     format = store.format.joined([layer.middle.format for layer in layers])
     records, means = store.encoded(tokens["key"], tokens["value"], position, format)
     (tier,) = format.tiers
-    bounds = _parts(tier.value_bound(records) if tier.has_bound else None, layers, HEADS)
+    bounds = _parts(_bound(tier, records), layers, HEADS)
     fields, rest = (_fields(x, layers, HEADS) for x in (records, later))
     parts = zip(layers, fields, _parts(means, layers, HEADS), bounds, rest)
 
@@ -134,7 +140,7 @@ def _demote_planned(layers, tokens, later, first, count, counters) -> Callable[[
     found = joined.planned(tokens["key"], tokens["value"], first, layers[0].length, stats, counters)
     records = [_fields(fields, layers, ROWS) for fields in found.records]
     bounds = [
-        _parts(tier.format.value_bound(fields) if tier.format.has_bound else None, layers, ROWS)
+        _parts(_bound(tier.format, fields), layers, ROWS)
         for tier, fields in zip(stores[0].tiers, found.records)
     ]
     fixes_mean = not stores[0].means.count or joined.token_positions.has_padding

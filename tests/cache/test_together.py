@@ -111,3 +111,20 @@ def test_an_eager_step_demotes_all_layers_together(monkeypatch):
         assert held == [layer.middle.count for layer in cache.tiered] and len(groups) == known
         model(text[:, 48:49], **{CACHE_NAME: cache})
     assert groups and set(groups) == {3} and held != [layer.middle.count for layer in cache.tiered]
+
+
+@pytest.mark.parametrize("budgets", [dict(int4_budget=0), dict(int4_budget=0, int2_budget=9)])
+def test_budgets_that_keep_no_token(budgets, monkeypatch):
+    """A tier without records needs no bound."""
+    model, text = tiny_llama(layers=3), prompt(60)["input_ids"]
+    states = []
+    for most in (together.MOST, 0):
+        monkeypatch.setattr(together, "MOST", most)
+        cache = new_cache(model, FadeConfig(**SMALL, **budgets, eviction_policy="position"), verify=False)
+        with torch.no_grad():
+            for start in range(0, 60, 12):
+                model(text[:, start : start + 12], **{CACHE_NAME: cache})
+        assert cache.memory().forgotten
+        states.append(cache.state_dict()[0])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
