@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 TORCH = "2.11."
 #: Functions of the driver and of the runtime that torch calls before it would launch anything.
 DRIVER = """
-int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { return *flags = 0, *active = 1, 0; }
+int cuDevicePrimaryCtxGetState(int i, unsigned *flags, int *active) { return *flags = 0, *active = 1, 0; }
 int cuInit(unsigned flags) { return 0; }
 int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 int cuDeviceGetCount(int *count) { *count = 1; return 0; }
