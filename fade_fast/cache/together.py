@@ -121,10 +121,12 @@ def _demote_appended(layers, tokens, later, first, count, counters) -> Callable[
 
     def write() -> None:
         moves = []
-        for layer, fields, mean, bound, rest in parts:
-            layer.middle.write(fields, mean, at, bound=bound)
-            moves += _close_gap(layer, rest, count)
-        copy_all(moves)
+        try:
+            for layer, fields, mean, bound, rest in parts:
+                layer.middle.write(fields, mean, at, bound=bound)
+                moves += _close_gap(layer, rest, count)
+        finally:  # memory may run out in a later layer
+            copy_all(moves)
 
     return write
 

@@ -87,7 +87,7 @@ def test_running_out_of_memory_at_any_point_of_a_step(name, pads, monkeypatch):
     expected = [step(smooth, c) for c in range(24, 36)]
     assert compressed_tokens(smooth) > 0
     failures = 0
-    for n in range(1, 200, 6):
+    for n in range(1, 200, 4):
         cache = copy.deepcopy(start)
         with monkeypatch.context() as patch:
             memory = Memory(patch, PLACES, n)
