@@ -1,4 +1,4 @@
-"""Compile what runs on a GPU, on a machine without one: `python -m tests.compile.pretended`.
+"""Compile what runs on a GPU, on a machine without one: `python -m tests.compile.pretended PART PARTS`.
 
 A run on a CPU records with which arguments each function is compiled. Then the process pretends that an H200
 is there. Arguments are fake tensors. Inductor generates Triton code, and Triton and `ptxas` make machine code
@@ -6,7 +6,7 @@ of it. Nothing is launched. This finds what Inductor or Triton refuses. It says 
 
 It needs a build of torch for CUDA, which asks a driver about the device. A library with a few of the driver's
 functions answers. `environment` builds it with a C compiler. The patches below fit torch 2.11. The process
-prints a line of JSON for each function.
+prints a line of JSON for each function. With PARTS processes, each compiles a part of the functions.
 """
 
 import contextlib
@@ -17,13 +17,14 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 TORCH = "2.11."
 #: Functions of the driver and of the runtime that torch calls before it would launch anything.
@@ -227,7 +228,7 @@ class NotRun(Exception):
 
 
 def compile_all(calls: list[tuple]) -> Iterator[dict]:
-    """Compile the recorded calls. What was found of each: kernels with their block sizes, and the error."""
+    """Compile the recorded calls. What was found of each: kernels, sets of block sizes, and the error."""
     from torch._inductor.output_code import CompiledFxGraph
 
     mode, kernels = pretend()
@@ -252,11 +253,23 @@ def compile_all(calls: list[tuple]) -> Iterator[dict]:
         yield dict(name=name, kernels=len(set(kernels)), compiled=len(kernels), error=error)
 
 
+def distinct(calls: list[tuple]) -> list[tuple]:
+    """One call of those that differ in sizes alone."""
+    found: dict[tuple, tuple] = {}
+    for call in calls:
+        function, _, _, args, constants = call
+        leaves, structure = tree_flatten(args)
+        dtypes = tuple(x.dtype if isinstance(x, Like) else x for x in leaves)
+        found.setdefault((function, structure, dtypes, *constants.items()), call)
+    return list(found.values())
+
+
 def main() -> None:
+    part, parts = map(int, sys.argv[1:])
     logging.disable(logging.CRITICAL)
     with recorded() as calls:
         run()
-    for found in compile_all(calls):
+    for found in compile_all(distinct(calls)[part::parts]):
         print(json.dumps(found), flush=True)
 
 

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from . import pretended
 
+PARTS = 2  # processes
 MOST_SETS = 3  # of block sizes, of a kernel
 
 
@@ -15,12 +17,22 @@ MOST_SETS = 3  # of block sizes, of a kernel
 @pytest.mark.skipif(pretended.missing() is not None, reason=str(pretended.missing()))
 def test_kernels_compile_for_a_gpu(tmp_path):
     """All functions of caches and of the vLLM plugin, and hardly a kernel in several sets of block sizes."""
-    command = [sys.executable, "-m", "tests.compile.pretended"]
-    done = subprocess.run(
-        command, env=pretended.environment(tmp_path), capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    command, environment = [sys.executable, "-m", "tests.compile.pretended"], pretended.environment(tmp_path)
+    with ThreadPoolExecutor(PARTS) as pool:
+        done = pool.map(
+            lambda part: subprocess.run(
+                [*command, str(part), str(PARTS)],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=500,
+            ),
+            range(PARTS),
+        )
+    found = []
+    for process in done:
+        assert process.returncode == 0, process.stderr[-3000:]
+        found += [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
     failed = {x["name"]: x["error"] for x in found if x["error"]}
     assert not failed
     modules = {x["name"].removeprefix("fade_fast.").rpartition(".")[0] for x in found}
