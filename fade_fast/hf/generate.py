@@ -233,8 +233,10 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
 
         def otherwise(why: str):
             decode_graph.captures = False  # later calls of generate() do not try again
+            if ranks is None:  # Inductor captures what it can
+                return made(compile_config)
             decode_graph.uncaptured = why
-            return made(compile_config) if ranks is None else compiled
+            return compiled
 
         # Inductor's own graphs know nothing of other processes: there, steps are captured here or not at all.
         alone = decode_graph.captures or ranks is not None

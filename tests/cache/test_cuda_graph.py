@@ -609,6 +609,7 @@ def test_a_model_that_cannot_be_captured_is_tried_once_a_cache(tapes):
                 model, twin, dict(input_ids=expected, attention_mask=torch.ones_like(expected)), new=9
             )
     assert torch.equal(found, expected) and tapes.refused == 1 and not tapes and compressed_tokens(cache) > 0
+    assert "not captured" not in cache.describe(), "Inductor captures parts of a step"
 
 
 def test_memory_that_ran_out_is_no_reason_to_compile_otherwise():
