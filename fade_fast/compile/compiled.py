@@ -32,12 +32,7 @@ OPTIONS = {
     "realize_reads_threshold": 1000,
 }
 #: Resets the options of `row_products`, which compiles a model's step, for kernels compiled within the step.
-#: Kernels without sums get one set of block sizes, instead of the best of several that Inductor measures.
-APART = {
-    "triton.native_matmul": False,
-    "post_grad_custom_pre_pass": None,
-    "triton.autotune_pointwise": False,
-}
+APART = {"triton.native_matmul": False, "post_grad_custom_pre_pass": None}
 #: One kernel for small, independent updates of several buffers.
 TOGETHER = {"combo_kernels": True}
 

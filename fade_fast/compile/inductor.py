@@ -110,11 +110,13 @@ def pinned_tiles(tiles: Tiles):
             hint = V.graph.sizevars.optimization_hint
             results, summands = int(hint(features.numel)), int(hint(features.reduction_numel))
             chosen = tiles.get((results, summands), tiles.get((None, summands)))
-            if chosen is None or not features.is_reduction():
+            if chosen is None:
                 return kernel_kwargs
             if "ZBLOCK" in chosen and "z" not in groups[0]:  # the batch became rows
                 chosen = {name: n for name, n in chosen.items() if name != "ZBLOCK"}
-            return {**kernel_kwargs, **_fixed(chosen)}
+            if features.is_reduction():
+                return {**kernel_kwargs, **_fixed(chosen)}
+            return {**kernel_kwargs, **_fixed_rows(chosen, groups[0])}
 
     page_gather.register()
     host_fetch.register()
@@ -129,10 +131,16 @@ def pinned_tiles(tiles: Tiles):
 
 
 def _fixed(tile: dict) -> dict:
-    """The arguments that give a kernel these block sizes, warps and stages."""
+    """The arguments that give a kernel with sums these block sizes, warps and stages."""
+    return {**_config(tile), "override_persistent_reduction": "R0_BLOCK" not in tile}
+
+
+def _fixed_rows(tile: dict, axes) -> dict:
+    """The arguments that give them to a kernel without sums, one place of each further axis a program."""
+    return _config(tile | {f"{axis.upper()}BLOCK": 1 for axis in ("y", "z") if axis in axes})
+
+
+def _config(tile: dict) -> dict:
     from torch._inductor.codegen.triton import FixedTritonConfig
 
-    return {
-        "fixed_config": FixedTritonConfig(dict(tile)),
-        "override_persistent_reduction": "R0_BLOCK" not in tile,
-    }
+    return {"fixed_config": FixedTritonConfig(dict(tile))}

@@ -2,7 +2,7 @@
 
 #: Block sizes, warps and stages of the generated kernels of one graph, by the number of results of a kernel
 #: and the number of summands per result. A number of results that is None stands for all others. A config
-#: without R0_BLOCK sums all summands at once.
+#: without R0_BLOCK sums all summands at once. A kernel without sums has one summand per result.
 Tiles = dict[tuple[int | None, int], dict]
 
 
@@ -99,6 +99,15 @@ def step_tiles(heads: int, rows: int, exact: int, means: int, dim: int) -> Tiles
         (heads * rows, exact): dict(XBLOCK=1, R0_BLOCK=256, num_warps=1, num_stages=1),
         (heads * rows * dim, exact + dim): last,
     }
+
+
+def long_element_tiles() -> Tiles:
+    """Tiles of kernels without sums that compute much for each element.
+
+    One element a thread: Inductor's choice is up to 8, whose code is so long that its instructions are waited
+    for, and which may not fit into registers.
+    """
+    return {(None, 1): dict(XBLOCK=128, num_warps=4, num_stages=1)}
 
 
 def summary_tiles(rows: int, dim: int) -> Tiles:

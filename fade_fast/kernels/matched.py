@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..compile.compiled import CompiledForSizes
 from ..compile.replay import Replayed
-from ..compile.tiles import channel_tiles
+from ..compile.tiles import channel_tiles, long_element_tiles
 from . import rotated
 from .rotated import LARGEST, Packed, center, pack
 
@@ -22,7 +22,8 @@ from .rotated import LARGEST, Packed, center, pack
 STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
 #: Scales that the encoder tries, relative to that of `STEPS`.
 FACTORS = (0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.17, 1.27, 1.4)
-TOGETHER = 8  # channels between two products with the errors of all channels before
+TOGETHER = 8  # channels of a compiled block
+GROUP = 32  # channels between two products with the errors of all channels before
 
 
 class Matrices(NamedTuple):
@@ -64,8 +65,10 @@ def _quantize(y: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Packed codes [H, T, D * bits / 8] and scales [H, T] of `y` [H, D, T].
 
     Of `FACTORS`, the scale with the least squared error of plain rounding wins. Each channel is then rounded
-    after the errors of the channels before were added, weighted by V_ij / V_ii. A product adds the errors of
-    earlier blocks of `TOGETHER` channels, so that one compiled version of `_round_block` serves all blocks.
+    after the errors of the channels before were added, weighted by V_ij / V_ii. Products add the errors of
+    earlier blocks of `TOGETHER` channels, so that one compiled version of `_round_block` serves all blocks:
+    a product for each `GROUP` adds those of earlier groups, and one for each block those of its own group.
+    So most errors are read once for 32 channels, and not for 8.
     """
     step, limit = (torch.full((), x, device=y.device) for x in (STEPS[bits], center(bits)))
     unit, tried = _run(_in_units, y, step, limit)
@@ -73,10 +76,13 @@ def _quantize(y: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     weight, exposed = feedback / diagonal, feedback @ unit
     errors, lost = torch.empty_like(unit), []
     for start in range(0, y.shape[1], TOGETHER):
-        own = slice(start, start + TOGETHER)
-        before = weight[:, own, :start] @ errors[:, :start]
+        own, group = slice(start, start + TOGETHER), start // GROUP * GROUP
+        if start == group:
+            of_groups = weight[:, start : start + GROUP, :start] @ errors[:, :start]
+        before = of_groups[:, start - group : start - group + TOGETHER]
+        within = weight[:, own, group:start] @ errors[:, group:start]  # 0 for the first block of a group
         block = weight[:, own, own, None], exposed[:, own], diagonal[:, own]
-        found = _run(_round_block, unit[:, own], before, *block, limit)
+        found = _run(_round_block, unit[:, own], before, within, *block, limit)
         errors[:, own] = found[:, :-1]
         lost.append(found[:, -1])
     return _run(_finish, unit, errors, exposed, tried, lost, limit, bits=bits)
@@ -102,6 +108,7 @@ def _round_block(
     dynamic_sizes,
     unit: Tensor,
     before: Tensor,
+    within: Tensor,
     weight: Tensor,
     exposed: Tensor,
     diagonal: Tensor,
@@ -113,13 +120,13 @@ def _round_block(
     u are the vectors in units of the distance between levels, and e the errors of their centered codes. The
     damage V e is a by-product of rounding: V_ii times what is left of channel i.
 
-    The arguments: u as `unit`, the weighted errors of earlier blocks as `before`, and Vu as `exposed`,
-    [H, C, T]; `weight` [H, C, C, 1], that between the channels of the block, and `diagonal` of V [H, C, 1];
-    `limit` as in `_in_units`.
+    The arguments: u as `unit`, the weighted errors of earlier groups as `before` and of earlier blocks of the
+    group as `within`, and Vu as `exposed`, [H, C, T]; `weight` [H, C, C, 1], that between the channels of the
+    block, and `diagonal` of V [H, C, 1]; `limit` as in `_in_units`.
     """
     errors, lost = [], torch.zeros_like(unit[:, 0])
     for i in range(unit.shape[1]):
-        wanted = unit[:, i] + before[:, i]
+        wanted = unit[:, i] + before[:, i] + within[:, i]
         if torch.compiler.is_compiling():  # one kernel keeps the block in registers
             for j, error in enumerate(errors):
                 wanted = wanted + weight[:, i, j] * error
@@ -214,5 +221,6 @@ _replayed = Replayed(_encode_both, MOST_REPLAYED)
 _options = {"emulate_precision_casts": True, "max_fusion_size": 1024}
 _compiled = {
     function.__name__: CompiledForSizes(function, _options, lambda y, *others: channel_tiles(y.shape[1]))
-    for function in (_in_units, _round_block, _finish)
+    for function in (_in_units, _finish)
 }
+_compiled["_round_block"] = CompiledForSizes(_round_block, _options, lambda *args: long_element_tiles())

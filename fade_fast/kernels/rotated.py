@@ -264,8 +264,5 @@ def decode(packed: Packed, mean: Tensor | None, matrix: Tensor, bits: int, dtype
     return x if mean is None else x + mean.to(dtype)
 
 
-# Codes are defined by the stored scales and zero points, which are rounded. Block sizes are measured, because
-# a prefill waits for these kernels.
-_compiled = Compiled(
-    _encode_both, options={"emulate_precision_casts": True, "triton.autotune_pointwise": True}
-)
+# Codes are defined by the stored scales and zero points, which are rounded.
+_compiled = Compiled(_encode_both, options={"emulate_precision_casts": True})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..compile.compiled import Compiled, dynamic_size, more_rows, rounded, use_compiled
-from ..compile.tiles import step_tiles, tier_tiles
+from ..compile.tiles import long_element_tiles, step_tiles, tier_tiles
 from . import halves, packed
 from .decode import LOWEST, MOST_ROWS, num_means
 from .merge import of_rows
@@ -73,6 +73,7 @@ def page_mass(
         bits, n = (INDEX_BITS, INDEX_BITS), num_read // chunk
         tiles = tier_tiles(heads, rows, n, chunk, bits, (width, width), query.shape[-1])
         tiles |= step_tiles(heads, rows, keys.shape[2], num_means(view, num_read), query.shape[-1])
+        tiles |= long_element_tiles()
         real = query.shape[1] // keys.shape[1] * columns
         # A program of the pass over all scores reads as many as one of the statistics of a tier.
         return tiles | {(heads * real * n, chunk // page): tiles[heads * n * rows, chunk]}

@@ -74,7 +74,7 @@ def environment(folder: Path) -> dict[str, str]:
         (folder / "source.c").write_text(source)
         command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", folder / name, folder / "source.c"]
         subprocess.run(command, check=True)
-    found = dict(LD_LIBRARY_PATH=str(folder), LD_PRELOAD=str(folder / "runtime.so"))
+    found = dict(LD_LIBRARY_PATH=str(folder), LD_PRELOAD=str(folder / "runtime.so"), OMP_NUM_THREADS="1")
     found |= dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"))
     return os.environ | found
 
