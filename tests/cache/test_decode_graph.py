@@ -477,7 +477,8 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name, drafted):
     configs["codes"] = FadeConfig(**long, quant_backend="product")
     configs["select"] = FadeConfig(**long, select=64)
     configs["select, host"] = FadeConfig(**long, select=64, cold="host")
-    cache = new_cache(model, configs[name])
+    # A cache that grows would compile for each larger buffer.
+    cache = new_cache(model, configs[name], max_length=300 + NEW + 4)
     decode_graph, seen = cache.decode_graph, []
     begin, end = decode_graph.begin, decode_graph.end
 
