@@ -622,6 +622,36 @@ STORING = (
 )  # fmt: skip
 
 
+class Attempts:
+    """Measurements that may fail without an end of the others. The rest of a rented hour is then not lost.
+
+    Args:
+        found: the content of the JSON file. Errors go into its `failed`.
+        file: of JSON; None: nothing is written.
+    """
+
+    def __init__(self, found: dict, file: Path | None, device: str):
+        self.found, self.file, self.device = found, file, device
+
+    def save(self) -> None:
+        if self.file:
+            write_json(self.file, self.found, indent=1)
+
+    def __call__(self, what: str, function: Callable):
+        """The result of `function`; None if it failed."""
+        started = time.perf_counter()
+        try:
+            return function()
+        except Exception as error:
+            self.found["failed"][what] = f"{type(error).__name__}: {error}"[:2000]
+            traceback.print_exc()
+            print(f"FAILED after {time.perf_counter() - started:.0f} s: {what}", flush=True)
+        finally:
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            self.save()
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("fade bench paged", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what is measured there as well")
@@ -652,24 +682,7 @@ def main(argv: list[str] | None = None) -> int:
         print("Shapes are small, and times mean nothing.")
     found |= dict(capacity=capacity(shape, (32, 64, 128)), results=[], storing=[], failed={})
 
-    def save():
-        if args.json:
-            write_json(args.json, found, indent=1)
-
-    def attempt(what: str, function: Callable):
-        """The result of `function`; None if it failed. The rest of a rented hour is then not lost."""
-        started = time.perf_counter()
-        try:
-            return function()
-        except Exception as error:
-            found["failed"][what] = f"{type(error).__name__}: {error}"[:2000]
-            traceback.print_exc()
-            print(f"FAILED after {time.perf_counter() - started:.0f} s: {what}", flush=True)
-        finally:
-            if cuda:
-                torch.cuda.empty_cache()
-            save()
-
+    attempt = Attempts(found, args.json, args.device)
     print("\ncapacity, as a multiple of bfloat16:")
     for x in found["capacity"]:
         ratios = ", ".join(f"pages of {page}: {ratio:.2f}" for page, ratio in x["ratios"].items())
@@ -683,7 +696,7 @@ def main(argv: list[str] | None = None) -> int:
                 if result is not None:
                     found["results"].append(asdict(result))
                     print(row(result), flush=True)
-                    save()
+                    attempt.save()
         if not args.skip_encode:
             print("\n" + header(STORING), flush=True)
             for bits, codec in STORED:
@@ -704,7 +717,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(
                         f"INT{x['bits']} {x['codec']}: {x['ms']:.1f} ms, {x['percent']:+.0f} % (target +10)"
                     )
-    save()
+    attempt.save()
     return 1 if found["failed"] else 0
 
 
