@@ -513,7 +513,10 @@ def _moved(pool: Pool, query: Tensor, keys: Tensor, values: Tensor, slots: Tenso
 
 
 def storing(shape: Shape, bits: int, codec: str, device: str, chunk: int, appends: int) -> dict:
-    """Times of a chunk of prefill of one request, and of storing a token of each of many requests."""
+    """Times of a chunk of prefill of one request, and of storing a token of each of many requests.
+
+    Without `appends`, the latter are left out.
+    """
     layer = make_layer(shape, bits, codec, torch.device(device))
     pool = Pool(shape, layer, [chunk] + [shape.page] * appends, device)
     step = pool.step([chunk] + [0] * appends, [chunk] + [0] * appends)
@@ -522,12 +525,14 @@ def storing(shape: Shape, bits: int, codec: str, device: str, chunk: int, append
         query, pool.keys(step.positions), pool.draw(chunk), pool.slots(0, 0, chunk), step,
         torch.empty_like(query),
     )  # fmt: skip
-    at = torch.cat([pool.slots(1 + row, 7, 8) for row in range(appends)])
-    step = pool.step([0] + [1] * appends, [chunk] + [8] * appends)
-    tokens = None, pool.keys(step.positions), pool.draw(appends), at, step, None
+    steps = dict(prefill=prompt)
+    if appends:
+        at = torch.cat([pool.slots(1 + row, 7, 8) for row in range(appends)])
+        step = pool.step([0] + [1] * appends, [chunk] + [8] * appends)
+        steps["decode"] = None, pool.keys(step.positions), pool.draw(appends), at, step, None
     found = dict(bits=bits, codec=codec, tokens=chunk, requests=appends)
     with without_attention(layer) as seen:
-        for name, args in dict(prefill=prompt, decode=tokens).items():
+        for name, args in steps.items():
             call = lambda: layer.forward(pool.cache, *args)  # noqa: B023, E731
             found[f"{name}_compile_s"] = seconds(call, device)
             found[f"{name}_us"], found[f"{name}_eager_us"] = graphed(call, device), eager(call, device)
