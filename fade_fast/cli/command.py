@@ -58,6 +58,7 @@ BENCHES = {
     "choose": "fade_fast.measure.choose",
     "serve": "fade_fast.measure.serve",
     "paged": "fade_fast.measure.paged_attention",
+    "throughput": "fade_fast.measure.paged_throughput",
     "parallel": "fade_fast.measure.parallel",
     "start": "fade_fast.measure.start",
 }

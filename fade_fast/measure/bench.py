@@ -10,8 +10,8 @@ model runs in float32, which is faster there.
 
 `fade bench generate` times models of named shapes with random weights, `fade bench parallel` one GPU against
 several, `fade bench start` a fresh process, `fade bench choose` what choosing and host memory cost,
-`fade bench attention` one layer, `fade bench paged` one layer of the vLLM plugin, and `fade bench serve` the
-server.
+`fade bench attention` one layer, `fade bench paged` one layer of the vLLM plugin, `fade bench throughput` its
+tokens a second where memory limits the batch, and `fade bench serve` the server.
 """
 
 import argparse

@@ -513,7 +513,10 @@ def _moved(pool: Pool, query: Tensor, keys: Tensor, values: Tensor, slots: Tenso
 
 
 def storing(shape: Shape, bits: int, codec: str, device: str, chunk: int, appends: int) -> dict:
-    """Times of a chunk of prefill of one request, and of storing a token of each of many requests."""
+    """Times of a chunk of prefill of one request, and of storing a token of each of many requests.
+
+    Without `appends`, the latter are left out.
+    """
     layer = make_layer(shape, bits, codec, torch.device(device))
     pool = Pool(shape, layer, [chunk] + [shape.page] * appends, device)
     step = pool.step([chunk] + [0] * appends, [chunk] + [0] * appends)
@@ -522,12 +525,14 @@ def storing(shape: Shape, bits: int, codec: str, device: str, chunk: int, append
         query, pool.keys(step.positions), pool.draw(chunk), pool.slots(0, 0, chunk), step,
         torch.empty_like(query),
     )  # fmt: skip
-    at = torch.cat([pool.slots(1 + row, 7, 8) for row in range(appends)])
-    step = pool.step([0] + [1] * appends, [chunk] + [8] * appends)
-    tokens = None, pool.keys(step.positions), pool.draw(appends), at, step, None
+    steps = dict(prefill=prompt)
+    if appends:
+        at = torch.cat([pool.slots(1 + row, 7, 8) for row in range(appends)])
+        step = pool.step([0] + [1] * appends, [chunk] + [8] * appends)
+        steps["decode"] = None, pool.keys(step.positions), pool.draw(appends), at, step, None
     found = dict(bits=bits, codec=codec, tokens=chunk, requests=appends)
     with without_attention(layer) as seen:
-        for name, args in dict(prefill=prompt, decode=tokens).items():
+        for name, args in steps.items():
             call = lambda: layer.forward(pool.cache, *args)  # noqa: B023, E731
             found[f"{name}_compile_s"] = seconds(call, device)
             found[f"{name}_us"], found[f"{name}_eager_us"] = graphed(call, device), eager(call, device)
@@ -622,6 +627,36 @@ STORING = (
 )  # fmt: skip
 
 
+class Attempts:
+    """Measurements that may fail without an end of the others. The rest of a rented hour is then not lost.
+
+    Args:
+        found: the content of the JSON file. Errors go into its `failed`.
+        file: of JSON; None: nothing is written.
+    """
+
+    def __init__(self, found: dict, file: Path | None, device: str):
+        self.found, self.file, self.device = found, file, device
+
+    def save(self) -> None:
+        if self.file:
+            write_json(self.file, self.found, indent=1)
+
+    def __call__(self, what: str, function: Callable):
+        """The result of `function`; None if it failed."""
+        started = time.perf_counter()
+        try:
+            return function()
+        except Exception as error:
+            self.found["failed"][what] = f"{type(error).__name__}: {error}"[:2000]
+            traceback.print_exc()
+            print(f"FAILED after {time.perf_counter() - started:.0f} s: {what}", flush=True)
+        finally:
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            self.save()
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("fade bench paged", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what is measured there as well")
@@ -652,24 +687,7 @@ def main(argv: list[str] | None = None) -> int:
         print("Shapes are small, and times mean nothing.")
     found |= dict(capacity=capacity(shape, (32, 64, 128)), results=[], storing=[], failed={})
 
-    def save():
-        if args.json:
-            write_json(args.json, found, indent=1)
-
-    def attempt(what: str, function: Callable):
-        """The result of `function`; None if it failed. The rest of a rented hour is then not lost."""
-        started = time.perf_counter()
-        try:
-            return function()
-        except Exception as error:
-            found["failed"][what] = f"{type(error).__name__}: {error}"[:2000]
-            traceback.print_exc()
-            print(f"FAILED after {time.perf_counter() - started:.0f} s: {what}", flush=True)
-        finally:
-            if cuda:
-                torch.cuda.empty_cache()
-            save()
-
+    attempt = Attempts(found, args.json, args.device)
     print("\ncapacity, as a multiple of bfloat16:")
     for x in found["capacity"]:
         ratios = ", ".join(f"pages of {page}: {ratio:.2f}" for page, ratio in x["ratios"].items())
@@ -683,7 +701,7 @@ def main(argv: list[str] | None = None) -> int:
                 if result is not None:
                     found["results"].append(asdict(result))
                     print(row(result), flush=True)
-                    save()
+                    attempt.save()
         if not args.skip_encode:
             print("\n" + header(STORING), flush=True)
             for bits, codec in STORED:
@@ -704,7 +722,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(
                         f"INT{x['bits']} {x['codec']}: {x['ms']:.1f} ms, {x['percent']:+.0f} % (target +10)"
                     )
-    save()
+    attempt.save()
     return 1 if found["failed"] else 0
 
 
