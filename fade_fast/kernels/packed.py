@@ -615,15 +615,17 @@ def chunk_of(heads: int, length: int, rows: int, bits: int = 4, paged: bool = Fa
     return min(chunk, 512) if rows > 4 or paged else min(chunk, 1024) if bits == 8 else chunk
 
 
-def bucket(heads: int, length: int) -> int:
+def bucket(heads: int, length: int, paged: bool = False) -> int:
     """Return how many slots a step reads when `length` slots are in use, if the buffer has that many.
+
+    `paged`: a block table says where they are, so chunks are shorter (`chunk_of`).
 
     The result is a whole number of chunks. It is rounded up, so that a growing text needs few different
     launches. Slots after those in use are masked. With a large rounding step, kernels read more slots than
     they need. With a small rounding step, a graph is captured more often, and a capture takes as long as
     about ten decode steps. The best rounding step shrinks with the square root of `heads`.
     """
-    return _rounded(heads, length, _best_step(heads))
+    return _rounded(heads, length, _best_step(heads), paged)
 
 
 def roomy(heads: int, length: int) -> int:
@@ -644,11 +646,11 @@ def _best_step(heads: int) -> int:
     return 1 << (13 - (heads - 1).bit_length() // 2)
 
 
-def _rounded(heads: int, length: int, step: int) -> int:
-    step = max(chunk_of(heads, length, 1), step)
+def _rounded(heads: int, length: int, step: int, paged: bool = False) -> int:
+    step = max(chunk_of(heads, length, 1, paged=paged), step)
     found = -(-length // step) * step
     # The rounded length may use longer chunks.
-    return _rounded(heads, found, step) if found % chunk_of(heads, found, 1) else found
+    return _rounded(heads, found, step, paged) if found % chunk_of(heads, found, 1, paged=paged) else found
 
 
 def spare(view: int) -> int:

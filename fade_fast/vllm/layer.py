@@ -533,7 +533,7 @@ class CompressedLayer(PagedLayer):
             most = [min(n, at_once + self.window + page - 2) for n in most]
         if not compiled:
             return most[0], most[0]
-        num_read, capacity = (packed.bucket(len(batch.at) * self.heads, n) for n in most)
+        num_read, capacity = (packed.bucket(len(batch.at) * self.heads, n, paged=True) for n in most)
         return num_read, capacity + packed.spare(capacity)
 
     def _attend_short(self, cache, query, new, batch):

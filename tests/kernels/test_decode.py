@@ -258,6 +258,9 @@ def test_buckets_are_whole_chunks_and_few():
         for length in lengths:
             num_read = packed.bucket(heads, length)
             assert length <= num_read == packed.bucket(heads, num_read)
+            of_pages = packed.bucket(heads, length, paged=True)
+            assert length <= of_pages <= num_read
+            assert not of_pages % packed.chunk_of(heads, of_pages, 1, paged=True)
             assert all(num_read % packed.chunk_of(heads, num_read, rows) == 0 for rows in (1, 4, 5, 64))
             longest, room = packed.whole(heads, length), packed.roomy(heads, length)
             assert length <= longest <= room <= num_read and room <= max(longest, length * 9 // 8 + 2048)
