@@ -216,7 +216,7 @@ def test_means_do_not_depend_on_how_many_are_taken_at_once(at_once, monkeypatch)
 
 def test_more_rows_have_room_for_longer_chunks(uncompiled_kernels, monkeypatch):
     """On CUDA chunks grow with the batch; the slots read may then not end before the tokens do."""
-    chunk_of = lambda heads, n, *more: 16 if heads * n < 500 else 128  # noqa: E731
+    chunk_of = lambda heads, n, *more, **options: 16 if heads * n < 500 else 128  # noqa: E731
     monkeypatch.setattr(packed, "chunk_of", chunk_of)
     model = tiny_llama(dtype=torch.float16)
     cache = fade_fast.create_cache(model, SAFE, max_length=100)
