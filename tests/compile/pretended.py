@@ -10,14 +10,17 @@ prints a line of JSON for each function. With PARTS processes, each compiles a p
 """
 
 import contextlib
+import copy
 import importlib
 import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +30,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
 TORCH = "2.11."
+MANY = 64  # times the tokens of a recorded call, for functions that serve any number
 #: Functions of the driver and of the runtime that torch calls before it would launch anything.
 DRIVER = """
 int cuDevicePrimaryCtxGetState(int i, unsigned *flags, int *active) { return *flags = 0, *active = 1, 0; }
@@ -88,6 +92,15 @@ class Like:
     def __init__(self, x: torch.Tensor):
         self.size, self.stride, self.dtype = tuple(x.shape), x.stride(), x.dtype
         self.dynamic = sorted(getattr(x, "_dynamo_dynamic_indices", ()))
+
+    def of_more_tokens(self, tokens: int) -> "Like":
+        """The same with `MANY` times as many tokens, if they are its last axis."""
+        if len(self.size) < 2 or self.size[-1] != tokens:
+            return self
+        more = copy.copy(self)
+        more.size = (*self.size[:-1], tokens * MANY)
+        more.stride = tuple(x * MANY if x >= tokens else x for x in self.stride)
+        return more
 
     def fake(self, device: str = "cuda") -> torch.Tensor:
         x = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device)
@@ -162,8 +175,11 @@ def run() -> None:
 # -- the pretended GPU
 
 
-def pretend() -> tuple[contextlib.AbstractContextManager, list[str]]:
-    """From here on there seems to be an H200. Returns the mode of fake tensors, and the kernels compiled."""
+def pretend() -> tuple[contextlib.AbstractContextManager, list[tuple[str, int]]]:
+    """From here on there seems to be an H200.
+
+    Returns the mode of fake tensors, and the kernels compiled, each with `stack_bytes`.
+    """
     from torch._dynamo import device_interface
     from torch._inductor import config
     from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
@@ -208,14 +224,16 @@ def pretend() -> tuple[contextlib.AbstractContextManager, list[str]]:
     fuse_attention._sfdp_init = pad_mm._pad_mm_init = misc_patterns._misc_patterns_init = nothing
     config.joint_graph_constant_folding = False
     config.compile_threads, config.force_disable_caches = 1, True
+    config.use_static_cuda_launcher = False  # which keeps no machine code
 
-    kernels: list[str] = []
+    kernels: list[tuple[str, int]] = []
     tuner = triton_heuristics.CachingAutotuner
     precompile = tuner._precompile_config
 
     def counted(self, config):
-        kernels.append(self.fn.__name__)
-        return precompile(self, config)
+        made = precompile(self, config)
+        kernels.append((self.fn.__name__, stack_bytes(made.kernel.asm["cubin"])))
+        return made
 
     tuner._precompile_config, tuner.run = counted, lambda self, *args, **kwargs: None
     tuner._make_launchers = lambda self: setattr(self, "launchers", [nothing])
@@ -223,12 +241,29 @@ def pretend() -> tuple[contextlib.AbstractContextManager, list[str]]:
     return fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), kernels
 
 
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of memory that a thread of a compiled kernel uses besides registers, by a tool of Triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(re.search(r"STACK:(\d+)", told).group(1))
+
+
 class NotRun(Exception):
     """The function is compiled, and would be launched now."""
 
 
 def compile_all(calls: list[tuple]) -> Iterator[dict]:
-    """Compile the recorded calls. What was found of each: kernels, sets of block sizes, and the error."""
+    """Compile the recorded calls.
+
+    What was found of each: the number of kernels, and of sets of block sizes; kernels that do not fit into
+    registers with any set; and the error.
+    """
     from torch._inductor.output_code import CompiledFxGraph
 
     mode, kernels = pretend()
@@ -250,7 +285,9 @@ def compile_all(calls: list[tuple]) -> Iterator[dict]:
             except Exception as raised:
                 error = f"{type(raised).__name__}: {raised}"[:2000]
         name = f"{function.function.__module__}.{function.function.__name__}"
-        yield dict(name=name, kernels=len(set(kernels)), compiled=len(kernels), error=error)
+        names = {kernel for kernel, _ in kernels}
+        spilled = sorted(names - {kernel for kernel, stack in kernels if not stack})
+        yield dict(name=name, kernels=len(names), compiled=len(kernels), spilled=spilled, error=error)
 
 
 def distinct(calls: list[tuple]) -> list[tuple]:
@@ -264,12 +301,24 @@ def distinct(calls: list[tuple]) -> list[tuple]:
     return list(found.values())
 
 
+def longer(calls: list[tuple]) -> Iterator[tuple]:
+    """Calls of functions for any size, with many tokens: Inductor then gives more elements to a thread."""
+    from fade_fast.compile.compiled import CompiledForSizes
+
+    for function, sizes, tiles, args, constants in calls:
+        if isinstance(function, CompiledForSizes):
+            tokens = args[0].size[-1]
+            more = tree_map(lambda x: x.of_more_tokens(tokens) if isinstance(x, Like) else x, args)  # noqa: B023
+            yield function, sizes, tiles, more, constants
+
+
 def main() -> None:
     part, parts = map(int, sys.argv[1:])
     logging.disable(logging.CRITICAL)
     with recorded() as calls:
         run()
-    for found in compile_all(distinct(calls)[part::parts]):
+    calls = distinct(calls)
+    for found in compile_all([*longer(calls), *calls][part::parts]):
         print(json.dumps(found), flush=True)
 
 

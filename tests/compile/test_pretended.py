@@ -41,3 +41,5 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     assert all(x["kernels"] > 0 for x in found)
     tuned = {x["name"]: x["compiled"] for x in found if x["compiled"] > MOST_SETS * x["kernels"]}
     assert not tuned
+    spilled = {x["name"]: x["spilled"] for x in found if x["spilled"]}
+    assert not spilled
