@@ -22,8 +22,8 @@ from .rotated import LARGEST, Packed, center, pack
 STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
 #: Scales that the encoder tries, relative to that of `STEPS`.
 FACTORS = (0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.17, 1.27, 1.4)
-#: Smallest of these scales that is used, by bits: plain rounding would choose scales that clip too much.
-LEAST = {8: 0.7, 4: 0.7, 3: 1.08, 2: 1.2}
+#: Smallest of these scales that is used, by bits. At 2 bits the best one for plain rounding clips too much.
+LEAST = {8: 0.7, 4: 0.7, 3: 0.7, 2: 1.2}
 TOGETHER = 8  # channels between two products with the errors of all channels before
 
 

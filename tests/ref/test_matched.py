@@ -179,7 +179,7 @@ def test_scales_are_tried_from_the_least_one(bits):
     codes = subject.round(y / (size * factor[..., None]))
     record = subject._encode_rotated(y)
     assert torch.equal(subject.levels(record), codes.double() - top)
-    assert (factor == matched.LEAST[bits]).any() or bits > 3
+    assert (factor == matched.LEAST[bits]).any() or bits > 2
 
 
 @pytest.mark.parametrize("high, low", [(8, 4), (4, 2), (3, 2)])
