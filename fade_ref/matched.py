@@ -30,6 +30,8 @@ from .tiers import INTEGER_TIERS, packed_bytes
 STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
 #: Scales that the encoder tries, relative to that of `STEPS`.
 FACTORS = (0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.17, 1.27, 1.4)
+#: Smallest of these scales that is used, by bits. At 2 bits the best one for plain rounding clips too much.
+LEAST = {8: 0.7, 4: 0.7, 3: 0.7, 2: 1.2}
 SHRINK = 0.3  # how far moments are drawn to their diagonals: they are measured on a few hundred tokens
 RIDGE = 1e-4  # added to the diagonals, relative to their mean
 WHITEN = 0.4  # extra whitening, which feedback turns into accuracy
@@ -346,10 +348,13 @@ class MatchedCodec:
         return codes.to(torch.uint8)
 
     def _encode_rotated(self, y: Tensor) -> Record:
-        """Codes with the scale of `FACTORS` that is best for plain rounding; the first of equal ones.
+        """Codes with the scale of `FACTORS` that is best for plain rounding, the first of equal ones, but at
+        least that of `LEAST`.
 
         Feedback is too slow to try it with every scale. The scale with the least squared error of plain
-        rounding is nearly as good as the one with the least damage after feedback.
+        rounding is nearly as good as the one with the least damage after feedback, except with 2 bits. There
+        it is too small: feedback adds errors to what is rounded, so more channels are clipped than with plain
+        rounding, and the channels that follow cannot make up for the large error of a clipped one.
 
         The stored scale makes the vector unbiased in the metric of V, <Vy, V decoded> = |Vy|^2, as in the
         rotated codec. It stays within a factor of 2 of the scale that was tried. A zero vector has scale 0.
@@ -363,6 +368,7 @@ class MatchedCodec:
             if least is None:
                 tried, least = scale, error
             tried, least = scale.where(error < least, tried), error.where(error < least, least)
+        tried = torch.maximum(tried, size * LEAST[self.bits])
         codes = self.round(self._in_units(y, tried))
         Vy, Vz = (self._each(self.matrices.feedback, v) for v in (y, self._centered(codes)))
         aligned = (Vy * Vz).sum(-1)

@@ -165,7 +165,8 @@ CORRUPTIONS = {
     ],
     "kernels.matched._in_units": [
         ("distance of other levels", call("sqrt").becomes("1.2 * _"), "matched codes, 2"),
-        ("the first scale, not the best", compare("<")[0].becomes("(_) & False"), "matched codes, 3"),
+        ("the first scale, not the best", compare("<")[0].becomes("(_) & False"), "matched codes, 4"),
+        ("scales that clip", call("maximum").becomes("best"), "matched codes, 2"),
     ],
     "kernels.matched._finish": [
         ("biased scale", call("square").becomes("1.1 * _"), "matched codes, 4"),

@@ -22,6 +22,8 @@ from .rotated import LARGEST, Packed, center, pack
 STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
 #: Scales that the encoder tries, relative to that of `STEPS`.
 FACTORS = (0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.17, 1.27, 1.4)
+#: Smallest of these scales that is used, by bits. At 2 bits the best one for plain rounding clips too much.
+LEAST = {8: 0.7, 4: 0.7, 3: 0.7, 2: 1.2}
 TOGETHER = 8  # channels of a compiled block
 GROUP = 32  # channels between two products with the errors of all channels before
 
@@ -64,14 +66,15 @@ def _of_rows(found: tuple[Tensor, Tensor], batch: int) -> Packed:
 def _quantize(y: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Packed codes [H, T, D * bits / 8] and scales [H, T] of `y` [H, D, T].
 
-    Of `FACTORS`, the scale with the least squared error of plain rounding wins. Each channel is then rounded
-    after the errors of the channels before were added, weighted by V_ij / V_ii. Products add the errors of
-    earlier blocks of `TOGETHER` channels, so that one compiled version of `_round_block` serves all blocks:
-    a product for each `GROUP` adds those of earlier groups, and one for each block those of its own group.
-    So most errors are read once for 32 channels, and not for 8.
+    Of `FACTORS`, the scale with the least squared error of plain rounding wins, unless it is below that of
+    `LEAST`. Each channel is then rounded after the errors of the channels before were added, weighted by
+    V_ij / V_ii. Products add the errors of earlier blocks of `TOGETHER` channels, so that one compiled version
+    of `_round_block` serves all blocks: a product for each `GROUP` adds those of earlier groups, and one for
+    each block those of its own group. So most errors are read once for 32 channels, and not for 8.
     """
-    step, limit = (torch.full((), x, device=y.device) for x in (STEPS[bits], center(bits)))
-    unit, tried = _run(_in_units, y, step, limit)
+    known = STEPS[bits], LEAST[bits], center(bits)
+    step, smallest, limit = (torch.full((), x, device=y.device) for x in known)
+    unit, tried = _run(_in_units, y, step, smallest, limit)
     diagonal = feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [H, D, 1]
     weight, exposed = feedback / diagonal, feedback @ unit
     errors, lost = torch.empty_like(unit), []
@@ -88,11 +91,14 @@ def _quantize(y: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return _run(_finish, unit, errors, exposed, tried, lost, limit, bits=bits)
 
 
-def _in_units(dynamic_sizes, y: Tensor, step: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+def _in_units(
+    dynamic_sizes, y: Tensor, step: Tensor, smallest: Tensor, limit: Tensor
+) -> tuple[Tensor, Tensor]:
     """`y` [H, D, T] divided by the best scale of each vector, and these scales [H, T].
 
-    The first of equally good scales wins. `step` and `limit` are tensors, so that one compiled version serves
-    all widths: the distance between levels of N(0, 1), and the largest centered code.
+    The first of equally good scales wins. `step`, `smallest` and `limit` are tensors, so that one compiled
+    version serves all widths: the distance between levels of N(0, 1), the smallest factor that is used, and
+    the largest centered code.
     """
     size = y.square().mean(1, keepdim=True).sqrt() * step
     unit = y / torch.where(size > 0, size, 1.0)
@@ -101,6 +107,7 @@ def _in_units(dynamic_sizes, y: Tensor, step: Tensor, limit: Tensor) -> tuple[Te
         error = (unit - factor * _nearest(unit / factor, limit)).square().sum(1, keepdim=True)
         best = torch.full_like(error, factor) if best is None else torch.where(error < least, factor, best)
         least = error if least is None else torch.minimum(error, least)
+    best = torch.maximum(best, smallest)
     return unit / best, (size * best).squeeze(1)
 
 

@@ -165,6 +165,23 @@ def test_scales_are_unbiased(bits):
         matched.MatchedCodec(5, subject.matrices)
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_scales_are_tried_from_the_least_one(bits):
+    """The scale that rounding used is the best of plain rounding, or the least one that is allowed."""
+    subject, keys, mean = codec(bits, n=200)
+    y = torch.einsum("hij,hnj->hni", subject.matrices.encode, keys - mean)
+    size = y.square().mean(-1, keepdim=True).sqrt() * matched.STEPS[bits]
+    top = (2**bits - 1) / 2
+    tried = torch.stack([size * factor for factor in matched.FACTORS])
+    near = ((y / tried + top).round().clamp(0, 2 * top) - top) * tried
+    best = (near - y).square().sum(-1).argmin(0)
+    factor = torch.tensor(matched.FACTORS).double()[best].clamp_min(matched.LEAST[bits])
+    codes = subject.round(y / (size * factor[..., None]))
+    record = subject._encode_rotated(y)
+    assert torch.equal(subject.levels(record), codes.double() - top)
+    assert (factor == matched.LEAST[bits]).any() or bits > 2
+
+
 @pytest.mark.parametrize("high, low", [(8, 4), (4, 2), (3, 2)])
 def test_requantizing_stays_in_the_rotated_domain(high, low):
     first, keys, mean = codec(high)
