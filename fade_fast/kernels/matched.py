@@ -68,9 +68,9 @@ def _quantize(y: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Of `FACTORS`, the scale with the least squared error of plain rounding wins, unless it is below that of
     `LEAST`. Each channel is then rounded after the errors of the channels before were added, weighted by
-    V_ij / V_ii. Products add the errors of earlier blocks of `TOGETHER` channels, so that one compiled version
-    of `_round_block` serves all blocks: a product for each `GROUP` adds those of earlier groups, and one for
-    each block those of its own group. So most errors are read once for 32 channels, and not for 8.
+    V_ij / V_ii. Products add the errors of earlier blocks of `TOGETHER` channels, so that one compiled
+    version of `_round_block` serves all blocks: a product for each `GROUP` adds those of earlier groups, and
+    one for each block those of its own group. So most errors are read once for 32 channels, and not for 8.
     """
     known = STEPS[bits], LEAST[bits], center(bits)
     step, smallest, limit = (torch.full((), x, device=y.device) for x in known)
