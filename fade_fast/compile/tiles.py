@@ -104,8 +104,7 @@ def step_tiles(heads: int, rows: int, exact: int, means: int, dim: int) -> Tiles
 def long_element_tiles() -> Tiles:
     """Tiles of kernels without sums that compute much for each element.
 
-    One element a thread: Inductor's choice is up to 8, whose code is so long that its instructions are waited
-    for, and which may not fit into registers.
+    One element a thread: Inductor's first choice is up to 8, which may not fit into registers.
     """
     return {(None, 1): dict(XBLOCK=128, num_warps=4, num_stages=1)}
 
