@@ -136,7 +136,7 @@ def _fixed(tile: dict) -> dict:
 
 
 def _fixed_rows(tile: dict, axes) -> dict:
-    """The arguments that give these to a kernel without sums. A program has one place of each further axis."""
+    """The arguments that give these to a kernel without sums: one place of each further axis a program."""
     return _config(tile | {f"{axis.upper()}BLOCK": 1 for axis in ("y", "z") if axis in axes})
 
 
