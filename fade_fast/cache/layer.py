@@ -246,16 +246,19 @@ class KVLayer:
     # -- prepare
 
     def prepare(self, room: int) -> None:
-        """See to it that `room` tokens fit into the dense buffers."""
-        count, most = self.dense.count, self._max_dense() or self._max_length
-        if count + room <= self.dense.capacity:
+        """See to it that `room` tokens fit into the dense buffers. More than one token is a draft."""
+        count, made = self.dense.count, self._max_dense() or self._max_length
+        needed, most = count + room, made or self.token_positions.expected
+        if room > 1 and most and not self.compresses:  # the last drafts reach beyond the end of the text
+            most += room
+            needed = max(needed, most) if made else needed
+        if needed <= self.dense.capacity:
             return
-        most = self.token_positions.expected if most is None else most
-        if most is None:  # nothing is known of the text: little is made in advance
+        if most is None or most < needed:  # little is made in advance for a text of unknown length
             spare = max(count // 8, MIN_SPARE_SLOTS)
         else:
             spare = min(most - count, max(count, MIN_DOUBLED_SLOTS))
-        self.dense.reserve(count + max(room, spare))
+        self.dense.reserve(max(needed, count + spare))
         self.version += 1
         if self.telemetry:
             self.telemetry.stored(self)

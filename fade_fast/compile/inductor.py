@@ -116,6 +116,8 @@ def pinned_tiles(tiles: Tiles):
                 chosen = {name: n for name, n in chosen.items() if name != "ZBLOCK"}
             if features.is_reduction():
                 return {**kernel_kwargs, **_fixed(chosen)}
+            if "R0_BLOCK" in chosen:  # a sum of one summand became a kernel without sums
+                return kernel_kwargs
             return {**kernel_kwargs, **_fixed_rows(chosen, groups[0])}
 
     page_gather.register()

@@ -508,6 +508,28 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name, drafted):
     assert all(after == before for before, _, after in steady)
 
 
+@pytest.mark.parametrize("drafted", [False, True], ids=["", "drafted"])
+@pytest.mark.parametrize("room", [40, 0, None], ids=["to measure", "too short", "growing"])
+def test_uncompressed_buffers_seldom_grow(room, drafted):
+    """A kernel is compiled for each size. Drafts reach beyond the end of a text, and a text beyond its length."""
+    model, sizes = tiny_llama(dtype=torch.float64), []
+    cache = new_cache(model, CONFIGS["off"], max_length=None if room is None else 30 + room)
+    begin = cache.decode_graph.begin
+
+    def watched(*args):
+        ready = begin(*args)
+        if ready:
+            sizes.append(cache.tiered[0].dense.capacity)
+        return ready
+
+    cache.decode_graph.begin = watched
+    guesses = drafted_by(model, lambda: RandomDrafts(model.config.vocab_size, 3), most=3)
+    with guesses if drafted else contextlib.nullcontext({}) as more:
+        compiled(model, cache, prompt(30, batch=1), new=40, **more)
+    assert len(sizes) > 30 and cache.decode_graph.steps > 30
+    assert len(set(sizes)) <= 1 + (room == 0)
+
+
 @pytest.mark.slow
 def test_a_copy_has_captured_steps_of_its_own():
     model = tiny_llama(dtype=torch.float64)
