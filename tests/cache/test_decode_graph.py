@@ -511,7 +511,7 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name, drafted):
 @pytest.mark.parametrize("drafted", [False, True], ids=["", "drafted"])
 @pytest.mark.parametrize("room", [40, 0, None], ids=["to measure", "too short", "growing"])
 def test_uncompressed_buffers_seldom_grow(room, drafted):
-    """A kernel is compiled for each size. Drafts reach beyond the end of a text, and a text beyond its length."""
+    """A kernel is compiled for each size. Drafts may reach beyond a text, and a text beyond its length."""
     model, sizes = tiny_llama(dtype=torch.float64), []
     cache = new_cache(model, CONFIGS["off"], max_length=None if room is None else 30 + room)
     begin = cache.decode_graph.begin
