@@ -132,17 +132,16 @@ def mass_of(log_mass: Tensor, heads: int) -> Tensor:
 
 
 def ranked(mass: Tensor) -> Tensor:
-    """Pages from the heaviest to the lightest, int64 [H, P]. Of equal pages, the newer one comes first.
+    """Pages from the heaviest to the lightest, int64 [H, P]. Of equal pages, the older one comes first.
 
     Masses are compared as float32 numbers that are cut to seven significant bits. Pages whose masses differ
     by less than about 1 % count as equal.
 
     >>> ranked(torch.tensor([[0.2, 0.3, 0.2, 0.3]])).tolist()
-    [[3, 1, 2, 0]]
+    [[1, 3, 0, 2]]
     """
-    mass = (mass.float().view(torch.int32) >> CUT_BITS).flip(-1)
-    newest_first = mass.argsort(dim=-1, descending=True, stable=True)
-    return mass.shape[-1] - 1 - newest_first
+    cut = mass.float().view(torch.int32) >> CUT_BITS
+    return cut.argsort(dim=-1, descending=True, stable=True)
 
 
 def choose(mass: Tensor, budget: int, share: float | None = None) -> list[list[int]]:

@@ -127,7 +127,7 @@ CORRUPTIONS = {
     ],
     "policies.select._choose": [
         ("first pages of blocks", call("arange").becomes("0 * _"), "choosing/blocks, index deviation+k2"),
-        ("the lightest pages", call("topk").given(largest="False"), "life/choosing/a page"),
+        ("the lightest pages", call("topk")[1].given(largest="False"), "life/choosing/a page"),
         (
             "a share without the page that reaches it",
             compare("<").becomes("before + weight < share"),

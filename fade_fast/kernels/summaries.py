@@ -128,18 +128,29 @@ def _of_pages(one: Tensor, other: Tensor, valid: Tensor, new: int, *, kind, page
     found = one + other if kind == "bounds" else one + DEVIATIONS * other.sqrt()
     if softcap is not None:
         found = softcap * torch.tanh(found / softcap)
-    tokens = valid.unflatten(-1, (-1, page)).to(torch.int32)
-    # A generated reduction of so few numbers is slow.
-    count = (
-        functools.reduce(torch.add, tokens.unbind(-1)) if torch.compiler.is_compiling() else tokens.sum(-1)
-    )
-    count = count.unsqueeze(1)  # [B, 1, 1 or q, P]
+    count = _counts(valid, page).unsqueeze(1)  # [B, 1, 1 or q, P]
     if count.shape[2] > 1:
         count = count.repeat(1, 1, found.shape[2] // new, 1)
     found = torch.where(count > 0, found + count.to(found.dtype).log(), -torch.inf)
+    if torch.compiler.is_compiling():  # read by the maximum, by the sum and by the weights
+        found = force_materialize(found)
     weight = torch.exp(found - found.amax(-1, keepdim=True).clamp_min(LOWEST))
     mass = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(found.dtype).tiny)
     return mass.unflatten(2, (-1, new)).mean(2)
+
+
+def _counts(valid: Tensor, page: int) -> Tensor:
+    """How many tokens of each page a query sees, int32 [B, 1 or q, P].
+
+    When compiled, a kernel of its own counts. Otherwise each query head would count again, and each pass.
+    """
+    tokens = valid.unflatten(-1, (-1, page)).to(torch.int32)
+    if not torch.compiler.is_compiling():
+        return tokens.sum(-1, dtype=torch.int32)
+    few = page < 32  # a generated reduction of so few numbers is slow
+    return force_materialize(
+        functools.reduce(torch.add, tokens.unbind(-1)) if few else tokens.sum(-1, dtype=torch.int32)
+    )
 
 
 _compiled = Compiled(_compiled_mass)

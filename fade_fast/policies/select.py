@@ -18,7 +18,7 @@ def choose(
     blocks: Tensor | None = None,
     per_block: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
-    """The heaviest pages of each query and KV head; of equal pages, the newer one. With `share`, the heaviest
+    """The heaviest pages of each query and KV head; of equal pages, the older one. With `share`, the heaviest
     one comes first.
 
     Args:
@@ -52,15 +52,19 @@ def _choose(
 ) -> tuple[Tensor, Tensor | None]:
     """See `choose`. `masses` has one tensor; its fixed `sizes` tell compiled versions apart."""
     (mass,) = masses
-    # One number per page: first its mass, as bits that sort like the number, then the page. No two are equal,
-    # so every device chooses the same pages. Few bits are sorted fast: a mass keeps seven significant ones.
-    bits = mass.to(torch.float32).view(torch.int32) >> PAGE_BITS
+    bits = mass.to(torch.float32).view(torch.int32) >> PAGE_BITS  # sort like the numbers they are cut from
+    if blocks is None and share is None and mass.is_cuda:
+        # A GPU sorts few bits fast, and of equal numbers it takes those that come first.
+        return bits.to(torch.int16).topk(pages, dim=-1, sorted=False).indices, None
+    # One number per page: first its mass, then the page. No two are equal, so the result depends on no order.
     numbers = torch.arange(mass.shape[-1] if blocks is None else per_block, device=mass.device)
     if blocks is not None:
         numbers = (blocks.unsqueeze(-1) * per_block + numbers).flatten(-2)
-    key = (bits << PAGE_BITS) | numbers.to(torch.int32)
+    key = (bits << PAGE_BITS) | (MOST_PAGES - 1 - numbers).to(torch.int32)
     found = key.topk(pages, dim=-1, sorted=share is not None)
-    index = found.indices if blocks is None else (found.values & (MOST_PAGES - 1)).to(torch.int64)
+    index = found.indices
+    if blocks is not None:
+        index = (MOST_PAGES - 1 - (found.values & (MOST_PAGES - 1))).to(torch.int64)
     if share is None:
         return index, None
     weight = mass.gather(-1, found.indices)
