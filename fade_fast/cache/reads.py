@@ -122,11 +122,13 @@ class AttentionQuery:
         if self._sees_all():
             keys = layer.dense.tensors["key"]
             seen = _ones(keys.shape[0], layer.dense.count, keys.device)
-            return Visible(seen, [layer.middle.view(t, full=True) for t in layer.held_tiers()])
+            return Visible(seen, layer.views(full=True))
         seen = self.sees_dense()[:, 0]
         # One shape for as long as the buffers last.
         if use_compiled(self.raw) or layer.counts_in_attend(self.raw.shape[2]):
             seen = torch.nn.functional.pad(seen, (0, layer.dense.capacity - seen.shape[-1]))
+        if layer.sharing is not None and self.raw.shape[2] == 1 and self.options.window is None:
+            return Visible(seen, layer.views())  # the middle is older than the step: it is seen
         views = [layer.middle.view(t, self.sees(self.tier_at(t))[:, 0]) for t in layer.held_tiers()]
         return Visible(seen, views)
 
