@@ -86,7 +86,7 @@ def attend(
         )  # fmt: skip
     new, columns = query.shape[2], rounded(query.shape[2])
     # Add padding queries, and ignore them afterwards. Add none with `mass`, because it would count them.
-    beams = max((view.beams for view in tiers), default=1)
+    beams = max([1, *(view.beams for view in tiers)])
     rows = query.shape[1] // keys.shape[1] * columns * beams
     fits = use_compiled(query) and not mass and rows <= MOST_ROWS
     if fits and new > 1:  # contiguous: one compiled version then serves all strides of the query
@@ -179,7 +179,7 @@ def _check_tier(
         raise ValueError(
             f"{name} reads {num_read} slots{where}; allowed: 1 to its capacity, {capacity - first}"
         )
-    if first < 0 or first % view.per_mean or first and view.block_table is not None:
+    if first < 0 or first % max(1, view.per_mean) or first and view.block_table is not None:
         has = f"{name} is read from slot {first} on"
         raise ValueError(f"{has}; allowed: a multiple of {view.per_mean}, and no pages")
     outer, slots = (batch, heads), capacity
@@ -274,8 +274,8 @@ def _operator(
         (heads, rows) if x.beams == 1 else (heads // x.beams, q_heads // keys.shape[1] * new * x.beams)
         for x in view
     ]
-    most = max((n for _, n in sizes), default=rows)
-    if not (use_compiled(query) and query.dtype.itemsize == 2 and max(rows, most) <= MOST_ROWS):
+    most = max([rows, *(n for _, n in sizes)])
+    if not (use_compiled(query) and query.dtype.itemsize == 2 and most <= MOST_ROWS):
         return _attend(*_of_slots_read(args, slots_read), chunks=None, **options)
     pages = [None if x.block_table is None else x.page_size for x in view]
     chunks = _chunks_of(sizes, slots_read, pairs, [page is not None for page in pages])
