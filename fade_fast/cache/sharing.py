@@ -59,8 +59,8 @@ class Sharing(NamedTuple):
         spared = (rows - rows // together) * heads * slots
         if together == 1 or not slots or spared < (LEAST_COMPILED if compiled else LEAST_EAGER):
             return None
-        # What is not shared is read in steps, which must fit into the buffer.
-        if compiled and slots - tier.records.step < packed.coarsest(rows * heads):
+        # What is not shared is read in steps, which must fit into the buffer. There must be several chunks.
+        if compiled and slots - tier.records.step <= 2 * packed.coarsest(rows * heads):
             return None
         return cls(together, slots)
 
@@ -72,7 +72,7 @@ class Sharing(NamedTuple):
         rows, heads = tier.records.tensors["key_codes"].shape[:2]
         all_heads, step = rows * heads, tier.records.step
         own = packed.bucket(all_heads, max(1, count - self.slots))
-        if own == packed.chunk_of(all_heads, own, 1):  # a single chunk would need kernels of its own
+        while own == packed.chunk_of(all_heads, own, 1):  # a single chunk would need kernels of its own
             own = packed.bucket(all_heads, own + 1)
         first = min(self.slots, (tier.most_read - own) // step * step)
         return Reads(packed.whole(all_heads // self.beams, self.slots), first, own)
