@@ -451,14 +451,6 @@ class KVLayer:
             self.sharing = found
             self.version += 1
 
-    def views(self, full: bool = False) -> list[TierView]:
-        """Views of the tiers that hold a token: slots that hold one are seen. See `CompressedStore.view`.
-
-        If rows share slots, there is one view of these slots and one of the rest.
-        """
-        found = [self.middle.view(tier, full=full) for tier in self.held_tiers()]
-        return found if self.sharing is None else self.sharing.parts(*found)
-
     # -- compact
 
     @property
@@ -603,7 +595,12 @@ class KVLayer:
 
     def allocate_static_views(self) -> None:
         """Make the views that captured steps read."""
-        self.static_views = self.views()
+        self.static_views = self._views()
+
+    def _views(self) -> list[TierView]:
+        """Views of the tiers that hold a token. If rows share slots: of these slots, and of the rest."""
+        found = [self.middle.view(tier) for tier in self.held_tiers()]
+        return found if self.sharing is None else self.sharing.parts(*found)
 
     @property
     def views_like(self) -> Hashable | None:
@@ -617,7 +614,7 @@ class KVLayer:
     def refresh_static_views(self, counters: DeviceCounters | None = None) -> None:
         """Bring those views up to date, in place."""
         if self.sharing is not None and counters is None:
-            for view, fresh in zip(self.static_views, self.views()):
+            for view, fresh in zip(self.static_views, self._views()):
                 refresh(view, fresh)
             return
         # A demotion in a graph adds tokens, which are not shared.

@@ -16,9 +16,9 @@ from ..kernels.packed import TierView
 from ..kernels.rotated import Packed
 from .store import StoredTier
 
-#: Slots, over rows and heads, that a step need not read: with fewer, the kernels for what is not shared take
+#: Slots, over rows and heads, that a step need not read. With fewer, the kernels for what is not shared take
 #: longer than this reading. The first number is for compiled kernels.
-LEAST_COMPILED, LEAST_EAGER = 1 << 17, 1 << 10
+LEAST_COMPILED, LEAST_EAGER = 1 << 17, 1 << 13
 
 
 class Reads(NamedTuple):

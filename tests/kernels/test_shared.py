@@ -5,13 +5,15 @@ import random
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
+from fade_fast.compile import compiled as compiling
 from fade_fast.kernels import decode
 from fade_fast.kernels.packed import TierView
 from fade_fast.kernels.rotated import Packed
 
 from ..marks import slow_but
-from .test_decode import CLOSE, ONE, TILES, WIDTHS, distance, naive, no_loops, poisoned, problem  # noqa: F401
+from .test_decode import CLOSE, TILES, WIDTHS, distance, naive, no_loops, poisoned, problem  # noqa: F401
 
 
 def of_beams(x, beams, shared, axis):
@@ -91,3 +93,56 @@ def test_a_step_reads_shared_slots_once(seed, eager_tile):
     found = decode.attend(*parts, **in_parts)
     assert found.dtype == args[0].dtype and found.is_contiguous()
     assert distance(found, expected) <= CLOSE[found.dtype]
+
+
+def test_steps_are_refused_whose_parts_do_not_fit():
+    """Each by its reason, before anything is computed."""
+    _, (args, options) = search(1, dtype=torch.float64, new=1, widths=[(4, 4)])
+    together, own = args[5]
+    attend = lambda *tiers, **more: decode.attend(*args[:5], list(tiers), **options | more)  # noqa: E731
+    mass = [torch.zeros(*args[1].shape[:2], n) for n in (args[1].shape[2], 1, 1)]
+    with pytest.raises(ValueError, match="beams; allowed: a divisor of"):
+        attend(together._replace(beams=5), own)
+    with pytest.raises(ValueError, match="beams; allowed with mass"):
+        attend(together, own, mass=mass)
+    with pytest.raises(ValueError, match="beams; allowed with mass"):
+        attend(together._replace(first=0), own)
+    with pytest.raises(ValueError, match="valid has 2 rows"):
+        attend(together._replace(valid=together.valid.expand(-1, 2, -1)), own)
+    with pytest.raises(ValueError, match="is read from slot 3 on; allowed: a multiple"):
+        attend(together, own._replace(first=3), slots_read=[1, 1])
+    with pytest.raises(ValueError, match="slots from slot .* on; allowed: 1 to its capacity"):
+        attend(together, own._replace(first=own.per_mean), slots_read=[1, own.capacity])
+    with pytest.raises(ValueError, match="keys.codes is"):
+        attend(own._replace(beams=together.beams, first=None), own)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group, bits", [(4, (4, 4)), (1, (8, 8))])
+def test_one_compiled_graph_serves_every_fork(group, bits, traced_kernels):
+    """Traced as on CUDA: wherever rows part, and however far they have come."""
+    fixed = dict(
+        batch=4, heads=2, group=group, new=1, exact=20, lengths=[2048], capacities=[2048], widths=[bits],
+        per_mean=64, contiguous=False, holes=0.1, dtype=torch.float16, softcap=None, sinks=False,
+    )  # fmt: skip
+    args, options = problem(5, **fixed)
+    twin = compiling.Compiled(decode._of_dynamic_size)
+    constants = dict(bits=(bits, bits), scaling=options["scaling"], softcap=None, interleaved=False)
+    for shared, first, own in ((512, 512, 256), (640, 448, 512), (1024, 960, 768)):
+        whole = forked(args[5][0], 2, shared)
+        parts, read = halves(whole, 2, shared), [shared + 128, own]
+        sizes = [(4, 2 * group), (8, max(2, group))]
+        chunks = decode._chunks_of(sizes, read, constants["bits"], [False, False])
+        assert chunks == (128, 128)
+        numbers = [*(n // 128 for n in read), first // 64]
+        tiers = [parts[0], parts[1]._replace(first=0)]
+        inputs = (*args[:5], tiers, None, None, [])
+        with torch.no_grad():
+            dynamic_sizes = [compiling.dynamic_size(n) for n in numbers]
+            found = twin(dynamic_sizes, dict, *inputs, chunks=chunks, slots_read=None, **constants)
+        slot = torch.arange(2048)
+        seen = whole._replace(valid=whole.valid & (slot < first + own))
+        expected, _ = naive(*args[:5], [seen], **options | dict(slots_read=[2048]))
+        assert distance(found, expected) <= 0.02  # a CPU rounds sums of float16 products
+    assert len(twin.graphs) == 1 and counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
