@@ -36,6 +36,11 @@ _graph_ids = itertools.count(2)  # the compiler makes constants of 0 and 1
 _graphs: "weakref.WeakValueDictionary[int, DecodeGraph]" = weakref.WeakValueDictionary()
 
 
+def no_step() -> bool:
+    """See `DecodeGraph.one_too_many`: no step did."""
+    return False
+
+
 class DenseGroup:
     """Layers whose dense tokens fill the same slots, and the tensors by which their steps find them.
 
@@ -112,6 +117,7 @@ class DecodeGraph:
         asked: options of the newest generate() (`prompts.OPTIONS`).
         undrafted: whether it has had a step without drafts.
         beams: knows what the rows of a text share in a beam search.
+        one_too_many: says whether the newest step came after the end of a search.
         within: whether a generate() is under way. hooked: whether it asks our hooks before it compiles.
         reached: hooks that this text came by: "step", "search", "drafts", "ahead", or "declined".
         steps, eager_steps: decode steps of this text by the graph, and outside of it.
@@ -142,6 +148,7 @@ class DecodeGraph:
     def close_text(self) -> None:
         """A generate() has ended."""
         self.beams.close()
+        self.one_too_many: Callable[[], bool] = no_step
         self.within = self.hooked = False
 
     def clear(self) -> None:

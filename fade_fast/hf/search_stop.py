@@ -1,0 +1,82 @@
+"""Whether a beam search goes on: generate() learns this one step late, so that the GPU need not wait.
+
+After each step, generate() asks the device whether another step follows. Until the host knows, it prepares
+nothing. Here the answer is yes at first. The true answer is read when the rows would be reordered after the
+next step, which the GPU is still at. If the search had ended, that step was one too many: its token is
+cropped, and rows stay in their places. Its iteration changes no result, because beams that have ended in a
+text whose search is over cannot be replaced. generate() itself relies on this: it goes on until the searches
+of all texts are over.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..cache import decode_graph as graphs
+
+#: Options of generate() that could see the iteration that is one too many.
+WATCHING = (
+    "return_dict_in_generate", "stopping_criteria", "prefix_allowed_tokens_fn", "max_time", "stop_strings",
+    "synced_gpus", "constraints", "force_words_ids",
+)  # fmt: skip
+
+
+@dataclass
+class SearchStop:
+    """Of one generate().
+
+    Attributes:
+        decode_graph: of its cache.
+        watched: whether an option of `WATCHING` is set.
+        lengths: tokens of the texts before the next step, and at most; None: not known.
+        ended: whether the search has ended, and one step more has been undone.
+    """
+
+    decode_graph: graphs.DecodeGraph
+    watched: bool
+    lengths: tuple[int, int] | None = None
+    ended: bool = False
+    _answer: Tensor | None = field(default=None, repr=False)
+    _copied: "torch.cuda.Event | None" = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, decode_graph: graphs.DecodeGraph, config, kwargs: dict) -> "SearchStop":
+        """For the arguments of `model.generate` and its generation configuration."""
+        asked = [kwargs.get(name, getattr(config, name, None)) for name in WATCHING]
+        return cls(decode_graph, any(x is not None and x is not False and x != [] for x in asked))
+
+    @property
+    def late(self) -> bool:
+        """Whether the answer may be read late: the next step is captured, a crop undoes it, and it fits."""
+        graph = self.decode_graph
+        if self.watched or self.lengths is None or self.lengths[0] >= self.lengths[1] or graph.search is None:
+            return False
+        plain = all(layer.observer is None and layer.ranks is None for layer in graph.layers)
+        return plain and graph.captures and graph.steps > 0 and graph.layers[0].device.type in graphs.AHEAD_ON
+
+    def goes_on(self, answer: Tensor | bool) -> bool:
+        """Whether generate() shall take another step, given what it found on the device."""
+        self._answer, lengths, self.lengths = None, self.lengths, None
+        if self.ended:
+            return False
+        self.lengths = lengths
+        if not isinstance(answer, Tensor) or not self.late:
+            return bool(answer)
+        if answer.is_cuda:
+            self._answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._answer.copy_(answer, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._answer = answer.clone()
+        return True
+
+    def one_too_many(self) -> bool:
+        """Whether the newest step came after the end of the search. The host waits until that is known."""
+        if self._answer is None:
+            return False
+        if self._copied is not None:
+            self._copied.synchronize()
+        self.ended, self._answer, self._copied = not bool(self._answer), None, None
+        return self.ended
