@@ -37,7 +37,8 @@ class SearchStop:
     watched: bool
     lengths: tuple[int, int] | None = None
     ended: bool = False
-    _answer: Tensor | None = field(default=None, repr=False)
+    _answer: Tensor | None = field(default=None, repr=False)  # what is not read yet
+    _host: Tensor | None = field(default=None, repr=False)  # where the GPU writes it
     _copied: "torch.cuda.Event | None" = field(default=None, repr=False)
 
     @classmethod
@@ -46,30 +47,29 @@ class SearchStop:
         asked = [kwargs.get(name, getattr(config, name, None)) for name in WATCHING]
         return cls(decode_graph, any(x is not None and x is not False and x != [] for x in asked))
 
-    @property
-    def late(self) -> bool:
-        """Whether the answer may be read late: the next step is captured, a crop undoes it, and it fits."""
+    def _may_be_late(self, lengths: tuple[int, int] | None) -> bool:
+        """Whether another step fits, is captured, and can be undone by a crop."""
         graph = self.decode_graph
-        if self.watched or self.lengths is None or self.lengths[0] >= self.lengths[1] or graph.search is None:
+        if self.watched or lengths is None or lengths[0] >= lengths[1] or graph.search is None:
             return False
         plain = all(layer.observer is None and layer.ranks is None for layer in graph.layers)
         return plain and graph.captures and graph.steps > 0 and graph.layers[0].device.type in graphs.AHEAD_ON
 
     def goes_on(self, answer: Tensor | bool) -> bool:
         """Whether generate() shall take another step, given what it found on the device."""
-        self._answer, lengths, self.lengths = None, self.lengths, None
+        lengths, self.lengths = self.lengths, None
+        self._answer = None
         if self.ended:
             return False
-        self.lengths = lengths
-        if not isinstance(answer, Tensor) or not self.late:
+        if not isinstance(answer, Tensor) or not self._may_be_late(lengths):
             return bool(answer)
-        if answer.is_cuda:
-            self._answer = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._answer.copy_(answer, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        else:
+        if not answer.is_cuda:
             self._answer = answer.clone()
+            return True
+        if self._host is None:
+            self._host, self._copied = torch.empty((), dtype=torch.bool).pin_memory(), torch.cuda.Event()
+        self._answer = self._host.copy_(answer, non_blocking=True)
+        self._copied.record()
         return True
 
     def one_too_many(self) -> bool:
@@ -78,5 +78,5 @@ class SearchStop:
             return False
         if self._copied is not None:
             self._copied.synchronize()
-        self.ended, self._answer, self._copied = not bool(self._answer), None, None
+        self.ended, self._answer = not bool(self._answer), None
         return self.ended
