@@ -3,9 +3,9 @@
 After each step, generate() asks the device whether another step follows. Until the host knows, it prepares
 nothing. Here the answer is yes at first. The true answer is read when the rows would be reordered after the
 next step, which the GPU is still at. If the search had ended, that step was one too many: its token is
-cropped, and rows stay in their places. Its iteration changes no result, because beams that have ended in a
-text whose search is over cannot be replaced. generate() itself relies on this: it goes on until the searches
-of all texts are over.
+cropped, and rows stay in their places. Its iteration changes no result, because the best beam that has ended
+in a text whose search is over cannot be replaced. generate() itself relies on this: it goes on until the
+searches of all texts are over.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class SearchStop:
 
     Attributes:
         decode_graph: of its cache.
-        watched: whether an option of `WATCHING` is set.
+        watched: whether an option of `WATCHING` is set, or several beams of a text are returned.
         lengths: tokens of the texts before the next step, and at most; None: not known.
         ended: whether the search has ended, and one step more has been undone.
     """
@@ -44,8 +44,11 @@ class SearchStop:
     @classmethod
     def of(cls, decode_graph: graphs.DecodeGraph, config, kwargs: dict) -> "SearchStop":
         """For the arguments of `model.generate` and its generation configuration."""
-        asked = [kwargs.get(name, getattr(config, name, None)) for name in WATCHING]
-        return cls(decode_graph, any(x is not None and x is not False and x != [] for x in asked))
+        option = lambda name: kwargs.get(name, getattr(config, name, None))  # noqa: E731
+        watched = any(option(name) not in (None, False, []) for name in WATCHING)
+        # Where few tokens are allowed, fewer beams than these may have ended, and a step more ends others.
+        several = (option("num_return_sequences") or 1) > 1
+        return cls(decode_graph, watched or several)
 
     def _may_be_late(self, lengths: tuple[int, int] | None) -> bool:
         """Whether another step fits, is captured, and can be undone by a crop."""

@@ -18,7 +18,6 @@ STOPS = {
     "never": dict(early_stopping="never", length_penalty=0.5),
     "all end": dict(early_stopping=False, eos_token_id=list(range(1, 256))),
     "at the longest": dict(eos_token_id=[1000]),
-    "several": dict(early_stopping=True, num_return_sequences=3),
 }
 
 
@@ -67,6 +66,7 @@ def test_a_sampled_search(tapes, monkeypatch):  # noqa: F811
     [
         dict(return_dict_in_generate=True, output_scores=True),
         dict(stopping_criteria=[lambda ids, x: ids[:, 0] < 0]),
+        dict(num_return_sequences=3),
     ],
 )
 def test_whoever_watches_sees_no_step_too_many(watching, tapes, monkeypatch):  # noqa: F811
