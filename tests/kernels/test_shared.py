@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_map
 
 from fade_fast.compile import compiled as compiling
 from fade_fast.kernels import decode
@@ -146,3 +147,30 @@ def test_one_compiled_graph_serves_every_fork(group, bits, traced_kernels):
         assert distance(found, expected) <= 0.02  # a CPU rounds sums of float16 products
     assert len(twin.graphs) == 1 and counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group, bits", [(4, (4, 4)), (1, (8, 8)), (3, (2, 2))])
+def test_compiled_steps_on_a_gpu(group, bits, dtype):
+    """One graph serves two forks; each output is that of `naive`."""
+    fixed = dict(
+        batch=8, heads=2, group=group, dim=128, new=1, exact=40, lengths=[6144], capacities=[6144],
+        widths=[bits], per_mean=64, contiguous=False, softcap=None, sinks=False, holes=0.1, dtype=dtype,
+    )  # fmt: skip
+    args, options = problem(6, **fixed)
+    graphs = []
+    for shared, first, own in ((4096, 4096, 1024), (3072, 3008, 2048)):
+        whole = forked(args[5][0], 4, shared)
+        slot = torch.arange(6144)
+        seen = whole._replace(valid=whole.valid & (slot < first + own))
+        expected, _ = naive(*args[:5], [seen], **options)
+        parts = halves(whole, 4, shared)
+        parts[1] = parts[1]._replace(first=first)
+        on_gpu = lambda x: tree_map(lambda y: y.cuda() if isinstance(y, torch.Tensor) else y, x)  # noqa: E731
+        more = dict(bits=[bits] * 2, slots_read=[shared + 512, own])
+        found = decode.attend(*on_gpu(args[:5]), on_gpu(parts), **options | more).cpu()
+        assert distance(found, expected) <= CLOSE[dtype]
+        graphs.append(len(decode._compiled.graphs))
+    assert graphs[0] == graphs[1]
