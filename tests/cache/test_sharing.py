@@ -237,22 +237,22 @@ def test_the_beams_of_an_uncompressed_cache(sharing_from, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_searches_on_a_gpu_share_and_compile_once(sharing_from):
-    """Prompts of any length share by the same kernels, in replayed steps. Texts are those of rows that read
-    alone as far as two roundings to 16 bits allow: the first tokens.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_searches_on_a_gpu_share_and_compile_once(dtype, sharing_from):
+    """Prompts of any length share by the same kernels, in replayed steps. In float32, which tiles serve, texts
+    are those of rows that read alone.
     """
-    model, config = tiny_llama(dtype=torch.bfloat16).cuda(), FadeConfig(recent_window=16, block_size=64)
+    model, config = tiny_llama(dtype=dtype).cuda(), FadeConfig(recent_window=16, block_size=64)
     compiled = []
     for length in (4500, 5300):
         texts, inputs = [], {name: x.cuda() for name, x in prompt(length, batch=2, pads=(0, 9)).items()}
         for least in (1, None):
             sharing_from(least)
-            cache, variants = new_cache(model, config, max_length=length + 200), []
+            cache, variants = new_cache(model, config, max_length=5600), []
             graph, begin = cache.decode_graph, cache.decode_graph.begin
             graph.begin = lambda *args, b=begin, g=graph, v=variants: (b(*args), v.append(g.variant))[0]
-            texts.append(search(model, cache, inputs, new=160)[:, length:])
+            texts.append(search(model, cache, inputs, new=160)[:, length : length + 40])
             assert all((v[0][-1] == -3) == (least == 1) for v in variants) and graph.replays > 120
-            assert len({len(v[0]) for v in variants}) == 1
             compiled.append(len(decode._compiled.graphs))
-        assert torch.equal(*(text[:, :4] for text in texts))
-    assert compiled[0] == compiled[2] or compiled[1] == compiled[3]
+        assert dtype == torch.bfloat16 or torch.equal(*texts)
+    assert compiled[1:] == [compiled[1]] * 3
