@@ -239,8 +239,8 @@ def test_the_beams_of_an_uncompressed_cache(sharing_from, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_searches_on_a_gpu_share_and_compile_once(dtype, sharing_from):
-    """Prompts of any length share by the same kernels, in replayed steps. In float32, which tiles serve, texts
-    are those of rows that read alone.
+    """Prompts of any length share by the same kernels, in replayed steps. In float32, which tiles serve, they
+    give the texts of rows that read alone.
     """
     model, config = tiny_llama(dtype=dtype).cuda(), FadeConfig(recent_window=16, block_size=64)
     compiled = []
