@@ -16,6 +16,7 @@ class AppendStore(CompressedStore):
 
     keeps_slots = True
     fills_slots = True
+    shares_slots = True
 
     @property
     def slots_step(self) -> int:

@@ -99,6 +99,8 @@ class Beams:
         self._length = 0  # tokens of the cache at that time
         self._forks: list[Fork | None] = []  # of the layers
         self._beams = 0  # rows of a text; 0: not known to have been equal
+        for layer in self._layers:
+            layer.share(1, 0)
 
     def moved_all(self, index: Tensor) -> bool:
         """Rows `index` have taken all places, in a generate(). Returns whether that was the first time."""
@@ -121,10 +123,13 @@ class Beams:
         beams = len(rows) // self._texts
         sources = [set(rows[i : i + beams]) for i in range(0, len(rows), beams)] if beams > 1 else []
         equal = len(sources) == self._texts and all(len(x) == 1 for x in sources)
-        if equal and any(self._forks):
-            self._beams = beams
-        else:
+        if not equal or not any(self._forks):
             self.close()
+            return
+        self._beams = beams
+        for fork, layer in zip(self._forks, self._layers):
+            if fork is not None:
+                layer.share(beams, fork.middle)
 
     def reach(self, index: Tensor, static: bool) -> int | None:
         """How many tokens have come since the rows of a text were equal. None: everything has to move.

@@ -22,7 +22,6 @@ from torch import Tensor
 from ..compile.record import record
 from ..kernels import dense
 from . import together
-from .append_store import AppendStore
 from .beams import Beams, Written
 from .buffers import copy_all, cut, take_rows
 from .guard import without_autocast
@@ -35,6 +34,11 @@ AHEAD_ON = {"cuda"}  # types of devices for which generate() need not wait befor
 
 _graph_ids = itertools.count(2)  # the compiler makes constants of 0 and 1
 _graphs: "weakref.WeakValueDictionary[int, DecodeGraph]" = weakref.WeakValueDictionary()
+
+
+def no_step() -> bool:
+    """See `DecodeGraph.one_too_many`: no step did."""
+    return False
 
 
 class DenseGroup:
@@ -113,6 +117,7 @@ class DecodeGraph:
         asked: options of the newest generate() (`prompts.OPTIONS`).
         undrafted: whether it has had a step without drafts.
         beams: knows what the rows of a text share in a beam search.
+        one_too_many: says whether the newest step came after the end of a search.
         within: whether a generate() is under way. hooked: whether it asks our hooks before it compiles.
         reached: hooks that this text came by: "step", "search", "drafts", "ahead", or "declined".
         steps, eager_steps: decode steps of this text by the graph, and outside of it.
@@ -143,6 +148,7 @@ class DecodeGraph:
     def close_text(self) -> None:
         """A generate() has ended."""
         self.beams.close()
+        self.one_too_many: Callable[[], bool] = no_step
         self.within = self.hooked = False
 
     def clear(self) -> None:
@@ -398,6 +404,7 @@ class DecodeGraph:
         self._kept_at, self.reordered = 0, True
         graphed = not self._stale and self.captures
         reach = self.beams.reach(index, static=graphed)
+        graphed = graphed and not self._stale  # rows that leave their text share nothing any more
         if not graphed:
             select(index, self.beams.written(reach, static=False))
         elif self.step_index.device.type not in CAPTURES_ON:
@@ -429,7 +436,8 @@ class DecodeGraph:
             slots = every[self.layers.index(group.layers[0])]
             held.append(group.held if slots is None else cut(group.held, 2, slots.dense))
         for layer, slots in zip(self.layers, every):
-            of_slots = [x for view in layer.static_views for x in (view.valid, view.read_at) if x is not None]
+            views = [view for view in layer.static_views if view.beams == 1]  # others hold no rows of beams
+            of_slots = [x for view in views for x in (view.valid, view.read_at) if x is not None]
             held += of_slots if slots is None else [cut(x, -1, slots.middle) for x in of_slots]
         pending = []
         for x in held:
@@ -478,20 +486,23 @@ class DecodeGraph:
         Yields the `variant` of such steps. It is None if that will not be within so many tokens, or if it
         takes other buffers or kernels; then nothing changes.
         """
-        stores = [layer.middle for layer in self.layers if layer.compresses]
-        tiers = [store.tiers[0] for store in stores if type(store) is AppendStore and store.count]
-        held = [tier.records.count for tier in tiers]
-        soon = all(x.num_read - x.records.count <= within and x.next_read for x in tiers)
-        if not tiers or len(tiers) < len(stores) or not soon:
+        layers = [layer for layer in self.layers if layer.compresses]
+        later = [layer.reads_more_at for layer in layers]
+        if not layers or None in later:
+            yield None
+            return
+        records = [layer.middle.tiers[0].records for layer in layers]
+        held = [x.count for x in records]
+        if any(at - 1 - count > within for at, count in zip(later, held)):
             yield None
             return
         try:
-            for tier in tiers:
-                tier.records.count = tier.num_read + 1
+            for x, at in zip(records, later):
+                x.count = at
             yield tuple(map(tuple, self._now_read()))
         finally:
-            for tier, count in zip(tiers, held):
-                tier.records.count = count
+            for x, count in zip(records, held):
+                x.count = count
 
     def _open(self) -> None:
         """Begin a new graph id."""

@@ -27,7 +27,8 @@ from .dense import DenseStore
 from .positions import DeviceCounters, TokenPositions
 from .ranks import Ranks
 from .select_store import SelectStore
-from .store import CompressedStore, StoredTier
+from .sharing import Sharing
+from .store import CompressedStore, StoredTier, refresh
 
 MAX_DECODE_TOKENS = 16  # most tokens of a step that are stored before they are attended
 MIN_SPARE_SLOTS = 128  # free slots of a buffer that grows with the text, when the buffer is made
@@ -89,6 +90,8 @@ class KVLayer:
         version: counts changes that captured steps must learn of.
         appends: counts steps that were appended outside a captured step.
         telemetry: is told of what happens, where anything listens; else None.
+        group: query heads of a KV head, once a step has told; else 0.
+        sharing: what rows share, while a beam search lets steps read it once; else None.
     """
 
     telemetry = None
@@ -108,7 +111,7 @@ class KVLayer:
         self.config, self.format, self.token_positions, self.rope = config, format, positions, rope
         self.ranks = ranks
         self.index, self.layer_idx, self.observer, self._max_length = index, layer_idx, observer, max_length
-        self.version = self.appends = 0
+        self.version = self.appends = self.group = 0
         self.reset()
 
     def reset(self) -> None:
@@ -117,6 +120,7 @@ class KVLayer:
         self.dense: DenseStore | None = None
         self.middle: CompressedStore | None = None
         self.static_views: list[TierView] = []  # what captured steps read of the tiers
+        self.sharing: Sharing | None = None
         self.version += 1
 
     @property
@@ -357,6 +361,10 @@ class KVLayer:
         sums = self.attention_sums() if self.counts_in_attend(query.shape[2]) else []
         tiers = self.held_tiers()
         slots_read = [tier.num_read for tier in tiers]
+        if self.sharing is not None and len(visible.views) > len(tiers):
+            reads, (shared, own) = self.sharing.reads(*tiers), visible.views
+            visible = replace(visible, views=[shared, own._replace(first=reads.first)][: 1 + bool(reads.own)])
+            tiers, slots_read = tiers * len(visible.views), [reads.shared, reads.own][: len(visible.views)]
         if any(view.key_index is not None for view in visible.views):  # few tokens: all of them are read
             visible = replace(visible, views=[self.middle.all_of_few(view) for view in visible.views])
             slots_read = [view.capacity for view in visible.views]
@@ -430,6 +438,21 @@ class KVLayer:
             probs = (total[..., :n] / group).unsqueeze(2)
             self.observer.add({k: x[..., :n] for k, x in fields.items()}, probs, sees.unsqueeze(1))
         self.observer.advance(seen[0].shape[1])
+
+    # -- rows that share slots
+
+    def share(self, beams: int, slots: int) -> None:
+        """Say that the rows of a text, `beams` each, are equal in the first `slots` slots, and stay so.
+
+        One beam: from now on each row reads for itself.
+        """
+        found = None
+        if beams > 1 and self.group and self.has_middle and not self.observer:
+            if self.middle.shares_slots and self.format.shares_slots:
+                found = Sharing.of(self.middle.tiers[0], beams, slots, self.group)
+        if found != self.sharing:
+            self.sharing = found
+            self.version += 1
 
     # -- compact
 
@@ -552,12 +575,35 @@ class KVLayer:
         return [*inputs, self.rope().inv_freq] if self.config.contiguous else inputs
 
     def slots_read(self) -> list[int]:
-        """Slots that a step reads of each tier that holds a token, and whether it chooses among them."""
-        return [*(tier.num_read for tier in self.held_tiers()), self.has_middle and self.middle.chooses]
+        """Slots that a step reads of each tier that holds a token, and at last how it reads: whether it
+        chooses among them, or how many beams share some of them, as a negative number.
+        """
+        tiers = self.held_tiers()
+        if self.sharing is not None:
+            return [*self.sharing.reads(*tiers), -self.sharing.beams]
+        return [*(tier.num_read for tier in tiers), self.has_middle and self.middle.chooses]
+
+    @property
+    def reads_more_at(self) -> int | None:
+        """Slots in use with which a step reads more of them.
+
+        None: it then takes other buffers or kernels, or this layer has no single tier that grows.
+        """
+        if type(self.middle) is not AppendStore or not self.middle.count:
+            return None
+        (tier,) = self.middle.tiers
+        if self.sharing is not None:
+            return self.sharing.more_at(tier)
+        return tier.num_read + 1 if tier.next_read else None
 
     def allocate_static_views(self) -> None:
         """Make the views that captured steps read."""
-        self.static_views = [self.middle.view(tier) for tier in self.held_tiers()]
+        self.static_views = self._views()
+
+    def _views(self) -> list[TierView]:
+        """Views of the tiers that hold a token. If rows share slots: of these slots, and of the rest."""
+        found = [self.middle.view(tier) for tier in self.held_tiers()]
+        return found if self.sharing is None else self.sharing.parts(*found)
 
     @property
     def views_like(self) -> Hashable | None:
@@ -565,11 +611,18 @@ class KVLayer:
         if not self.has_middle or self.middle.views_like is None:
             return None
         key = self.dense.tensors["key"]
-        return key.shape[0], key.device, self.config.contiguous, self.config.n_sink, self.middle.views_like
+        kind = key.shape[0], key.device, self.config.contiguous, self.config.n_sink, self.sharing
+        return *kind, self.middle.views_like
 
     def refresh_static_views(self, counters: DeviceCounters | None = None) -> None:
         """Bring those views up to date, in place."""
-        for tier, view in zip(self.held_tiers(), self.static_views):
+        if self.sharing is not None and counters is None:
+            for view, fresh in zip(self.static_views, self._views()):
+                refresh(view, fresh)
+            return
+        # A demotion in a graph adds tokens, which are not shared.
+        views = [view for view in self.static_views if view.beams == 1]
+        for tier, view in zip(self.held_tiers(), views):
             self.middle.refresh_view(tier, view, counters)
 
     @property
@@ -594,6 +647,7 @@ class KVLayer:
 
         The copy is in place if there are as many: captured steps know the tensors by their addresses.
         """
+        self.share(1, 0)
         pending = []
         self.map(lambda x: take_rows(x, index, pending))
         copy_all(pending)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ..compile.compiled import use_compiled
-from ..kernels import dense, flash
+from ..kernels import decode_loops, dense, flash
 from ..kernels.merge import Partial, combine, merge, of_heads, of_rows, sinks
+from ..kernels.packed import TierView
 from .layer import KVLayer, ScoreOptions, Visible
 from .positions import PAD
 from .store import StoredTier
@@ -122,13 +123,26 @@ class AttentionQuery:
         if self._sees_all():
             keys = layer.dense.tensors["key"]
             seen = _ones(keys.shape[0], layer.dense.count, keys.device)
-            return Visible(seen, [layer.middle.view(t, full=True) for t in layer.held_tiers()])
+            views = [layer.middle.view(t, full=True) for t in layer.held_tiers()]
+            return Visible(seen, self._shared(views))
         seen = self.sees_dense()[:, 0]
         # One shape for as long as the buffers last.
         if use_compiled(self.raw) or layer.counts_in_attend(self.raw.shape[2]):
             seen = torch.nn.functional.pad(seen, (0, layer.dense.capacity - seen.shape[-1]))
         views = [layer.middle.view(t, self.sees(self.tier_at(t))[:, 0]) for t in layer.held_tiers()]
-        return Visible(seen, views)
+        return Visible(seen, self._shared(views))
+
+    def _shared(self, views: list[TierView]) -> list[TierView]:
+        """These views, in parts if rows share slots and that helps.
+
+        The compiled loops of a CPU know no parts. They are faster than eager steps in parts.
+        """
+        layer = self.layer
+        if layer.sharing is None or self.raw.shape[2] > 1 or self.options.window is not None:
+            return views
+        (tier,) = layer.held_tiers()
+        step = self.raw, layer.dense["key"], views, [tier.format.bits], [tier.num_read]
+        return views if self.options.plain and decode_loops.takes(*step) else layer.sharing.parts(*views)
 
     def _sees_all(self) -> bool:
         """Whether the only query sees every token held, and nothing asks for fixed shapes."""

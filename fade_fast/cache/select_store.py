@@ -85,6 +85,7 @@ class SelectStore(AppendStore):
     """
 
     fills_slots = False  # a query reads some of them
+    shares_slots = False  # each query reads others
 
     def __init__(self, *args):
         super().__init__(*args)

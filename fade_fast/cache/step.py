@@ -52,6 +52,7 @@ def run(
     Raises `ValueError` for a mask that cannot be obeyed, before anything is written.
     """
     new, start, positions = query.shape[2], layer.length, layer.token_positions
+    layer.group = query.shape[1] // keys.shape[1]
     step_mask = positions.masks.read(mask, query.shape[0], new, start, positions.buffer)
     real = step_mask.real
     own = step_mask.own if start or layer.observer else None

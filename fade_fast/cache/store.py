@@ -35,6 +35,13 @@ def _first_slots(batch: int, count: int, capacity: int, device: torch.device) ->
     return valid
 
 
+def refresh(view: TierView, fresh: TierView) -> None:
+    """Bring what `view` holds beside the buffers up to date, in place."""
+    view.valid.copy_(fresh.valid)
+    if view.read_at is not None:
+        view.read_at.copy_(fresh.read_at)
+
+
 class StoredTier:
     """One tier: its format and its records.
 
@@ -177,6 +184,7 @@ class CompressedStore(ABC):
     chooses = False  # whether a short step reads a part of the tokens
     keeps_slots = False  # whether a token stays in the slot it got
     fills_slots = False  # whether each slot in use holds a real token, in a batch without padding
+    shares_slots = False  # whether a step may read slots once that are equal in several rows
     evicted: Tensor | None = None  # [B, 1] int32: real tokens dropped so far
     token_bytes = 0  # of an uncompressed token; 0: not known
     on_plan: Callable | None = None  # is told of plans: see `plan.Candidates`
@@ -342,10 +350,7 @@ class CompressedStore(ABC):
 
     def refresh_view(self, tier: StoredTier, view: TierView, counters: DeviceCounters | None = None) -> None:
         """Bring the tensors that `view` made beside the buffers up to date, in place."""
-        fresh = self.view(tier)
-        view.valid.copy_(fresh.valid)
-        if view.read_at is not None:
-            view.read_at.copy_(fresh.read_at)
+        refresh(view, self.view(tier))
 
     @abstractmethod
     def can_replay_demotion(self, new: int) -> bool:

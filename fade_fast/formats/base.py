@@ -102,9 +102,11 @@ class Format(ABC):
         table: that tensor, or one for each KV head, [H, D + 1, D], once `allocate` was called.
         value_table: [H, D, D] where values have matrices of their own, else None.
         has_means: whether keys are stored less their mean.
+        shares_slots: whether `attend` can read slots once that are equal in several rows.
     """
 
     has_means = False
+    shares_slots = False
     value_table: Tensor | None = None
     table_bytes = 0  # of tables that belong to this layer alone
 

@@ -154,6 +154,7 @@ class RotatedFormat(Format):
     """
 
     has_means = True
+    shares_slots = True
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 from fade_ref.config import FadeConfig
 
 from ..cache.beams import Written, move
-from ..cache.decode_graph import DecodeGraph
+from ..cache.decode_graph import DecodeGraph, no_step
 from ..cache.guard import Guard, reading, single_threaded
 from ..cache.layer import KVLayer
 from ..cache.positions import PositionsElsewhere, TokenPositions
@@ -260,6 +260,7 @@ class TieredKVCache(Cache):
                 memo[id(shared)] = shared
         for graph in (self.decode_graph.demotion, self.decode_graph.order):
             memo[id(graph)] = None  # a captured CUDA graph cannot be copied
+        memo[id(self.decode_graph.one_too_many)] = no_step  # the copy is no part of a search
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         twin.decode_graph.clear()  # the copy must not replay the captured steps of this cache
@@ -395,6 +396,9 @@ class TieredKVCache(Cache):
         do that, too: on a GPU nothing checks it.
         """
         self._check_rows(beam_idx, same=True)
+        if self.decode_graph.one_too_many():
+            self.crop(-1)
+            return
         self.decode_graph.reorder(beam_idx, self._reorder)
         if not self.decode_graph.within:  # a beam search must not wait until the host knows the indices
             self.seen.select_rows(beam_idx)

@@ -10,6 +10,7 @@
 | `model.get_compiled_call` | demotions and counters around the compiled step; captures the step | detach |
 | `model._valid_auto_compile_criteria` | tells whether steps are compiled | detach |
 | `model._beam_search_has_unfinished_sequences` | the next call is a step of a beam search | detach |
+| `model._check_early_stop_heuristic` | the end of a search is known late (`search_stop.py`) | detach |
 | `model._get_candidate_generator` | the next calls check drafts | detach |
 | `model._compiled_call_impl` | compiles steps of beams and drafts, which generate() calls plainly | detach |
 | `model.prepare_inputs_for_generation` (Phi-3) | keeps the cache where long RoPE switches | detach |
@@ -45,10 +46,13 @@ from .attention import NAME
 from .cache import TieredKVCache
 from .models import CACHE_NAME, cache_in, cache_parameter, named_cache, text_config
 from .prompts import Prompt
+from .search_stop import SearchStop
 from .undisturbed import attention_names, restore_attention
 
 #: Private method that only beam search calls. It calls the method once per step.
 BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES = "_beam_search_has_unfinished_sequences"
+#: Private method that beam search calls before the former. It is told how long the texts are.
+CHECK_EARLY_STOP_HEURISTIC = "_check_early_stop_heuristic"
 #: Private method that greedy decoding and sampling call. It tells them whether to compile the steps.
 VALID_AUTO_COMPILE_CRITERIA = "_valid_auto_compile_criteria"
 #: Private method that only assisted decoding calls. It calls the method once, to get the drafter.
@@ -152,12 +156,15 @@ def generate(model: PreTrainedModel, *args, **kwargs):
         texts=prompt.texts,
     )
     decode_graph.asked = prompt.options
+    config = args[1] if len(args) > 1 else kwargs.get("generation_config") or model.generation_config
+    before, stop = getattr(_searches, "now", None), SearchStop.of(decode_graph, config, kwargs)
+    _searches.now, decode_graph.one_too_many = stop, stop.one_too_many
     cache.token_positions.expected = prompt.longest
     try:
         with _deferred_checks():
             output = call(*args, **kwargs)
     finally:
-        cache.token_positions.expected = None
+        cache.token_positions.expected, _searches.now = None, before
         decode_graph.close_text()
         if decode_graph.reordered:  # beam search moved the rows, so the remembered ids are wrong
             cache.seen.set(None)
@@ -374,10 +381,25 @@ def _compiles(model: PreTrainedModel, model_kwargs: dict, generation_config) -> 
 # -- beam search and assisted decoding, which generate() does not compile
 
 
+_searches = threading.local()  # `now`: the `SearchStop` of the generate() of this thread
+
+
 def _unfinished(model: PreTrainedModel, *args, **kwargs) -> bool:
-    """Return the answer of transformers. If it is true, the next step belongs to a beam search."""
-    model._fade_searching = bool(getattr(type(model), BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES)(*args, **kwargs))
+    """Return the answer of transformers, perhaps a step late. If it is true, the next step belongs to a beam
+    search.
+    """
+    answer = getattr(type(model), BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES)(*args, **kwargs)
+    stop = getattr(_searches, "now", None)
+    model._fade_searching = bool(answer) if stop is None else stop.goes_on(answer)
     return model._fade_searching
+
+
+def _heuristic(model: PreTrainedModel, *args, **kwargs) -> torch.Tensor:
+    """Return the answer of transformers, and remember how long the texts are and may become."""
+    if stop := getattr(_searches, "now", None):
+        now, most = kwargs.get("cur_len"), kwargs.get("max_length")
+        stop.lengths = (now, most) if isinstance(now, int) and isinstance(most, int) else None
+    return getattr(type(model), CHECK_EARLY_STOP_HEURISTIC)(*args, **kwargs)
 
 
 def _drafter(model: PreTrainedModel, generation_config, *args, **kwargs):
@@ -450,6 +472,7 @@ def _methods() -> dict[str, Callable]:
         "init_continuous_batching": _refuse_batching,
         GET_COMPILED_CALL: compiled_call,
         BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES: _unfinished,
+        CHECK_EARLY_STOP_HEURISTIC: _heuristic,
         VALID_AUTO_COMPILE_CRITERIA: _compiles,
         GET_CANDIDATE_GENERATOR: _drafter,
     }

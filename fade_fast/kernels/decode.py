@@ -55,7 +55,8 @@ def attend(
         seen: bool [B, 1 or q, E]. True where a query sees an uncompressed token.
         matrix: float32 [D + 1, D]. The rotation of the codec, followed by the sum of its rows. Or
             [H, D + 1, D], the matrix of each KV head, which decodes its keys.
-        tiers: the buffers of each tier at full capacity, all [B, H, capacity, ...], or pages.
+        tiers: the buffers of each tier at full capacity, all [B, H, capacity, ...], or pages. A tier that
+            beams share has a row for each text, and no `mass` is computed.
         bits: bits per code of keys and values of each tier.
         slots_read: number of slots that the step reads from each tier. It must cover all slots that `valid`
             may allow, and be rounded by `packed.bucket`. One compiled version serves all numbers of slots
@@ -85,7 +86,9 @@ def attend(
         )  # fmt: skip
     new, columns = query.shape[2], rounded(query.shape[2])
     # Add padding queries, and ignore them afterwards. Add none with `mass`, because it would count them.
-    fits = use_compiled(query) and not mass and query.shape[1] // keys.shape[1] * columns <= MOST_ROWS
+    beams = max([1, *(view.beams for view in tiers)])
+    rows = query.shape[1] // keys.shape[1] * columns * beams
+    fits = use_compiled(query) and not mass and rows <= MOST_ROWS
     if fits and new > 1:  # contiguous: one compiled version then serves all strides of the query
         query, seen = more_rows(query, columns).contiguous(), more_rows(seen, columns)
         tiers = [view._replace(valid=more_rows(view.valid, columns)) for view in tiers]
@@ -93,7 +96,8 @@ def attend(
     output = torch.ops.fade.attend(
         query, keys, values, seen, matrix, flat, s_aux, inv_freq, mass or [],
         [b for pair in bits for b in pair], slots_read, [view.per_mean for view in tiers],
-        scaling, softcap, interleaved, value_matrix,
+        scaling, softcap, interleaved, value_matrix, [view.beams for view in tiers],
+        [-1 if view.first is None else view.first for view in tiers],
     )  # fmt: skip
     return output if output.shape[1] == new else output.narrow(1, 0, new).contiguous()
 
@@ -130,7 +134,10 @@ def _check(query, keys, values, seen, matrices, tiers, bits, slots_read, s_aux, 
     for i, (view, pair, num_read) in enumerate(zip(tiers, bits, slots_read)):
         # Codes of the rotated codec, which has one matrix, have a zero point at 8 and 4 bits.
         has_zero = matrices[0].dim() == 2
-        _check_tier(f"tiers[{i}]", view, pair, num_read, (batch, heads, dim), rows, on, has_zero)
+        texts = batch
+        if view.beams != 1:
+            texts = _check_beams(f"tiers[{i}]", view, batch, bool(mass))
+        _check_tier(f"tiers[{i}]", view, pair, num_read, (texts, heads, dim), rows, on, has_zero)
     if len({pair[1] == packed.DENSE for pair in bits}) > 1:
         raise ValueError(f"bits are {bits}; allowed: 16-bit values in all tiers, or in none")
     if any(view.read_at is not None for view in tiers):
@@ -144,6 +151,19 @@ def _check(query, keys, values, seen, matrices, tiers, bits, slots_read, s_aux, 
         _expect(f"mass[{i}]", x, (batch, heads, n), (torch.float32, torch.float64), on)
 
 
+def _check_beams(name: str, view: TierView, batch: int, counts: bool) -> int:
+    """Check a tier that beams share. Returns the number of texts."""
+    if view.beams < 1 or batch % view.beams:
+        raise ValueError(f"{name} has {view.beams} beams; allowed: a divisor of {batch} rows")
+    if counts or view.block_table is not None or view.key_index is not None or view.first is not None:
+        raise ValueError(
+            f"{name} has {view.beams} beams; allowed with mass, pages, apart key codes or `first`: 1"
+        )
+    if view.valid.dim() == 3 and view.valid.shape[1] > 1:
+        raise ValueError(f"{name}.valid has {view.valid.shape[1]} rows; allowed where beams share a tier: 1")
+    return batch // view.beams
+
+
 def _check_tier(
     name: str, view: TierView, bits: tuple[int, int], num_read: int, sizes, rows, device, has_zero: bool
 ) -> None:
@@ -153,8 +173,15 @@ def _check_tier(
         allowed = "two of 8, 4, 3 and 2, whose codes fill whole bytes; 16 for values"
         raise ValueError(f"{name} has bits {tuple(bits)} at head_dim {dim}; allowed: {allowed}")
     capacity = view.valid.shape[-1] if view.valid.dim() else 0
-    if not 1 <= num_read <= capacity:
-        raise ValueError(f"{name} reads {num_read} slots; allowed: 1 to its capacity, {capacity}")
+    first = view.first or 0
+    if not 1 <= num_read <= capacity - first:
+        where = f" from slot {first} on" if first else ""
+        raise ValueError(
+            f"{name} reads {num_read} slots{where}; allowed: 1 to its capacity, {capacity - first}"
+        )
+    if first < 0 or first % max(1, view.per_mean) or first and view.block_table is not None:
+        has = f"{name} is read from slot {first} on"
+        raise ValueError(f"{has}; allowed: a multiple of {view.per_mean}, and no pages")
     outer, slots = (batch, heads), capacity
     if view.block_table is not None:
         outer, slots = _check_table(name, view, batch, heads, capacity, device)
@@ -175,9 +202,11 @@ def _check_tier(
     _expect(f"{name}.bound", view.bound, (batch, heads), FLOATS, device)
     means = view.means.shape[2] if view.means.dim() == 4 else 0
     _expect(f"{name}.means", view.means, (batch, heads, means, dim), FLOATS, device)
-    if view.per_mean < 1 or means != 1 and means * view.per_mean < num_read:
+    if view.per_mean < 1 or means != 1 and means * view.per_mean < first + num_read:
         has = f"{means} means of {view.per_mean} slots each"
-        raise ValueError(f"{name} has {has}; allowed: as many as {num_read} slots need, or one for all")
+        raise ValueError(
+            f"{name} has {has}; allowed: as many as {first + num_read} slots need, or one for all"
+        )
     if view.read_at is not None:
         _expect(f"{name}.read_at", view.read_at, (batch, 1, capacity), (torch.int32, torch.int64), device)
 
@@ -225,29 +254,46 @@ def _operator(
     softcap: float | None,
     interleaved: bool,
     value_matrix: Tensor | None = None,
+    beams: list[int] | None = None,
+    first: list[int] | None = None,
 ) -> Tensor:
-    """Run `attend` as one operator. A larger compiled graph does not trace into it."""
+    """Run `attend` as one operator. A larger compiled graph does not trace into it.
+
+    `beams` and `first` are those of the tiers; a negative `first` is None.
+    """
     batch, q_heads, new, dim = query.shape
     rows, heads = max(2, q_heads // keys.shape[1] * new), batch * keys.shape[1]
     pairs = tuple(zip(bits[::2], bits[1::2]))
     options = dict(bits=pairs, scaling=scaling, softcap=softcap, interleaved=interleaved)
     view = [_from_list(tiers[i * FLAT : (i + 1) * FLAT], n) for i, n in enumerate(per_mean)]
+    for i, (n, slot) in enumerate(zip(beams or [], first or [])):
+        view[i] = view[i]._replace(beams=n, first=None if slot < 0 else slot)
     args = (query, keys, values, seen, matrix, view, s_aux, inv_freq, mass, value_matrix)
-    if not (use_compiled(query) and query.dtype.itemsize == 2 and rows <= MOST_ROWS):
+    # Heads and query rows of each tier. Where beams share a tier, their queries are rows of one product.
+    sizes = [
+        (heads, rows) if x.beams == 1 else (heads // x.beams, q_heads // keys.shape[1] * new * x.beams)
+        for x in view
+    ]
+    most = max([rows, *(n for _, n in sizes)])
+    if not (use_compiled(query) and query.dtype.itemsize == 2 and most <= MOST_ROWS):
         return _attend(*_of_slots_read(args, slots_read), chunks=None, **options)
     pages = [None if x.block_table is None else x.page_size for x in view]
-    chunks = _chunks_of(heads, slots_read, rows, pairs, [page is not None for page in pages])
+    chunks = _chunks_of(sizes, slots_read, pairs, [page is not None for page in pages])
     blocks = [num_read // chunk for num_read, chunk in zip(slots_read, chunks)]
 
     def pinned() -> Tiles:
         out = step_tiles(heads, rows, keys.shape[2], sum(map(num_means, view, slots_read)), dim)
-        for n, chunk, pair, page in zip(blocks, chunks, pairs, pages):
+        for size, n, chunk, pair, page in zip(sizes, blocks, chunks, pairs, pages):
             widths = tuple(packed.field_width(b, dim) for b in pair)
-            out |= tier_tiles(heads, rows, n, chunk, pair, widths, dim, page)
+            out |= tier_tiles(*size, n, chunk, pair, widths, dim, page)
         return out
 
     whole = tuple(slots_read) if any(map(_ties, view, blocks, slots_read)) else None
-    dynamic_sizes = [] if whole else [dynamic_size(n) for n in blocks]
+    dynamic_sizes = []
+    if whole is None:
+        dynamic_sizes = [dynamic_size(n) for n in blocks]
+        dynamic_sizes += [dynamic_size(x.first // x.per_mean) for x in view if x.first is not None]
+        view[:] = [x if x.first is None else x._replace(first=0) for x in view]
     return _compiled(dynamic_sizes, pinned, *args, chunks=chunks, slots_read=whole, **options)
 
 
@@ -257,14 +303,13 @@ def _(query, *args):
     return query.new_empty(batch, new, q_heads, dim)
 
 
-def _chunks_of(heads: int, slots_read: list[int], rows: int, bits, paged=()) -> tuple[int, ...]:
-    """Return the chunk size of each tier for the compiled version.
+def _chunks_of(sizes: list[tuple[int, int]], slots_read: list[int], bits, paged) -> tuple[int, ...]:
+    """Return the chunk size of each tier for the compiled version. `sizes` are its heads and query rows.
 
     Slots after the last whole chunk would be left out, so such numbers of slots read raise `ValueError`.
     """
-    paged = paged or [False] * len(slots_read)
-    each = zip(slots_read, bits, paged)
-    chunks = tuple(packed.chunk_of(heads, n, rows, b[1], by_table) for n, b, by_table in each)
+    each = zip(sizes, slots_read, bits, paged)
+    chunks = tuple(packed.chunk_of(heads, n, rows, b[1], by_table) for (heads, rows), n, b, by_table in each)
     if any(n % chunk for n, chunk in zip(slots_read, chunks)):
         allowed = f"as `packed.bucket` rounds, multiples of {chunks}"
         raise ValueError(f"slots read are {slots_read}; allowed: {allowed}")
@@ -278,7 +323,7 @@ def _ties(view: TierView, blocks: int, num_read: int) -> bool:
     the page size does not divide the chunk, the compiler would also check for each number whether it ends at
     a page boundary.
     """
-    tied = blocks == 1 or num_read == view.capacity
+    tied = blocks == 1 or num_read == view.capacity or view.first == 0
     if view.block_table is None or tied:
         return tied
     chunk, page = num_read // blocks, view.page_size
@@ -304,9 +349,16 @@ def num_means(view: TierView, num_read: int) -> int:
 
 
 def _of_slots_read(args: tuple, slots_read: list) -> tuple:
-    """Return the arguments with flat tiers, cut to the slots read."""
-    tiers = [_near(view, num_read).flat().first(num_read) for view, num_read in zip(args[5], slots_read)]
-    return *args[:5], tiers, *args[6:]
+    """Return the arguments with tiers cut to the slots read: flat ones, except those that beams share."""
+    return *args[:5], [_part(*x) for x in zip(args[5], slots_read)], *args[6:]
+
+
+def _part(view: TierView, num_read: int) -> TierView:
+    if view.beams > 1:
+        return _near(view, num_read).beginning(num_read)
+    if view.first is not None:
+        return view.flat().narrow(view.first, num_read)
+    return _near(view, num_read).flat().leading(num_read)
 
 
 def _near(view: TierView, num_read: int) -> TierView:
@@ -317,10 +369,17 @@ def _near(view: TierView, num_read: int) -> TierView:
 
 
 def _of_dynamic_size(dynamic_sizes, *args, chunks, slots_read, **options) -> Tensor:
-    """The compiled function. Without `slots_read`, the sizes in `dynamic_sizes` give the chunks per tier."""
-    slots_read = slots_read or [
-        (dynamic_size.shape[0] - 1) * chunk for dynamic_size, chunk in zip(dynamic_sizes, chunks)
-    ]
+    """The compiled function.
+
+    Without `slots_read`, the sizes in `dynamic_sizes` give the chunks per tier, and then the first slots of
+    the tiers that have one, in units of `per_mean`.
+    """
+    if slots_read is None:
+        numbers = [x.shape[0] - 1 for x in dynamic_sizes]
+        slots_read = [n * chunk for n, chunk in zip(numbers, chunks)]
+        places = iter(numbers[len(chunks) :])
+        tiers = [x if x.first is None else x._replace(first=next(places) * x.per_mean) for x in args[5]]
+        args = *args[:5], tiers, *args[6:]
     return _attend(*_of_slots_read(args, slots_read), chunks=chunks, **options)
 
 
@@ -343,7 +402,7 @@ def _attend(
     each = lambda x: x.expand(batch, heads, -1, -1).flatten(0, 1) if x.dim() == 3 else x  # noqa: E731
     matrix, value_matrix = each(matrix), None if value_matrix is None else each(value_matrix)
     table = [matrix.expand(batch * heads, -1, -1), keys]
-    table += [view.means for view in tiers if view.read_at is None]
+    table += [_means(view) for view in tiers if view.read_at is None]
     table = torch.cat([x.to(dtype) for x in table], dim=1)
     # The product is split into halves. `packed.fields` explains the reason.
     halves = [torch.bmm(t, q.mT).to(wide(dtype)) for t, q in zip(table.chunk(2, -1), plain.chunk(2, -1))]
@@ -372,20 +431,32 @@ def _attend(
     decoder = None if inv_freq is None else Decoder(matrix.narrow(-2, 0, dim), inv_freq, interleaved)
     partials, kept, start = [], [], dim + 1 + length
     for i, view in enumerate(tiers):
-        own, bias = decoder, None
+        own, bias, asked = decoder, None, queries
         if view.read_at is None:
-            own, bias = None, found.narrow(1, start, view.means.shape[1]).mT
-            start += view.means.shape[1]
+            own, bias, means = None, found.narrow(1, start, view.means.shape[-2]).mT, view.means.shape[-2]
+            start += means
+        if view.beams > 1:
+            asked = Queries(*(_together(x, view.beams, heads, real) for x in queries))
+            bias = None if bias is None else _together(bias, view.beams, heads, real)
+            if own is not None and own.matrix.dim() == 3:  # all rows have the same matrices
+                own = own._replace(matrix=own.matrix.narrow(0, 0, asked.plain.shape[0]))
         options = dict(bits=bits[i], softcap=softcap)
         if chunks:
+            flat = view.flat() if view.beams > 1 else view
             *partial, scores_of = packed.attend_chunks(
-                queries, bias, view, own, chunk=chunks[i], dtype=dtype, **options
+                asked, bias, flat, own, chunk=chunks[i], dtype=dtype, **options
             )
             kept.append(scores_of)
         else:
-            acc, *rest = packed.attend(queries, bias, view, own, **options)
+            attend_tier = packed.attend_texts if view.beams > 1 else packed.attend
+            acc, *rest = attend_tier(asked, bias, view, own, **options)
             partial = [acc.mT], *(x.unsqueeze(1) for x in rest)
             kept.append((bias, own))
+        if view.beams > 1:
+            parts, *rest = partial
+            parts = [force_materialize(x) for x in parts]
+            parts, rest = ([_apart(x, view.beams, heads, rows) for x in each] for each in (parts, rest))
+            partial = parts, *rest
         partials.append(partial)
 
     # The statistics of the last tier are as wide as its sums, and all other statistics have one row. The
@@ -411,7 +482,9 @@ def _attend(
     for i, (parts, _, _) in enumerate(partials):
         before = length
         if i + 1 < len(partials):
-            parts = [force_materialize(part) * factors[i + 1] for part in parts]
+            if tiers[i].beams == 1:  # else they are in memory already, in another order
+                parts = [force_materialize(part) for part in parts]
+            parts = [part * factors[i + 1] for part in parts]
         else:
             parts = [force_materialize(part * shrink[-1] * share) for part in parts]
         for part in packed.channels(parts, bits[i][1]) if chunks else parts:
@@ -437,6 +510,28 @@ def _attend(
             rest = counted.new_zeros(batch * heads, counts.shape[2] - counted.shape[1])
             counts.copy_(torch.cat((counted, rest), dim=1).unflatten(0, (batch, heads)))
     return output.transpose(1, 2).contiguous()
+
+
+def _means(view: TierView) -> Tensor:
+    """Return the means of a tier for all rows and heads, [N, M, D]."""
+    if view.beams == 1:
+        return view.means
+    return view.means.unsqueeze(1).expand(-1, view.beams, -1, -1, -1).flatten(0, 2)
+
+
+def _together(x: Tensor, beams: int, heads: int, real: int) -> Tensor:
+    """Make the query rows of beams, [B * H, R, ...], rows of their text: [B / beams * H, beams * real, ...].
+
+    `real` is the number of query rows that are not repeated.
+    """
+    x = x.narrow(1, 0, real).unflatten(0, (-1, beams, heads))
+    return x.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def _apart(x: Tensor, beams: int, heads: int, rows: int) -> Tensor:
+    """Undo `_together` for results [B / beams * H, W, beams * real]: [B * H, W, R]."""
+    x = x.unflatten(0, (-1, heads)).unflatten(-1, (beams, -1)).permute(0, 3, 1, 2, 4).flatten(0, 2)
+    return x.expand(-1, -1, rows)
 
 
 def _for_rows(seen: Tensor, rows: int) -> Tensor:

@@ -39,6 +39,8 @@ def takes(
         return False
     if any(x.read_at is not None or x.block_table is not None or x.key_index is not None for x in tiers):
         return False
+    if any(x.beams > 1 or x.first is not None for x in tiers):
+        return False
     return available()
 
 

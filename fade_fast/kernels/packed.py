@@ -58,6 +58,11 @@ class TierView(NamedTuple):
         key_index: [B, H, S, W / 2] uint8, the upper bits of 4-bit key codes, if the tier stores them apart;
             the codes of `keys` are then the lower bits. `whole` joins both. None if the codes are whole.
         full: whether every slot that the step reads is valid for every row. Kernels may then ignore `valid`.
+        beams: rows of the batch that share one row of this tier; they follow one another. If there are
+            several, B is the number of texts, and the batch of the queries is B * beams. Each slot is read
+            once for all beams.
+        first: the first slot that the step reads, a multiple of `per_mean`. None: slot 0. The place then
+            does not change from step to step.
 
     With a block table, codes, scales and zero points are stored in P pages. Key codes are [P, H, page, W],
     value codes are [P, H, W, page], scales and zero points are [P, H, page]. Slot i of row b is slot
@@ -81,6 +86,8 @@ class TierView(NamedTuple):
     block_table: Tensor | None = None
     key_index: Tensor | None = None
     full: bool = False
+    beams: int = 1
+    first: int | None = None
 
     @property
     def capacity(self) -> int:
@@ -123,7 +130,14 @@ class TierView(NamedTuple):
         view = self._replace(keys=keys, values=values, valid=valid, read_at=read_at, key_index=index)
         return view.whole()
 
-    def first(self, length: int) -> "TierView":
+    def text(self, index: int) -> "TierView":
+        """Return the row of one text. The view is not flat, has no table and whole key codes."""
+        row = lambda x: None if x is None else x.narrow(0, index, 1)  # noqa: E731
+        keys, values = Packed(*map(row, self.keys)), Packed(*map(row, self.values))
+        rest = dict(bound=row(self.bound), means=row(self.means), valid=row(self.valid))
+        return self._replace(keys=keys, values=values, read_at=row(self.read_at), **rest)
+
+    def leading(self, length: int) -> "TierView":
         """Return the first `length` slots of a flat view. Pages are not gathered."""
         return self._cut(0, length) if self.block_table is not None else self.narrow(0, length)
 
@@ -575,6 +589,31 @@ def attend(
     return whole
 
 
+def attend_texts(
+    query: Queries,
+    bias: Tensor | None,
+    view: TierView,
+    decoder: Decoder | None,
+    bits: tuple[int, int],
+    softcap: float | None = None,
+) -> Partial:
+    """Compute the same as `attend` for a view that is not flat, text by text.
+
+    The rows of texts lie apart in memory where beams share them, so a flat view would be a copy.
+    """
+    texts = view.valid.shape[0]
+    each = lambda x: [None] * texts if x is None else x.chunk(texts)  # noqa: E731
+    matrices = [None] * texts
+    if decoder is not None:
+        by_row = decoder.matrix.dim() == 3
+        matrices = each(decoder.matrix) if by_row else [decoder.matrix] * texts
+    parts = []
+    for i, (asked, near, matrix) in enumerate(zip(zip(*map(each, query)), each(bias), matrices)):
+        own = None if decoder is None else decoder._replace(matrix=matrix)
+        parts.append(attend(Queries(*asked), near, view.text(i).flat(), own, bits, softcap))
+    return Partial(*map(torch.cat, zip(*parts)))
+
+
 def probabilities(found: Tensor, level: Tensor) -> Tensor:
     """Compute attention probabilities [N, S], summed over rows, from scores [Z, R', chunk] with R' >= R rows.
 
@@ -640,6 +679,11 @@ def roomy(heads: int, length: int) -> int:
 def whole(heads: int, length: int) -> int:
     """Return the smallest number of slots that is at least `length` and a whole number of chunks."""
     return _rounded(heads, length, 1)
+
+
+def coarsest(heads: int) -> int:
+    """Return a number that no rounding step of `bucket` exceeds."""
+    return max(2048, _best_step(heads))
 
 
 def _best_step(heads: int) -> int:

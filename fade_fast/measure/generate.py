@@ -203,6 +203,8 @@ TARGETS = [
     Target(f"{SHORT} sampled", "safe", "ms", ("safe",), 1 / 1.05, at=SHORT),
     Target(LONG_BEAMS, "safe", "reorder_ms", ("safe",), 1.1, at=BEAMS),
     Target(LONG_BEAMS, "safe", "ms", ("safe",), 1 / 1.1, at=BEAMS),
+    Target(BEAMS, "safe", "ms", ("safe",), 1 / 1.15, at=SHORT),
+    Target(LONG_BEAMS, "safe", "ms", ("safe",), 1 / 1.15, at=WIDE),
     Target(f"{ALONE} drafted", "safe", "ms", ("safe",), 1 / 1.05, at=ALONE),
     Target(LONG, "safe", "over_floor", (), 1.4),
     Target(LONG, "safe", "first_token_s", ("dynamic",), 1.1),

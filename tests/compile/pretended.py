@@ -25,6 +25,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
@@ -150,6 +151,8 @@ def run() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fade_fast import FadeConfig, create_cache
+    from fade_fast.cache import sharing
+    from fade_fast.kernels import packed
     from fade_fast.measure import paged_attention
     from parity.case import Found
     from parity.subjects import attention
@@ -170,6 +173,12 @@ def run() -> None:
         cache = create_cache(model, config)
         ids = torch.randint(128, (2, length))
         model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    # Beams share a short prompt, and slots are read in small steps: both are larger on a GPU.
+    small = dict(_best_step=lambda heads: 128, coarsest=lambda heads: 64)
+    with mock.patch.multiple(packed, **small), mock.patch.object(sharing, "LEAST_COMPILED", 1):
+        cache = create_cache(model, FadeConfig.int4(), max_length=1200)
+        ids = torch.randint(128, (2, 600))
+        model.generate(ids, past_key_values=cache, max_new_tokens=3, num_beams=4, pad_token_id=0)
     shape = replace(paged_attention.Shape(), most=1024)
     for bits, codec in ((4, "rotated"), (4, "matched")):
         paged_attention.measure(paged_attention.Case(2, 400, bits, codec), shape, "cpu")

@@ -268,7 +268,7 @@ def test_buckets_are_whole_chunks_and_few():
             assert packed.longest(heads, longest + packed.spare(longest)) == longest
         assert len({packed.bucket(heads, length) for length in lengths}) < 120
     with pytest.raises(ValueError, match="slots read are .*1900.*bucket"):
-        decode._chunks_of(72, [1900], 4, [(4, 4)])
+        decode._chunks_of([(72, 4)], [1900], [(4, 4)], [False])
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -374,7 +374,7 @@ def test_one_compiled_graph_serves_every_length(shape, traced_kernels):
     constants |= dict(bits=tuple(bits), interleaved=False)
     for shorter in (0, 1, 3):
         slots_read = [packed.roomy(heads, n) - 128 * shorter for n in options["slots_read"]]
-        chunks = decode._chunks_of(heads, slots_read, rows, bits)
+        chunks = decode._chunks_of([(heads, rows)] * len(bits), slots_read, bits, [False] * len(bits))
         assert chunks == (128,) * len(slots_read)
         mass = [torch.full((2, 2, n), math.nan) for n in (20, *capacities)]
         inputs = (*args, sinks, frequencies)
