@@ -43,7 +43,7 @@ def compile_pieces(
 ) -> Callable:
     """Compile a graph of Dynamo, as a backend of `torch.compile` does.
 
-    If no two pieces are alike, the graph is compiled as a whole.
+    A graph without the operator is compiled as a whole.
 
     Args:
         backend: compiles a piece.
@@ -54,11 +54,11 @@ def compile_pieces(
     made = functools.partial(_compile, backend, mode, options)
     constants = (options or {}).get("freezing", inductor.freezing)  # then code depends on values of weights
     split = None if constants else _split(graph, operator)
-    pieces = {} if split is None else {name: x for name, x in split.named_children() if not _has(x, operator)}
-    kinds = {name: _kind(piece) for name, piece in pieces.items()}
-    if len({*kinds.values()}) == len(kinds):
+    if split is None:
         return made(graph, inputs)
     compiled = {}
+    pieces = {name: piece for name, piece in split.named_children() if not _has(piece, operator)}
+    kinds = {name: _kind(piece) for name, piece in pieces.items()}
     for name, kind in kinds.items():
         if kind not in compiled:
             compiled[kind] = _compile_piece(made, pieces[name])
@@ -88,10 +88,12 @@ def _compile(backend, mode: str | None, options: dict | None, graph: GraphModule
 
 
 def _split(graph: GraphModule, operator: OpOverload) -> GraphModule | None:
-    """The graph as calls of modules: the pieces, and each operator by itself. None if inputs are not plain.
+    """The graph as calls of modules: the pieces, and each operator by itself.
 
-    A tensor-parallel model has such inputs where its weights are distributed tensors.
+    None without the operator, or if inputs are not plain: weights may be distributed tensors.
     """
+    if not _has(graph, operator):
+        return None
     part, parts = 0, {}
     for node in graph.graph.nodes:
         if node.op == "placeholder" and is_traceable_wrapper_subclass(node.meta.get("example_value")):

@@ -132,8 +132,7 @@ def test_a_buffer_that_a_layer_changes_is_its_own():
     assert [layer.calls.item() for layer in model.layers] == list(range(1, 7))
 
 
-def test_graphs_without_alike_pieces_are_compiled_whole():
-    assert compiled(Model(map(Layer, range(2))), (2, 16)) == 1
+def test_graphs_without_the_operator_are_compiled_whole():
     assert compiled(nn.Linear(16, 16), (2, 16)) == 1
 
 
