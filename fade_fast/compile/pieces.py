@@ -88,16 +88,11 @@ def _compile(backend, mode: str | None, options: dict | None, graph: GraphModule
 
 
 def _split(graph: GraphModule, operator: OpOverload) -> GraphModule | None:
-    """The graph as calls of modules: the pieces, and each operator by itself.
-
-    None without the operator, or if inputs are not plain: weights may be distributed tensors.
-    """
+    """The graph as calls of modules: the pieces, and each operator by itself. None without the operator."""
     if not _has(graph, operator):
         return None
     part, parts = 0, {}
     for node in graph.graph.nodes:
-        if node.op == "placeholder" and is_traceable_wrapper_subclass(node.meta.get("example_value")):
-            return None
         cut = _is(node, operator)
         part += cut
         parts[node] = part
@@ -146,6 +141,19 @@ def _input_kind(x, storages: dict[int, int]) -> tuple:
     """What an input is like. `storages` numbers those of the inputs so far: inputs may share one."""
     if not isinstance(x, Tensor) or x.layout != torch.strided:
         return type(x), str(x) if isinstance(x, int | torch.SymInt) else id(x)
+    if is_traceable_wrapper_subclass(x):  # a distributed tensor: what it says of itself, and its own part
+        names, about = x.__tensor_flatten__()
+        parts = (_input_kind(getattr(x, name), storages) for name in names)
+        return type(x), str((*x.shape, *x.stride())), _hashable(about), x.requires_grad, *parts
     storage = storages.setdefault(x.untyped_storage()._cdata, len(storages))
     sizes = str((*x.shape, *x.stride(), x.storage_offset()))
     return type(x), sizes, x.dtype, x.device, x.requires_grad, x.is_conj(), x.is_neg(), storage
+
+
+def _hashable(x):
+    """`x`, or an object that equals nothing else."""
+    try:
+        hash(x)
+    except TypeError:
+        return object()
+    return x

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import CompileConfig
 
 from fade_fast.compile import pieces
@@ -101,6 +102,16 @@ def test_strides_and_dtypes_of_weights_tell_layers_apart():
     layers = [Layer(i) for i in range(6)]
     layers[2].after.weight = nn.Parameter(torch.randn(16, 16).double().t())
     assert compiled(Model(layers), (2, 16)) == 4
+
+
+def test_tensors_made_of_tensors_are_told_apart_by_their_parts():
+    """As the weights of a tensor-parallel model are."""
+    kinds = []
+    for dtype in (torch.float32, torch.float32, torch.float64):
+        x = TwoTensor(torch.randn(4, 4, dtype=dtype), torch.randn(4, 4, dtype=dtype))
+        kinds.append(pieces._input_kind(x, {}))
+    assert kinds[0] == kinds[1] != kinds[2]
+    assert len({*kinds}) == 2 and pieces._hashable([]) != pieces._hashable([])
 
 
 def test_layers_may_share_weights():
