@@ -41,6 +41,7 @@ from ..cache.cuda_graph import Captured
 from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import without_autocast
 from ..compile.inductor import row_products, uncaptured
+from ..compile.pieces import in_pieces
 from . import entry
 from .attention import NAME
 from .cache import TieredKVCache
@@ -248,6 +249,8 @@ def compiled_call(model: PreTrainedModel, compile_config: CompileConfig | None, 
         # Inductor's own graphs know nothing of other processes: there, steps are captured here or not at all.
         alone = decode_graph.captures or ranks is not None
         config = uncaptured(compile_config or CompileConfig(), model.device) if alone else None
+        if config and decode_graph.captures:  # Python calls each piece, but not in a replay
+            config = in_pieces(config, torch.ops.fade.step.default)
         compiled = row_products()(made(config or compile_config))
         if not config or not decode_graph.captures:
             return lambda graph_id, arguments, variant: compiled(**arguments)

@@ -19,6 +19,7 @@ import fade_fast
 from fade_fast.cache import cuda_graph, decode_graph
 from fade_fast.cache.cuda_graph import Captured
 from fade_fast.cache.decode_graph import MAX_DECODE_TOKENS
+from fade_fast.compile import pieces
 from fade_fast.compile.inductor import uncaptured
 from fade_fast.hf import generate
 from fade_fast.hf.models import CACHE_NAME
@@ -95,6 +96,19 @@ def test_replayed_steps_equal_eager_steps(tapes, name, padded):
     # Of 39 steps, one an epoch is run for what it compiles.
     assert replays > 20 and replays + len(tapes) <= 39
     assert name == "off" or compressed_tokens(cache) > 0
+    hold_the_same(cache, theirs)
+
+
+def test_layers_that_are_alike_are_compiled_once(tapes, monkeypatch):
+    """A captured step is compiled in the pieces between its attention operators."""
+    graphs, compile_one = [], pieces._compile
+    monkeypatch.setattr(pieces, "_compile", lambda *args: graphs.append(args) or compile_one(*args))
+    model = tiny_llama(layers=5, dtype=torch.float64)
+    inputs = prompt(30, batch=2)
+    theirs, cache = new_cache(model, CONFIGS["int4"]), new_cache(model, CONFIGS["int4"])
+    expected = eager(model, theirs, inputs, new=12)
+    assert torch.equal(compiled(model, cache, inputs, new=12), expected)
+    assert len(graphs) == 3 and sum(tape.replays for tape in tapes) > 4
     hold_the_same(cache, theirs)
 
 
