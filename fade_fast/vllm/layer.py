@@ -16,11 +16,11 @@ from ..compile.compiled import rounded, use_compiled
 from ..compile.page_gather import pages_of
 from ..formats.matched import MatchedFormat
 from ..formats.rotated import RotatedFormat
-from ..kernels import dense, packed, rotated
+from ..kernels import dense, flash, packed, rotated
 from ..kernels.matched import Matrices
 from ..kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
-from . import single
-from .batches import NOWHERE, Batch, Step, sees
+from . import prefill, single
+from .batches import NOWHERE, Batch, Prefill, Step, sees
 from .pages import FIRST, NEAR, SPAN, PageLayout
 
 KEYS = 1024  # keys that long rows attend at a time
@@ -37,7 +37,8 @@ class New(NamedTuple):
         both: their keys and values as both records have them, [T, H, D] each. None: they have one at most.
         held: second records of the tokens before each row of the batch at hand, as they were before the step.
         single: whether `single.py` stored the tokens of the step.
-        old: the second records that it overwrote, uint8 [T, H, record]; None: no query reads them.
+        old: what was in the slots of their second records, uint8 [T, H, record]; None: no query reads it.
+        records: both of their records, uint8 [T, H, 2 * record]; None: no request has many new tokens.
     """
 
     own: tuple[Tensor, Tensor]
@@ -45,6 +46,7 @@ class New(NamedTuple):
     held: dict[str, Tensor] | None = None
     single: bool = False
     old: Tensor | None = None
+    records: Tensor | None = None
 
 
 class PagedLayer(ABC):
@@ -111,9 +113,16 @@ class PagedLayer(ABC):
 
         `query` [T, Hq, D] is that of the step, and `held` has `New.held` of each of its batches.
         """
-        for batch, before in zip(step.batches, held or [None] * len(step.batches)):
-            kind = self._attend_long if batch is step.long else self._attend_short
+        batches = step.short if new.single else step.batches
+        for batch, before in zip(batches, held or [None] * len(batches)):
+            kind = self._attend_short if any(batch is x for x in step.short) else self._attend_long
             batch.store(kind(cache, query, new._replace(held=before), batch), output)
+        for group in step.prefill if new.single else ():
+            group.store(self._attend_prefill(cache, group.of(query), new, group), output)
+
+    def _attend_prefill(self, cache: Tensor, query: Tensor, new: New, group: Prefill) -> Tensor:
+        """Attention of a group of requests with many new tokens, [T, Hq, D], by `prefill.py`."""
+        raise NotImplementedError
 
     def _attend_short(self, cache: Tensor, query: Tensor, new: New, batch: Batch) -> Tensor:
         """Attention of a batch of short rows, [B, q, Hq, D]."""
@@ -249,7 +258,7 @@ class CompressedLayer(PagedLayer):
         # power of two changes no digit of a result.
         self.bound = torch.full((self.heads,), rotated.SMALLEST_SCALE, device=device)
         self._viewed: tuple[Tensor | None, tuple] = None, ({}, {})
-        #: Whether `single.py` serves decode steps: it knows bytes of codes, and no values as they are.
+        #: Whether `single.py` stores steps: it knows bytes of codes, and no values as they are.
         self.takes_single = packed.DENSE not in bits
         if self.takes_single:
             self._single_tables(dtype, device, matrices)
@@ -295,8 +304,11 @@ class CompressedLayer(PagedLayer):
     def forward(self, cache, query, keys, values, slots, step, output):
         count = len(step.positions)
         slots, keys, values = slots[:count], keys[:count], values[:count]
-        if step.single and self.takes_single:
-            new = New((keys, values), single=True, old=self._store(cache, keys, values, slots, step))
+        # FlashAttention knows no softcap.
+        serves = not step.prefill or self.softcap is None and flash.takes_ragged(keys)
+        if step.single and self.takes_single and serves:
+            old, records = self._store(cache, keys, values, slots, step)
+            new = New((keys, values), single=True, old=old, records=records)
             self.attend(cache, query, new, step, output)
             return
         self.append(cache, keys, values, slots, step.positions)
@@ -310,17 +322,23 @@ class CompressedLayer(PagedLayer):
             self.layout.write(self.views(cache)[1], records, step.first.page, step.first.at)
         self.attend(cache, query, New((keys, values), both), step, output, held)
 
-    def _store(self, cache, keys, values, slots, step: Step) -> Tensor | None:
-        """Store a step in which each request has one new token. Returns `New.old`."""
+    def _store(self, cache, keys, values, slots, step: Step) -> tuple[Tensor | None, Tensor | None]:
+        """Store a step by `single.py`. Returns `New.old` and `New.records`."""
         self.views(cache)  # refuses other caches
-        kind = self._kind(cache.shape[2])
+        kind, parts = self._kind(cache.shape[2]), single.parts(len(slots), use_compiled(keys))
         if kind not in step.shared:
-            rows = rounded(len(slots)) if use_compiled(keys) else len(slots)
-            step.shared[kind] = single.writes(step.positions, slots, rows, kind)
-        return single.store(
-            keys, values, self.means, self.encoders, self.layout.runs(cache), self.bound,
-            step.shared[kind], kind, self.feedback,
-        )  # fmt: skip
+            tokens = step.positions, slots, step.after
+            step.shared[kind] = [
+                single.writes(*(x[of] for x in tokens), rows, kind) for of, rows in parts
+            ]
+        found = [
+            single.store(
+                keys[of], values[of], self.means, self.encoders, self.layout.runs(cache), self.bound, to,
+                kind, self.feedback, keep=bool(step.prefill) and not kind.fine,
+            )
+            for (of, _), to in zip(parts, step.shared[kind])
+        ]  # fmt: skip
+        return tuple(None if x[0] is None else x[0] if len(x) == 1 else torch.cat(x) for x in zip(*found))
 
     def _keep_newest(self, cache, keys, values, slots, step: Step):
         """Store the second records of a step. Returns `New.both`, and `New.held` of each batch."""
@@ -520,6 +538,15 @@ class CompressedLayer(PagedLayer):
         return self.format.attend(
             batch.rows(query), keys, values, of.seen, [self.tier], [view], [num_read], rope=None,
             scaling=self.scaling, softcap=self.softcap, s_aux=self.s_aux,
+        )  # fmt: skip
+
+    def _attend_prefill(self, cache, query, new, group):
+        kind = self._kind(cache.shape[2])
+        if kind not in group.shared:
+            group.shared[kind] = prefill.plan(group, kind)
+        return prefill.attend(
+            query, self.layout.runs(cache), new.records, new.old, *new.own, group.shared[kind], self.means,
+            self.decoders, kind, self.scaling, self.s_aux,
         )  # fmt: skip
 
     def _capacity(self, batch: Batch, page: int, compiled: bool) -> tuple[int, int]:

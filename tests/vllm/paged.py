@@ -25,6 +25,7 @@ class Engine:
     Args:
         bits: widths of the layer; None for a layer that is not compressed.
         lengths: tokens of each request.
+        most: see `batches.split`.
         options: of the layer.
     """
 
@@ -40,8 +41,10 @@ class Engine:
         means=None,
         spare=7,
         matrices=None,
+        most=1,
         **options,
     ):
+        self.most = most
         self.page, self.dim, self.dtype, self.bits = page, dim, dtype, bits
         options = dict(heads=HEADS, scaling=dim**-0.5) | options
         if bits is None:
@@ -70,6 +73,8 @@ class Engine:
     def step(self, counts, pads=0, rounded=False):
         """Run the next `counts` tokens of each request. Returns the outputs of each request [n, Hq, D].
 
+        A request with more than `most` new tokens is one with many.
+
         `pads` tokens follow that belong to no request, as in vLLM's padded steps.
         """
         spans = [slice(d, d + n) for d, n in zip(self.done, counts)]
@@ -82,13 +87,14 @@ class Engine:
         reach = np.array([s.stop for s in spans])
         starts = np.concatenate(([0], np.cumsum(counts)))
         lengths = torch.from_numpy(reach).int()
-        step = split(starts, reach, lengths, self.table[: len(counts)], rounded=rounded)
+        step = split(starts, reach, lengths, self.table[: len(counts)], rounded, most=self.most)
         assert torch.equal(step.positions, torch.cat(positions))
         output = torch.full_like(query, math.nan)
         self.layer.forward(self.cache, query, keys, values, slots, step, output)
         assert output[len(query) - pads :].isnan().all(), "padding was written"
         self.done = [s.stop for s in spans]
         self.batches = step.short, step.long
+        self.groups = step.prefill
         return list(output[: len(query) - pads].split([int(n) for n in counts]))
 
     def stored(self, row):
