@@ -36,7 +36,7 @@ class New(NamedTuple):
         own: their keys and values as they came, [T, H, D] each.
         both: their keys and values as both records have them, [T, H, D] each. None: they have one at most.
         held: second records of the tokens before each row of the batch at hand, as they were before the step.
-        single: whether `single.py` stored the tokens of the step.
+        single: whether `single.py` and `prefill.py` serve the step.
         old: what was in the slots of their second records, uint8 [T, H, record]; None: no query reads it.
         records: both of their records, uint8 [T, H, 2 * record]; None: no request has many new tokens.
     """
@@ -304,26 +304,33 @@ class CompressedLayer(PagedLayer):
     def forward(self, cache, query, keys, values, slots, step, output):
         count = len(step.positions)
         slots, keys, values = slots[:count], keys[:count], values[:count]
+        if not self.takes_single:
+            self.append(cache, keys, values, slots, step.positions)
+            both = held = None
+            if not self.layout.fine:
+                both, held = self._keep_newest(cache, keys, values, slots, step)
+            elif step.first is not None:
+                tokens = step.first.tokens
+                early = [x[tokens] for x in (keys, values, slots, step.positions)]
+                records = self._encode(*self._missed(cache, *early)[1], torch.zeros_like(self._early_mean))
+                self.layout.write(self.views(cache)[1], records, step.first.page, step.first.at)
+            self.attend(cache, query, New((keys, values), both), step, output, held)
+            return
         # FlashAttention knows no softcap.
         serves = not step.prefill or self.softcap is None and flash.takes_ragged(keys)
-        if step.single and self.takes_single and serves:
-            old, records = self._store(cache, keys, values, slots, step)
-            new = New((keys, values), single=True, old=old, records=records)
-            self.attend(cache, query, new, step, output)
-            return
-        self.append(cache, keys, values, slots, step.positions)
-        both = held = None
-        if not self.layout.fine:
-            both, held = self._keep_newest(cache, keys, values, slots, step)
-        elif step.first is not None:
-            tokens = step.first.tokens
-            early = [x[tokens] for x in (keys, values, slots, step.positions)]
-            records = self._encode(*self._missed(cache, *early)[1], torch.zeros_like(self._early_mean))
-            self.layout.write(self.views(cache)[1], records, step.first.page, step.first.at)
-        self.attend(cache, query, New((keys, values), both), step, output, held)
+        serves, both, held = step.single and serves, None, None
+        if not (serves or self.layout.fine):  # before the step overwrites them
+            held = [self._second(cache, batch) for batch in step.batches]
+        keep = not self.layout.fine and (not serves or bool(step.prefill))
+        old, records = self._store(cache, keys, values, slots, step, keep)
+        if held is not None:
+            both = self._both_of(records, step.positions, keys.dtype, cache.shape[2])
+        self.attend(cache, query, New((keys, values), both, None, serves, old, records), step, output, held)
 
-    def _store(self, cache, keys, values, slots, step: Step) -> tuple[Tensor | None, Tensor | None]:
-        """Store a step by `single.py`. Returns `New.old` and `New.records`."""
+    def _store(
+        self, cache, keys, values, slots, step: Step, keep: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Store a step by `single.py`. Returns `New.old`, and `New.records` with `keep`."""
         self.views(cache)  # refuses other caches
         kind, parts = self._kind(cache.shape[2]), single.parts(len(slots), use_compiled(keys))
         if kind not in step.shared:
@@ -334,11 +341,20 @@ class CompressedLayer(PagedLayer):
         found = [
             single.store(
                 keys[of], values[of], self.means, self.encoders, self.layout.runs(cache), self.bound, to,
-                kind, self.feedback, keep=bool(step.prefill) and not kind.fine,
+                kind, self.feedback, keep,
             )
             for (of, _), to in zip(parts, step.shared[kind])
         ]  # fmt: skip
         return tuple(None if x[0] is None else x[0] if len(x) == 1 else torch.cat(x) for x in zip(*found))
+
+    def _both_of(self, records: Tensor, positions: Tensor, dtype: torch.dtype, page: int) -> list[Tensor]:
+        """`New.both` of the tokens of a step at these positions."""
+        matrices, wide = self.decoders, torch.promote_types(dtype, torch.float32)
+        turned = prefill.scaled_codes(records[: len(positions)], positions < FIRST, self._kind(page), wide)
+        sides = matrices if matrices.dim() == 4 else matrices.expand(2, 1, -1, -1)
+        keys, values = (x.to(y.dtype) @ y for x, y in zip(turned, sides))  # [H, T, D]
+        return [(keys + self._means_at(positions[None])[0]).transpose(0, 1).to(wide),
+                values.transpose(0, 1).to(wide)]  # fmt: skip
 
     def _keep_newest(self, cache, keys, values, slots, step: Step):
         """Store the second records of a step. Returns `New.both`, and `New.held` of each batch."""

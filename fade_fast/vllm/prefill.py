@@ -23,8 +23,8 @@ from ..compile.compiled import Compiled, use_compiled
 from ..kernels import flash
 from ..kernels.packed import force_materialize
 from ..kernels.rotated import dequantize
-from . import single
-from .batches import TOGETHER, Prefill
+from . import batches, single
+from .batches import Prefill
 from .pages import FIRST, NEAR, newest
 from .single import Kind, mean_row
 
@@ -109,10 +109,10 @@ def plan(group: Prefill, kind: Kind) -> Plan:
     if window is not None:
         first = (begin - window + 1).clamp_min(0) // page
         slots = np.minimum(slots, group.counts + window + page - 2)
-    elif slots.sum() > TOGETHER and len(slots) == 1:
+    elif slots.sum() > batches.TOGETHER and len(slots) == 1:
         # Pages that all queries see whole, also where the length on the host is an upper bound.
         whole = max(0, int(slots[0] - group.counts[0] - group.slack - near) // page)
-        each = max(1, TOGETHER // page)
+        each = max(1, batches.TOGETHER // page)
         for start in range(0, whole, each):
             size = min(each, whole - start)
             index = put(np.arange(start, start + size))
@@ -245,7 +245,7 @@ def _rows(dynamic_sizes, runs, means, decoders, *, kind: Kind, dtype) -> Tensor:
         others = Others(*of[: len(Others._fields)])
         if not kind.fine:
             records, old = of[len(Others._fields) :]
-            pieces.append(_new(records[others.tokens], others.early, kind, middle))
+            pieces.append(scaled_codes(records[others.tokens], others.early, kind, middle))
             pieces.append(_old(runs, old, others, kind, middle))
             mean += others.mean, others.before
     turned = [torch.cat([piece[side] for piece in pieces], 1) for side in range(2)]
@@ -287,8 +287,11 @@ def _whole(runs, pages, begins, kind: Kind, middle) -> list[Tensor]:
     return found
 
 
-def _new(records, early, kind: Kind, middle) -> list[Tensor]:
-    """Tokens of a step from both `records` [T, H, 2 * record], as `_whole` gives them: [H, T, D]."""
+def scaled_codes(records: Tensor, early: Tensor, kind: Kind, middle: torch.dtype) -> list[Tensor]:
+    """Tokens of a step from both `records` [T, H, 2 * record], as `_whole` gives them: [H, T, D].
+
+    Of codes of 8 bits the second records count for tokens that are `early`, bool [T].
+    """
     sizes = [size for _, size, _ in kind.fields]
     first, rest = (single._sides(x.split(sizes, -1), kind) for x in records.split(kind.record, -1))
     early, found = early[:, None, None], []

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fade_fast.kernels.matched import Matrices
-from fade_fast.vllm import batches, layer, single
+from fade_fast.vllm import batches, layer, prefill, single
 from fade_fast.vllm.layer import CompressedLayer
 from fade_fast.vllm.pages import FIRST, SPAN, PageLayout
 
@@ -28,9 +28,10 @@ def poisoned():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Rows, chunks of keys and scores at a time so small that every loop has several rounds."""
+    """Rows, groups, chunks of keys and scores at a time so small that every loop has several rounds."""
     monkeypatch.setattr(batches, "ROWS", 16)
     monkeypatch.setattr(batches, "LEAST", 32)
+    monkeypatch.setattr(batches, "TOGETHER", 2 * PAGE)
     monkeypatch.setattr(layer, "KEYS", 2 * PAGE)
     monkeypatch.setattr(layer, "ELEMENTS", 6 * 16 * 32 * 3)
 
@@ -46,14 +47,20 @@ def check(engine, counts, **options):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("options", [dict(), dict(window=20, softcap=5.0, s_aux=SINKS)], ids=["plain", "all"])
-def test_a_ragged_life(bits, options, small):
+@pytest.mark.parametrize("most", [1, 8])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(window=20, softcap=5.0, s_aux=SINKS), dict(window=20, s_aux=SINKS), dict(window=3)],
+    ids=["plain", "all", "no softcap", "narrow"],
+)
+def test_a_ragged_life(bits, most, options, small):
     """Prefill in chunks, verification of drafts and decode of requests of different lengths, in one step."""
     means = None if bits is None else MEANS
-    engine = Engine(bits, [90, 7, 41, 150, 1], means=means, **options)
+    engine = Engine(bits, [90, 7, 41, 150, 1], means=means, most=most, **options)
     check(engine, [37, 5, 1, 120, 1])
     short, long = engine.batches
-    assert long.tokens.shape == (11, 16) and sum(len(x.tokens) for x in short) == 3
+    assert long.tokens.shape == (11 + (most < 5), 16)
+    assert sum(len(x.tokens) for x in short) == 3 - (most < 5)
     check(engine, [1, 1, 1, 1, 0], pads=3)
     check(engine, [8, 1, 3, 2, 0])
     check(engine, [44, 0, 36, 27, 0], pads=1)
@@ -85,15 +92,17 @@ def test_every_key_gets_the_mean_of_its_position(place, window, small, monkeypat
     engine = Engine((8, 8), [200, 130], means=MEANS, window=window)
     found = [check(engine, counts) for counts in ([190, 120], [1, 1])]
     other, made = Engine((8, 8), [200, 130], means=MEANS, window=window), CompressedLayer
-    view, append, row = made.view, made.append, single.mean_row
+    view, row = made.view, single.mean_row
     if place == "stored":
-        wrong = lambda self, *args: append(self, *args[:-1], args[-1] + SPAN)  # noqa: E731
-        monkeypatch.setattr(made, "append", wrong)
+        writes = single.writes
+        wrong = lambda at, *more: writes(at, *more)._replace(mean=writes(at + SPAN, *more).mean)  # noqa: E731
+        monkeypatch.setattr(single, "writes", wrong)
     elif place == "read from pages":
         wrong = lambda self, cache, table, valid, first, start=0: view(  # noqa: E731
             self, cache, table, valid, first, start + SPAN
         )
         monkeypatch.setattr(made, "view", wrong)
+        monkeypatch.setattr(prefill, "mean_row", lambda position, rows: row(position + SPAN, rows))
     else:
         decode = made._attend_short
 
@@ -123,10 +132,11 @@ def test_the_newest_tokens_have_two_records(bits, page, window, small):
 
 
 @pytest.mark.parametrize("page", [32, 128])
-def test_tokens_that_are_withdrawn_leave_no_trace(page):
+@pytest.mark.parametrize("most", [1, 8])
+def test_tokens_that_are_withdrawn_leave_no_trace(page, most):
     """Three drafts are refused, and others follow. A layer that expects none would read their records."""
     for drafts in (3, 0):
-        engine = Engine((4, 4), [200], page=page, means=MEANS, drafts=drafts)
+        engine = Engine((4, 4), [200], page=page, means=MEANS, drafts=drafts, most=most)
         assert engine.layer.layout.newest(torch.tensor([page]), page)[0] == 4 * (
             1 + page // 128 + (drafts > 0)
         )
@@ -239,12 +249,10 @@ def test_the_kernels_of_a_gpu(bits, window, uncompiled_kernels):
 @pytest.mark.parametrize("bits", WIDTHS[1:4] + [(8, 4)])
 @pytest.mark.parametrize("page, window", [(32, None), (128, 40)])
 def test_decode_steps_do_what_other_steps_do(bits, page, window, small):
-    """Single tokens through `single.py` and through the code of all steps: the same bytes and outputs."""
+    """Steps through `single.py` and `prefill.py`, and through the code of all steps: the same outputs."""
     made = []
-    for takes in (True, False):
-        engine = Engine(bits, [134, 40, 24], page=page, means=MEANS, window=window)
-        assert engine.layer.takes_single
-        engine.layer.takes_single = takes
+    for serves in (True, False):
+        engine = Engine(bits, [134, 40, 24], page=page, means=MEANS, window=window, serves=serves)
         steps = [engine.step(n) for n in ([124, 31, 15], *[[1, 1, 1]] * 8, [1, 1, 0], [1, 0, 1])]
         used = engine.table[engine.table > 0].long()
         made.append((torch.cat([x for step in steps for x in step]), engine.cache[used], engine.layer.bound))
@@ -298,7 +306,8 @@ def test_decode_steps_compile_once(traced_kernels, compiled_on):
     engine.step([120, 60], rounded=True)
     engine.step([1, 1], rounded=True)
     held = {name: len(x.graphs) for name, x in single._compiled.items()}
-    assert [held[name] for name in ("writes", "reads", "store", "vectors")] == [1, 1, 1, 1]
+    # The prompts were stored in one part of 256 tokens.
+    assert [held[name] for name in ("writes", "reads", "store", "vectors")] == [2, 1, 2, 1]
     for _ in range(2):
         for row, x in enumerate(engine.step([1, 1], rounded=True)):
             assert distance(x, engine.expected(row, engine.done[row] - 1, engine.done[row])) <= 5e-3
