@@ -234,7 +234,7 @@ def rows(
     return _run("rows", dynamic, [0] * len(dynamic), runs, means, decoders, kind=kind, dtype=dtype)
 
 
-def _rows(dynamic_sizes, runs, means, decoders, *, kind: Kind, dtype) -> Tensor:
+def _rows(dynamic_sizes, runs, means, decoders, *, kind: Kind, dtype, inputs=None) -> Tensor:
     pages, index, *extra = dynamic_sizes
     middle = torch.promote_types(decoders.dtype, torch.float32)
     wide = torch.promote_types(dtype, torch.float32)
@@ -316,7 +316,7 @@ def _old(runs, old, of: Others, kind: Kind, middle) -> list[Tensor]:
     return found
 
 
-def _merged(dynamic_sizes) -> tuple[Tensor, Tensor]:
+def _merged(dynamic_sizes, *, inputs=None) -> tuple[Tensor, Tensor]:
     """Attention over the keys of two parts: outputs [T, Hq, D] and log-sum-exp [Hq, T] of each."""
     one, first, other, second = dynamic_sizes
     second = torch.where(second == torch.inf, -torch.inf, second)  # a query sees all of the first part
@@ -325,7 +325,7 @@ def _merged(dynamic_sizes) -> tuple[Tensor, Tensor]:
     return one.to(lse.dtype) * (1 - share) + other.to(lse.dtype) * share, lse
 
 
-def _finish(dynamic_sizes, s_aux, *, scaling) -> Tensor:
+def _finish(dynamic_sizes, s_aux, *, scaling, inputs=None) -> Tensor:
     """The attention that FlashAttention found, and that over the tokens of `Plan.rows`."""
     query, output, lse, held, index, seen = dynamic_sizes
     (count, _, dim), heads, wide = query.shape, held.shape[1], lse.dtype
@@ -357,9 +357,11 @@ def _run(name: str, dynamic: list[Tensor], axes: list[int], *args, **constants):
     if not use_compiled(dynamic[0]):
         return globals()[f"_{name}"](dynamic, *args, **constants)
     dynamic = [x.view_as(x) for x in dynamic]  # the mark must not stay on tensors of others
+    inputs = []  # of another kind need a graph of their own
     for x, axis in zip(dynamic, axes):
         torch._dynamo.mark_dynamic(x, axis)
-    return _compiled[name](dynamic, dict, *args, **constants)
+        inputs.append((x.dtype, *x.shape[:axis], *x.shape[axis + 1 :]))
+    return _compiled[name](dynamic, dict, *args, **constants, inputs=tuple(inputs))
 
 
 _compiled = {

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fade_fast.compile.compiled import compiled_of
 from fade_fast.kernels.matched import Matrices
 from fade_fast.vllm import batches, layer, prefill, single
 from fade_fast.vllm.layer import CompressedLayer
@@ -312,6 +313,29 @@ def test_decode_steps_compile_once(traced_kernels, compiled_on):
         for row, x in enumerate(engine.step([1, 1], rounded=True)):
             assert distance(x, engine.expected(row, engine.done[row] - 1, engine.done[row])) <= 5e-3
     assert held == {name: len(x.graphs) for name, x in single._compiled.items()}
+
+
+@pytest.mark.slow
+def test_prefill_compiles_once(traced_kernels, compiled_on, small):
+    """Other numbers of tokens, pages, requests and parts are served by the same graphs."""
+    compiled_on("cpu")
+    engine = Engine((4, 4), [200, 150, 90], means=MEANS, dtype=torch.float16)
+    engine.queries = [x * 0.1 for x in engine.queries]
+    for counts in ([100, 20, 2], [70, 1, 30]):  # contexts of one page and of many, in one part and in two
+        engine.step(counts, rounded=True)
+    compiled = lambda: {  # noqa: E731
+        name: [len(compiled_of(code)) for _, code in x.graphs.values()]
+        for name, x in prefill._compiled.items()
+    }
+    held = compiled()
+    assert {name: len(x) for name, x in held.items()} == dict(rows=2, merged=2, finish=2)
+    assert {n for x in held.values() for n in x} == {1}
+    for counts in ([13, 80, 41], [17, 49, 0]):
+        before = list(engine.done)
+        for row, x in enumerate(engine.step(counts, rounded=True)):
+            if len(x):
+                assert distance(x, engine.expected(row, before[row], before[row] + len(x))) <= 5e-3
+    assert held == compiled()
 
 
 def test_the_bound_grows_by_powers_of_two_and_ignores_padding():
