@@ -145,7 +145,7 @@ def recorded() -> Iterator[list[tuple]]:
 
 
 def run() -> None:
-    """On a CPU: texts with several caches, and decode steps of the vLLM plugin; heads as of an 8B model."""
+    """On a CPU: texts with several caches, and steps of the vLLM plugin; heads as of an 8B model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fade_fast import FadeConfig, create_cache
@@ -170,6 +170,22 @@ def run() -> None:
     shape = replace(paged_attention.Shape(), most=1024)
     for bits, codec in ((4, "rotated"), (4, "matched")):
         paged_attention.measure(paged_attention.Case(2, 400, bits, codec), shape, "cpu")
+    prefill()
+
+
+def prefill() -> None:
+    """On a CPU: prefill steps of the vLLM plugin, with contexts in one part and in several."""
+    from fade_fast.measure import paged_attention, paged_prefill
+    from fade_fast.vllm import batches
+
+    shape, most = replace(paged_attention.Shape(), most=1024), batches.TOGETHER
+    try:
+        for bits, codec, batches.TOGETHER in ((4, "rotated", 256), (8, "rotated", most), (4, "matched", most)):
+            case = paged_prefill.Case(1, 300, past=700, decodes=1, context=90, bits=bits, codec=codec)
+            made = paged_prefill.Step(case, shape, "cpu")
+            made.layer.forward(made.pool.cache, *made.args)
+    finally:
+        batches.TOGETHER = most
 
 
 # -- the pretended GPU
@@ -276,8 +292,8 @@ def compile_all(calls: list[tuple]) -> Iterator[dict]:
         kernels.clear()
         error = None
         with mode:
-            # The length of a dynamic size is read by Python, and its tensor lies on the CPU.
-            given = [x.fake("cpu" if len(x.size) == 1 else "cuda") for x in sizes]
+            # A marker, of which Python only reads the length, lies on the CPU.
+            given = [x.fake("cpu" if x.dtype == torch.uint8 and len(x.size) == 1 else "cuda") for x in sizes]
             try:
                 function(given, lambda tiles=tiles: tiles, *fakes(args), **constants)
             except NotRun:
