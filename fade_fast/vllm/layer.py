@@ -38,7 +38,7 @@ class New(NamedTuple):
         held: second records of the tokens before each row of the batch at hand, as they were before the step.
         single: whether `single.py` and `prefill.py` serve the step.
         old: what was in the slots of their second records, uint8 [T, H, record]; None: no query reads it.
-        records: both of their records, uint8 [T, H, 2 * record]; None: no request has many new tokens.
+        records: their second records, uint8 [T, H, record]; None: no query reads them from here.
     """
 
     own: tuple[Tensor, Tensor]
@@ -324,7 +324,7 @@ class CompressedLayer(PagedLayer):
         keep = not self.layout.fine and (not serves or bool(step.prefill))
         old, records = self._store(cache, keys, values, slots, step, keep)
         if held is not None:
-            both = self._both_of(records, step.positions, keys.dtype, cache.shape[2])
+            both = self._both_of(cache, slots, records, step.positions, keys.dtype)
         self.attend(cache, query, New((keys, values), both, None, serves, old, records), step, output, held)
 
     def _store(
@@ -347,14 +347,18 @@ class CompressedLayer(PagedLayer):
         ]  # fmt: skip
         return tuple(None if x[0] is None else x[0] if len(x) == 1 else torch.cat(x) for x in zip(*found))
 
-    def _both_of(self, records: Tensor, positions: Tensor, dtype: torch.dtype, page: int) -> list[Tensor]:
-        """`New.both` of the tokens of a step at these positions."""
-        matrices, wide = self.decoders, torch.promote_types(dtype, torch.float32)
-        turned = prefill.scaled_codes(records[: len(positions)], positions < FIRST, self._kind(page), wide)
-        sides = matrices if matrices.dim() == 4 else matrices.expand(2, 1, -1, -1)
+    def _both_of(
+        self, cache: Tensor, slots: Tensor, records: Tensor, positions: Tensor, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """`New.both` of the tokens of a step in `slots`, whose second records are `records`."""
+        kind, slots = self._kind(cache.shape[2]), slots.clamp_min(0).long()
+        wide, runs = torch.promote_types(dtype, torch.float32), self.layout.runs(cache)
+        once = single.first_bytes(runs, slots // kind.page, slots % kind.page, kind)
+        turned = prefill.scaled_codes([once, records[: len(slots)]], positions < FIRST, kind, wide)
+        sides = self.decoders if self.decoders.dim() == 4 else self.decoders.expand(2, 1, -1, -1)
         keys, values = (x.to(y.dtype) @ y for x, y in zip(turned, sides))  # [H, T, D]
-        return [(keys + self._means_at(positions[None])[0]).transpose(0, 1).to(wide),
-                values.transpose(0, 1).to(wide)]  # fmt: skip
+        keys = keys + self._means_at(positions[None])[0]
+        return [self._flat(x[None]).to(wide) for x in (keys, values)]
 
     def _keep_newest(self, cache, keys, values, slots, step: Step):
         """Store the second records of a step. Returns `New.both`, and `New.held` of each batch."""
@@ -559,7 +563,7 @@ class CompressedLayer(PagedLayer):
     def _attend_prefill(self, cache, query, new, group):
         kind = self._kind(cache.shape[2])
         if kind not in group.shared:
-            group.shared[kind] = prefill.plan(group, kind)
+            group.shared[kind] = prefill.plan(group, kind, len(new.old) if new.old is not None else 0)
         return prefill.attend(
             query, self.layout.runs(cache), new.records, new.old, *new.own, group.shared[kind], self.means,
             self.decoders, kind, self.scaling, self.s_aux,

@@ -29,69 +29,64 @@ from .pages import FIRST, NEAR, newest
 from .single import Kind, mean_row
 
 
-class Part(NamedTuple):
-    """Pages that are decoded at once, N of them, and what R requests read of them.
+class Entries(NamedTuple):
+    """Tokens to be decoded, E of them.
 
     Attributes:
-        pages: int64 [N]. index: int64 [N], which page of its request each is.
-        keys_from, used: int32 [R + 1] and [R]; see `flash.ragged`.
-        longest: an upper bound of the keys of a request.
-        causal: whether this is the last part. All queries see the whole of other parts.
+        page, at: int64 [E], the page of each token, and its slot among the first records.
+        second: int64 [E], its slot among the second records of the page.
+        twice_key, twice_value: bool [E], whether its second record counts.
+        kept: int64 [E], where the second record is if it is not in the page: token `kept` of the step has it
+            as its new record, or, for numbers from T on, token `kept` - T found it in its slot. Negative: it
+            is in the page.
+        mean: int64 [E], rows of the table of means.
     """
 
-    pages: Tensor
-    index: Tensor
-    keys_from: Tensor
-    used: Tensor
-    longest: int
-    causal: bool
-
-
-class Others(NamedTuple):
-    """Tokens that are decoded beside pages: the T new ones, and K right before the new ones of each request.
-
-    Attributes:
-        tokens: int64 [T], which tokens of the step. mean: int64 [T], rows of the table of means.
-        page, at, second: int64 [K], the page of each token before, and its slots among both records.
-        twice: bool [K] of keys and of values, whether the second record counts.
-        early: bool [T], whether both records of a new token count on both sides.
-        taken: bool [K], whether a new token took the slot of the second record: token `by` of the step,
-            int64 [K].
-        before: int64 [K], rows of the table of means.
-    """
-
-    tokens: Tensor
-    mean: Tensor
     page: Tensor
     at: Tensor
     second: Tensor
     twice_key: Tensor
     twice_value: Tensor
-    early: Tensor
-    taken: Tensor
-    by: Tensor
-    before: Tensor
+    kept: Tensor
+    mean: Tensor
+
+
+class Part(NamedTuple):
+    """Tokens that are decoded at once, and what R requests read of them.
+
+    Attributes:
+        entries: all tokens of some pages; in the last part, others follow (see `plan`).
+        keys_from, used: int32 [R + 1] and [R]; see `flash.ragged`.
+        longest: an upper bound of the keys of a request.
+        last: whether this is the last part. All queries see the whole of other parts.
+    """
+
+    entries: Entries
+    keys_from: Tensor
+    used: Tensor
+    longest: int
+    last: bool
 
 
 class Plan(NamedTuple):
     """What a group reads: its T queries, those of one request after another.
 
     Attributes:
-        parts: the pages; the last part is that of the newest tokens.
-        others: tokens that are decoded with the last part.
+        parts: the last part is that of the newest tokens.
         queries_from: int32 [R + 1], the first query of each request.
         longest: most queries of a request.
         back: how many keys FlashAttention sees before the last one; None: all.
-        rows: int64 [T, w + 1], where each query finds its own token and the w before it: rows of the result
-            of `rows`.
+        tokens: int64 [T], which tokens of the step the queries are.
+        rows: int64 [T, w + 1], where each query finds its own token and the w before it, in the result of
+            `rows`.
         seen: bool [T, w + 1], which of them it sees.
     """
 
     parts: list[Part]
-    others: Others
     queries_from: Tensor
     longest: int
     back: int | None
+    tokens: Tensor
     rows: Tensor
     seen: Tensor
 
@@ -99,8 +94,13 @@ class Plan(NamedTuple):
 # -- once a step
 
 
-def plan(group: Prefill, kind: Kind) -> Plan:
-    """What a group of requests reads from pages of this kind."""
+def plan(group: Prefill, kind: Kind, tokens: int) -> Plan:
+    """What a group of requests reads from pages of this kind. The step stored `tokens` tokens, with padding.
+
+    Where queries read tokens before them from both records, the entries of the last part are: its pages; the
+    new tokens; and the `NEAR` tokens before the new ones of each request. The result of `rows` ends with the
+    new tokens as they came.
+    """
     table, page, near, window = group.table, kind.page, kind.near, kind.window
     put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(table.device, non_blocking=True)  # noqa: E731
     counts, count = put(group.counts), int(group.counts.sum())
@@ -117,58 +117,72 @@ def plan(group: Prefill, kind: Kind) -> Plan:
             size = min(each, whole - start)
             index = put(np.arange(start, start + size))
             ends = put(np.array([0, size * page], dtype=np.int32))
-            parts.append(Part(*_pages(table, 0 * index, index), ends, ends[1:], size * page, False))
+            parts.append(Part(_pages(table, 0 * index, index, kind), ends, ends[1:], size * page, False))
         first, slots = first + whole, slots - whole * page
     blocks = np.minimum(-(-slots // page), table.shape[1])
     ends = np.concatenate(([0], np.cumsum(blocks)))
     request = put(np.repeat(np.arange(len(blocks)), blocks))
     index = first[request] + put(np.arange(ends[-1]) - np.repeat(ends[:-1], blocks))
-    pages, index = _pages(table, request, index)
     used, back = group.lengths - 1 - near - first * page, None
     if window is not None:
         back = window - 2 - near
         if back < 0:  # all that a query sees is near it
             used, back = 0 * used, None
-    keys_from, used = put((ends * page).astype(np.int32)), used.clamp_min(0).int()
-    parts.append(Part(pages, index, keys_from, used, int(blocks.max()) * page, True))
+    entries = [_pages(table, request, index, kind)]
+    total = int(ends[-1]) * page
 
     starts = np.concatenate(([0], np.cumsum(group.counts)))
-    of = put(np.repeat(np.arange(len(blocks)), group.counts))  # the request of each query
+    of = put(np.repeat(np.arange(len(blocks)), group.counts)).unsqueeze(1)  # the request of each query
     order = put(np.arange(count) - np.repeat(starts[:-1], group.counts)).unsqueeze(1)
-    position, query = begin[of].unsqueeze(1) + order, torch.arange(count, device=table.device).unsqueeze(1)
+    query, position = torch.arange(count, device=table.device).unsqueeze(1), begin[of] + order
+    if near:
+        entries += _new(group, kind, of, position), _before(group, kind, begin, counts, put, tokens)
+    entries = Entries(*(torch.cat(x) for x in zip(*entries)))
     distance = torch.arange(1, near + 1, device=table.device)
-    of, seen = of.unsqueeze(1), position >= distance
+    seen = position >= distance
     if window is not None:
         seen = seen & (distance < window)
     token = (position - distance).clamp_min(0)
     kept, _ = newest(token, page, kind.fine, kind.drafts)
     twice = (token < FIRST) | (distance <= kept - kind.drafts)
-    total = len(pages) * page
-    behind = total + (count + NEAR * len(blocks) if near else 0)  # rows before those of own tokens
+    own = len(entries.page) + query
     both = torch.where(order >= distance, query - distance, count + NEAR * (of + 1) + order - distance)
+    keys_from = put((ends * page).astype(np.int32))
     once = keys_from[of] + token - first[of] * page
-    rows = torch.where(seen, torch.where(twice, total + both, once), behind + query)
-    rows = torch.cat((behind + query, rows), 1)
+    rows = torch.where(seen, torch.where(twice, total + both, once), own)
+    rows = torch.cat((own, rows), 1)
     seen = torch.cat((torch.ones_like(query, dtype=torch.bool), seen), 1)
-    position = position.squeeze(1)
-    others = Others(
-        group.tokens, mean_row(position, kind.means), *_before(group, kind, begin, counts, put),
-    )._replace(early=position < FIRST)  # fmt: skip
-    return Plan(
-        parts, others, put(starts.astype(np.int32)), int(group.counts.max()), back, rows, seen
-    )  # fmt: skip
+    parts.append(Part(entries, keys_from, used.clamp_min(0).int(), int(blocks.max()) * page, True))
+    longest = int(group.counts.max())
+    return Plan(parts, put(starts.astype(np.int32)), longest, back, group.tokens, rows, seen)
 
 
-def _pages(table: Tensor, request: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Pages `index` of requests, both int64 [n]. At least two, as compilers make constants of 1."""
-    pages = table[request, index.clamp_max(table.shape[1] - 1)].long()
-    if len(pages) == 1:
-        pages, index = (torch.nn.functional.pad(x, (0, 1), value=v) for x, v in ((pages, 0), (index, -1)))
-    return pages, index
+def _owner(table: Tensor, request: Tensor, index: Tensor) -> Tensor:
+    """Pages `index` of requests, int64 like both."""
+    return table[request, index.clamp_max(table.shape[1] - 1)].long()
 
 
-def _before(group: Prefill, kind: Kind, begin: Tensor, counts: Tensor, put) -> list[Tensor]:
-    """`Others` of the `NEAR` tokens right before the new ones of each request."""
+def _pages(table: Tensor, request: Tensor, index: Tensor, kind: Kind) -> Entries:
+    """All tokens of pages `index` of requests, both int64 [n]."""
+    at = torch.arange(kind.page, device=table.device).expand(len(index), -1)
+    position = index.unsqueeze(1) * kind.page + at
+    owner, early = _owner(table, request, index).unsqueeze(1), position < FIRST
+    mean, nowhere = mean_row(position, kind.means), torch.full_like(position, -1)
+    found = owner, at, at.clamp_max(FIRST - 1), early, early, nowhere, mean
+    return Entries(*(x.expand_as(position).flatten() for x in found))
+
+
+def _new(group: Prefill, kind: Kind, of: Tensor, position: Tensor) -> Entries:
+    """The new tokens of a group at `position` [T, 1] of requests `of` [T, 1]."""
+    early, at = position < FIRST, position % kind.page
+    twice = [early if bits >= 8 else torch.ones_like(early) for bits in kind.bits]
+    owner = _owner(group.table, of, position // kind.page)
+    found = owner, at, 0 * at, *twice, group.tokens.unsqueeze(1), mean_row(position, kind.means)
+    return Entries(*(x.flatten() for x in found))
+
+
+def _before(group: Prefill, kind: Kind, begin: Tensor, counts: Tensor, put, tokens: int) -> Entries:
+    """The `NEAR` tokens right before the new ones of each request."""
     page, back = kind.page, torch.arange(NEAR, 0, -1, device=begin.device)
     begin, counts = begin.unsqueeze(1), counts.unsqueeze(1)
     position = (begin - back).clamp_min(0)
@@ -181,19 +195,20 @@ def _before(group: Prefill, kind: Kind, begin: Tensor, counts: Tensor, put) -> l
     order = kept - back  # of the first new token with the same slot
     taken = (order >= 0) & (order < counts) & ~early
     taken = taken & ((position + kept) // page == position // page) & (position // page == begin // page)
-    by = put(group.starts).unsqueeze(1) + torch.where(taken, order, 0)
-    owner = group.table.gather(1, (position // page).clamp_max(group.table.shape[1] - 1)).long()
-    sides = [early | twice if bits < 8 else early for bits in kind.bits]
-    found = owner, position % page, second, *sides, early, taken, by, mean_row(position, kind.means)
-    return [x.expand_as(position).flatten() for x in found]
+    by = torch.where(taken, tokens + put(group.starts).unsqueeze(1) + order, -1)
+    row = torch.arange(len(begin), device=begin.device).unsqueeze(1)
+    owner = _owner(group.table, row, position // page)
+    sides = [early if bits >= 8 else twice for bits in kind.bits]
+    found = owner, position % page, second, *sides, by, mean_row(position, kind.means)
+    return Entries(*(x.expand_as(position).flatten() for x in found))
 
 
 # -- in each layer
 
 
 def attend(
-    query: Tensor, runs: Tensor, records: Tensor, old: Tensor | None, keys: Tensor, values: Tensor, of: Plan,
-    means: Tensor, decoders: Tensor, kind: Kind, scaling: float, s_aux: Tensor | None = None,
+    query: Tensor, runs: Tensor, records: Tensor | None, old: Tensor | None, keys: Tensor, values: Tensor,
+    of: Plan, means: Tensor, decoders: Tensor, kind: Kind, scaling: float, s_aux: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of a group, [T, Hq, D].
 
@@ -207,48 +222,45 @@ def attend(
         scaling: of the scores.
         s_aux: [Hq], scores of learned sinks, or None.
     """
-    total = None
+    total, kept = None, () if records is None else (torch.cat((records, old)),)
     for part in of.parts:
-        extra = (*of.others, records, old, keys, values) if part.causal else ()
-        held = rows(runs, part.pages, part.index, extra, means, decoders, kind, query.dtype)
+        extra = (*kept, of.tokens, keys, values) if part.last else ()
+        dynamic = [*part.entries, *extra]
+        constants = dict(kind=kind, dtype=query.dtype, kept=bool(part.last and kept))
+        held = _run("rows", dynamic, [0] * len(dynamic), runs, means, decoders, **constants)
         found = flash.ragged(
             query, *held.transpose(1, 2), of.queries_from, part.keys_from, part.used,
-            (of.longest, part.longest), scaling, part.causal, of.back,
+            (of.longest, part.longest), scaling, part.last, of.back,
         )  # fmt: skip
         total = found if total is None else _run("merged", [*total, *found], [0, 1, 0, 1])
     dynamic = [query, *total, held, of.rows, of.seen]
     return _run("finish", dynamic, [0, 0, 1, 2, 0, 0], s_aux, scaling=scaling)
 
 
-def rows(
-    runs: Tensor, pages: Tensor, index: Tensor, extra: tuple, means: Tensor, decoders: Tensor, kind: Kind,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Keys and values of `dtype`, [2, H, E, D]: all tokens of `pages`, and then those of `extra`.
+def _rows(dynamic_sizes, runs, means, decoders, *, kind: Kind, dtype, kept: bool, inputs=None) -> Tensor:
+    """Keys and values of `dtype`, [2, H, E + T, D]: of E entries, and of T tokens as they came.
 
-    `extra` are the fields of `Others`, and records, old, keys and values of `attend`: then follow the new
-    tokens and those before them, both from both records, and the new tokens as they came. Layers that have no
-    second records of newest tokens get the latter alone. What is not finite becomes 0.
+    `dynamic_sizes` are the fields of `Entries`; with `kept` second records that are not in pages, uint8
+    [n, H, record], see `Entries.kept`; and where tokens follow, which ones of the step, int64 [T], and keys
+    and values of the step. What is not finite becomes 0.
     """
-    dynamic = [x for x in (pages, index, *extra) if x is not None]
-    return _run("rows", dynamic, [0] * len(dynamic), runs, means, decoders, kind=kind, dtype=dtype)
-
-
-def _rows(dynamic_sizes, runs, means, decoders, *, kind: Kind, dtype, inputs=None) -> Tensor:
-    pages, index, *extra = dynamic_sizes
+    of, extra = Entries(*dynamic_sizes[: len(Entries._fields)]), dynamic_sizes[len(Entries._fields) :]
     middle = torch.promote_types(decoders.dtype, torch.float32)
     wide = torch.promote_types(dtype, torch.float32)
-    span = index.unsqueeze(1) * kind.page + torch.arange(kind.page, device=runs.device)
-    pieces, mean = [_whole(runs, pages, index == 0, kind, middle)], [mean_row(span, kind.means).flatten()]
-    if extra:
-        *of, keys, values = extra
-        others = Others(*of[: len(Others._fields)])
-        if not kind.fine:
-            records, old = of[len(Others._fields) :]
-            pieces.append(scaled_codes(records[others.tokens], others.early, kind, middle))
-            pieces.append(_old(runs, old, others, kind, middle))
-            mean += others.mean, others.before
-    turned = [torch.cat([piece[side] for piece in pieces], 1) for side in range(2)]
+    page, head = of.page.clamp(0, len(runs) - 1)[:, None, None], torch.arange(runs.shape[1], device=runs.device)
+    head, parts = head.unsqueeze(-1), []
+    for at, second in ((of.at, False), (of.second, True)):
+        parts.append([runs[page, head, x.unsqueeze(1)] for x in single._addresses(at, kind, second)])
+    if kept:
+        other = extra[0][of.kept.clamp_min(0)].split([size for _, size, _ in kind.fields], -1)
+        inside = (of.kept < 0)[:, None, None]
+        parts[1] = [torch.where(inside, x, y) for x, y in zip(parts[1], other)]
+    turned = []
+    for one, more, bits, twice in zip(
+        *(single._sides(x, kind) for x in parts), kind.bits, (of.twice_key, of.twice_value)
+    ):
+        more = torch.where(twice[:, None, None], dequantize(more, bits, middle), 0.0)
+        turned.append((dequantize(one, bits, middle) + more).transpose(0, 1))
     turned = torch.stack(turned).to(decoders.dtype)
     size = turned.shape  # [2, H, E, D]
     if decoders.dim() == 2:
@@ -256,63 +268,27 @@ def _rows(dynamic_sizes, runs, means, decoders, *, kind: Kind, dtype, inputs=Non
     else:
         found = turned.reshape(2 * size[1], -1, size[-1]) @ decoders.flatten(0, 1)
     found = found.view(size).to(wide).unbind()
-    found = torch.stack((found[0] + means[:, torch.cat(mean)].to(wide), found[1]))
+    found = torch.stack((found[0] + means[:, of.mean].to(wide), found[1]))
     found = torch.where(found.abs() <= torch.finfo(dtype).max, found, 0.0).to(dtype)
     if not extra:
         return found
-    own = torch.stack([x[others.tokens].transpose(0, 1).to(dtype) for x in (keys, values)])
+    tokens, keys, values = extra[-3:]
+    own = torch.stack([x[tokens].transpose(0, 1).to(dtype) for x in (keys, values)])
     return torch.cat((found, own), 2)
 
 
-def _whole(runs, pages, begins, kind: Kind, middle) -> list[Tensor]:
-    """All tokens of pages, as scaled codes [H, N * page, D] of keys and of values.
-
-    Where a page `begins` a request, bool [N], its first tokens have their second records added.
-    """
-    held = runs[pages.clamp(0, len(runs) - 1)]  # [N, H, L]
-    token = torch.arange(kind.page, device=runs.device)
-    parts, start = [[], []], [0, kind.second]
-    for _, size, last in kind.fields:
-        for i, slots in enumerate((kind.page, kind.room)):
-            x = held[..., start[i] : start[i] + size * slots]
-            x = x.unflatten(-1, (size, slots)).mT if last else x.unflatten(-1, (slots, size))
-            parts[i].append(x[:, :, token.clamp_max(FIRST - 1)] if i else x)
-            start[i] += size * slots
-    first, rest = (single._sides(x, kind) for x in parts)
-    early = (begins.unsqueeze(1) & (token < FIRST))[:, None, :, None]
-    found = []
-    for one, more, bits in zip(first, rest, kind.bits):
-        x = dequantize(one, bits, middle) + torch.where(early, dequantize(more, bits, middle), 0.0)
-        found.append(x.transpose(0, 1).flatten(1, 2))
-    return found
-
-
-def scaled_codes(records: Tensor, early: Tensor, kind: Kind, middle: torch.dtype) -> list[Tensor]:
-    """Tokens of a step from both `records` [T, H, 2 * record], as `_whole` gives them: [H, T, D].
+def scaled_codes(records: list[Tensor], early: Tensor, kind: Kind, middle: torch.dtype) -> list[Tensor]:
+    """Tokens from both records, uint8 [T, H, record] each, as scaled codes [H, T, D] of keys and of values.
 
     Of codes of 8 bits the second records count for tokens that are `early`, bool [T].
     """
     sizes = [size for _, size, _ in kind.fields]
-    first, rest = (single._sides(x.split(sizes, -1), kind) for x in records.split(kind.record, -1))
+    first, rest = (single._sides(x.split(sizes, -1), kind) for x in records)
     early, found = early[:, None, None], []
     for one, more, bits in zip(first, rest, kind.bits):
         more = dequantize(more, bits, middle)
         more = more if bits < 8 else torch.where(early, more, 0.0)
         found.append((dequantize(one, bits, middle) + more).transpose(0, 1))
-    return found
-
-
-def _old(runs, old, of: Others, kind: Kind, middle) -> list[Tensor]:
-    """The tokens before new ones, from both records, as `_whole` gives them: [H, K, D]."""
-    first, rest = (
-        single._read(runs, of.page, at, kind, second) for at, second in ((of.at, False), (of.second, True))
-    )
-    before = single._sides(old[of.by].split([size for _, size, _ in kind.fields], -1), kind)
-    found, taken = [], of.taken[:, None, None]
-    for i, (bits, twice) in enumerate(zip(kind.bits, (of.twice_key, of.twice_value))):
-        more = torch.where(taken, dequantize(before[i], bits, middle), dequantize(rest[i], bits, middle))
-        more = torch.where(twice[:, None, None], more, 0.0)
-        found.append((dequantize(first[i], bits, middle) + more).transpose(0, 1))
     return found
 
 
@@ -328,27 +304,28 @@ def _merged(dynamic_sizes, *, inputs=None) -> tuple[Tensor, Tensor]:
 def _finish(dynamic_sizes, s_aux, *, scaling, inputs=None) -> Tensor:
     """The attention that FlashAttention found, and that over the tokens of `Plan.rows`."""
     query, output, lse, held, index, seen = dynamic_sizes
-    (count, _, dim), heads, wide = query.shape, held.shape[1], lse.dtype
+    count, heads, wide = len(query), held.shape[1], lse.dtype
     each = lambda x: x.unflatten(1, (heads, -1))  # noqa: E731
     keys, values = (x.transpose(0, 1) for x in held)  # [E, H, D]
-    asked, found = each(query).to(wide) * scaling, keys[index].to(wide)  # [T, w + 1, H, D]
+    asked = each(query).to(wide) * scaling  # [T, H, G, D]
+    found = keys[index].transpose(1, 2).to(wide)  # [T, H, w + 1, D]
     if torch.compiler.is_compiling():
-        scores = (asked.unsqueeze(1) * found.unsqueeze(3)).sum(-1)
+        scores = (asked.unsqueeze(2) * found.unsqueeze(3)).sum(-1)
     else:
-        scores = (asked @ found.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        scores = found @ asked.mT
     lowest = torch.finfo(wide).min
-    scores = torch.where(seen[:, :, None, None], scores, lowest)  # [T, w + 1, H, G]
+    scores = torch.where(seen[:, None, :, None], scores, lowest)  # [T, H, w + 1, G]
     far = each(torch.where(lse == torch.inf, lowest, lse).mT)
-    parts = [scores, far.unsqueeze(1)]
+    parts = [scores, far.unsqueeze(2)]
     if s_aux is not None:
-        parts.append(each(s_aux.to(wide).expand(count, -1)).unsqueeze(1))
-    scores = force_materialize(torch.cat(parts, 1))
-    weights = (scores - scores.amax(1, keepdim=True)).exp()
-    weights = force_materialize(weights / weights.sum(1, keepdim=True)).unsqueeze(-1)
+        parts.append(each(s_aux.to(wide).expand(count, -1)).unsqueeze(2))
+    scores = force_materialize(torch.cat(parts, 2))
+    weights = (scores - scores.amax(2, keepdim=True)).exp()
+    weights = force_materialize(weights / weights.sum(2, keepdim=True)).unsqueeze(-1)
     near = index.shape[1]
-    result = weights[:, near] * each(output).to(wide)
+    result = weights[:, :, near] * each(output).to(wide)
     for i in range(near):
-        result = result + weights[:, i] * values[index[:, i]].to(wide).unsqueeze(2)
+        result = result + weights[:, :, i] * values[index[:, i]].to(wide).unsqueeze(2)
     return result.flatten(1, 2).to(query.dtype)
 
 

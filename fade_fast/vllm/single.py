@@ -239,10 +239,10 @@ def store(
         to: from `writes`.
         feedback: float32 [2, H, D, D], the matrices by which the `matched` codec rounds keys and values. It
             has compiled functions of its own. None: the codec is `rotated`.
-        keep: whether the new records are returned.
+        keep: whether the new second records are returned.
 
     Returns what was in the slots of the second records, uint8 [T, H, record], or None if no query reads it;
-    and both records of the tokens, uint8 [T, H, 2 * record], or None without `keep`. T includes padding.
+    and the second records of the tokens, of the same size, or None without `keep`. T includes padding.
     """
     rows = len(to.page)
     if len(keys) < rows:
@@ -313,7 +313,7 @@ def _write(dynamic_sizes, sides, runs, bound, to: Writes, *, kind, keep):
     # 2^e with most < 2^e, by the bits of the exponent.
     power = (((most.view(torch.int32) >> 23) + 1) << 23).view(torch.float32)
     bound.copy_(torch.maximum(bound, power))
-    return old, records if keep else None
+    return old, records[..., record:].contiguous() if keep else None
 
 
 def vectors(
@@ -384,6 +384,13 @@ def _read(runs: Tensor, page: Tensor, at: Tensor, kind: Kind, second: bool) -> l
     head = torch.arange(runs.shape[1], device=runs.device).unsqueeze(-1)
     page = page.clamp(0, len(runs) - 1)[..., None, None]
     return _sides([runs[page, head, x.unsqueeze(-2)] for x in _addresses(at, kind, second)], kind)
+
+
+def first_bytes(runs: Tensor, page: Tensor, at: Tensor, kind: Kind) -> Tensor:
+    """First records in slots `at` of pages, both int64 [T]: uint8 [T, H, record]."""
+    head = torch.arange(runs.shape[1], device=runs.device).unsqueeze(-1)
+    address = torch.cat(_addresses(at, kind, False), -1).unsqueeze(1)
+    return runs[page[:, None, None], head, address]
 
 
 def _sides(parts: list[Tensor], kind: Kind) -> list[Packed]:
