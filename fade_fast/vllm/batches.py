@@ -155,15 +155,15 @@ class Prefill:
         return slice(self.starts[0], stop) if stop - self.starts[0] == self.counts.sum() else None
 
     def of(self, x: Tensor) -> Tensor:
-        """These tokens of the step `x` [n, ...], [T, ...]."""
+        """These tokens of the step `x` [n, ...], [T, ...]: a view, if no others are between them."""
         return x[self.tokens] if self.in_order is None else x[self.in_order]
 
     def store(self, result: Tensor, output: Tensor) -> None:
-        """Write the result [T, ...] to the tokens `output` [n, ...] of the step."""
+        """Write the result [T, ...] to the tokens `output` [n, ...] of the step, unless it is `of(output)`
+        itself.
+        """
         if self.in_order is None:
-            output.index_copy_(0, self.tokens, result.to(output.dtype))
-        else:
-            output[self.in_order].copy_(result)
+            output.index_copy_(0, self.tokens, result)
 
 
 @dataclass

@@ -118,10 +118,12 @@ class PagedLayer(ABC):
             kind = self._attend_short if any(batch is x for x in step.short) else self._attend_long
             batch.store(kind(cache, query, new._replace(held=before), batch), output)
         for group in step.prefill if new.single else ():
-            group.store(self._attend_prefill(cache, group.of(query), new, group), output)
+            of = group.of(output)
+            self._attend_prefill(cache, group.of(query), new, group, of)
+            group.store(of, output)
 
-    def _attend_prefill(self, cache: Tensor, query: Tensor, new: New, group: Prefill) -> Tensor:
-        """Attention of a group of requests with many new tokens, [T, Hq, D], by `prefill.py`."""
+    def _attend_prefill(self, cache: Tensor, query: Tensor, new: New, group: Prefill, output: Tensor) -> None:
+        """Write attention of a group of requests with many new tokens to `output` [T, Hq, D]."""
         raise NotImplementedError
 
     def _attend_short(self, cache: Tensor, query: Tensor, new: New, batch: Batch) -> Tensor:
@@ -560,13 +562,13 @@ class CompressedLayer(PagedLayer):
             scaling=self.scaling, softcap=self.softcap, s_aux=self.s_aux,
         )  # fmt: skip
 
-    def _attend_prefill(self, cache, query, new, group):
+    def _attend_prefill(self, cache, query, new, group, output):
         kind = self._kind(cache.shape[2])
         if kind not in group.shared:
-            group.shared[kind] = prefill.plan(group, kind, len(new.old) if new.old is not None else 0)
-        return prefill.attend(
+            group.shared[kind] = prefill.plan(group, kind, 0 if new.old is None else len(new.old))
+        prefill.attend(
             query, self.layout.runs(cache), new.records, new.old, *new.own, group.shared[kind], self.means,
-            self.decoders, kind, self.scaling, self.s_aux,
+            self.decoders, kind, self.scaling, self.s_aux, output,
         )  # fmt: skip
 
     def _capacity(self, batch: Batch, page: int, compiled: bool) -> tuple[int, int]:

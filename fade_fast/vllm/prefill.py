@@ -13,6 +13,7 @@ So what a query reads depends on no other query, and the large products are thos
 longer than `batches.TOGETHER` tokens is decoded part by part, and the parts are merged by log-sum-exp.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..compile.compiled import Compiled, use_compiled
+from ..compile.tiles import prefill_tiles
 from ..kernels import flash
 from ..kernels.packed import force_materialize
 from ..kernels.rotated import dequantize
@@ -208,9 +210,10 @@ def _before(group: Prefill, kind: Kind, begin: Tensor, counts: Tensor, put, toke
 
 def attend(
     query: Tensor, runs: Tensor, records: Tensor | None, old: Tensor | None, keys: Tensor, values: Tensor,
-    of: Plan, means: Tensor, decoders: Tensor, kind: Kind, scaling: float, s_aux: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Attention of a group, [T, Hq, D].
+    of: Plan, means: Tensor, decoders: Tensor, kind: Kind, scaling: float, s_aux: Tensor | None,
+    output: Tensor,
+) -> None:  # fmt: skip
+    """Write the attention of a group to `output` [T, Hq, D].
 
     Args:
         query: [T, Hq, D], those of the group.
@@ -233,8 +236,8 @@ def attend(
             (of.longest, part.longest), scaling, part.last, of.back,
         )  # fmt: skip
         total = found if total is None else _run("merged", [*total, *found], [0, 1, 0, 1])
-    dynamic = [query, *total, held, of.rows, of.seen]
-    return _run("finish", dynamic, [0, 0, 1, 2, 0, 0], s_aux, scaling=scaling)
+    dynamic = [query, *total, held, of.rows, of.seen, output]
+    _run("finish", dynamic, [0, 0, 1, 2, 0, 0, 0], s_aux, scaling=scaling)
 
 
 def _rows(dynamic_sizes, runs, means, decoders, *, kind: Kind, dtype, kept: bool, inputs=None) -> Tensor:
@@ -301,9 +304,9 @@ def _merged(dynamic_sizes, *, inputs=None) -> tuple[Tensor, Tensor]:
     return one.to(lse.dtype) * (1 - share) + other.to(lse.dtype) * share, lse
 
 
-def _finish(dynamic_sizes, s_aux, *, scaling, inputs=None) -> Tensor:
-    """The attention that FlashAttention found, and that over the tokens of `Plan.rows`."""
-    query, output, lse, held, index, seen = dynamic_sizes
+def _finish(dynamic_sizes, s_aux, *, scaling, inputs=None) -> None:
+    """Write the attention that FlashAttention found, and that over the tokens of `Plan.rows`."""
+    query, attended, lse, held, index, seen, output = dynamic_sizes
     count, heads, wide = len(query), held.shape[1], lse.dtype
     each = lambda x: x.unflatten(1, (heads, -1))  # noqa: E731
     keys, values = (x.transpose(0, 1) for x in held)  # [E, H, D]
@@ -323,10 +326,10 @@ def _finish(dynamic_sizes, s_aux, *, scaling, inputs=None) -> Tensor:
     weights = (scores - scores.amax(2, keepdim=True)).exp()
     weights = force_materialize(weights / weights.sum(2, keepdim=True)).unsqueeze(-1)
     near = index.shape[1]
-    result = weights[:, :, near] * each(output).to(wide)
+    result = weights[:, :, near] * each(attended).to(wide)
     for i in range(near):
         result = result + weights[:, :, i] * values[index[:, i]].to(wide).unsqueeze(2)
-    return result.flatten(1, 2).to(query.dtype)
+    output.copy_(result.flatten(1, 2))
 
 
 def _run(name: str, dynamic: list[Tensor], axes: list[int], *args, **constants):
@@ -338,10 +341,12 @@ def _run(name: str, dynamic: list[Tensor], axes: list[int], *args, **constants):
     for x, axis in zip(dynamic, axes):
         torch._dynamo.mark_dynamic(x, axis)
         inputs.append((x.dtype, *x.shape[:axis], *x.shape[axis + 1 :]))
-    return _compiled[name](dynamic, dict, *args, **constants, inputs=tuple(inputs))
+    pinned = functools.partial(_compiled[name].tiles, dynamic)
+    return _compiled[name](dynamic, pinned, *args, **constants, inputs=tuple(inputs))
 
 
 _compiled = {
-    name: Compiled(function, options=single._FUSED)
-    for name, function in (("rows", _rows), ("merged", _merged), ("finish", _finish))
+    name: Compiled(function, single._FUSED, lambda dynamic: prefill_tiles(dynamic[0].shape[-1]))
+    for name, function in (("merged", _merged), ("finish", _finish))
 }
+_compiled["rows"] = Compiled(_rows, single._FUSED, lambda dynamic: prefill_tiles())
