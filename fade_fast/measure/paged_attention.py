@@ -259,9 +259,9 @@ class Pool:
         return sorted({0, len(self.lengths) // 2, len(self.lengths) - 1})
 
     def stored(self, row: int, query: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values before position `query` of a request, as a query there reads them, float64 [H, n, D].
+        """Keys and values before position `query` of a request, as a query there reads them.
 
-        None: the query is at the last token of the request.
+        None: the query is at the last token of the request. Returns float64 [H, n, D] each.
         """
         layer, page = self.layer, self.shape.page
         query = self.lengths[row] - 1 if query is None else query

@@ -1,18 +1,19 @@
 """Prefill of the vLLM plugin over packed pages against bfloat16: `fade bench prefill`. vLLM is not needed.
 
 Layers, pages and batches are those of the plugin, as in `fade bench paged`: one layer with random data of the
-shape of a model. A step adds `chunk` tokens to each of some requests, and may add one token to each of others,
-as chunked prefill of vLLM does. What is timed is `forward` of a layer, which stores the tokens of the step and
-attends, and both parts apart. What a step does once for all layers is timed apart, too.
+shape of a model. A step adds `chunk` tokens to each of some requests, and may add one token to each of
+others, as chunked prefill of vLLM does. What is timed is `forward` of a layer, which stores the tokens of the
+step and attends, and both parts apart. What a step does once for all layers is timed apart, too.
 
-The baseline is the fastest attention kernel of PyTorch over contiguous keys and values in bfloat16, and a copy
-of the new tokens into pages. Requests that decode add the fastest kernel of `fade bench paged`. Both then get
-the time of all other operations of a layer with so many tokens (`fade bench throughput`): this gives the time
-of a prefill, and by how many percent it grows.
+The baseline is the fastest attention kernel of PyTorch over contiguous keys and values in bfloat16, and a
+copy of the new tokens into pages. Requests that decode add the fastest kernel of `fade bench paged`. Both
+then get the time of all other operations of a layer with so many tokens (`fade bench throughput`): this gives
+the time of a prefill, and by how many percent it grows.
 
-Times are medians of CUDA-graph replays, which are those of the device, and of calls without a graph, which are
-the larger of those of host and device. vLLM runs prefill without a graph. Queries at the beginning of pages are compared with float64 over
-what the pages hold. The tests of the plugin compare all queries. `--quick` shrinks everything, for a CPU.
+Times are medians of CUDA-graph replays, which are those of the device, and of calls without a graph, which
+are the larger of those of host and device. vLLM runs prefill without a graph. Queries at the beginning of
+pages are compared with float64 over what the pages hold. The tests of the plugin compare all queries.
+`--quick` shrinks everything, for a CPU.
 """
 
 import argparse
@@ -23,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
@@ -55,7 +55,7 @@ TARGET = 10.0  # percent by which a prefill may grow
 
 @dataclass(frozen=True)
 class Case:
-    """A step: `requests` of `chunk` new tokens behind `past` others, and `decodes` of one behind `context`."""
+    """A step: `requests` of `chunk` new tokens behind `past` others, `decodes` of one behind `context`."""
 
     requests: int
     chunk: int

@@ -337,9 +337,7 @@ class CompressedLayer(PagedLayer):
         kind, parts = self._kind(cache.shape[2]), single.parts(len(slots), use_compiled(keys))
         if kind not in step.shared:
             tokens = step.positions, slots, step.after
-            step.shared[kind] = [
-                single.writes(*(x[of] for x in tokens), rows, kind) for of, rows in parts
-            ]
+            step.shared[kind] = [single.writes(*(x[of] for x in tokens), rows, kind) for of, rows in parts]
         found = [
             single.store(
                 keys[of], values[of], self.means, self.encoders, self.layout.runs(cache), self.bound, to,

@@ -171,7 +171,7 @@ def _pages(table: Tensor, request: Tensor, index: Tensor, kind: Kind) -> Entries
     owner, early = _owner(table, request, index).unsqueeze(1), position < FIRST
     mean, nowhere = mean_row(position, kind.means), torch.full_like(position, -1)
     found = owner, at, at.clamp_max(FIRST - 1), early, early, nowhere, mean
-    return Entries(*(x.expand_as(position).flatten() for x in found))
+    return Entries(*(x.expand_as(position).flatten().contiguous() for x in found))
 
 
 def _new(group: Prefill, kind: Kind, of: Tensor, position: Tensor) -> Entries:
@@ -250,8 +250,8 @@ def _rows(dynamic_sizes, runs, means, decoders, *, kind: Kind, dtype, kept: bool
     of, extra = Entries(*dynamic_sizes[: len(Entries._fields)]), dynamic_sizes[len(Entries._fields) :]
     middle = torch.promote_types(decoders.dtype, torch.float32)
     wide = torch.promote_types(dtype, torch.float32)
-    page, head = of.page.clamp(0, len(runs) - 1)[:, None, None], torch.arange(runs.shape[1], device=runs.device)
-    head, parts = head.unsqueeze(-1), []
+    head = torch.arange(runs.shape[1], device=runs.device).unsqueeze(-1)
+    page, parts = of.page.clamp(0, len(runs) - 1)[:, None, None], []
     for at, second in ((of.at, False), (of.second, True)):
         parts.append([runs[page, head, x.unsqueeze(1)] for x in single._addresses(at, kind, second)])
     if kept:

@@ -1,15 +1,16 @@
-"""One new token of each request: what a layer does in a decode step, in few kernels.
+"""How all steps store tokens, and what a layer does in a decode step, in few kernels.
 
-A decode step adds a token to each of its requests. Three functions do what a layer does beside the kernels of
+A decode step adds a token to each of its requests. These functions do what a layer does beside the kernels of
 `formats/`, and on CUDA each is compiled:
 
 - `writes` and `reads` tell where a step writes and reads. Layers with pages of one kind share the result.
-- `store` encodes the new tokens twice and writes both records into their pages.
+- `store` encodes the new tokens twice and writes both records into their pages. It serves all steps, so that
+  the records of a token do not depend on its step.
 - `vectors` decodes the tokens that queries read as vectors: the first ones of their requests, those right
   before them and their own.
 
 Shapes do not depend on lengths on the host, and nothing waits for the device. So a CUDA graph can hold a
-step, and serve other lengths later.
+decode step, and serve other lengths later.
 
 Pages are runs of bytes here, uint8 [P, H, L], because a compiled function must not write into one of several
 views of a tensor: it would copy the tensor.

@@ -180,7 +180,8 @@ def prefill() -> None:
 
     shape, most = replace(paged_attention.Shape(), most=1024), batches.TOGETHER
     try:
-        for bits, codec, batches.TOGETHER in ((4, "rotated", 256), (8, "rotated", most), (4, "matched", most)):
+        for bits, codec, tokens in ((4, "rotated", 256), (8, "rotated", most), (4, "matched", most)):
+            batches.TOGETHER = tokens
             case = paged_prefill.Case(1, 300, past=700, decodes=1, context=90, bits=bits, codec=codec)
             made = paged_prefill.Step(case, shape, "cpu")
             made.layer.forward(made.pool.cache, *made.args)

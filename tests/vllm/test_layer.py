@@ -10,6 +10,7 @@ from fade_fast.vllm import batches, layer, prefill, single
 from fade_fast.vllm.layer import CompressedLayer
 from fade_fast.vllm.pages import FIRST, SPAN, PageLayout
 
+from . import paged
 from .paged import GROUP, HEADS, PAGE, Engine, distance, draw
 
 WIDTHS = [None, (8, 8), (4, 4), (3, 3), (2, 2), (8, 4), (4, 16), (3, 2)]
@@ -362,6 +363,35 @@ def test_batches_follow_live_lengths():
         assert (np.diff(batch.reach) <= 0).all()
     assert sorted(x for b in short for x in b.reach) == sorted(reach[:6])
     assert list(long.reach) == [300, 228] and (long.at >= 0).sum() == 200
+
+
+def test_groups_of_prefill():
+    """Contexts of a group have `TOGETHER` tokens, or belong to one request, and single tokens are apart."""
+    count, reach = (
+        np.array([1, 900, 700, 2, 1, 9000, 20, 30]),
+        np.array([7, 9000, 7000, 20000, 5, 9000, 20, 30]),
+    )
+    starts, table = np.concatenate(([0], np.cumsum(count))), torch.zeros(8, 200, dtype=torch.int32)
+    step = batches.split(starts, reach, torch.from_numpy(reach), table, most=1)
+    assert [list(x.counts) for x in step.prefill] == [[900, 700], [2], [9000, 20, 30]]
+    assert [x.in_order for x in step.prefill] == [slice(1, 1601), slice(1601, 1603), slice(1604, 10654)]
+    assert step.single and sum(len(x.tokens) for x in step.short) == 2
+    apart = batches.split(starts[:6], reach[:5], torch.from_numpy(reach)[:5], table[:5], most=1).prefill
+    assert torch.equal(apart[1].tokens, torch.tensor([1601, 1602]))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_lengths_on_the_host_may_be_upper_bounds(window, small):
+    """With drafts the host knows no exact lengths. Those on the device count."""
+    engine = Engine((4, 4), [260], means=MEANS, window=window)
+    engine.step([190])
+    whole, made = Engine((4, 4), [260], means=MEANS, window=window), batches.split
+    whole.step([190])
+    later = lambda starts, reach, *more, **options: made(starts, reach + 6, *more, slack=6, **options)  # noqa: E731
+    with pytest.MonkeyPatch.context() as inside:
+        inside.setattr(paged, "split", later)
+        found = engine.step([50])
+    assert torch.equal(found[0], whole.step([50])[0])
 
 
 @pytest.mark.parametrize("bits", WIDTHS[1:])
