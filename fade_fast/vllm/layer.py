@@ -104,7 +104,11 @@ class PagedLayer(ABC):
         """
         count = len(step.positions)
         self.append(cache, keys, values, slots[:count], step.positions)
-        self.attend(cache, query, New((keys, values)), step, output)
+        self.attend(cache, query, New((keys, values), single=self._takes_prefill(keys)), step, output)
+
+    def _takes_prefill(self, like: Tensor) -> bool:
+        """Whether `_attend_prefill` serves steps of tensors like these. FlashAttention knows no softcap."""
+        return self.softcap is None and flash.takes_ragged(like)
 
     def attend(
         self, cache: Tensor, query: Tensor, new: New, step: Step, output: Tensor, held: list | None = None
@@ -122,9 +126,9 @@ class PagedLayer(ABC):
             self._attend_prefill(cache, group.of(query), new, group, of)
             group.store(of, output)
 
+    @abstractmethod
     def _attend_prefill(self, cache: Tensor, query: Tensor, new: New, group: Prefill, output: Tensor) -> None:
         """Write attention of a group of requests with many new tokens to `output` [T, Hq, D]."""
-        raise NotImplementedError
 
     def _attend_short(self, cache: Tensor, query: Tensor, new: New, batch: Batch) -> Tensor:
         """Attention of a batch of short rows, [B, q, Hq, D]."""
@@ -198,6 +202,27 @@ class DenseLayer(PagedLayer):
         slots = slots.clamp_min(0).long()  # page 0 belongs to no request
         tokens = torch.cat((keys[:count], values[:count]), dim=-1).to(cache.dtype)
         cache[slots // page, :, slots % page] = tokens
+
+    def _attend_prefill(self, cache, query, new, group, output):
+        page = cache.shape[2]
+        key = "dense", page, self.window
+        if key not in group.shared:
+            spans, back = prefill.spans_of(group, page, self.window, near=-1)
+            pages = [prefill.owner(group.table, x.request, x.index) for x in spans]
+            group.shared[key] = list(zip(pages, spans)), *prefill.queries(group), back
+        parts, queries_from, longest, back = group.shared[key]
+        total = None
+        for pages, of in parts:
+            held = cache[pages.clamp(0, len(cache) - 1)].transpose(1, 2).flatten(0, 1)  # [E, H, 2 D]
+            found = flash.ragged(
+                query, *held.chunk(2, dim=-1), queries_from, of.keys_from, of.used, (longest, of.longest),
+                self.scaling, of.last, back,
+            )  # fmt: skip
+            total = found if total is None else prefill.merged(total, found)
+        result, lse = total
+        if self.s_aux is not None:  # the sinks take a share, and have values of 0
+            result = result * (lse.mT - self.s_aux.to(lse.dtype)).sigmoid().unsqueeze(-1)
+        output.copy_(result)
 
     def _partial(self, cache, rows, table, visible, first, start):
         held = pages_of(cache, table.clamp(0, len(cache) - 1).long())  # [B, n, H, N, 2 D]
@@ -318,9 +343,8 @@ class CompressedLayer(PagedLayer):
                 self.layout.write(self.views(cache)[1], records, step.first.page, step.first.at)
             self.attend(cache, query, New((keys, values), both), step, output, held)
             return
-        # FlashAttention knows no softcap.
-        serves = not step.prefill or self.softcap is None and flash.takes_ragged(keys)
-        serves, both, held = step.single and serves, None, None
+        serves = step.single and (not step.prefill or self._takes_prefill(keys))
+        both = held = None
         if not (serves or self.layout.fine):  # before the step overwrites them
             held = [self._second(cache, batch) for batch in step.batches]
         keep = not self.layout.fine and (not serves or bool(step.prefill))

@@ -53,6 +53,22 @@ class Entries(NamedTuple):
     mean: Tensor
 
 
+class Span(NamedTuple):
+    """N pages of R requests that are decoded at once.
+
+    Attributes:
+        request, index: int64 [N], the request of each page, and which page of the request it is.
+        keys_from, used, longest, last: see `Part`.
+    """
+
+    request: Tensor
+    index: Tensor
+    keys_from: Tensor
+    used: Tensor
+    longest: int
+    last: bool
+
+
 class Part(NamedTuple):
     """Tokens that are decoded at once, and what R requests read of them.
 
@@ -104,41 +120,21 @@ def plan(group: Prefill, kind: Kind, tokens: int) -> Plan:
     new tokens as they came.
     """
     table, page, near, window = group.table, kind.page, kind.near, kind.window
-    put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(table.device, non_blocking=True)  # noqa: E731
-    counts, count = put(group.counts), int(group.counts.sum())
-    begin = group.lengths - counts
-    parts, first, slots = [], torch.zeros_like(begin), group.reach
-    if window is not None:
-        first = (begin - window + 1).clamp_min(0) // page
-        slots = np.minimum(slots, group.counts + window + page - 2)
-    elif slots.sum() > batches.TOGETHER and len(slots) == 1:
-        # Pages that all queries see whole, also where the length on the host is an upper bound.
-        whole = max(0, int(slots[0] - group.counts[0] - group.slack - near) // page)
-        each = max(1, batches.TOGETHER // page)
-        for start in range(0, whole, each):
-            size = min(each, whole - start)
-            index = put(np.arange(start, start + size))
-            ends = put(np.array([0, size * page], dtype=np.int32))
-            parts.append(Part(_pages(table, 0 * index, index, kind), ends, ends[1:], size * page, False))
-        first, slots = first + whole, slots - whole * page
-    blocks = np.minimum(-(-slots // page), table.shape[1])
-    ends = np.concatenate(([0], np.cumsum(blocks)))
-    request = put(np.repeat(np.arange(len(blocks)), blocks))
-    index = first[request] + put(np.arange(ends[-1]) - np.repeat(ends[:-1], blocks))
-    used, back = group.lengths - 1 - near - first * page, None
-    if window is not None:
-        back = window - 2 - near
-        if back < 0:  # all that a query sees is near it
-            used, back = 0 * used, None
-    entries = [_pages(table, request, index, kind)]
-    total = int(ends[-1]) * page
+    counts, count = _put(group.counts, table), int(group.counts.sum())
+    begin, (spans, back) = group.lengths - counts, spans_of(group, page, window, near)
+    parts = [Part(_pages(table, x, kind), *x[2:]) for x in spans]
+    *_, (_, index, keys_from, *_) = spans
+    last, total = parts.pop(), len(index) * page
+    entries = [last.entries]
 
     starts = np.concatenate(([0], np.cumsum(group.counts)))
-    of = put(np.repeat(np.arange(len(blocks)), group.counts)).unsqueeze(1)  # the request of each query
-    order = put(np.arange(count) - np.repeat(starts[:-1], group.counts)).unsqueeze(1)
+    of = _put(np.repeat(np.arange(len(counts)), group.counts), table).unsqueeze(
+        1
+    )  # the request of each query
+    order = _put(np.arange(count) - np.repeat(starts[:-1], group.counts), table).unsqueeze(1)
     query, position = torch.arange(count, device=table.device).unsqueeze(1), begin[of] + order
     if near:
-        entries += _new(group, kind, of, position), _before(group, kind, begin, counts, put, tokens)
+        entries += _new(group, kind, of, position), _before(group, kind, begin, counts, tokens)
     entries = Entries(*(torch.cat(x) for x in zip(*entries)))
     distance = torch.arange(1, near + 1, device=table.device)
     seen = position >= distance
@@ -149,28 +145,74 @@ def plan(group: Prefill, kind: Kind, tokens: int) -> Plan:
     twice = (token < FIRST) | (distance <= kept - kind.drafts)
     own = len(entries.page) + query
     both = torch.where(order >= distance, query - distance, count + NEAR * (of + 1) + order - distance)
-    keys_from = put((ends * page).astype(np.int32))
-    once = keys_from[of] + token - first[of] * page
+    first = index[keys_from[:-1].long() // page] * page  # the first position in the last part
+    once = keys_from[of] + token - first[of]
     rows = torch.where(seen, torch.where(twice, total + both, once), own)
     rows = torch.cat((own, rows), 1)
     seen = torch.cat((torch.ones_like(query, dtype=torch.bool), seen), 1)
-    parts.append(Part(entries, keys_from, used.clamp_min(0).int(), int(blocks.max()) * page, True))
-    longest = int(group.counts.max())
-    return Plan(parts, put(starts.astype(np.int32)), longest, back, group.tokens, rows, seen)
+    parts.append(last._replace(entries=entries))
+    return Plan(parts, *queries(group), back, group.tokens, rows, seen)
 
 
-def _owner(table: Tensor, request: Tensor, index: Tensor) -> Tensor:
+def queries(group: Prefill) -> tuple[Tensor, int]:
+    """`queries_from` of `flash.ragged`, and the most queries of a request."""
+    starts = np.concatenate(([0], np.cumsum(group.counts)))
+    return _put(starts.astype(np.int32), group.table), int(group.counts.max())
+
+
+def spans_of(group: Prefill, page: int, window: int | None, near: int) -> tuple[list[Span], int | None]:
+    """The pages of a group, and `back` of `flash.ragged`: queries see tokens up to `near` + 1 before them.
+
+    With a `near` of -1 they see their own.
+    """
+    table, slots = group.table, group.reach
+    begin, spans = group.lengths - _put(group.counts, table), []
+    first = torch.zeros_like(begin)
+    if window is not None:
+        first = (begin - window + 1).clamp_min(0) // page
+        slots = np.minimum(slots, group.counts + window + page - 2)
+    elif slots.sum() > batches.TOGETHER and len(slots) == 1:
+        # Pages that all queries see whole, also where the length on the host is an upper bound.
+        whole = max(0, int(slots[0] - group.counts[0] - group.slack - max(near, 0)) // page)
+        each = max(1, batches.TOGETHER // page)
+        for start in range(0, whole, each):
+            size = min(each, whole - start)
+            index = _put(np.arange(start, start + size), table)
+            ends = _put(np.array([0, size * page], dtype=np.int32), table)
+            spans.append(Span(0 * index, index, ends, ends[1:], size * page, False))
+        first, slots = first + whole, slots - whole * page
+    blocks = np.minimum(-(-slots // page), table.shape[1])
+    ends = np.concatenate(([0], np.cumsum(blocks)))
+    request = _put(np.repeat(np.arange(len(blocks)), blocks), table)
+    index = first[request] + _put(np.arange(ends[-1]) - np.repeat(ends[:-1], blocks), table)
+    used, back = group.lengths - 1 - near - first * page, None
+    if window is not None:
+        back = window - 2 - near
+        if back < 0:  # all that a query sees is near it
+            used, back = 0 * used, None
+    keys_from = _put((ends * page).astype(np.int32), table)
+    longest = int(blocks.max()) * page
+    spans.append(Span(request, index, keys_from, used.clamp_min(0).int(), longest, True))
+    return spans, back
+
+
+def _put(x: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x)).to(like.device, non_blocking=True)
+
+
+def owner(table: Tensor, request: Tensor, index: Tensor) -> Tensor:
     """Pages `index` of requests, int64 like both."""
     return table[request, index.clamp_max(table.shape[1] - 1)].long()
 
 
-def _pages(table: Tensor, request: Tensor, index: Tensor, kind: Kind) -> Entries:
-    """All tokens of pages `index` of requests, both int64 [n]."""
+def _pages(table: Tensor, of: Span, kind: Kind) -> Entries:
+    """All tokens of some pages."""
+    index = of.index
     at = torch.arange(kind.page, device=table.device).expand(len(index), -1)
     position = index.unsqueeze(1) * kind.page + at
-    owner, early = _owner(table, request, index).unsqueeze(1), position < FIRST
+    pages, early = owner(table, of.request, index).unsqueeze(1), position < FIRST
     mean, nowhere = mean_row(position, kind.means), torch.full_like(position, -1)
-    found = owner, at, at.clamp_max(FIRST - 1), early, early, nowhere, mean
+    found = pages, at, at.clamp_max(FIRST - 1), early, early, nowhere, mean
     return Entries(*(x.expand_as(position).flatten().contiguous() for x in found))
 
 
@@ -178,12 +220,12 @@ def _new(group: Prefill, kind: Kind, of: Tensor, position: Tensor) -> Entries:
     """The new tokens of a group at `position` [T, 1] of requests `of` [T, 1]."""
     early, at = position < FIRST, position % kind.page
     twice = [early if bits >= 8 else torch.ones_like(early) for bits in kind.bits]
-    owner = _owner(group.table, of, position // kind.page)
-    found = owner, at, 0 * at, *twice, group.tokens.unsqueeze(1), mean_row(position, kind.means)
+    pages = owner(group.table, of, position // kind.page)
+    found = pages, at, 0 * at, *twice, group.tokens.unsqueeze(1), mean_row(position, kind.means)
     return Entries(*(x.flatten() for x in found))
 
 
-def _before(group: Prefill, kind: Kind, begin: Tensor, counts: Tensor, put, tokens: int) -> Entries:
+def _before(group: Prefill, kind: Kind, begin: Tensor, counts: Tensor, tokens: int) -> Entries:
     """The `NEAR` tokens right before the new ones of each request."""
     page, back = kind.page, torch.arange(NEAR, 0, -1, device=begin.device)
     begin, counts = begin.unsqueeze(1), counts.unsqueeze(1)
@@ -197,11 +239,11 @@ def _before(group: Prefill, kind: Kind, begin: Tensor, counts: Tensor, put, toke
     order = kept - back  # of the first new token with the same slot
     taken = (order >= 0) & (order < counts) & ~early
     taken = taken & ((position + kept) // page == position // page) & (position // page == begin // page)
-    by = torch.where(taken, tokens + put(group.starts).unsqueeze(1) + order, -1)
+    by = torch.where(taken, tokens + _put(group.starts, begin).unsqueeze(1) + order, -1)
     row = torch.arange(len(begin), device=begin.device).unsqueeze(1)
-    owner = _owner(group.table, row, position // page)
+    pages = owner(group.table, row, position // page)
     sides = [early if bits >= 8 else twice for bits in kind.bits]
-    found = owner, position % page, second, *sides, by, mean_row(position, kind.means)
+    found = pages, position % page, second, *sides, by, mean_row(position, kind.means)
     return Entries(*(x.expand_as(position).flatten() for x in found))
 
 
@@ -235,7 +277,7 @@ def attend(
             query, *held.transpose(1, 2), of.queries_from, part.keys_from, part.used,
             (of.longest, part.longest), scaling, part.last, of.back,
         )  # fmt: skip
-        total = found if total is None else _run("merged", [*total, *found], [0, 1, 0, 1])
+        total = found if total is None else merged(total, found)
     dynamic = [query, *total, held, of.rows, of.seen, output]
     _run("finish", dynamic, [0, 0, 1, 2, 0, 0, 0], s_aux, scaling=scaling)
 
@@ -295,10 +337,17 @@ def scaled_codes(records: list[Tensor], early: Tensor, kind: Kind, middle: torch
     return found
 
 
+def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of both: outputs [T, Hq, D] and log-sum-exp [Hq, T] of each.
+
+    Queries see a key of the first one.
+    """
+    return _run("merged", [*one, *other], [0, 1, 0, 1])
+
+
 def _merged(dynamic_sizes, *, inputs=None) -> tuple[Tensor, Tensor]:
-    """Attention over the keys of two parts: outputs [T, Hq, D] and log-sum-exp [Hq, T] of each."""
     one, first, other, second = dynamic_sizes
-    second = torch.where(second == torch.inf, -torch.inf, second)  # a query sees all of the first part
+    second = torch.where(second == torch.inf, -torch.inf, second)
     lse = torch.logaddexp(first, second)
     share = (second - lse).exp().mT.unsqueeze(-1)
     return one.to(lse.dtype) * (1 - share) + other.to(lse.dtype) * share, lse
