@@ -117,9 +117,9 @@ class PagedLayer(ABC):
 
         `query` [T, Hq, D] is that of the step, and `held` has `New.held` of each of its batches.
         """
-        batches = step.short if new.single else step.batches
-        for batch, before in zip(batches, held or [None] * len(batches)):
-            kind = self._attend_short if any(batch is x for x in step.short) else self._attend_long
+        batches, short = step.short if new.single else step.batches, len(step.short)
+        for i, (batch, before) in enumerate(zip(batches, held or [None] * len(batches))):
+            kind = self._attend_short if i < short else self._attend_long
             batch.store(kind(cache, query, new._replace(held=before), batch), output)
         for group in step.prefill if new.single else ():
             of = group.of(output)

@@ -128,9 +128,7 @@ def plan(group: Prefill, kind: Kind, tokens: int) -> Plan:
     entries = [last.entries]
 
     starts = np.concatenate(([0], np.cumsum(group.counts)))
-    of = _put(np.repeat(np.arange(len(counts)), group.counts), table).unsqueeze(
-        1
-    )  # the request of each query
+    of = _put(np.repeat(np.arange(len(counts)), group.counts), table).unsqueeze(1)
     order = _put(np.arange(count) - np.repeat(starts[:-1], group.counts), table).unsqueeze(1)
     query, position = torch.arange(count, device=table.device).unsqueeze(1), begin[of] + order
     if near:
