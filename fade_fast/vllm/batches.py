@@ -148,7 +148,7 @@ class Prefill:
         index = np.arange(self.counts.sum()) + np.repeat(self.starts - offset, self.counts)
         return torch.from_numpy(index).to(self.table.device, non_blocking=True)
 
-    @property
+    @functools.cached_property
     def in_order(self) -> slice | None:
         """These tokens as a slice; None if others are between them."""
         stop = self.starts[-1] + self.counts[-1]

@@ -284,6 +284,7 @@ class CompressedLayer(PagedLayer):
         # A power of two at least as large as every value scale that was ever stored. It only grows, and a
         # power of two changes no digit of a result.
         self.bound = torch.full((self.heads,), rotated.SMALLEST_SCALE, device=device)
+        self._kinds: dict[int, single.Kind] = {}
         self._viewed: tuple[Tensor | None, tuple] = None, ({}, {})
         #: Whether `single.py` stores steps: it knows bytes of codes, and no values as they are.
         self.takes_single = packed.DENSE not in bits
@@ -305,10 +306,12 @@ class CompressedLayer(PagedLayer):
 
     def _kind(self, page: int) -> single.Kind:
         """What `single.py` knows of pages of `page` tokens."""
-        fields = tuple((name, field.bytes, field.axis == -1) for name, field in self.layout.fields.items())
-        return single.Kind(
-            fields, self.tier.bits, page, self.layout.fine, self.drafts, self.means.shape[1], self.window
-        )
+        if page not in self._kinds:
+            fields = tuple((name, x.bytes, x.axis == -1) for name, x in self.layout.fields.items())
+            self._kinds[page] = single.Kind(
+                fields, self.tier.bits, page, self.layout.fine, self.drafts, self.means.shape[1], self.window
+            )
+        return self._kinds[page]
 
     def views(self, cache: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The fields of the records and of the second records in the cache; see `PageLayout.views`."""

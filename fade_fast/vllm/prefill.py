@@ -13,7 +13,6 @@ So what a query reads depends on no other query, and the large products are thos
 longer than `batches.TOGETHER` tokens is decoded part by part, and the parts are merged by log-sum-exp.
 """
 
-import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..compile.compiled import Compiled, use_compiled
-from ..compile.tiles import prefill_tiles
+from ..compile.tiles import Tiles, prefill_tiles
 from ..kernels import flash
 from ..kernels.packed import force_materialize
 from ..kernels.rotated import dequantize
@@ -383,13 +382,18 @@ def _run(name: str, dynamic: list[Tensor], axes: list[int], *args, **constants):
     """A function of this module, compiled where compiled versions run, once for all sizes of these axes."""
     if not use_compiled(dynamic[0]):
         return globals()[f"_{name}"](dynamic, *args, **constants)
-    dynamic = [x.view_as(x) for x in dynamic]  # the mark must not stay on tensors of others
-    inputs = []  # of another kind need a graph of their own
-    for x, axis in zip(dynamic, axes):
-        torch._dynamo.mark_dynamic(x, axis)
-        inputs.append((x.dtype, *x.shape[:axis], *x.shape[axis + 1 :]))
-    pinned = functools.partial(_compiled[name].tiles, dynamic)
-    return _compiled[name](dynamic, pinned, *args, **constants, inputs=tuple(inputs))
+    # Views in all calls: the mark must not stay on tensors of others, and graphs are for views then.
+    dynamic = [x.view_as(x) for x in dynamic]
+
+    def pinned() -> Tiles:
+        """Called before the function is compiled, and not in later calls: then marks would take time."""
+        for x, axis in zip(dynamic, axes):
+            torch._dynamo.mark_dynamic(x, axis)
+        return _compiled[name].tiles(dynamic)
+
+    # Inputs of another kind need a graph of their own.
+    inputs = tuple((x.dtype, *x.shape[:axis], *x.shape[axis + 1 :]) for x, axis in zip(dynamic, axes))
+    return _compiled[name](dynamic, pinned, *args, **constants, inputs=inputs)
 
 
 _compiled = {

@@ -125,7 +125,8 @@ def recorded() -> Iterator[list[tuple]]:
     calls: list[tuple] = []
 
     def first_call(self, key, dynamic_sizes, pinned, args, constants):
-        calls.append((self, likes(dynamic_sizes), pinned(), likes(args), constants))
+        tiles = pinned()  # which may mark dynamic sizes
+        calls.append((self, likes(dynamic_sizes), tiles, likes(args), constants))
         bound = compiled.bind(self.function, constants)
         self.graphs[key] = bound, bound.__code__
         return bound(dynamic_sizes, *args)
