@@ -317,6 +317,7 @@ def test_decode_steps_compile_once(traced_kernels, compiled_on):
 
 
 @pytest.mark.slow
+@torch.inference_mode()  # as in vLLM
 def test_prefill_compiles_once(traced_kernels, compiled_on, small):
     """Other numbers of tokens, pages, requests and parts are served by the same graphs."""
     compiled_on("cpu")
