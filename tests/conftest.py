@@ -24,7 +24,7 @@ from fade_fast.kernels import (
 )
 from fade_fast.policies import scores
 from fade_fast.policies import select as residency
-from fade_fast.vllm import single
+from fade_fast.vllm import prefill, single
 
 WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2/test.txt"
 
@@ -79,6 +79,7 @@ KERNELS = (
     residency._compiled_touch,
     select_store._compiled,
     select_store._compiled_count,
+    *prefill._compiled.values(),
     *single._compiled.values(),
 )
 

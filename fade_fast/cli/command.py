@@ -59,6 +59,7 @@ BENCHES = {
     "serve": "fade_fast.measure.serve",
     "paged": "fade_fast.measure.paged_attention",
     "throughput": "fade_fast.measure.paged_throughput",
+    "prefill": "fade_fast.measure.paged_prefill",
     "parallel": "fade_fast.measure.parallel",
     "start": "fade_fast.measure.start",
 }

@@ -118,6 +118,15 @@ def summary_tiles(rows: int, dim: int) -> Tiles:
     return {(None, dim): dict(product, R0_BLOCK=64 if dim % 64 == 0 else 32)}
 
 
+def prefill_tiles(dim: int | None = None) -> Tiles:
+    """Tiles of `vllm/prefill.py`: kernels without sums, and sums over `dim` channels; not tuned on a GPU.
+
+    A program of the sums has about one token of a KV head, whose query rows read the same keys.
+    """
+    tiles: Tiles = {(None, 1): dict(XBLOCK=512, num_warps=4, num_stages=1)}
+    return tiles if dim is None else tiles | {(None, dim): dict(XBLOCK=32, num_warps=4, num_stages=1)}
+
+
 def channel_tiles(dim: int) -> Tiles:
     """Tiles of sums over `dim` channels of a vector, where neighbors in memory are tokens; not tuned."""
     return {(None, dim): dict(XBLOCK=32, num_warps=4, num_stages=1)}

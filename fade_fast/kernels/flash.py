@@ -8,7 +8,7 @@ memory-efficient attention (arXiv 2112.05682).
 import torch
 from torch import Tensor
 
-from .merge import Partial, of_rows
+from .merge import Partial, of_heads, of_rows
 
 _aten = torch.ops.aten
 
@@ -76,3 +76,68 @@ def _bias(seen: Tensor, query: Tensor) -> Tensor:
     width = -(-count // ALIGNED) * ALIGNED
     bias = query.new_zeros(batch, 1, queries, width)[..., :count]
     return bias.masked_fill_(~seen, -torch.inf).expand(*query.shape[:3], count)
+
+
+def takes_ragged(query: Tensor) -> bool:
+    """Whether `ragged` serves queries like these. On a GPU, FlashAttention takes half precision alone."""
+    return takes(query, query) and (query.dtype.itemsize == 2 or not query.is_cuda)
+
+
+def ragged(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    queries_from: Tensor,
+    keys_from: Tensor,
+    used: Tensor,
+    longest: tuple[int, int],
+    scaling: float,
+    causal: bool,
+    back: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of requests of any lengths, each over keys of its own.
+
+    Args:
+        query: [T, Hq, D], the queries of one request after another.
+        keys, values: [E, H, D], finite where they are read.
+        queries_from: int32 [R + 1], the first query of each request, and T.
+        keys_from: int32 [R + 1], the first key of each request, and the end of the last one's.
+        used: int32 [R], how many keys of a request are read; 0: its queries see nothing.
+        longest: the most queries and keys that a request may have.
+        causal: the last query of a request sees its last key, and each query one key less than the next one.
+            A query may see no key.
+        back: if `causal`: a query sees this many keys before its last one. None: all of them.
+
+    Returns the outputs [T, Hq, D], and their log-sum-exp [Hq, T] in float32 or float64: infinite, beside an
+    output of 0, where a query sees nothing.
+    """
+    if query.is_cuda:
+        output, lse, *_ = _aten._flash_attention_forward(
+            query, keys, values, queries_from, keys_from, *longest, 0.0, causal and back is None, False,
+            scale=scaling, window_size_left=-1 if back is None else back,
+            window_size_right=0 if causal else -1, seqused_k=used,
+        )  # fmt: skip
+        return output, lse
+    outputs, lses = [], []
+    starts = queries_from.tolist()
+    for begin, end, first, count in zip(starts, starts[1:], keys_from.tolist(), used.tolist()):
+        rows = query[begin:end].transpose(0, 1).unsqueeze(0)
+        if not count or begin == end:
+            outputs.append(torch.zeros_like(query[begin:end]))
+            wide = torch.promote_types(query.dtype, torch.float32)
+            lses.append(query.new_full((query.shape[1], end - begin), torch.inf, dtype=wide))
+            continue
+        held = (x[first : first + count].transpose(0, 1).unsqueeze(0) for x in (keys, values))
+        seen = None
+        if causal:
+            last = torch.arange(end - begin).unsqueeze(1) + count - (end - begin)
+            position = torch.arange(count)
+            seen = position <= last
+            if back is not None:
+                seen &= position >= last - back
+            seen = seen[None, None]
+        part = attend(rows, *held, scaling, seen=seen)
+        outputs.append(of_heads(part.acc, rows.shape)[0].to(query.dtype))
+        lse = torch.where(part.row_sum > 0, part.row_max, torch.inf)
+        lses.append(lse.reshape(query.shape[1], -1))
+    return torch.cat(outputs), torch.cat(lses, dim=1)

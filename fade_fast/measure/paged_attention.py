@@ -220,22 +220,25 @@ class Pool:
         page = self.shape.page
         return self.table[row, position // page].long() * page + position % page
 
-    def step(self, counts: list[int], lengths: list[int]) -> Step:
-        """The step that brought `counts` new tokens, and with them the requests to `lengths`."""
+    def step(self, counts: list[int], lengths: list[int], most: int = 1) -> Step:
+        """The step that brought `counts` new tokens, and with them the requests to `lengths`.
+
+        `most` is that of `split`.
+        """
         reach = np.array(lengths, dtype=np.int64)
         starts = np.concatenate(([0], np.cumsum(counts)))
         on_device = torch.tensor(lengths, dtype=torch.int32, device=self.device)
-        return split(starts, reach, on_device, self.table, rounded=use_compiled(self.table))
+        return split(starts, reach, on_device, self.table, rounded=use_compiled(self.table), most=most)
 
-    def fill(self) -> None:
-        """Store all tokens but the last one of each request, in chunks of prefill."""
+    def fill(self, counts: list[int] | None = None) -> None:
+        """Store the first `counts` tokens of each request, all but the last one if None, in chunks."""
         with without_attention(self.layer):
-            for row, length in enumerate(self.lengths):
-                for start in range(0, length - 1, CHUNK):
-                    stop = min(start + CHUNK, length - 1)
-                    counts, lengths = ([0] * len(self.lengths) for _ in range(2))
-                    counts[row], lengths[row] = stop - start, stop
-                    step = self.step(counts, lengths)
+            for row, count in enumerate(counts or [n - 1 for n in self.lengths]):
+                for start in range(0, count, CHUNK):
+                    stop = min(start + CHUNK, count)
+                    new, lengths = ([0] * len(self.lengths) for _ in range(2))
+                    new[row], lengths[row] = stop - start, stop
+                    step = self.step(new, lengths)
                     keys, values = self.keys(step.positions), self.draw(stop - start)
                     self.layer.forward(
                         self.cache, None, keys, values, self.slots(row, start, stop), step, None
@@ -255,10 +258,14 @@ class Pool:
         """Requests that are compared with float64."""
         return sorted({0, len(self.lengths) // 2, len(self.lengths) - 1})
 
-    def stored(self, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a request but its last token, as the last one reads them, float64 [H, n, D]."""
-        layer, length, page = self.layer, self.lengths[row], self.shape.page
-        position = torch.arange(length - 1, device=self.device)
+    def stored(self, row: int, query: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values before position `query` of a request, as a query there reads them.
+
+        None: the query is at the last token of the request. Returns float64 [H, n, D] each.
+        """
+        layer, page = self.layer, self.shape.page
+        query = self.lengths[row] - 1 if query is None else query
+        position = torch.arange(query, device=self.device)
         owner = self.table[row, position // page].long()
         views, second = layer.views(self.cache)
         read = layer.layout.read(views, owner[None], (position % page)[None])
@@ -268,7 +275,7 @@ class Pool:
             layer.tier.decode_values(read, torch.float64),
         ]
         kept, slot = layer.layout.newest(position, page)
-        newest = (length - 1 - position <= kept.clamp_max(NEAR)) & (position >= FIRST)
+        newest = (query - position <= kept.clamp_max(NEAR)) & (position >= FIRST)
         for chosen, at in ((position < FIRST, position), (newest, slot)):
             if chosen.any():
                 read = layer.layout.read(second, owner[chosen][None], at[chosen][None])
@@ -543,10 +550,11 @@ def storing(shape: Shape, bits: int, codec: str, device: str, chunk: int, append
     cache = torch.zeros(size, dtype=torch.bfloat16, device=device)
     store = lambda: plain.append(cache, *prompt[1:4], prompt[4].positions)  # noqa: E731
     found["dense_prefill_us"] = graphed(store, device) or eager(store, device)
-    # Attention of the chunk as the plugin computes it, with the tokens read back from their codes.
+    # Attention of the chunk as the plugin computes it, with the tokens read back from their codes. In a
+    # stream of calls, this is the larger of the times of host and device.
     call = lambda: layer.attend(pool.cache, *rest)  # noqa: E731
     call()
-    found["attention_us"] = statistics.median(seconds(call, device) for _ in range(5)) * 1e6
+    found["attention_us"] = eager(call, device)
     return found
 
 

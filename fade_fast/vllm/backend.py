@@ -32,7 +32,7 @@ from fade_ref.config import KEPT
 
 from ..kernels.matched import Matrices
 from . import calibration, options
-from .batches import Step, split, uniform
+from .batches import SHORT, TOGETHER, Step, split, uniform
 from .layer import ELEMENTS, CompressedLayer, DenseLayer, PagedLayer, mean_rows
 from .pages import GRANULARITY, PREFERRED, cell_bytes
 
@@ -184,6 +184,7 @@ class FadeBuilder(AttentionMetadataBuilder[FadeMetadata]):
             step.block_table_tensor[:count],
             rounded=self.device.type == "cuda",
             slack=2 * drafts,
+            most=SHORT if drafts else 1,
         )
         return FadeMetadata(cut, step.slot_mapping)
 
@@ -315,7 +316,9 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
         """
         if attn_metadata is None:  # vLLM measures its memory: count what prefill takes
             if query.is_cuda:
-                most = 4 * ELEMENTS + 12 * key.numel()  # scores, and vectors of a step, some in float64
+                scores = 4 * ELEMENTS + 12 * key.numel()  # and vectors of a step, some in float64
+                held = (TOGETHER + 2 * len(key)) * key[0].numel()  # in half precision: codes, product, result
+                most = max(scores, 3 * held + 2 * query.numel())
                 torch.empty(most, dtype=torch.float32, device=query.device)
             return output.zero_()
         self.layer.forward(kv_cache, query, key, value, attn_metadata.slots, attn_metadata.step, output)

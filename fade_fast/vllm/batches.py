@@ -5,10 +5,14 @@ own length. `split` cuts it into batches, with index arithmetic over all request
 
 - Requests with few new tokens (decode, verification of drafts) form batches by the length of their context,
   in powers of two. So no row is padded to more than twice its length.
-- Requests with many new tokens (prefill) are cut into rows of `ROWS` queries. All these rows form one batch,
-  longest context first. While attention walks over the keys, finished rows leave at the end of the batch.
+- Requests with many new tokens (prefill) form groups, whose contexts are decoded together (`prefill.py`).
+- Layers that `prefill.py` does not serve get these requests as rows of `ROWS` queries. All these rows form
+  one batch, longest context first. While attention walks over the keys, finished rows leave at the end of the
+  batch.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +24,7 @@ from .pages import FIRST
 
 SHORT = 8  # most new tokens of a request in a batch of short rows
 ROWS = 128  # queries of a row of a long batch
+TOGETHER = 1 << 14  # most tokens that the contexts of a group have, unless it is a single request
 LEAST = 512  # contexts up to this length form one batch
 NOWHERE = -1  # position of padding queries, which see nothing
 
@@ -115,27 +120,81 @@ class FirstTokens(NamedTuple):
 
 
 @dataclass
+class Prefill:
+    """Requests with many new tokens whose contexts are decoded together, R of them, in the order of the step.
+
+    Attributes:
+        starts: on the host, int64 [R], the first new token of each request in the step.
+        counts: on the host, int64 [R], how many new tokens each has: T in all.
+        reach: on the host, int64 [R], an upper bound of the length of each request after the step.
+        slack: by how many tokens `reach` may exceed the lengths.
+        lengths: int64 [R], on the device: these lengths.
+        table: [R, n], pages of each request.
+        shared: what layers compute once and share during a step.
+    """
+
+    starts: np.ndarray
+    counts: np.ndarray
+    reach: np.ndarray
+    slack: int
+    lengths: Tensor
+    table: Tensor
+    shared: dict = field(default_factory=dict)
+
+    @functools.cached_property
+    def tokens(self) -> Tensor:
+        """The tokens of the step that belong to these requests, int64 [T]."""
+        offset = np.cumsum(self.counts) - self.counts
+        index = np.arange(self.counts.sum()) + np.repeat(self.starts - offset, self.counts)
+        return torch.from_numpy(index).to(self.table.device, non_blocking=True)
+
+    @functools.cached_property
+    def in_order(self) -> slice | None:
+        """These tokens as a slice; None if others are between them."""
+        stop = self.starts[-1] + self.counts[-1]
+        return slice(self.starts[0], stop) if stop - self.starts[0] == self.counts.sum() else None
+
+    def of(self, x: Tensor) -> Tensor:
+        """These tokens of the step `x` [n, ...], [T, ...]: a view, if no others are between them."""
+        return x[self.tokens] if self.in_order is None else x[self.in_order]
+
+    def store(self, result: Tensor, output: Tensor) -> None:
+        """Write the result [T, ...] to the tokens `output` [n, ...] of the step, unless it is `of(output)`
+        itself.
+        """
+        if self.in_order is None:
+            output.index_copy_(0, self.tokens, result)
+
+
+@dataclass
 class Step:
     """A step.
 
     Attributes:
         short: batches of requests with few new tokens.
-        long: rows of requests with many new tokens, or None.
+        prefill: groups of requests with many new tokens.
+        rows: makes `long`, or None.
         first: tokens at the first positions, or None.
         positions: int64 [T], of the tokens of the step in their requests. Padding of vLLM is not among them,
             except in a step of `uniform`, where its positions are negative.
         after: int64 [T], how many new tokens of its request come after a token.
-        single: whether each request has one new token.
+        single: whether each request of `short` has one new token.
         shared: what layers compute once and share during the step.
     """
 
     short: list[Batch]
-    long: Batch | None
+    prefill: list[Prefill]
+    rows: Callable[[], Batch] | None
     first: FirstTokens | None
     positions: Tensor
     after: Tensor
     single: bool = False
     shared: dict = field(default_factory=dict)
+
+    @functools.cached_property
+    def long(self) -> Batch | None:
+        """The requests of `prefill` as rows of one batch; None if there are none."""
+        return None if self.rows is None else self.rows()
 
     @property
     def batches(self) -> list[Batch]:
@@ -160,6 +219,7 @@ def split(
     table: Tensor,
     rounded: bool = False,
     slack: int = 0,
+    most: int = SHORT,
 ) -> Step:
     """Cut a step into batches.
 
@@ -171,11 +231,12 @@ def split(
         rounded: whether batches of short rows are padded to powers of two, so that compiled kernels meet few
             shapes.
         slack: by how many tokens `reach` may exceed the lengths.
+        most: most new tokens of a request in a batch of short rows.
 
     Requests without new tokens are left out.
     """
     count = np.diff(starts)
-    short = np.flatnonzero((count > 0) & (count <= SHORT))
+    short = np.flatnonzero((count > 0) & (count <= most))
     short = short[np.argsort(-reach[short], kind="stable")]
     level = np.ceil(np.log2(np.maximum(reach[short], LEAST) / LEAST)).astype(np.int64)
     batches = []
@@ -184,14 +245,35 @@ def split(
         batches.append(_batch(part, starts[part], count[part], 0 * part, lengths, starts, reach, table))
     if rounded:
         batches = [_rounded(batch) for batch in batches]
-    single = count.max(initial=0) == 1
+    single = bool((count[short] == 1).all())
     if single and len(batches) == 1:
         batches[0].in_order = np.array_equal(short, np.arange(len(short)))
     first = _first(starts, count, reach, lengths, table, slack)
     positions = _positions(starts, count, lengths)  # and how many tokens come after
-    long = np.flatnonzero(count > SHORT)
+    long = np.flatnonzero(count > most)
     if not len(long):
-        return Step(batches, None, first, *positions, bool(single))
+        return Step(batches, [], None, first, *positions, single)
+    groups = []
+    for part in _together(reach[long]):
+        index = torch.from_numpy(long[part]).to(table.device, non_blocking=True)
+        of = starts[long[part]], count[long[part]], reach[long[part]], slack
+        groups.append(Prefill(*of, lengths[index].long(), table[index]))
+    rows = functools.partial(_long, long, starts, count, lengths, reach, table)
+    return Step(batches, groups, rows, first, *positions, single)
+
+
+def _together(reach: np.ndarray) -> list[slice]:
+    """Runs of requests of these lengths, each of `TOGETHER` tokens at most or a single request."""
+    runs, start = [], 0
+    for stop in range(1, len(reach) + 1):
+        if stop == len(reach) or reach[start : stop + 1].sum() > TOGETHER:
+            runs.append(slice(start, stop))
+            start = stop
+    return runs
+
+
+def _long(long, starts, count, lengths: Tensor, reach, table: Tensor) -> Batch:
+    """The requests `long` as rows of `ROWS` queries."""
     tiles = -(-count[long] // ROWS)
     request = np.repeat(long, tiles)
     before = (np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * ROWS
@@ -199,8 +281,7 @@ def split(
     after = count[request] - before - size
     order = np.argsort(-(reach[request] - after), kind="stable")
     request, before, size = request[order], before[order], size[order]
-    whole = _batch(request, starts[request] + before, size, before, lengths, starts, reach, table)
-    return Step(batches, whole, first, *positions)
+    return _batch(request, starts[request] + before, size, before, lengths, starts, reach, table)
 
 
 def uniform(lengths: Tensor, table: Tensor, longest: int, rounded: bool = False) -> Step:
@@ -224,7 +305,7 @@ def uniform(lengths: Tensor, table: Tensor, longest: int, rounded: bool = False)
     batch.in_order = True
     page = table[:, 0].long().masked_fill((at < 0) | (at >= FIRST), 0)
     first = FirstTokens(index, page, at.clamp(0, FIRST - 1))
-    return Step([batch], None, first, at, none, True)
+    return Step([batch], [], None, first, at, none, True)
 
 
 def _positions(starts, count, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,11 +16,11 @@ from ..compile.compiled import rounded, use_compiled
 from ..compile.page_gather import pages_of
 from ..formats.matched import MatchedFormat
 from ..formats.rotated import RotatedFormat
-from ..kernels import dense, packed, rotated
+from ..kernels import dense, flash, packed, rotated
 from ..kernels.matched import Matrices
 from ..kernels.merge import Partial, combine, empty, merge, of_heads, of_rows, sinks
-from . import single
-from .batches import NOWHERE, Batch, Step, sees
+from . import prefill, single
+from .batches import NOWHERE, Batch, Prefill, Step, sees
 from .pages import FIRST, NEAR, SPAN, PageLayout
 
 KEYS = 1024  # keys that long rows attend at a time
@@ -36,8 +36,9 @@ class New(NamedTuple):
         own: their keys and values as they came, [T, H, D] each.
         both: their keys and values as both records have them, [T, H, D] each. None: they have one at most.
         held: second records of the tokens before each row of the batch at hand, as they were before the step.
-        single: whether `single.py` stored the tokens of the step.
-        old: the second records that it overwrote, uint8 [T, H, record]; None: no query reads them.
+        single: whether `single.py` and `prefill.py` serve the step.
+        old: what was in the slots of their second records, uint8 [T, H, record]; None: no query reads it.
+        records: their second records, uint8 [T, H, record]; None: no query reads them from here.
     """
 
     own: tuple[Tensor, Tensor]
@@ -45,6 +46,7 @@ class New(NamedTuple):
     held: dict[str, Tensor] | None = None
     single: bool = False
     old: Tensor | None = None
+    records: Tensor | None = None
 
 
 class PagedLayer(ABC):
@@ -102,7 +104,11 @@ class PagedLayer(ABC):
         """
         count = len(step.positions)
         self.append(cache, keys, values, slots[:count], step.positions)
-        self.attend(cache, query, New((keys, values)), step, output)
+        self.attend(cache, query, New((keys, values), single=self._takes_prefill(keys)), step, output)
+
+    def _takes_prefill(self, like: Tensor) -> bool:
+        """Whether `_attend_prefill` serves steps of tensors like these. FlashAttention knows no softcap."""
+        return self.softcap is None and flash.takes_ragged(like)
 
     def attend(
         self, cache: Tensor, query: Tensor, new: New, step: Step, output: Tensor, held: list | None = None
@@ -111,9 +117,18 @@ class PagedLayer(ABC):
 
         `query` [T, Hq, D] is that of the step, and `held` has `New.held` of each of its batches.
         """
-        for batch, before in zip(step.batches, held or [None] * len(step.batches)):
-            kind = self._attend_long if batch is step.long else self._attend_short
+        batches, short = step.short if new.single else step.batches, len(step.short)
+        for i, (batch, before) in enumerate(zip(batches, held or [None] * len(batches))):
+            kind = self._attend_short if i < short else self._attend_long
             batch.store(kind(cache, query, new._replace(held=before), batch), output)
+        for group in step.prefill if new.single else ():
+            of = group.of(output)
+            self._attend_prefill(cache, group.of(query), new, group, of)
+            group.store(of, output)
+
+    @abstractmethod
+    def _attend_prefill(self, cache: Tensor, query: Tensor, new: New, group: Prefill, output: Tensor) -> None:
+        """Write attention of a group of requests with many new tokens to `output` [T, Hq, D]."""
 
     def _attend_short(self, cache: Tensor, query: Tensor, new: New, batch: Batch) -> Tensor:
         """Attention of a batch of short rows, [B, q, Hq, D]."""
@@ -188,6 +203,27 @@ class DenseLayer(PagedLayer):
         tokens = torch.cat((keys[:count], values[:count]), dim=-1).to(cache.dtype)
         cache[slots // page, :, slots % page] = tokens
 
+    def _attend_prefill(self, cache, query, new, group, output):
+        page = cache.shape[2]
+        key = "dense", page, self.window
+        if key not in group.shared:
+            spans, back = prefill.spans_of(group, page, self.window, near=-1)
+            pages = [prefill.owner(group.table, x.request, x.index) for x in spans]
+            group.shared[key] = list(zip(pages, spans)), *prefill.queries(group), back
+        parts, queries_from, longest, back = group.shared[key]
+        total = None
+        for pages, of in parts:
+            held = cache[pages.clamp(0, len(cache) - 1)].transpose(1, 2).flatten(0, 1)  # [E, H, 2 D]
+            found = flash.ragged(
+                query, *held.chunk(2, dim=-1), queries_from, of.keys_from, of.used, (longest, of.longest),
+                self.scaling, of.last, back,
+            )  # fmt: skip
+            total = found if total is None else prefill.merged(total, found)
+        result, lse = total
+        if self.s_aux is not None:  # the sinks take a share, and have values of 0
+            result = result * (lse.mT - self.s_aux.to(lse.dtype)).sigmoid().unsqueeze(-1)
+        output.copy_(result)
+
     def _partial(self, cache, rows, table, visible, first, start):
         held = pages_of(cache, table.clamp(0, len(cache) - 1).long())  # [B, n, H, N, 2 D]
         held = held.transpose(1, 2).flatten(2, 3)[:, :, : visible.shape[-1]]
@@ -248,8 +284,9 @@ class CompressedLayer(PagedLayer):
         # A power of two at least as large as every value scale that was ever stored. It only grows, and a
         # power of two changes no digit of a result.
         self.bound = torch.full((self.heads,), rotated.SMALLEST_SCALE, device=device)
+        self._kinds: dict[int, single.Kind] = {}
         self._viewed: tuple[Tensor | None, tuple] = None, ({}, {})
-        #: Whether `single.py` serves decode steps: it knows bytes of codes, and no values as they are.
+        #: Whether `single.py` stores steps: it knows bytes of codes, and no values as they are.
         self.takes_single = packed.DENSE not in bits
         if self.takes_single:
             self._single_tables(dtype, device, matrices)
@@ -269,10 +306,12 @@ class CompressedLayer(PagedLayer):
 
     def _kind(self, page: int) -> single.Kind:
         """What `single.py` knows of pages of `page` tokens."""
-        fields = tuple((name, field.bytes, field.axis == -1) for name, field in self.layout.fields.items())
-        return single.Kind(
-            fields, self.tier.bits, page, self.layout.fine, self.drafts, self.means.shape[1], self.window
-        )
+        if page not in self._kinds:
+            fields = tuple((name, x.bytes, x.axis == -1) for name, x in self.layout.fields.items())
+            self._kinds[page] = single.Kind(
+                fields, self.tier.bits, page, self.layout.fine, self.drafts, self.means.shape[1], self.window
+            )
+        return self._kinds[page]
 
     def views(self, cache: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The fields of the records and of the second records in the cache; see `PageLayout.views`."""
@@ -295,32 +334,58 @@ class CompressedLayer(PagedLayer):
     def forward(self, cache, query, keys, values, slots, step, output):
         count = len(step.positions)
         slots, keys, values = slots[:count], keys[:count], values[:count]
-        if step.single and self.takes_single:
-            new = New((keys, values), single=True, old=self._store(cache, keys, values, slots, step))
-            self.attend(cache, query, new, step, output)
+        if not self.takes_single:
+            self.append(cache, keys, values, slots, step.positions)
+            both = held = None
+            if not self.layout.fine:
+                both, held = self._keep_newest(cache, keys, values, slots, step)
+            elif step.first is not None:
+                tokens = step.first.tokens
+                early = [x[tokens] for x in (keys, values, slots, step.positions)]
+                records = self._encode(*self._missed(cache, *early)[1], torch.zeros_like(self._early_mean))
+                self.layout.write(self.views(cache)[1], records, step.first.page, step.first.at)
+            self.attend(cache, query, New((keys, values), both), step, output, held)
             return
-        self.append(cache, keys, values, slots, step.positions)
+        serves = step.single and (not step.prefill or self._takes_prefill(keys))
         both = held = None
-        if not self.layout.fine:
-            both, held = self._keep_newest(cache, keys, values, slots, step)
-        elif step.first is not None:
-            tokens = step.first.tokens
-            early = [x[tokens] for x in (keys, values, slots, step.positions)]
-            records = self._encode(*self._missed(cache, *early)[1], torch.zeros_like(self._early_mean))
-            self.layout.write(self.views(cache)[1], records, step.first.page, step.first.at)
-        self.attend(cache, query, New((keys, values), both), step, output, held)
+        if not (serves or self.layout.fine):  # before the step overwrites them
+            held = [self._second(cache, batch) for batch in step.batches]
+        keep = not self.layout.fine and (not serves or bool(step.prefill))
+        old, records = self._store(cache, keys, values, slots, step, keep)
+        if held is not None:
+            both = self._both_of(cache, slots, records, step.positions, keys.dtype)
+        self.attend(cache, query, New((keys, values), both, None, serves, old, records), step, output, held)
 
-    def _store(self, cache, keys, values, slots, step: Step) -> Tensor | None:
-        """Store a step in which each request has one new token. Returns `New.old`."""
+    def _store(
+        self, cache, keys, values, slots, step: Step, keep: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Store a step by `single.py`. Returns `New.old`, and `New.records` with `keep`."""
         self.views(cache)  # refuses other caches
-        kind = self._kind(cache.shape[2])
+        kind, parts = self._kind(cache.shape[2]), single.parts(len(slots), use_compiled(keys))
         if kind not in step.shared:
-            rows = rounded(len(slots)) if use_compiled(keys) else len(slots)
-            step.shared[kind] = single.writes(step.positions, slots, rows, kind)
-        return single.store(
-            keys, values, self.means, self.encoders, self.layout.runs(cache), self.bound,
-            step.shared[kind], kind, self.feedback,
-        )  # fmt: skip
+            tokens = step.positions, slots, step.after
+            step.shared[kind] = [single.writes(*(x[of] for x in tokens), rows, kind) for of, rows in parts]
+        found = [
+            single.store(
+                keys[of], values[of], self.means, self.encoders, self.layout.runs(cache), self.bound, to,
+                kind, self.feedback, keep,
+            )
+            for (of, _), to in zip(parts, step.shared[kind])
+        ]  # fmt: skip
+        return tuple(None if x[0] is None else x[0] if len(x) == 1 else torch.cat(x) for x in zip(*found))
+
+    def _both_of(
+        self, cache: Tensor, slots: Tensor, records: Tensor, positions: Tensor, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """`New.both` of the tokens of a step in `slots`, whose second records are `records`."""
+        kind, slots = self._kind(cache.shape[2]), slots.clamp_min(0).long()
+        wide, runs = torch.promote_types(dtype, torch.float32), self.layout.runs(cache)
+        once = single.first_bytes(runs, slots // kind.page, slots % kind.page, kind)
+        turned = prefill.scaled_codes([once, records[: len(slots)]], positions < FIRST, kind, wide)
+        sides = self.decoders if self.decoders.dim() == 4 else self.decoders.expand(2, 1, -1, -1)
+        keys, values = (x.to(y.dtype) @ y for x, y in zip(turned, sides))  # [H, T, D]
+        keys = keys + self._means_at(positions[None])[0]
+        return [self._flat(x[None]).to(wide) for x in (keys, values)]
 
     def _keep_newest(self, cache, keys, values, slots, step: Step):
         """Store the second records of a step. Returns `New.both`, and `New.held` of each batch."""
@@ -520,6 +585,15 @@ class CompressedLayer(PagedLayer):
         return self.format.attend(
             batch.rows(query), keys, values, of.seen, [self.tier], [view], [num_read], rope=None,
             scaling=self.scaling, softcap=self.softcap, s_aux=self.s_aux,
+        )  # fmt: skip
+
+    def _attend_prefill(self, cache, query, new, group, output):
+        kind = self._kind(cache.shape[2])
+        if kind not in group.shared:
+            group.shared[kind] = prefill.plan(group, kind, 0 if new.old is None else len(new.old))
+        prefill.attend(
+            query, self.layout.runs(cache), new.records, new.old, *new.own, group.shared[kind], self.means,
+            self.decoders, kind, self.scaling, self.s_aux, output,
         )  # fmt: skip
 
     def _capacity(self, batch: Batch, page: int, compiled: bool) -> tuple[int, int]:

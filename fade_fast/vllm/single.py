@@ -1,15 +1,16 @@
-"""One new token of each request: what a layer does in a decode step, in few kernels.
+"""How all steps store tokens, and what a layer does in a decode step, in few kernels.
 
-A decode step adds a token to each of its requests. Three functions do what a layer does beside the kernels of
+A decode step adds a token to each of its requests. These functions do what a layer does beside the kernels of
 `formats/`, and on CUDA each is compiled:
 
-- `places` tells where a step reads and writes. Layers with pages of one kind share the result.
-- `store` encodes the new tokens twice and writes both records into their pages.
+- `writes` and `reads` tell where a step writes and reads. Layers with pages of one kind share the result.
+- `store` encodes the new tokens twice and writes both records into their pages. It serves all steps, so that
+  the records of a token do not depend on its step.
 - `vectors` decodes the tokens that queries read as vectors: the first ones of their requests, those right
   before them and their own.
 
 Shapes do not depend on lengths on the host, and nothing waits for the device. So a CUDA graph can hold a
-step, and serve other lengths later.
+decode step, and serve other lengths later.
 
 Pages are runs of bytes here, uint8 [P, H, L], because a compiled function must not write into one of several
 views of a tensor: it would copy the tensor.
@@ -21,13 +22,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..compile.compiled import Compiled, use_compiled
+from ..compile.compiled import Compiled, rounded, use_compiled
 from ..kernels import matched, rotated
 from ..kernels.rotated import Packed, dequantize
 from .batches import sees
 from .pages import FIRST, NEAR, SPAN, newest, room
 
 SIDES = ("key", "value")
+SIZES = 8192, 2048, 256  # tokens that are stored at once; two matrices of the largest take 270 MB at 8 heads
 
 
 class Kind(NamedTuple):
@@ -59,6 +61,11 @@ class Kind(NamedTuple):
     def room(self) -> int:
         """Second records in a page."""
         return room(self.page, self.fine, self.drafts)
+
+    @property
+    def near(self) -> int:
+        """How many tokens before a query may be read from both records, beside the first ones."""
+        return 0 if self.fine else min(NEAR, self.room - self.drafts)
 
     @property
     def second(self) -> int:
@@ -118,27 +125,47 @@ def mean_row(position: Tensor, rows: int) -> Tensor:
 # -- once a step
 
 
-def writes(positions: Tensor, slots: Tensor, rows: int, kind: Kind) -> Writes:
+def parts(count: int, compiled: bool) -> list[tuple[slice, int]]:
+    """The parts in which `count` tokens are stored, and how many tokens each has with padding.
+
+    Compiled versions are for powers of two up to the smallest of `SIZES`, and for these sizes. At most half
+    of a part is padding, except in parts of the smallest size.
+    """
+    if not compiled:
+        return [(slice(0, count), count)]
+    if count <= SIZES[-1]:
+        return [(slice(0, count), rounded(count))]
+    found, start = [], 0
+    while start < count:
+        rows = next((n for n in SIZES if count - start > n // 2), SIZES[-1])
+        found.append((slice(start, min(start + rows, count)), rows))
+        start += rows
+    return found
+
+
+def writes(positions: Tensor, slots: Tensor, after: Tensor, rows: int, kind: Kind) -> Writes:
     """Where a step writes.
 
     Args:
         positions: int64 [T], of the tokens of a step; negative for padding.
         slots: int [T], slot s is slot s % N of page s // N; negative for padding.
+        after: int64 [T], how many new tokens of its request come after a token.
         rows: number of tokens with padding, at least T.
     """
-    return _run("writes", positions, slots, rows=rows, kind=kind)
-
-
-def _writes(dynamic_sizes, positions, slots, *, rows, kind) -> Writes:
     more = (0, rows - len(positions))
-    positions = torch.nn.functional.pad(positions, more, value=-1)
-    slots = torch.nn.functional.pad(slots.long(), more, value=-1)
+    pad = lambda x, value: torch.nn.functional.pad(x.long(), more, value=value)  # noqa: E731
+    return _run("writes", pad(positions, -1), pad(slots, -1), pad(after, 0), kind=kind)
+
+
+def _writes(dynamic_sizes, positions, slots, after, *, kind) -> Writes:
     real = (slots >= 0) & (positions >= 0)
     slots = slots.masked_fill(~real, 0)
     page, at = slots // kind.page, slots % kind.page
     kept, slot = newest(positions, kind.page, kind.fine, kind.drafts)
     early = positions < FIRST
-    second = page.masked_fill(~(early | (kept > 0)), 0)
+    # Of the tokens that have the same slot the last one is stored.
+    last = (after < kept) | (positions % kind.page + kept >= kind.page)
+    second = page.masked_fill(~(early | (last & (kept > 0))), 0)
     slot = torch.where(early, positions.clamp_min(0), slot)
     address = [*_addresses(at, kind, False), *_addresses(slot, kind, True)]
     mean = mean_row(positions, kind.means)
@@ -197,8 +224,8 @@ def _reads(dynamic_sizes, at, table, *, capacity, kind) -> Reads:
 
 def store(
     keys: Tensor, values: Tensor, means: Tensor, encoders: Tensor, runs: Tensor, bound: Tensor,
-    to: Writes, kind: Kind, feedback: Tensor | None = None,
-) -> Tensor | None:  # fmt: skip
+    to: Writes, kind: Kind, feedback: Tensor | None = None, keep: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Encode the tokens of a step, and write their records.
 
     The second record encodes what the first one misses. Both codecs are a matrix and a code of each row, so
@@ -213,24 +240,26 @@ def store(
         to: from `writes`.
         feedback: float32 [2, H, D, D], the matrices by which the `matched` codec rounds keys and values. It
             has compiled functions of its own. None: the codec is `rotated`.
+        keep: whether the new second records are returned.
 
-    Returns the second records that were overwritten, uint8 [T, H, record]; None if no query reads them.
+    Returns what was in the slots of the second records, uint8 [T, H, record], or None if no query reads it;
+    and the second records of the tokens, of the same size, or None without `keep`. T includes padding.
     """
     rows = len(to.page)
     if len(keys) < rows:
         more = (0, 0, 0, 0, 0, rows - len(keys))
         keys, values = (torch.nn.functional.pad(x, more) for x in (keys, values))
     if feedback is None:
-        return _run("store", keys, values, means, encoders, runs, bound, to, kind=kind)
+        return _run("store", keys, values, means, encoders, runs, bound, to, kind=kind, keep=keep)
     turned = _run("turned", keys, values, means, encoders, to.mean, to.real, kind=kind)
     sides = _encoded(turned, kind, feedback)
-    return _run("write", sides, runs, bound, to, kind=kind)
+    return _run("write", sides, runs, bound, to, kind=kind, keep=keep)
 
 
-def _store(dynamic_sizes, keys, values, means, encoders, runs, bound, to: Writes, *, kind) -> Tensor | None:
+def _store(dynamic_sizes, keys, values, means, encoders, runs, bound, to: Writes, *, kind, keep):
     turned = _turned([], keys, values, means, encoders, to.mean, to.real, kind=kind)
     sides = _encoded(turned, kind, None)
-    return _write([], sides, runs, bound, to, kind=kind)
+    return _write([], sides, runs, bound, to, kind=kind, keep=keep)
 
 
 def _turned(dynamic_sizes, keys, values, means, encoders, mean, real, *, kind) -> Tensor:
@@ -272,11 +301,11 @@ def _twice(turned: Tensor, bits: int, feedback: Tensor | None) -> list[Packed]:
     return [first, quantize((turned - dequantize(first, bits, turned.dtype)).float(), bits=bits)]
 
 
-def _write(dynamic_sizes, sides, runs, bound, to: Writes, *, kind) -> Tensor | None:
+def _write(dynamic_sizes, sides, runs, bound, to: Writes, *, kind, keep):
     head = torch.arange(runs.shape[1], device=runs.device).view(1, -1, 1)
     page, second = to.page.view(-1, 1, 1), to.second.view(-1, 1, 1)
     address, record = to.address.unsqueeze(1), kind.record
-    old = None if kind.fine else runs[second, head, address[..., record:]]
+    old = None if kind.fine else runs[page, head, address[..., record:]]
     # Dynamo of torch 2.11 may take an index 0 or 1 for a bool.
     records = torch.cat([_bytes(list(both), kind) for both in zip(*sides)], -1)
     first = torch.arange(2 * record, device=runs.device) < record
@@ -285,7 +314,7 @@ def _write(dynamic_sizes, sides, runs, bound, to: Writes, *, kind) -> Tensor | N
     # 2^e with most < 2^e, by the bits of the exponent.
     power = (((most.view(torch.int32) >> 23) + 1) << 23).view(torch.float32)
     bound.copy_(torch.maximum(bound, power))
-    return old
+    return old, records[..., record:].contiguous() if keep else None
 
 
 def vectors(
@@ -356,6 +385,13 @@ def _read(runs: Tensor, page: Tensor, at: Tensor, kind: Kind, second: bool) -> l
     head = torch.arange(runs.shape[1], device=runs.device).unsqueeze(-1)
     page = page.clamp(0, len(runs) - 1)[..., None, None]
     return _sides([runs[page, head, x.unsqueeze(-2)] for x in _addresses(at, kind, second)], kind)
+
+
+def first_bytes(runs: Tensor, page: Tensor, at: Tensor, kind: Kind) -> Tensor:
+    """First records in slots `at` of pages, both int64 [T]: uint8 [T, H, record]."""
+    head = torch.arange(runs.shape[1], device=runs.device).unsqueeze(-1)
+    address = torch.cat(_addresses(at, kind, False), -1).unsqueeze(1)
+    return runs[page[:, None, None], head, address]
 
 
 def _sides(parts: list[Tensor], kind: Kind) -> list[Packed]:

@@ -127,7 +127,8 @@ def recorded() -> Iterator[list[tuple]]:
     calls: list[tuple] = []
 
     def first_call(self, key, dynamic_sizes, pinned, args, constants):
-        calls.append((self, likes(dynamic_sizes), pinned(), likes(args), constants))
+        tiles = pinned()  # which may mark dynamic sizes
+        calls.append((self, likes(dynamic_sizes), tiles, likes(args), constants))
         bound = compiled.bind(self.function, constants)
         self.graphs[key] = bound, bound.__code__
         return bound(dynamic_sizes, *args)
@@ -147,7 +148,7 @@ def recorded() -> Iterator[list[tuple]]:
 
 
 def run() -> None:
-    """On a CPU: texts with several caches, and decode steps of the vLLM plugin; heads as of an 8B model."""
+    """On a CPU: texts with several caches, and steps of the vLLM plugin; heads as of an 8B model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fade_fast import FadeConfig, create_cache
@@ -185,6 +186,23 @@ def run() -> None:
     # Of a tier with few tokens, the sums over its parts have one summand, and are no sums to the compiler.
     (short,) = (case for case in attention.collect() if case.group == SHORT[0] and case.name == SHORT[1])
     short.run(Found("cpu", fused=True), 0)
+    prefill()
+
+
+def prefill() -> None:
+    """On a CPU: prefill steps of the vLLM plugin, with contexts in one part and in several."""
+    from fade_fast.measure import paged_attention, paged_prefill
+    from fade_fast.vllm import batches
+
+    shape, most = replace(paged_attention.Shape(), most=1024), batches.TOGETHER
+    try:
+        for bits, codec, tokens in ((4, "rotated", 256), (8, "rotated", most), (4, "matched", most)):
+            batches.TOGETHER = tokens
+            case = paged_prefill.Case(1, 300, past=700, decodes=1, context=90, bits=bits, codec=codec)
+            made = paged_prefill.Step(case, shape, "cpu")
+            made.layer.forward(made.pool.cache, *made.args)
+    finally:
+        batches.TOGETHER = most
 
 
 # -- the pretended GPU
@@ -291,8 +309,8 @@ def compile_all(calls: list[tuple]) -> Iterator[dict]:
         kernels.clear()
         error = None
         with mode:
-            # The length of a dynamic size is read by Python, and its tensor lies on the CPU.
-            given = [x.fake("cpu" if len(x.size) == 1 else "cuda") for x in sizes]
+            # A marker, of which Python only reads the length, lies on the CPU.
+            given = [x.fake("cpu" if x.dtype == torch.uint8 and len(x.size) == 1 else "cuda") for x in sizes]
             try:
                 function(given, lambda tiles=tiles: tiles, *fakes(args), **constants)
             except NotRun:

@@ -1,10 +1,12 @@
 """A small stand-in for vLLM's block manager, and attention in float64, one request at a time."""
 
+import functools
 import math
 
 import numpy as np
 import torch
 
+from fade_fast.kernels import matched, rotated
 from fade_fast.vllm.batches import split
 from fade_fast.vllm.layer import CompressedLayer, DenseLayer
 from fade_fast.vllm.pages import FIRST, NEAR, SPAN
@@ -19,12 +21,21 @@ def draw(*shape, seed=0, dtype=torch.float32):
     return (x + 3 * torch.randn(shape[-1], generator=generator, dtype=torch.float64)).to(dtype)
 
 
+def _decoders(layer):
+    """The matrices that decode keys and values: [D, D], or [2, H, D, D]."""
+    if layer.feedback is None:
+        return layer.tier.matrix
+    return torch.stack([side.decode for side in layer.tier.matrices])
+
+
 class Engine:
     """Requests whose tokens are in pages of a cache, and steps over some of their tokens.
 
     Args:
         bits: widths of the layer; None for a layer that is not compressed.
         lengths: tokens of each request.
+        most: see `batches.split`.
+        serves: whether `single.py` and `prefill.py` serve steps; if not, the code of all other steps does.
         options: of the layer.
     """
 
@@ -40,8 +51,11 @@ class Engine:
         means=None,
         spare=7,
         matrices=None,
+        most=1,
+        serves=True,
         **options,
     ):
+        self.most, self.serves = most, serves
         self.page, self.dim, self.dtype, self.bits = page, dim, dtype, bits
         options = dict(heads=HEADS, scaling=dim**-0.5) | options
         if bits is None:
@@ -70,6 +84,8 @@ class Engine:
     def step(self, counts, pads=0, rounded=False):
         """Run the next `counts` tokens of each request. Returns the outputs of each request [n, Hq, D].
 
+        A request with more than `most` new tokens is one with many.
+
         `pads` tokens follow that belong to no request, as in vLLM's padded steps.
         """
         spans = [slice(d, d + n) for d, n in zip(self.done, counts)]
@@ -82,13 +98,15 @@ class Engine:
         reach = np.array([s.stop for s in spans])
         starts = np.concatenate(([0], np.cumsum(counts)))
         lengths = torch.from_numpy(reach).int()
-        step = split(starts, reach, lengths, self.table[: len(counts)], rounded=rounded)
+        step = split(starts, reach, lengths, self.table[: len(counts)], rounded, most=self.most)
         assert torch.equal(step.positions, torch.cat(positions))
+        step.single = step.single and self.serves
         output = torch.full_like(query, math.nan)
         self.layer.forward(self.cache, query, keys, values, slots, step, output)
         assert output[len(query) - pads :].isnan().all(), "padding was written"
         self.done = [s.stop for s in spans]
         self.batches = step.short, step.long
+        self.groups = step.prefill
         return list(output[: len(query) - pads].split([int(n) for n in counts]))
 
     def stored(self, row):
@@ -98,6 +116,8 @@ class Engine:
             return [keys[0].double(), values[0].double()] * 2
         tier, rows = self.layer.tier, self.layer.means.shape[1]
         mean = self.layer.means[None, :, (torch.arange(keys.shape[2]) // SPAN).clamp_max(rows - 1)]
+        if self.layer.takes_single:
+            return self._twice(keys.double() - mean.double(), values.double(), mean[0].double())
         record = tier.encode(keys, values, mean, False)
         stored = tier.decode_keys(record, mean, torch.float64), tier.decode_values(record, torch.float64)
         missed = [(x.double() - y).float() for x, y in zip((keys, values), stored)]
@@ -110,6 +130,27 @@ class Engine:
             if bits >= 8:  # only the first tokens
                 y[:, FIRST:] = x[0, :, FIRST:]
         return [x[0] for x in stored] + both
+
+    def _twice(self, keys, values, mean):
+        """`stored` of keys less their mean and of values, [1, H, n, D]."""
+        encode, decode = (
+            x.double() if x.dim() == 4 else x.double().expand(2, HEADS, -1, -1)
+            for x in (self.layer.encoders, _decoders(self.layer))
+        )
+        once, both = [], []
+        for i, (x, bits) in enumerate(zip((keys, values), self.bits)):
+            y = x @ encode[i].mT
+            quantize = rotated.quantize
+            if self.layer.feedback is not None:
+                quantize = functools.partial(matched.quantize, feedback=self.layer.feedback[i])
+            first = rotated.dequantize(quantize(y.float(), bits=bits), bits, torch.float64)
+            rest = quantize((y - first).float(), bits=bits)
+            rest = rotated.dequantize(rest, bits, torch.float64)
+            once.append((first @ decode[i])[0])
+            both.append(((first + rest) @ decode[i])[0])
+            if bits >= 8:  # only the first tokens
+                both[-1][:, FIRST:] = once[-1][:, FIRST:]
+        return [once[0] + mean, once[1], both[0] + mean, both[1]]
 
     def twice(self, at, position):
         """Which tokens queries at `at` [q, 1] read with both records: bool [q, n].

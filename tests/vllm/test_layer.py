@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from fade_fast.compile.compiled import compiled_of
 from fade_fast.kernels.matched import Matrices
-from fade_fast.vllm import batches, layer, single
+from fade_fast.vllm import batches, layer, prefill, single
 from fade_fast.vllm.layer import CompressedLayer
 from fade_fast.vllm.pages import FIRST, SPAN, PageLayout
 
+from . import paged
 from .paged import GROUP, HEADS, PAGE, Engine, distance, draw
 
 WIDTHS = [None, (8, 8), (4, 4), (3, 3), (2, 2), (8, 4), (4, 16), (3, 2)]
@@ -28,9 +30,10 @@ def poisoned():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Rows, chunks of keys and scores at a time so small that every loop has several rounds."""
+    """Rows, groups, chunks of keys and scores at a time so small that every loop has several rounds."""
     monkeypatch.setattr(batches, "ROWS", 16)
     monkeypatch.setattr(batches, "LEAST", 32)
+    monkeypatch.setattr(batches, "TOGETHER", 2 * PAGE)
     monkeypatch.setattr(layer, "KEYS", 2 * PAGE)
     monkeypatch.setattr(layer, "ELEMENTS", 6 * 16 * 32 * 3)
 
@@ -46,14 +49,20 @@ def check(engine, counts, **options):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("options", [dict(), dict(window=20, softcap=5.0, s_aux=SINKS)], ids=["plain", "all"])
-def test_a_ragged_life(bits, options, small):
+@pytest.mark.parametrize("most", [1, 8])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(window=20, softcap=5.0, s_aux=SINKS), dict(window=20, s_aux=SINKS), dict(window=3)],
+    ids=["plain", "all", "no softcap", "narrow"],
+)
+def test_a_ragged_life(bits, most, options, small):
     """Prefill in chunks, verification of drafts and decode of requests of different lengths, in one step."""
     means = None if bits is None else MEANS
-    engine = Engine(bits, [90, 7, 41, 150, 1], means=means, **options)
+    engine = Engine(bits, [90, 7, 41, 150, 1], means=means, most=most, **options)
     check(engine, [37, 5, 1, 120, 1])
     short, long = engine.batches
-    assert long.tokens.shape == (11, 16) and sum(len(x.tokens) for x in short) == 3
+    assert long.tokens.shape == (11 + (most < 5), 16)
+    assert sum(len(x.tokens) for x in short) == 3 - (most < 5)
     check(engine, [1, 1, 1, 1, 0], pads=3)
     check(engine, [8, 1, 3, 2, 0])
     check(engine, [44, 0, 36, 27, 0], pads=1)
@@ -85,15 +94,17 @@ def test_every_key_gets_the_mean_of_its_position(place, window, small, monkeypat
     engine = Engine((8, 8), [200, 130], means=MEANS, window=window)
     found = [check(engine, counts) for counts in ([190, 120], [1, 1])]
     other, made = Engine((8, 8), [200, 130], means=MEANS, window=window), CompressedLayer
-    view, append, row = made.view, made.append, single.mean_row
+    view, row = made.view, single.mean_row
     if place == "stored":
-        wrong = lambda self, *args: append(self, *args[:-1], args[-1] + SPAN)  # noqa: E731
-        monkeypatch.setattr(made, "append", wrong)
+        writes = single.writes
+        wrong = lambda at, *more: writes(at, *more)._replace(mean=writes(at + SPAN, *more).mean)  # noqa: E731
+        monkeypatch.setattr(single, "writes", wrong)
     elif place == "read from pages":
         wrong = lambda self, cache, table, valid, first, start=0: view(  # noqa: E731
             self, cache, table, valid, first, start + SPAN
         )
         monkeypatch.setattr(made, "view", wrong)
+        monkeypatch.setattr(prefill, "mean_row", lambda position, rows: row(position + SPAN, rows))
     else:
         decode = made._attend_short
 
@@ -123,10 +134,11 @@ def test_the_newest_tokens_have_two_records(bits, page, window, small):
 
 
 @pytest.mark.parametrize("page", [32, 128])
-def test_tokens_that_are_withdrawn_leave_no_trace(page):
+@pytest.mark.parametrize("most", [1, 8])
+def test_tokens_that_are_withdrawn_leave_no_trace(page, most):
     """Three drafts are refused, and others follow. A layer that expects none would read their records."""
     for drafts in (3, 0):
-        engine = Engine((4, 4), [200], page=page, means=MEANS, drafts=drafts)
+        engine = Engine((4, 4), [200], page=page, means=MEANS, drafts=drafts, most=most)
         assert engine.layer.layout.newest(torch.tensor([page]), page)[0] == 4 * (
             1 + page // 128 + (drafts > 0)
         )
@@ -239,12 +251,10 @@ def test_the_kernels_of_a_gpu(bits, window, uncompiled_kernels):
 @pytest.mark.parametrize("bits", WIDTHS[1:4] + [(8, 4)])
 @pytest.mark.parametrize("page, window", [(32, None), (128, 40)])
 def test_decode_steps_do_what_other_steps_do(bits, page, window, small):
-    """Single tokens through `single.py` and through the code of all steps: the same bytes and outputs."""
+    """Steps through `single.py` and `prefill.py`, and through the code of all steps: the same outputs."""
     made = []
-    for takes in (True, False):
-        engine = Engine(bits, [134, 40, 24], page=page, means=MEANS, window=window)
-        assert engine.layer.takes_single
-        engine.layer.takes_single = takes
+    for serves in (True, False):
+        engine = Engine(bits, [134, 40, 24], page=page, means=MEANS, window=window, serves=serves)
         steps = [engine.step(n) for n in ([124, 31, 15], *[[1, 1, 1]] * 8, [1, 1, 0], [1, 0, 1])]
         used = engine.table[engine.table > 0].long()
         made.append((torch.cat([x for step in steps for x in step]), engine.cache[used], engine.layer.bound))
@@ -298,11 +308,36 @@ def test_decode_steps_compile_once(traced_kernels, compiled_on):
     engine.step([120, 60], rounded=True)
     engine.step([1, 1], rounded=True)
     held = {name: len(x.graphs) for name, x in single._compiled.items()}
-    assert [held[name] for name in ("writes", "reads", "store", "vectors")] == [1, 1, 1, 1]
+    # The prompts were stored in one part of 256 tokens.
+    assert [held[name] for name in ("writes", "reads", "store", "vectors")] == [2, 1, 2, 1]
     for _ in range(2):
         for row, x in enumerate(engine.step([1, 1], rounded=True)):
             assert distance(x, engine.expected(row, engine.done[row] - 1, engine.done[row])) <= 5e-3
     assert held == {name: len(x.graphs) for name, x in single._compiled.items()}
+
+
+@pytest.mark.slow
+@torch.inference_mode()  # as in vLLM
+def test_prefill_compiles_once(traced_kernels, compiled_on, small):
+    """Other numbers of tokens, pages, requests and parts are served by the same graphs."""
+    compiled_on("cpu")
+    engine = Engine((4, 4), [200, 150, 90], means=MEANS, dtype=torch.float16)
+    engine.queries = [x * 0.1 for x in engine.queries]
+    for counts in ([100, 20, 2], [70, 1, 30]):  # contexts of one page and of many, in one part and in two
+        engine.step(counts, rounded=True)
+    compiled = lambda: {  # noqa: E731
+        name: [len(compiled_of(code)) for _, code in x.graphs.values()]
+        for name, x in prefill._compiled.items()
+    }
+    held = compiled()
+    assert {name: len(x) for name, x in held.items()} == dict(rows=2, merged=2, finish=2)
+    assert {n for x in held.values() for n in x} == {1}
+    for counts in ([13, 80, 41], [17, 49, 0]):
+        before = list(engine.done)
+        for row, x in enumerate(engine.step(counts, rounded=True)):
+            if len(x):
+                assert distance(x, engine.expected(row, before[row], before[row] + len(x))) <= 5e-3
+    assert held == compiled()
 
 
 def test_the_bound_grows_by_powers_of_two_and_ignores_padding():
@@ -329,6 +364,35 @@ def test_batches_follow_live_lengths():
         assert (np.diff(batch.reach) <= 0).all()
     assert sorted(x for b in short for x in b.reach) == sorted(reach[:6])
     assert list(long.reach) == [300, 228] and (long.at >= 0).sum() == 200
+
+
+def test_groups_of_prefill():
+    """Contexts of a group have `TOGETHER` tokens, or belong to one request, and single tokens are apart."""
+    count, reach = (
+        np.array([1, 900, 700, 2, 1, 9000, 20, 30]),
+        np.array([7, 9000, 7000, 20000, 5, 9000, 20, 30]),
+    )
+    starts, table = np.concatenate(([0], np.cumsum(count))), torch.zeros(8, 200, dtype=torch.int32)
+    step = batches.split(starts, reach, torch.from_numpy(reach), table, most=1)
+    assert [list(x.counts) for x in step.prefill] == [[900, 700], [2], [9000, 20, 30]]
+    assert [x.in_order for x in step.prefill] == [slice(1, 1601), slice(1601, 1603), slice(1604, 10654)]
+    assert step.single and sum(len(x.tokens) for x in step.short) == 2
+    apart = batches.split(starts[:6], reach[:5], torch.from_numpy(reach)[:5], table[:5], most=1).prefill
+    assert torch.equal(apart[1].tokens, torch.tensor([1601, 1602]))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_lengths_on_the_host_may_be_upper_bounds(window, small):
+    """With drafts the host knows no exact lengths. Those on the device count."""
+    engine = Engine((4, 4), [260], means=MEANS, window=window)
+    engine.step([190])
+    whole, made = Engine((4, 4), [260], means=MEANS, window=window), batches.split
+    whole.step([190])
+    later = lambda starts, reach, *more, **options: made(starts, reach + 6, *more, slack=6, **options)  # noqa: E731
+    with pytest.MonkeyPatch.context() as inside:
+        inside.setattr(paged, "split", later)
+        found = engine.step([50])
+    assert torch.equal(found[0], whole.step([50])[0])
 
 
 @pytest.mark.parametrize("bits", WIDTHS[1:])
