@@ -36,7 +36,7 @@ from ..errors import NotCalibrated
 from ..kernels.matched import Matrices
 from ..saved.files import whole
 from .attention import attention
-from .calibration_text import ARTICLE, TEXT
+from .calibration_text import TEXTS
 from .loading import cache_folder, tokenizer_of
 from .models import (
     CACHE_NAME,
@@ -370,7 +370,7 @@ def of_model(model: PreTrainedModel, layers: list[int]) -> Calibration:
     """
     if model in _known:
         return _known[model]
-    path = model_file(model, "calibration", VERSION, SEED, TEXT, ARTICLE)
+    path = model_file(model, "calibration", VERSION, SEED, *TEXTS)
     found = None
     if path is not None and path.is_file():
         with contextlib.suppress(ValueError, OSError):  # a damaged file is written anew
@@ -428,7 +428,7 @@ def same_ids(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 def built_in(model: PreTrainedModel) -> Tensor:
     """Ids [R, n] of the texts that a model is calibrated on."""
-    rows = [text_ids(model, text, BUILT_IN) for text in (TEXT, ARTICLE)]
+    rows = [text_ids(model, text, BUILT_IN) for text in TEXTS]
     if any(row is None for row in rows):
         return own_texts(model)
     return torch.cat([row[:, : min(row.shape[1] for row in rows)] for row in rows])

@@ -1,9 +1,9 @@
 """Texts that a model reads when it is calibrated, of several kinds, written for this purpose.
 
-Moments are measured on `TEXT` and `ARTICLE`. The loss of widths is measured on `CHECK`.
+Moments are measured on `TEXTS`. The loss of widths is measured on `CHECK`, which is none of them.
 """
 
-TEXT = """\
+PROSE = """\
 The harbor town of Lindholm lies on the west side of a narrow bay. In the eighteenth century its people \
 lived from fishing and from the repair of ships. A storm in 1791 broke the old sea wall, and for nine \
 years the lower streets flooded every spring. When the new wall was finished, the council wrote a short \
@@ -22,7 +22,9 @@ raises the pressure of the gas, so that its temperature rises too. Third, the ho
 the water of the house and becomes liquid again. For every unit of electricity, a good pump delivers three \
 to four units of heat. In very cold weather this number falls, because the difference between outside and \
 inside is larger.
+"""
 
+KINDS = """\
 To make bread for four people you need:
 - 500 g of flour
 - 330 ml of warm water
@@ -62,8 +64,28 @@ standard error of each mean. I did not find the source of the figure on page 27.
 you read it? Kind regards, Jonas.
 """
 
-#: An article of the kind that an encyclopedia has, invented.
-ARTICLE = """\
+MARKUP = """\
+<article id="p-204" lang="en">
+  <h2>Opening hours of the <em>Marine Museum</em></h2>
+  <p>From <time datetime="2019-04-01">1 April</time> to 30 September the museum is open from 10 a.m. to 6 \
+p.m.; in winter it closes at 4 p.m. Admission: &pound;6.50 (<a href="/tickets?group=2">groups</a>: \
+&pound;4).</p>
+  <ul>
+    <li><b>Room 1</b>: the harbor of Tarn in 1790</li>
+    <li><b>Room 2</b>: <i>knots</i>, nets and <code>unknown</code> tools</li>
+  </ul>
+  <!-- the café stays closed on Mondays -->
+</article>
+
+{"name": "buoy-17", "position": [54.31, -3.08], "depth": 12.5, "active": true, "notes": null, "log": \
+[{"time": "06:40", "wind": 14, "wave": 0.8}, {"time": "07:10", "wind": 17, "wave": 1.1}]}
+
+SELECT name, MAX(wave) AS highest FROM buoys JOIN log ON buoys.id = log.buoy
+WHERE active = 1 AND wave > 0.5 GROUP BY name ORDER BY highest DESC LIMIT 10;
+"""
+
+#: Articles of the kind that an encyclopedia has, invented.
+RAILWAY = """\
 The Marrick Valley Railway was a narrow gauge line in the north of England that ran for 19.3 kilometers \
 from Ellerby Bridge to the lead mines at Hurstgill. Its engineer, Josiah Penhallow, surveyed the route \
 in 1867; Parliament passed the act on 12 July 1869, and the first train, drawn by the locomotive Swale, \
@@ -78,6 +100,43 @@ viaduct, a listed monument since 1967, appears in the film The Fell Road (1974) 
 Penhallow Ale, which the brewery of Marrick has sold since 1989. Since 2006 a footpath follows the line \
 from Ellerby Bridge to the fourth arch.
 """
+
+BATTLE = """\
+The Battle of Kessin Ford was fought on 23 August 1644 between a Swedish army under Count Johan Ribbing and \
+an Imperial army under General Melchior von Traun. It was the last large engagement of the Pomeranian \
+campaign. Traun, whose 9,500 infantry and 4,200 cavalry had marched from Stettin in six days, reached the \
+river Recke on the evening of 21 August and found the bridge at Kessin burned. On the next morning his \
+engineers began to build a causeway of boats, but the Swedish artillery (twelve guns, commanded by Colonel \
+Erik Stake) destroyed it twice. At dawn on 23 August the Imperial right wing, led by the Duke of Wallhof, \
+forded the river 3 kilometers upstream, drove two regiments of dragoons from the village of Damm and turned \
+towards the rear of Ribbing's camp. Ribbing, who had only 8,100 men, left 1,500 musketeers at the ford and \
+attacked the duke before Traun could cross. The cavalry met three times between nine and eleven o'clock; \
+Wallhof was shot in the throat at the third charge, and his troops fled into the marsh. By the time that \
+Traun's infantry had crossed, the Swedes held the hill of St. Jürgen, and he withdrew after dark. The \
+Imperial army lost about 3,400 men, 17 standards and its baggage, the Swedish army 1,150. Although Ribbing \
+claimed a complete victory, he was unable to pursue: "I have won a field," he reported to the chancellor, \
+"and not one loaf of bread."
+"""
+
+HURRICANE = """\
+Hurricane Lenora was the fourteenth named storm and the third major hurricane of the 1988 Atlantic season. \
+It developed from a tropical wave that left the coast of Senegal on September 11 and became a tropical \
+depression on September 15, about 425 miles (685 km) east of Barbados. Moving west at 17 mph (28 km/h), the \
+depression strengthened into Tropical Storm Lenora on the following day. After a reconnaissance aircraft \
+had reported an eye 12 miles wide, Lenora was upgraded to a hurricane at 1800 UTC on September 17; it \
+reached its peak intensity, with winds of 125 mph (205 km/h) and a pressure of 948 mbar, south of \
+Hispaniola. The storm made landfall near Santa Rosa del Mar on September 20 and dissipated over the \
+mountains two days later. Lenora killed 63 people and caused damage of 410 million dollars. On the island \
+of Saint Amand, winds of 92 mph destroyed 1,340 houses and nearly the whole banana crop; in the capital, \
+Port Clarence, the storm surge rose to 9.5 ft (2.9 m) and sank 27 fishing boats. Heavy rainfall, which \
+peaked at 21.4 inches at Los Cedros, led to mudslides that cut the road between Los Cedros and the coast \
+for eleven weeks. The government declared a state of emergency, and the Red Cross opened 46 shelters for \
+18,500 people. Because of its effects, the name Lenora was retired in the spring of 1989 and was replaced \
+by Lucille for the 1994 season.
+"""
+
+#: A model reads the first tokens of each: `hf.calibration` has their number.
+TEXTS = (PROSE, KINDS, MARKUP, RAILWAY, BATTLE, HURRICANE)
 
 #: Three articles of the same kind. Names and numbers return in them, so a model must read them exactly; plain
 #: prose shows a fifth of the loss.
