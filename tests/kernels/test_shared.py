@@ -171,6 +171,6 @@ def test_compiled_steps_on_a_gpu(group, bits, dtype):
         on_gpu = lambda x: tree_map(lambda y: y.cuda() if isinstance(y, torch.Tensor) else y, x)  # noqa: E731
         more = dict(bits=[bits] * 2, slots_read=[shared + 512, own])
         found = decode.attend(*on_gpu(args[:5]), on_gpu(parts), **options | more).cpu()
-        assert distance(found, expected) <= CLOSE[torch.bfloat16]  # products are in float16, sums of parts, too
+        assert distance(found, expected) <= CLOSE[torch.bfloat16]  # products and parts are in float16
         graphs.append(len(decode._compiled.graphs))
     assert graphs[0] == graphs[1]
