@@ -279,7 +279,7 @@ CORRUPTIONS = {
         ),
         (
             "means of the tier before",
-            assignment("start").having(attribute("means")).drop(),
+            assignment("start").having(name("means")).drop(),
             "step, 4 bits/D64 two tiers",
         ),
         (
@@ -300,8 +300,8 @@ CORRUPTIONS = {
     "kernels.decode._rows_of": [
         ("learned sinks of another head", call("reshape")[0].object.becomes("_.flip(0)"), "learned sinks")
     ],
-    "kernels.decode._of_slots_read": [
-        ("last slot not read", call("first").argument(0).becomes("max(1, _ - 1)"), "step, 4 bits/D64 plain")
+    "kernels.decode._part": [
+        ("last slot not read", call("leading").argument(0).becomes("max(1, _ - 1)"), "step, 4 bits/D64 plain")
     ],
     # -- merge, uncompressed tokens, product quantization
     "kernels.merge.merge": [("merge without the maxima", call("exp").becomes("torch.ones_like(_)"), "merge")],
