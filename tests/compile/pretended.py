@@ -167,6 +167,7 @@ def run() -> None:
     recall = replace(FadeConfig.recall(), select=256)
     texts = [
         (FadeConfig.int4(), 600),
+        (FadeConfig(quant_backend="rotated"), 600),
         (recall, 1100),
         (replace(recall, cold=None, index="deviation+k2", select=0.9, select_max=256), 1100),
     ]
