@@ -153,7 +153,7 @@ def run() -> None:
 
     from fade_fast import FadeConfig, create_cache
     from fade_fast.cache import sharing
-    from fade_fast.kernels import packed
+    from fade_fast.kernels import packed, rotated
     from fade_fast.measure import paged_attention
     from parity.case import Found
     from parity.subjects import attention
@@ -167,7 +167,6 @@ def run() -> None:
     recall = replace(FadeConfig.recall(), select=256)
     texts = [
         (FadeConfig.int4(), 600),
-        (FadeConfig(quant_backend="rotated"), 600),
         (recall, 1100),
         (replace(recall, cold=None, index="deviation+k2", select=0.9, select_max=256), 1100),
     ]
@@ -175,6 +174,8 @@ def run() -> None:
         cache = create_cache(model, config)
         ids = torch.randint(128, (2, length))
         model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    keys, values = (torch.randn(1, 8, 512, 128, dtype=torch.bfloat16) for _ in range(2))
+    rotated.encode_both(keys, values, keys[:, :, ::64].half(), torch.eye(128), (4, 4))
     # Beams share a short prompt, and slots are read in small steps: both are larger on a GPU.
     small = dict(_best_step=lambda heads: 128, coarsest=lambda heads: 64)
     with mock.patch.multiple(packed, **small), mock.patch.object(sharing, "LEAST_COMPILED", 1):
