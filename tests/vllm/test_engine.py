@@ -26,10 +26,10 @@ def prompts():
     """Eleven prompts of 5 to 260 tokens. Four share a prefix of 96 tokens, three pages."""
     from transformers import AutoTokenizer
 
-    from fade_fast.hf.calibration_text import KINDS
+    from fade_fast.hf.calibration_text import KINDS, PROSE
 
     read = AutoTokenizer.from_pretrained(smollm2())
-    long = read(KINDS).input_ids
+    long = read(f"{PROSE}\n{KINDS}").input_ids
     made = [read(text).input_ids for text in TEXTS]
     return made + [long[:100], long[:96] + made[0], long[:96] + long[300:340], long[:260]]
 
