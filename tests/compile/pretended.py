@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 TORCH = "2.11."
 SHORT = "step, float16", "3 bits holes"  # group and name of a parity case
+LITTLE = 8  # bytes that a thread may keep in memory instead of registers: two numbers
 MANY = 64  # times the tokens of a recorded call, for functions that serve any number
 #: Functions of the driver and of the runtime that torch calls before it would launch anything.
 DRIVER = """
@@ -321,7 +322,7 @@ def compile_all(calls: list[tuple]) -> Iterator[dict]:
                 error = f"{type(raised).__name__}: {raised}"[:2000]
         name = f"{function.function.__module__}.{function.function.__name__}"
         names = {kernel for kernel, _ in kernels}
-        spilled = sorted(names - {kernel for kernel, stack in kernels if not stack})
+        spilled = sorted(names - {kernel for kernel, stack in kernels if stack <= LITTLE})
         yield dict(name=name, kernels=len(names), compiled=len(kernels), spilled=spilled, error=error)
 
 

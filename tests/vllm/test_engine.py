@@ -126,7 +126,8 @@ def everywhere(llm, prompts, gap, others=0):
         (tokens,), hits = ask(llm, [prompts[i]])
         assert not any(hits)
         alone.append(tokens)
-    agree(alone, [together[i] for i in chosen], [likely[i] for i in chosen], gap, len(chosen) - (others > 0))
+    least = len(chosen) - min(others, 2)
+    agree(alone, [together[i] for i in chosen], [likely[i] for i in chosen], gap, least)
     return together
 
 
