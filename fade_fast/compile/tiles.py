@@ -121,10 +121,10 @@ def summary_tiles(rows: int, dim: int) -> Tiles:
 def prefill_tiles(dim: int | None = None) -> Tiles:
     """Tiles of `vllm/prefill.py`: kernels without sums, and sums over `dim` channels; not tuned on a GPU.
 
-    A program of the sums has about one token of a KV head, whose query rows read the same keys.
+    A program of the sums has a few tokens of a KV head, and all sums over pairs of queries and keys.
     """
     tiles: Tiles = {(None, 1): dict(XBLOCK=512, num_warps=4, num_stages=1)}
-    return tiles if dim is None else tiles | {(None, dim): dict(XBLOCK=32, num_warps=4, num_stages=1)}
+    return tiles if dim is None else tiles | {(None, dim): dict(XBLOCK=8, num_warps=4, num_stages=1)}
 
 
 def channel_tiles(dim: int) -> Tiles:

@@ -103,13 +103,19 @@ def levels(codes: Tensor, bits: int, dtype: torch.dtype, centered: bool) -> Tens
 
 def quantize(rotated: Tensor, bits: int) -> Packed:
     """Codes of vectors that are already centered and rotated: float32 [B, H, n, D]."""
+    found = quantize_apart(rotated, bits)
+    return found._replace(codes=pack(found.codes, bits))
+
+
+def quantize_apart(rotated: Tensor, bits: int) -> Packed:
+    """`quantize`, with each code in a byte of its own: uint8 [B, H, n, D]."""
     steps = 2**bits - 1
     if is_uniform(bits):
         low, high = rotated.aminmax(dim=-1, keepdim=True)
         zero = low.clamp(-LARGEST, LARGEST).half()
         scale = ((high - low) / steps).clamp(SMALLEST_SCALE, LARGEST).half()
         codes = ((rotated - zero.float()) / scale.float()).round().clamp(0, steps)
-        return Packed(pack(codes.to(torch.uint8), bits), scale.squeeze(-1), zero.squeeze(-1))
+        return Packed(codes.to(torch.uint8), scale.squeeze(-1), zero.squeeze(-1))
     norm = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True)
     unit = rotated / norm.clamp_min(torch.finfo(norm.dtype).tiny) * rotated.shape[-1] ** 0.5
     table = levels(torch.arange(steps + 1, device=rotated.device), bits, rotated.dtype, True)
@@ -118,14 +124,19 @@ def quantize(rotated: Tensor, bits: int) -> Packed:
     # Unbiased: the inner product of decoded and original vector is the squared norm of the original.
     aligned = (rotated * table[codes]).sum(-1).clamp_min(torch.finfo(norm.dtype).tiny)
     scale = (norm.squeeze(-1).square() / aligned).clamp_max(LARGEST).half()
-    return Packed(pack(codes.to(torch.uint8), bits), scale, None)
+    return Packed(codes.to(torch.uint8), scale, None)
 
 
 def dequantize(packed: Packed, bits: int, dtype: torch.dtype) -> Tensor:
     """Vectors [B, H, n, D] in the rotated, centered domain."""
-    codes = levels(unpack(packed.codes, bits), bits, dtype, packed.zero is None)
-    decoded = codes * packed.scale.to(dtype).unsqueeze(-1)
-    return decoded if packed.zero is None else decoded + packed.zero.to(dtype).unsqueeze(-1)
+    return scaled(packed._replace(codes=unpack(packed.codes, bits)), bits, dtype)
+
+
+def scaled(apart: Packed, bits: int, dtype: torch.dtype) -> Tensor:
+    """`dequantize` for codes in bytes of their own, as `quantize_apart` returns them."""
+    codes = levels(apart.codes, bits, dtype, apart.zero is None)
+    decoded = codes * apart.scale.to(dtype).unsqueeze(-1)
+    return decoded if apart.zero is None else decoded + apart.zero.to(dtype).unsqueeze(-1)
 
 
 def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, bits: int) -> Packed:

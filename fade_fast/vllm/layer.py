@@ -38,7 +38,8 @@ class New(NamedTuple):
         held: second records of the tokens before each row of the batch at hand, as they were before the step.
         single: whether `single.py` and `prefill.py` serve the step.
         old: what was in the slots of their second records, uint8 [T, H, record]; None: no query reads it.
-        records: their second records, uint8 [T, H, record]; None: no query reads them from here.
+        whole: scaled codes of both records, [2, H, T, D] of keys and values; None: no query reads them from
+            here.
     """
 
     own: tuple[Tensor, Tensor]
@@ -46,7 +47,7 @@ class New(NamedTuple):
     held: dict[str, Tensor] | None = None
     single: bool = False
     old: Tensor | None = None
-    records: Tensor | None = None
+    whole: Tensor | None = None
 
 
 class PagedLayer(ABC):
@@ -351,15 +352,15 @@ class CompressedLayer(PagedLayer):
         if not (serves or self.layout.fine):  # before the step overwrites them
             held = [self._second(cache, batch) for batch in step.batches]
         keep = not self.layout.fine and (not serves or bool(step.prefill))
-        old, records = self._store(cache, keys, values, slots, step, keep)
+        old, whole = self._store(cache, keys, values, slots, step, keep)
         if held is not None:
-            both = self._both_of(cache, slots, records, step.positions, keys.dtype)
-        self.attend(cache, query, New((keys, values), both, None, serves, old, records), step, output, held)
+            both = self._both_of(whole[:, :, :count], step.positions, keys.dtype)
+        self.attend(cache, query, New((keys, values), both, None, serves, old, whole), step, output, held)
 
     def _store(
         self, cache, keys, values, slots, step: Step, keep: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Store a step by `single.py`. Returns `New.old`, and `New.records` with `keep`."""
+        """Store a step by `single.py`. Returns `New.old`, and `New.whole` with `keep`."""
         self.views(cache)  # refuses other caches
         kind, parts = self._kind(cache.shape[2]), single.parts(len(slots), use_compiled(keys))
         if kind not in step.shared:
@@ -368,22 +369,20 @@ class CompressedLayer(PagedLayer):
         found = [
             single.store(
                 keys[of], values[of], self.means, self.encoders, self.layout.runs(cache), self.bound, to,
-                kind, self.feedback, keep,
+                kind, self.feedback, self.decoders.dtype if keep else None,
             )
             for (of, _), to in zip(parts, step.shared[kind])
         ]  # fmt: skip
-        return tuple(None if x[0] is None else x[0] if len(x) == 1 else torch.cat(x) for x in zip(*found))
+        if len(found) == 1:
+            return found[0]
+        old, whole = zip(*found)
+        return None if old[0] is None else torch.cat(old), torch.cat(whole, 2) if keep else None
 
-    def _both_of(
-        self, cache: Tensor, slots: Tensor, records: Tensor, positions: Tensor, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """`New.both` of the tokens of a step in `slots`, whose second records are `records`."""
-        kind, slots = self._kind(cache.shape[2]), slots.clamp_min(0).long()
-        wide, runs = torch.promote_types(dtype, torch.float32), self.layout.runs(cache)
-        once = single.first_bytes(runs, slots // kind.page, slots % kind.page, kind)
-        turned = prefill.scaled_codes([once, records[: len(slots)]], positions < FIRST, kind, wide)
+    def _both_of(self, whole: Tensor, positions: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """`New.both` of the tokens of a step, from `New.whole`."""
+        wide = torch.promote_types(dtype, torch.float32)
         sides = self.decoders if self.decoders.dim() == 4 else self.decoders.expand(2, 1, -1, -1)
-        keys, values = (x.to(y.dtype) @ y for x, y in zip(turned, sides))  # [H, T, D]
+        keys, values = (x @ y for x, y in zip(whole, sides))  # [H, T, D]
         keys = keys + self._means_at(positions[None])[0]
         return [self._flat(x[None]).to(wide) for x in (keys, values)]
 
@@ -590,9 +589,9 @@ class CompressedLayer(PagedLayer):
     def _attend_prefill(self, cache, query, new, group, output):
         kind = self._kind(cache.shape[2])
         if kind not in group.shared:
-            group.shared[kind] = prefill.plan(group, kind, 0 if new.old is None else len(new.old))
+            group.shared[kind] = prefill.plan(group, kind)
         prefill.attend(
-            query, self.layout.runs(cache), new.records, new.old, *new.own, group.shared[kind], self.means,
+            query, self.layout.runs(cache), new.whole, new.old, *new.own, group.shared[kind], self.means,
             self.decoders, kind, self.scaling, self.s_aux, output,
         )  # fmt: skip
 

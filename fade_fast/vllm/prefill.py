@@ -4,6 +4,7 @@ The step is stored already (`single.store`). Then, for a group of requests (`bat
 
 - `plan` tells what is read, once a step for all layers with pages of one kind.
 - `rows` decodes the pages of the group to keys and values in the dtype of the model: once for all queries.
+  Whole pages are decoded as they lie. Only a few tokens of each request are looked up one by one.
 - FlashAttention attends to them (`flash.ragged`). A query sees a token there as its first record has it, and
   the first tokens as both records have them. The `Kind.near` tokens before the query, and its own, are left
   out, by the causal rule alone: the keys of a request end that much earlier than its queries.
@@ -31,16 +32,14 @@ from .single import Kind, mean_row
 
 
 class Entries(NamedTuple):
-    """Tokens to be decoded, E of them.
+    """Tokens that are read from both of their records, E of them.
 
     Attributes:
         page, at: int64 [E], the page of each token, and its slot among the first records.
         second: int64 [E], its slot among the second records of the page.
         twice_key, twice_value: bool [E], whether its second record counts.
-        kept: int64 [E], where the second record is if it is not in the page: token `kept` of the step has it
-            as its new record, or, for numbers from T on, token `kept` - T found it in its slot. Negative: it
-            is in the page.
-        mean: int64 [E], rows of the table of means.
+        kept: int64 [E], the token of the step that found the second record in its slot; negative: it is still
+            in the page.
     """
 
     page: Tensor
@@ -49,7 +48,6 @@ class Entries(NamedTuple):
     twice_key: Tensor
     twice_value: Tensor
     kept: Tensor
-    mean: Tensor
 
 
 class Span(NamedTuple):
@@ -72,13 +70,19 @@ class Part(NamedTuple):
     """Tokens that are decoded at once, and what R requests read of them.
 
     Attributes:
-        entries: all tokens of some pages; in the last part, others follow (see `plan`).
+        pages: int64 [N], pages whose tokens are decoded from their first records.
+        entries: the `FIRST` first tokens of each request; in the last part, others follow (see `plan`).
+        early: int64 [R * FIRST], where these first tokens go: to their slots of `pages`, if these have them.
+        mean: int64 [S], rows of the table of means, of all that is decoded.
         keys_from, used: int32 [R + 1] and [R]; see `flash.ragged`.
         longest: an upper bound of the keys of a request.
         last: whether this is the last part. All queries see the whole of other parts.
     """
 
+    pages: Tensor
     entries: Entries
+    early: Tensor
+    mean: Tensor
     keys_from: Tensor
     used: Tensor
     longest: int
@@ -94,9 +98,8 @@ class Plan(NamedTuple):
         longest: most queries of a request.
         back: how many keys FlashAttention sees before the last one; None: all.
         tokens: int64 [T], which tokens of the step the queries are.
-        rows: int64 [T, w + 1], where each query finds its own token and the w before it, in the result of
-            `rows`.
-        seen: bool [T, w + 1], which of them it sees.
+        rows: int64 [T, w], where each query finds the w tokens before it, in the result of `rows`.
+        seen: bool [T, w], which of them it sees.
     """
 
     parts: list[Part]
@@ -111,28 +114,29 @@ class Plan(NamedTuple):
 # -- once a step
 
 
-def plan(group: Prefill, kind: Kind, tokens: int) -> Plan:
-    """What a group of requests reads from pages of this kind. The step stored `tokens` tokens, with padding.
+def plan(group: Prefill, kind: Kind) -> Plan:
+    """What a group of requests reads from pages of this kind.
 
-    Where queries read tokens before them from both records, the entries of the last part are: its pages; the
-    new tokens; and the `NEAR` tokens before the new ones of each request. The result of `rows` ends with the
-    new tokens as they came.
+    Where queries read tokens before them from both records, what is decoded in the last part is: its pages;
+    the first tokens of each request; the `NEAR` tokens before the new ones of each request; and the new
+    tokens.
     """
     table, page, near, window = group.table, kind.page, kind.near, kind.window
     counts, count = _put(group.counts, table), int(group.counts.sum())
     begin, (spans, back) = group.lengths - counts, spans_of(group, page, window, near)
-    parts = [Part(_pages(table, x, kind), *x[2:]) for x in spans]
-    *_, (_, index, keys_from, *_) = spans
-    last, total = parts.pop(), len(index) * page
-    entries = [last.entries]
+    parts = [_part(group, x, kind) for x in spans]
+    last, index = parts.pop(), spans[-1].index
+    total, early = len(index) * page, last.early
 
     starts = np.concatenate(([0], np.cumsum(group.counts)))
     of = _put(np.repeat(np.arange(len(counts)), group.counts), table).unsqueeze(1)
     order = _put(np.arange(count) - np.repeat(starts[:-1], group.counts), table).unsqueeze(1)
     query, position = torch.arange(count, device=table.device).unsqueeze(1), begin[of] + order
     if near:
-        entries += _new(group, kind, of, position), _before(group, kind, begin, counts, tokens)
-    entries = Entries(*(torch.cat(x) for x in zip(*entries)))
+        before, mean = _before(group, kind, begin, counts)
+        entries = Entries(*(torch.cat(x) for x in zip(last.entries, before)))
+        mean = torch.cat((last.mean, mean, mean_row(position.flatten(), kind.means)))
+        last = last._replace(entries=entries, mean=mean)
     distance = torch.arange(1, near + 1, device=table.device)
     seen = position >= distance
     if window is not None:
@@ -140,14 +144,13 @@ def plan(group: Prefill, kind: Kind, tokens: int) -> Plan:
     token = (position - distance).clamp_min(0)
     kept, _ = newest(token, page, kind.fine, kind.drafts)
     twice = (token < FIRST) | (distance <= kept - kind.drafts)
-    own = len(entries.page) + query
-    both = torch.where(order >= distance, query - distance, count + NEAR * (of + 1) + order - distance)
-    first = index[keys_from[:-1].long() // page] * page  # the first position in the last part
-    once = keys_from[of] + token - first[of]
-    rows = torch.where(seen, torch.where(twice, total + both, once), own)
-    rows = torch.cat((own, rows), 1)
-    seen = torch.cat((torch.ones_like(query, dtype=torch.bool), seen), 1)
-    parts.append(last._replace(entries=entries))
+    older = total + len(early) + NEAR * (of + 1) + order - distance
+    new = total + len(early) + NEAR * len(counts) + query - distance
+    both = torch.where(order >= distance, new, older)
+    first = index[last.keys_from[:-1].long() // page] * page  # the first position in the last part
+    once = last.keys_from[of] + token - first[of]
+    rows = torch.where(seen, torch.where(twice, both, once), 0)
+    parts.append(last)
     return Plan(parts, *queries(group), back, group.tokens, rows, seen)
 
 
@@ -202,28 +205,28 @@ def owner(table: Tensor, request: Tensor, index: Tensor) -> Tensor:
     return table[request, index.clamp_max(table.shape[1] - 1)].long()
 
 
-def _pages(table: Tensor, of: Span, kind: Kind) -> Entries:
-    """All tokens of some pages."""
-    index = of.index
-    at = torch.arange(kind.page, device=table.device).expand(len(index), -1)
-    position = index.unsqueeze(1) * kind.page + at
-    pages, early = owner(table, of.request, index).unsqueeze(1), position < FIRST
-    mean, nowhere = mean_row(position, kind.means), torch.full_like(position, -1)
-    found = pages, at, at.clamp_max(FIRST - 1), early, early, nowhere, mean
-    return Entries(*(x.expand_as(position).flatten().contiguous() for x in found))
+def _part(group: Prefill, of: Span, kind: Kind) -> Part:
+    """The pages of a span, and the first tokens of all requests."""
+    table, page, index = group.table, kind.page, of.index
+    at = torch.arange(FIRST, device=table.device).expand(len(table), -1)
+    owner_of = table[:, :1].long().expand_as(at)
+    yes, nowhere = torch.ones_like(at, dtype=torch.bool), torch.full_like(at, -1)
+    entries = Entries(*(x.flatten() for x in (owner_of, at, at, yes, yes, nowhere)))
+    total, start = len(index) * page, of.keys_from[:-1].long()
+    # Requests of other spans have none of their pages here.
+    begins = torch.zeros(len(table), dtype=torch.bool, device=table.device)
+    places = torch.zeros(len(table), dtype=torch.int64, device=table.device)
+    rows = of.request[start // page]
+    begins[rows], places[rows] = index[start // page] == 0, start
+    own = total + FIRST * torch.arange(len(table), device=table.device)
+    early = (torch.where(begins, places, own).unsqueeze(1) + at).flatten()
+    position = (index.unsqueeze(1) * page + torch.arange(page, device=table.device)).flatten()
+    mean = mean_row(torch.cat((position, at.flatten())), kind.means)
+    return Part(owner(table, of.request, index), entries, early, mean, *of[2:])
 
 
-def _new(group: Prefill, kind: Kind, of: Tensor, position: Tensor) -> Entries:
-    """The new tokens of a group at `position` [T, 1] of requests `of` [T, 1]."""
-    early, at = position < FIRST, position % kind.page
-    twice = [early if bits >= 8 else torch.ones_like(early) for bits in kind.bits]
-    pages = owner(group.table, of, position // kind.page)
-    found = pages, at, 0 * at, *twice, group.tokens.unsqueeze(1), mean_row(position, kind.means)
-    return Entries(*(x.flatten() for x in found))
-
-
-def _before(group: Prefill, kind: Kind, begin: Tensor, counts: Tensor, tokens: int) -> Entries:
-    """The `NEAR` tokens right before the new ones of each request."""
+def _before(group: Prefill, kind: Kind, begin: Tensor, counts: Tensor) -> tuple[Entries, Tensor]:
+    """The `NEAR` tokens right before the new ones of each request, and their rows of the table of means."""
     page, back = kind.page, torch.arange(NEAR, 0, -1, device=begin.device)
     begin, counts = begin.unsqueeze(1), counts.unsqueeze(1)
     position = (begin - back).clamp_min(0)
@@ -236,19 +239,20 @@ def _before(group: Prefill, kind: Kind, begin: Tensor, counts: Tensor, tokens: i
     order = kept - back  # of the first new token with the same slot
     taken = (order >= 0) & (order < counts) & ~early
     taken = taken & ((position + kept) // page == position // page) & (position // page == begin // page)
-    by = torch.where(taken, tokens + _put(group.starts, begin).unsqueeze(1) + order, -1)
+    by = torch.where(taken, _put(group.starts, begin).unsqueeze(1) + order, -1)
     row = torch.arange(len(begin), device=begin.device).unsqueeze(1)
     pages = owner(group.table, row, position // page)
     sides = [early if bits >= 8 else twice for bits in kind.bits]
-    found = pages, position % page, second, *sides, by, mean_row(position, kind.means)
-    return Entries(*(x.expand_as(position).flatten() for x in found))
+    found = pages, position % page, second, *sides, by
+    entries = Entries(*(x.expand_as(position).flatten() for x in found))
+    return entries, mean_row(position, kind.means).flatten()
 
 
 # -- in each layer
 
 
 def attend(
-    query: Tensor, runs: Tensor, records: Tensor | None, old: Tensor | None, keys: Tensor, values: Tensor,
+    query: Tensor, runs: Tensor, whole: Tensor | None, old: Tensor | None, keys: Tensor, values: Tensor,
     of: Plan, means: Tensor, decoders: Tensor, kind: Kind, scaling: float, s_aux: Tensor | None,
     output: Tensor,
 ) -> None:  # fmt: skip
@@ -257,81 +261,91 @@ def attend(
     Args:
         query: [T, Hq, D], those of the group.
         runs: uint8 [P, H, L], the pages, in which the step is stored.
-        records, old: from `single.store`, of all tokens of the step.
+        whole, old: from `single.store`, of all tokens of the step.
         keys, values: [n, H, D], those of the step as they came.
         of: from `plan`.
         means, decoders: see `single.vectors`.
         scaling: of the scores.
         s_aux: [Hq], scores of learned sinks, or None.
     """
-    total, kept = None, () if records is None else (torch.cat((records, old)),)
+    total = None
     for part in of.parts:
-        extra = (*kept, of.tokens, keys, values) if part.last else ()
-        dynamic = [*part.entries, *extra]
-        constants = dict(kind=kind, dtype=query.dtype, kept=bool(part.last and kept))
-        held = _run("rows", dynamic, [0] * len(dynamic), runs, means, decoders, **constants)
+        dynamic = [part.pages, part.early, part.mean, *part.entries]
+        axes = [0] * len(dynamic)
+        if part.last and kind.near:
+            dynamic, axes = [*dynamic, old, of.tokens, whole], [*axes, 0, 0, 2]
+        held = _run("rows", dynamic, axes, runs, means, decoders, kind=kind, dtype=query.dtype)
         found = flash.ragged(
-            query, *held.transpose(1, 2), of.queries_from, part.keys_from, part.used,
+            query, *(x.transpose(0, 1) for x in held), of.queries_from, part.keys_from, part.used,
             (of.longest, part.longest), scaling, part.last, of.back,
         )  # fmt: skip
         total = found if total is None else merged(total, found)
-    dynamic = [query, *total, held, of.rows, of.seen, output]
-    _run("finish", dynamic, [0, 0, 1, 2, 0, 0, 0], s_aux, scaling=scaling)
+    dynamic = [query, *total, *held, of.tokens, keys, values, of.rows, of.seen, output]
+    _run("finish", dynamic, [0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0], s_aux, scaling=scaling)
 
 
-def _rows(dynamic_sizes, runs, means, decoders, *, kind: Kind, dtype, kept: bool, inputs=None) -> Tensor:
-    """Keys and values of `dtype`, [2, H, E + T, D]: of E entries, and of T tokens as they came.
+def _rows(dynamic_sizes, runs, means, decoders, *, kind: Kind, dtype, inputs=None) -> tuple[Tensor, Tensor]:
+    """Keys and values of `dtype`, [H, S, D] each: of the pages, the entries and the new tokens of a part.
 
-    `dynamic_sizes` are the fields of `Entries`; with `kept` second records that are not in pages, uint8
-    [n, H, record], see `Entries.kept`; and where tokens follow, which ones of the step, int64 [T], and keys
-    and values of the step. What is not finite becomes 0.
+    `dynamic_sizes` are `pages`, `early`, `mean` and the fields of `entries` of a `Part`; and if the part has
+    new tokens, `old` from `single.store`, which tokens of the step these are, int64 [T], and `whole`. What is
+    not finite becomes 0.
     """
-    of, extra = Entries(*dynamic_sizes[: len(Entries._fields)]), dynamic_sizes[len(Entries._fields) :]
+    pages, early, mean, *rest = dynamic_sizes
+    of, new = Entries(*rest[: len(Entries._fields)]), rest[len(Entries._fields) :]
     middle = torch.promote_types(decoders.dtype, torch.float32)
     wide = torch.promote_types(dtype, torch.float32)
+    few = _of_entries(of, runs, new[0] if new else None, kind, middle, decoders.dtype)
+    found, held = [], _of_pages(runs[pages.clamp(0, len(runs) - 1)], kind, middle)
+    for side, (once, twice) in enumerate(zip(held, few)):
+        turned = twice.new_empty((len(once), len(mean), twice.shape[-1]))
+        end, stop = once.shape[1], once.shape[1] + twice.shape[1]
+        turned[:, :end], turned[:, end:stop] = once, twice
+        if new:
+            turned[:, stop:] = new[2][side][:, new[1]]
+        turned[:, early] = twice[:, : len(early)]
+        if decoders.dim() == 2:
+            x = (turned.flatten(0, 1) @ decoders).view(turned.shape)
+        else:
+            x = turned @ decoders[side]
+        x = x.to(wide) if side else x.to(wide) + means[:, mean].to(wide)
+        found.append(torch.where(x.abs() <= torch.finfo(dtype).max, x, 0.0).to(dtype))
+    return tuple(found)
+
+
+def _of_pages(runs: Tensor, kind: Kind, dtype: torch.dtype) -> list[Tensor]:
+    """Scaled codes of the first records of whole pages [N, H, L], of keys and of values: [H, N * page, D]."""
+    parts, start = [], 0
+    for _, size, last in kind.fields:
+        part = runs[..., start : start + kind.page * size]
+        sizes = (size, kind.page) if last else (kind.page, size)
+        part = part.unflatten(-1, sizes)
+        parts.append(part.mT if last else part)
+        start += kind.page * size
+    sides = zip(single._sides(parts, kind), kind.bits)
+    return [dequantize(x, bits, dtype).transpose(0, 1).flatten(1, 2) for x, bits in sides]
+
+
+def _of_entries(of: Entries, runs: Tensor, old: Tensor | None, kind: Kind, middle, dtype) -> Tensor:
+    """Scaled codes of both records of tokens, [2, H, E, D] of keys and values.
+
+    `old`, uint8 [n, H, record], has second records that are not in pages any more.
+    """
     head = torch.arange(runs.shape[1], device=runs.device).unsqueeze(-1)
     page, parts = of.page.clamp(0, len(runs) - 1)[:, None, None], []
     for at, second in ((of.at, False), (of.second, True)):
         parts.append([runs[page, head, x.unsqueeze(1)] for x in single._addresses(at, kind, second)])
-    if kept:
-        other = extra[0][of.kept.clamp_min(0)].split([size for _, size, _ in kind.fields], -1)
+    if old is not None:
+        other = old[of.kept.clamp_min(0)].split([size for _, size, _ in kind.fields], -1)
         inside = (of.kept < 0)[:, None, None]
         parts[1] = [torch.where(inside, x, y) for x, y in zip(parts[1], other)]
-    turned = []
+    found = []
     for one, more, bits, twice in zip(
         *(single._sides(x, kind) for x in parts), kind.bits, (of.twice_key, of.twice_value)
     ):
         more = torch.where(twice[:, None, None], dequantize(more, bits, middle), 0.0)
-        turned.append((dequantize(one, bits, middle) + more).transpose(0, 1))
-    turned = torch.stack(turned).to(decoders.dtype)
-    size = turned.shape  # [2, H, E, D]
-    if decoders.dim() == 2:
-        found = turned.reshape(-1, size[-1]) @ decoders
-    else:
-        found = turned.reshape(2 * size[1], -1, size[-1]) @ decoders.flatten(0, 1)
-    found = found.view(size).to(wide).unbind()
-    found = torch.stack((found[0] + means[:, of.mean].to(wide), found[1]))
-    found = torch.where(found.abs() <= torch.finfo(dtype).max, found, 0.0).to(dtype)
-    if not extra:
-        return found
-    tokens, keys, values = extra[-3:]
-    own = torch.stack([x[tokens].transpose(0, 1).to(dtype) for x in (keys, values)])
-    return torch.cat((found, own), 2)
-
-
-def scaled_codes(records: list[Tensor], early: Tensor, kind: Kind, middle: torch.dtype) -> list[Tensor]:
-    """Tokens from both records, uint8 [T, H, record] each, as scaled codes [H, T, D] of keys and of values.
-
-    Of codes of 8 bits the second records count for tokens that are `early`, bool [T].
-    """
-    sizes = [size for _, size, _ in kind.fields]
-    first, rest = (single._sides(x.split(sizes, -1), kind) for x in records)
-    early, found = early[:, None, None], []
-    for one, more, bits in zip(first, rest, kind.bits):
-        more = dequantize(more, bits, middle)
-        more = more if bits < 8 else torch.where(early, more, 0.0)
-        found.append((dequantize(one, bits, middle) + more).transpose(0, 1))
-    return found
+        found.append((dequantize(one, bits, middle) + more).transpose(0, 1).to(dtype))
+    return force_materialize(torch.stack(found))
 
 
 def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -351,19 +365,23 @@ def _merged(dynamic_sizes, *, inputs=None) -> tuple[Tensor, Tensor]:
 
 
 def _finish(dynamic_sizes, s_aux, *, scaling, inputs=None) -> None:
-    """Write the attention that FlashAttention found, and that over the tokens of `Plan.rows`."""
-    query, attended, lse, held, index, seen, output = dynamic_sizes
-    count, heads, wide = len(query), held.shape[1], lse.dtype
+    """Write the attention that FlashAttention found, that over the tokens of `Plan.rows`, and to the own one.
+
+    A compiled kernel reads a key once for all queries of its KV head, and a query once for all its keys.
+    """
+    query, attended, lse, *held, tokens, keys, values, index, seen, output = dynamic_sizes
+    count, heads, wide, near = len(query), keys.shape[1], lse.dtype, index.shape[1]
     each = lambda x: x.unflatten(1, (heads, -1))  # noqa: E731
-    keys, values = (x.transpose(0, 1) for x in held)  # [E, H, D]
-    asked = each(query).to(wide) * scaling  # [T, H, G, D]
-    found = keys[index].transpose(1, 2).to(wide)  # [T, H, w + 1, D]
-    if torch.compiler.is_compiling():
-        scores = (asked.unsqueeze(2) * found.unsqueeze(3)).sum(-1)
-    else:
-        scores = found @ asked.mT
+    found = [
+        [side.transpose(0, 1)[index[:, i]] for i in range(near)] + [own[tokens]]
+        for side, own in zip(held, (keys, values))
+    ]
+    asked = (each(query).to(wide) * scaling).unbind(2)  # G times [T, H, D]
+    scores = torch.stack([(q * x.to(wide)).sum(-1) for x in found[0] for q in asked], -1)
+    scores = scores.unflatten(-1, (near + 1, -1))  # [T, H, w + 1, G]
     lowest = torch.finfo(wide).min
-    scores = torch.where(seen[:, None, :, None], scores, lowest)  # [T, H, w + 1, G]
+    visible = torch.cat((seen, torch.ones_like(seen[:, :1]) if near else seen.new_ones(count, 1)), 1)
+    scores = torch.where(visible[:, None, :, None], scores, lowest)
     far = each(torch.where(lse == torch.inf, lowest, lse).mT)
     parts = [scores, far.unsqueeze(2)]
     if s_aux is not None:
@@ -371,10 +389,9 @@ def _finish(dynamic_sizes, s_aux, *, scaling, inputs=None) -> None:
     scores = force_materialize(torch.cat(parts, 2))
     weights = (scores - scores.amax(2, keepdim=True)).exp()
     weights = force_materialize(weights / weights.sum(2, keepdim=True)).unsqueeze(-1)
-    near = index.shape[1]
-    result = weights[:, :, near] * each(attended).to(wide)
-    for i in range(near):
-        result = result + weights[:, :, i] * values[index[:, i]].to(wide).unsqueeze(2)
+    result = weights[:, :, near + 1] * each(attended).to(wide)
+    for i, x in enumerate(found[1]):
+        result = result + weights[:, :, i] * x.to(wide).unsqueeze(2)
     output.copy_(result.flatten(1, 2))
 
 

@@ -16,7 +16,6 @@ Pages are runs of bytes here, uint8 [P, H, L], because a compiled function must 
 views of a tensor: it would copy the tensor.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from ..compile.compiled import Compiled, rounded, use_compiled
 from ..kernels import matched, rotated
+from ..kernels.packed import force_materialize
 from ..kernels.rotated import Packed, dequantize
 from .batches import sees
 from .pages import FIRST, NEAR, SPAN, newest, room
@@ -78,12 +78,14 @@ class Writes(NamedTuple):
 
     Attributes:
         real: bool [T], False for padding.
+        early: bool [T], the first `FIRST` tokens of their requests.
         mean: int64 [T], rows of the table of means.
         page, second: int64 [T], the pages of both records.
         address: int64 [T, 2 * record], the bytes of both records in their pages.
     """
 
     real: Tensor
+    early: Tensor
     mean: Tensor
     page: Tensor
     second: Tensor
@@ -169,7 +171,7 @@ def _writes(dynamic_sizes, positions, slots, after, *, kind) -> Writes:
     slot = torch.where(early, positions.clamp_min(0), slot)
     address = [*_addresses(at, kind, False), *_addresses(slot, kind, True)]
     mean = mean_row(positions, kind.means)
-    return Writes(real, mean, page, second, torch.cat(address, -1))
+    return Writes(real, early, mean, page, second, torch.cat(address, -1))
 
 
 def reads(at: Tensor, table: Tensor, capacity: int, kind: Kind) -> Reads:
@@ -224,7 +226,7 @@ def _reads(dynamic_sizes, at, table, *, capacity, kind) -> Reads:
 
 def store(
     keys: Tensor, values: Tensor, means: Tensor, encoders: Tensor, runs: Tensor, bound: Tensor,
-    to: Writes, kind: Kind, feedback: Tensor | None = None, keep: bool = False,
+    to: Writes, kind: Kind, feedback: Tensor | None = None, keep: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Encode the tokens of a step, and write their records.
 
@@ -240,10 +242,10 @@ def store(
         to: from `writes`.
         feedback: float32 [2, H, D, D], the matrices by which the `matched` codec rounds keys and values. It
             has compiled functions of its own. None: the codec is `rotated`.
-        keep: whether the new second records are returned.
+        keep: None, or the dtype in which the tokens are returned as both records have them.
 
     Returns what was in the slots of the second records, uint8 [T, H, record], or None if no query reads it;
-    and the second records of the tokens, of the same size, or None without `keep`. T includes padding.
+    and with `keep` the scaled codes of both records, [2, H, T, D] of keys and values. T includes padding.
     """
     rows = len(to.page)
     if len(keys) < rows:
@@ -293,12 +295,24 @@ def _encoded(turned: Tensor, kind: Kind, feedback: Tensor | None) -> list[list[P
 
 def _twice(turned: Tensor, bits: int, feedback: Tensor | None) -> list[Packed]:
     """Codes of `turned` [1, H, T, D], and of what these miss."""
-    if feedback is None:
-        quantize = rotated.quantize
-    else:
-        quantize = functools.partial(matched.quantize, feedback=feedback)
-    first = quantize(turned.float(), bits=bits)
-    return [first, quantize((turned - dequantize(first, bits, turned.dtype)).float(), bits=bits)]
+    if feedback is not None:
+        first = matched.quantize(turned.float(), feedback, bits)
+        missed = turned - dequantize(first, bits, turned.dtype)
+        return [first, matched.quantize(missed.float(), feedback, bits)]
+    first = _apart(turned.float(), bits)
+    second = _apart((turned - rotated.scaled(first, bits, turned.dtype)).float(), bits)
+    return [x._replace(codes=rotated.pack(x.codes, bits)) for x in (first, second)]
+
+
+def _apart(turned: Tensor, bits: int) -> Packed:
+    """Codes in bytes of their own. Of many tokens they are computed once, and not for each byte written."""
+    found = rotated.quantize_apart(turned, bits)
+    return found._replace(codes=force_materialize(found.codes)) if _many(turned.shape[-2]) else found
+
+
+def _many(tokens: int) -> bool:
+    """Whether a step of so many tokens, with padding, is one for which launches matter less than work."""
+    return tokens > SIZES[-1]
 
 
 def _write(dynamic_sizes, sides, runs, bound, to: Writes, *, kind, keep):
@@ -307,14 +321,55 @@ def _write(dynamic_sizes, sides, runs, bound, to: Writes, *, kind, keep):
     address, record = to.address.unsqueeze(1), kind.record
     old = None if kind.fine else runs[page, head, address[..., record:]]
     # Dynamo of torch 2.11 may take an index 0 or 1 for a bool.
-    records = torch.cat([_bytes(list(both), kind) for both in zip(*sides)], -1)
-    first = torch.arange(2 * record, device=runs.device) < record
-    runs.index_put_((torch.where(first, page, second), head, address), records)
+    parts = [_bytes(list(both), kind) for both in zip(*sides)]
+    if _many(len(to.page)):
+        for i, (owner, fields) in enumerate(zip((page, second), parts)):
+            for columns, found in _groups(fields, kind):
+                at = torch.cat(
+                    [address[..., i * record + x.start : i * record + x.stop] for x in columns], -1
+                )
+                runs.index_put_((owner, head, at), torch.cat(found, -1))
+    else:
+        first = torch.arange(2 * record, device=runs.device) < record
+        records = torch.cat([torch.cat(fields, -1) for fields in parts], -1)
+        runs.index_put_((torch.where(first, page, second), head, address), records)
     most = sides[1][0].scale[0].float().amax(-1)
     # 2^e with most < 2^e, by the bits of the exponent.
     power = (((most.view(torch.int32) >> 23) + 1) << 23).view(torch.float32)
     bound.copy_(torch.maximum(bound, power))
-    return old, records[..., record:].contiguous() if keep else None
+    return old, None if keep is None else _whole(sides, to.early, kind, keep)
+
+
+def _groups(fields: list[Tensor], kind: Kind) -> list[tuple[list[slice], list[Tensor]]]:
+    """Fields of a record that are written together, and which bytes of the record each of them is.
+
+    Codes are written alone, so that the kernel does not ask for each byte which field it is in.
+    """
+    groups, others, start = [], ([], []), 0
+    for (name, size, _), found in zip(kind.fields, fields):
+        columns = slice(start, start + size)
+        if name.endswith("codes"):
+            groups.append(([columns], [found]))
+        else:
+            others[0].append(columns)
+            others[1].append(found)
+        start += size
+    return [*groups, others]
+
+
+def _whole(sides: list[list[Packed]], early: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
+    """Tokens as both records have them: scaled codes [2, H, T, D] of keys and values.
+
+    Of codes of 8 bits the second records count for tokens that are `early`, bool [T].
+    """
+    middle, found = torch.promote_types(dtype, torch.float32), None
+    for i, (records, bits) in enumerate(zip(sides, kind.bits)):
+        once, more = (dequantize(x, bits, middle)[0] for x in records)
+        whole = once + (more if bits < 8 else torch.where(early.unsqueeze(-1), more, 0.0))
+        if found is None:
+            found = whole.new_empty((2, *whole.shape), dtype=dtype)
+        found[i] = whole.to(dtype)
+    return found
 
 
 def vectors(
@@ -387,13 +442,6 @@ def _read(runs: Tensor, page: Tensor, at: Tensor, kind: Kind, second: bool) -> l
     return _sides([runs[page, head, x.unsqueeze(-2)] for x in _addresses(at, kind, second)], kind)
 
 
-def first_bytes(runs: Tensor, page: Tensor, at: Tensor, kind: Kind) -> Tensor:
-    """First records in slots `at` of pages, both int64 [T]: uint8 [T, H, record]."""
-    head = torch.arange(runs.shape[1], device=runs.device).unsqueeze(-1)
-    address = torch.cat(_addresses(at, kind, False), -1).unsqueeze(1)
-    return runs[page[:, None, None], head, address]
-
-
 def _sides(parts: list[Tensor], kind: Kind) -> list[Packed]:
     """Keys and values whose fields have these bytes."""
     named = {}
@@ -405,8 +453,8 @@ def _sides(parts: list[Tensor], kind: Kind) -> list[Packed]:
     return [Packed(*(named.get(f"{side}_{name}") for name in Packed._fields)) for side in SIDES]
 
 
-def _bytes(sides: list[Packed], kind: Kind) -> Tensor:
-    """The bytes of records whose sides are [1, H, T, ...]: [T, H, record]."""
+def _bytes(sides: list[Packed], kind: Kind) -> list[Tensor]:
+    """The bytes of each field of records whose sides are [1, H, T, ...]: [T, H, bytes]."""
     parts = []
     for name, _, _ in kind.fields:
         side, _, field = name.partition("_")
@@ -415,7 +463,7 @@ def _bytes(sides: list[Packed], kind: Kind) -> Tensor:
             x = x.contiguous().view(torch.int16).unsqueeze(-1)
             x = ((x >> 8 * torch.arange(2, device=x.device, dtype=torch.int16)) & 255).to(torch.uint8)
         parts.append(x)
-    return torch.cat(parts, -1)
+    return parts
 
 
 def _run(name: str, *args, **constants):
