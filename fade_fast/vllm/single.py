@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..compile.compiled import Compiled, rounded, use_compiled
+from ..compile.replay import Replayed
 from ..kernels import matched, rotated
 from ..kernels.packed import force_materialize
 from ..kernels.rotated import Packed, dequantize
@@ -254,13 +255,14 @@ def store(
     if feedback is None:
         return _run("store", keys, values, means, encoders, runs, bound, to, kind=kind, keep=keep)
     turned = _run("turned", keys, values, means, encoders, to.mean, to.real, kind=kind)
-    sides = _encoded(turned, kind, feedback)
+    encode = _replayed if _many(rows) else _encoded
+    sides = encode(turned, feedback, kind=kind)
     return _run("write", sides, runs, bound, to, kind=kind, keep=keep)
 
 
 def _store(dynamic_sizes, keys, values, means, encoders, runs, bound, to: Writes, *, kind, keep):
     turned = _turned([], keys, values, means, encoders, to.mean, to.real, kind=kind)
-    sides = _encoded(turned, kind, None)
+    sides = _encoded(turned, None, kind=kind)
     return _write([], sides, runs, bound, to, kind=kind, keep=keep)
 
 
@@ -279,7 +281,7 @@ def _turned(dynamic_sizes, keys, values, means, encoders, mean, real, *, kind) -
     return (both.flatten(0, 1) @ encoders.flatten(0, 1).mT).view(size).unsqueeze(1)
 
 
-def _encoded(turned: Tensor, kind: Kind, feedback: Tensor | None) -> list[list[Packed]]:
+def _encoded(turned: Tensor, feedback: Tensor | None, *, kind: Kind) -> list[list[Packed]]:
     """Both records of keys, and of values, [1, H, T, ...].
 
     At equal widths both sides are encoded as heads of one side: this takes half as many kernels.
@@ -291,6 +293,10 @@ def _encoded(turned: Tensor, kind: Kind, feedback: Tensor | None) -> list[list[P
     both = _twice(turned.flatten(0, 2).unsqueeze(0), kind.bits[0], matrices)
     cut = lambda x, side: None if x is None else x[:, side * heads : (side + 1) * heads]  # noqa: E731
     return [[Packed(*(cut(x, side) for x in one)) for one in both] for side in (0, 1)]
+
+
+MOST_REPLAYED = 1 << 22  # elements of `turned`: 2,048 tokens of 8 heads of 128; a graph holds .3 GB for them
+_replayed = Replayed(_encoded, MOST_REPLAYED)  # the matched codec rounds in some hundred small kernels
 
 
 def _twice(turned: Tensor, bits: int, feedback: Tensor | None) -> list[Packed]:
