@@ -112,6 +112,8 @@ def pinned_tiles(tiles: Tiles):
             chosen = tiles.get((results, summands), tiles.get((None, summands)))
             if chosen is None:
                 return kernel_kwargs
+            if "YBLOCK" in chosen and "y" not in groups[0]:  # a sum, no product, over as many numbers
+                return kernel_kwargs
             if "ZBLOCK" in chosen and "z" not in groups[0]:  # the batch became rows
                 chosen = {name: n for name, n in chosen.items() if name != "ZBLOCK"}
             if features.is_reduction():

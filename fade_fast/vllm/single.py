@@ -466,8 +466,10 @@ def _bytes(sides: list[Packed], kind: Kind) -> list[Tensor]:
         side, _, field = name.partition("_")
         x = getattr(sides[SIDES.index(side)], field)[0].transpose(0, 1)
         if field != "codes":
-            x = x.contiguous().view(torch.int16).unsqueeze(-1)
-            x = ((x >> 8 * torch.arange(2, device=x.device, dtype=torch.int16)) & 255).to(torch.uint8)
+            # Shifts are constants: a kernel that writes several fields computes each byte of all of them, and
+            # no byte of another field may be shifted by a negative number.
+            x = x.contiguous().view(torch.int16)
+            x = torch.stack([(x >> shift) & 255 for shift in (0, 8)], -1).to(torch.uint8)
         parts.append(x)
     return parts
 

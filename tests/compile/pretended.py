@@ -154,7 +154,7 @@ def run() -> None:
 
     from fade_fast import FadeConfig, create_cache
     from fade_fast.cache import sharing
-    from fade_fast.kernels import packed, rotated
+    from fade_fast.kernels import packed, rotated, summaries
     from fade_fast.measure import paged_attention
     from parity.case import Found
     from parity.subjects import attention
@@ -189,6 +189,12 @@ def run() -> None:
     # Of a tier with few tokens, the sums over its parts have one summand, and are no sums to the compiler.
     (short,) = (case for case in attention.collect() if case.group == SHORT[0] and case.name == SHORT[1])
     short.run(Found("cpu", fused=True), 0)
+    # As many pages as channels: the sum over pages is as long as those of the products.
+    one, page, pages = torch.bfloat16, 64, 128
+    summary = torch.zeros(8, 8, pages, 128, dtype=one)
+    valid = torch.ones(8, 1, pages * page, dtype=torch.bool)
+    asked = torch.zeros(8, 32, 1, 128, dtype=one)
+    summaries.page_mass("deviation", asked, summary, summary, valid, pages, page, scaling=0.1, softcap=None)
     prefill()
 
 
