@@ -12,13 +12,15 @@ _compiling = 0  # number of contexts in which garbage is not collected
 _resumes = False  # whether garbage was collected before the first of them
 
 
-def start_workers() -> None:
+def start_workers(device: torch.device | None) -> None:
     """Start the processes in which Inductor compiles kernels for a GPU, and return at once.
 
     They need seconds to start. Until they are ready, Inductor compiles kernels one after another in this
-    process. Inductor itself starts them at the first compilation. Nothing happens if they run already, or
-    without Triton.
+    process. Inductor itself starts them at the first compilation. Nothing happens if they run already,
+    without Triton, or for another `device`.
     """
+    if device is None or device.type != "cuda":
+        return
     from torch._inductor.async_compile import maybe_warm_pool
 
     maybe_warm_pool()

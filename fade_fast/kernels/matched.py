@@ -133,10 +133,11 @@ def _round_block(
     """
     # The compiler needs about 20 ms for an operation on tensors of any size. So there are few of them.
     compiles, places = torch.compiler.is_compiling(), range(unit.shape[1])
-    each = weight.flatten(1, 2).unbind(1) if compiles else ()  # [H, 1], C * C of them
-    offset, last = (unit + before + within).unbind(1), 2 * limit
+    apart = _apart if compiles else lambda x: x.unbind(1)
+    each = apart(weight.flatten(1, 2)) if compiles else ()  # [H, 1], C * C of them
+    offset, last = apart(unit + before + within), 2 * limit
     errors, lost = [], torch.zeros_like(offset[0])
-    for i, wanted, own, share, by in zip(places, offset, unit.unbind(1), exposed.unbind(1), diagonal.unbind(1)):
+    for i, wanted, own, share, by in zip(places, offset, *map(apart, (unit, exposed, diagonal))):
         if compiles:  # one kernel keeps the block in registers
             for j, error in enumerate(errors):
                 wanted = wanted + each[i * len(offset) + j] * error
@@ -148,6 +149,11 @@ def _round_block(
     # One result of more than 8 tensors: Inductor stacks up to 8 in a kernel of their own, which would compute
     # the block again for each of them.
     return torch.stack((*errors, lost), dim=1)
+
+
+def _apart(x: Tensor) -> tuple[Tensor, ...]:
+    """The channels of `x` [H, C, ...], contiguous."""
+    return x.transpose(0, 1).contiguous().unbind(0)
 
 
 def _nearest(unit: Tensor, limit: Tensor, last: Tensor) -> Tensor:
