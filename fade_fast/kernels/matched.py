@@ -131,7 +131,8 @@ def _round_block(
     group as `within`, and Vu as `exposed`, [H, C, T]; `weight` [H, C, C, 1], that between the channels of the
     block, and `diagonal` of V [H, C, 1]; `limit` as in `_in_units`.
     """
-    # The compiler needs about 20 ms for an operation on tensors of any size. So there are few of them.
+    # For tensors of any size, each operation costs the compiler tens of milliseconds, more if its operands
+    # are not contiguous. So there are few, on contiguous channels. The kernel copies nothing.
     compiles, places = torch.compiler.is_compiling(), range(unit.shape[1])
     apart = _apart if compiles else lambda x: x.unbind(1)
     each = apart(weight.flatten(1, 2)) if compiles else ()  # [H, 1], C * C of them
