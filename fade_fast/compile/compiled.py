@@ -16,6 +16,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 from torch.utils._pytree import tree_leaves
 
 from .inductor import pinned_tiles
+from .start import without_collection
 from .tiles import Tiles, power_of_two
 
 #: Without `native_matmul`, a batched product cannot compute its operand from bytes. With `shape_padding`,
@@ -78,12 +79,20 @@ class Compiled:
         function: its first argument is a list of tensors, the dynamic sizes.
         options: of Inductor.
         tiles: gives the tiles that `run` pins, from the other arguments of the function.
+        remembers: whether the compiler remembers what an operation returns, to find that faster for the next
+            one like it. Where sizes are data and most operations read views, hardly any two are alike, and
+            remembering takes longer than finding out.
     """
 
     def __init__(
-        self, function: Callable, options: dict = OPTIONS, tiles: Callable[..., Tiles] = lambda *args: {}
+        self,
+        function: Callable,
+        options: dict = OPTIONS,
+        tiles: Callable[..., Tiles] = lambda *args: {},
+        remembers: bool = True,
     ):
         self.function, self.options, self.tiles = function, APART | options, tiles
+        self.remembers = remembers
         # Each graph, and the code object by which Dynamo finds it.
         self.graphs: dict[tuple, tuple[Callable, types.CodeType]] = {}
 
@@ -138,8 +147,12 @@ class Compiled:
         with (
             pinned_tiles(tiles),
             tag,
-            torch._dynamo.config.patch(automatic_dynamic_shapes=False),  # except `dynamic_sizes`
+            torch._dynamo.config.patch(
+                automatic_dynamic_shapes=False,  # except `dynamic_sizes`
+                fake_tensor_cache_enabled=self.remembers,
+            ),
             symbolic_shapes.patch(use_duck_shape=False),  # equal lengths may differ later
+            without_collection(),
         ):
             result = graph(dynamic_sizes, *args)
         self.graphs[key] = graph, bound.__code__

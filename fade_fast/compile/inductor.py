@@ -13,6 +13,7 @@ from torch._inductor import config as inductor
 
 from . import host_fetch, page_gather
 from .small_matmul import LEAST, RowProducts, few_tile, of_few_rows, tile
+from .start import without_collection
 from .tiles import Tiles
 
 #: Modes of torch.compile with CUDA graph capture -> without; and the option of Inductor that captures.
@@ -51,7 +52,7 @@ def row_products():
     options = {"post_grad_custom_pre_pass": products, "triton.native_matmul": True}
     try:
         mm.use_native_matmul = bmm.use_native_matmul = functools.partial(_generates, original)
-        with V.set_choices_handler(_row_choices()), inductor.patch(options):
+        with V.set_choices_handler(_row_choices()), inductor.patch(options), without_collection():
             yield
     finally:
         mm.use_native_matmul = bmm.use_native_matmul = original

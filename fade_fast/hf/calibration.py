@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import weakref
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,8 +111,9 @@ class Calibration:
     ) -> dict[int, tuple[Tensor, Matrices, Matrices]]:
         """Mean of the keys [H, D], and matrices of keys and of values, by layer, float32 on `device`.
 
-        They are computed once in float64 on the CPU, several layers at a time. `kind` is one of
-        `matched.FRAMES`, and `block` the number of tokens that share a mean.
+        They are computed once in float64 on the CPU, several layers at a time, each by one thread: the last
+        bits of products and eigenvectors depend on the number of threads. `kind` is one of `matched.FRAMES`,
+        and `block` the number of tokens that share a mean.
         """
         key = kind, block, device
         if key not in self._tables:
@@ -119,11 +121,10 @@ class Calibration:
                 here = self.tables(kind, block, torch.device("cpu"))
                 self._tables[key] = _stacked(here, device)
             else:
-                with ThreadPoolExecutor() as pool:
-                    made = pool.map(
-                        lambda i: derive(self.moments[i], self.ropes[i], kind, block), self.moments
-                    )
-                    self._tables[key] = _stacked(dict(zip(self.moments, made)))
+                made = _by_single_threads(
+                    lambda i: derive(self.moments[i], self.ropes[i], kind, block), self.moments
+                )
+                self._tables[key] = _stacked(dict(zip(self.moments, made)))
         return self._tables[key]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -140,6 +141,19 @@ class Calibration:
         """Write a file, atomically. Raises `OSError` if the file cannot be written."""
         with whole(path) as written:
             save_file(self.tensors(), written, metadata={"fade-calibration": json.dumps(self.header())})
+
+
+def _by_single_threads(function: Callable, items: Iterable) -> list:
+    """The results of a function of each item, several at a time. No call has threads of its own: as many
+    threads as cores for each of as many calls would mostly wait for one another.
+    """
+    threads = torch.get_num_threads()
+    try:
+        # The number also becomes that of threads that first compute in this time, so there it is restored.
+        with ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, items))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def derive(moments: Moments, rope: Rope, kind: str, block: int) -> tuple[Tensor, Matrices, Matrices]:

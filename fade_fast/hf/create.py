@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from fade_ref.config import FadeConfig
 
+from ..compile.start import start_workers
 from ..errors import known_keywords
 from ..saved import checkpoint
 from . import generate
@@ -89,6 +90,7 @@ def create_cache(
         isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
     ):
         raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
+    start_workers(getattr(model, "device", None))  # while the model is calibrated and verified
     config, calibration, choice = settled(model, config, calibration)
     cache = TieredKVCache(model, config, max_length, policy_weights, codebooks, calibration)
     cache.choice = choice

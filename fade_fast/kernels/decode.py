@@ -549,4 +549,4 @@ def _rows_of(x: Tensor, batch: int, heads: int, rows: int) -> Tensor:
     return x.reshape(batch * heads, -1)
 
 
-_compiled = Compiled(_of_dynamic_size)
+_compiled = Compiled(_of_dynamic_size, remembers=False)

@@ -102,9 +102,9 @@ def _in_units(
     """
     size = y.square().mean(1, keepdim=True).sqrt() * step
     unit = y / torch.where(size > 0, size, 1.0)
-    best = least = None
+    best, least, last = None, None, 2 * limit
     for factor in FACTORS:
-        error = (unit - factor * _nearest(unit / factor, limit)).square().sum(1, keepdim=True)
+        error = (unit - factor * _nearest(unit / factor, limit, last)).square().sum(1, keepdim=True)
         best = torch.full_like(error, factor) if best is None else torch.where(error < least, factor, best)
         least = error if least is None else torch.minimum(error, least)
     best = torch.maximum(best, smallest)
@@ -131,25 +131,35 @@ def _round_block(
     group as `within`, and Vu as `exposed`, [H, C, T]; `weight` [H, C, C, 1], that between the channels of the
     block, and `diagonal` of V [H, C, 1]; `limit` as in `_in_units`.
     """
-    errors, lost = [], torch.zeros_like(unit[:, 0])
-    for i in range(unit.shape[1]):
-        wanted = unit[:, i] + before[:, i] + within[:, i]
-        if torch.compiler.is_compiling():  # one kernel keeps the block in registers
+    # For tensors of any size, each operation costs the compiler tens of milliseconds, more if its operands
+    # are not contiguous. So there are few, on contiguous channels. The kernel copies nothing.
+    compiles, places = torch.compiler.is_compiling(), range(unit.shape[1])
+    apart = _apart if compiles else lambda x: x.unbind(1)
+    each = apart(weight.flatten(1, 2)) if compiles else ()  # [H, 1], C * C of them
+    offset, last = apart(unit + before + within), 2 * limit
+    errors, lost = [], torch.zeros_like(offset[0])
+    for i, wanted, own, share, by in zip(places, offset, *map(apart, (unit, exposed, diagonal))):
+        if compiles:  # one kernel keeps the block in registers
             for j, error in enumerate(errors):
-                wanted = wanted + weight[:, i, j] * error
+                wanted = wanted + each[i * len(offset) + j] * error
         elif errors:
             wanted = wanted + (weight[:, i : i + 1, :i, 0] @ torch.stack(errors, dim=1)).squeeze(1)
-        near = _nearest(wanted, limit)
-        lost = lost + exposed[:, i] * (diagonal[:, i] * (wanted - near))
-        errors.append(unit[:, i] - near)
+        near = _nearest(wanted, limit, last)
+        lost = lost + share * (by * (wanted - near))
+        errors.append(own - near)
     # One result of more than 8 tensors: Inductor stacks up to 8 in a kernel of their own, which would compute
     # the block again for each of them.
     return torch.stack((*errors, lost), dim=1)
 
 
-def _nearest(unit: Tensor, limit: Tensor) -> Tensor:
-    """The centered code that is nearest to each element of `unit`."""
-    return (unit + limit).round().clamp(torch.zeros_like(limit), 2 * limit) - limit
+def _apart(x: Tensor) -> tuple[Tensor, ...]:
+    """The channels of `x` [H, C, ...], contiguous."""
+    return x.transpose(0, 1).contiguous().unbind(0)
+
+
+def _nearest(unit: Tensor, limit: Tensor, last: Tensor) -> Tensor:
+    """The centered code that is nearest to each element of `unit`; `last` is 2 * limit."""
+    return torch.minimum((unit + limit).round().clamp_min(0), last) - limit
 
 
 def _finish(
@@ -226,8 +236,9 @@ _replayed = Replayed(_encode_both, MOST_REPLAYED)
 # Codes are defined by the stored scales, which are rounded. A block of channels is one kernel, although it
 # has more operations than Inductor would fuse.
 _options = {"emulate_precision_casts": True, "max_fusion_size": 1024}
+_of_channels = lambda y, *others: channel_tiles(y.shape[1])  # noqa: E731
 _compiled = {
-    function.__name__: CompiledForSizes(function, _options, lambda y, *others: channel_tiles(y.shape[1]))
-    for function in (_in_units, _finish)
+    "_in_units": CompiledForSizes(_in_units, _options, _of_channels),
+    "_round_block": CompiledForSizes(_round_block, _options, lambda *args: long_element_tiles(), False),
+    "_finish": CompiledForSizes(_finish, _options, _of_channels, False),
 }
-_compiled["_round_block"] = CompiledForSizes(_round_block, _options, lambda *args: long_element_tiles())

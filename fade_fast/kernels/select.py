@@ -199,4 +199,4 @@ def _compiled_mass(
     return _mass(scores, page, (batch, heads, new), chunk // page)
 
 
-_compiled = Compiled(_compiled_mass)
+_compiled = Compiled(_compiled_mass, remembers=False)

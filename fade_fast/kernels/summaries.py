@@ -153,4 +153,4 @@ def _counts(valid: Tensor, page: int) -> Tensor:
     )
 
 
-_compiled = Compiled(_compiled_mass)
+_compiled = Compiled(_compiled_mass, remembers=False)

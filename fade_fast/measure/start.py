@@ -2,10 +2,10 @@
 
 Two processes run one after the other, with a folder of their own for compiled code: the first one finds it
 empty, the second one finds what the first one left. Each one makes a model of a named shape with random
-weights, and then runs texts of several batch sizes and modes. For each text the table has the seconds to the
-first token, from there to the second one, in all, and the graphs that were compiled for it, with their
-seconds. `--layers N` makes a model of N layers. Without a GPU a tiny model runs. Its steps are not compiled,
-and its times mean nothing.
+weights, and then runs texts of several batch sizes and modes. For each text the table has the seconds to make
+its cache (the first one calibrates and verifies the model), to the first token, from there to the second one,
+in all without the cache, and the graphs that were compiled for it, with their seconds. `--layers N` makes a
+model of N layers. Without a GPU a tiny model runs. Its steps are not compiled, and its times mean nothing.
 
 A process that has not ended after `--limit` seconds is stopped, and the texts that it has finished are shown.
 """
@@ -45,6 +45,7 @@ class Text:
 
     Attributes:
         name: of `TEXTS`.
+        cache: until there was a cache.
         first, second: to the first token, and from there to the second one.
         whole: of the whole call of `generate()`.
         graphs: seconds of compilation by the name of a function, and how many graphs: `{name: [n, seconds]}`.
@@ -52,6 +53,7 @@ class Text:
     """
 
     name: str
+    cache: float
     first: float
     second: float
     whole: float
@@ -95,7 +97,11 @@ def measure(model, name: str, config: str, length: int) -> Text:
     generator = torch.Generator(model.device).manual_seed(1)
     size = (batch, length)
     ids = torch.randint(model.config.vocab_size, size, generator=generator, device=model.device)
+    started = time.perf_counter()
     cache = generate.make_cache(model, config, None, length)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    made = time.perf_counter() - started
     clear_compilation_metrics()
     before, started = compiled_graphs(), time.perf_counter()
     first, second, *_ = generate.run(model, cache, ids, NEW, "once", mode).seconds()
@@ -106,7 +112,7 @@ def measure(model, name: str, config: str, length: int) -> Text:
         entry[0] += 1
         entry[1] += (one.duration_us or 0) / 1e6
     compiled, found = (now - then for now, then in zip(compiled_graphs(), before))
-    return Text(name, first, second, whole, graphs, found, compiled)
+    return Text(name, made, first, second, whole, graphs, found, compiled)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -127,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
     for name in args.only:
         begun = since()
         text = measure(model, name, args.config, args.length)
-        say(text=asdict(text), second_token=begun + text.first + text.second)
+        say(text=asdict(text), second_token=begun + text.cache + text.first + text.second)
 
 
 # -- the measuring process
@@ -181,11 +187,11 @@ def table(processes: list[Process]) -> str:
         for name in ("imported", "built", "second_token"):
             seconds = getattr(process, name)
             parts.append(f"{name.replace('_', ' ')} after {'-' if seconds is None else f'{seconds:.1f} s'}")
-        lines += [", ".join(parts), "text         first  second   whole  compiled  found  graphs"]
+        lines += [", ".join(parts), "text         cache   first  second   whole  compiled  found  graphs"]
         for text in process.texts:
             each = sorted(text.graphs.items(), key=lambda item: -item[1][1])
             shown = ", ".join(f"{n:g} {name} {seconds:.1f} s" for name, (n, seconds) in each)
-            times = f"{text.first:>7.2f} {text.second:>7.2f} {text.whole:>7.2f}"
+            times = " ".join(f"{x:>7.2f}" for x in (text.cache, text.first, text.second, text.whole))
             lines.append(f"{text.name:<11}{times} {text.compiled:>9} {text.found:>6}  {shown}")
         lines += [f"the other texts: {process.stopped}"] if process.stopped else []
         lines.append("")

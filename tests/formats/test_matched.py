@@ -315,3 +315,27 @@ def test_keys_of_other_heads_are_refused():
         cache.tiered[0].check(keys, keys)
     keys = keys.expand(-1, 2, -1, -1)
     cache.tiered[0].check(keys, keys)
+
+
+def test_tables_do_not_depend_on_the_number_of_threads():
+    """Several layers at a time, with one thread each; the number of threads is left as it was."""
+    generator = torch.Generator().manual_seed(0)
+    moments = {}
+    for i in range(3):
+        x = torch.randn(5, 2, 64, 64, generator=generator)
+        moments[i] = spec.Moments(x[0, :, 0], *(x[1:] @ x[1:].mT / 64))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            made = Calibration(moments, dict.fromkeys(moments, NOPE), {})
+            found.append(made.tables("still", 64, torch.device("cpu")))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    seen = calibration._by_single_threads(lambda i: (i, torch.get_num_threads()), range(6))
+    assert seen == [(i, 1) for i in range(6)]
+    for other in found[1:]:
+        for i, (mean, *sides) in found[0].items():
+            assert torch.equal(mean, other[i][0])
+            assert all(torch.equal(a, b) for x, y in zip(sides, other[i][1:]) for a, b in zip(x, y))
