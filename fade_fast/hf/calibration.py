@@ -149,7 +149,7 @@ def _by_single_threads(function: Callable, items: Iterable) -> list:
     """
     threads = torch.get_num_threads()
     try:
-        # The number also becomes that of threads that first compute in this time, so there it is restored.
+        # The number that a thread sets for itself is also that of threads made later. It is restored below.
         with ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(function, items))
     finally:
