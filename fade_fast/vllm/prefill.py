@@ -413,8 +413,10 @@ def _run(name: str, dynamic: list[Tensor], axes: list[int], *args, **constants):
     return _compiled[name](dynamic, pinned, *args, **constants, inputs=inputs)
 
 
+# One kernel has the sums of all pairs of queries and keys, and writes them to one tensor.
+_options = single._FUSED | {"max_fusion_size": 1024}
 _compiled = {
-    name: Compiled(function, single._FUSED, lambda dynamic: prefill_tiles(dynamic[0].shape[-1]))
+    name: Compiled(function, _options, lambda dynamic: prefill_tiles(dynamic[0].shape[-1]))
     for name, function in (("merged", _merged), ("finish", _finish))
 }
 _compiled["rows"] = Compiled(_rows, single._FUSED, lambda dynamic: prefill_tiles())
