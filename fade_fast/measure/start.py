@@ -7,17 +7,21 @@ its cache (the first one calibrates and verifies the model), to the first token,
 in all without the cache, and the graphs that were compiled for it, with their seconds. `--layers N` makes a
 model of N layers. Without a GPU a tiny model runs. Its steps are not compiled, and its times mean nothing.
 
-A process that has not ended after `--limit` seconds is stopped, and the texts that it has finished are shown.
+A process that has not ended after `--limit` seconds is stopped. The texts that it has finished are shown, and
+of the next one the seconds until there was a cache, and what was compiled for it.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -71,6 +75,7 @@ class Process:
         imported, built: seconds from its start until modules were imported, and until the model was there.
         second_token: seconds from its start to the second token of the first text.
         texts: those that it finished. stopped: why the others are missing.
+        next: name, and `cache` and `graphs` as in `Text`, as far as known, of the text that it was at.
     """
 
     caches: str
@@ -79,15 +84,21 @@ class Process:
     second_token: float | None = None
     texts: list[Text] = field(default_factory=list)
     stopped: str | None = None
+    next: dict = field(default_factory=dict)
 
 
 # -- the measured process
 
 
-def measure(model, name: str, config: str, length: int) -> Text:
-    """Run one text of `TEXTS`. It is compiled where that was not done before."""
+def measure(
+    model, name: str, config: str, length: int, say: Callable[..., None] = lambda **line: None
+) -> Text:
+    """Run one text of `TEXTS`. It is compiled where that was not done before.
+
+    `say` is told when there is a cache.
+    """
     import torch
-    from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
+    from torch._dynamo.utils import clear_compilation_metrics
 
     from fade_fast.hf.warm import compiled_graphs
 
@@ -102,17 +113,25 @@ def measure(model, name: str, config: str, length: int) -> Text:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     made = time.perf_counter() - started
+    say(next=dict(name=name, cache=made))
     clear_compilation_metrics()
     before, started = compiled_graphs(), time.perf_counter()
     first, second, *_ = generate.run(model, cache, ids, NEW, "once", mode).seconds()
     whole = time.perf_counter() - started
+    compiled, found = (now - then for now, then in zip(compiled_graphs(), before))
+    return Text(name, made, first, second, whole, _graphs(), found, compiled)
+
+
+def _graphs() -> dict[str, list[float]]:
+    """`Text.graphs` of what was compiled since the metrics of Dynamo were cleared."""
+    from torch._dynamo.utils import get_compilation_metrics
+
     graphs: dict[str, list[float]] = {}
     for one in get_compilation_metrics():
         entry = graphs.setdefault(one.co_name or "", [0, 0.0])
         entry[0] += 1
         entry[1] += (one.duration_us or 0) / 1e6
-    compiled, found = (now - then for now, then in zip(compiled_graphs(), before))
-    return Text(name, made, first, second, whole, graphs, found, compiled)
+    return graphs
 
 
 def run(args: argparse.Namespace) -> None:
@@ -121,7 +140,18 @@ def run(args: argparse.Namespace) -> None:
 
     from . import models
 
-    say = lambda **line: print(json.dumps(line), flush=True)  # noqa: E731
+    lock = threading.Lock()
+
+    def say(**line) -> None:
+        with lock:
+            print(json.dumps(line), flush=True)
+
+    def tell() -> None:
+        """Say each second what was compiled: a process that is stopped cannot say it at its end."""
+        while True:
+            time.sleep(1)
+            say(next=dict(graphs=_graphs()))
+
     since = lambda: time.perf_counter() - STARTED  # noqa: E731
     say(imported=since())
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,9 +160,11 @@ def run(args: argparse.Namespace) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
     say(built=since())
+    threading.Thread(target=tell, daemon=True).start()
     for name in args.only:
         begun = since()
-        text = measure(model, name, args.config, args.length)
+        say(next=dict(name=name, cache=None, graphs={}))
+        text = measure(model, name, args.config, args.length, say)
         say(text=asdict(text), second_token=begun + text.cache + text.first + text.second)
 
 
@@ -147,8 +179,15 @@ def watch(args: argparse.Namespace, caches: str, folder: Path) -> Process:
     command += ["--length", str(args.length), "--only", *args.only]
     command += ["--model", args.model] if args.model else []
     command += ["--layers", str(args.layers)] if args.layers else []
-    with subprocess.Popen(command, env=os.environ | own, stdout=subprocess.PIPE, text=True) as child:
-        timer = threading.Timer(args.limit, child.kill)
+    options = dict(env=os.environ | own, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with subprocess.Popen(command, **options) as child:
+
+        def kill() -> None:
+            """Kill the process and those in which it compiles."""
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+
+        timer = threading.Timer(args.limit, kill)
         timer.start()
         try:
             for line in child.stdout:
@@ -156,7 +195,7 @@ def watch(args: argparse.Namespace, caches: str, folder: Path) -> Process:
             code = child.wait()
         finally:
             timer.cancel()
-            child.kill()
+            kill()
     if code:
         late = not timer.is_alive() and code < 0
         process.stopped = f"stopped after {args.limit:g} s" if late else f"ended with exit code {code}"
@@ -173,6 +212,7 @@ def _read(process: Process, line: str) -> None:
         return
     process.imported = said.get("imported", process.imported)
     process.built = said.get("built", process.built)
+    process.next |= said.get("next", {})
     if "text" in said:
         process.texts.append(Text(**said["text"]))
         if process.second_token is None:
@@ -189,13 +229,21 @@ def table(processes: list[Process]) -> str:
             parts.append(f"{name.replace('_', ' ')} after {'-' if seconds is None else f'{seconds:.1f} s'}")
         lines += [", ".join(parts), "text         cache   first  second   whole  compiled  found  graphs"]
         for text in process.texts:
-            each = sorted(text.graphs.items(), key=lambda item: -item[1][1])
-            shown = ", ".join(f"{n:g} {name} {seconds:.1f} s" for name, (n, seconds) in each)
+            shown = _shown(text.graphs)
             times = " ".join(f"{x:>7.2f}" for x in (text.cache, text.first, text.second, text.whole))
             lines.append(f"{text.name:<11}{times} {text.compiled:>9} {text.found:>6}  {shown}")
-        lines += [f"the other texts: {process.stopped}"] if process.stopped else []
+        if process.stopped:
+            name, made = process.next.get("name", "the model"), process.next.get("cache")
+            until = "no cache yet" if made is None else f"a cache after {made:.1f} s"
+            compiled = _shown(process.next.get("graphs", {})) or "nothing"
+            lines.append(f"the other texts: {process.stopped}, at {name}: {until}, compiled: {compiled}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _shown(graphs: dict[str, list[float]]) -> str:
+    each = sorted(graphs.items(), key=lambda item: -item[1][1])
+    return ", ".join(f"{n:g} {name} {seconds:.1f} s" for name, (n, seconds) in each)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -223,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     from fade_fast.saved.files import write_json
 
     processes = []
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:
         for caches in args.caches:
             processes.append(watch(args, caches, args.folder or Path(made)))
             print(table(processes[-1:]), flush=True)

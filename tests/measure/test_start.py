@@ -54,13 +54,28 @@ def test_what_a_process_says():
     process, said = Process("empty"), Text("greedy", 0.5, 1.0, 2.0, 4.0, {"forward": [1, 1.5]}, 2, 3)
     lines = [dict(imported=1.0), dict(built=2.0), dict(text=vars(said), second_token=5.0)]
     lines.append(dict(text=vars(said) | dict(name="again"), second_token=9.0))
+    lines += [dict(next=dict(name="B 2", cache=None, graphs={})), dict(next=dict(name="B 2", cache=0.75))]
+    lines.append(dict(next=dict(graphs={"_finish": [2, 3.5]})))
     for line in ("a warning", "[1]", *map(json.dumps, lines)):
         start._read(process, line)
     assert (process.imported, process.built, process.second_token) == (1.0, 2.0, 5.0)
     assert process.texts[0] == said and len(process.texts) == 2
     process.stopped = "stopped after 3 s"
     shown = start.table([process])
-    assert "second token after 5.0 s" in shown and "1 forward 1.5 s" in shown and "stopped after 3 s" in shown
+    assert "second token after 5.0 s" in shown and "1 forward 1.5 s" in shown
+    last = "stopped after 3 s, at B 2: a cache after 0.8 s, compiled: 2 _finish 3.5 s"
+    assert last in shown
+    assert "at the model: no cache yet, compiled: nothing" in start.table(
+        [Process("empty", stopped="stopped")]
+    )
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped(tmp_path):
+    """It leaves no process behind, and its folder can be removed."""
+    asked = ["--only", "greedy", "--layers", "1", "--model", "tiny", "--limit", "0.5", "--caches", "empty"]
+    (process,) = [start.watch(start.arguments(asked), "empty", tmp_path)]
+    assert process.stopped == "stopped after 0.5 s" and process.texts == [] and process.built is None
 
 
 @pytest.mark.slow
