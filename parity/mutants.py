@@ -74,7 +74,7 @@ CORRUPTIONS = {
         ("high bits left out of sums", constant(4).becomes("0"), "packing, 3"),
     ],
     # -- codes and scales
-    "kernels.rotated.quantize": [
+    "kernels.rotated.quantize_apart": [
         ("shifted scale", call("clamp").taking(name("SMALLEST_SCALE")).becomes("1.01 * _"), "encode, 4 bits"),
         (
             "codes from the unrounded scale",
@@ -95,7 +95,7 @@ CORRUPTIONS = {
         ("mean not added back", compare("is").becomes("True"), "decode, 4"),
         ("rotated back the wrong way", binary("@").becomes("_0 @ _1.mT"), "decode, 8"),
     ],
-    "kernels.rotated.dequantize": [
+    "kernels.rotated.scaled": [
         ("zero dropped", compare("is")[1].becomes("True"), "decode, 8"),
         ("codes without a zero point not centered", compare("is")[0].becomes("False"), "life/matched"),
     ],
