@@ -70,7 +70,8 @@ class Part(NamedTuple):
     """Tokens that are decoded at once, and what R requests read of them.
 
     Attributes:
-        pages: int64 [N], pages whose tokens are decoded from their first records.
+        pages: int64 [N], pages whose tokens are decoded from their first records. At least two, because the
+            compiler would make a constant of 1: behind a single page follows page 0, which nobody reads.
         entries: the `FIRST` first tokens of each request; in the last part, others follow (see `plan`).
         early: int64 [R * FIRST], where these first tokens go: to their slots of `pages`, if these have them.
         mean: int64 [S], rows of the table of means, of all that is decoded.
@@ -126,7 +127,7 @@ def plan(group: Prefill, kind: Kind) -> Plan:
     begin, (spans, back) = group.lengths - counts, spans_of(group, page, window, near)
     parts = [_part(group, x, kind) for x in spans]
     last, index = parts.pop(), spans[-1].index
-    total, early = len(index) * page, last.early
+    total, early = len(last.pages) * page, last.early
 
     starts = np.concatenate(([0], np.cumsum(group.counts)))
     of = _put(np.repeat(np.arange(len(counts)), group.counts), table).unsqueeze(1)
@@ -212,7 +213,10 @@ def _part(group: Prefill, of: Span, kind: Kind) -> Part:
     owner_of = table[:, :1].long().expand_as(at)
     yes, nowhere = torch.ones_like(at, dtype=torch.bool), torch.full_like(at, -1)
     entries = Entries(*(x.flatten() for x in (owner_of, at, at, yes, yes, nowhere)))
-    total, start = len(index) * page, of.keys_from[:-1].long()
+    pages = owner(table, of.request, index)
+    if len(pages) == 1:
+        pages = torch.nn.functional.pad(pages, (0, 1))
+    total, start = len(pages) * page, of.keys_from[:-1].long()
     # Requests of other spans have none of their pages here.
     begins = torch.zeros(len(table), dtype=torch.bool, device=table.device)
     places = torch.zeros(len(table), dtype=torch.int64, device=table.device)
@@ -221,8 +225,9 @@ def _part(group: Prefill, of: Span, kind: Kind) -> Part:
     own = total + FIRST * torch.arange(len(table), device=table.device)
     early = (torch.where(begins, places, own).unsqueeze(1) + at).flatten()
     position = (index.unsqueeze(1) * page + torch.arange(page, device=table.device)).flatten()
+    position = torch.nn.functional.pad(position, (0, total - len(position)))
     mean = mean_row(torch.cat((position, at.flatten())), kind.means)
-    return Part(owner(table, of.request, index), entries, early, mean, *of[2:])
+    return Part(pages, entries, early, mean, *of[2:])
 
 
 def _before(group: Prefill, kind: Kind, begin: Tensor, counts: Tensor) -> tuple[Entries, Tensor]:
