@@ -103,8 +103,8 @@ def levels(codes: Tensor, bits: int, dtype: torch.dtype, centered: bool) -> Tens
 
 def quantize(rotated: Tensor, bits: int) -> Packed:
     """Codes of vectors that are already centered and rotated: float32 [B, H, n, D]."""
-    found = quantize_apart(rotated, bits)
-    return found._replace(codes=pack(found.codes, bits))
+    codes, scale, zero = quantize_apart(rotated, bits)
+    return Packed(pack(codes, bits), scale, zero)  # Dynamo of torch 2.11 cannot return what `_replace` makes
 
 
 def quantize_apart(rotated: Tensor, bits: int) -> Packed:

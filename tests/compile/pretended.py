@@ -190,10 +190,10 @@ def run() -> None:
     (short,) = (case for case in attention.collect() if case.group == SHORT[0] and case.name == SHORT[1])
     short.run(Found("cpu", fused=True), 0)
     # As many pages as channels: the sum over pages is as long as those of the products.
-    one, page, pages = torch.bfloat16, 64, 128
-    summary = torch.zeros(8, 8, pages, 128, dtype=one)
+    half, page, pages = torch.float16, 64, 128
+    summary = torch.zeros(8, 8, pages, 128, dtype=half)
     valid = torch.ones(8, 1, pages * page, dtype=torch.bool)
-    asked = torch.zeros(8, 32, 1, 128, dtype=one)
+    asked = torch.zeros(8, 32, 1, 128, dtype=half)
     summaries.page_mass("deviation", asked, summary, summary, valid, pages, page, scaling=0.1, softcap=None)
     prefill()
 
