@@ -385,7 +385,7 @@ def _finish(dynamic_sizes, s_aux, *, scaling, inputs=None) -> None:
     scores = torch.stack([(q * x.to(wide)).sum(-1) for x in found[0] for q in asked], -1)
     scores = scores.unflatten(-1, (near + 1, -1))  # [T, H, w + 1, G]
     lowest = torch.finfo(wide).min
-    visible = torch.cat((seen, torch.ones_like(seen[:, :1]) if near else seen.new_ones(count, 1)), 1)
+    visible = torch.nn.functional.pad(seen, (0, 1), value=True)  # the own token, too
     scores = torch.where(visible[:, None, :, None], scores, lowest)
     far = each(torch.where(lse == torch.inf, lowest, lse).mT)
     parts = [scores, far.unsqueeze(2)]

@@ -65,17 +65,20 @@ def test_what_a_process_says():
     assert "second token after 5.0 s" in shown and "1 forward 1.5 s" in shown
     last = "stopped after 3 s, at B 2: a cache after 0.8 s, compiled: 2 _finish 3.5 s"
     assert last in shown
-    assert "at the model: no cache yet, compiled: nothing" in start.table(
-        [Process("empty", stopped="stopped")]
-    )
+    shown = start.table([Process("empty", stopped="stopped")])
+    assert "at the model: no cache yet, compiled: nothing" in shown
 
 
 @pytest.mark.slow
-def test_a_process_that_is_stopped(tmp_path):
-    """It leaves no process behind, and its folder can be removed."""
+def test_a_process_that_is_stopped(tmp_path, monkeypatch):
+    """It leaves no process of its group behind."""
+    killed, kill = [], os.killpg
+    monkeypatch.setattr(os, "killpg", lambda group, sign: killed.append(group) or kill(group, sign))
     asked = ["--only", "greedy", "--layers", "1", "--model", "tiny", "--limit", "0.5", "--caches", "empty"]
     (process,) = [start.watch(start.arguments(asked), "empty", tmp_path)]
     assert process.stopped == "stopped after 0.5 s" and process.texts == [] and process.built is None
+    with pytest.raises(ProcessLookupError):
+        kill(killed[0], 0)
 
 
 @pytest.mark.slow
