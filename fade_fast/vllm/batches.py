@@ -128,7 +128,7 @@ class Prefill:
         counts: on the host, int64 [R], how many new tokens each has: T in all.
         reach: on the host, int64 [R], an upper bound of the length of each request after the step.
         slack: by how many tokens `reach` may exceed the lengths.
-        lengths: int64 [R], on the device: these lengths.
+        lengths: int64 [R], these lengths: on the host if `slack` is 0, otherwise on the device.
         table: [R, n], pages of each request.
         shared: what layers compute once and share during a step.
     """
@@ -142,11 +142,15 @@ class Prefill:
     shared: dict = field(default_factory=dict)
 
     @functools.cached_property
-    def tokens(self) -> Tensor:
-        """The tokens of the step that belong to these requests, int64 [T]."""
+    def index(self) -> np.ndarray:
+        """The tokens of the step that belong to these requests, on the host, int64 [T]."""
         offset = np.cumsum(self.counts) - self.counts
-        index = np.arange(self.counts.sum()) + np.repeat(self.starts - offset, self.counts)
-        return torch.from_numpy(index).to(self.table.device, non_blocking=True)
+        return np.arange(self.counts.sum()) + np.repeat(self.starts - offset, self.counts)
+
+    @functools.cached_property
+    def tokens(self) -> Tensor:
+        """`index` on the device."""
+        return torch.from_numpy(self.index).to(self.table.device, non_blocking=True)
 
     @functools.cached_property
     def in_order(self) -> slice | None:
@@ -174,7 +178,7 @@ class Step:
         short: batches of requests with few new tokens.
         prefill: groups of requests with many new tokens.
         rows: makes `long`, or None.
-        first: tokens at the first positions, or None.
+        early: makes `first`.
         positions: int64 [T], of the tokens of the step in their requests. Padding of vLLM is not among them,
             except in a step of `uniform`, where its positions are negative.
         after: int64 [T], how many new tokens of its request come after a token.
@@ -185,7 +189,7 @@ class Step:
     short: list[Batch]
     prefill: list[Prefill]
     rows: Callable[[], Batch] | None
-    first: FirstTokens | None
+    early: Callable[[], FirstTokens | None]
     positions: Tensor
     after: Tensor
     single: bool = False
@@ -195,6 +199,11 @@ class Step:
     def long(self) -> Batch | None:
         """The requests of `prefill` as rows of one batch; None if there are none."""
         return None if self.rows is None else self.rows()
+
+    @functools.cached_property
+    def first(self) -> FirstTokens | None:
+        """The tokens at the first positions; None if there are none."""
+        return self.early()
 
     @property
     def batches(self) -> list[Batch]:
@@ -230,7 +239,8 @@ def split(
         table: [R, n], pages of each request.
         rounded: whether batches of short rows are padded to powers of two, so that compiled kernels meet few
             shapes.
-        slack: by how many tokens `reach` may exceed the lengths.
+        slack: by how many tokens `reach` may exceed the lengths. If it is 0, the host computes what it can: a
+            GPU needs longer to start a kernel than the host to compute a few numbers.
         most: most new tokens of a request in a batch of short rows.
 
     Requests without new tokens are left out.
@@ -248,16 +258,16 @@ def split(
     single = bool((count[short] == 1).all())
     if single and len(batches) == 1:
         batches[0].in_order = np.array_equal(short, np.arange(len(short)))
-    first = _first(starts, count, reach, lengths, table, slack)
-    positions = _positions(starts, count, lengths)  # and how many tokens come after
+    first = functools.partial(_first, starts, count, reach, lengths, table, slack)
+    known = lengths if slack else torch.from_numpy(reach)
+    positions = _positions(starts, count, known).to(table.device, non_blocking=True)
     long = np.flatnonzero(count > most)
     if not len(long):
         return Step(batches, [], None, first, *positions, single)
     groups = []
     for part in _together(reach[long]):
-        index = torch.from_numpy(long[part]).to(table.device, non_blocking=True)
         of = starts[long[part]], count[long[part]], reach[long[part]], slack
-        groups.append(Prefill(*of, lengths[index].long(), table[index]))
+        groups.append(Prefill(*of, _rows(known, long[part]).long(), _rows(table, long[part])))
     rows = functools.partial(_long, long, starts, count, lengths, reach, table)
     return Step(batches, groups, rows, first, *positions, single)
 
@@ -305,18 +315,25 @@ def uniform(lengths: Tensor, table: Tensor, longest: int, rounded: bool = False)
     batch.in_order = True
     page = table[:, 0].long().masked_fill((at < 0) | (at >= FIRST), 0)
     first = FirstTokens(index, page, at.clamp(0, FIRST - 1))
-    return Step([batch], [], None, first, at, none, True)
+    return Step([batch], [], None, lambda: first, at, none, True)
 
 
-def _positions(starts, count, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of all tokens of a step, and how many new tokens of the request follow each, int64 [T].
+def _rows(x: Tensor, index: np.ndarray) -> Tensor:
+    """Rows of `x`, `index` on the host in ascending order: a view, if no others are between them."""
+    if index[-1] - index[0] == len(index) - 1:
+        return x[index[0] : index[-1] + 1]
+    return x[torch.from_numpy(index).to(x.device, non_blocking=True)]
 
-    The last new token of a request is its last token.
+
+def _positions(starts, count, lengths: Tensor) -> Tensor:
+    """Positions of all tokens of a step, and how many new tokens of the request follow each: int64 [2, T].
+
+    The last new token of a request is its last token. The result is on the device of `lengths`.
     """
     put = lambda x: torch.from_numpy(x).to(lengths.device, non_blocking=True)  # noqa: E731
     request = np.repeat(np.arange(len(count)), count)
     after = put(starts[1:][request] - np.arange(len(request)) - 1)
-    return lengths[put(request)].long() - 1 - after, after
+    return torch.stack((lengths[put(request)].long() - 1 - after, after))
 
 
 def _first(starts, count, reach, lengths: Tensor, table: Tensor, slack: int) -> FirstTokens | None:

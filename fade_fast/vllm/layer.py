@@ -208,9 +208,11 @@ class DenseLayer(PagedLayer):
         page = cache.shape[2]
         key = "dense", page, self.window
         if key not in group.shared:
-            spans, back = prefill.spans_of(group, page, self.window, near=-1)
-            pages = [prefill.owner(group.table, x.request, x.index) for x in spans]
-            group.shared[key] = list(zip(pages, spans)), *prefill.queries(group), back
+            of = prefill.spans_of(group, page, self.window, near=-1), prefill.queries(group)
+            (spans, back), (queries_from, longest) = prefill.moved(of, group.table)
+            places = [prefill.place(group.table, x.request, x.index) for x in spans]
+            pages = [prefill.pages_at(x, group.table) for x in places]
+            group.shared[key] = list(zip(pages, spans)), queries_from, longest, back
         parts, queries_from, longest, back = group.shared[key]
         total = None
         for pages, of in parts:

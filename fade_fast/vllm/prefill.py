@@ -14,11 +14,13 @@ So what a query reads depends on no other query, and the large products are thos
 longer than `batches.TOGETHER` tokens is decoded part by part, and the parts are merged by log-sum-exp.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..compile.compiled import Compiled, use_compiled
 from ..compile.tiles import Tiles, prefill_tiles
@@ -29,6 +31,8 @@ from . import batches, single
 from .batches import Prefill
 from .pages import FIRST, NEAR, newest
 from .single import Kind, mean_row
+
+ALIGNED = 16  # elements: a multiple of 16 bytes in every dtype
 
 
 class Entries(NamedTuple):
@@ -54,7 +58,8 @@ class Span(NamedTuple):
     """N pages of R requests that are decoded at once.
 
     Attributes:
-        request, index: int64 [N], the request of each page, and which page of the request it is.
+        request: int64 [N], the request of each page.
+        index: int64 [N], which page of the request each is.
         keys_from, used, longest, last: see `Part`.
     """
 
@@ -71,7 +76,7 @@ class Part(NamedTuple):
 
     Attributes:
         pages: int64 [N], pages whose tokens are decoded from their first records. At least two, because the
-            compiler would make a constant of 1: behind a single page follows page 0, which nobody reads.
+            compiler would make a constant of 1: behind a single page follows another one, which nobody reads.
         entries: the `FIRST` first tokens of each request; in the last part, others follow (see `plan`).
         early: int64 [R * FIRST], where these first tokens go: to their slots of `pages`, if these have them.
         mean: int64 [S], rows of the table of means, of all that is decoded.
@@ -118,27 +123,30 @@ class Plan(NamedTuple):
 def plan(group: Prefill, kind: Kind) -> Plan:
     """What a group of requests reads from pages of this kind.
 
+    It is computed where the lengths are, and then moved to the device. Until then `Part.pages` and
+    `Entries.page` say where in the table a page is named, and not which page it is.
+
     Where queries read tokens before them from both records, what is decoded in the last part is: its pages;
     the first tokens of each request; the `NEAR` tokens before the new ones of each request; and the new
     tokens.
     """
-    table, page, near, window = group.table, kind.page, kind.near, kind.window
-    counts, count = _put(group.counts, table), int(group.counts.sum())
-    begin, (spans, back) = group.lengths - counts, spans_of(group, page, window, near)
+    page, near, window, lengths = kind.page, kind.near, kind.window, group.lengths
+    counts, count = _put(group.counts, lengths), int(group.counts.sum())
+    begin, (spans, back) = lengths - counts, spans_of(group, page, window, near)
     parts = [_part(group, x, kind) for x in spans]
     last, index = parts.pop(), spans[-1].index
     total, early = len(last.pages) * page, last.early
 
     starts = np.concatenate(([0], np.cumsum(group.counts)))
-    of = _put(np.repeat(np.arange(len(counts)), group.counts), table).unsqueeze(1)
-    order = _put(np.arange(count) - np.repeat(starts[:-1], group.counts), table).unsqueeze(1)
-    query, position = torch.arange(count, device=table.device).unsqueeze(1), begin[of] + order
+    of = _put(np.repeat(np.arange(len(counts)), group.counts), lengths).unsqueeze(1)
+    order = _put(np.arange(count) - np.repeat(starts[:-1], group.counts), lengths).unsqueeze(1)
+    query, position = torch.arange(count, device=lengths.device).unsqueeze(1), begin[of] + order
     if near:
         before, mean = _before(group, kind, begin, counts)
         entries = Entries(*(torch.cat(x) for x in zip(last.entries, before)))
         mean = torch.cat((last.mean, mean, mean_row(position.flatten(), kind.means)))
         last = last._replace(entries=entries, mean=mean)
-    distance = torch.arange(1, near + 1, device=table.device)
+    distance = torch.arange(1, near + 1, device=lengths.device)
     seen = position >= distance
     if window is not None:
         seen = seen & (distance < window)
@@ -152,22 +160,23 @@ def plan(group: Prefill, kind: Kind) -> Plan:
     once = last.keys_from[of] + token - first[of]
     rows = torch.where(seen, torch.where(twice, both, once), 0)
     parts.append(last)
-    return Plan(parts, *queries(group), back, group.tokens, rows, seen)
+    found = Plan(parts, *queries(group), back, _put(group.index, lengths), rows, seen)
+    return _with_pages(moved(found, group.table), group.table)
 
 
 def queries(group: Prefill) -> tuple[Tensor, int]:
     """`queries_from` of `flash.ragged`, and the most queries of a request."""
     starts = np.concatenate(([0], np.cumsum(group.counts)))
-    return _put(starts.astype(np.int32), group.table), int(group.counts.max())
+    return _put(starts.astype(np.int32), group.lengths), int(group.counts.max())
 
 
 def spans_of(group: Prefill, page: int, window: int | None, near: int) -> tuple[list[Span], int | None]:
     """The pages of a group, and `back` of `flash.ragged`: queries see tokens up to `near` + 1 before them.
 
-    With a `near` of -1 they see their own.
+    With a `near` of -1 they see their own. The result is where the lengths of the group are.
     """
-    table, slots = group.table, group.reach
-    begin, spans = group.lengths - _put(group.counts, table), []
+    lengths, slots = group.lengths, group.reach
+    begin, spans = lengths - _put(group.counts, lengths), []
     first = torch.zeros_like(begin)
     if window is not None:
         first = (begin - window + 1).clamp_min(0) // page
@@ -178,20 +187,20 @@ def spans_of(group: Prefill, page: int, window: int | None, near: int) -> tuple[
         each = max(1, batches.TOGETHER // page)
         for start in range(0, whole, each):
             size = min(each, whole - start)
-            index = _put(np.arange(start, start + size), table)
-            ends = _put(np.array([0, size * page], dtype=np.int32), table)
+            index = _put(np.arange(start, start + size), lengths)
+            ends = _put(np.array([0, size * page], dtype=np.int32), lengths)
             spans.append(Span(0 * index, index, ends, ends[1:], size * page, False))
         first, slots = first + whole, slots - whole * page
-    blocks = np.minimum(-(-slots // page), table.shape[1])
+    blocks = np.minimum(-(-slots // page), group.table.shape[1])
     ends = np.concatenate(([0], np.cumsum(blocks)))
-    request = _put(np.repeat(np.arange(len(blocks)), blocks), table)
-    index = first[request] + _put(np.arange(ends[-1]) - np.repeat(ends[:-1], blocks), table)
-    used, back = group.lengths - 1 - near - first * page, None
+    request = _put(np.repeat(np.arange(len(blocks)), blocks), lengths)
+    index = first[request] + _put(np.arange(ends[-1]) - np.repeat(ends[:-1], blocks), lengths)
+    used, back = lengths - 1 - near - first * page, None
     if window is not None:
         back = window - 2 - near
         if back < 0:  # all that a query sees is near it
             used, back = 0 * used, None
-    keys_from = _put((ends * page).astype(np.int32), table)
+    keys_from = _put((ends * page).astype(np.int32), lengths)
     longest = int(blocks.max()) * page
     spans.append(Span(request, index, keys_from, used.clamp_min(0).int(), longest, True))
     return spans, back
@@ -201,30 +210,71 @@ def _put(x: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(x)).to(like.device, non_blocking=True)
 
 
-def owner(table: Tensor, request: Tensor, index: Tensor) -> Tensor:
-    """Pages `index` of requests, int64 like both."""
-    return table[request, index.clamp_max(table.shape[1] - 1)].long()
+def place(table: Tensor, request: Tensor, index: Tensor) -> Tensor:
+    """Where the flat table [R, n] names pages `index` of requests, int64 like both."""
+    return request * table.shape[1] + index.clamp_max(table.shape[1] - 1)
+
+
+def pages_at(place: Tensor, table: Tensor) -> Tensor:
+    """The pages that `table` [R, n] names at places, int64."""
+    return table.flatten()[place].long()
+
+
+def _with_pages(of: Plan, table: Tensor) -> Plan:
+    """A plan with pages in place of where the table names them."""
+    parts = []
+    for part in of.parts:
+        entries = part.entries._replace(page=pages_at(part.entries.page, table))
+        parts.append(part._replace(pages=pages_at(part.pages, table), entries=entries))
+    return of._replace(parts=parts)
+
+
+def moved(of, like: Tensor):
+    """The tensors in `of`, lists and tuples of tensors and others, on the device of `like`."""
+    leaves, structure = tree_flatten(of)
+    which = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.device != like.device]
+    copies = copied_together([leaves[i] for i in which], lambda x: x.to(like.device, non_blocking=True))
+    for i, x in zip(which, copies):
+        leaves[i] = x
+    return tree_unflatten(leaves, structure)
+
+
+def copied_together(tensors: list[Tensor], copy: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Copies of tensors on the host by `copy`, which is called once for each dtype.
+
+    Each copy begins at a multiple of 16 bytes: a compiled function would copy other inputs again.
+    """
+    found = list(tensors)
+    for dtype in {x.dtype for x in tensors}:
+        which = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+        sizes = [-(-tensors[i].numel() // ALIGNED) * ALIGNED for i in which]
+        held = torch.zeros(sum(sizes), dtype=dtype)
+        for i, x in zip(which, held.split(sizes)):
+            x[: tensors[i].numel()] = tensors[i].flatten()
+        for i, x in zip(which, copy(held).split(sizes)):
+            found[i] = x[: tensors[i].numel()].view(tensors[i].shape)
+    return found
 
 
 def _part(group: Prefill, of: Span, kind: Kind) -> Part:
     """The pages of a span, and the first tokens of all requests."""
-    table, page, index = group.table, kind.page, of.index
-    at = torch.arange(FIRST, device=table.device).expand(len(table), -1)
-    owner_of = table[:, :1].long().expand_as(at)
+    count, page, index, on = len(group.table), kind.page, of.index, of.index.device
+    at = torch.arange(FIRST, device=on).expand(count, -1)
+    first_page = (group.table.shape[1] * torch.arange(count, device=on)).unsqueeze(1).expand_as(at)
     yes, nowhere = torch.ones_like(at, dtype=torch.bool), torch.full_like(at, -1)
-    entries = Entries(*(x.flatten() for x in (owner_of, at, at, yes, yes, nowhere)))
-    pages = owner(table, of.request, index)
+    entries = Entries(*(x.flatten() for x in (first_page, at, at, yes, yes, nowhere)))
+    pages = place(group.table, of.request, index)
     if len(pages) == 1:
         pages = torch.nn.functional.pad(pages, (0, 1))
     total, start = len(pages) * page, of.keys_from[:-1].long()
     # Requests of other spans have none of their pages here.
-    begins = torch.zeros(len(table), dtype=torch.bool, device=table.device)
-    places = torch.zeros(len(table), dtype=torch.int64, device=table.device)
+    begins = torch.zeros(count, dtype=torch.bool, device=on)
+    places = torch.zeros(count, dtype=torch.int64, device=on)
     rows = of.request[start // page]
     begins[rows], places[rows] = index[start // page] == 0, start
-    own = total + FIRST * torch.arange(len(table), device=table.device)
+    own = total + FIRST * torch.arange(count, device=on)
     early = (torch.where(begins, places, own).unsqueeze(1) + at).flatten()
-    position = (index.unsqueeze(1) * page + torch.arange(page, device=table.device)).flatten()
+    position = (index.unsqueeze(1) * page + torch.arange(page, device=on)).flatten()
     position = torch.nn.functional.pad(position, (0, total - len(position)))
     mean = mean_row(torch.cat((position, at.flatten())), kind.means)
     return Part(pages, entries, early, mean, *of[2:])
@@ -246,7 +296,7 @@ def _before(group: Prefill, kind: Kind, begin: Tensor, counts: Tensor) -> tuple[
     taken = taken & ((position + kept) // page == position // page) & (position // page == begin // page)
     by = torch.where(taken, _put(group.starts, begin).unsqueeze(1) + order, -1)
     row = torch.arange(len(begin), device=begin.device).unsqueeze(1)
-    pages = owner(group.table, row, position // page)
+    pages = place(group.table, row, position // page)
     sides = [early if bits >= 8 else twice for bits in kind.bits]
     found = pages, position % page, second, *sides, by
     entries = Entries(*(x.expand_as(position).flatten() for x in found))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 from fade_fast.compile.compiled import compiled_of
 from fade_fast.kernels.matched import Matrices
@@ -393,6 +394,47 @@ def test_lengths_on_the_host_may_be_upper_bounds(window, small):
         inside.setattr(paged, "split", later)
         found = engine.step([50])
     assert torch.equal(found[0], whole.step([50])[0])
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("seed", range(4))
+def test_host_and_device_plan_the_same(window, seed):
+    """A prefill is planned where exact lengths are known: what layers read does not depend on that."""
+    draws = np.random.default_rng(seed)
+    count = draws.integers(2, 90, 4)
+    reach = count + draws.integers(0, 300, 4)
+    starts, lengths = np.concatenate(([0], np.cumsum(count))), torch.from_numpy(reach)
+    table = torch.from_numpy(draws.permutation(4 * 16)).int().view(4, 16)
+    made = Engine((4, 4), [260], means=MEANS, window=window).layer
+    plans = []
+    for slack in (0, 1):
+        (group,) = batches.split(starts, reach, lengths, table, slack=slack, most=1).prefill
+        plans.append(tree_flatten(prefill.plan(group, made._kind(PAGE))))
+    (one, structure), (other, same) = plans
+    assert structure == same
+    assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(one, other))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_of_many_tensors(seed):
+    """One copy for each dtype, and every tensor begins at a multiple of 16 bytes."""
+    draws, calls = np.random.default_rng(seed), []
+    kinds = (torch.int64, torch.int32, torch.bool)
+    made = [
+        torch.from_numpy(draws.integers(0, 2, draws.integers(0, 5, 2))).to(kinds[draws.integers(0, 3)])
+        for _ in range(20)
+    ]
+    made[3] = made[3].mT  # a view
+
+    def copy(x):
+        calls.append(x.dtype)
+        return x.clone()
+
+    found = prefill.copied_together(made, copy)
+    assert sorted(map(str, calls)) == sorted(map(str, {x.dtype for x in made}))
+    for x, y in zip(made, found):
+        assert x.dtype == y.dtype and torch.equal(x, y)
+        assert y.numel() == 0 or y.data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize("bits", WIDTHS[1:])
