@@ -115,6 +115,9 @@ class Bench:
         device: "cuda" or "cpu".
         layers, vocabulary: of the model; None: those of the name.
         turns, new: turns that count, and tokens that each of them writes.
+
+    Attributes:
+        keep: called when rows have their numbers.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class Bench:
         self.bandwidth = read_bandwidth(device)
         self.alias_bandwidth = alias_bandwidth(device)
         self.rows: list[Row] = []
+        self.keep: Callable[[], None] = lambda: None
 
     @property
     def scale(self) -> float:
@@ -290,6 +294,7 @@ def by_turns(texts: Iterable[Text], rows: Iterable[Row], turns: int) -> None:
             times.append(text.turn())
     for (text, row, times), first in zip(pairs, before):
         record(text, row, times[1:], [b - a for a, b in zip(first, text.counted())])
+        text.bench.keep()
 
 
 def record(text: Text, row: Row, times: list[float], counted: list[int]) -> None:
@@ -634,11 +639,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measured(args: argparse.Namespace) -> dict:
-    """Run the parts that were asked for. The file is written after each."""
+    """Run the parts that were asked for. The file is written after each part, and after each case."""
     tiny = args.device == "cpu"
     vocabulary = None if tiny else args.vocabulary
     bench = Bench(TINY if tiny else LLAMA, args.device, args.layers, vocabulary, args.turns, args.new)
     whole, chosen = method("int4"), [*args.near, *args.far]
+
+    def keep() -> None:
+        if args.json:
+            write_json(Path(args.json), report(bench), indent=1)
+
+    bench.keep = keep
     run = dict(
         steps=lambda: steps(bench, [whole, *chosen], args.cases),
         hits=lambda: hits(bench, args.far, args.cases, args.hits),
@@ -650,8 +661,7 @@ def measured(args: argparse.Namespace) -> dict:
         started = time.perf_counter()
         run[part]()
         print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
-        if args.json:
-            write_json(Path(args.json), report(bench), indent=1)
+        keep()
     return report(bench)
 
 

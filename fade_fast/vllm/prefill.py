@@ -123,7 +123,7 @@ class Plan(NamedTuple):
 def plan(group: Prefill, kind: Kind) -> Plan:
     """What a group of requests reads from pages of this kind.
 
-    It is computed where the lengths are, and then moved to the device. Until then `Part.pages` and
+    What is small is computed where the lengths are, and then moved to the device. Until then `Part.pages` and
     `Entries.page` say where in the table a page is named, and not which page it is.
 
     Where queries read tokens before them from both records, what is decoded in the last part is: its pages;
@@ -138,30 +138,45 @@ def plan(group: Prefill, kind: Kind) -> Plan:
     total, early = len(last.pages) * page, last.early
 
     starts = np.concatenate(([0], np.cumsum(group.counts)))
-    of = _put(np.repeat(np.arange(len(counts)), group.counts), lengths).unsqueeze(1)
-    order = _put(np.arange(count) - np.repeat(starts[:-1], group.counts), lengths).unsqueeze(1)
-    query, position = torch.arange(count, device=lengths.device).unsqueeze(1), begin[of] + order
+    of = _put(np.repeat(np.arange(len(counts)), group.counts), lengths)
+    order = _put(np.arange(count) - np.repeat(starts[:-1], group.counts), lengths)
+    position = begin[of] + order
     if near:
         before, mean = _before(group, kind, begin, counts)
         entries = Entries(*(torch.cat(x) for x in zip(last.entries, before)))
-        mean = torch.cat((last.mean, mean, mean_row(position.flatten(), kind.means)))
+        mean = torch.cat((last.mean, mean, mean_row(position, kind.means)))
         last = last._replace(entries=entries, mean=mean)
-    distance = torch.arange(1, near + 1, device=lengths.device)
-    seen = position >= distance
-    if window is not None:
-        seen = seen & (distance < window)
-    token = (position - distance).clamp_min(0)
-    kept, _ = newest(token, page, kind.fine, kind.drafts)
-    twice = (token < FIRST) | (distance <= kept - kind.drafts)
-    older = total + len(early) + NEAR * (of + 1) + order - distance
-    new = total + len(early) + NEAR * len(counts) + query - distance
-    both = torch.where(order >= distance, new, older)
     first = index[last.keys_from[:-1].long() // page] * page  # the first position in the last part
-    once = last.keys_from[of] + token - first[of]
-    rows = torch.where(seen, torch.where(twice, both, once), 0)
+    once = (last.keys_from[:-1] - first)[of] + position
+    older = total + len(early) + NEAR * (of + 1) + order
     parts.append(last)
-    found = Plan(parts, *queries(group), back, _put(group.index, lengths), rows, seen)
-    return _with_pages(moved(found, group.table), group.table)
+    found = Plan(parts, *queries(group), back, _put(group.index, lengths), order, position)
+    found, once, older = moved((found, once, older), group.table)
+    rows, seen = _rows_before(*found[-2:], once, older, total + len(early) + NEAR * len(counts), kind)
+    return _with_pages(found._replace(rows=rows, seen=seen), group.table)
+
+
+def _rows_before(
+    order: Tensor, position: Tensor, once: Tensor, older: Tensor, new: int, kind: Kind
+) -> tuple[Tensor, Tensor]:
+    """`Plan.rows` and `Plan.seen`, on the device: their sizes are a multiple of all others.
+
+    Args:
+        order, position: int64 [T], of each query among the new tokens of its request, and in the request.
+        once, older: int64 [T], the place that its own token would have in the result of `rows` as a token of
+            a page, and as one of those before the new tokens.
+        new: the place of the first new token.
+    """
+    order, position, once, older = (x.unsqueeze(1) for x in (order, position, once, older))
+    distance = torch.arange(1, kind.near + 1, device=order.device)
+    seen = position >= distance
+    if kind.window is not None:
+        seen = seen & (distance < kind.window)
+    kept, _ = newest((position - distance).clamp_min(0), kind.page, kind.fine, kind.drafts)
+    twice = (position < FIRST + distance) | (distance <= kept - kind.drafts)
+    query = new + torch.arange(len(order), device=order.device).unsqueeze(1)
+    both = torch.where(order >= distance, query, older) - distance
+    return torch.where(seen, torch.where(twice, both, once - distance), 0), seen
 
 
 def queries(group: Prefill) -> tuple[Tensor, int]:
@@ -233,14 +248,17 @@ def moved(of, like: Tensor):
     """The tensors in `of`, lists and tuples of tensors and others, on the device of `like`."""
     leaves, structure = tree_flatten(of)
     which = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.device != like.device]
-    copies = copied_together([leaves[i] for i in which], lambda x: x.to(like.device, non_blocking=True))
+    copy = lambda x: x.to(like.device, non_blocking=True)  # noqa: E731
+    copies = copied_together([leaves[i] for i in which], copy, pinned=like.is_cuda)
     for i, x in zip(which, copies):
         leaves[i] = x
     return tree_unflatten(leaves, structure)
 
 
-def copied_together(tensors: list[Tensor], copy: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Copies of tensors on the host by `copy`, which is called once for each dtype.
+def copied_together(
+    tensors: list[Tensor], copy: Callable[[Tensor], Tensor], pinned: bool = False
+) -> list[Tensor]:
+    """Copies of tensors on the host by `copy`, which is called once for each dtype, from `pinned` memory.
 
     Each copy begins at a multiple of 16 bytes: a compiled function would copy other inputs again.
     """
@@ -248,7 +266,8 @@ def copied_together(tensors: list[Tensor], copy: Callable[[Tensor], Tensor]) -> 
     for dtype in {x.dtype for x in tensors}:
         which = [i for i, x in enumerate(tensors) if x.dtype == dtype]
         sizes = [-(-tensors[i].numel() // ALIGNED) * ALIGNED for i in which]
-        held = torch.zeros(sum(sizes), dtype=dtype)
+        # From other memory, a copy of more than 64 KiB waits for what the device is doing.
+        held = torch.zeros(sum(sizes), dtype=dtype, pin_memory=pinned)
         for i, x in zip(which, held.split(sizes)):
             x[: tensors[i].numel()] = tensors[i].flatten()
         for i, x in zip(which, copy(held).split(sizes)):
