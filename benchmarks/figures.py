@@ -18,6 +18,7 @@ import torch
 
 from fade_fast.hf import capacity
 from fade_fast.measure import (
+    choose,
     decode_attention,
     free,
     generate,
@@ -68,6 +69,7 @@ TABLES = {
     "ruler": lambda report: f"{ruler.headline(report)}.\n\n{ruler.table(ruler.parsed(report))}",
     "simulation": simulation.shown,
     "report": reports.show,
+    "choose": choose.shown,
 }
 
 # -- text
