@@ -53,6 +53,29 @@ def quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
     return _of_rows(_quantize(_by_head(y).mT.contiguous(), feedback, bits), len(y))
 
 
+def quantize_to_nearest(y: Tensor, bits: int) -> Packed:
+    """Codes of vectors [..., D] without feedback: each channel gets the code that is nearest to it.
+
+    Of the scales by `FACTORS`, as they are stored, the one with the least squared error wins, the first of
+    equal ones. Takes few operations and no product, for what is so small that feedback would gain nothing.
+    Computed in the dtype of `y`.
+
+    Returns codes uint8 [..., D], which are not packed, and scales fp16 [...].
+    """
+    limit = center(bits)
+    size = y.square().mean(-1, keepdim=True).sqrt() * STEPS[bits]
+    best, least = None, None
+    for factor in FACTORS:
+        scale = (size * factor).clamp_max(LARGEST).half().to(y.dtype)
+        codes = _nearest(torch.where(scale > 0, y / scale, 0.0), limit, 2 * limit)
+        error = (y - scale * codes).square().sum(-1, keepdim=True)
+        better = None if best is None else error < least
+        best = scale if best is None else torch.where(better, scale, best)
+        least = error if least is None else torch.minimum(error, least)
+    codes = _nearest(torch.where(best > 0, y / best, 0.0), limit, 2 * limit) + limit
+    return Packed(codes.round().to(torch.uint8), best.squeeze(-1).half(), None)
+
+
 def _by_head(x: Tensor) -> Tensor:
     """[B, H, n, D] as [H, B * n, D]."""
     return x.transpose(0, 1).flatten(1, 2)
@@ -157,9 +180,10 @@ def _apart(x: Tensor) -> tuple[Tensor, ...]:
     return x.transpose(0, 1).contiguous().unbind(0)
 
 
-def _nearest(unit: Tensor, limit: Tensor, last: Tensor) -> Tensor:
+def _nearest(unit: Tensor, limit: Tensor | float, last: Tensor | float) -> Tensor:
     """The centered code that is nearest to each element of `unit`; `last` is 2 * limit."""
-    return torch.minimum((unit + limit).round().clamp_min(0), last) - limit
+    code = (unit + limit).round().clamp_min(0)
+    return (torch.minimum(code, last) if isinstance(last, Tensor) else code.clamp_max(last)) - limit
 
 
 def _finish(

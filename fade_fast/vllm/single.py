@@ -30,6 +30,7 @@ from .batches import sees
 from .pages import FIRST, NEAR, SPAN, newest, room
 
 SIDES = ("key", "value")
+PLAIN = 4  # bits from which on what a record misses is too little for feedback to matter
 SIZES = 8192, 2048, 256  # tokens that are stored at once; two matrices of the largest take 270 MB at 8 heads
 
 
@@ -232,7 +233,9 @@ def store(
     """Encode the tokens of a step, and write their records.
 
     The second record encodes what the first one misses. Both codecs are a matrix and a code of each row, so
-    that the rest of a row is the rest of what the code was made of: no product is needed.
+    that the rest of a row is the rest of what the code was made of: no product is needed. From `PLAIN` bits
+    on, the second records of the `matched` codec are rounded without feedback, which would need as many
+    kernels as the first ones.
 
     Args:
         keys, values: [T, H, D], at most as many as `to` has.
@@ -255,15 +258,30 @@ def store(
     if feedback is None:
         return _run("store", keys, values, means, encoders, runs, bound, to, kind=kind, keep=keep)
     turned = _run("turned", keys, values, means, encoders, to.mean, to.real, kind=kind)
-    encode = _replayed if _many(rows) else _encoded
+    encode = _replayed if _many(rows) else _with_feedback
     sides = encode(turned, feedback, kind=kind)
-    return _run("write", sides, runs, bound, to, kind=kind, keep=keep)
+    return _run("store_rest", turned, sides, runs, bound, to, kind=kind, keep=keep)
 
 
 def _store(dynamic_sizes, keys, values, means, encoders, runs, bound, to: Writes, *, kind, keep):
     turned = _turned([], keys, values, means, encoders, to.mean, to.real, kind=kind)
-    sides = _encoded(turned, None, kind=kind)
-    return _write([], sides, runs, bound, to, kind=kind, keep=keep)
+    if kind.bits[0] == kind.bits[1]:  # as heads of one side, as in `_with_feedback`
+        sides = _cut(_twice(turned.flatten(0, 2).unsqueeze(0), kind.bits[0]), turned.shape[2])
+    else:
+        sides = [_twice(x, bits) for x, bits in zip(turned, kind.bits)]
+    return _write(sides, runs, bound, to, kind=kind, keep=keep)
+
+
+def _store_rest(dynamic_sizes, turned, sides: list[list[Packed]], runs, bound, to: Writes, *, kind, keep):
+    """Write both records of keys, and of values. Second ones that are not in `sides` are made here."""
+    both = []
+    for x, (first, *second), bits in zip(turned, sides, kind.bits):
+        if not second:
+            missed = (x - dequantize(first, bits, x.dtype)).float()
+            rest = _apart(matched.quantize_to_nearest(missed, bits), x.shape[-2])
+            second = [rest._replace(codes=rotated.pack(rest.codes, bits))]
+        both.append([first, *second])
+    return _write(both, runs, bound, to, kind=kind, keep=keep)
 
 
 def _turned(dynamic_sizes, keys, values, means, encoders, mean, real, *, kind) -> Tensor:
@@ -281,39 +299,45 @@ def _turned(dynamic_sizes, keys, values, means, encoders, mean, real, *, kind) -
     return (both.flatten(0, 1) @ encoders.flatten(0, 1).mT).view(size).unsqueeze(1)
 
 
-def _encoded(turned: Tensor, feedback: Tensor | None, *, kind: Kind) -> list[list[Packed]]:
-    """Both records of keys, and of values, [1, H, T, ...].
+def _with_feedback(turned: Tensor, feedback: Tensor, *, kind: Kind) -> list[list[Packed]]:
+    """Records of keys, and of values, by the `matched` codec, [1, H, T, ...]: the first ones, and below
+    `PLAIN` bits the second ones.
 
     At equal widths both sides are encoded as heads of one side: this takes half as many kernels.
     """
-    if kind.bits[0] != kind.bits[1]:
-        matrices = (None, None) if feedback is None else feedback
-        return [_twice(*x) for x in zip(turned, kind.bits, matrices)]
-    heads, matrices = turned.shape[2], None if feedback is None else feedback.flatten(0, 1)
-    both = _twice(turned.flatten(0, 2).unsqueeze(0), kind.bits[0], matrices)
-    cut = lambda x, side: None if x is None else x[:, side * heads : (side + 1) * heads]  # noqa: E731
-    return [[Packed(*(cut(x, side) for x in one)) for one in both] for side in (0, 1)]
+    found, alone = [], kind.bits[0] != kind.bits[1]
+    of_both = [(turned.flatten(0, 2).unsqueeze(0), feedback.flatten(0, 1), kind.bits[0])]
+    for x, matrices, bits in zip(turned, feedback, kind.bits) if alone else of_both:
+        records = [matched.quantize(x.float(), matrices, bits)]
+        if bits < PLAIN:
+            missed = x - dequantize(records[0], bits, x.dtype)
+            records.append(matched.quantize(missed.float(), matrices, bits))
+        found.append(records)
+    return found if alone else _cut(found[0], turned.shape[2])
+
+
+def _cut(both: list[Packed], heads: int) -> list[list[Packed]]:
+    """Records of keys, and of values, from those of the heads of both."""
+    of = lambda x, side: None if x is None else x[:, side * heads : (side + 1) * heads]  # noqa: E731
+    return [[Packed(*(of(x, side) for x in one)) for one in both] for side in (0, 1)]
 
 
 MOST_REPLAYED = 1 << 22  # elements of `turned`: 2,048 tokens of 8 heads of 128; a graph holds .3 GB for them
-_replayed = Replayed(_encoded, MOST_REPLAYED)  # the matched codec rounds in some hundred small kernels
+_replayed = Replayed(_with_feedback, MOST_REPLAYED)  # it rounds in eighty small kernels or more
 
 
-def _twice(turned: Tensor, bits: int, feedback: Tensor | None) -> list[Packed]:
-    """Codes of `turned` [1, H, T, D], and of what these miss."""
-    if feedback is not None:
-        first = matched.quantize(turned.float(), feedback, bits)
-        missed = turned - dequantize(first, bits, turned.dtype)
-        return [first, matched.quantize(missed.float(), feedback, bits)]
-    first = _apart(turned.float(), bits)
-    second = _apart((turned - rotated.scaled(first, bits, turned.dtype)).float(), bits)
+def _twice(turned: Tensor, bits: int) -> list[Packed]:
+    """Codes of `turned` [1, H, T, D] by the `rotated` codec, and of what these miss."""
+    tokens = turned.shape[-2]
+    first = _apart(rotated.quantize_apart(turned.float(), bits), tokens)
+    missed = (turned - rotated.scaled(first, bits, turned.dtype)).float()
+    second = _apart(rotated.quantize_apart(missed, bits), tokens)
     return [x._replace(codes=rotated.pack(x.codes, bits)) for x in (first, second)]
 
 
-def _apart(turned: Tensor, bits: int) -> Packed:
+def _apart(found: Packed, tokens: int) -> Packed:
     """Codes in bytes of their own. Of many tokens they are computed once, and not for each byte written."""
-    found = rotated.quantize_apart(turned, bits)
-    return found._replace(codes=force_materialize(found.codes)) if _many(turned.shape[-2]) else found
+    return found._replace(codes=force_materialize(found.codes)) if _many(tokens) else found
 
 
 def _many(tokens: int) -> bool:
@@ -321,7 +345,8 @@ def _many(tokens: int) -> bool:
     return tokens > SIZES[-1]
 
 
-def _write(dynamic_sizes, sides, runs, bound, to: Writes, *, kind, keep):
+def _write(sides: list[list[Packed]], runs, bound, to: Writes, *, kind, keep):
+    """Write both records of keys, and of values."""
     head = torch.arange(runs.shape[1], device=runs.device).view(1, -1, 1)
     page, second = to.page.view(-1, 1, 1), to.second.view(-1, 1, 1)
     address, record = to.address.unsqueeze(1), kind.record
@@ -489,6 +514,6 @@ _compiled = {
     name: Compiled(function, options=options)
     for name, function, options in (
         ("writes", _writes, _FUSED), ("reads", _reads, _FUSED), ("vectors", _vectors, _FUSED),
-        ("store", _store, _ROUNDED), ("turned", _turned, {}), ("write", _write, _FUSED),
+        ("store", _store, _ROUNDED), ("turned", _turned, {}), ("store_rest", _store_rest, _ROUNDED),
     )
 }  # fmt: skip

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from fade_fast.kernels import matched, rotated
+from fade_fast.vllm import single
 from fade_fast.vllm.batches import split
 from fade_fast.vllm.layer import CompressedLayer, DenseLayer
 from fade_fast.vllm.pages import FIRST, NEAR, SPAN
@@ -144,8 +145,11 @@ class Engine:
             if self.layer.feedback is not None:
                 quantize = functools.partial(matched.quantize, feedback=self.layer.feedback[i])
             first = rotated.dequantize(quantize(y.float(), bits=bits), bits, torch.float64)
-            rest = quantize((y - first).float(), bits=bits)
-            rest = rotated.dequantize(rest, bits, torch.float64)
+            missed = (y - first).float()
+            if self.layer.feedback is None or bits < single.PLAIN:
+                rest = rotated.dequantize(quantize(missed, bits=bits), bits, torch.float64)
+            else:
+                rest = rotated.scaled(matched.quantize_to_nearest(missed, bits), bits, torch.float64)
             once.append((first @ decode[i])[0])
             both.append(((first + rest) @ decode[i])[0])
             if bits >= 8:  # only the first tokens
