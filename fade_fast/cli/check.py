@@ -6,6 +6,7 @@ Exit code 1 if the model is refused.
 import argparse
 import dataclasses
 
+from .. import arguments
 from ..hf.check import check_model
 from ..hf.loading import load, quiet
 from ..saved.files import write_json
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_config(parser)
     parser.add_argument(
-        "--length", type=options.positive, default=8192, metavar="N", help="tokens to predict memory for"
+        "--length", type=arguments.positive, default=8192, metavar="N", help="tokens to predict memory for"
     )
     parser.add_argument(
         "--calibrate", action="store_true", help="measure the loss of the widths again (for safe)"

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..arguments import Parser
 from ..errors import LoadError, missing
 
 #: Module and help of each command. The help is the first line of the module's docstring.
@@ -66,13 +67,6 @@ BENCHES = {
 REPORT = ("--suite", "report", "fade_fast.measure.report")  # two arguments, and their module
 #: The extra that contains a package which a command imports.
 EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "matplotlib": "plot", "sklearn": "train", "scipy": "train"}
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports an error in one line. Only --help shows the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def module_of(command: str):

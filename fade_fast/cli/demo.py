@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from fade_ref.config import PRESETS
 from fade_ref.tiers import Tier
 
+from .. import arguments
 from ..cache.eviction import EvictionWarning
 from ..hf.attach import detach
 from ..hf.create import create_cache
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"presets to run, of {', '.join(PRESETS)} (default: {', '.join(SHOWN)})",
     )  # fmt: skip
     parser.add_argument(
-        "--prompt-file", type=options.text_file, metavar="FILE", help="UTF-8 text for the prompt"
+        "--prompt-file", type=arguments.text_file, metavar="FILE", help="UTF-8 text for the prompt"
     )
     options.add_new_tokens(parser)
     options.add_json(parser)

@@ -9,6 +9,7 @@ import contextlib
 import time
 import warnings
 
+from .. import arguments
 from ..cache.eviction import EvictionWarning
 from ..hf.create import create_cache
 from ..hf.loading import LoadError, load, quiet
@@ -21,23 +22,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade generate`."""
     options.add_model(parser)
     options.add_config(parser)
-    parser.add_argument("--document", type=options.text_file, metavar="FILE", help="UTF-8 text to read first")
+    parser.add_argument(
+        "--document", type=arguments.text_file, metavar="FILE", help="UTF-8 text to read first"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="what to ask")
-    parser.add_argument("--prompt-file", type=options.text_file, metavar="FILE", help="the same, from a file")
+    parser.add_argument(
+        "--prompt-file", type=arguments.text_file, metavar="FILE", help="the same, from a file"
+    )
     options.add_new_tokens(parser)
-    parser.add_argument("--save", type=options.writable, metavar="FILE", help="store the cache of --document")
-    parser.add_argument("--resume", type=options.readable, metavar="FILE", help="begin with a stored cache")
+    parser.add_argument(
+        "--save", type=arguments.writable, metavar="FILE", help="store the cache of --document"
+    )
+    parser.add_argument("--resume", type=arguments.readable, metavar="FILE", help="begin with a stored cache")
     parser.add_argument(
         "--compare", action="store_true", help="with --resume: also read everything afresh, and compare"
     )
     parser.add_argument(
         "--codebooks",
-        type=options.readable,
+        type=arguments.readable,
         metavar="FILE",
         help="codebooks of train-codebook, for --config quant_backend=product",
     )
     parser.add_argument(
-        "--telemetry", type=options.writable, metavar="FILE", help="append events as JSON lines"
+        "--telemetry", type=arguments.writable, metavar="FILE", help="append events as JSON lines"
     )
     options.add_json(parser)
 

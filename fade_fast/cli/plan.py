@@ -10,6 +10,7 @@ import argparse
 
 from fade_ref.config import PRESETS, FadeConfig
 
+from .. import arguments
 from ..hf import capacity
 from ..hf.loading import DTYPES, HUB_ID, LoadError, configuration, quiet
 from ..saved.files import write_json
@@ -25,10 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade plan`."""
     parser.add_argument("--model", help=f"hub id, folder or GGUF file (default: {HUB_ID})")
     parser.add_argument(
-        "--gpu", type=options.size, required=True, metavar="SIZE", help="memory of the GPU: 24GB, 80GiB, ..."
+        "--gpu",
+        type=arguments.size,
+        required=True,
+        metavar="SIZE",
+        help="memory of the GPU: 24GB, 80GiB, ...",
     )
     parser.add_argument(
-        "--length", type=options.positive, metavar="N",
+        "--length", type=arguments.positive, metavar="N",
         help="tokens of a sequence (default: 32768, or what the model reads)",
     )  # fmt: skip
     parser.add_argument(
@@ -36,9 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"presets, or FIELD=VALUE,... of FadeConfig (default: {', '.join(SHOWN)})",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
-    parser.add_argument("--weights", type=options.size, metavar="SIZE", help="bytes of the weights, if known")
     parser.add_argument(
-        "--reserve", type=options.size, metavar="SIZE",
+        "--weights", type=arguments.size, metavar="SIZE", help="bytes of the weights, if known"
+    )
+    parser.add_argument(
+        "--reserve", type=arguments.size, metavar="SIZE",
         help="left for activations and the rest (default: a tenth of --gpu)",
     )  # fmt: skip
     options.add_json(parser)
