@@ -21,7 +21,6 @@ import json
 import statistics
 import time
 import traceback
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,13 +28,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fade_fast.cache.eviction import EvictionWarning
+from fade_fast.arguments import Parser, positive
 from fade_fast.errors import InputError
-from fade_fast.hf import loading
 from fade_fast.hf.cache import TieredKVCache
 from fade_fast.hf.models import text_config
 
-from . import generate, memory, options, texts
+from . import generate, memory, options, runs, texts
 from .methods import Method, Unavailable, allocated, compressed_tokens, evicted_tokens, made_for
 from .streams import NothingCompressed, check
 
@@ -208,16 +206,18 @@ def prompt(model, tokenizer, text: str, length: int, new: int) -> Tensor:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fade bench", description=__doc__.splitlines()[0])
+    parser = Parser("fade bench", description=__doc__.splitlines()[0])
     gpu = options.on_gpu()
     options.add_model(parser, dtype="bf16" if gpu else "fp32")
     options.add_text(parser, "of the prompt")
     parser.add_argument(
-        "--length", type=int, default=8192 if gpu else 2048, metavar="N", help="tokens of the prompt"
+        "--length", type=positive, default=8192 if gpu else 2048, metavar="N", help="tokens of the prompt"
     )
-    parser.add_argument("--new", type=int, default=128 if gpu else 24, metavar="N", help="tokens written")
+    parser.add_argument(
+        "--new", type=positive, default=128 if gpu else 24, metavar="N", help="tokens written"
+    )
     options.add_methods(parser, SUITE)
-    options.add_output(parser)
+    options.add_output(parser, "bench")
     args = parser.parse_args(argv)
     if args.length < 64 or args.new < LEAST:
         parser.error(f"--length must be at least 64, --new at least {LEAST}")
@@ -234,8 +234,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances."""
-    loading.quiet()
-    warnings.filterwarnings("ignore", category=EvictionWarning)  # the table shows how many tokens are gone
+    runs.quiet()
+    options.refuse_short(args.methods, args.length, new=args.new)
     text, source = texts.read_or_default(args.text)
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
     ids = prompt(model, tokenizer, text, args.length, args.new)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import fade_fast
+from fade_fast.arguments import Parser, positive, writable
 
 from . import free, memory, options, pictures, runs, texts
 from .methods import POLICIES, QUANTIZED, Method, evicted_tokens, method
@@ -289,7 +290,7 @@ def show(report: dict, results: list[Result]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fade quality", description=__doc__.splitlines()[0])
+    parser = Parser("fade quality", description=__doc__.splitlines()[0])
     cuda = options.on_gpu()
     options.add_model(parser)
     options.add_text(parser, "that is read")
@@ -297,11 +298,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--free", action="store_true", help="free-running texts instead; --free --help shows its options"
     )
     parser.add_argument(
-        "--windows", type=int, default=8 if cuda else 2, metavar="N", help="pieces of the text"
+        "--windows", type=positive, default=8 if cuda else 2, metavar="N", help="pieces of the text"
     )
-    parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window")
-    parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens fed at a time")
-    parser.add_argument("--batch", type=int, default=8 if cuda else 1, metavar="N", help="windows at a time")
+    parser.add_argument("--length", type=positive, default=2048, metavar="N", help="tokens of a window")
+    parser.add_argument("--chunk", type=positive, default=64, metavar="N", help="tokens fed at a time")
+    parser.add_argument(
+        "--batch", type=positive, default=8 if cuda else 1, metavar="N", help="windows at a time"
+    )
     parser.add_argument(
         "--suite", choices=(*SUITES, "report"), default="table",
         help="lists of configurations; report: all measurements, of fewer of them",
@@ -309,14 +312,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options.add_methods(parser, None)
     parser.add_argument("--compiled", action="store_true", help="on a GPU, compile kernels for every shape")
     parser.add_argument("--no-bytes", dest="weigh", action="store_false", help="do not weigh caches")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well")
+    parser.add_argument("--markdown", type=writable, metavar="FILE", help="write the table there as well")
     parser.add_argument(
         "--plot", type=pictures.path, metavar="FILE", help="perplexity ratio against bytes a token"
     )
-    options.add_output(parser)
+    options.add_output(parser, "quality")
     args = parser.parse_args(argv)
-    if args.windows < 1 or args.length < 2 or args.chunk < 1 or args.batch < 1:
-        parser.error("--windows, --chunk and --batch must be at least 1, --length at least 2")
+    if args.length < 2:
+        parser.error("--length must be at least 2")
     if args.suite not in SUITES:  # the command `fade` runs report.py
         parser.error("run it as `fade quality --suite report`")
     args.methods = options.methods_of(parser, args, args.configs or SUITES[args.suite])
@@ -339,6 +342,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances. The file of `--json` is written after every batch."""
+    options.refuse_short(args.methods, args.length, args.chunk)
     record = runs.Record(
         "quality", args, windows=args.windows, length=args.length, chunk=args.chunk, weighed_at=AT
     )

@@ -17,6 +17,7 @@ SMOLLM2 = "smollm2"  # what the default model is called on the command line
 BUILT_IN = "built-in"  # what the text that needs no download is called there
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 WORDS = 1_000_000  # more than the built-in text has
+FILES = (".txt", ".md", ".rst", ".text", ".json", ".jsonl", ".csv", ".parquet")  # endings of no data set
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # that `datasets` reads
 
 
@@ -36,7 +37,9 @@ def read(source: str) -> str:
         return built_in(WORDS)
     if path.is_file() and path.suffix not in TABLES:
         return path.read_text(encoding="utf-8")
-    what = f"{source} is no file of plain text: reading it"
+    if not path.is_file() and (path.suffix in FILES or source.startswith((".", "/", "~"))):
+        raise InputError(f"cannot read {source}: no such file")
+    what = f"{source} is {'no file of plain text' if path.is_file() else 'no file'}: reading it as a data set"
     require(what, "data", "datasets")
     from datasets import load_dataset  # a slow import
 
