@@ -17,15 +17,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def size(text: str) -> int:
-    """A number of bytes, with a unit or without.
+    """A number of bytes with its unit: 24 alone may mean GB.
 
-    >>> size("2GB"), size("1.5 MiB"), size("100")
-    (2000000000, 1572864, 100)
+    >>> size("2GB"), size("1.5 MiB"), size("100 B"), size("0")
+    (2000000000, 1572864, 100, 0)
     """
     units = dict(B=1, KB=10**3, MB=10**6, GB=10**9, TB=10**12, KIB=2**10, MIB=2**20, GIB=2**30, TIB=2**40)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not found or (found[2] or "B").upper() not in units:
         raise argparse.ArgumentTypeError(f"{text!r}: a number of bytes such as 2GB or 512MiB is allowed")
+    if not found[2] and float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r}: a unit is missing, as in {text.strip()}GB")
     return int(float(found[1]) * units[(found[2] or "B").upper()])
 
 

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         )
         memory = cache.memory()
         how = f"loaded from {args.resume}" if args.resume else "read"
-        print(f"{read.shape[1]} tokens {how} in {record['read_s']:.2f} s; {size(memory.allocated)}")
+        print(f"{read.shape[1]} tokens {how} in {record['read_s']:.2f} s; the cache has {size(memory.own)}")
         if args.save:
             cache.save(args.save, read)
             record |= dict(file_bytes=args.save.stat().st_size)

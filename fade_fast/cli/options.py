@@ -12,7 +12,9 @@ from ..hf.loading import DTYPES, HUB_ID, LoadError
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --device, --dtype: the arguments of `loading.load`."""
-    parser.add_argument("--model", help=f"hub id or folder (default: {HUB_ID}, found online or offline)")
+    parser.add_argument(
+        "--model", help=f"hub id or folder (default: {HUB_ID}, or smollm2, found online or offline)"
+    )
     add_device(parser)
 
 

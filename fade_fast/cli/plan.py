@@ -108,9 +108,10 @@ def row(
         or bool(config and config.evicts and tokens >= (model.longest or NO_LIMIT)),
         sequences=capacity.most_rows(lambda n: size(length, n).device, room),
         bytes=each.device,
+        tables=each.tables,
         host=each.host,
         per_token=per_token(model, config, length),
-        ratio=capacity.uncompressed(model, length) / each.device if each.device else 1.0,
+        ratio=capacity.uncompressed(model, length) / own if (own := each.device - each.tables) else 1.0,
         forgets=bool(config and config.evicts),
     )
 
@@ -135,9 +136,18 @@ def table(rows: list[dict], length: int) -> str:
         longest = "any length" if x["any_length"] else f"{x['tokens']:,}"
         host = f"{x['host'] / MIB:,.1f}" if x["host"] else ""
         ratio = "" if x["cache"] == UNCOMPRESSED else f"{x['ratio']:.2f}"
+        own = x["bytes"] - x["tables"]
         keeps = "part of the text" if x["forgets"] else "every token"
         lines.append(
-            [x["cache"], longest, f"{x['sequences']:,}", f"{x['bytes'] / MIB:,.1f}", ratio, host, keeps]
+            [
+                x["cache"],
+                longest,
+                f"{x['sequences']:,}",
+                f"{own / MIB:,.1f}",
+                ratio,
+                host,
+                keeps,
+            ]
         )
     width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * n for n in width])
@@ -148,6 +158,9 @@ def table(rows: list[dict], length: int) -> str:
 def notes(model, rows: list[dict], configs: dict[str, FadeConfig], length: int, room: int) -> list[str]:
     """What the table cannot say, one line each."""
     said = ["Caches made with max_length, as `cache.memory()` counts them. One that grows: up to 1/8 more."]
+    if shared := {x["cache"]: x["tables"] for x in rows[1:] if x.get("tables", 0) > MIB}:
+        told = ", ".join(f"{tables / MIB:.1f} MiB of `{name}`" for name, tables in shared.items())
+        said.append(f"Tables that all caches of the model share are counted once, not in `MiB each`: {told}.")
     if room <= 0:
         said.append("The weights and the reserve alone are larger than this memory: nothing fits.")
     if model.longest:

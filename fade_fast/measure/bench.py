@@ -49,6 +49,7 @@ class Result:
         method: its name.
         length, new: tokens of the prompt, and tokens written after it.
         bytes: of every distinct storage of a cache that holds as many bfloat16 tokens.
+        tables: the part of them that all caches of the model share.
         first_token_s: from the call of generate() to the first token, in seconds.
         ms, tokens_per_s: of a step after warm-up, median.
         compile_s: extra time of the warm-up steps, in seconds.
@@ -62,6 +63,7 @@ class Result:
     length: int
     new: int
     bytes: int | None = None
+    tables: int | None = None
     first_token_s: float | None = None
     ms: float | None = None
     tokens_per_s: float | None = None
@@ -100,8 +102,9 @@ def measure(model, m: Method, ids: Tensor, new: int) -> Result:
     settled, result.compile_s = generate.steady(steps)
     result.ms = statistics.median(settled) * 1e3
     result.tokens_per_s = 1e3 / result.ms
-    if clock.cuda and isinstance(cache, TieredKVCache):
-        result.captured = cache.decode_graph.replays
+    if isinstance(cache, TieredKVCache):
+        result.tables = cache.memory().tables
+        result.captured = cache.decode_graph.replays if clock.cuda else None
     result.read, result.evicted = float(compressed_tokens(cache)), float(evicted_tokens(cache))
     check(m, result.read, result.evicted)
     if model.dtype == torch.bfloat16:
@@ -176,6 +179,11 @@ def notes(report: dict, results: list[Result]) -> list[str]:
     said = []
     if report["device"] == "CPU":
         said.append("On a CPU the cache saves memory, and time only in long texts: docs/speed.md.")
+    if shared := [f"{r.tables / 2**20:.1f} for `{r.method}`" for r in results if (r.tables or 0) > 2**20]:
+        said.append(
+            f"MiB: with bfloat16 keys and values, and with tables that all caches of the model share: "
+            f"{', '.join(shared)}."
+        )
     if slow := [r.method for r in results if r.captured is not None and 2 * r.captured < r.new]:
         said.append(f"Steps of {', '.join(slow)} were not captured as CUDA graphs: expect faster ones.")
     if any(r.evicted for r in results):

@@ -11,7 +11,6 @@ from fade_fast.arguments import device, readable, writable
 from fade_fast.errors import InputError
 from fade_fast.hf import loading
 
-from . import texts
 from .methods import Method, method
 
 #: Help of the option that takes names of methods.
@@ -25,7 +24,9 @@ def on_gpu() -> bool:
 
 def add_model(parser: argparse.ArgumentParser, dtype: str | None = "fp32") -> None:
     """--model and --device; also --dtype, unless its default `dtype` is None."""
-    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
+    parser.add_argument(
+        "--model", default=loading.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2 (default)"
+    )
     parser.add_argument("--device", type=device, default="cuda" if on_gpu() else "cpu", help="cuda or cpu")
     if dtype is not None:
         parser.add_argument(

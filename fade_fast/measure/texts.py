@@ -13,7 +13,6 @@ from torch import Tensor
 from fade_fast.errors import InputError, require
 from fade_fast.hf import loading
 
-SMOLLM2 = "smollm2"  # what the default model is called on the command line
 BUILT_IN = "built-in"  # what the text that needs no download is called there
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 WORDS = 1_000_000  # more than the built-in text has
@@ -93,10 +92,10 @@ def _reference() -> str:
 def load_model(name: str, device, dtype: str):
     """Model, tokenizer, and the name of the model in reports: a hub id, or the name of a folder or GGUF file.
 
-    `name` is a hub id, a folder (also of GGUF), or `SMOLLM2`. Raises the errors of `loading.load`.
+    `name` is as in `loading.load`. Raises the errors of `loading.load`.
     """
-    model, tokenizer = loading.load(None if name == SMOLLM2 else name, device, dtype)
-    if name == SMOLLM2:
+    model, tokenizer = loading.load(name, device, dtype)
+    if loading.is_default(name):
         return model, tokenizer, loading.HUB_ID.split("/")[-1]
     if not Path(name).is_dir():
         return model, tokenizer, name

@@ -326,6 +326,7 @@ def test_commands_of_their_own_get_what_follows(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, says",
     [
+        ("plan --gpu 24", "'24': a unit is missing, as in 24GB"),
         ("memory --lengths 0", "'0': an integer of at least 1"),
         ("bench --length -1", "'-1': an integer of at least 1"),
         ("bench --length 64", "--length 64: lossless does nothing to so few tokens. Give at least 109"),
