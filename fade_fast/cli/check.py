@@ -8,7 +8,7 @@ import dataclasses
 
 from .. import arguments
 from ..hf.check import check_model
-from ..hf.loading import load, quiet
+from ..hf.loading import quiet
 from ..saved.files import write_json
 from . import options
 
@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the prediction. Returns 0 if the model is served, else 1."""
     quiet()
-    model, _ = load(args.model, args.device, args.dtype)
+    model, _ = options.loaded(args)
+    options.wait("Checking it. The first time, what its bits lose is measured, too ...")
     prediction = check_model(model, args.config, length=args.length, calibrate=args.calibrate)
     print(prediction)
     if args.json:

@@ -20,7 +20,7 @@ from ..cache.eviction import EvictionWarning
 from ..hf.attach import detach
 from ..hf.create import create_cache
 from ..hf.foreign import ForeignLayer
-from ..hf.loading import HUB_ID, LoadError, load, quiet
+from ..hf.loading import LoadError, called, load, quiet
 from ..hf.models import CACHE_NAME
 from ..measure.texts import built_in
 from ..saved.files import write_json
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the demo. Prints one table, and writes `args.json` if it is given."""
     quiet()
     warnings.filterwarnings("ignore", category=EvictionWarning)  # the table shows how many tokens are gone
-    name = args.model or HUB_ID
+    name = called(args.model)
     print(f"Loading {name} ...", flush=True)
     if args.quick:
         return run_quick(args, name)

@@ -12,7 +12,7 @@ import warnings
 from .. import arguments
 from ..cache.eviction import EvictionWarning
 from ..hf.create import create_cache
-from ..hf.loading import LoadError, load, quiet
+from ..hf.loading import LoadError, quiet
 from ..saved.files import write_json
 from ..saved.units import size
 from . import options, session
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args, question)
     quiet()
     warnings.filterwarnings("ignore", category=EvictionWarning)  # the number of forgotten tokens is printed
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = options.loaded(args)
     started = time.perf_counter()
     try:
         if args.resume:

@@ -3,11 +3,14 @@
 import argparse
 import contextlib
 import dataclasses
+import sys
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fade_ref.config import PRESETS, FadeConfig
 
 from .. import arguments
-from ..hf.loading import DTYPES, HUB_ID, LoadError
+from ..hf.loading import DTYPES, HUB_ID, LoadError, called, load
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +19,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model", help=f"hub id or folder (default: {HUB_ID}, or smollm2, found online or offline)"
     )
     add_device(parser)
+
+
+def loaded(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of `add_model`. Who watches is told that it takes time."""
+    wait(f"Loading {called(args.model)} ...")
+    return load(args.model, args.device, args.dtype)
+
+
+def wait(text: str) -> None:
+    """Say what takes time, where somebody watches a terminal."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

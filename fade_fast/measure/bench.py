@@ -214,7 +214,7 @@ def prompt(model, tokenizer, text: str, length: int, new: int) -> Tensor:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade bench", description=__doc__.splitlines()[0])
+    parser = Parser("fade bench", **options.told(__doc__))
     gpu = options.on_gpu()
     options.add_model(parser, dtype="bf16" if gpu else "fp32")
     options.add_text(parser, "of the prompt")

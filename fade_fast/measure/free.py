@@ -41,7 +41,7 @@ from .methods import Method, compressed_tokens, evicted_tokens, method
 from .streams import check, stream
 
 SUITE = (
-    "off", "int8", "int4", "int4:quant_backend=matched", "int3", "k4v2", "int2",
+    "off", "lossless", "safe", "k4v4", "int3", "k4v2", "int2",
     "int2:quant_backend=matched", "balanced", "h2o",
 )  # fmt: skip
 STRIDE = 32  # tokens that the uncompressed model reads at a time

@@ -1,5 +1,7 @@
 """The size of caches: `fade memory`.
 
+fade memory --model meta-llama/Llama-3.1-8B --lengths 8192 32768
+
 Bytes are those of every distinct storage that a cache holds. They are counted tensor by tensor, not taken
 from what the cache reports. The cache holds one row of bfloat16 tokens of the shape of a model, and one
 prefill reaches each of the `--lengths`. A "grown" cache made room as tokens came, and a "reserved" one was
@@ -32,8 +34,8 @@ SUITE = (
     "dynamic",
     "quanto4",
     "hqq4",
-    "int8",
-    "int4",
+    "lossless",
+    "safe",
     "int3",
     "k4v2",
     "int2",
@@ -197,7 +199,7 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade memory", description=__doc__.splitlines()[0])
+    parser = Parser("fade memory", **options.told(__doc__))
     options.add_model(parser, dtype=None)
     parser.add_argument("--lengths", nargs="+", type=positive, default=LENGTHS, metavar="N", help="tokens")
     options.add_methods(parser, SUITE)

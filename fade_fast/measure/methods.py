@@ -205,7 +205,8 @@ def _quantized(model, backend: str, bits: int) -> Cache:
     try:
         return QuantizedCache(backend, model.config, nbits=bits)
     except ImportError as error:
-        raise Unavailable(f"{backend} is not installed") from error
+        package = {"quanto": "optimum-quanto"}.get(backend, backend)
+        raise Unavailable(f"{backend} is not installed: pip install {package}") from error
     except ValueError as error:  # a model with sliding or linear layers
         raise Unavailable(f"refused by transformers: {error}") from error
 

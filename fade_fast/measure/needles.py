@@ -1,5 +1,7 @@
 """Facts in long texts: `fade needles`.
 
+fade needles --model meta-llama/Llama-3.1-8B-Instruct --lengths 8192
+
 There are three tasks. Each is a prompt of an exact number of tokens, with a five-digit code that nothing
 else reveals:
 
@@ -32,7 +34,18 @@ from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, compressed_tokens
 from .streams import NothingCompressed, in_parts, of_one_prompt, prefilled, read_by_choice
 
 TASKS = ("passkey", "multikey", "recall")
-SUITE = ("dynamic", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "streaming", *POLICIES)
+SUITE = (
+    "dynamic",
+    "lossless",
+    "safe",
+    "int3",
+    "k4v2",
+    "int2",
+    *QUANTIZED,
+    "balanced",
+    "streaming",
+    *POLICIES,
+)
 DEPTHS = (5, 20, 35, 50, 65, 80, 95)  # percent of the text before the fact
 NAMES = ("Alice", "Bruno", "Clara", "David")
 GRASS = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -234,7 +247,7 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade needles", description=__doc__.splitlines()[0])
+    parser = Parser("fade needles", **options.told(__doc__))
     cuda = options.on_gpu()
     options.add_model(parser)
     options.add_text(parser, "around the facts")

@@ -17,6 +17,12 @@ from .methods import Method, method
 CONFIGS = "such as safe, int3, k4v2, h2o, quanto4, int4:recent_window=32 (docs/quality.md explains them)"
 
 
+def told(docstring: str) -> dict[str, str]:
+    """Arguments of a parser: what a module measures, and its example of a command, by its docstring."""
+    first, *others = docstring.splitlines()
+    return dict(description=first, epilog=next((line for line in others if line.startswith("fade ")), ""))
+
+
 def on_gpu() -> bool:
     """Whether measurements run on a GPU unless they are told otherwise."""
     return torch.cuda.is_available()

@@ -1,5 +1,7 @@
 """Perplexity through real caches: `fade quality`.
 
+fade quality --model meta-llama/Llama-3.1-8B --text mine.txt
+
 A text is fed to the model in chunks, through the cache. Every chunk attends to itself and to the tokens
 that the cache kept. So everything except sinks, recent tokens and the chunk itself is read compressed, as
 in generation. Every next-token distribution is scored against the text (perplexity) and against an
@@ -33,9 +35,10 @@ from . import free, memory, options, pictures, runs, texts
 from .methods import POLICIES, QUANTIZED, Method, evicted_tokens, method
 from .streams import KEPT, Reader, Uncompressed, check, chunks, read_by_choice, stream
 
+PRESETS = ("lossless", "safe", "int3", "k4v2", "int2", "balanced", "aggressive")
 SUITE = (
-    "dynamic", "off", "int8", "int4", "int3", "k4v2", "int2", *QUANTIZED, "balanced", "aggressive",
-    "streaming", *POLICIES,
+    "dynamic", "off", "lossless", "safe", "k4v4", "int3", "k4v2", "int2", *QUANTIZED, "balanced",
+    "aggressive", "streaming", *POLICIES,
 )  # fmt: skip
 _FIELDS = dict(block_size=(16, 32, 128, 256), n_sink=(0, 1, 2, 8, 16), recent_window=(0, 16, 32, 128, 256))
 _BUDGETS = ("int4_budget=200", "int4_budget=400", "int4_budget=800", "int4_budget=200:int2_budget=400")
@@ -45,7 +48,7 @@ SWEEP = (
     *(f"{base}:{name}={x}" for base in ("int4", "int2") for name, values in _FIELDS.items() for x in values),
     *(f"{policy}:{budget}" for budget in _BUDGETS for policy in ("position", "h2o", "ema", "learned")),
 )
-SUITES = {"table": SUITE, "sweep": SWEEP}
+SUITES = {"presets": PRESETS, "table": SUITE, "sweep": SWEEP}
 AT = 8192  # tokens in the caches whose bytes are counted
 
 
@@ -286,11 +289,15 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 
 
 def show(report: dict, results: list[Result]) -> str:
-    return f"{headline(report)}\n\n{table(results)}\n\n{best_trades(results)}\n"
+    blocks = [headline(report), table(results)]
+    told = ["KL: nats a token. top-1: share of predictions with the same most likely token."]
+    if any(r.bytes for r in results):
+        told.append(f"Allocated: by a cache of {AT} bfloat16 tokens, with the tables that caches share.")
+    return "\n\n".join([*blocks, " ".join(told), best_trades(results)]).rstrip() + "\n"
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade quality", description=__doc__.splitlines()[0])
+    parser = Parser("fade quality", **options.told(__doc__))
     cuda = options.on_gpu()
     options.add_model(parser)
     options.add_text(parser, "that is read")
@@ -306,8 +313,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--batch", type=positive, default=8 if cuda else 1, metavar="N", help="windows at a time"
     )
     parser.add_argument(
-        "--suite", choices=(*SUITES, "report"), default="table",
-        help="lists of configurations; report: all measurements, of fewer of them",
+        "--suite", choices=(*SUITES, "report"), default="presets",
+        help="presets (default) and widths; table: also policies and caches of transformers; sweep: for "
+        "choosing presets; report: all measurements",
     )  # fmt: skip
     options.add_methods(parser, None)
     parser.add_argument("--compiled", action="store_true", help="on a GPU, compile kernels for every shape")

@@ -234,7 +234,7 @@ def show(report: dict) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade quality --suite report", description=__doc__.splitlines()[0])
+    parser = Parser("fade quality --suite report", **options.told(__doc__))
     gpu = options.on_gpu()
     options.add_model(parser, dtype="bf16" if gpu else "fp32")
     options.add_text(parser, "that is read, and that is around facts")

@@ -1,5 +1,7 @@
 """Tasks of RULER, generated offline and answered freely: `fade ruler`.
 
+fade ruler --model meta-llama/Llama-3.1-8B-Instruct --lengths 8192
+
 Five tasks of RULER (arXiv 2404.06654). Each is a prompt of an exact number of tokens, made from a local text
 and a seed:
 
@@ -40,7 +42,7 @@ from .streams import check, chunks, in_parts, of_one_prompt, prefilled, read_by_
 
 TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "fwe")
 SUITE = (
-    "dynamic", "int8", "int4", "int4:quant_backend=matched", "int3", "k4v2", "int2",
+    "dynamic", "lossless", "safe", "k4v4", "int3", "k4v2", "int2",
     "int2:quant_backend=matched", *QUANTIZED, "balanced", "streaming", *POLICIES,
 )  # fmt: skip
 #: Most tokens of an answer, as in RULER.
@@ -458,7 +460,7 @@ def headline(report: dict) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade ruler", description=__doc__.splitlines()[0])
+    parser = Parser("fade ruler", **options.told(__doc__))
     cuda = options.on_gpu()
     options.add_model(parser)
     options.add_text(parser, "of prompts")

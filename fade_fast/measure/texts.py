@@ -94,6 +94,7 @@ def load_model(name: str, device, dtype: str):
 
     `name` is as in `loading.load`. Raises the errors of `loading.load`.
     """
+    print(f"Loading {loading.called(name)} ...", flush=True)
     model, tokenizer = loading.load(name, device, dtype)
     if loading.is_default(name):
         return model, tokenizer, loading.HUB_ID.split("/")[-1]

@@ -2,12 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fade_fast.kernels import rotated
-from fade_fast.measure import memory, quality, texts
+from fade_fast.measure import bench, free, memory, needles, quality, report, ruler, texts
 from fade_fast.measure.methods import Unavailable, at_equal_bytes, compressed_tokens, method, record_bytes
 from fade_fast.measure.streams import NothingCompressed
 from fade_ref.config import PRESETS, FadeConfig
@@ -146,15 +147,28 @@ def test_what_names_mean(model):
         with pytest.raises(ValueError):
             method(wrong)
     assert compressed_tokens(method("dynamic")(model, 64)) == 0
-    for suite in quality.SUITES.values():
-        assert len({method(name).name for name in suite}) == len(suite)
+
+
+@pytest.mark.parametrize(
+    "suite",
+    [*quality.SUITES.values(), *(x.SUITE for x in (bench, free, memory, needles, report, ruler))],
+    ids=lambda suite: suite[0],
+)
+def test_a_suite_has_every_configuration_once_and_presets_by_name(suite):
+    """A preset and its widths are never two rows, and a preset is not named by its widths."""
+    config = lambda c: c and replace(c, loss_bound=None)  # noqa: E731
+    found = {name: config(method(name).config) or name for name in suite}
+    assert len({str(x) for x in found.values()}) == len(suite)
+    if suite is not quality.SWEEP:  # which looks for presets
+        presets = {config(FadeConfig.preset(name)) for name in PRESETS}
+        assert not [name for name, x in found.items() if x in presets and name not in PRESETS]
 
 
 def test_a_method_that_is_not_installed_has_a_row(model, ids, monkeypatch):
     monkeypatch.setattr("transformers.cache_utils.is_optimum_quanto_available", lambda: False)
     found = quality.run(model, [method("dynamic"), method("quanto4")], ids, CHUNK, 2, weigh=False)
-    assert found[1].failed == "quanto is not installed" and not found[1].nll
-    assert "| quanto4 | quanto is not installed |" in quality.table(found)
+    assert found[1].failed == "quanto is not installed: pip install optimum-quanto" and not found[1].nll
+    assert "| quanto4 | quanto is not installed: pip install optimum-quanto |" in quality.table(found)
 
 
 @pytest.fixture(scope="module")
