@@ -67,9 +67,15 @@ def readable(path: str) -> Path:
 def writable(path: str) -> Path:
     """The path of a writable file. Checked before the work, not after it."""
     where = Path(path)
-    if where.is_dir() or not os.access(where.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{path} cannot be written")
-    return where
+    if where.is_dir():
+        why = "it is a folder"
+    elif not where.parent.is_dir():
+        why = f"there is no folder {where.parent}"
+    elif not os.access(where if where.exists() else where.parent, os.W_OK):
+        why = "it is protected"
+    else:
+        return where
+    raise argparse.ArgumentTypeError(f"{path} cannot be written: {why}")
 
 
 def device(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from types import FrameType
 
 from fade_ref.config import FadeConfig
 
@@ -33,7 +34,8 @@ def warn_once(config: FadeConfig, count: int) -> None:
 
 def _of_the_user() -> int:
     """How many frames above `warn_once` the code is that called generate() or the model, counting from 1."""
-    level, frame = 2, sys._getframe(2)
+    level = 2
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_globals.get("__name__", "").split(".")[0] not in ("fade_fast", "torch", "transformers"):
             return level

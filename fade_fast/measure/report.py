@@ -33,6 +33,7 @@ from . import bench, memory, needles, options, quality, ruler, runs, texts
 from .methods import Method, Unavailable, allocated, compressed_tokens, evicted_tokens
 from .streams import check
 
+FEW = ("lossless", "safe", "int2", "balanced")  # on a CPU, where all of them take long
 SUITE = ("lossless", "safe", "int3", "int2", "recall", "balanced", "aggressive", "h2o")
 TASKS = ("niah_single", "niah_multikey", "vt")  # of RULER
 DEPTHS = (10, 50, 90)  # of facts, percent
@@ -252,7 +253,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--parts", nargs="+", choices=tuple(KINDS), default=list(KINDS), metavar="PART",
         help=f"what to measure, of {', '.join(KINDS)}",
     )  # fmt: skip
-    options.add_methods(parser, SUITE)
+    options.add_methods(parser, SUITE if gpu else FEW)
     options.add_output(parser, "report")
     parser.add_argument("--markdown", type=writable, metavar="FILE", help="write the tables there")
     args = parser.parse_args(argv)

@@ -331,11 +331,14 @@ def test_commands_of_their_own_get_what_follows(tmp_path, monkeypatch, capsys):
         ("bench --length -1", "'-1': an integer of at least 1"),
         ("bench --length 64", "--length 64: lossless does nothing to so few tokens. Give at least 109"),
         ("quality --length 100", "--length 100: "),
-        ("quality --suite report --length 512", "--length 512: recall does nothing to so few tokens"),
+        (
+            "quality --suite report --length 512 --configs recall",
+            "--length 512: recall does nothing to so few tokens",
+        ),
         ("needles --lengths 2048 100", "--lengths 100: "),
         ("ruler --configs frugal", "no method 'frugal'"),
-        ("bench --json {tmp}/none/a.json", "a.json cannot be written"),
-        ("quality --markdown {tmp}", "cannot be written"),
+        ("bench --json {tmp}/none/a.json", "a.json cannot be written: there is no folder {tmp}/none"),
+        ("quality --markdown {tmp}", "cannot be written: it is a folder"),
         ("quality --codebooks {tmp}/none.safetensors", "none.safetensors: no such file"),
         ("bench --device abacus", "'abacus' is not the name of a device"),
         ("bench --text {tmp}/none.txt", "none.txt: no such file"),
@@ -353,7 +356,7 @@ def test_measurements_refuse_in_one_line_before_any_work(arguments, says, tmp_pa
     except SystemExit as stopped:
         assert stopped.code == 2
     said = one_line(capsys)
-    assert said.startswith("fade ") and says in said
+    assert said.startswith("fade ") and says.format(tmp=tmp_path) in said
 
 
 def test_a_reader_may_leave(monkeypatch, capsys):
