@@ -77,7 +77,7 @@ def choose(model: PreTrainedModel, found: calibration.Calibration, codecs: list[
         config = FadeConfig(quant_backend=codec, loss_bound=SAFE_LOSS)
         choice = chosen(model, config, found if codec == "matched" else None, again=True)
         choices[key(config)] = dataclasses.asdict(choice)
-        print(f"safe with the {codec} codec: {choice}")
+        print(f"widths of `safe` with the {codec} codec: {choice}")
     found.provenance["choices"] = choices
 
 

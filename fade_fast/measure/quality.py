@@ -293,6 +293,11 @@ def show(report: dict, results: list[Result]) -> str:
     told = ["KL: nats a token. top-1: share of predictions with the same most likely token."]
     if any(r.bytes for r in results):
         told.append(f"Allocated: by a cache of {AT} bfloat16 tokens, with the tables that caches share.")
+    late = [r.method for r in results if "int4_budget=" in r.config and "int4_budget=None" not in r.config]
+    if late := [name for name in late if not next(r.evicted for r in results if r.method == name)]:
+        told.append(
+            f"In windows of this length {', '.join(late)} did not drop a token yet: longer ones cost more."
+        )
     return "\n\n".join([*blocks, " ".join(told), best_trades(results)]).rstrip() + "\n"
 
 

@@ -195,8 +195,12 @@ def headline(report: dict) -> str:
     """One line about a run."""
     return (
         "{model}, {dtype}, {device}, torch {torch}, transformers {transformers}; {length} tokens of {text}, "
-        "{windows} of them, in chunks of {chunk}; {trials} examples of each task and depth".format(
-            **report | dict(windows="1 window" if report["windows"] == 1 else f"{report['windows']} windows")
+        "{windows} of them, in chunks of {chunk}; {trials} of each task and depth".format(
+            **report
+            | dict(
+                windows="1 window" if report["windows"] == 1 else f"{report['windows']} windows",
+                trials="1 example" if report["trials"] == 1 else f"{report['trials']} examples",
+            )
         )
     )
 
@@ -218,8 +222,9 @@ def show(report: dict) -> str:
     blocks = [
         f"{headline(report)}.",
         summary(report),
-        "MiB and ratios are those of caches that hold as many bfloat16 tokens, host memory included. *Facts "
-        "found*: codes in long texts that are told exactly (passkey, multikey, recall). *RULER*: the mean "
+        "MiB and ratios are those of caches that hold as many bfloat16 tokens, with host memory and with the "
+        "tables that all caches of a model share. KL: nats a token. *Facts found*: codes in long "
+        "texts that are told exactly (passkey, multikey, recall). *RULER*: the mean "
         f"score of {', '.join(TASKS)}. {read_by(report)}",
     ]
     for part, module in (("needles", needles), ("ruler", ruler)):

@@ -228,3 +228,18 @@ def test_a_real_model_and_text(smollm2, wikitext):
     int4, int2 = (rows[name] for name in names)
     assert 1e-6 < int4.kl < 0.05 and int4.kl < int2.kl < 0.5
     assert 0.95 < int4.ratio < 1.05 and int4.top1 > 0.85
+
+
+def test_what_did_not_drop_a_token_yet_is_told():
+    about = dict(model="m", dtype="fp32", device="CPU", torch="2", transformers="5", text="t", length=8)
+    report = about | dict(windows=1, chunk=4)
+    row = dict(does="compresses", nll=[1.0], kl=[0.0], top1=[1.0], read=1.0)
+    exact = quality.Result("dynamic", "exact", nll=[1.0], kl=[0.0], top1=[1.0], read=0.0, evicted=0.0)
+    for gone, said in ((0.0, True), (3.0, False)):
+        found = [
+            exact,
+            quality.Result("balanced", config=str(FadeConfig.preset("balanced")), evicted=gone, **row),
+            quality.Result("safe", config=str(FadeConfig.preset("safe")), evicted=0.0, **row),
+        ]
+        shown = quality.show(report | dict(results=[vars(r) for r in found]), found)
+        assert ("balanced did not drop a token yet" in shown) == said
