@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--codebooks", nargs="+", type=Path, default=[], metavar="FILE", help="of product quantization, too"
     )
-    options.add_output(parser)
+    options.add_output(parser, "simulation")
     args = parser.parse_args(argv)
     if args.show:
         print(shown(json.loads(args.show.read_text(encoding="utf-8"))))

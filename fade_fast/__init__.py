@@ -8,6 +8,7 @@ transformers.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 from . import deprecated
@@ -28,7 +29,8 @@ else:  # type checkers know all names
 
     def __getattr__(name: str):
         if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            here = sys.modules[__name__]  # Python then says which name may have been meant
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=here)
         home = _HOMES[name]
         if name == "loading":
             found = importlib.import_module(f"{home}.{name}")

@@ -155,7 +155,7 @@ class FadeConfig:
             warnings.warn(
                 f"eviction_policy={self.eviction_policy!r} has no effect without a budget: every token is "
                 "kept. Give int4_budget, a number of tokens, or leave the policy out",
-                stacklevel=3,
+                stacklevel=4,  # of __post_init__, __init__ and the function that checks keywords
             )
 
     def _loss_bound(self, by_layer: bool) -> None:

@@ -63,6 +63,9 @@ def test_what_type_checkers_read_is_what_is_imported():
     assert fade_fast.loading is importlib.import_module("fade_fast.hf.loading")
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = fade_fast.nonsense
+    with pytest.raises(AttributeError) as said:
+        _ = fade_fast.create_cach
+    assert said.value.name == "create_cach" and said.value.obj is fade_fast  # Python then names create_cache
 
 
 def test_the_wheel_contains_our_three_packages():

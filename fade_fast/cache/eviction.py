@@ -1,6 +1,8 @@
 """The warning that a cache has begun to forget."""
 
+import sys
 import warnings
+from types import FrameType
 
 from fade_ref.config import FadeConfig
 
@@ -26,5 +28,16 @@ def warn_once(config: FadeConfig, count: int) -> None:
         f"{config.eviction_policy!r}, and the model cannot answer questions about them. 'safe' and 'recall' "
         "keep every token. cache.memory().forgotten counts the dropped ones",
         EvictionWarning,
-        stacklevel=2,
+        stacklevel=_of_the_user(),
     )
+
+
+def _of_the_user() -> int:
+    """How many frames above `warn_once` the code is that called generate() or the model, counting from 1."""
+    level = 2
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] not in ("fade_fast", "torch", "transformers"):
+            return level
+        level, frame = level + 1, frame.f_back
+    return 2

@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from fade_ref.config import SAFE_LOSS, FadeConfig
 
+from .. import arguments
 from ..hf import calibration
 from ..hf.loading import LoadError, load, quiet
 from ..hf.models import text_config
@@ -29,12 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_text(parser: argparse.ArgumentParser) -> None:
     """--text, --out and --tokens."""
     parser.add_argument(
-        "--text", type=options.text_file, metavar="FILE", help="UTF-8 text (default: built in)"
+        "--text", type=arguments.text_file, metavar="FILE", help="UTF-8 text (default: built in)"
     )
-    parser.add_argument("--out", type=options.writable, required=True, metavar="FILE", help="safetensors")
+    parser.add_argument("--out", type=arguments.writable, required=True, metavar="FILE", help="safetensors")
     parser.add_argument(
         "--tokens",
-        type=options.positive,
+        type=arguments.positive,
         default=calibration.TOKENS,
         metavar="N",
         help=f"most tokens of FILE (default: {calibration.TOKENS})",
@@ -76,7 +77,7 @@ def choose(model: PreTrainedModel, found: calibration.Calibration, codecs: list[
         config = FadeConfig(quant_backend=codec, loss_bound=SAFE_LOSS)
         choice = chosen(model, config, found if codec == "matched" else None, again=True)
         choices[key(config)] = dataclasses.asdict(choice)
-        print(f"safe with the {codec} codec: {choice}")
+        print(f"widths of `safe` with the {codec} codec: {choice}")
     found.provenance["choices"] = choices
 
 

@@ -6,8 +6,9 @@ Exit code 1 if the model is refused.
 import argparse
 import dataclasses
 
+from .. import arguments
 from ..hf.check import check_model
-from ..hf.loading import load, quiet
+from ..hf.loading import quiet
 from ..saved.files import write_json
 from . import options
 
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_config(parser)
     parser.add_argument(
-        "--length", type=options.positive, default=8192, metavar="N", help="tokens to predict memory for"
+        "--length", type=arguments.positive, default=8192, metavar="N", help="tokens to predict memory for"
     )
     parser.add_argument(
         "--calibrate", action="store_true", help="measure the loss of the widths again (for safe)"
@@ -28,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the prediction. Returns 0 if the model is served, else 1."""
     quiet()
-    model, _ = load(args.model, args.device, args.dtype)
+    model, _ = options.loaded(args)
+    options.wait("Checking it. The first time, what its bits lose is measured, too ...")
     prediction = check_model(model, args.config, length=args.length, calibrate=args.calibrate)
     print(prediction)
     if args.json:

@@ -7,15 +7,18 @@ Modules in `COMMANDS` have `add_arguments(parser)` and `run(args)`, which may re
 `PASSED` parse the arguments after their name themselves.
 
 Exit codes: 0, success; 1, a negative result (a refused model, a failed comparison); 2, an error that the user
-can fix, reported in one line on standard error; 130, interrupted.
+can fix, reported in one line on standard error; 130, interrupted; 141, nobody reads the output any more.
 """
 
 import argparse
+import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..arguments import Parser
 from ..errors import LoadError, missing
 
 #: Module and help of each command. The help is the first line of the module's docstring.
@@ -68,13 +71,6 @@ REPORT = ("--suite", "report", "fade_fast.measure.report")  # two arguments, and
 EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "matplotlib": "plot", "sklearn": "train", "scipy": "train"}
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports an error in one line. Only --help shows the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def module_of(command: str):
     """The module of a command in `COMMANDS`."""
     return importlib.import_module(f"{__package__}.{COMMANDS[command][0]}")
@@ -108,9 +104,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((x for x in argv if not x.startswith("-")), None)  # no option before it takes a value
     try:
         if argv and argv[0] in PASSED:
-            return pass_on(argv[0], argv[1:])
-        args = parser(command).parse_args(argv)
-        return module_of(args.command).run(args) or 0
+            code = pass_on(argv[0], argv[1:])
+        else:
+            args = parser(command).parse_args(argv)
+            code = module_of(args.command).run(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads, such as `head`, has seen enough
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the exit
+        return 141
     except LoadError as error:
         print(f"fade {command}: error: {error}", file=sys.stderr)
         return 2

@@ -15,11 +15,12 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from fade_ref.config import PRESETS
 from fade_ref.tiers import Tier
 
+from .. import arguments
 from ..cache.eviction import EvictionWarning
 from ..hf.attach import detach
 from ..hf.create import create_cache
 from ..hf.foreign import ForeignLayer
-from ..hf.loading import HUB_ID, LoadError, load, quiet
+from ..hf.loading import LoadError, called, load, quiet
 from ..hf.models import CACHE_NAME
 from ..measure.texts import built_in
 from ..saved.files import write_json
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"presets to run, of {', '.join(PRESETS)} (default: {', '.join(SHOWN)})",
     )  # fmt: skip
     parser.add_argument(
-        "--prompt-file", type=options.text_file, metavar="FILE", help="UTF-8 text for the prompt"
+        "--prompt-file", type=arguments.text_file, metavar="FILE", help="UTF-8 text for the prompt"
     )
     options.add_new_tokens(parser)
     options.add_json(parser)
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the demo. Prints one table, and writes `args.json` if it is given."""
     quiet()
     warnings.filterwarnings("ignore", category=EvictionWarning)  # the table shows how many tokens are gone
-    name = args.model or HUB_ID
+    name = called(args.model)
     print(f"Loading {name} ...", flush=True)
     if args.quick:
         return run_quick(args, name)

@@ -9,9 +9,10 @@ import contextlib
 import time
 import warnings
 
+from .. import arguments
 from ..cache.eviction import EvictionWarning
 from ..hf.create import create_cache
-from ..hf.loading import LoadError, load, quiet
+from ..hf.loading import LoadError, quiet
 from ..saved.files import write_json
 from ..saved.units import size
 from . import options, session
@@ -21,23 +22,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade generate`."""
     options.add_model(parser)
     options.add_config(parser)
-    parser.add_argument("--document", type=options.text_file, metavar="FILE", help="UTF-8 text to read first")
+    parser.add_argument(
+        "--document", type=arguments.text_file, metavar="FILE", help="UTF-8 text to read first"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="what to ask")
-    parser.add_argument("--prompt-file", type=options.text_file, metavar="FILE", help="the same, from a file")
+    parser.add_argument(
+        "--prompt-file", type=arguments.text_file, metavar="FILE", help="the same, from a file"
+    )
     options.add_new_tokens(parser)
-    parser.add_argument("--save", type=options.writable, metavar="FILE", help="store the cache of --document")
-    parser.add_argument("--resume", type=options.readable, metavar="FILE", help="begin with a stored cache")
+    parser.add_argument(
+        "--save", type=arguments.writable, metavar="FILE", help="store the cache of --document"
+    )
+    parser.add_argument("--resume", type=arguments.readable, metavar="FILE", help="begin with a stored cache")
     parser.add_argument(
         "--compare", action="store_true", help="with --resume: also read everything afresh, and compare"
     )
     parser.add_argument(
         "--codebooks",
-        type=options.readable,
+        type=arguments.readable,
         metavar="FILE",
         help="codebooks of train-codebook, for --config quant_backend=product",
     )
     parser.add_argument(
-        "--telemetry", type=options.writable, metavar="FILE", help="append events as JSON lines"
+        "--telemetry", type=arguments.writable, metavar="FILE", help="append events as JSON lines"
     )
     options.add_json(parser)
 
@@ -48,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args, question)
     quiet()
     warnings.filterwarnings("ignore", category=EvictionWarning)  # the number of forgotten tokens is printed
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = options.loaded(args)
     started = time.perf_counter()
     try:
         if args.resume:
@@ -66,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         )
         memory = cache.memory()
         how = f"loaded from {args.resume}" if args.resume else "read"
-        print(f"{read.shape[1]} tokens {how} in {record['read_s']:.2f} s; {size(memory.allocated)}")
+        print(f"{read.shape[1]} tokens {how} in {record['read_s']:.2f} s; the cache has {size(memory.own)}")
         if args.save:
             cache.save(args.save, read)
             record |= dict(file_bytes=args.save.stat().st_size)

@@ -5,18 +5,18 @@ Its tensors are not read, so they are not verified.
 
 import argparse
 
+from .. import arguments
 from ..errors import LoadError
 from ..saved import checkpoint, snapshot
 from ..saved.files import write_json
 from ..saved.units import size
-from . import options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade inspect`."""
-    parser.add_argument("file", type=options.readable, metavar="FILE", help="what cache.save() wrote")
+    parser.add_argument("file", type=arguments.readable, metavar="FILE", help="what cache.save() wrote")
     parser.add_argument(
-        "--json", type=options.writable, metavar="FILE", help="write the snapshot there as well"
+        "--json", type=arguments.writable, metavar="FILE", help="write the snapshot there as well"
     )
 
 

@@ -3,26 +3,39 @@
 import argparse
 import contextlib
 import dataclasses
-import os
-import re
-from pathlib import Path
+import sys
 
-import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fade_ref.config import PRESETS, FadeConfig
 
-from ..hf.loading import DTYPES, HUB_ID, LoadError
+from .. import arguments
+from ..hf.loading import DTYPES, HUB_ID, LoadError, called, load
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --device, --dtype: the arguments of `loading.load`."""
-    parser.add_argument("--model", help=f"hub id or folder (default: {HUB_ID}, found online or offline)")
+    parser.add_argument(
+        "--model", help=f"hub id or folder (default: {HUB_ID}, or smollm2, found online or offline)"
+    )
     add_device(parser)
+
+
+def loaded(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of `add_model`. Who watches is told that it takes time."""
+    wait(f"Loading {called(args.model)} ...")
+    return load(args.model, args.device, args.dtype)
+
+
+def wait(text: str) -> None:
+    """Say what takes time, where somebody watches a terminal."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device and --dtype."""
-    parser.add_argument("--device", type=device, help="default: cuda if available, else cpu")
+    parser.add_argument("--device", type=arguments.device, help="default: cuda if available, else cpu")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is bf16 (default)")
 
 
@@ -86,34 +99,18 @@ def layer_bits(text: str) -> str | dict[int, tuple[int, int]] | None:
         raise argparse.ArgumentTypeError(f"{text!r}: LAYER=KEYS/VALUES,... is allowed") from error
 
 
-def size(text: str) -> int:
-    """A number of bytes, with a unit or without.
-
-    >>> size("2GB"), size("1.5 MiB"), size("100")
-    (2000000000, 1572864, 100)
-    """
-    units = dict(B=1, KB=10**3, MB=10**6, GB=10**9, TB=10**12, KIB=2**10, MIB=2**20, GIB=2**30, TIB=2**40)
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not found or (found[2] or "B").upper() not in units:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number of bytes such as 2GB or 512MiB is allowed")
-    return int(float(found[1]) * units[(found[2] or "B").upper()])
-
-
-def natural(text: str) -> int:
-    """An integer of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: an integer of at least 0 is allowed")
-    return int(text)
-
-
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json, a file for the numbers."""
-    parser.add_argument("--json", type=writable, metavar="FILE", help="write the figures there as well")
+    parser.add_argument(
+        "--json", type=arguments.writable, metavar="FILE", help="write the figures there as well"
+    )
 
 
 def add_new_tokens(parser: argparse.ArgumentParser) -> None:
     """--max-new-tokens."""
-    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default: 64")
+    parser.add_argument(
+        "--max-new-tokens", type=arguments.positive, default=64, metavar="N", help="default: 64"
+    )
 
 
 def preset(name: str) -> str:
@@ -149,46 +146,3 @@ def _value(text: str) -> int | float | str | None:
         with contextlib.suppress(ValueError):
             return kind(text)
     return text
-
-
-def text_file(path: str) -> str:
-    """The text of a UTF-8 file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise argparse.ArgumentTypeError(f"cannot read {path}: {why}") from error
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"{path} is empty")
-    return text
-
-
-def readable(path: str) -> Path:
-    """The path of an existing file."""
-    if not Path(path).is_file():
-        raise argparse.ArgumentTypeError(f"cannot read {path}: no such file")
-    return Path(path)
-
-
-def writable(path: str) -> Path:
-    """The path of a writable file. Checked before the work, not after it."""
-    where = Path(path)
-    if where.is_dir() or not os.access(where.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{path} cannot be written")
-    return where
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: an integer of at least 1 is allowed")
-    return int(text)
-
-
-def device(name: str) -> str:
-    """The name of a device."""
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{name!r} is not the name of a device") from error
-    return name

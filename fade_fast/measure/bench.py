@@ -21,7 +21,6 @@ import json
 import statistics
 import time
 import traceback
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,13 +28,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fade_fast.cache.eviction import EvictionWarning
+from fade_fast.arguments import Parser, positive
 from fade_fast.errors import InputError
-from fade_fast.hf import loading
 from fade_fast.hf.cache import TieredKVCache
 from fade_fast.hf.models import text_config
 
-from . import generate, memory, options, texts
+from . import generate, memory, options, runs, texts
 from .methods import Method, Unavailable, allocated, compressed_tokens, evicted_tokens, made_for
 from .streams import NothingCompressed, check
 
@@ -51,6 +49,7 @@ class Result:
         method: its name.
         length, new: tokens of the prompt, and tokens written after it.
         bytes: of every distinct storage of a cache that holds as many bfloat16 tokens.
+        tables: the part of them that all caches of the model share.
         first_token_s: from the call of generate() to the first token, in seconds.
         ms, tokens_per_s: of a step after warm-up, median.
         compile_s: extra time of the warm-up steps, in seconds.
@@ -64,6 +63,7 @@ class Result:
     length: int
     new: int
     bytes: int | None = None
+    tables: int | None = None
     first_token_s: float | None = None
     ms: float | None = None
     tokens_per_s: float | None = None
@@ -102,8 +102,9 @@ def measure(model, m: Method, ids: Tensor, new: int) -> Result:
     settled, result.compile_s = generate.steady(steps)
     result.ms = statistics.median(settled) * 1e3
     result.tokens_per_s = 1e3 / result.ms
-    if clock.cuda and isinstance(cache, TieredKVCache):
-        result.captured = cache.decode_graph.replays
+    if isinstance(cache, TieredKVCache):
+        result.tables = cache.memory().tables
+        result.captured = cache.decode_graph.replays if clock.cuda else None
     result.read, result.evicted = float(compressed_tokens(cache)), float(evicted_tokens(cache))
     check(m, result.read, result.evicted)
     if model.dtype == torch.bfloat16:
@@ -178,6 +179,11 @@ def notes(report: dict, results: list[Result]) -> list[str]:
     said = []
     if report["device"] == "CPU":
         said.append("On a CPU the cache saves memory, and time only in long texts: docs/speed.md.")
+    if shared := [f"{r.tables / 2**20:.1f} for `{r.method}`" for r in results if (r.tables or 0) > 2**20]:
+        said.append(
+            f"MiB: with bfloat16 keys and values, and with tables that all caches of the model share: "
+            f"{', '.join(shared)}."
+        )
     if slow := [r.method for r in results if r.captured is not None and 2 * r.captured < r.new]:
         said.append(f"Steps of {', '.join(slow)} were not captured as CUDA graphs: expect faster ones.")
     if any(r.evicted for r in results):
@@ -208,16 +214,18 @@ def prompt(model, tokenizer, text: str, length: int, new: int) -> Tensor:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fade bench", description=__doc__.splitlines()[0])
+    parser = Parser("fade bench", **options.told(__doc__))
     gpu = options.on_gpu()
     options.add_model(parser, dtype="bf16" if gpu else "fp32")
     options.add_text(parser, "of the prompt")
     parser.add_argument(
-        "--length", type=int, default=8192 if gpu else 2048, metavar="N", help="tokens of the prompt"
+        "--length", type=positive, default=8192 if gpu else 2048, metavar="N", help="tokens of the prompt"
     )
-    parser.add_argument("--new", type=int, default=128 if gpu else 24, metavar="N", help="tokens written")
+    parser.add_argument(
+        "--new", type=positive, default=128 if gpu else 24, metavar="N", help="tokens written"
+    )
     options.add_methods(parser, SUITE)
-    options.add_output(parser)
+    options.add_output(parser, "bench")
     args = parser.parse_args(argv)
     if args.length < 64 or args.new < LEAST:
         parser.error(f"--length must be at least 64, --new at least {LEAST}")
@@ -234,8 +242,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances."""
-    loading.quiet()
-    warnings.filterwarnings("ignore", category=EvictionWarning)  # the table shows how many tokens are gone
+    runs.quiet()
+    options.refuse_short(args.methods, args.length, new=args.new)
     text, source = texts.read_or_default(args.text)
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
     ids = prompt(model, tokenizer, text, args.length, args.new)

@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from fade_fast.arguments import Parser, positive
 from fade_fast.cache import host
 from fade_fast.cache.select_store import HITS, MISSES, QUERIES, READ, Choice, SelectStore
 from fade_fast.errors import InputError
@@ -576,14 +577,14 @@ def report(bench: Bench) -> dict:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fade bench choose", description=__doc__.splitlines()[0])
+    parser = Parser("fade bench choose", description=__doc__.splitlines()[0])
     listed = lambda text: text.split(",")  # noqa: E731
     add = parser.add_argument
     add("--parts", type=listed, default=list(PARTS), metavar="A,B", help=f"of {','.join(PARTS)}")
     add("--device", choices=("cuda", "cpu"), default="cuda" if options.on_gpu() else "cpu")
-    add("--layers", type=int, metavar="N", help="of the model: 4, or 2 of a tiny one")
-    add("--vocabulary", type=int, default=K, metavar="N", help="of the model; default: %(default)s")
-    add("--read", type=int, metavar="N", help="tokens that a query reads: 2048, or 64 of a tiny text")
+    add("--layers", type=positive, metavar="N", help="of the model: 4, or 2 of a tiny one")
+    add("--vocabulary", type=positive, default=K, metavar="N", help="of the model; default: %(default)s")
+    add("--read", type=positive, metavar="N", help="tokens that a query reads: 2048, or 64 of a tiny text")
     add(
         "--indexes",
         type=listed,
@@ -596,13 +597,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--cases", type=listed, metavar="BxS,...", help="of steps and hits: 8x32768,8x131072")
     add("--hits", type=listed, default=["95", "80", "50"], metavar="A,B", help="percent that are forced")
-    add("--length", type=int, metavar="N", help="of prefill and batch: 32768")
+    add("--length", type=positive, metavar="N", help="of prefill and batch: 32768")
     add("--gpu-gb", type=float, default=80, help="memory of the GPU of batch; default: %(default)s")
     add("--batches", type=listed, default=["1", "8"], metavar="A,B", help="of the curve")
     add("--lengths", type=listed, metavar="A,B", help="of the curve: 2048 to 524288, times 4 each")
-    add("--turns", type=int, metavar="N", help="that count: 5, or 1 of a tiny model")
-    add("--new", type=int, metavar="N", help="tokens of a turn: 48, or 4 of a tiny model")
-    options.add_output(parser)
+    add("--turns", type=positive, metavar="N", help="that count: 5, or 1 of a tiny model")
+    add("--new", type=positive, metavar="N", help="tokens of a turn: 48, or 4 of a tiny model")
+    options.add_output(parser, "choose")
     args = parser.parse_args(argv)
     tiny = args.device == "cpu"
     usual = dict(
@@ -626,8 +627,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         args.far = [method(f"{x}:cold=host") for x in ours] if "host" in args.cold else []
     except ValueError as error:
         parser.error(str(error))
-    if any(len(case) != 2 for case in args.cases) or args.new < 4 or args.turns < 1:
-        parser.error("--cases: BxS, such as 8x32768; --new: at least 4; --turns: at least 1")
+    if any(len(case) != 2 for case in args.cases) or args.new < 4:
+        parser.error("--cases: BxS, such as 8x32768; --new: at least 4")
     return args
 
 

@@ -14,7 +14,6 @@ FILE` writes what is shown. Without a GPU everything shrinks and runs through th
 nothing then.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -30,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fade_fast.arguments import Parser, writable
 from fade_fast.cache.append_store import AppendStore
 from fade_fast.cache.positions import TokenPositions
 from fade_fast.cache.store import ONE_MEAN
@@ -620,8 +620,8 @@ def small(case: Case) -> Case:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("fade bench attention", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times there as well")
+    parser = Parser("fade bench attention", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the times there as well")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"

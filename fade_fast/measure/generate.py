@@ -27,6 +27,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sta
 from transformers.generation.candidate_generator import CandidateGenerator
 
 import fade_fast
+from fade_fast.arguments import Parser, positive, readable, writable
 from fade_fast.hf.attach import attach
 from fade_fast.hf.cache import TieredKVCache
 from fade_fast.hf.models import CACHE_NAME, attention_modules, split_keys
@@ -611,12 +612,14 @@ def tables(results: list[Result]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fade bench generate", description=__doc__.splitlines()[0])
+    parser = Parser("fade bench generate", description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times there as well")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the times there as well")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--methods", metavar="A,B", help="these instead of each case's own")
-    parser.add_argument("--new", type=int, metavar="N", help="tokens to generate: 128, or 8 of a tiny model")
+    parser.add_argument(
+        "--new", type=positive, metavar="N", help="tokens to generate: 128, or 8 of a tiny model"
+    )
     parser.add_argument("--fill", choices=("auto", *FILLS), default="auto", help="how the cache is filled")
     parser.add_argument(
         "--grow", action="store_true", help="our caches grow instead of being made to measure"
@@ -626,7 +629,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
     parser.add_argument("--list", action="store_true", help="list cases and methods, and stop")
     parser.add_argument(
-        "--show", type=Path, nargs="+", metavar="FILE", help="tables of stored results, and stop"
+        "--show", type=readable, nargs="+", metavar="FILE", help="tables of stored results, and stop"
     )
     args = parser.parse_args(argv)
     args.tiny |= args.device == "cpu"

@@ -1,5 +1,7 @@
 """The size of caches: `fade memory`.
 
+fade memory --model meta-llama/Llama-3.1-8B --lengths 8192 32768
+
 Bytes are those of every distinct storage that a cache holds. They are counted tensor by tensor, not taken
 from what the cache reports. The cache holds one row of bfloat16 tokens of the shape of a model, and one
 prefill reaches each of the `--lengths`. A "grown" cache made room as tokens came, and a "reserved" one was
@@ -19,20 +21,21 @@ import transformers
 from transformers.cache_utils import Cache
 
 import fade_fast
-from fade_fast.hf import loading
+from fade_fast.arguments import Parser, positive
 from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.saved.memory import StorageMeter
+from fade_fast.saved.units import size
 
-from . import options, pictures, texts
+from . import options, pictures, runs, texts
 from .methods import Method, Unavailable, allocated, key_shape, made_for
 
 SUITE = (
     "dynamic",
     "quanto4",
     "hqq4",
-    "int8",
-    "int4",
+    "lossless",
+    "safe",
     "int3",
     "k4v2",
     "int2",
@@ -146,7 +149,7 @@ def run(model, methods: list[Method], lengths: list[int], peak: bool, say=print)
                 r.failed = "out of memory"
             gc.collect()
             results.append(r)
-            say(f"  {r.method} {r.length}: {r.failed or r.grown}")
+            say(f"  {r.method}, {r.length} tokens: {r.failed or size(r.grown)}")
     return results
 
 
@@ -196,13 +199,13 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fade memory", description=__doc__.splitlines()[0])
+    parser = Parser("fade memory", **options.told(__doc__))
     options.add_model(parser, dtype=None)
-    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N", help="tokens")
+    parser.add_argument("--lengths", nargs="+", type=positive, default=LENGTHS, metavar="N", help="tokens")
     options.add_methods(parser, SUITE)
     parser.add_argument("--peak", action="store_true", help="run the model, too")
     parser.add_argument("--plot", type=pictures.path, metavar="FILE", help="bytes against length")
-    options.add_output(parser)
+    options.add_output(parser, "memory")
     args = parser.parse_args(argv)
     args.methods = options.methods_of(parser, args)
     return args
@@ -213,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.show:
         report, results = stored(args.show)
     else:
-        loading.quiet()
+        runs.quiet()
         model, _, name = texts.load_model(args.model, args.device, "bf16")
         results = run(model, args.methods, args.lengths, args.peak, lambda line: print(line, flush=True))
         report = dict(

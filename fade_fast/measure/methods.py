@@ -62,6 +62,17 @@ class Method:
     most: int | None = None
     config: FadeConfig | None = None
 
+    def least(self, chunk: int = 1) -> int:
+        """Fewest tokens of a text, fed in chunks, of which a step reads some compressed, and some not at all
+        where queries choose. 1 where that is not known before the run.
+        """
+        c = self.config
+        if c is None or not c.compresses or self.does != COMPRESSES:
+            return 1
+        chosen = c.tokens_selected if isinstance(c.select, int) else 0
+        before = c.n_sink + c.recent_window + (chosen // c.block_size + 1) * c.block_size
+        return -(-before // chunk) * chunk + 1
+
     @property
     def stored(self) -> FadeConfig | None:
         """What a prompt leaves in the cache. Methods with one of these differ only in what queries read."""
@@ -194,7 +205,8 @@ def _quantized(model, backend: str, bits: int) -> Cache:
     try:
         return QuantizedCache(backend, model.config, nbits=bits)
     except ImportError as error:
-        raise Unavailable(f"{backend} is not installed") from error
+        package = {"quanto": "optimum-quanto"}.get(backend, backend)
+        raise Unavailable(f"{backend} is not installed: pip install {package}") from error
     except ValueError as error:  # a model with sliding or linear layers
         raise Unavailable(f"refused by transformers: {error}") from error
 

@@ -1,18 +1,26 @@
 """Options that the measurements share, each defined once."""
 
 import argparse
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
+from fade_fast.arguments import device, readable, writable
+from fade_fast.errors import InputError
 from fade_fast.hf import loading
 
-from . import texts
 from .methods import Method, method
 
 #: Help of the option that takes names of methods.
 CONFIGS = "such as safe, int3, k4v2, h2o, quanto4, int4:recent_window=32 (docs/quality.md explains them)"
+
+
+def told(docstring: str) -> dict[str, str]:
+    """Arguments of a parser: what a module measures, and its example of a command, by its docstring."""
+    first, *others = docstring.splitlines()
+    return dict(description=first, epilog=next((line for line in others if line.startswith("fade ")), ""))
 
 
 def on_gpu() -> bool:
@@ -22,8 +30,10 @@ def on_gpu() -> bool:
 
 def add_model(parser: argparse.ArgumentParser, dtype: str | None = "fp32") -> None:
     """--model and --device; also --dtype, unless its default `dtype` is None."""
-    parser.add_argument("--model", default=texts.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2")
-    parser.add_argument("--device", default="cuda" if on_gpu() else "cpu", help="cuda or cpu")
+    parser.add_argument(
+        "--model", default=loading.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2 (default)"
+    )
+    parser.add_argument("--device", type=device, default="cuda" if on_gpu() else "cpu", help="cuda or cpu")
     if dtype is not None:
         parser.add_argument(
             "--dtype", choices=tuple(loading.DTYPES), default=dtype, help=f"of the model; default: {dtype}"
@@ -45,15 +55,48 @@ def add_methods(parser: argparse.ArgumentParser, default: Iterable[str] | None) 
         "--configs", nargs="+", default=None if default is None else list(default), metavar="NAME",
         help=CONFIGS,
     )  # fmt: skip
-    parser.add_argument("--policy-weights", type=Path, metavar="FILE", help="of the policy learned")
-    parser.add_argument("--codebooks", type=Path, metavar="FILE", help="of codes")
+    parser.add_argument("--policy-weights", type=readable, metavar="FILE", help="of the policy learned")
+    parser.add_argument("--codebooks", type=readable, metavar="FILE", help="of codes")
 
 
-def add_output(parser: argparse.ArgumentParser, show: bool = True) -> None:
-    """--json, a file for the numbers; and --show, such a file whose tables are printed."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
-    if show:
-        parser.add_argument("--show", type=Path, metavar="FILE", help="the tables of a stored run, and stop")
+def report_of(kind: str) -> Callable[[str], Path]:
+    """The type of an option that names a report of a kind, as --json wrote it."""
+
+    def check(path: str) -> Path:
+        try:
+            found = json.loads(readable(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{path} is no report that --json wrote: {error}") from error
+        if not isinstance(found, dict) or found.get("kind") != kind:
+            told = found.get("kind") if isinstance(found, dict) else None
+            raise argparse.ArgumentTypeError(f"{path} is a report of the kind {told!r}, not {kind!r}")
+        return Path(path)
+
+    return check
+
+
+def add_output(parser: argparse.ArgumentParser, kind: str) -> None:
+    """--json, a file for the numbers; and --show, such a file of the `kind`, whose tables are printed."""
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the numbers there as well")
+    parser.add_argument(
+        "--show", type=report_of(kind), metavar="FILE", help="the tables of a stored run, and stop"
+    )
+
+
+def refuse_short(
+    methods: Iterable[Method], length: int, chunk: int = 1, new: int = 0, option: str = "--length"
+) -> None:
+    """Raise `InputError`, before any work, if a method would compress none of the tokens of a text.
+
+    The text has `length` tokens, which are fed in chunks, and `new` ones after them. `option` says how many
+    there are.
+    """
+    for m in methods:
+        if length < (least := m.least(chunk) - new):
+            raise InputError(
+                f"{option} {length}: {m.name} does nothing to so few tokens. Give at least {least}, or other "
+                "--configs"
+            )
 
 
 def methods_of(

@@ -19,22 +19,21 @@ import argparse
 import gc
 import json
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
-from fade_fast.cache.eviction import EvictionWarning
+from fade_fast.arguments import Parser, positive, writable
 from fade_fast.errors import InputError
-from fade_fast.hf import loading
 from fade_fast.hf.models import text_config
 
-from . import bench, memory, needles, options, quality, ruler, texts
+from . import bench, memory, needles, options, quality, ruler, runs, texts
 from .methods import Method, Unavailable, allocated, compressed_tokens, evicted_tokens
 from .streams import check
 
+FEW = ("lossless", "safe", "int2", "balanced")  # on a CPU, where all of them take long
 SUITE = ("lossless", "safe", "int3", "int2", "recall", "balanced", "aggressive", "h2o")
 TASKS = ("niah_single", "niah_multikey", "vt")  # of RULER
 DEPTHS = (10, 50, 90)  # of facts, percent
@@ -196,8 +195,12 @@ def headline(report: dict) -> str:
     """One line about a run."""
     return (
         "{model}, {dtype}, {device}, torch {torch}, transformers {transformers}; {length} tokens of {text}, "
-        "{windows} of them, in chunks of {chunk}; {trials} examples of each task and depth".format(
-            **report | dict(windows="1 window" if report["windows"] == 1 else f"{report['windows']} windows")
+        "{windows} of them, in chunks of {chunk}; {trials} of each task and depth".format(
+            **report
+            | dict(
+                windows="1 window" if report["windows"] == 1 else f"{report['windows']} windows",
+                trials="1 example" if report["trials"] == 1 else f"{report['trials']} examples",
+            )
         )
     )
 
@@ -219,8 +222,9 @@ def show(report: dict) -> str:
     blocks = [
         f"{headline(report)}.",
         summary(report),
-        "MiB and ratios are those of caches that hold as many bfloat16 tokens, host memory included. *Facts "
-        "found*: codes in long texts that are told exactly (passkey, multikey, recall). *RULER*: the mean "
+        "MiB and ratios are those of caches that hold as many bfloat16 tokens, with host memory and with the "
+        "tables that all caches of a model share. KL: nats a token. *Facts found*: codes in long "
+        "texts that are told exactly (passkey, multikey, recall). *RULER*: the mean "
         f"score of {', '.join(TASKS)}. {read_by(report)}",
     ]
     for part, module in (("needles", needles), ("ruler", ruler)):
@@ -236,30 +240,30 @@ def show(report: dict) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fade quality --suite report", description=__doc__.splitlines()[0])
+    parser = Parser("fade quality --suite report", **options.told(__doc__))
     gpu = options.on_gpu()
     options.add_model(parser, dtype="bf16" if gpu else "fp32")
     options.add_text(parser, "that is read, and that is around facts")
     parser.add_argument(
-        "--length", type=int, default=8192 if gpu else 1024, metavar="N", help="tokens of every text"
+        "--length", type=positive, default=8192 if gpu else 1024, metavar="N", help="tokens of every text"
     )
     parser.add_argument(
-        "--windows", type=int, default=4 if gpu else 1, metavar="N", help="pieces of the text"
+        "--windows", type=positive, default=4 if gpu else 1, metavar="N", help="pieces of the text"
     )
     parser.add_argument(
-        "--trials", type=int, default=5 if gpu else 1, metavar="N", help="examples of a task and depth"
+        "--trials", type=positive, default=5 if gpu else 1, metavar="N", help="examples of a task and depth"
     )
-    parser.add_argument("--new", type=int, default=128 if gpu else 8, metavar="N", help="tokens timed")
+    parser.add_argument("--new", type=positive, default=128 if gpu else 8, metavar="N", help="tokens timed")
     parser.add_argument(
         "--parts", nargs="+", choices=tuple(KINDS), default=list(KINDS), metavar="PART",
         help=f"what to measure, of {', '.join(KINDS)}",
     )  # fmt: skip
-    options.add_methods(parser, SUITE)
-    options.add_output(parser)
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
+    options.add_methods(parser, SUITE if gpu else FEW)
+    options.add_output(parser, "report")
+    parser.add_argument("--markdown", type=writable, metavar="FILE", help="write the tables there")
     args = parser.parse_args(argv)
-    if args.length < 256 or min(args.windows, args.trials) < 1 or args.new < bench.LEAST:
-        parser.error(f"--length must be at least 256, --windows and --trials 1, --new {bench.LEAST}")
+    if args.length < 256 or args.new < bench.LEAST:
+        parser.error(f"--length must be at least 256, --new {bench.LEAST}")
     args.methods = options.methods_of(parser, args)
     return args
 
@@ -278,15 +282,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> tuple[dict, Path]:
     """Load, run, and record the circumstances. Returns the report and its file, written after every part."""
-    loading.quiet()
-    warnings.filterwarnings("ignore", category=EvictionWarning)  # the table says what is forgotten
+    runs.quiet()
     torch.backends.cuda.matmul.allow_tf32 = False
+    plan = Plan(args.length, args.windows, args.trials, args.new)
+    options.refuse_short(args.methods, plan.length, plan.chunk)
     text, source = texts.read_or_default(args.text)
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
     reach = getattr(text_config(model), "max_position_embeddings", None)
     if reach is not None and args.length + ROOM > reach:
         raise InputError(f"--length {args.length} and answers of {ROOM}: the model has {reach} positions")
-    plan = Plan(args.length, args.windows, args.trials, args.new)
     report = texts.circumstances("report", model, name, source, args.dtype) | asdict(plan)
     report |= dict(chunk=plan.chunk, configs=[m.name for m in args.methods], seconds={})
     file = args.json or Path(f"report-{name.split('/')[-1]}-{args.length}.json")

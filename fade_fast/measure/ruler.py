@@ -1,5 +1,7 @@
 """Tasks of RULER, generated offline and answered freely: `fade ruler`.
 
+fade ruler --model meta-llama/Llama-3.1-8B-Instruct --lengths 8192
+
 Five tasks of RULER (arXiv 2404.06654). Each is a prompt of an exact number of tokens, made from a local text
 and a seed:
 
@@ -30,6 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fade_fast.arguments import Parser, positive
 from fade_fast.errors import InputError
 
 from . import options, runs
@@ -39,7 +42,7 @@ from .streams import check, chunks, in_parts, of_one_prompt, prefilled, read_by_
 
 TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "fwe")
 SUITE = (
-    "dynamic", "int8", "int4", "int4:quant_backend=matched", "int3", "k4v2", "int2",
+    "dynamic", "lossless", "safe", "k4v4", "int3", "k4v2", "int2",
     "int2:quant_backend=matched", *QUANTIZED, "balanced", "streaming", *POLICIES,
 )  # fmt: skip
 #: Most tokens of an answer, as in RULER.
@@ -457,7 +460,7 @@ def headline(report: dict) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fade ruler", description=__doc__.splitlines()[0])
+    parser = Parser("fade ruler", **options.told(__doc__))
     cuda = options.on_gpu()
     options.add_model(parser)
     options.add_text(parser, "of prompts")
@@ -465,19 +468,21 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS)
     )
     parser.add_argument(
-        "--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192], metavar="N", help="tokens"
+        "--lengths", nargs="+", type=positive, default=[1024, 2048, 4096, 8192], metavar="N", help="tokens"
     )
-    parser.add_argument("--trials", type=int, default=20 if cuda else 2, metavar="N", help="seeds a task")
-    parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens fed at a time")
     parser.add_argument(
-        "--batch", type=int, default=20 if cuda else 2, metavar="N", help="examples at a time"
+        "--trials", type=positive, default=20 if cuda else 2, metavar="N", help="seeds a task"
     )
-    parser.add_argument("--most", type=int, metavar="N", help="tokens of an answer (default: as in RULER)")
+    parser.add_argument("--chunk", type=positive, default=512, metavar="N", help="tokens fed at a time")
+    parser.add_argument(
+        "--batch", type=positive, default=20 if cuda else 2, metavar="N", help="examples at a time"
+    )
+    parser.add_argument(
+        "--most", type=positive, metavar="N", help="tokens of an answer (default: as in RULER)"
+    )
     options.add_methods(parser, SUITE)
-    options.add_output(parser)
+    options.add_output(parser, "ruler")
     args = parser.parse_args(argv)
-    if min(args.trials, args.chunk, args.batch, args.most or 1, *args.lengths) < 1:
-        parser.error("--trials, --chunk, --batch, --most and --lengths must be at least 1")
     args.methods = options.methods_of(parser, args)
     return args
 
@@ -491,6 +496,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances. The file of `--json` is written after every method."""
+    options.refuse_short(args.methods, min(args.lengths), option="--lengths")
     record = runs.Record("ruler", args, chunk=args.chunk, most=args.most)
     results = run(
         record.model, record.tokenizer, args.methods, args.tasks, args.lengths, args.trials, args.chunk,

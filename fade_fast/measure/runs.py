@@ -5,6 +5,7 @@ import gc
 import json
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
@@ -57,6 +58,12 @@ def each(
             yield m, r, found
 
 
+def quiet() -> None:
+    """Hide bars and warnings of transformers, and the warning of a cache that evicts: tables say how much."""
+    loading.quiet()
+    warnings.filterwarnings("ignore", category=fade_fast.EvictionWarning)
+
+
 def say(line: str) -> None:
     """Show a line of progress at once."""
     print(line, flush=True)
@@ -70,7 +77,7 @@ class Record:
 
     def __init__(self, kind: str, args: argparse.Namespace, indent: int | None = 1, **more):
         self.started, self.file, self.indent = time.perf_counter(), args.json, indent
-        loading.quiet()
+        quiet()
         torch.backends.cuda.matmul.allow_tf32 = False
         self.text, source = texts.read_or_default(args.text)
         self.model, self.tokenizer, name = texts.load_model(args.model, args.device, args.dtype)

@@ -13,10 +13,10 @@ from torch import Tensor
 from fade_fast.errors import InputError, require
 from fade_fast.hf import loading
 
-SMOLLM2 = "smollm2"  # what the default model is called on the command line
 BUILT_IN = "built-in"  # what the text that needs no download is called there
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 WORDS = 1_000_000  # more than the built-in text has
+FILES = (".txt", ".md", ".rst", ".text", ".json", ".jsonl", ".csv", ".parquet")  # endings of no data set
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # that `datasets` reads
 
 
@@ -36,7 +36,9 @@ def read(source: str) -> str:
         return built_in(WORDS)
     if path.is_file() and path.suffix not in TABLES:
         return path.read_text(encoding="utf-8")
-    what = f"{source} is no file of plain text: reading it"
+    if not path.is_file() and (path.suffix in FILES or source.startswith((".", "/", "~"))):
+        raise InputError(f"cannot read {source}: no such file")
+    what = f"{source} is {'no file of plain text' if path.is_file() else 'no file'}: reading it as a data set"
     require(what, "data", "datasets")
     from datasets import load_dataset  # a slow import
 
@@ -90,10 +92,11 @@ def _reference() -> str:
 def load_model(name: str, device, dtype: str):
     """Model, tokenizer, and the name of the model in reports: a hub id, or the name of a folder or GGUF file.
 
-    `name` is a hub id, a folder (also of GGUF), or `SMOLLM2`. Raises the errors of `loading.load`.
+    `name` is as in `loading.load`. Raises the errors of `loading.load`.
     """
-    model, tokenizer = loading.load(None if name == SMOLLM2 else name, device, dtype)
-    if name == SMOLLM2:
+    print(f"Loading {loading.called(name)} ...", flush=True)
+    model, tokenizer = loading.load(name, device, dtype)
+    if loading.is_default(name):
         return model, tokenizer, loading.HUB_ID.split("/")[-1]
     if not Path(name).is_dir():
         return model, tokenizer, name

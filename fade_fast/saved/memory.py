@@ -81,15 +81,16 @@ class Memory:
         """Bytes with units, and the ratio in words.
 
         >>> print(Memory(allocated=2**20, packed=2**19, dense=3 * 2**20, tokens={"FP16": 68, "INT4": 900}))
-        1.00 MiB allocated (512.0 KiB needed), 3.00 MiB if uncompressed: 3.00 times smaller; 68 FP16, 900 INT4
-        """
+        1.00 MiB allocated (512.0 KiB needed), 3.00 MiB if uncompressed: 3.00 times smaller; tokens: 68 FP16, 900 INT4
+        """  # noqa: E501
         how = compared(self.dense, self.own) or "nothing held"
         text = f"{size(self.own)} allocated ({size(self.packed)} needed)"
-        text += f", {size(self.tables)} of tables" if self.tables > self.own // 64 else ""
-        text += f", {size(self.dense)} if uncompressed"
         text += f", {size(self.host)} more in host memory" if self.host else ""
+        text += f", {size(self.dense)} if uncompressed: {how}"
+        if self.tables > self.own // 64:
+            text += f"; {size(self.tables)} of tables that all caches of the model share"
         tokens = ", ".join(f"{count:g} {tier}" for tier, count in self.tokens.items())
-        return f"{text}: {how}" + (f"; {tokens}" if tokens else "")
+        return text + (f"; tokens: {tokens}" if tokens else "")
 
 
 def layer_sizes(layer: KVLayer) -> tuple[int, int, dict[str, int]]:

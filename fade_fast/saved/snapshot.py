@@ -4,7 +4,8 @@ A snapshot is a dict of `version`, `length` (tokens seen per row), `batch`, `tok
 rows, without padding; None for a file read without positions), `config`, `widths` (how the widths of the
 layers were chosen, or ""; not for a file), `codes` (where the matrices of the codec come from, or ""; not for
 a file), `uncaptured` (why decode steps on a GPU are not captured as CUDA graphs, or ""; not for a file),
-`allocated`, `packed` and `dense` (bytes, as in `cache.memory()`; a file has `packed` only) and `layers`.
+`allocated`, `tables`, `packed` and `dense` (bytes, as in `cache.memory()`; a file has `packed` only) and
+`layers`.
 Where queries choose what they read, it also has `selected` (see `memory.Selected`), and with a host `host`,
 the bytes in host memory. With a tensor-parallel model it has `part`: which process this is. Heads and bytes
 are those of this process.
@@ -15,7 +16,7 @@ tiered layer also has `tiers`, by name: `slots` or `tokens` over all rows, `byte
 """
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,6 +61,7 @@ def of(cache: "TieredKVCache", positions: bool = True, memory: Memory | None = N
         codes="" if cache.calibration is None else str(cache.calibration),
         uncaptured=cache.decode_graph.uncaptured,
         allocated=memory.allocated,
+        tables=memory.tables,
         packed=memory.packed,
         dense=memory.dense,
         layers=layers,
@@ -177,18 +179,20 @@ def ranges(position: Tensor) -> list[list[list[int]]]:
 def text(snapshot: dict) -> str:
     """A snapshot as text. Layers that hold the same share a line."""
     config = FadeConfig(**snapshot["config"])
-    lines = [f"TieredKVCache, {snapshot['length']} tokens seen, {config}"]
+    lines = [f"TieredKVCache, {snapshot['length']} tokens seen, {_changed(config)}"]
     lines += [f"{name}: {snapshot[name]}" for name in ("widths", "codes") if snapshot.get(name)]
     if "part" in snapshot:
         lines.append(f"part {snapshot['part']} of a tensor-parallel model: bytes are those of this process")
     if snapshot.get("uncaptured"):
         lines.append(f"decode steps are not captured: {snapshot['uncaptured']}")
     if "allocated" in snapshot and snapshot["allocated"]:
+        own = snapshot["allocated"] - snapshot["tables"]
         lines.append(
-            f"{size(snapshot['allocated'])} allocated, {size(snapshot['packed'])} needed, "
-            f"{size(snapshot['dense'])} if uncompressed: "
-            f"{compared(snapshot['dense'], snapshot['allocated']) or 'nothing held'}"
+            f"{size(own)} allocated, {size(snapshot['packed'])} needed, {size(snapshot['dense'])} if "
+            f"uncompressed: {compared(snapshot['dense'], own) or 'nothing held'}"
         )
+        if snapshot["tables"] > own // 64:
+            lines.append(f"{size(snapshot['tables'])} of tables that all caches of the model share")
     elif "allocated" not in snapshot:
         lines.append(f"{size(snapshot['packed'])} of tensors, batch of {snapshot['batch']}")
     if "host" in snapshot:
@@ -203,10 +207,20 @@ def text(snapshot: dict) -> str:
     return "\n".join(lines + grouped((layer["layer"], _layer_text(layer)) for layer in snapshot["layers"]))
 
 
+def _changed(config: FadeConfig) -> str:
+    """A configuration without the fields that have their default."""
+    default = FadeConfig()
+    given = {f.name: getattr(config, f.name) for f in fields(config)}
+    given = {name: x for name, x in given.items() if x != getattr(default, name)}
+    return f"FadeConfig({', '.join(f'{name}={x!r}' for name, x in given.items())})"
+
+
 def _layer_text(layer: dict) -> str:
     if layer["kind"] != TIERED:
         return f"{layer['kind']} of transformers, not compressed"
     held = [f"{x.get('tokens', x.get('slots'))} {name}" for name, x in layer["tiers"].items()]
     held += [f"{layer['evicted']} EVICTED"] if layer.get("evicted") else []
     of = f" instead of {size(layer['dense'])}" if "dense" in layer else ""
-    return f"tiered: {', '.join(held) or 'empty'}; {size(layer['bytes'])}{of}"
+    what = "slots" if any("slots" in x for x in layer["tiers"].values()) else "tokens"
+    held = f"{', '.join(held)} {what}" if held else "empty"
+    return f"tiered: {held}; {size(layer['bytes'])}{of} a layer"

@@ -1,6 +1,7 @@
 """Where a cache forgets, it says so: once, before it drops anything, and never where it keeps all."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ import fade_fast
 from fade_fast.cache import eviction
 from fade_ref.config import POLICIES, FadeConfig
 
+from .. import models
 from ..models import EVICTING, SAFE, SMALL, generate, new_cache, prompt, tiny_llama
 
 
@@ -27,7 +29,9 @@ def told(model, config, inputs, new=8):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         generate(model, cache, inputs, new)
-    return cache, [str(w.message) for w in caught if issubclass(w.category, fade_fast.EvictionWarning)]
+    caught = [w for w in caught if issubclass(w.category, fade_fast.EvictionWarning)]
+    assert all(Path(w.filename) == Path(models.__file__) for w in caught)  # which called generate()
+    return cache, [str(w.message) for w in caught]
 
 
 def test_once_in_a_process(model):

