@@ -45,4 +45,7 @@ def test_what_is_promised_is_done(family, config):
     ]
     assert (check.decode == "packed") == family.dispatches
     groups = itertools.groupby(layer.text for layer in check.layers)
-    assert len(str(check).splitlines()) == 2 + len(list(groups))
+    lines = str(check).splitlines()
+    told = [line for line in lines if "of tables that all caches of the model share" in line]
+    assert len(lines) == 2 + len(told) + len(list(groups))
+    assert check.tables == memory.tables and len(told) == (check.tables > check.packed // 64)
