@@ -57,7 +57,7 @@ def quantize_to_nearest(y: Tensor, bits: int) -> Packed:
     """Codes of vectors [..., D] without feedback: each channel gets the code that is nearest to it.
 
     Of the scales by `FACTORS`, as they are stored, the one with the least squared error wins, the first of
-    equal ones. Takes few operations and no product, for what is so small that feedback would gain nothing.
+    equal ones. This takes few operations and no product, and is for what feedback would improve little.
     Computed in the dtype of `y`.
 
     Returns codes uint8 [..., D], which are not packed, and scales fp16 [...].

@@ -150,10 +150,10 @@ def plan(group: Prefill, kind: Kind) -> Plan:
     once = (last.keys_from[:-1] - first)[of] + position
     older = total + len(early) + NEAR * (of + 1) + order
     parts.append(last)
-    found = Plan(parts, *queries(group), back, _put(group.index, lengths), order, position)
-    found, once, older = moved((found, once, older), group.table)
-    rows, seen = _rows_before(*found[-2:], once, older, total + len(early) + NEAR * len(counts), kind)
-    return _with_pages(found._replace(rows=rows, seen=seen), group.table)
+    found = parts, queries(group), _put(group.index, lengths), (order, position, once, older)
+    parts, asked, tokens, each = moved(found, group.table)
+    rows, seen = _rows_before(*each, total + len(early) + NEAR * len(counts), kind)
+    return Plan(_with_pages(parts, group.table), *asked, back, tokens, rows, seen)
 
 
 def _rows_before(
@@ -235,13 +235,13 @@ def pages_at(place: Tensor, table: Tensor) -> Tensor:
     return table.flatten()[place].long()
 
 
-def _with_pages(of: Plan, table: Tensor) -> Plan:
-    """A plan with pages in place of where the table names them."""
-    parts = []
-    for part in of.parts:
+def _with_pages(parts: list[Part], table: Tensor) -> list[Part]:
+    """Parts with pages in place of where the table names them."""
+    found = []
+    for part in parts:
         entries = part.entries._replace(page=pages_at(part.entries.page, table))
-        parts.append(part._replace(pages=pages_at(part.pages, table), entries=entries))
-    return of._replace(parts=parts)
+        found.append(part._replace(pages=pages_at(part.pages, table), entries=entries))
+    return found
 
 
 def moved(of, like: Tensor):
