@@ -34,6 +34,7 @@ FACTORS = (0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.17, 1.27, 1.4)
 LEAST = {8: 0.7, 4: 0.7, 3: 0.7, 2: 1.2}
 SHRINK = 0.3  # how far moments are drawn to their diagonals: they are measured on a few hundred tokens
 RIDGE = 1e-4  # added to the diagonals, relative to their mean
+SIZES = 2.0**-7, 2.0**15  # least and greatest size of the largest value of a stored A^-1
 WHITEN = 0.4  # extra whitening, which feedback turns into accuracy
 SPAN = 2048  # keys and queries are assumed at random positions below it
 BLOCK = 64  # positions that share a mean
@@ -223,11 +224,15 @@ def block_mean(mean: Tensor, position: Tensor, rope: Rope) -> Tensor:
 
 
 class Matrices(NamedTuple):
-    """Matrices of one side (keys or values) of one layer, [H, D, D] each."""
+    """Matrices of one side (keys or values) of one layer, [H, D, D] each, with fp16 values.
 
-    encode: Tensor  # A: y = A (x - mean) has variance 1 in each channel
+    A model has them once, for texts of any length. They are many bytes beside the codes of a short text, and
+    fp16 is enough for them. `balanced` chooses their sizes, which codes do not depend on.
+    """
+
+    encode: Tensor  # A: y = A (x - mean) has the same variance in each channel
     decode: Tensor  # A^-1
-    feedback: Tensor  # V, lower triangular: |V e|^2 is the damage that an error e of y does
+    feedback: Tensor  # V, lower triangular: |V e|^2 is the damage that an error e of y does, up to a factor
 
 
 def power(moment: Tensor, exponent: float) -> Tensor:
@@ -250,8 +255,9 @@ def matched(S: Tensor, M: Tensor, seed: int = 0) -> Matrices:
     With R the root of the geometric mean of S^-1 and M, the moments R S R and R^-1 M R^-1 are equal. Part of
     their spread is whitened (`WHITEN`), and the seeded rotation of the rotated codec mixes the channels.
 
-    A is a continuous function of both moments. Eigenvectors alone are not: their signs, and their order where
-    eigenvalues are equal, differ between machines, and old codes would decode to other vectors there.
+    Up to its rounding, A is a continuous function of both moments. Eigenvectors alone are not: their signs,
+    and their order where eigenvalues are equal, differ between machines, and old codes would decode to other
+    vectors there.
     """
     S, M = shrunk(S), shrunk(M)
     root, inverse = power(S, 0.5), power(S, -0.5)
@@ -261,7 +267,27 @@ def matched(S: Tensor, M: Tensor, seed: int = 0) -> Matrices:
     back = torch.linalg.inv(A)
     W = back.mT @ M @ back
     V = torch.linalg.cholesky(((W + W.mT) / 2).flip(-1, -2)).mT.flip(-1, -2)
-    return Matrices(A, back, V)
+    return balanced(back, V)
+
+
+def balanced(back: Tensor, V: Tensor) -> Matrices:
+    """Matrices with fp16 values, from A^-1 and V [H, D, D].
+
+    Neither A^-1 nor scales may leave the range of fp16. So A^-1 is divided by the root of its largest value:
+    small or large vectors make matrices and scales small or large, half and half. The largest value is kept
+    within `SIZES`, even if all vectors are 0. A is the inverse of the A^-1 that is stored. Else the rounding
+    of A^-1 would turn a direction of large keys into an error of directions that queries see better.
+
+    Codes do not depend on the size of V, whose largest value becomes 1. The encoder divides by its diagonal,
+    so that stays a normal number.
+    """
+    largest = lambda x: x.abs().amax((-2, -1), keepdim=True)  # noqa: E731
+    size = largest(back)
+    back = quantize.stored(back / size.sqrt().clamp(size / SIZES[1], size / SIZES[0]))
+    V = quantize.stored(V / largest(V))
+    diagonal = V.diagonal(dim1=-2, dim2=-1)
+    V = V + torch.diag_embed(diagonal.clamp_min(quantize.FP16_TINY) - diagonal)
+    return Matrices(quantize.stored(torch.linalg.inv(back)), back, V)
 
 
 # -- codes

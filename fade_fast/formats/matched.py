@@ -117,7 +117,7 @@ class MatchedFormat(RotatedFormat):
 
     def with_blank_tables(self, heads: int, head_dim: int) -> "MatchedFormat":
         """A copy with the sizes of this format, whose tables mean nothing."""
-        one = torch.eye(head_dim).expand(heads, -1, -1)
+        one = torch.eye(head_dim, dtype=torch.float16).expand(heads, -1, -1)
         side = Matrices(one, torch.cat((one, one.sum(1, keepdim=True)), dim=1), one)
         made = copy.copy(self)
         made.learner, made._of_device = None, lambda device: (torch.zeros(heads, head_dim), side, side)

@@ -55,7 +55,7 @@ from .rope_probe import probe_of
 from .undisturbed import undisturbed
 
 NAME = "fade calibration"  # name of the recording attention function in transformers
-VERSION = 2  # of files, and of how matrices are derived from moments: old codes need the old matrices
+VERSION = 3  # of files, and of how matrices are derived from moments: old codes need the old matrices
 SINKS = 4  # first tokens of the text, which moments leave out
 #: Names that models give the projection behind their attention.
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "o")
@@ -109,7 +109,7 @@ class Calibration:
     def tables(
         self, kind: str, block: int, device: torch.device
     ) -> dict[int, tuple[Tensor, Matrices, Matrices]]:
-        """Mean of the keys [H, D], and matrices of keys and of values, by layer, float32 on `device`.
+        """Mean of the keys [H, D] float32, and matrices of keys and of values, by layer, on `device`.
 
         They are computed once in float64 on the CPU, several layers at a time, each by one thread: the last
         bits of products and eigenvectors depend on the number of threads. `kind` is one of `matched.FRAMES`,
@@ -166,11 +166,8 @@ def derive(moments: Moments, rope: Rope, kind: str, block: int) -> tuple[Tensor,
 
 def _matrices(side: spec.Matrices) -> Matrices:
     decode = side.decode.mT
-    return Matrices(
-        side.encode.float().contiguous(),
-        torch.cat((decode, decode.sum(1, keepdim=True)), dim=1).float(),
-        side.feedback.float().contiguous(),
-    )
+    decode_and_sum = torch.cat((decode, decode.sum(1, keepdim=True)), dim=1)
+    return Matrices(*(x.half().contiguous() for x in (side.encode, decode_and_sum, side.feedback)))
 
 
 def _stacked(tables: dict[int, tuple], device: torch.device | str = "cpu") -> dict[int, tuple]:

@@ -236,9 +236,10 @@ def _format(config: FadeConfig, widths: list[tuple[int, int]], heads: int, dim: 
     """The format of a layer, its tables without memory."""
     split = config.select is not None
     if config.quant_backend == "matched":
-        one = lambda *shape: torch.empty(shape, dtype=torch.float32, device=META)  # noqa: E731
-        side = Matrices(one(heads, dim, dim), one(heads, dim + 1, dim), one(heads, dim, dim))
-        tables = one(heads, dim), side, Matrices(*(torch.empty_like(x) for x in side))
+        one = lambda rows: torch.empty(heads, rows, dim, dtype=torch.float16, device=META)  # noqa: E731
+        side = Matrices(one(dim), one(dim + 1), one(dim))
+        mean = torch.empty(heads, dim, dtype=torch.float32, device=META)
+        tables = mean, side, Matrices(*(torch.empty_like(x) for x in side))
         # Where survivors move, one mean serves all tokens, and it takes no buffer that grows.
         rope = None if config.relocatable else (lambda: None)
         tier = tier_class("matched", config.index_bits) if split else MatchedTier

@@ -53,7 +53,7 @@ def attend(
         query: [B, Hq, q, D]. Hq is a multiple of H.
         keys, values: [B, H, E, D], uncompressed.
         seen: bool [B, 1 or q, E]. True where a query sees an uncompressed token.
-        matrix: float32 [D + 1, D]. The rotation of the codec, followed by the sum of its rows. Or
+        matrix: float32 or fp16 [D + 1, D]. The rotation of the codec, followed by the sum of its rows. Or
             [H, D + 1, D], the matrix of each KV head, which decodes its keys.
         tiers: the buffers of each tier at full capacity, all [B, H, capacity, ...], or pages. A tier that
             beams share has a row for each text, and no `mass` is computed.
@@ -64,7 +64,8 @@ def attend(
         scaling, softcap: applied to the scores.
         s_aux: [Hq], scores of learned attention sinks, or None.
         inv_freq: [d / 2], required if a tier has `read_at`. `interleaved` is the style of the RoPE pairs.
-        value_matrix: float32 [H, D, D], the matrix of each KV head that decodes its values. None: `matrix`.
+        value_matrix: float32 or fp16 [H, D, D], the matrix of each KV head that decodes its values. None:
+            `matrix`.
         mass: output tensors for the counts of the policies, or None. The first tensor is float32 [B, H, E],
             and each tier has a tensor [B, H, capacity]. They receive the attention probabilities, summed over
             query rows. Slots after the slots read receive 0.
@@ -125,7 +126,7 @@ def _check(query, keys, values, seen, matrices, tiers, bits, slots_read, s_aux, 
     for name, x, rows_of in zip(("matrix", "value_matrix"), matrices, (dim + 1, dim)):
         if x is not None:
             each = () if x.dim() == 2 and name == "matrix" else (heads,)
-            _expect(name, x, (*each, rows_of, dim), (torch.float32,), on)
+            _expect(name, x, (*each, rows_of, dim), (torch.float16, torch.float32), on)
     if s_aux is not None:
         _expect("s_aux", s_aux, (q_heads,), FLOATS, on)
     if not len(tiers) == len(bits) == len(slots_read):

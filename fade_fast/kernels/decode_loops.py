@@ -70,7 +70,9 @@ def attend(
         [_tier(view, count, batch, heads) for view, count in zip(tiers, slots_read)],
         scaling=scaling, bits=tuple(bits), per_mean=tuple(map(_per_mean, tiers)),
         # What the compiled version depends on beside these: it sees no other values.
-        kind=(rows.shape[1:], query.dtype, keys.dtype, *by_head, *(view.full for view in tiers)),
+        kind=(
+            rows.shape[1:], query.dtype, keys.dtype, matrix.dtype, *by_head, *(x.full for x in tiers)
+        ),
     )  # fmt: skip
     return output.reshape(batch, 1, q_heads, dim)
 
@@ -114,8 +116,9 @@ def _rows(seen: Tensor, batch: int, heads: int) -> Tensor:
 
 def _attend(dense, tiers, *, scaling, bits, per_mean, kind) -> Tensor:
     """Attention of rows [N, R, D]. There is one softmax over all tokens, so nothing has to be merged."""
-    query, keys, values, seen, matrix, value_matrix = dense
+    query, keys, values, seen, *matrices = dense
     dtype, query = query.dtype, query.float() * scaling
+    matrix, value_matrix = (x.float() for x in matrices)
     matrix = matrix.narrow(-2, 0, query.shape[-1])
     rotated = force_materialize(_product(query, matrix))
     scores = [[torch.where(seen, x, -torch.inf) for x in _products(keys, query)]]

@@ -29,13 +29,15 @@ GROUP = 32  # channels between two products with the errors of all channels befo
 
 
 class Matrices(NamedTuple):
-    """Matrices of one side (keys or values) of one layer, float32.
+    """Matrices of one side (keys or values) of one layer, fp16, or float32 with the same values.
 
     Attributes:
         encode: A [H, D, D]. A centered row x is encoded as x A^T.
         decode_and_sum: A^-T, and below it the sum of its rows, [H, D + 1, D]. A row y of scaled codes
-            decodes to y A^-T, and a query q meets codes as q A^-1.
-        feedback: V [H, D, D], lower triangular. |V e|^2 is the damage that an error e of y does.
+            decodes to y A^-T, and a query q meets codes as q A^-1. Only kernels that compute in fp16 read
+            the sum.
+        feedback: V [H, D, D], lower triangular. |V e|^2 is the damage that an error e of y does, up to a
+            factor.
     """
 
     encode: Tensor
@@ -98,6 +100,7 @@ def _quantize(y: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     known = STEPS[bits], LEAST[bits], center(bits)
     step, smallest, limit = (torch.full((), x, device=y.device) for x in known)
     unit, tried = _run(_in_units, y, step, smallest, limit)
+    feedback = feedback.float()
     diagonal = feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [H, D, 1]
     weight, exposed = feedback / diagonal, feedback @ unit
     errors, lost = torch.empty_like(unit), []
@@ -226,7 +229,7 @@ def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, feedback: Tensor, bit
     if mean is not None:
         groups = x.unflatten(2, (mean.shape[2], x.shape[2] // mean.shape[2]))
         x = (groups - mean.float().unsqueeze(3)).flatten(2, 3)
-    return _of_rows(_quantize(matrix @ _by_head(x).mT, feedback, bits), batch)
+    return _of_rows(_quantize(matrix.float() @ _by_head(x).mT, feedback, bits), batch)
 
 
 def encode_both(

@@ -41,7 +41,7 @@ def page_mass(
         query: [B, Hq, q, D].
         keys, seen: uncompressed keys [B, H, E, D], and bool [B, 1 or q, E], which of them each query sees.
             They give a score near the largest one, which float16 scores are measured from.
-        matrix: float32 [D + 1, D] or [H, D + 1, D], as in `decode.attend`.
+        matrix: float32 or fp16 [D + 1, D] or [H, D + 1, D], as in `decode.attend`.
         view: the tier at full capacity, with `key_index`, and without a block table.
         num_read: slots that are read, a multiple of `page`; P = num_read / page. It covers every valid slot.
         scaling, softcap: of scores.

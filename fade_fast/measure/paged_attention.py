@@ -160,7 +160,7 @@ def tables(shape: Shape, codec: str, seed: int = 0) -> tuple[Tensor, list[Matric
         found = spec.matched(*(x @ x.mT / (2 * d) for x in moments))
         back = found.decode.mT
         whole = torch.cat((back, back.sum(1, keepdim=True)), dim=1)
-        sides.append(Matrices(*(x.float().contiguous() for x in (found.encode, whole, found.feedback))))
+        sides.append(Matrices(*(x.half().contiguous() for x in (found.encode, whole, found.feedback))))
     return means, sides
 
 

@@ -302,7 +302,7 @@ class CompressedLayer(PagedLayer):
             sides = self.tier.matrices
             self.encoders = torch.stack([side.encode.double() for side in sides])
             decoders = torch.stack([side.decode for side in sides])
-            self.feedback = torch.stack([side.feedback for side in sides])
+            self.feedback = torch.stack([side.feedback.float() for side in sides])
         # The compiled kernels compute in float16 for two-byte dtypes, and read these vectors in float16.
         half = dtype.itemsize == 2 and use_compiled(self.means)
         self.decoders = decoders.to(torch.float16 if half else torch.promote_types(dtype, torch.float32))

@@ -257,10 +257,13 @@ def store(
         keys, values = (torch.nn.functional.pad(x, more) for x in (keys, values))
     if feedback is None:
         return _run("store", keys, values, means, encoders, runs, bound, to, kind=kind, keep=keep)
-    turned = _run("turned", keys, values, means, encoders, to.mean, to.real, kind=kind)
-    encode = _replayed if _many(rows) else _with_feedback
-    sides = encode(turned, feedback, kind=kind)
-    return _run("store_rest", turned, sides, runs, bound, to, kind=kind, keep=keep)
+    args = keys, values, means, encoders, to.mean, to.real
+    if _many(rows):  # launches, and checks before them, would take the host longer than the device
+        sides = _replayed(*args, feedback, kind=kind)
+        return _run("write", sides, runs, bound, to, kind=kind, keep=keep)
+    turned = _run("turned", *args, kind=kind)
+    sides = _with_feedback(turned, feedback, kind=kind)
+    return _run("complete_and_write", turned, sides, runs, bound, to, kind=kind, keep=keep)
 
 
 def _store(dynamic_sizes, keys, values, means, encoders, runs, bound, to: Writes, *, kind, keep):
@@ -269,19 +272,30 @@ def _store(dynamic_sizes, keys, values, means, encoders, runs, bound, to: Writes
         sides = _cut(_twice(turned.flatten(0, 2).unsqueeze(0), kind.bits[0]), turned.shape[2])
     else:
         sides = [_twice(x, bits) for x, bits in zip(turned, kind.bits)]
-    return _write(sides, runs, bound, to, kind=kind, keep=keep)
+    return _write([], sides, runs, bound, to, kind=kind, keep=keep)
 
 
-def _store_rest(dynamic_sizes, turned, sides: list[list[Packed]], runs, bound, to: Writes, *, kind, keep):
-    """Write both records of keys, and of values. Second ones that are not in `sides` are made here."""
+def _complete_and_write(dynamic_sizes, turned, sides, runs, bound, to: Writes, *, kind, keep):
+    return _write([], _complete([], turned, sides, kind=kind), runs, bound, to, kind=kind, keep=keep)
+
+
+def _both(keys, values, means, encoders, mean, real, feedback, *, kind) -> list[list[Packed]]:
+    """Both records of keys, and of values, by the `matched` codec."""
+    turned = _run("turned", keys, values, means, encoders, mean, real, kind=kind)
+    sides = _with_feedback(turned, feedback, kind=kind)
+    return _run("complete", turned, sides, kind=kind)
+
+
+def _complete(dynamic_sizes, turned, sides: list[list[Packed]], *, kind) -> list[list[Packed]]:
+    """`sides` with second records, if these are rounded without feedback."""
     both = []
     for x, (first, *second), bits in zip(turned, sides, kind.bits):
         if not second:
             missed = (x - dequantize(first, bits, x.dtype)).float()
             rest = _apart(matched.quantize_to_nearest(missed, bits), x.shape[-2])
-            second = [rest._replace(codes=rotated.pack(rest.codes, bits))]
+            second = [Packed(rotated.pack(rest.codes, bits), rest.scale, None)]
         both.append([first, *second])
-    return _write(both, runs, bound, to, kind=kind, keep=keep)
+    return both
 
 
 def _turned(dynamic_sizes, keys, values, means, encoders, mean, real, *, kind) -> Tensor:
@@ -322,8 +336,8 @@ def _cut(both: list[Packed], heads: int) -> list[list[Packed]]:
     return [[Packed(*(of(x, side) for x in one)) for one in both] for side in (0, 1)]
 
 
-MOST_REPLAYED = 1 << 22  # elements of `turned`: 2,048 tokens of 8 heads of 128; a graph holds .3 GB for them
-_replayed = Replayed(_with_feedback, MOST_REPLAYED)  # it rounds in eighty small kernels or more
+MOST_REPLAYED = 1 << 21  # elements of the keys: 2,048 tokens of 8 heads of 128; a graph holds .3 GB for them
+_replayed = Replayed(_both, MOST_REPLAYED)
 
 
 def _twice(turned: Tensor, bits: int) -> list[Packed]:
@@ -345,7 +359,7 @@ def _many(tokens: int) -> bool:
     return tokens > SIZES[-1]
 
 
-def _write(sides: list[list[Packed]], runs, bound, to: Writes, *, kind, keep):
+def _write(dynamic_sizes, sides: list[list[Packed]], runs, bound, to: Writes, *, kind, keep):
     """Write both records of keys, and of values."""
     head = torch.arange(runs.shape[1], device=runs.device).view(1, -1, 1)
     page, second = to.page.view(-1, 1, 1), to.second.view(-1, 1, 1)
@@ -514,6 +528,7 @@ _compiled = {
     name: Compiled(function, options=options)
     for name, function, options in (
         ("writes", _writes, _FUSED), ("reads", _reads, _FUSED), ("vectors", _vectors, _FUSED),
-        ("store", _store, _ROUNDED), ("turned", _turned, {}), ("store_rest", _store_rest, _ROUNDED),
+        ("store", _store, _ROUNDED), ("turned", _turned, {}), ("complete", _complete, _ROUNDED),
+        ("write", _write, _ROUNDED), ("complete_and_write", _complete_and_write, _ROUNDED),
     )
 }  # fmt: skip

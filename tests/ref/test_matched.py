@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fade_ref import attention, matched
+from fade_ref.quantize import stored
 from fade_ref.rope import NOPE, Rope, rotate
 from fade_ref.rotation import RotatedCodec, qr_rotation
 
@@ -81,17 +82,33 @@ def test_matrices_match_both_moments(seed):
     known = moments(seed)
     S, M = matched.shrunk(known.keys), matched.shrunk(known.queries)
     A, back, V = matched.matched(known.keys, known.queries)
-    eye = torch.eye(16, dtype=torch.float64)
-    torch.testing.assert_close(A @ back, eye.expand(2, -1, -1), rtol=0, atol=1e-9)
     assert torch.equal(V, V.tril())
-    torch.testing.assert_close(V.mT @ V, back.mT @ M @ back, rtol=1e-9, atol=1e-9)
     P = qr_rotation(16)
     both = [P.T @ x @ P for x in (A @ S @ A.mT, back.mT @ M @ back)]
-    torch.testing.assert_close(both[0].diagonal(dim1=-2, dim2=-1).mean(-1), torch.ones(2).double())
     w = matched.WHITEN  # before the rotation, they are powers of one matrix: equal, but for the whitening
     first = matched.power(both[0], (1 + w) / (1 - w))
-    trace = lambda x: x.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # noqa: E731
-    torch.testing.assert_close(first / trace(first), both[1] / trace(both[1]), rtol=0, atol=1e-9)
+    even = lambda x: x / x.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # noqa: E731
+    rounded = dict(rtol=0, atol=1e-3)  # to fp16
+    torch.testing.assert_close(even(first), even(both[1]), **rounded)
+    torch.testing.assert_close(even(V.mT @ V), even(back.mT @ M @ back), **rounded)
+
+
+@pytest.mark.parametrize("size", (0.0, 1e-6, 1e-3, 1.0, 1e3, 1e6))
+def test_matrices_are_fp16_for_vectors_of_any_size(size):
+    """Very small and very large vectors do not lose their matrices, or their scales, in fp16."""
+    draws = torch.Generator().manual_seed(1)
+    spread = torch.logspace(-2, 2, 32, dtype=torch.float64)
+    keys, asked = (spread * torch.randn(2, 500, 32, generator=draws, dtype=torch.float64) for _ in range(2))
+    keys = size * keys
+    S, M = keys.mT @ keys / 500, asked.mT @ asked / 500
+    made = matched.matched(S, M)
+    assert all(torch.equal(x, stored(x)) and x.isfinite().all() for x in made)
+    assert (made.feedback.diagonal(dim1=-2, dim2=-1) > 0).all()
+    product = made.encode @ made.decode
+    torch.testing.assert_close(product, torch.eye(32).double().expand(2, -1, -1), rtol=0, atol=1e-3)
+    error = matched.MatchedCodec(8, made).decode(matched.MatchedCodec(8, made).encode(keys)) - keys
+    damage, whole = (torch.einsum("hnd,hde,hne->", x, M, x) for x in (error, keys))
+    assert damage <= 2e-3**2 * whole
 
 
 @pytest.mark.parametrize("equal", (False, True), ids=("moments of a text", "equal eigenvalues"))
@@ -188,8 +205,9 @@ def test_requantizing_stays_in_the_rotated_domain(high, low):
     second_ = matched.MatchedCodec(low, first.matrices)
     record = first.requantize(first.encode(keys, mean), second_)
     again = second_.encode(first.decode(first.encode(keys, mean)))
-    assert torch.equal(record.codes, again.codes)
-    torch.testing.assert_close(record.scale, again.scale, rtol=1e-3, atol=0)
+    same = second_.levels(record) == second_.levels(again)
+    assert same.double().mean() > 0.98  # A is the inverse of A^-1 up to fp16
+    torch.testing.assert_close(record.scale, again.scale, rtol=2e-2, atol=0)
     with pytest.raises(ValueError, match="same matrices"):
         first.requantize(record, codec(low, seed=1)[0])
 

@@ -142,17 +142,18 @@ def test_layers_whose_positions_are_unknown_have_one_mean(file):
 
 
 def test_matrices_are_those_of_keys_less_their_means(model, file):
-    """The codec's share of a key has the moments that the matrices were made for: variance 1 each channel."""
+    """The codec's share of a key has the moments that the matrices were made for."""
     found = calibration.load(file, config(model=model).model_config)
     keys, values = calibration.matched(found, 1)
     moments, rope = found.moments[1], found.ropes[1]
     assert keys.encode.shape == values.encode.shape == (len(moments.mean), *moments.keys.shape[1:])
-    mean, of_keys, _ = spec.frame(Moments(*(x.double() for x in moments)), "block", rope, SPAN)
+    mean, *both = spec.frame(Moments(*(x.double() for x in moments)), "block", rope, SPAN)
     assert torch.equal(mean, moments.mean.double())
-    inside = keys.encode.double() @ spec.shrunk(of_keys) @ keys.encode.double().mT
-    torch.testing.assert_close(
-        inside.diagonal(dim1=-2, dim2=-1).mean(-1), torch.ones(len(mean)).double(), rtol=1e-3, atol=0
-    )
+    expected = spec.matched(*both)
+    assert torch.equal(keys.encode.double(), expected.encode)
+    assert torch.equal(keys.decode.double(), expected.decode.mT)
+    centered = spec.matched(both[0] + mean[:, :, None] * mean[:, None], both[1])
+    assert not torch.allclose(keys.encode.double(), centered.encode, atol=1e-2)  # with the means
     with pytest.raises(ValueError, match="not layer 7"):
         calibration.matched(found, 7)
 
