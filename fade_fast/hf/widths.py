@@ -36,7 +36,7 @@ from .models import ranks_of, text_config, unwrapped
 from .undisturbed import undisturbed
 from .verify import Witness, feed
 
-VERSION = 1  # of the files and of the way to choose
+VERSION = 2  # of the files and of the way to choose
 CHUNK = 32  # tokens per forward pass, and of a block: each pass reads all earlier blocks compressed
 TOKENS = 640  # most tokens of the text
 ROWS, LENGTH = 4, 96  # texts that a model without a tokenizer writes itself, and their tokens
@@ -308,7 +308,8 @@ class Ladder:
                 self.model.set_attn_implementation(NAME)
             if self.ids.shape[1] <= CHUNK:
                 raise Untried(f"{name} reads at most {self.ids.shape[1]} tokens")
-            self.exact = self._feed(self._cache(replace(self.config, recent_window=None)))
+            cache = self._cache(replace(self.config, recent_window=None))
+            self.exact = feed(self.model, cache, self.ids, [self.ids.shape[1]])
         except Untried:
             raise
         except Exception as error:  # noqa: BLE001 - any error of the model's own code
