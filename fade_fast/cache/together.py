@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from ..compile.replay import rehearsal
 from ..formats.base import TierFormat
 from .append_store import AppendStore
 from .budget_store import BudgetStore
@@ -40,9 +41,10 @@ def rehearse(layers: list[KVLayer], counters: DeviceCounters) -> None:
 
     As many tokens must be due as `compact` is going to find. What they contain does not matter.
     """
-    for group in groups(layers):
-        if group[0].demotes_like is not None:
-            _compact(group, counters, writes=False)
+    with rehearsal():
+        for group in groups(layers):
+            if group[0].demotes_like is not None:
+                _compact(group, counters, writes=False)
 
 
 def groups(layers: list[KVLayer]) -> list[list[KVLayer]]:

@@ -1,6 +1,8 @@
 """Records calls as CUDA graphs."""
 
+import contextlib
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -15,21 +17,49 @@ def record(call: Callable, pool: tuple[int, int] | None = None, **arguments):
 
     `torch.cuda.graph` waits for the GPU and gives all cached memory back, which the next steps would have to
     ask for again. Here the GPU goes on, and memory is given back only where little is left.
+
+    Raises what the call raises, and `RuntimeError` if a capture does not allow one of its operations. The
+    device can be used as before.
     """
     free, total = torch.cuda.mem_get_info()
     if free < total // LEAST_FREE:
         torch.cuda.empty_cache()
     graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     with torch.cuda.stream(stream):
         # Other threads may continue to use the GPU.
-        options = dict(capture_error_mode="thread_local") | ({} if pool is None else dict(pool=pool))
-        graph.capture_begin(**options)
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             output = call(**arguments)
-        finally:
             graph.capture_end()
+        except BaseException:
+            _give_up(graph, pool)
+            raise
     return graph, output
+
+
+def _give_up(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """End a capture that failed, on its stream, and put right what PyTorch then leaves undone.
+
+    If an operation was not allowed, `capture_end` raises its error first. The default generator still counts
+    as captured, and draws no number outside of a capture. The allocator still asks the graph about each
+    allocation, also after the graph was freed. A capture of nothing puts the generator right.
+    """
+    with contextlib.suppress(RuntimeError):
+        graph.capture_end()
+    with contextlib.suppress(RuntimeError):
+        graph.pool()
+        return  # a capture that ended has one: the error was none of its operations
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # a version of PyTorch may have done so
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an empty graph
+        nothing = torch.cuda.CUDAGraph()
+        nothing.capture_begin(capture_error_mode="thread_local")
+        nothing.capture_end()
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Functions of many small kernels, replayed as CUDA graphs: a GPU would wait for the host between kernels."""
 
 import contextlib
+import contextvars
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -33,9 +34,8 @@ class Replayed:
     """A function of tensors whose calls are replayed from the third call of a kind on.
 
     Calls of one kind agree in shapes, dtypes, devices, thread, stream and constants, and in whether compiled
-    versions run. The first call compiles
-    what it needs, and the second call is recorded. A call within the recording of another graph is an
-    ordinary one.
+    versions run. The first call compiles what it needs, and the second call is recorded. A call within the
+    recording of another graph is an ordinary one, and so is a call within `rehearsal`.
 
     Args:
         function: it reads tensors, returns new ones, and never waits for the device.
@@ -49,7 +49,9 @@ class Replayed:
 
     def __call__(self, *args, **constants):
         first = args[0]
-        if first.device.type not in REPLAYS_ON or first.numel() > self.most or _is_recording(first):
+        if first.device.type not in REPLAYS_ON or first.numel() > self.most:
+            return self.function(*args, **constants)
+        if _rehearses.get() or _is_recording(first):
             return self.function(*args, **constants)
         leaves, structure = tree_flatten(args)
         kinds = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves]
@@ -81,6 +83,22 @@ class Replayed:
         except RuntimeError:
             found.graph, found.refused = None, True
         found.inputs = [x for x in leaves if isinstance(x, Tensor)]
+
+
+_rehearses: contextvars.ContextVar[bool] = contextvars.ContextVar("rehearses", default=False)
+
+
+@contextlib.contextmanager
+def rehearsal():
+    """Inside, no call is replayed. So everything is compiled that a recording of the same calls needs.
+
+    A replay needs nothing compiled: after `torch.compiler.reset()` it would hide what is missing.
+    """
+    token = _rehearses.set(True)
+    try:
+        yield
+    finally:
+        _rehearses.reset(token)
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager:

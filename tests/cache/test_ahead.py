@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fade_fast.cache import cuda_graph, decode_graph
-from fade_fast.kernels import packed
+from fade_fast.compile import replay
+from fade_fast.kernels import matched, packed
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
@@ -117,6 +118,23 @@ def test_a_demotion_runs_once_before_it_is_captured_when_due(demotions, monkeypa
     compiled(model, cache, prompt(60, batch=2), backend="eager", new=30)
     assert cache.decode_graph.counts["demotion, captured"] == 1 and compressed_tokens(cache) > 0
     assert events == ["rehearsed", "recorded"]
+
+
+def test_a_rehearsal_encodes_without_replays(demotions, monkeypatch):
+    """A replay of the encoder would hide that its compiled version is gone, and the capture would compile."""
+    model, codec = tiny_llama(dtype=torch.float16), matched._replayed
+    cache = new_cache(model, FadeConfig(**SMALL, quant_backend="matched"), verify=False)
+    told = []
+
+    def replayed(*args, **constants):
+        told.append(replay._rehearses.get())
+        return codec.function(*args, **constants)
+
+    monkeypatch.setattr(matched, "_replayed", replayed)
+    monkeypatch.setattr(decode_graph, "SETTLED", 1000)
+    compiled(model, cache, prompt(60, batch=2), backend="eager", new=30)
+    assert cache.decode_graph.counts["demotion, captured"] == 1 and compressed_tokens(cache) > 0
+    assert told.count(True) == 1 and told.index(True) > 0
 
 
 @pytest.mark.slow

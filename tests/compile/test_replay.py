@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fade_fast.compile import replay
-from fade_fast.compile.replay import Replayed
+from fade_fast.compile.replay import Replayed, rehearsal
 
 
 class Graph:
@@ -75,3 +75,23 @@ def test_few_graphs_are_kept(graphs):
         x = torch.ones(n, 4)
         assert torch.equal(subject(x, x, times=1)[0], 2 * x)
     assert len(subject.known) == replay.MOST_GRAPHS
+
+
+def test_a_rehearsal_calls_the_function(graphs):
+    """A replay would not compile what a recording needs, after `torch.compiler.reset()`."""
+    called = []
+
+    def function(x):
+        called.append(len(x))
+        return [2 * x]
+
+    subject, x = Replayed(function, most=100), torch.ones(2, 4)
+    for _ in range(4):
+        subject(x)
+    made, before = len(graphs), len(called)
+    replays = graphs[0].replays
+    with rehearsal():
+        assert torch.equal(subject(x)[0], 2 * x)
+    assert len(called) == before + 1 and (len(graphs), graphs[0].replays) == (made, replays)
+    subject(x)
+    assert graphs[0].replays == replays + 1
