@@ -179,8 +179,8 @@ def generation(of: str, short: bool) -> str:
     told = f"{report['device']}, torch {report['torch']}, transformers {report['transformers']}."
     if not short:
         return f"{told}\n\n{generate.tables(results)}"
-    cases = generate.LONG, generate.WIDE
-    methods = [m for m in generate.METHODS if any(r.method == m and r.case in cases for r in results)]
+    cases = generate.SHORT, generate.WIDE
+    methods = [m for m in generate.METHODS if any(r.method == m and r.case == cases[-1] for r in results)]
     head = [f"ms a step, {report['device']}", *(f"`{m}`" for m in methods)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for case in cases:
