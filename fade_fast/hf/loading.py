@@ -315,7 +315,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__  # a message goes on after it
 
 
 def quiet() -> None:

@@ -344,6 +344,6 @@ def _of_error(error: BaseException) -> RequestError:
             503, "server_error", code="memory",
         )  # fmt: skip
     return RequestError(
-        "the request failed in the server; its log has the reason: read the server's standard error",
+        "the request failed in the server: read the reason in the server's standard error",
         500, "server_error",
     )  # fmt: skip
