@@ -30,7 +30,10 @@ else:  # type checkers know all names
     def __getattr__(name: str):
         if name not in _HOMES:
             here = sys.modules[__name__]  # Python then says which name may have been meant
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=here)
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}: fade_fast.__all__ lists the public names",
+                name=name, obj=here,
+            )  # fmt: skip
         home = _HOMES[name]
         if name == "loading":
             found = importlib.import_module(f"{home}.{name}")

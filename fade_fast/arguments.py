@@ -27,7 +27,7 @@ def size(text: str) -> int:
     if not found or (found[2] or "B").upper() not in units:
         raise argparse.ArgumentTypeError(f"{text!r}: a number of bytes such as 2GB or 512MiB is allowed")
     if not found[2] and float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r}: a unit is missing, as in {text.strip()}GB")
+        raise argparse.ArgumentTypeError(f"{text!r}: a unit is missing; write {text.strip()}GB, for example")
     return int(float(found[1]) * units[(found[2] or "B").upper()])
 
 
@@ -51,16 +51,16 @@ def text_file(path: str) -> str:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise argparse.ArgumentTypeError(f"cannot read {path}: {why}") from error
+        raise argparse.ArgumentTypeError(f"cannot read {path}: {why}; give a text file in UTF-8") from error
     if not text.strip():
-        raise argparse.ArgumentTypeError(f"{path} is empty")
+        raise argparse.ArgumentTypeError(f"{path} is empty: give a file with a text")
     return text
 
 
 def readable(path: str) -> Path:
     """The path of an existing file."""
     if not Path(path).is_file():
-        raise argparse.ArgumentTypeError(f"cannot read {path}: no such file")
+        raise argparse.ArgumentTypeError(f"cannot read {path}: no such file; give the path of a file")
     return Path(path)
 
 
@@ -75,7 +75,9 @@ def writable(path: str) -> Path:
         why = "it is protected"
     else:
         return where
-    raise argparse.ArgumentTypeError(f"{path} cannot be written: {why}")
+    raise argparse.ArgumentTypeError(
+        f"{path} cannot be written: {why}; name a file in a folder that you may write to"
+    )
 
 
 def device(name: str) -> str:
@@ -85,5 +87,7 @@ def device(name: str) -> str:
     try:
         torch.device(name)
     except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{name!r} is not the name of a device") from error
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is not the name of a device: give cpu, cuda, or cuda:1 for the second GPU"
+        ) from error
     return name

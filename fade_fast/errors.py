@@ -19,7 +19,18 @@ class InputError(LoadError, ValueError):
 
 
 class NotCalibrated(ValueError):
-    """A model cannot be calibrated, and a codec needs that. The message is one line."""
+    """A model cannot be calibrated, and a codec needs that. The message is one line.
+
+    Args:
+        why: the reason. The message adds what helps.
+    """
+
+    def __init__(self, why: str):
+        super().__init__(why)
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"{self.why}; quant_backend='rotated' needs no calibration"
 
 
 class MissingPackage(LoadError, ImportError):

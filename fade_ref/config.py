@@ -127,12 +127,12 @@ class FadeConfig:
         if self.int4_budget is None and self.int2_budget != 0:
             raise ValueError(
                 f"int2_budget={self.int2_budget} needs a finite int4_budget: with int4_budget=None "
-                "no token would ever reach the INT2 tier"
+                "no token would ever reach the INT2 tier; give int4_budget, or leave int2_budget out"
             )
         if self.recent_window is None and self.int4_budget is not None:
             raise ValueError(
                 f"recent_window=None (no compression) contradicts int4_budget={self.int4_budget}: "
-                "no token would ever reach the middle"
+                "no token would ever reach the middle; give recent_window, or leave int4_budget out"
             )
         if self.quant_backend == "channel" and self.relocatable:
             raise ValueError(
@@ -193,7 +193,9 @@ class FadeConfig:
                 f"{', '.join(map(repr, BOUNDARIES))}, a function or None is allowed"
             ) from error
         if pairs and pairs[0][0] < 0:
-            raise ValueError(f"layer_bits={rule!r}: layers are numbered from 0")
+            raise ValueError(
+                f"layer_bits={rule!r}: layers are numbered from 0; integers of at least 0 are allowed"
+            )
         object.__setattr__(self, "layer_bits", tuple(pairs) or None)
 
     def _bits(self, bits) -> Bits:
@@ -203,7 +205,8 @@ class FadeConfig:
         if keys not in allowed or values not in allowed or (keys == KEPT and values != KEPT):
             raise ValueError(
                 f"layer_bits has {bits!r}: keys and values have one of {', '.join(map(str, allowed))} bits, "
-                "keys of 16 bits go with values of 16 bits"
+                "keys of 16 bits go with values of 16 bits; (8, 8), (4, 4) and (8, 16), for example, are "
+                "allowed"
             )
         return int(keys), int(values)
 
@@ -233,7 +236,9 @@ class FadeConfig:
             return replace(self, layer_bits={i: self.bits(i, layers) for i in tiered})
         named = {} if isinstance(self.layer_bits, str) else dict(self.layer_bits or ())
         if without := sorted(named.keys() - set(tiered)):
-            raise ValueError(f"layer_bits names layers {without}: layers {tiered} can be compressed")
+            raise ValueError(
+                f"layer_bits names layers {without}: layers {tiered} can be compressed; name no others"
+            )
         return self
 
     def _product(self) -> None:
@@ -246,7 +251,7 @@ class FadeConfig:
         if self.contiguous:
             raise ValueError(
                 "quant_backend='product' encodes keys after RoPE, which cannot be renumbered: "
-                "positions='contiguous' contradicts it"
+                "positions='contiguous' contradicts it, 'original' is allowed"
             )
         if (self.middle_k_bits, self.middle_v_bits) != (4, 4):
             raise ValueError(
@@ -265,22 +270,34 @@ class FadeConfig:
             defaults = {"select_page": PAGES[0], "select_max": None, "index": INDEXES[0], "cold": None}
             for field, default in (defaults | {"resident": None}).items():
                 if getattr(self, field) != default:
-                    raise ValueError(f"{field}={getattr(self, field)!r} needs select: nothing is chosen")
+                    raise ValueError(
+                        f"{field}={getattr(self, field)!r} needs select: nothing is chosen; give select, or "
+                        f"leave {field} out"
+                    )
             return
         if is_share and not 0 < self.select < 1:
             raise ValueError(f"select={self.select!r}: a share between 0 and 1 is allowed")
         if not is_share:
             self._pages("select", page)
             if self.select_max is not None:
-                raise ValueError(f"select_max={self.select_max!r} needs a share, not select={self.select!r}")
+                raise ValueError(
+                    f"select_max={self.select_max!r} needs a share, not select={self.select!r}: a share is a "
+                    "number between 0 and 1; give one, or leave select_max out"
+                )
         if self.select_max is not None:
             self._pages("select_max", page)
         if self.resident is not None:
             if self.cold is None:
-                raise ValueError(f"resident={self.resident!r} needs cold='host': all tokens are resident")
+                raise ValueError(
+                    f"resident={self.resident!r} needs cold='host': all tokens are resident; give "
+                    "cold='host', or leave resident out"
+                )
             self._pages("resident", self.tokens_selected)
         if self.block_size % page:
-            raise ValueError(f"select_page={page} must divide block_size={self.block_size}")
+            raise ValueError(
+                f"select_page={page} must divide block_size={self.block_size}: a multiple of {page} is "
+                "allowed as block_size"
+            )
         if self.int4_budget is not None:
             raise ValueError(
                 f"select={self.select!r} keeps every token, and a plan would drop or move some: "

@@ -42,7 +42,9 @@ def packed_bytes(bits: int, head_dim: int) -> int:
     """
     total = bits * head_dim
     if total % 8:
-        raise ValueError(f"{head_dim} codes of {bits} bits do not fill whole bytes")
+        raise ValueError(
+            f"{head_dim} codes of {bits} bits do not fill whole bytes: use 8 bits, or 4 for an even head_dim"
+        )
     return total // 8
 
 

@@ -91,7 +91,11 @@ class Captured:
                 error = str(raised)
             if not self.agree(error is None):
                 why = "another process could not capture it" if error is None else error
-                warnings.warn(f"the decode step cannot be captured as a whole: {why}", stacklevel=2)
+                warnings.warn(
+                    f"the decode step cannot be captured as a whole: {why}. The text is right, but slow. For "
+                    "speed, change the model's forward(): within a step, wait for no GPU and change no state",
+                    stacklevel=2,
+                )
                 self.refused, self.compiled, self.recordings = True, self.otherwise(why), []
                 return self.compiled(**arguments)
             recording.inputs, recording.leaves = _tensors(leaves), leaves

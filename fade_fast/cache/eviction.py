@@ -25,8 +25,8 @@ def warn_once(config: FadeConfig, count: int) -> None:
     _warned = True
     warnings.warn(
         f"this cache evicts: {count} tokens are being dropped for good, by eviction_policy="
-        f"{config.eviction_policy!r}, and the model cannot answer questions about them. 'safe' and 'recall' "
-        "keep every token. cache.memory().forgotten counts the dropped ones",
+        f"{config.eviction_policy!r}, and the model cannot answer questions about them. Use 'safe' or "
+        "'recall' to keep every token. cache.memory().forgotten counts the dropped ones",
         EvictionWarning,
         stacklevel=_of_the_user(),
     )

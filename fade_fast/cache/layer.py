@@ -187,12 +187,13 @@ class KVLayer:
         if keys.dim() != 4 or keys.shape != values.shape or keys.shape[2] < least:
             raise ValueError(
                 "keys and values must have one shape [batch, KV heads, tokens > 0, head_dim]: "
-                f"got {tuple(keys.shape)} and {tuple(values.shape)}"
+                f"got {tuple(keys.shape)} and {tuple(values.shape)}; pass tensors of this shape to update()"
             )
         kind, other = (keys.dtype, keys.device), (values.dtype, values.device)
         if kind != other or not keys.is_floating_point():
             raise ValueError(
-                f"keys and values must have one floating dtype and device: got {kind} and {other}"
+                f"keys and values must have one floating dtype and device: got {kind} and {other}; convert "
+                "them before update()"
             )
         if self.is_initialized:
             stored = self.dense["key"]
@@ -204,7 +205,10 @@ class KVLayer:
                     "in these keys: reset() the cache first, or use it with the model it was made for"
                 )
         elif self.token_positions.length and self.token_positions.batch != keys.shape[0]:
-            raise ValueError(f"{keys.shape[0]} rows do not fit a cache of {self.token_positions.batch}")
+            raise ValueError(
+                f"{keys.shape[0]} rows do not fit a cache of {self.token_positions.batch}: reset() it before "
+                "another batch"
+            )
         elif self.compresses:
             self.format.check(keys.shape[3], self.layer_idx, keys.shape[1])
 
@@ -637,7 +641,10 @@ class KVLayer:
     def crop(self, n: int) -> None:
         """Forget the newest `n` tokens. Raises `ValueError` if fewer are dense."""
         if n > self.num_croppable:
-            raise ValueError(f"crop({-n}): only the newest {self.num_croppable} tokens are uncompressed")
+            raise ValueError(
+                f"crop({-n}): only the newest {self.num_croppable} tokens are uncompressed; "
+                f"{-self.num_croppable} to 0 is allowed, and a larger recent_window allows more"
+            )
         if n:
             self.dense.count -= n
             self.length -= n

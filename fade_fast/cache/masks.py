@@ -105,7 +105,8 @@ def _judge(mask: Tensor, batch: int, new: int, positions: Tensor | None) -> Verd
     if mask.dtype != torch.bool:
         raise ValueError(
             f"attention mask of {mask.dtype}: with a tiered cache a 4-D mask is bool, True where a token is "
-            "attended; biases that are added to scores are not supported"
+            "attended; biases that are added to scores are not supported. Pass mask == 0 if yours has 0 and "
+            "-inf"
         )
     given = mask[..., -new:]
     if mask.shape[3] > new:
@@ -119,7 +120,7 @@ def _check_padding(mask: Tensor, new: int, positions: Tensor | None) -> None:
     if mask.shape[1] != past + new:
         raise ValueError(
             f"attention_mask covers {mask.shape[1]} tokens, but {past} are cached and {new} are new: it must "
-            f"cover all {past + new}"
+            f"cover all {past + new}; pass the mask of the cached tokens again"
         )
     if past and mask.shape[0] == positions.shape[0]:
         differs = (mask[:, :past] != 0) != (positions != PAD)

@@ -223,7 +223,8 @@ class SelectStore(AppendStore):
         if (room := self.tiers[0].records.capacity) > most:
             raise ValueError(
                 f"room for {room} tokens: select={self.config.select!r} chooses from at most {most} in pages "
-                f"of {self.page}, and select_page={PAGES[-1]} from {select.MOST_PAGES * PAGES[-1]}"
+                f"of {self.page}, and select_page={PAGES[-1]} from {select.MOST_PAGES * PAGES[-1]}; use this "
+                "select_page, or a smaller max_length"
             )
         if self.summaries:
             self.summaries.pages.reserve(self.tiers[0].records.capacity // self.summaries.page)

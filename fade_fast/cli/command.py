@@ -135,10 +135,12 @@ def pass_on(command: str, argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         absent = error.name or name
         if name == absent or name.startswith(f"{absent}."):
-            raise LoadError(f"{name} is not part of this installation") from error
+            raise LoadError(
+                f"{name} is not part of this installation: install fade-fast anew, or run this in a clone"
+            ) from error
         if absent in EXTRAS:
             raise missing(shown, absent, EXTRAS[absent]) from error
-        raise LoadError(f"{shown} needs {absent}, which is not installed") from error
+        raise LoadError(f"{shown} needs {absent}, which is not installed: install it with pip") from error
     before, sys.argv = sys.argv, [shown, *argv]  # argparse takes the command's name from it
     try:
         return module.main(argv) or 0

@@ -127,7 +127,10 @@ def run_quick(args: argparse.Namespace, name: str) -> None:
     ids = ids[:, : min(quick.PROMPT + quick.MORE, reach)].to(model.device)
     prompt = ids.shape[1] - quick.MORE
     if prompt < quick.MORE:
-        raise LoadError(f"--quick needs {2 * quick.MORE} tokens: the text or the model has {ids.shape[1]}")
+        raise LoadError(
+            f"--quick needs {2 * quick.MORE} tokens: the text or the model has {ids.shape[1]}; give a longer "
+            "--prompt-file, or leave out --quick"
+        )
     where = f"{str(model.dtype).removeprefix('torch.')} on {_device_name(model.device)}"
     print(f"{name}, {where}: {prompt} tokens read, {quick.MORE} more predicted\n", flush=True)
     found = quick.compare(model, ids, prompt)
@@ -150,7 +153,10 @@ def encode_prompt(
         most = min(PROMPT_TOKENS, reach - max_new_tokens - 16)  # the cut text may encode to a few more tokens
         room = most - len(_chat(tokenizer, QUESTION).input_ids[0])
         if room <= 0:
-            raise LoadError(f"the model reads {reach} tokens at most: too few for {max_new_tokens} new ones")
+            raise LoadError(
+                f"the model reads {reach} tokens at most: too few for {max_new_tokens} new ones; lower "
+                "--max-new-tokens"
+            )
         start = tokenizer(built_in(), add_special_tokens=False, verbose=False).input_ids[:room]
         text = f"{tokenizer.decode(start)}\n\n{QUESTION}"
     return _chat(tokenizer, text)

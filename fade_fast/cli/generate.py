@@ -98,9 +98,9 @@ def _check(args: argparse.Namespace, question: str | None) -> None:
     if args.resume and args.document:
         raise LoadError("--resume has a document: leave out --document")
     if args.save and not args.document:
-        raise LoadError("--save stores what was read of a --document")
+        raise LoadError("--save stores what was read of a --document: give one, or leave out --save")
     if args.compare and not args.resume:
-        raise LoadError("--compare needs --resume")
+        raise LoadError("--compare needs --resume: give a file to resume, or leave out --compare")
     if not question and not args.save:
         raise LoadError("nothing to do: give a --prompt, or a --document to --save")
 

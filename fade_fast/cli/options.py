@@ -134,6 +134,8 @@ def config(text: str) -> FadeConfig:
         return FadeConfig.preset(preset(text))
     try:
         pairs = [part.split("=") for part in text.split(",")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("FIELD=VALUE,... is allowed, such as int4_budget=400,eviction_policy=h2o")
         return FadeConfig(**{name: _value(value) for name, value in pairs})
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error

@@ -21,7 +21,10 @@ def of_file(path: str | os.PathLike, row: int = 0) -> Figure:
     if start.lstrip().startswith(b"{"):
         contents = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(contents, dict) or "layers" not in contents:
-            raise ValueError(f"{path} is JSON, but no snapshot of a cache")
+            raise ValueError(
+                f"{path} is JSON, but no snapshot of a cache: write cache.snapshot() to a file, and give "
+                "this file"
+            )
     else:
         contents = snapshot.of_file(path, positions=True)
     return tier_map(contents, row)
@@ -34,7 +37,7 @@ def over_time(events: list[dict]) -> Figure:
     """
     lengths, series = tokens_over_time(events)
     if not lengths:
-        raise ValueError("these events hold no demotion: nothing was compressed")
+        raise ValueError("these events hold no demotion: nothing was compressed; record a longer text")
     figure = Figure(figsize=(8, 4))
     axes = figure.subplots()
     colors = [COLOURS.get(name, OTHER) for name in series]
@@ -49,7 +52,10 @@ def tier_map(found: dict, row: int = 0) -> Figure:
     """The tier of each position, one line per layer, for one row of the batch."""
     tiered = [layer for layer in found["layers"] if layer["kind"] == snapshot.TIERED and layer["tiers"]]
     if not tiered or any("positions" not in tier for layer in tiered for tier in layer["tiers"].values()):
-        raise ValueError("there are no positions to draw: the cache is empty, or they were left out")
+        raise ValueError(
+            "there are no positions to draw: the cache is empty, or they were left out; give "
+            "cache.snapshot() of a cache that holds a text"
+        )
     if not 0 <= row < found["batch"]:
         raise ValueError(f"row {row}: from 0 to {found['batch'] - 1} is possible")
     figure = Figure(figsize=(8, 1.2 + 0.18 * len(tiered)))

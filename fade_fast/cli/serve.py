@@ -109,7 +109,9 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=512)
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or error
-        raise LoadError(f"cannot listen at {host}, port {port}: {why}") from error
+        raise LoadError(
+            f"cannot listen at {host}, port {port}: {why}; choose another --port or --host"
+        ) from error
 
 
 def start_vllm(args: argparse.Namespace) -> int:
@@ -118,7 +120,9 @@ def start_vllm(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("vllm") is None:
         raise missing("--engine vllm", "vllm", "vllm")
     if importlib.util.find_spec("fade_fast.vllm") is None:
-        raise LoadError("--engine vllm needs fade_fast.vllm, which this version does not have")
+        raise LoadError(
+            "--engine vllm needs fade_fast.vllm, which this version does not have: install fade-fast anew"
+        )
     sys.stdout.flush()
     os.execv(command[0], command)
 
@@ -126,7 +130,7 @@ def start_vllm(args: argparse.Namespace) -> int:
 def vllm_command(args: argparse.Namespace) -> list[str]:
     """The command line of vLLM's server. `LoadError` for options that it cannot have."""
     if args.model is None:
-        raise LoadError("--engine vllm needs a --model: a hub id or a folder")
+        raise LoadError("--engine vllm needs a --model: give a hub id or a folder")
     preset = next((name for name in VLLM_PRESETS if args.config == options.config(name)), None)
     fields = options.fields_of(args)
     other = sorted(fields.keys() - set(VLLM_FIELDS))

@@ -142,10 +142,14 @@ class MatchedFormat(RotatedFormat):
             return
         mean, *_ = self._of_device(torch.device("cpu"))
         if heads not in (None, len(mean)):
-            raise ValueError(f"layer {layer} has {heads} KV heads, its calibration is for {len(mean)}")
+            raise ValueError(
+                f"layer {layer} has {heads} KV heads, its calibration is for {len(mean)}: make one for this "
+                "model with `fade calibrate`"
+            )
         if mean.shape[-1] != head_dim:
             raise ValueError(
-                f"layer {layer} has keys of {head_dim} channels, its calibration is for {mean.shape[-1]}"
+                f"layer {layer} has keys of {head_dim} channels, its calibration is for {mean.shape[-1]}: "
+                "make one for this model with `fade calibrate`"
             )
 
     def allocate(self, head_dim, dtype, device):

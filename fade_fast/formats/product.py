@@ -75,7 +75,8 @@ class ProductFormat(Format):
             channels = book.shape[0] * book.shape[2]
             if channels != head_dim:
                 raise ValueError(
-                    f"layer {layer} has {side} of {head_dim} channels, its codebook is for {channels}"
+                    f"layer {layer} has {side} of {head_dim} channels, its codebook is for {channels}: train "
+                    "codebooks on this model with `fade train-codebook`"
                 )
 
     def allocate(self, head_dim, dtype, device):

@@ -72,7 +72,8 @@ def attach(model: PreTrainedModel, *, verify: bool = True) -> Attached:
     if not dispatches:
         warnings.warn(
             f"{type(model).__name__} does not dispatch its attention: a tiered cache hands it dense "
-            "keys and values at every step, so it saves memory between steps but no time",
+            "keys and values at every step, so it saves memory between steps but no time. Use a DynamicCache "
+            "if memory is not short",
             stacklevel=3,
         )
     return Attached(model, dispatches)

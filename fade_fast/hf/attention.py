@@ -171,12 +171,18 @@ def _attend(
         output = step.read_again(layer.kv, query, keys, values, attention_mask, options, plain)
         return without_gradient(output, query, keys, values) if past else output, None
     if kwargs.get("position_bias") is not None:
-        raise ValueError("position_bias, which is added to scores, cannot be served by a tiered cache")
+        raise ValueError(
+            "position_bias, which is added to scores, cannot be served by a tiered cache: use a DynamicCache"
+        )
     if kwargs.get("is_causal") is False and attention_mask is None and new > 1:
-        raise ValueError("attention that is not causal needs a mask to be served by a tiered cache")
+        raise ValueError(
+            "attention that is not causal needs a mask to be served by a tiered cache: pass a 4-D "
+            "attention_mask, or use a DynamicCache"
+        )
     if keys.shape[2] != new:
         raise ValueError(
-            f"{new} queries come with {keys.shape[2]} keys: a tiered cache cannot serve cross-attention"
+            f"{new} queries come with {keys.shape[2]} keys: a tiered cache cannot serve cross-attention; use "
+            "a DynamicCache"
         )
     past = layer.kv.length > 0
     first = past and not layer.kv.index

@@ -86,7 +86,10 @@ class TieredKVCache(Cache):
         model = unwrapped(model)
         model_config = text_config(model)
         if config.loss_bound is not None:
-            raise ValueError(f"loss_bound={config.loss_bound!r}: create_cache() chooses the widths first")
+            raise ValueError(
+                f"loss_bound={config.loss_bound!r}: create_cache() chooses the widths first; call it "
+                "instead, or set loss_bound=None"
+            )
         if config.select is None and config.eviction_policy not in plan.SUPPORTED:
             raise ValueError(
                 f"eviction_policy={config.eviction_policy!r}: one of {', '.join(plan.SUPPORTED)} is "
@@ -102,7 +105,7 @@ class TieredKVCache(Cache):
             what = "missing" if codebooks is None else "given"
             raise ValueError(
                 f"quant_backend={config.quant_backend!r}, codebooks {what}: 'product' needs them, "
-                "others take none"
+                "others take none. `fade train-codebook` writes them"
             )
         if config.plan_scope == "head" and config.eviction_policy == "adaptive":
             raise ValueError(
@@ -120,7 +123,7 @@ class TieredKVCache(Cache):
         elif policy_weights is not None:
             raise ValueError(
                 f"eviction_policy={config.eviction_policy!r}, policy_weights given: 'learned' has weights, "
-                "others take none"
+                "others take none; leave them out, or set eviction_policy='learned'"
             )
         replaceable = model_config._attn_implementation == NAME or model._can_set_attn_implementation()
         if scores.observer(config, weights) and not replaceable:
@@ -131,12 +134,12 @@ class TieredKVCache(Cache):
         if config.select is not None and not replaceable:
             raise ValueError(
                 f"select={config.select!r}: {type(model).__name__} does not let its attention be replaced, "
-                "and its own reads every token: use a configuration without select"
+                "and its own reads every token: use a configuration without select, such as 'safe'"
             )
         if config.evicts and not model._can_set_attn_implementation():
             raise ValueError(
                 f"{type(model).__name__} does not dispatch its attention, whose masks and biases would count "
-                "evicted tokens: use a configuration that keeps every token"
+                "evicted tokens: use a configuration that keeps every token, such as 'safe'"
             )
         layers = list(DynamicCache(config=model_config).layers)
         full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
@@ -156,7 +159,8 @@ class TieredKVCache(Cache):
             kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
             raise ValueError(
                 f"{type(model).__name__} has no layer whose cache could be tiered: no full-attention "
-                f"layer that caches keys and values alone. transformers gives its layers {kinds}"
+                f"layer that caches keys and values alone. transformers gives its layers {kinds}: use "
+                "transformers' own cache, which does not grow with the text"
             )
         modules, ranks = attention_modules(model), ranks_of(model)
         for i in full if ranks is not None else ():
@@ -179,7 +183,7 @@ class TieredKVCache(Cache):
         elif calibration is not None:
             raise ValueError(
                 f"quant_backend={config.quant_backend!r}, calibration given: "
-                "'matched' has one, others take none"
+                "'matched' has one, others take none; leave it out, or set quant_backend='matched'"
             )
         if codebooks is not None:
             codebooks = given(codebooks, model)
@@ -372,12 +376,12 @@ class TieredKVCache(Cache):
             if type(layer) is StaticSlidingWindowLayer and moved_on:
                 raise ValueError(
                     f"crop({tokens_to_remove}): a sliding window of {layer.max_cache_len} tokens has "
-                    "moved on, and what fell out of it cannot come back"
+                    "moved on, and what fell out of it cannot come back; feed the shorter text to a new cache"
                 )
         if not -most <= tokens_to_remove <= 0:
             raise ValueError(
                 f"crop({tokens_to_remove}): from {-most} to 0 is possible, the newest {most} tokens being "
-                "uncompressed"
+                "uncompressed; a larger recent_window allows more"
             )
         if tokens_to_remove == -1 and self.layers[self.tiered[0].layer_idx].record_past:
             self.decode_graph.uncount()

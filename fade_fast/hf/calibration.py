@@ -57,6 +57,8 @@ from .undisturbed import undisturbed
 NAME = "fade calibration"  # name of the recording attention function in transformers
 VERSION = 3  # of files, and of how matrices are derived from moments: old codes need the old matrices
 SINKS = 4  # first tokens of the text, which moments leave out
+#: The commands that write a calibration, for messages.
+MAKE = "`fade calibrate`, or `fade vllm-calibrate` for vLLM"
 #: Names that models give the projection behind their attention.
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "o")
 
@@ -199,9 +201,14 @@ def load(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Calib
     except FileNotFoundError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path} holds no calibration, or is damaged: {error}") from error
+        raise ValueError(
+            f"{path} holds no calibration, or is damaged: {error}; make it again with {MAKE}"
+        ) from error
     if version != VERSION:
-        raise ValueError(f"{path} has version {version}; {VERSION} is understood here")
+        raise ValueError(
+            f"{path} has version {version}; {VERSION} is understood here: make the calibration again with "
+            f"{MAKE}"
+        )
     found = of_tensors(tensors, provenance)
     if model is not None:
         _check_model(path, found, model)
@@ -227,12 +234,18 @@ def calibration_of(
     if isinstance(source, (str, os.PathLike)):
         source = load(source)
     if not isinstance(source, Calibration):
-        raise TypeError(f"calibration is a file or a Calibration, not {type(source).__name__}")
+        raise TypeError(
+            f"calibration is a file or a Calibration, not {type(source).__name__}: give the path of a file "
+            "that `fade calibrate` wrote"
+        )
     _check_model("the calibration", source, model)
     source = _of_own_heads(source, model)
     least = needed if source.of_prompt else layers
     if not set(least) <= source.moments.keys() <= set(layers):
-        raise ValueError(f"the calibration has layers {sorted(source.moments)}, the model needs {layers}")
+        raise ValueError(
+            f"the calibration has layers {sorted(source.moments)}, the model needs {layers}: make one for "
+            "this model with `fade calibrate`"
+        )
     return _shared(source)
 
 
@@ -262,24 +275,36 @@ def _of_own_heads(calibration: Calibration, model: PreTrainedModel) -> Calibrati
             first = ranks.rank * here
             moments[i] = Moments(*(x[first : first + here].clone() for x in found))
         else:
-            raise ValueError(f"the calibration has {heads} KV heads in layer {i}, this process has {here}")
+            raise ValueError(
+                f"the calibration has {heads} KV heads in layer {i}, this process has {here}: make one for "
+                "the whole model with `fade calibrate`"
+            )
     return replace(calibration, moments=moments, _tables={})
 
 
 def _check_model(name, calibration: Calibration, model: PreTrainedModel) -> None:
     ours, part = fingerprint(model), calibration.provenance.get("part")
     if part is not None and part != of_process(model).get("part"):
-        raise ValueError(f"{name}: measured on the heads of one process, part {part} of the model")
+        raise ValueError(
+            f"{name}: measured on the heads of one process, part {part} of the model; make one for the whole "
+            "model with `fade calibrate`"
+        )
     measured = calibration.provenance["fingerprint"] | dict(dtype=ours["dtype"])  # another dtype only rounds
     if measured != ours:
-        raise ValueError(f"{name}: measured on another model than {type(model).__name__} at hand")
+        raise ValueError(
+            f"{name}: measured on another model than {type(model).__name__} at hand; make one for this model "
+            "with `fade calibrate`"
+        )
 
 
 def of_tensors(tensors: dict[str, Tensor], provenance: dict) -> Calibration:
     """The calibration of a file's tensors and provenance. Raises `ValueError` for another version."""
     provenance = dict(provenance)
     if provenance.get("version", VERSION) != VERSION:
-        raise ValueError(f"a calibration has version {provenance['version']}; {VERSION} is understood here")
+        raise ValueError(
+            f"a calibration has version {provenance['version']}; {VERSION} is understood here: read it with "
+            "the version of fade-fast that wrote it, or make it again"
+        )
     styles = {int(i): interleaved for i, interleaved in provenance.pop("interleaved").items()}
     # Copies: tensors of a file are its pages, and the process would die if somebody shortened the file.
     tensors = {name: x.clone() for name, x in tensors.items()}

@@ -107,7 +107,9 @@ def architecture(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) 
         with META:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"transformers builds no decoder from this configuration: {error}") from error
+        raise ValueError(
+            f"transformers builds no decoder from this configuration: {error}; name a decoder that it knows"
+        ) from error
     text = text_config(model.eval())
     parts = [*model.parameters(), *model.buffers()]
     return Architecture(

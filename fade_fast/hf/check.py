@@ -119,7 +119,10 @@ def check_model(
         raise ValueError(f"length={length}: an integer of at least 1 is allowed")
     config = FadeConfig.preset(config) if isinstance(config, str) else config
     if not isinstance(config, FadeConfig):
-        raise TypeError(f"config must be the name of a preset or a FadeConfig, not {type(config).__name__}")
+        raise TypeError(
+            f"config must be the name of a preset or a FadeConfig, not {type(config).__name__}: pass 'safe', "
+            "for example"
+        )
     if isinstance(model, PreTrainedConfig):
         model = AutoModelForCausalLM.from_config(model)
     model = unwrapped(model)

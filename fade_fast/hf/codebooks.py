@@ -72,14 +72,15 @@ class Codebooks:
             odd = ", ".join(sorted(map(str, names ^ self.tensors.keys())))
             raise ValueError(
                 f"codebooks {odd} are missing or left over: one of keys and one of values are needed for "
-                f"each of the layers {', '.join(map(str, layers))}"
+                f"each of the layers {', '.join(map(str, layers))}. `fade train-codebook` writes them"
             )
         for name, x in self.tensors.items():
             fits = isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3
             if not fits or 0 in x.shape or x.shape[1] > 256 or not x.isfinite().all():
                 what = f"{list(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
                 raise ValueError(
-                    f"codebook {name} is {what}: finite floating numbers [m, k, w], k at most 256, are needed"
+                    f"codebook {name} is {what}: finite floating numbers [m, k, w], k at most 256, are "
+                    "needed. `fade train-codebook` writes them"
                 )
         return {i: tuple(self.tensors[f"{i}.{side}"] for side in SIDES) for i in layers}
 
@@ -103,9 +104,14 @@ def load(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Codeb
     except FileNotFoundError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path} holds no codebooks, or is damaged: {error}") from error
+        raise ValueError(
+            f"{path} holds no codebooks, or is damaged: {error}; make it again with `fade train-codebook`"
+        ) from error
     if version != VERSION:
-        raise ValueError(f"{path} has version {version}; {VERSION} is understood here")
+        raise ValueError(
+            f"{path} has version {version}; {VERSION} is understood here: make the codebooks again with "
+            "`fade train-codebook`"
+        )
     if model is not None:
         _check_model(path, provenance, model)
     return Codebooks(tensors, provenance)
@@ -121,7 +127,10 @@ def given(source: "str | os.PathLike | Codebooks | dict[str, Tensor]", model: Pr
     if isinstance(source, dict):
         return Codebooks({name: x.detach() if isinstance(x, Tensor) else x for name, x in source.items()}, {})
     if not isinstance(source, Codebooks):
-        raise TypeError(f"codebooks are a file, Codebooks, or a dict of tensors, not {type(source).__name__}")
+        raise TypeError(
+            f"codebooks are a file, Codebooks, or a dict of tensors, not {type(source).__name__}: give the "
+            "path of a file that `fade train-codebook` wrote"
+        )
     _check_model("these codebooks", source.provenance, model)
     return source
 
@@ -130,7 +139,10 @@ def _check_model(name, provenance: dict, model: PreTrainedModel) -> None:
     ours = fingerprint(model)
     learned = provenance.get("fingerprint", ours) | dict(dtype=ours["dtype"])  # another dtype only rounds
     if learned != ours:
-        raise ValueError(f"{name}: learned from another model than {type(model).__name__} at hand")
+        raise ValueError(
+            f"{name}: learned from another model than {type(model).__name__} at hand; make them for this "
+            "model with `fade train-codebook`"
+        )
 
 
 def train(
@@ -151,9 +163,15 @@ def train(
     vectors = collect(model, ids)
     for name, x in vectors.items():
         if subspace_width < 1 or x.shape[1] % subspace_width:
-            raise ValueError(f"{name}: subspaces of {subspace_width} do not divide {x.shape[1]} elements")
+            raise ValueError(
+                f"{name}: subspaces of {subspace_width} do not divide {x.shape[1]} elements; a divisor of "
+                f"{x.shape[1]} is allowed"
+            )
         if len(x) < centroids:
-            raise ValueError(f"{name}: {len(x)} vectors are too few for {centroids} centroids")
+            raise ValueError(
+                f"{name}: {len(x)} vectors are too few for {centroids} centroids; give a longer text, or "
+                "fewer centroids"
+            )
     draw = torch.Generator().manual_seed(seed)
     tensors, errors = {}, {}
     total = sum(x.shape[1] // subspace_width for x in vectors.values())

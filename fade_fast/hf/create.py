@@ -85,7 +85,10 @@ def create_cache(
     if isinstance(config, str):
         config = FadeConfig.preset(config)
     if not isinstance(config, FadeConfig):
-        raise TypeError(f"config must be the name of a preset or a FadeConfig, not {type(config).__name__}")
+        raise TypeError(
+            f"config must be the name of a preset or a FadeConfig, not {type(config).__name__}: pass 'safe', "
+            "for example"
+        )
     if max_length is not None and (
         isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
     ):
@@ -131,7 +134,10 @@ def load_cache(
     if theirs != ours:
         names = dict.fromkeys((*ours, *theirs))
         different = ", ".join(name for name in names if theirs.get(name) != ours.get(name))
-        raise ValueError(f"{path} was filled by another model: {different} differ")
+        raise ValueError(
+            f"{path} was filled by another model: {different} differ; load it with the model and the dtype "
+            "that filled it"
+        )
     config = FadeConfig(**header["config"])
     cache = create_cache(
         model,

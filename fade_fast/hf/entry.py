@@ -53,7 +53,7 @@ def after(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
     if tokens is not None and tokens.shape[1] and cache.get_seq_length() == start:
         raise RuntimeError(
             f"{type(model).__name__} did not use the cache that it was given: this forward() takes it as "
-            f"{model._fade.parameter!r}"
+            f"{model._fade.parameter!r}; pass it under this name"
         )
 
 

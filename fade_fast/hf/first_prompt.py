@@ -201,5 +201,5 @@ def for_cache(
         if not model._can_set_attn_implementation():
             raise
         if known is None:
-            known = _known.setdefault(model, PromptCalibration(model, layers, str(error)))
+            known = _known.setdefault(model, PromptCalibration(model, layers, error.why))
         return known

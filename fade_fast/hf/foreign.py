@@ -37,7 +37,7 @@ class ForeignLayer:
         """Tensors to store, and numbers beside them. Raises `ValueError` for a kind that cannot be stored."""
         layer = self.layer
         if type(layer) not in SLIDING:
-            raise ValueError(f"a {self.name} cannot be stored")
+            raise ValueError(f"a {self.name} cannot be stored; keep the text, and feed it to a new cache")
         length, parts = layer.get_seq_length(), {}
         if layer.is_initialized:
             parts = dict(keys=layer.keys, values=layer.values)

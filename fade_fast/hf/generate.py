@@ -42,7 +42,7 @@ from ..cache.decode_graph import DecodeGraph
 from ..cache.guard import without_autocast
 from ..compile.inductor import row_products, uncaptured
 from ..compile.pieces import in_pieces
-from . import entry
+from . import entry, versions
 from .attention import NAME
 from .cache import TieredKVCache
 from .models import CACHE_NAME, cache_in, cache_parameter, named_cache, text_config
@@ -203,7 +203,7 @@ def _notice(decode_graph: DecodeGraph) -> None:
         _noticed.add(missed)
         warnings.warn(
             f"{missed}. The text is right, but slow: transformers {transformers.__version__} is unlike the "
-            "versions that fade_fast was tested with",
+            f"versions that fade_fast was tested with; install {versions.NEWEST}, for example",
             stacklevel=4,
         )
 
@@ -415,7 +415,8 @@ def _drafter(model: PreTrainedModel, generation_config, *args, **kwargs):
         if length:  # transformers would append the prompt again; it does this with a DynamicCache, too
             warnings.warn(
                 "assisted decoding reads the whole prompt again: "
-                f"the {length} tokens that the cache holds are dropped first",
+                f"the {length} tokens that the cache holds are dropped first. The text is right; to save "
+                "time, decode without drafts",
                 stacklevel=2,
             )
             cache.reset()

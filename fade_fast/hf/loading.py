@@ -70,7 +70,9 @@ def load(
     try:
         return loaded[0].eval().to(device), loaded[1]
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises either
-        raise LoadError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from error
+        raise LoadError(
+            f"device {str(device)!r} cannot be used: {_first_line(error)}; use another, such as 'cpu'"
+        ) from error
 
 
 def is_default(model: str | os.PathLike | None) -> bool:
@@ -115,14 +117,19 @@ def configuration(model: str | os.PathLike | None = None) -> PreTrainedConfig:
         gguf = path if path.is_file() else _gguf_of(path)
         if gguf:
             if missing := _missing_packages():
-                raise LoadError(f"reading GGUF needs {' and '.join(missing)}")
+                raise LoadError(f"reading GGUF needs {' and '.join(missing)}: {install_command('demo')}")
             name, options = str(gguf.parent), dict(gguf_file=gguf.name)
         return AutoConfig.from_pretrained(name, local_files_only=local, **options)
+    except LoadError as error:  # it says what to do
+        raise LoadError(f"cannot read the configuration of {name!r}: {error}") from error
     except Exception as error:  # as in `_from_folder_or_hub`
         why = _first_line(error)
         if local and not path.exists():
             why = "it is no folder, no hub can be reached, and it is not in the hub's local cache"
-        raise LoadError(f"cannot read the configuration of {name!r}: {why}") from error
+        raise LoadError(
+            f"cannot read the configuration of {name!r}: {why}; name a folder with a config.json, a GGUF "
+            "file, or a model of the hub"
+        ) from error
 
 
 #: Tokenizers of the models that `load` returned.
@@ -178,6 +185,8 @@ def _from_folder_or_hub(name: str, dtype: torch.dtype):
     try:
         gguf = _gguf_of(Path(name))
         return _read_gguf(gguf, dtype) if gguf else _read(name, dtype, local_files_only=local)
+    except LoadError as error:  # it says what to do
+        raise LoadError(f"cannot load model {name!r}: {error}") from error
     except Exception as error:  # transformers, the hub client and its HTTP library raise their own errors
         if os.path.isdir(name):
             why = _first_line(error)
@@ -185,7 +194,10 @@ def _from_folder_or_hub(name: str, dtype: torch.dtype):
             why = "it is no folder, no hub can be reached, and it is not in the hub's local cache"
         else:
             why = f"it is no folder, and the hub says: {_first_line(error)}"
-        raise LoadError(f"cannot load model {name!r}: {why}") from error
+        raise LoadError(
+            f"cannot load model {name!r}: {why}; name a folder that save_pretrained() wrote, or a model of "
+            "the hub"
+        ) from error
 
 
 def _from_wheel(dtype: torch.dtype, reason: LoadError):
@@ -194,14 +206,16 @@ def _from_wheel(dtype: torch.dtype, reason: LoadError):
     if not folder.is_dir():
         if missing := _missing_packages():
             raise LoadError(
-                f"{reason}; reading it from the wheel {WHEEL} needs {' and '.join(missing)}: "
-                f"{install_command('demo')}, or name a --model"
-            )
+                f"no model: the hub does not give {HUB_ID}, and reading it from the wheel {WHEEL} needs "
+                f"{' and '.join(missing)}: {install_command('demo')}, or name a --model"
+            ) from reason
         _convert_wheel(folder)
     try:
         model, tokenizer = _read(folder, dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise LoadError(f"cannot read {folder} (delete it to fetch it anew): {_first_line(error)}") from error
+        raise LoadError(
+            f"cannot read {folder}: {_first_line(error)}; delete this folder, and the model is fetched again"
+        ) from error
     model.name_or_path = WHEEL
     return model, tokenizer
 
@@ -225,7 +239,7 @@ def _gguf_of(folder: Path) -> Path | None:
         return None
     files = sorted(folder.glob("*.gguf"))
     if len(files) > 1:
-        raise LoadError(f"{len(files)} GGUF files in it, and one is needed")
+        raise LoadError(f"{len(files)} GGUF files in it, and one is needed: keep only one in this folder")
     return files[0] if files else None
 
 
@@ -268,7 +282,10 @@ def _convert_wheel(folder: Path) -> None:
                 if not folder.is_dir():  # another run may have created it meanwhile
                     raise
     except OSError as error:
-        raise LoadError(f"cannot write the model to {folder}: {_first_line(error)}") from error
+        raise LoadError(
+            f"cannot write the model to {folder}: {_first_line(error)}; set XDG_CACHE_HOME to a folder that "
+            "you may write to"
+        ) from error
 
 
 def _fetch_gguf(scratch: Path) -> Path:
@@ -298,7 +315,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__  # a message goes on after it
 
 
 def quiet() -> None:

@@ -27,13 +27,19 @@ def text_config(model: PreTrainedModel):
             keys and values per head.
     """
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, not {type(model).__name__}")
+        raise TypeError(
+            f"model must be a transformers PreTrainedModel, not {type(model).__name__}: pass the model "
+            "inside, if it is a wrapper"
+        )
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model: decoders only are supported")
     heads = config.attribute_map.get("num_attention_heads", "num_attention_heads")
     if not _setting(config, heads):
-        raise ValueError(f"{type(model).__name__} has no attention heads, and so no keys and values to cache")
+        raise ValueError(
+            f"{type(model).__name__} has no attention heads, and so no keys and values to cache: use "
+            "transformers' own cache"
+        )
     if _setting(config, "cross_attention_layers") or _setting(config, "add_cross_attention"):
         raise ValueError(
             f"{type(model).__name__} keeps keys of its cross-attention layers in the same cache: decoders "
@@ -42,7 +48,7 @@ def text_config(model: PreTrainedModel):
     if _setting(config, "kv_lora_rank"):
         raise ValueError(
             f"{type(model).__name__} uses multi-head latent attention: its cache holds latents, "
-            "which are compressed already and cannot be tiered"
+            "which are compressed already and cannot be tiered; use a DynamicCache"
         )
     return config
 

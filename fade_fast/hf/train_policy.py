@@ -103,7 +103,10 @@ def examples(model: PreTrainedModel, windows: Tensor, seed: int = 0) -> tuple[Te
     def hook(index: int) -> Callable:
         def hear(module, args, out):
             if not isinstance(out, tuple) or out[1] is None:
-                raise ValueError(f"layer {index} of {type(model).__name__} does not show its attention")
+                raise ValueError(
+                    f"layer {index} of {type(model).__name__} does not show its attention: use a model with "
+                    "attn_implementation='eager'"
+                )
             weights = out[1][0].float().cpu()
             group = getattr(module, "num_key_value_groups", 1)
             shares = weights.unflatten(0, (-1, group)).mean(1)
@@ -224,10 +227,13 @@ def windows_of(tokenizer, path: Path, count: int, length: int) -> Tensor:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(f"cannot read {path}: {error}") from error
+        raise LoadError(f"cannot read {path}: {error}; give a text file in UTF-8") from error
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     if len(ids) < count * length:
-        raise LoadError(f"{path} has {len(ids)} tokens: {count} windows of {length} are more")
+        raise LoadError(
+            f"{path} has {len(ids)} tokens: {count} windows of {length} are more; give a longer text, or "
+            "fewer or shorter windows"
+        )
     step = len(ids) // count
     return torch.stack([ids[i * step : i * step + length] for i in range(count)])
 

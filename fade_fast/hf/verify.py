@@ -77,20 +77,28 @@ def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[],
             raised = f"raises {type(error).__name__}: {error}"
             takes = cache_parameter(type(model).forward) is not None
             if takes and not _runs_without_cache(model):
-                return Verification(untried=f"{_untried(name)} {raised}")
-            return Verification(f"{name} takes no DynamicCache of transformers: its forward pass {raised}")
+                return Verification(
+                    untried=f"{_untried(name)} {raised}; compare a text of yours with and without the cache"
+                )
+            return Verification(
+                f"{name} takes no DynamicCache of transformers: its forward pass {raised}; use its own cache"
+            )
         if expected.is_meta:
-            return Verification(untried=f"{_untried(name)} gives no numbers, for its weights are on meta")
+            return Verification(
+                untried=f"{_untried(name)} gives no numbers, for its weights are on meta; load them to "
+                "verify it"
+            )
         if cache.get_seq_length() != expected.shape[1]:
             return Verification(
-                f"{name} does not use the cache that it is given: it has one of its own, or none"
+                f"{name} does not use the cache that it is given: it has one of its own, or none; generate "
+                "without a cache of fade_fast"
             )
         shapes = _shapes(cache)
         odd = next((x for x in shapes.values() if x.key_dim != x.value_dim), None)
         if odd is not None:
             return Verification(
                 f"{name} has keys of {odd.key_dim} channels and values of {odd.value_dim}: a tiered cache "
-                "takes keys and values of one width",
+                "takes keys and values of one width; use a DynamicCache",
                 shapes=shapes,
             )
         try:
@@ -103,7 +111,7 @@ def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[],
         except Exception as error:  # noqa: BLE001 - as above
             return Verification(
                 f"{name} cannot run with a tiered cache: over random tokens its forward pass raises "
-                f"{type(error).__name__}: {error}",
+                f"{type(error).__name__}: {error}; use a DynamicCache",
                 shapes=shapes,
             )
     for what, error in [*witness.errors(), ("the output", distance(output, expected))]:
@@ -112,7 +120,7 @@ def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[],
             return Verification(
                 f"{what} of {name} differs under a tiered cache that compresses nothing, relative error "
                 f"{error:.2g} (at most {allowed:g} is rounding): its attention is not one that fade_fast "
-                "knows. verify=False attaches regardless",
+                "knows. Use a DynamicCache; verify=False attaches regardless",
                 shapes=shapes,
             )
     return Verification(shapes=shapes)

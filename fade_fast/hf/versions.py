@@ -21,7 +21,8 @@ def untested() -> str:
         return ""
     return (
         f"transformers {installed()} is newer than {NEWEST}, the newest that fade_fast was tested with; "
-        "create_cache() still compares a model's numbers before it serves it"
+        "create_cache() still compares a model's numbers before it serves it. Install "
+        f"{NEWEST}, or silence this warning with warnings.filterwarnings"
     )
 
 

@@ -96,9 +96,9 @@ def warm(
     batches, lengths, modes = tuple(batches), tuple(lengths), tuple(modes)
     for mode in modes:
         if mode not in MODES:
-            raise ValueError(f"mode {mode!r}: of {', '.join(MODES)}")
+            raise ValueError(f"mode {mode!r}: one of {', '.join(MODES)} is allowed")
     if min((*batches, *lengths), default=1) < 1:
-        raise ValueError(f"batches {batches} and lengths {lengths}: numbers of at least 1")
+        raise ValueError(f"batches {batches} and lengths {lengths}: numbers of at least 1 are allowed")
     started, before = time.perf_counter(), compiled_graphs()
     path = None if file is None else Path(file)
     loaded = load_compiled(path) if path and path.exists() else 0
@@ -178,7 +178,10 @@ def load_compiled(path: str | os.PathLike) -> int:
     data = Path(path).read_bytes()
     line, _, artifacts = data.removeprefix(MAGIC).partition(b"\n")
     if not data.startswith(MAGIC):
-        raise ValueError(f"{path} holds no compiled code of `fade warm`")
+        raise ValueError(
+            f"{path} holds no compiled code of `fade warm`: give a file that it wrote, or a path without a "
+            "file"
+        )
     try:
         head = json.loads(line)
         whole_file = head.pop("sha256") == hashlib.sha256(artifacts).hexdigest()

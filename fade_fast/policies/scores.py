@@ -267,7 +267,10 @@ class Learned(Summed):
         super().__init__()
         found = {name: tuple(x.shape) for name, x in weights.items()}
         if found != MLP:
-            raise ValueError(f"policy_weights have names and shapes {found}: {MLP} are needed")
+            raise ValueError(
+                f"policy_weights have names and shapes {found}: {MLP} are needed; `fade train-policy` writes "
+                "them"
+            )
         self.weights, self.depth = weights, layer / max(layers - 1, 1)
 
     @property

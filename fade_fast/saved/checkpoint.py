@@ -83,32 +83,48 @@ def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
     layers = known.get("layers") if isinstance(known, dict) else None
     complete = isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers)
     if not isinstance(tensors, dict) or not complete or not {"config", "holes"} <= known.keys():
-        raise TypeError("load_state_dict takes what state_dict gives: a dict of tensors, and one of the rest")
+        raise TypeError(
+            "load_state_dict takes what state_dict gives: a dict of tensors, and one of the rest; pass both "
+            "as they are"
+        )
     if cache.token_positions.length:
         raise ValueError("the cache is not empty: reset() it first")
     if _as_json(known["config"]) != _as_json(config_dict(cache.fade_config)):
-        raise ValueError(f"the stored configuration is {known['config']}, the cache's {cache.fade_config}")
+        raise ValueError(
+            f"the stored configuration is {known['config']}, the cache's {cache.fade_config}: create the "
+            "cache with the stored one"
+        )
     if known.get("codebooks") != cache.codebooks:
-        raise ValueError("what is stored are codes of other codebooks than the cache's")
+        raise ValueError(
+            "what is stored are codes of other codebooks than the cache's: pass the codebooks that filled it"
+        )
     kinds, ours = (
         [layer.get("kind") for layer in layers],
         [_kind(layer) for layer in cache.stored_layers()],
     )
     if kinds != ours:
-        raise ValueError(f"the stored layers are {kinds}, the cache's {ours}")
+        raise ValueError(
+            f"the stored layers are {kinds}, the cache's {ours}: create the cache for the model that filled "
+            "it"
+        )
     unplaced = dict(tensors)
     given = {n.removeprefix(CALIBRATION): unplaced.pop(n) for n in tensors if n.startswith(CALIBRATION)}
     held = {} if cache.calibration is None else cache.calibration.tensors()
     same = given.keys() == held.keys() and all(torch.equal(x.cpu(), held[n]) for n, x in given.items())
     coded = any(tensors[n].numel() for n in tensors if n.endswith("_codes"))
     if not same and (given or coded):  # before the first prompt was long enough, there is neither
-        raise ValueError("what is stored are codes of another calibration than the cache's")
+        raise ValueError(
+            "what is stored are codes of another calibration than the cache's: create the cache with the "
+            "calibration that filled it"
+        )
     position = unplaced.pop("timeline", None)
     by_layer = [{} for _ in layers]
     for name in list(unplaced):
         index, _, part = name.partition(".")
         if not index.isdigit() or int(index) >= len(by_layer):
-            raise ValueError(f"tensor {name!r} belongs to no layer")
+            raise ValueError(
+                f"tensor {name!r} belongs to no layer: pass the tensors of state_dict() as they are"
+            )
         by_layer[int(index)][part] = unplaced.pop(name)
     homes = cache.homes
     try:
@@ -128,7 +144,9 @@ def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
                 layer.middle.loaded()
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         cache.reset()
-        raise ValueError(f"what is stored does not fit the cache: {error}") from error
+        raise ValueError(
+            f"what is stored does not fit the cache: {error}; pass what state_dict() gave as it is"
+        ) from error
 
 
 def config_dict(config: FadeConfig) -> dict:
@@ -157,7 +175,7 @@ def save(cache, path: str | os.PathLike, token_ids: Tensor | None = None) -> Non
     """
     if token_ids is not None:
         if not isinstance(token_ids, Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError("tokens are an integer tensor: the ids that were fed")
+            raise ValueError("tokens are an integer tensor: the ids that were fed; pass these input_ids")
     tensors, known = state_dict(cache)
     if token_ids is not None:
         tensors[TOKENS] = token_ids.to(torch.int32).contiguous()
@@ -176,7 +194,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     digest = header.pop("digest", None)
     if digest != _digest(tensors, header):
-        raise ValueError(f"{path} is damaged: its content is not what was written")
+        raise ValueError(f"{path} is damaged: its content is not what was written; save the cache again")
     tensors.pop(TOKENS, None)
     return tensors, header
 
@@ -225,8 +243,13 @@ def _opened(path: str | os.PathLike):
     except FileNotFoundError:
         raise
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is not a stored cache, or is damaged: {error}") from error
-    raise ValueError(f"{path} has version {header.get('version')}; {VERSION} is understood here")
+        raise ValueError(
+            f"{path} is not a stored cache, or is damaged: {error}; give a file that cache.save() wrote"
+        ) from error
+    raise ValueError(
+        f"{path} has version {header.get('version')}; {VERSION} is understood here: read it with the version "
+        "of fade-fast that wrote it, or save the cache again"
+    )
 
 
 def _digest(tensors: dict[str, Tensor], header: dict) -> str:

@@ -99,7 +99,9 @@ def of_file(path: str | os.PathLike, positions: bool = False) -> dict:
     try:
         return _of_file(path, positions)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is not a stored cache, or is damaged: {error!r}") from error
+        raise ValueError(
+            f"{path} is not a stored cache, or is damaged: {error!r}; give a file that cache.save() wrote"
+        ) from error
 
 
 def _of_file(path: str | os.PathLike, positions: bool) -> dict:

@@ -100,9 +100,13 @@ def read(path: str | os.PathLike) -> list[dict]:
         try:
             event = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: no JSON ({error})") from error
+            raise ValueError(
+                f"{path}, line {number}: no JSON ({error}); give a file that cache.listen() wrote"
+            ) from error
         if not isinstance(event, dict) or event.get("event") not in KINDS:
-            raise ValueError(f"{path}, line {number}: no event of a cache")
+            raise ValueError(
+                f"{path}, line {number}: no event of a cache; give a file that cache.listen() wrote"
+            )
         events.append(event)
     return events
 
@@ -144,7 +148,10 @@ def listen(layers, hub: "Telemetry | None", sink) -> Listener:
     elif isinstance(sink, logging.Logger):
         sink = Logged(sink)
     elif not callable(sink):
-        raise TypeError(f"a sink is a path, a Logger or a function, not {type(sink).__name__}")
+        raise TypeError(
+            f"a sink is a path, a Logger or a function, not {type(sink).__name__}: pass one of these to "
+            "listen()"
+        )
     hub = Telemetry(layers) if hub is None else hub
     hub.add(sink)
     return Listener(hub, sink)
@@ -214,7 +221,11 @@ class Telemetry:
                 try:
                     sink(event)
                 except Exception as error:
-                    warnings.warn(f"{sink} is told no more of a cache: {error!r}", stacklevel=2)
+                    warnings.warn(
+                        f"{sink} is told no more of a cache: {error!r}; correct it, and call cache.listen() "
+                        "again",
+                        stacklevel=2,
+                    )
                     self.drop(sink)
 
     # -- reports of the layers

@@ -124,7 +124,10 @@ def create_app(
     @app.get("/v1/models/{wanted:path}")
     async def model(wanted: str) -> dict:
         if wanted not in names:
-            raise RequestError(f"the model {wanted[:100]!r} does not exist", 404, code="model_not_found")
+            raise RequestError(
+                f"the model {wanted[:100]!r} does not exist: {', '.join(names)} is served",
+                404, code="model_not_found",
+            )  # fmt: skip
         return dict(id=wanted, object="model", created=created, owned_by="fade")
 
     @app.post("/v1/chat/completions")
@@ -335,5 +338,12 @@ def _of_error(error: BaseException) -> RequestError:
     if isinstance(error, engines.QueueFull):
         return RequestError(str(error), 503, "service_unavailable", code="stopping")
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return RequestError("there is not enough memory for this request", 503, "server_error", code="memory")
-    return RequestError("the request failed in the server; its log has the reason", 500, "server_error")
+        return RequestError(
+            "there is not enough memory for this request: shorten the prompt, or start the server with a "
+            "smaller --max-active",
+            503, "server_error", code="memory",
+        )  # fmt: skip
+    return RequestError(
+        "the request failed in the server: read the reason in the server's standard error",
+        500, "server_error",
+    )  # fmt: skip

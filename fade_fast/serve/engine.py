@@ -277,21 +277,28 @@ class Engine:
         """Raise `ValueError` for a request that cannot be answered."""
         new = len(request.tokens)
         if not new:
-            raise ValueError("the prompt has no tokens")
+            raise ValueError("the prompt has no tokens: send some text")
         if new >= self.max_length:
             raise ValueError(
-                f"the prompt has {new} tokens, and with its answer at most {self.max_length} are possible"
+                f"the prompt has {new} tokens, and with its answer at most {self.max_length} are possible: "
+                "shorten it"
             )
         if new + request.sampling.max_tokens > self.max_length:
             raise ValueError(
                 f"the prompt has {new} tokens and the answer at most {request.sampling.max_tokens}, "
-                f"together at most {self.max_length} are possible"
+                f"together at most {self.max_length} are possible: shorten the prompt, or lower max_tokens"
             )
         if not 0 <= min(request.tokens) <= max(request.tokens) < self.vocabulary:
-            raise ValueError(f"the prompt has tokens that are not from 0 to {self.vocabulary - 1}")
+            raise ValueError(
+                f"the prompt has tokens that are not from 0 to {self.vocabulary - 1}: send tokens of this "
+                "model"
+            )
         biased = [token for token, _ in request.sampling.logit_bias]
         if biased and not 0 <= min(biased) <= max(biased) < self.vocabulary:
-            raise ValueError(f"logit_bias has tokens that are not from 0 to {self.vocabulary - 1}")
+            raise ValueError(
+                f"logit_bias has tokens that are not from 0 to {self.vocabulary - 1}: send tokens of this "
+                "model"
+            )
 
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> Ticket:
         """Let a request wait for its turn. `deliver` is called in the engine's thread; it must not block.
@@ -302,7 +309,7 @@ class Engine:
         ticket = Ticket(request, deliver, next(self._numbers))
         with self._changed:
             if self._closing:
-                raise QueueFull("the server is stopping")
+                raise QueueFull("the server is stopping: try again later")
             try:
                 self._queue.put(request.client, ticket)
             except QueueFull:
@@ -343,9 +350,11 @@ class Engine:
             else:
                 self._read_answers()
         for job in self._active:
-            self._fail(job.tickets, QueueFull("the server is stopping"))
+            self._fail(job.tickets, QueueFull("the server is stopping: try again later"))
         self._active.clear()
-        self._fail(self._queue.remove(lambda ticket: True), QueueFull("the server is stopping"))
+        self._fail(
+            self._queue.remove(lambda ticket: True), QueueFull("the server is stopping: try again later")
+        )
 
     def _next_turn(self) -> bool:
         """Wait for something to do, and take requests from the queue. False: the engine closes."""

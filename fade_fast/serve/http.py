@@ -68,7 +68,11 @@ class Protocol(H11Protocol):
         if self.transport.is_closing():
             return
         if self.conn.trailing_data[0]:  # a connection on which nothing came asked for nothing
-            error = RequestError("the head of the request did not arrive in time", 408, code="timeout")
+            error = RequestError(
+                "the head of the request did not arrive in time: send it within "
+                f"{self.head_seconds:g} seconds",
+                408, code="timeout",
+            )  # fmt: skip
             body = json.dumps(error.body).encode()
             head = "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\n"
             head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"

@@ -92,23 +92,33 @@ class Limiter:
             host = headers.get(b"host", b"").decode("latin-1").lower()
             name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
             if name not in limits.hosts:
-                raise RequestError(f"the host {name[:100]!r} is not served here", 421, code="wrong_host")
+                raise RequestError(
+                    f"the host {name[:100]!r} is not served here: use localhost, or start the server with "
+                    "another --host",
+                    421, code="wrong_host",
+                )  # fmt: skip
         if limits.api_key is not None and scope["path"] not in OPEN:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + limits.api_key.encode()):
                 raise RequestError(
-                    "the API key is missing or wrong", 401, "authentication_error", code="invalid_api_key"
-                )
+                    "the API key is missing or wrong: send the header Authorization: Bearer KEY",
+                    401, "authentication_error", code="invalid_api_key",
+                )  # fmt: skip
         if scope["method"] == "POST":
             # A form of a page of another site cannot send this type, so no such page can ask.
             kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if kind != b"application/json":
-                raise RequestError("Content-Type must be application/json", 415, code="wrong_content_type")
+                raise RequestError(
+                    "Content-Type must be application/json: send this header", 415, code="wrong_content_type"
+                )
 
     async def _body(self, headers: dict[bytes, bytes], receive) -> bytes:
         """The body of a request, within its limits."""
         most = self.limits.max_body
-        too_large = RequestError(f"the body has more than {most} bytes", 413, code="body_too_large")
+        too_large = RequestError(
+            f"the body has more than {most} bytes: send less, or start the server with a larger --max-body",
+            413, code="body_too_large",
+        )  # fmt: skip
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > most:
             raise too_large
@@ -119,7 +129,10 @@ class Limiter:
             try:
                 message = await asyncio.wait_for(receive(), max(left, 0.001))
             except asyncio.TimeoutError as error:
-                raise RequestError("the body did not arrive in time", 408, code="timeout") from error
+                raise RequestError(
+                    f"the body did not arrive in time: send it within {self.limits.body_seconds:g} seconds",
+                    408, code="timeout",
+                ) from error  # fmt: skip
             if message["type"] == "http.disconnect":
                 raise _Gone
             parts.append(message.get("body", b""))

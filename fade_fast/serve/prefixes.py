@@ -184,7 +184,11 @@ class Prefixes:
             if not path.exists():  # an entry never changes, so a file that is there is right
                 entry.cache.save(path, torch.from_numpy(entry.tokens).long()[None])
         except (OSError, ValueError) as error:
-            warnings.warn(f"a cache of {len(entry.tokens)} tokens is dropped: {error}", stacklevel=2)
+            warnings.warn(
+                f"a cache of {len(entry.tokens)} tokens is dropped: {error}. Its text is read again when "
+                "needed; see that the folder of --cache-dir has room and can be written",
+                stacklevel=2,
+            )
             self._drop(entry)
             return
         entry.cache, entry.bytes, entry.path = None, 0, path
@@ -195,7 +199,11 @@ class Prefixes:
         try:
             entry.cache = load_cache(entry.path, self._model, verify=False, **self._load_options)
         except (OSError, ValueError) as error:
-            warnings.warn(f"a stored cache cannot be read and is dropped: {error}", stacklevel=2)
+            warnings.warn(
+                f"a stored cache cannot be read and is dropped: {error}. Its text is read again; see that "
+                "nothing else writes to the folder of --cache-dir",
+                stacklevel=2,
+            )
             self._drop(entry)
             return False
         entry.bytes = entry.cache.memory().own

@@ -105,9 +105,13 @@ def parse(body: bytes) -> dict:
     try:
         fields = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no JSON: {error}", code="invalid_json") from error
+        raise RequestError(
+            f"the body is no JSON: {error}; send a JSON object", code="invalid_json"
+        ) from error
     if not isinstance(fields, dict):
-        raise RequestError("the body is no JSON object", code="invalid_json")
+        raise RequestError(
+            "the body is no JSON object: send one, with the fields of a request", code="invalid_json"
+        )
     return {name: x for name, x in fields.items() if x is not None}
 
 
@@ -151,7 +155,7 @@ def _check_names(fields: dict, known: set[str]) -> None:
         if name in HARMLESS or (name in NOTHING and x in NOTHING[name]):
             continue
         if name not in known or name in NOTHING:
-            raise _wrong(name, "this server does not support it", code="unsupported_parameter")
+            raise _wrong(name, "this server does not support it, leave it out", code="unsupported_parameter")
 
 
 def _sampling(fields: dict, chat: bool) -> Sampling:
@@ -243,7 +247,9 @@ def chat_text(fields: dict, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise errors of their own about the order of messages
-        raise _wrong("messages", f"the chat template refuses them: {error}") from error
+        raise _wrong(
+            "messages", f"the chat template refuses them: {error}; send others, or another order"
+        ) from error
 
 
 def _message(i: int, message) -> dict:
@@ -257,15 +263,15 @@ def _message(i: int, message) -> dict:
         raise _wrong(name, "an object with a role is needed: system, developer, user or assistant")
     extra = {key for key, x in message.items() if x is not None and x != []}
     if extra - {"role", "content", "name", "refusal", "annotations"}:
-        raise _wrong(name, f"{', '.join(sorted(extra - {'role', 'content'}))} is not supported")
+        raise _wrong(name, f"{', '.join(sorted(extra - {'role', 'content'}))} is not supported, leave it out")
     content = message.get("content")
     if isinstance(content, list):
         parts = [x for x in content if isinstance(x, dict) and x.get("type") == "text"]
         if len(parts) != len(content) or not all(isinstance(x.get("text"), str) for x in parts):
-            raise _wrong(name, "parts of the content can only be text")
+            raise _wrong(name, "parts of the content can only be text, send no others")
         content = "".join(x["text"] for x in parts)
     if not isinstance(content, str):
-        raise _wrong(name, "the content must be a string")
+        raise _wrong(name, "the content must be a string, send one")
     role = "system" if message["role"] == "developer" else message["role"]
     return dict(role=role, content=content)
 

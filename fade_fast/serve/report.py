@@ -35,7 +35,7 @@ def contents(events: list[dict]) -> dict:
     """What a report shows, as JSON values."""
     lengths, series = tokens_over_time(events)
     if not lengths:
-        raise ValueError("no token was demoted, so there is nothing to show")
+        raise ValueError("no token was demoted, so there is nothing to show: record a longer text")
     step = -(-len(lengths) // MAX_POINTS)
     kept = sorted({*range(0, len(lengths), step), len(lengths) - 1})
     points = [dict(x=lengths[i], tokens={name: x[i] for name, x in series.items()}) for i in kept]

@@ -43,7 +43,7 @@ class FairQueue(Generic[T]):
     def get(self) -> T:
         """Remove the next item and return it. Raises `IndexError` if there is none."""
         if not self._clients:
-            raise IndexError("the queue is empty")
+            raise IndexError("the queue is empty: put() an item first")
         client, items = next(iter(self._clients.items()))
         item = items.popleft()
         self._count -= 1

@@ -65,7 +65,7 @@ def load(path: str, model: "ModelConfig") -> Calibration:
         if measured.get(name) != ours:
             raise ValueError(
                 f"calibration={path!r} is of another model: {name} is {measured.get(name)!r} there, "
-                f"{ours!r} here"
+                f"{ours!r} here; make one for this model with `fade vllm-calibrate`"
             )
     head_dim = model.get_head_size()
     for layer, moments in found.moments.items():
@@ -99,7 +99,10 @@ def key_means(found: Calibration, layer: int, rows: int) -> Tensor:
     Raises `ValueError` if the calibration has no such layer.
     """
     if layer not in found.moments:
-        raise ValueError(f"the calibration has layers {sorted(found.moments)}, and not layer {layer}")
+        raise ValueError(
+            f"the calibration has layers {sorted(found.moments)}, and not layer {layer}: make one for this "
+            "model with `fade vllm-calibrate`"
+        )
     mean, rope = found.moments[layer].mean.double(), found.ropes[layer]
     means = spec.mean_at(mean, rope, SPAN).unsqueeze(1)  # at the first positions
     if found.rotates(layer):  # rotations add, so those of a row turn the first row as a whole
@@ -114,7 +117,10 @@ def matched(found: Calibration, layer: int) -> tuple[Matrices, Matrices]:
     Raises `ValueError` if the calibration has no such layer.
     """
     if layer not in found.moments:
-        raise ValueError(f"the calibration has layers {sorted(found.moments)}, and not layer {layer}")
+        raise ValueError(
+            f"the calibration has layers {sorted(found.moments)}, and not layer {layer}: make one for this "
+            "model with `fade vllm-calibrate`"
+        )
     _, *sides = found.tables("block", SPAN, torch.device("cpu"))[layer]
     return tuple(sides)
 
@@ -128,6 +134,9 @@ def of_rank(table: Tensor, heads: int, rank: int, ranks: int) -> Tensor:
     """
     total = len(table)
     if heads * ranks != max(total, ranks):
-        raise ValueError(f"the calibration has {total} KV heads, the model {heads} on each of {ranks} ranks")
+        raise ValueError(
+            f"the calibration has {total} KV heads, the model {heads} on each of {ranks} ranks: make one for "
+            "this model with `fade vllm-calibrate`"
+        )
     first = rank * total // ranks
     return table[first : first + heads]

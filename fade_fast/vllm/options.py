@@ -86,7 +86,9 @@ def read(additional_config: object) -> Options:
     widths = {name: given[name] for name in WIDTHS if name in given}
     if preset == "dense":
         if widths:
-            raise ValueError(f"preset='dense' compresses nothing and contradicts {', '.join(widths)}")
+            raise ValueError(
+                f"preset='dense' compresses nothing and contradicts {', '.join(widths)}: leave one out"
+            )
         return Options(None, path, graphs)
     base = replace(FadeConfig.preset(preset), quant_backend=CODECS[0])
     if (codec := given.get("quant_backend", base.quant_backend)) not in CODECS:
@@ -94,7 +96,9 @@ def read(additional_config: object) -> Options:
     chosen = base.loss_bound is not None and not widths.keys() & set(BITS)
     config = replace(base, **(widths if chosen else {"loss_bound": None, **widths}))
     if config.quant_backend == "matched" and path is None:
-        raise ValueError("quant_backend='matched' needs calibration, a file of `fade vllm-calibrate`")
+        raise ValueError(
+            "quant_backend='matched' needs calibration, a file of `fade vllm-calibrate`: give its path"
+        )
     if chosen:  # by the file; an engine measures nothing
         config = calibration.with_widths(path, config)
     return Options(config, path, graphs)
@@ -112,7 +116,8 @@ def check(vllm_config: "VllmConfig") -> None:
         if isinstance(given, dict) and NAME in given:
             raise ValueError(
                 f"additional_config has options of {NAME!r}, which need --attention-backend CUSTOM "
-                "(attention_backend='CUSTOM' of LLM): another backend would ignore them"
+                "(attention_backend='CUSTOM' of LLM): another backend would ignore them; "
+                "add it, or leave the options out"
             )
         return
     options = read(vllm_config.additional_config)
@@ -140,7 +145,9 @@ def check_model(vllm_config: "VllmConfig", options: Options) -> None:
 def check_head_dim(head_dim: int, bits: Bits) -> None:
     """Raise `ValueError` if heads of `head_dim` channels cannot be stored at these widths."""
     if head_dim % 8:
-        raise ValueError(f"head_dim {head_dim}: a multiple of 8 is allowed")
+        raise ValueError(
+            f"head_dim {head_dim}: a multiple of 8 is allowed; use another backend for this model"
+        )
     for width in bits:
         if width != KEPT:
             packed_bytes(width, head_dim)

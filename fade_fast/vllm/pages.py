@@ -94,10 +94,12 @@ class PageLayout:
         if cache.dtype != torch.uint8 or cell < least or tokens % GRANULARITY:
             raise ValueError(
                 f"the cache is {cache.dtype} {list(cache.shape)}; allowed: uint8 [P, H, N, {least} or "
-                f"more], N a multiple of {GRANULARITY}"
+                f"more], N a multiple of {GRANULARITY}. Install vLLM 0.32"
             )
         if cache.stride()[2:] != (cell, 1):
-            raise ValueError(f"the cache has strides {cache.stride()}; the last two must be {(cell, 1)}")
+            raise ValueError(
+                f"the cache has strides {cache.stride()}; the last two must be {(cell, 1)}. Install vLLM 0.32"
+            )
         runs = self.runs(cache)
         return self._cut(runs, tokens), self._cut(
             runs[..., tokens * self.record :], room(tokens, self.fine, self.drafts)

@@ -84,7 +84,7 @@ def test_a_model_goes_on_as_before():
 
 def test_what_cannot_be_warmed_is_refused(tmp_path):
     model, file = tiny_llama(), tmp_path / "x.warm"
-    with pytest.raises(ValueError, match="mode 'greed': of greedy"):
+    with pytest.raises(ValueError, match="mode 'greed': one of greedy"):
         fade_fast.warm(model, modes=("greed",))
     with pytest.raises(ValueError, match="at least 1"):
         fade_fast.warm(model, batches=(0,))

@@ -211,7 +211,9 @@ def test_a_model_without_queries_gets_the_rotated_codec():
     with pytest.warns(widths.CodecWarning, match="needs more than tokens.*has the codec 'rotated'"):
         cache = fade_fast.create_cache(model, "safe")
     assert "their loss is unknown" in cache.describe() and cache.fade_config == FadeConfig()
-    with pytest.raises(NotCalibrated, match="needs more than tokens"):
+    with pytest.raises(
+        NotCalibrated, match="needs more than tokens; quant_backend='rotated' needs no calibration"
+    ):
         fade_fast.create_cache(model, FadeConfig(quant_backend="matched", block_size=32))
 
 
