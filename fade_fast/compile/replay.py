@@ -62,7 +62,8 @@ class Replayed:
             self.known[key] = Replay()
             while len(self.known) > MOST_GRAPHS:
                 self.known.popitem(last=False)
-            return self.function(*args, **constants)
+            # With the strides of the recording, or that would have to compile.
+            return self.function(*tree_unflatten(_copied(leaves), structure), **constants)
         self.known.move_to_end(key)
         with _on_device(first):  # a recording sees only the current device
             if found.graph is None and not found.refused:
@@ -76,7 +77,7 @@ class Replayed:
 
     def _record(self, found: Replay, leaves: list, structure, constants: dict) -> None:
         """Record a call. If memory is short or something compiles, calls of this kind stay ordinary ones."""
-        leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        leaves = _copied(leaves)
         try:
             args = tree_unflatten(leaves, structure)
             found.graph, found.output = record(lambda: self.function(*args, **constants))
@@ -99,6 +100,12 @@ def rehearsal():
         yield
     finally:
         _rehearses.reset(token)
+
+
+def _copied(leaves: list) -> list:
+    """The same with contiguous copies of tensors."""
+    clone = lambda x: x.clone(memory_format=torch.contiguous_format)  # noqa: E731
+    return [clone(x) if isinstance(x, Tensor) else x for x in leaves]
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager:

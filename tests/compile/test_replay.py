@@ -95,3 +95,19 @@ def test_a_rehearsal_calls_the_function(graphs):
     assert len(called) == before + 1 and (len(graphs), graphs[0].replays) == (made, replays)
     subject(x)
     assert graphs[0].replays == replays + 1
+
+
+def test_first_call_and_recording_have_the_same_strides(graphs):
+    """Parts of larger tensors, as vLLM gives them: a recording must not compile for strides of its own."""
+    seen = []
+
+    def function(x, y):
+        seen.append((x.stride(), y.stride()))
+        return [x + y]
+
+    subject, draw = Replayed(function, most=100), torch.Generator().manual_seed(0)
+    for _ in range(4):
+        whole = torch.randn(5, 3, 8, generator=draw)
+        x, y = whole[..., 2:6], whole.mT[:, 1:5].mT
+        assert not x.is_contiguous() and torch.equal(subject(x, y)[0], x + y)
+    assert len(graphs) == 1 and graphs[0].replays == 3 and len(set(seen)) == 1
