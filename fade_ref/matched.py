@@ -9,7 +9,8 @@ y = A (x - mean), and attention multiplies codes by A^-T q. Three ideas make the
 - **A mean that knows RoPE.** The mean of the keys before RoPE, rotated to the positions of a block, is a
   function of the positions alone. `Frame` names the cases.
 - **Feedback.** Channels are rounded in order. Each one makes up for the errors of the channels before it, as
-  seen through M (GPTQ, arXiv 2210.17323, does this for weights; here each vector is alone).
+  seen through M (GPTQ, arXiv 2210.17323, does this for weights; here each vector is alone). At 3 and 2 bits,
+  several scales are tried so, and a second pass rounds each channel given the errors of all others.
 
 Codes are symmetric, with one fp16 scale for each vector. All reals are float64.
 """
@@ -32,6 +33,10 @@ STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
 FACTORS = (0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.17, 1.27, 1.4)
 #: Smallest of these scales that is used, by bits. At 2 bits the best one for plain rounding clips too much.
 LEAST = {8: 0.7, 4: 0.7, 3: 0.7, 2: 1.2}
+#: Scales with which all channels are rounded, relative to the one found so, by bits. Few levels depend much
+#: on their distance.
+SEARCHED = {8: (1.0,), 4: (1.0,), 3: (0.88, 0.95, 1.02, 1.09, 1.17), 2: (0.8, 0.88, 0.96, 1.04, 1.14)}
+PASSES = {8: 1, 4: 1, 3: 2, 2: 2}  # how often each channel is rounded, by bits
 SHRINK = 0.3  # how far moments are drawn to their diagonals: they are measured on a few hundred tokens
 RIDGE = 1e-4  # added to the diagonals, relative to their mean
 SIZES = 2.0**-7, 2.0**15  # least and greatest size of the largest value of a stored A^-1
@@ -373,34 +378,73 @@ class MatchedCodec:
             error[..., i] = unit[..., i] - self._centered(codes[..., i])
         return codes.to(torch.uint8)
 
-    def _encode_rotated(self, y: Tensor) -> Record:
-        """Codes with the scale of `FACTORS` that is best for plain rounding, the first of equal ones, but at
-        least that of `LEAST`.
+    def round_again(self, unit: Tensor, codes: Tensor) -> Tensor:
+        """Codes of `unit` [H, ..., D] after one more pass over the channels of `codes`.
 
-        Feedback is too slow to try it with every scale. The scale with the least squared error of plain
-        rounding is nearly as good as the one with the least damage after feedback, except with 2 bits. There
-        it is too small: feedback adds errors to what is rounded, so more channels are clipped than with plain
-        rounding, and the channels that follow cannot make up for the large error of a clipped one.
+        Each channel gets the code with the least damage, given the errors of all other channels. With
+        W = V^T V, the damage e^T W e is least for e_i = -sum_j W_ij / W_ii e_j over the other channels j. No
+        step makes the damage larger (coordinate descent).
+        """
+        V = self.matrices.feedback
+        W = V.mT @ V
+        weight = W / W.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        codes = codes.double()
+        error = unit - self._centered(codes)
+        for i in range(unit.shape[-1]):
+            others = torch.einsum("hj,h...j->h...", weight[:, i], error) - error[..., i]
+            codes[..., i] = self._nearest(unit[..., i] + others)
+            error[..., i] = unit[..., i] - self._centered(codes[..., i])
+        return codes.to(torch.uint8)
+
+    def _encode_rotated(self, y: Tensor) -> Record:
+        """Codes with the best scale that is searched, and the scale that is stored.
+
+        The first scale is the one of `FACTORS` that is best for plain rounding, but at least that of `LEAST`.
+        At 8 and 4 bits, no other scale is searched. The one with the least squared error of plain rounding is
+        nearly as good as the one with the least damage after feedback.
+
+        At 3 and 2 bits, vectors are rounded with several scales around the first one (`SEARCHED`). Feedback
+        adds errors to what is rounded, and the channels that follow cannot make up for the large error of a
+        clipped one. The scale whose codes have the smallest angle to y in the metric of V wins, the first of
+        equal ones. Then all channels are rounded once more (`round_again`).
 
         The stored scale makes the vector unbiased in the metric of V, <Vy, V decoded> = |Vy|^2, as in the
-        rotated codec. It stays within a factor of 2 of the scale that was tried. A zero vector has scale 0.
+        rotated codec. It stays within a factor of 2 of the scale that was used. A zero vector has scale 0.
+        """
+        first, best = self._first_scale(y), None
+        Vy = self._each(self.matrices.feedback, y)
+        for factor in SEARCHED[self.bits]:
+            codes = self.round(self._in_units(y, first * factor))
+            Vz = self._each(self.matrices.feedback, self._centered(codes))
+            aligned, size = (Vy * Vz).sum(-1), Vz.square().sum(-1)  # codes are never 0, nor are their sizes
+            cosine = aligned.clamp_min(0).square() / size  # up to the size of Vy
+            if best is None:
+                best, kept, used = cosine, codes, first * factor
+            better = cosine > best
+            best, used = cosine.where(better, best), (first * factor).where(better, used)
+            kept = codes.where(better.unsqueeze(-1), kept)
+        for _ in range(1, PASSES[self.bits]):
+            kept = self.round_again(self._in_units(y, used), kept)
+        Vz = self._each(self.matrices.feedback, self._centered(kept))
+        aligned = (Vy * Vz).sum(-1)
+        scale = (Vy * Vy).sum(-1) / aligned.where(aligned > 0, 1.0)
+        scale = scale.where(aligned > 0, used).clamp(used / 2, used * 2)
+        return Record(quantize.pack(kept, self.bits), quantize.stored(scale), None)
+
+    def _first_scale(self, y: Tensor) -> Tensor:
+        """The scale of `FACTORS` with the least squared error of plain rounding, the first of equal ones, but
+        at least that of `LEAST`: [H, ...] for y [H, ..., D].
         """
         size = y.square().mean(-1).sqrt() * STEPS[self.bits]
-        tried = least = None
+        found = least = None
         for factor in FACTORS:
             scale = size * factor
             near = self._centered(self._nearest(self._in_units(y, scale)))
             error = (y - scale.unsqueeze(-1) * near).square().sum(-1)
             if least is None:
-                tried, least = scale, error
-            tried, least = scale.where(error < least, tried), error.where(error < least, least)
-        tried = torch.maximum(tried, size * LEAST[self.bits])
-        codes = self.round(self._in_units(y, tried))
-        Vy, Vz = (self._each(self.matrices.feedback, v) for v in (y, self._centered(codes)))
-        aligned = (Vy * Vz).sum(-1)
-        scale = (Vy * Vy).sum(-1) / aligned.where(aligned > 0, 1.0)
-        scale = scale.where(aligned > 0, tried).clamp(tried / 2, tried * 2)
-        return Record(quantize.pack(codes, self.bits), quantize.stored(scale), None)
+                found, least = scale, error
+            found, least = scale.where(error < least, found), error.where(error < least, least)
+        return torch.maximum(found, size * LEAST[self.bits])
 
     @staticmethod
     def _in_units(y: Tensor, scale: Tensor) -> Tensor:

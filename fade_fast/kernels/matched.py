@@ -24,6 +24,9 @@ STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
 FACTORS = (0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.17, 1.27, 1.4)
 #: Smallest of these scales that is used, by bits. At 2 bits the best one for plain rounding clips too much.
 LEAST = {8: 0.7, 4: 0.7, 3: 0.7, 2: 1.2}
+#: Scales with which all channels are rounded, relative to the one found so, by bits; other widths use one.
+SEARCHED = {3: (0.88, 0.95, 1.02, 1.09, 1.17), 2: (0.8, 0.88, 0.96, 1.04, 1.14)}
+MOST_SEARCHED = 1 << 24  # elements of vectors in all scales that are rounded at a time
 TOGETHER = 8  # channels of a compiled block
 GROUP = 32  # channels between two products with the errors of all channels before
 
@@ -92,10 +95,8 @@ def _quantize(y: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Packed codes [H, T, D * bits / 8] and scales [H, T] of `y` [H, D, T].
 
     Of `FACTORS`, the scale with the least squared error of plain rounding wins, unless it is below that of
-    `LEAST`. Each channel is then rounded after the errors of the channels before were added, weighted by
-    V_ij / V_ii. Products add the errors of earlier blocks of `TOGETHER` channels, so that one compiled
-    version of `_round_block` serves all blocks: a product for each `GROUP` adds those of earlier groups, and
-    one for each block those of its own group. So most errors are read once for 32 channels, and not for 8.
+    `LEAST`. Channels are then rounded with feedback. At 3 and 2 bits they are rounded with all scales of
+    `SEARCHED`, and those of the best scale once more, given the errors of all others.
     """
     known = STEPS[bits], LEAST[bits], center(bits)
     step, smallest, limit = (torch.full((), x, device=y.device) for x in known)
@@ -103,18 +104,88 @@ def _quantize(y: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     feedback = feedback.float()
     diagonal = feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [H, D, 1]
     weight, exposed = feedback / diagonal, feedback @ unit
-    errors, lost = torch.empty_like(unit), []
-    for start in range(0, y.shape[1], TOGETHER):
+    if bits not in SEARCHED:
+        errors = torch.empty_like(unit)
+        lost = [x[:, 0] for x in _round(unit, errors, weight, exposed, diagonal, limit)]
+        return _run(_finish, unit, errors, exposed, tried, lost, limit, bits=bits)
+    pieces = max(1, -(-unit.numel() * len(SEARCHED[bits]) // MOST_SEARCHED))  # 1 for no vectors
+    searched = [
+        _search(*part, weight, diagonal, limit, SEARCHED[bits])
+        for part in zip(unit.chunk(pieces, -1), exposed.chunk(pieces, -1))
+    ]
+    errors, factor = (x[0] if pieces == 1 else torch.cat(x, dim=-1) for x in zip(*searched))
+    unit, exposed = (x / factor.unsqueeze(1) for x in (unit, exposed))
+    moment = feedback.mT @ feedback  # an error e of a vector does the damage e^T moment e
+    own = moment.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    _round(unit, errors, moment / own, exposed, own, limit, again=True)
+    lost = [(exposed * (feedback @ errors)).sum(1)]
+    return _run(_finish, unit, errors, exposed, tried * factor, lost, limit, bits=bits)
+
+
+def _round(
+    unit: Tensor,
+    errors: Tensor,
+    weight: Tensor,
+    exposed: Tensor,
+    diagonal: Tensor,
+    limit: Tensor,
+    again: bool = False,
+) -> list[Tensor]:
+    """Write the errors of the codes of `unit` [H, D, T] into `errors`, channel after channel.
+
+    Each channel is rounded after the errors of others were added, times `weight` [H, D, D]: those of the
+    channels before, or, if it is rounded `again`, those of all others, which `errors` holds.
+
+    Products add the errors of other blocks of `TOGETHER` channels, so that one compiled version of
+    `_round_block` serves all blocks: a product for each `GROUP` adds those outside the group, and one for
+    each block those before it in the group. So most errors are read once for 32 channels, and not for 8.
+
+    Returns [H, 2, T] for each block: its part of <Vu, Ve> and of |Ve|^2, as `_round_block` computes them.
+    They mean nothing if channels are rounded again.
+    """
+    sums = []
+    for start in range(0, unit.shape[1], TOGETHER):
         own, group = slice(start, start + TOGETHER), start // GROUP * GROUP
         if start == group:
-            of_groups = weight[:, start : start + GROUP, :start] @ errors[:, :start]
+            rows, far = slice(start, start + GROUP), weight[:, start : start + GROUP, :start]
+            if again:  # within the group, channels after each one have not changed yet
+                parts = far, weight[:, rows, rows].triu(1), weight[:, rows, start + GROUP :]
+                far = torch.cat(parts, dim=-1)
+            of_groups = far @ errors[:, : far.shape[-1]]
         before = of_groups[:, start - group : start - group + TOGETHER]
         within = weight[:, own, group:start] @ errors[:, group:start]  # 0 for the first block of a group
         block = weight[:, own, own, None], exposed[:, own], diagonal[:, own]
         found = _run(_round_block, unit[:, own], before, within, *block, limit)
-        errors[:, own] = found[:, :-1]
-        lost.append(found[:, -1])
-    return _run(_finish, unit, errors, exposed, tried, lost, limit, bits=bits)
+        errors[:, own] = found[:, :-2]
+        sums.append(found[:, -2:])
+    return sums
+
+
+def _search(
+    unit: Tensor,
+    exposed: Tensor,
+    weight: Tensor,
+    diagonal: Tensor,
+    limit: Tensor,
+    factors: tuple[float, ...],
+) -> tuple[Tensor, Tensor]:
+    """Errors [H, D, T] of the codes of `unit` over the best of `factors`, and that factor [H, T].
+
+    The best one has the smallest angle between Vu and Vc, for centered codes c. With Vc = Vu - Ve, this needs
+    no product with the codes. The first of equal ones wins.
+    """
+    every = lambda x: torch.cat([x / factor for factor in factors], dim=-1)  # noqa: E731
+    apart = lambda x: x.unflatten(-1, (len(factors), -1))  # noqa: E731
+    units, exposed = every(unit), every(exposed)
+    errors = torch.empty_like(units)
+    lost, damage = sum(_round(units, errors, weight, exposed, diagonal, limit)).unbind(1)
+    whole = exposed.square().sum(1)
+    aligned, size = (whole - lost).clamp_min(0), whole * (whole - 2 * lost + damage)
+    cosine = torch.where(size > 0, aligned.square() / torch.where(size > 0, size, 1.0), 0.0)
+    best = apart(cosine).argmax(1, keepdim=True)  # [H, 1, T]
+    known = torch.stack([torch.full_like(unit[:, 0], factor) for factor in factors], dim=1)
+    errors = apart(errors).take_along_dim(best.unsqueeze(1), dim=2)
+    return errors.squeeze(2), known.take_along_dim(best, dim=1).squeeze(1)
 
 
 def _in_units(
@@ -147,8 +218,8 @@ def _round_block(
     diagonal: Tensor,
     limit: Tensor,
 ) -> Tensor:
-    """Errors of the codes of one block, and after its C channels the part of the block in <Vu, Ve>:
-    [H, C + 1, T].
+    """Errors of the codes of one block, and after its C channels the parts of the block in <Vu, Ve> and in
+    |Ve|^2: [H, C + 2, T].
 
     u are the vectors in units of the distance between levels, and e the errors of their centered codes. The
     damage V e is a by-product of rounding: V_ii times what is left of channel i.
@@ -163,7 +234,7 @@ def _round_block(
     apart = _apart if compiles else lambda x: x.unbind(1)
     each = apart(weight.flatten(1, 2)) if compiles else ()  # [H, 1], C * C of them
     offset, last = apart(unit + before + within), 2 * limit
-    errors, lost = [], torch.zeros_like(offset[0])
+    errors, lost, damage = [], torch.zeros_like(offset[0]), torch.zeros_like(offset[0])
     for i, wanted, own, share, by in zip(places, offset, *map(apart, (unit, exposed, diagonal))):
         if compiles:  # one kernel keeps the block in registers
             for j, error in enumerate(errors):
@@ -171,11 +242,12 @@ def _round_block(
         elif errors:
             wanted = wanted + (weight[:, i : i + 1, :i, 0] @ torch.stack(errors, dim=1)).squeeze(1)
         near = _nearest(wanted, limit, last)
-        lost = lost + share * (by * (wanted - near))
+        left = by * (wanted - near)
+        lost, damage = lost + share * left, damage + left * left
         errors.append(own - near)
     # One result of more than 8 tensors: Inductor stacks up to 8 in a kernel of their own, which would compute
     # the block again for each of them.
-    return torch.stack((*errors, lost), dim=1)
+    return torch.stack((*errors, lost, damage), dim=1)
 
 
 def _apart(x: Tensor) -> tuple[Tensor, ...]:
