@@ -157,8 +157,18 @@ CORRUPTIONS = {
     ],
     # -- the matched codec
     "kernels.matched._quantize": [
+        ("feedback not scaled", binary("/")[0].becomes("_0"), "matched codes, 4"),
+        ("the second pass in the first scale", binary("/")[1].becomes("_0"), "matched codes, 2"),
+        ("the second pass by the root of the moment", binary("@")[1].becomes("_1"), "matched codes, 3"),
+    ],
+    "kernels.matched._round": [
+        ("errors of earlier groups lost", binary("@")[0].becomes("0 * (_)"), "matched codes, 4"),
         ("errors of earlier blocks lost", binary("@")[1].becomes("0 * (_)"), "matched codes, 4"),
-        ("feedback not scaled", binary("/").becomes("_0"), "matched codes, 2"),
+        ("errors of later channels lost", call("triu").becomes("0 * _"), "matched codes, 3"),
+    ],
+    "kernels.matched._search": [
+        ("any scale", call("argmax").becomes("0 * _"), "matched codes, 2"),
+        ("the longest codes", binary("+").becomes("_0"), "matched codes, 2"),
     ],
     "kernels.matched._round_block": [
         ("errors of the own block lost", binary("@").becomes("0 * (_)"), "matched codes, 4"),

@@ -182,21 +182,77 @@ def test_scales_are_unbiased(bits):
         matched.MatchedCodec(5, subject.matrices)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_scales_are_tried_from_the_least_one(bits):
-    """The scale that rounding used is the best of plain rounding, or the least one that is allowed."""
-    subject, keys, mean = codec(bits, n=200)
-    y = torch.einsum("hij,hnj->hni", subject.matrices.encode, keys - mean)
-    size = y.square().mean(-1, keepdim=True).sqrt() * matched.STEPS[bits]
-    top = (2**bits - 1) / 2
+def first_codes(subject, y):
+    """The factor of each vector by plain rounding, and the codes with each of the searched scales."""
+    size = y.square().mean(-1, keepdim=True).sqrt() * matched.STEPS[subject.bits]
+    top = (2**subject.bits - 1) / 2
     tried = torch.stack([size * factor for factor in matched.FACTORS])
     near = ((y / tried + top).round().clamp(0, 2 * top) - top) * tried
     best = (near - y).square().sum(-1).argmin(0)
-    factor = torch.tensor(matched.FACTORS).double()[best].clamp_min(matched.LEAST[bits])
-    codes = subject.round(y / (size * factor[..., None]))
-    record = subject._encode_rotated(y)
-    assert torch.equal(subject.levels(record), codes.double() - top)
+    factor = torch.tensor(matched.FACTORS).double()[best].clamp_min(matched.LEAST[subject.bits])
+    first = size * factor[..., None]
+    return factor, first, [subject.round(y / (first * by)) for by in matched.SEARCHED[subject.bits]]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_scales_are_tried_from_the_least_one(bits):
+    """Rounding uses the best scale of plain rounding, or the least one that is allowed. At 3 and 2 bits it is
+    the first of several, and the codes with the smallest angle are rounded once more.
+    """
+    subject, keys, mean = codec(bits, n=200)
+    y = torch.einsum("hij,hnj->hni", subject.matrices.encode, keys - mean)
+    factor, first, searched = first_codes(subject, y)
+    levels, top = subject.levels(subject._encode_rotated(y)), (2**bits - 1) / 2
     assert (factor == matched.LEAST[bits]).any() or bits > 2
+    if bits >= 4:
+        assert torch.equal(levels, searched[0].double() - top) and len(searched) == 1
+        return
+    V = subject.matrices.feedback
+    exact = torch.einsum("hij,hnj->hni", V, y)
+    seen = torch.einsum("hij,khnj->khni", V, torch.stack(searched).double() - top)
+    best = torch.nn.functional.cosine_similarity(seen, exact[None], dim=-1).argmax(0)
+    assert len(best.unique()) == len(searched) > 1
+    scales = torch.tensor(matched.SEARCHED[bits]).double()[best]
+    kept = torch.stack(searched).gather(0, best[None, ..., None].expand(1, *y.shape))[0]
+    again = subject.round_again(y / (first * scales[..., None]), kept)
+    assert torch.equal(levels, again.double() - top) and not torch.equal(kept, again)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_second_pass_never_does_more_damage(bits):
+    """It ends where no other code of a single channel would do less damage."""
+    subject, _, _ = codec(bits)
+    unit = normal(2, 9, 16) * 2**bits / 4
+    top = (2**bits - 1) / 2
+    damage = lambda codes: subject.damage(unit - (codes.double() - top))  # noqa: E731
+    codes = subject.round(unit)
+    before = None
+    while before is None or not torch.equal(codes, before):
+        before, codes = codes, subject.round_again(unit, codes)
+        assert (damage(codes) <= damage(before) + 1e-9).all()
+    for i in range(16):
+        for code in range(2**bits):
+            other = codes.clone()
+            other[..., i] = code
+            assert (damage(codes) <= damage(other) + 1e-9).all()
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+def test_a_search_does_less_damage(bits):
+    """Than the scale of plain rounding and one pass, with the best stored scale of each vector."""
+    subject, keys, mean = codec(bits, n=400)
+    y = torch.einsum("hij,hnj->hni", subject.matrices.encode, keys - mean)
+    _, _, searched = first_codes(subject, y)
+    plain = searched[min(range(len(searched)), key=lambda k: abs(matched.SEARCHED[bits][k] - 1))]
+    exact = torch.einsum("hij,hnj->hni", subject.matrices.feedback, y)
+
+    def lost(levels):
+        seen = torch.einsum("hij,hnj->hni", subject.matrices.feedback, levels)
+        cosine = torch.nn.functional.cosine_similarity(seen, exact, dim=-1)
+        return (exact.square().sum(-1) * (1 - cosine**2)).mean()
+
+    found = subject.levels(subject._encode_rotated(y))
+    assert lost(found) < 0.93 * lost(plain.double() - (2**bits - 1) / 2)
 
 
 @pytest.mark.parametrize("high, low", [(8, 4), (4, 2), (3, 2)])
@@ -205,9 +261,12 @@ def test_requantizing_stays_in_the_rotated_domain(high, low):
     second_ = matched.MatchedCodec(low, first.matrices)
     record = first.requantize(first.encode(keys, mean), second_)
     again = second_.encode(first.decode(first.encode(keys, mean)))
-    same = second_.levels(record) == second_.levels(again)
-    assert same.double().mean() > 0.98  # A is the inverse of A^-1 up to fp16
-    torch.testing.assert_close(record.scale, again.scale, rtol=2e-2, atol=0)
+    same = (second_.levels(record) == second_.levels(again)).all(-1)
+    assert same.double().mean() > 0.9  # A is the inverse of A^-1 up to fp16, and a code near a boundary differs
+    torch.testing.assert_close(record.scale[same], again.scale[same], rtol=2e-2, atol=0)
+    y = first._decode_rotated(first.encode(keys, mean))
+    damage = [second_.damage(y - second_._decode_rotated(x)).sum() for x in (record, again)]
+    torch.testing.assert_close(*damage, rtol=2e-2, atol=0)
     with pytest.raises(ValueError, match="same matrices"):
         first.requantize(record, codec(low, seed=1)[0])
 
