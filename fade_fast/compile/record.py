@@ -13,7 +13,8 @@ LEAST_FREE = 32  # a capture gives cached memory back if less than this part of 
 def record(call: Callable, pool: tuple[int, int] | None = None, **arguments):
     """Capture a call. Returns its CUDA graph, which has not run yet, and the output of the call.
 
-    `pool` is memory to share with graphs that never run at the same time, or None.
+    `pool` is memory to share with graphs that never run at the same time, or None. One of these graphs must
+    still exist.
 
     `torch.cuda.graph` waits for the GPU and gives all cached memory back, which the next steps would have to
     ask for again. Here the GPU goes on, and memory is given back only where little is left.
@@ -28,8 +29,12 @@ def record(call: Callable, pool: tuple[int, int] | None = None, **arguments):
     stream.wait_stream(torch.cuda.current_stream())
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     with torch.cuda.stream(stream):
-        # Other threads may continue to use the GPU.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            # Other threads may continue to use the GPU.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        except BaseException:
+            _free_generator()  # for example, if the graphs of the pool are gone
+            raise
         try:
             output = call(**arguments)
             graph.capture_end()
@@ -44,7 +49,7 @@ def _give_up(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
 
     If an operation was not allowed, `capture_end` raises its error first. The default generator still counts
     as captured, and draws no number outside of a capture. The allocator still asks the graph about each
-    allocation, also after the graph was freed. A capture of nothing puts the generator right.
+    allocation, also after the graph was freed.
     """
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
@@ -55,6 +60,11 @@ def _give_up(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
     with contextlib.suppress(RuntimeError):  # a version of PyTorch may have done so
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
+    _free_generator()
+
+
+def _free_generator() -> None:
+    """Let the default generator draw numbers again: a capture of nothing ends what a failed one began."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an empty graph
         nothing = torch.cuda.CUDAGraph()

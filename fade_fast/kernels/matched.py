@@ -26,7 +26,7 @@ FACTORS = (0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.17, 1.27, 1.4)
 LEAST = {8: 0.7, 4: 0.7, 3: 0.7, 2: 1.2}
 #: Scales with which all channels are rounded, relative to the one found so, by bits; other widths use one.
 SEARCHED = {3: (0.88, 0.95, 1.02, 1.09, 1.17), 2: (0.8, 0.88, 0.96, 1.04, 1.14)}
-MOST_SEARCHED = 1 << 24  # elements of vectors in all scales that are rounded at a time
+MOST_SEARCHED = 1 << 25  # elements of vectors in all scales that are rounded at a time
 TOGETHER = 8  # channels of a compiled block
 GROUP = 32  # channels between two products with the errors of all channels before
 
@@ -314,8 +314,10 @@ def encode_both(
 ) -> tuple[Packed, Packed]:
     """`encode` for the keys and values of some tokens; arguments as in `rotated.encode_both`."""
     tables = [x for side in matrices for x in (side.encode, side.feedback)]
+    # A search takes so many kernels that only replays keep a GPU busy.
+    most = MOST_REPLAYED if any(width in SEARCHED for width in bits) else None
     # Both versions are the same function, because it calls compiled pieces.
-    return rotated.in_tiles(_replayed, _replayed, keys, values, mean, tables, bits, recurs)
+    return rotated.in_tiles(_replayed, _replayed, keys, values, mean, tables, bits, recurs, most)
 
 
 def _encode_both(keys, values, mean, *tables, bits) -> tuple[Packed, Packed]:
@@ -329,7 +331,7 @@ def _run(function: Callable, *args, **constants):
     return _compiled[function.__name__].run(args[0], *args, **constants)
 
 
-MOST_REPLAYED = 1 << 21  # elements of the keys of a call that is replayed: 2,048 tokens of 8 heads of 128
+MOST_REPLAYED = 1 << 22  # elements of the keys of a call that is replayed: 4,096 tokens of 8 heads of 128
 _replayed = Replayed(_encode_both, MOST_REPLAYED)
 
 # Codes are defined by the stored scales, which are rounded. A block of channels is one kernel, although it

@@ -181,15 +181,19 @@ def in_tiles(
     tables: list[Tensor],
     bits: tuple[int, int],
     recurs: bool,
+    most: int | None = None,
 ) -> tuple[Packed, Packed]:
-    """Codes of keys and values by `eager` or its `compiled` version; see `encode_both`."""
+    """Codes of keys and values by `eager` or its `compiled` version; see `encode_both`.
+
+    `most` is the number of elements of keys in the largest compiled tile, `MOST` by default.
+    """
     (batch, heads, length, dim), means = keys.shape, mean.shape[2]
     if recurs and use_compiled(keys) and 0 < length <= SMALL:
         return compiled(keys, values, mean, *tables, bits=bits)
     each = length // means if means > 1 else 1  # a tile holds whole groups
     pads = use_compiled(keys) and length > SMALL
     parts = []
-    for start, stop, size in _tiles(length, MOST // (batch * heads * dim) if pads else None, each):
+    for start, stop, size in _tiles(length, (most or MOST) // (batch * heads * dim) if pads else None, each):
         groups = mean if means == 1 else mean[:, :, start // each : stop // each]
         part = keys[:, :, start:stop], values[:, :, start:stop], groups
         if pads:
@@ -226,7 +230,7 @@ def _key_mean(keys: Tensor, real: Tensor | None) -> Tensor:
 
 ELEMENTS_SUMMED = 1 << 24  # elements that are copied to float64 at a time
 TILE = 2048  # tokens per tile without compilation
-MOST = 1 << 24  # elements of keys in the largest compiled tile
+MOST = 1 << 24  # elements of keys in the largest compiled tile, if its encoder names no other number
 MOST_TOKENS = 1 << 14  # most tokens of the largest compiled tile
 SMALL = 256  # tokens of the smallest compiled tile, and most tokens of a block with its own compiled version
 

@@ -13,9 +13,11 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU
 
 
 class Driver:
-    """What a CUDA graph of PyTorch does, in order. `breaks` says whether an operation is not allowed."""
+    """What a CUDA graph of PyTorch does, in order. `breaks` says whether an operation is not allowed, and
+    `gone` is a pool whose graphs no longer exist.
+    """
 
-    def __init__(self, monkeypatch, breaks):
+    def __init__(self, monkeypatch, breaks, gone=None):
         self.breaks, self.calls, self.generator_captured, self.pools = breaks, [], False, []
         driver = self
 
@@ -25,7 +27,10 @@ class Driver:
 
             def capture_begin(self, pool=None, capture_error_mode=None):
                 assert capture_error_mode == "thread_local"
-                driver.generator_captured, self.begun = True, True
+                driver.generator_captured = True
+                if pool is not None and pool == gone:
+                    raise RuntimeError("use_count > 0")
+                self.begun = True
                 driver.pools += [] if pool is None else [pool]
                 self.broken = driver.breaks and pool is not None
 
@@ -83,12 +88,34 @@ def test_an_operation_that_is_not_allowed_is_told(monkeypatch):
     assert not driver.generator_captured and len(driver.calls) == 2
 
 
+def test_a_capture_that_cannot_begin(monkeypatch):
+    """Nothing of the pool is touched, which other code may own, and the generator may draw again."""
+    driver = Driver(monkeypatch, breaks=False, gone=(3, 0))
+    with pytest.raises(RuntimeError, match="use_count"):
+        record(lambda: None, (3, 0))
+    assert not driver.generator_captured and not driver.calls and not driver.pools
+
+
+@gpu
+def test_a_gpu_works_on_after_a_capture_in_memory_that_is_gone():
+    x = torch.arange(8.0, device="cuda")
+    pool = record(lambda: x * 2)[0].pool()
+    with pytest.raises(RuntimeError):
+        record(lambda: x * 3, pool)
+    assert torch.rand(1000, device="cuda").mean() > 0.3
+    graph, found = record(lambda: x * 3)
+    graph.replay()
+    torch.cuda.empty_cache()
+    assert torch.equal(found, x * 3)
+
+
 @gpu
 @pytest.mark.parametrize("shared", (False, True), ids=("own memory", "shared memory"))
 def test_a_gpu_works_on_after_a_capture_that_failed(shared):
     x = torch.arange(8.0, device="cuda")
-    pool = record(lambda: x * 2)[0].pool() if shared else None
-    with pytest.raises(RuntimeError):
+    other = record(lambda: x * 2)[0]
+    pool = other.pool() if shared else None
+    with pytest.raises(RuntimeError, match="captur"):
         record(lambda: x.sum().item(), pool)
     torch.manual_seed(3)
     drawn = torch.rand(1000, device="cuda")

@@ -262,7 +262,7 @@ def test_requantizing_stays_in_the_rotated_domain(high, low):
     record = first.requantize(first.encode(keys, mean), second_)
     again = second_.encode(first.decode(first.encode(keys, mean)))
     same = (second_.levels(record) == second_.levels(again)).all(-1)
-    assert same.double().mean() > 0.9  # A is the inverse of A^-1 up to fp16, and a code near a boundary differs
+    assert same.double().mean() > 0.9  # A is the inverse of A^-1 up to fp16, and some codes differ
     torch.testing.assert_close(record.scale[same], again.scale[same], rtol=2e-2, atol=0)
     y = first._decode_rotated(first.encode(keys, mean))
     damage = [second_.damage(y - second_._decode_rotated(x)).sum() for x in (record, again)]
