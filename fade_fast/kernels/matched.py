@@ -314,10 +314,9 @@ def encode_both(
 ) -> tuple[Packed, Packed]:
     """`encode` for the keys and values of some tokens; arguments as in `rotated.encode_both`."""
     tables = [x for side in matrices for x in (side.encode, side.feedback)]
-    # A search takes so many kernels that only replays keep a GPU busy.
-    most = MOST_REPLAYED if any(width in SEARCHED for width in bits) else None
-    # Both versions are the same function, because it calls compiled pieces.
-    return rotated.in_tiles(_replayed, _replayed, keys, values, mean, tables, bits, recurs, most)
+    # Both versions are the same function, because it calls compiled pieces. It takes so many kernels that
+    # only replays keep a GPU busy.
+    return rotated.in_tiles(_replayed, _replayed, keys, values, mean, tables, bits, recurs, MOST_REPLAYED)
 
 
 def _encode_both(keys, values, mean, *tables, bits) -> tuple[Packed, Packed]:
