@@ -5,12 +5,10 @@ Caches with `FadeConfig(quant_backend="matched")` use the calibration, and `safe
 
 import argparse
 
-import torch
-from transformers.cache_utils import DynamicLayer
-
 from .. import arguments
-from ..hf import calibration
-from . import calibrating, options
+from . import options
+
+TOKENS = 512  # that of the calibration, which imports torch; a test compares them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +26,19 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=arguments.positive,
-        default=calibration.TOKENS,
+        default=TOKENS,
         metavar="N",
-        help=f"most tokens of FILE (default: {calibration.TOKENS})",
+        help=f"most tokens of FILE (default: {TOKENS})",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Calibrate the model and write the file."""
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    from . import calibrating
+
     model, found = calibrating.measure(args, args.model, lambda layer: type(layer) is DynamicLayer)
     calibrating.choose(model, found, ["rotated", "matched"])
     calibrating.write(args, found)

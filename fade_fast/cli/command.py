@@ -1,7 +1,7 @@
 """The command `fade`, also `python -m fade_fast`. Each subcommand is one module.
 
-Only the module of the given subcommand is imported, so that `fade --help` loads neither torch nor
-transformers.
+Only the module of the given subcommand is imported. torch and transformers take seconds to import, so nothing
+imports them before the options are parsed: --help and wrong options are answered at once.
 
 Modules in `COMMANDS` have `add_arguments(parser)` and `run(args)`, which may return an exit code. Commands in
 `PASSED` parse the arguments after their name themselves.

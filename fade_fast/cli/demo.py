@@ -9,7 +9,7 @@ import argparse
 from fade_ref.config import PRESETS
 
 from .. import arguments
-from . import comparison, options
+from . import options
 
 SHOWN = tuple(name for name in PRESETS if name != "int4")  # `safe` shows the same on most models
 
@@ -33,4 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the demo. Prints one table, and writes `args.json` if it is given."""
+    from . import comparison
+
     comparison.run(args)

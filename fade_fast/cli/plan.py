@@ -11,10 +11,10 @@ import argparse
 from fade_ref.config import PRESETS, FadeConfig
 
 from .. import arguments
-from ..hf import capacity
-from ..hf.loading import DTYPES, HUB_ID, LoadError, called, configuration, quiet
+from ..errors import LoadError
+from ..hf.names import DTYPES, HUB_ID
 from ..saved.files import write_json
-from . import options, planning
+from . import options
 
 GIB = 2**30
 SHOWN = tuple(name for name in PRESETS if name != "int4")  # `safe` has the same bytes here
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", nargs="+", default=list(SHOWN), metavar="PRESET",
         help=f"presets, or FIELD=VALUE,... of FadeConfig (default: {', '.join(SHOWN)})",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
     parser.add_argument(
         "--weights", type=arguments.size, metavar="SIZE", help="bytes of the weights, if known"
     )
@@ -51,10 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print one table."""
-    quiet()
     configs = {name: _config(name) for name in dict.fromkeys(args.config)}
+    from ..hf import capacity, loading
+    from ..hf.loading import called, configuration, quiet
+    from . import planning
+
+    quiet()
     try:
-        model = capacity.architecture(configuration(args.model), DTYPES[args.dtype])
+        model = capacity.architecture(configuration(args.model), loading.DTYPES[args.dtype])
     except (ValueError, TypeError) as error:
         raise LoadError(f"cannot plan for {called(args.model)!r}: {error}") from error
     weights = model.weights if args.weights is None else args.weights

@@ -7,9 +7,7 @@ because vLLM compresses these too. vLLM reads it if --additional-config is
 
 import argparse
 
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-from . import calibrate, calibrating, options
+from . import calibrate, options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Calibrate the model and write the file."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    from . import calibrating
+
     wanted = (DynamicLayer, DynamicSlidingWindowLayer)
     model, found = calibrating.measure(args, args.model, lambda layer: type(layer) in wanted)
     calibrating.choose(model, found, ["rotated"])

@@ -1,5 +1,6 @@
 """Subcommands of `fade`: sessions that go on in another process, pictures, codebooks, what is passed on."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 import fade_fast
-from fade_fast.cli import command, plots, session
+from fade_fast.cli import calibrate, command, plots, serve, session
 from fade_fast.cli.command import main
 from fade_fast.hf import calibration, codebooks, loading
 from fade_fast.kernels import merge, product
 from fade_fast.measure import texts
 from fade_fast.saved import checkpoint, snapshot, telemetry
+from fade_fast.serve import engine
 from fade_ref.config import FadeConfig
 
 from ..models import compressed_tokens, generate, prompt, tiny_llama
@@ -42,6 +44,25 @@ def test_help_fits_a_screen(command, capsys, monkeypatch):
 def test_the_help_of_all_commands_is_that_of_each(name):
     """`fade --help` imports no command, so it has a copy of the first line of each module."""
     assert command.COMMANDS[name][1] == command.module_of(name).__doc__.partition("\n")[0]
+
+
+def test_what_options_copy_to_spare_an_import():
+    """The options are parsed without torch. What their choices and defaults repeat is still the same."""
+    assert serve.REUSE == engine.REUSE and calibrate.TOKENS == calibration.TOKENS
+    with pytest.raises(RuntimeError) as said:
+        torch.device("abacus")
+    known = str(said.value).removeprefix("Expected one of ").partition(" device type")[0]
+    assert {"cpu", "cuda"} <= set(known.split(", ")) == set(fade_fast.arguments.DEVICES)
+    for name in ("cuda:01", "cuda:", "cuda:-1", "Cuda", "", "cpu "):
+        with pytest.raises(RuntimeError):
+            torch.device(name)
+        with pytest.raises(argparse.ArgumentTypeError, match="is not the name of a device"):
+            fade_fast.arguments.device(name)
+    assert [fade_fast.arguments.device(name) for name in ("cpu", "cuda:0", "cuda:12")] == [
+        "cpu",
+        "cuda:0",
+        "cuda:12",
+    ]
 
 
 def test_every_command_of_the_issue_is_there(capsys):
