@@ -28,17 +28,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fade_fast.arguments import Parser, positive
 from fade_fast.errors import InputError
 from fade_fast.hf.cache import TieredKVCache
 from fade_fast.hf.models import text_config
 
 from . import generate, memory, options, runs, texts
 from .methods import Method, Unavailable, allocated, compressed_tokens, evicted_tokens, made_for
+from .parsers.bench import arguments
 from .streams import NothingCompressed, check
-
-SUITE = ("lossless", "safe", "int2", "balanced")
-LEAST = 4  # new tokens: the first one, and steps before and after the warm-up
 
 
 @dataclass
@@ -211,26 +208,6 @@ def prompt(model, tokenizer, text: str, length: int, new: int) -> Tensor:
     if reach is not None and length + new > reach:
         raise InputError(f"--length {length} and {new} new tokens: the model has {reach} positions")
     return texts.windows(tokenizer, text, 1, length)
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade bench", **options.told(__doc__))
-    gpu = options.on_gpu()
-    options.add_model(parser, dtype="bf16" if gpu else "fp32")
-    options.add_text(parser, "of the prompt")
-    parser.add_argument(
-        "--length", type=positive, default=8192 if gpu else 2048, metavar="N", help="tokens of the prompt"
-    )
-    parser.add_argument(
-        "--new", type=positive, default=128 if gpu else 24, metavar="N", help="tokens written"
-    )
-    options.add_methods(parser, SUITE)
-    options.add_output(parser, "bench")
-    args = parser.parse_args(argv)
-    if args.length < 64 or args.new < LEAST:
-        parser.error(f"--length must be at least 64, --new at least {LEAST}")
-    args.methods = options.methods_of(parser, args)
-    return args
 
 
 def main(argv: list[str] | None = None) -> int:
