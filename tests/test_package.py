@@ -47,12 +47,19 @@ WRONG = (
     "check --config n_sink=-1", "generate --config nonsense", "generate", "generate --prompt a --compare",
     "serve --config nonsense", "serve --n-sink -1", "serve --engine vllm", "serve --reuse x", "warm --mode x",
     "calibrate", "vllm-calibrate", "train-codebook --text none.txt", "inspect none", "plot none",
+    "train-policy --dtype x", "parity --dtype x", "parity --compiled x", "quality --configs nonsense",
+    "quality --configs int4:n_sink=-1", "quality --length 100", "quality --free --margin -1",
+    "quality --suite report --parts x", "memory --lengths 0", "needles --depths 101", "ruler --lengths 100",
+    "bench --new 3", "bench --device abacus", "bench --json none/none.json", "bench generate --methods x",
+    "bench choose --read 7", "bench choose --cases 1", "bench throughput --only x",
+    "bench parallel --parts x",
 )  # fmt: skip
 
 
 def test_help_and_wrong_options_load_nothing_slow():
     """Of each command, in one process: torch alone takes seconds to import."""
-    commands = list(command.COMMANDS)
+    commands = [*command.COMMANDS, *command.PASSED, *(f"bench {name}" for name in command.BENCHES)]
+    commands += [f"quality {' '.join(x)}" for x in (command.REPORT[:-1], command.FREE[:-1])]
     lines = [f"{name} {option}" for name in commands for option in ("--help", "--no-such-option")]
     answers = f"""
 from fade_fast.cli import main

@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances."""
     runs.quiet()
-    options.refuse_short(args.methods, args.length, new=args.new)
+    options.refuse_short([m.name for m in args.methods], args.length, new=args.new)
     text, source = texts.read_or_default(args.text)
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
     ids = prompt(model, tokenizer, text, args.length, args.new)

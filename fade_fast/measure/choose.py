@@ -586,7 +586,8 @@ def measured(args: argparse.Namespace) -> dict:
     tiny = args.device == "cpu"
     vocabulary = None if tiny else args.vocabulary
     bench = Bench(TINY if tiny else LLAMA, args.device, args.layers, vocabulary, args.turns, args.new)
-    whole, chosen = method("int4"), [*args.near, *args.far]
+    near, far = ([method(name) for name in names] for names in (args.near, args.far))
+    whole, chosen = method("int4"), [*near, *far]
 
     def keep() -> None:
         if args.json:
@@ -595,10 +596,10 @@ def measured(args: argparse.Namespace) -> dict:
     bench.keep = keep
     run = dict(
         steps=lambda: steps(bench, [whole, *chosen], args.cases),
-        hits=lambda: hits(bench, args.far, args.cases, args.hits),
+        hits=lambda: hits(bench, far, args.cases, args.hits),
         prefill=lambda: prefill(bench, [method("dynamic"), whole, *chosen], args.length),
-        batch=lambda: largest_batch(bench, [whole, *(args.far or args.near)], args.length, args.gpu_gb * 1e9),
-        curve=lambda: curve(bench, [whole, *args.near], args.batches, args.lengths),
+        batch=lambda: largest_batch(bench, [whole, *(far or near)], args.length, args.gpu_gb * 1e9),
+        curve=lambda: curve(bench, [whole, *near], args.batches, args.lengths),
     )
     for part in args.parts:
         started = time.perf_counter()

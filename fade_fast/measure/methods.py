@@ -24,7 +24,7 @@ from fade_fast.hf.models import text_config
 from fade_fast.saved.memory import storage_bytes
 from fade_ref.config import FadeConfig
 
-from .names import NAMES, POLICIES, QUANTIZED, changed_fields, config_of, is_config
+from .names import POLICIES, QUANTIZED, changed_fields, check, config_of, is_config, least
 
 SHARE = 4  # policies keep a quarter of the tokens
 
@@ -61,12 +61,7 @@ class Method:
         """Fewest tokens of a text, fed in chunks, of which a step reads some compressed, and some not at all
         where queries choose. 1 where that is not known before the run.
         """
-        c = self.config
-        if c is None or not c.compresses or self.does != COMPRESSES:
-            return 1
-        chosen = c.tokens_selected if isinstance(c.select, int) else 0
-        before = c.n_sink + c.recent_window + (chosen // c.block_size + 1) * c.block_size
-        return -(-before // chunk) * chunk + 1
+        return least(self.name, chunk)
 
     @property
     def stored(self) -> FadeConfig | None:
@@ -91,6 +86,7 @@ def method(name: str, weights=None, codebooks=None) -> Method:
 
     Raises `ValueError` if no method has this name, or a field cannot have such a value.
     """
+    check(name)
     base, *changes = name.split(":")
     changed = changed_fields(name, changes)
     if base in POLICIES:
@@ -105,8 +101,6 @@ def method(name: str, weights=None, codebooks=None) -> Method:
         does = COMPRESSES if config.compresses else EXACT
         most = None if config.select is None else MAX_DECODE_TOKENS
         return Method(name, does, lambda model, length: _ours(model, config), most=most, config=config)
-    if base not in ("dynamic", *QUANTIZED) or changes:
-        raise ValueError(f"no method {name!r}: there are {', '.join(NAMES)}")
     if base == "dynamic":
         return Method(name, EXACT, lambda model, length: DynamicCache(config=model.config))
     # Groups of HQQ run across rows, so each row is measured by itself.

@@ -1,4 +1,7 @@
-"""Names of methods (`methods.py`), and the configurations that they stand for."""
+"""Names of methods (`methods.py`), and the configurations that they stand for.
+
+Importing this module imports nothing slow.
+"""
 
 import ast
 import re
@@ -13,6 +16,18 @@ WIDTHS = re.compile(r"int([8432])|k([8432])v([8432])")
 NAMES = ("dynamic", *QUANTIZED, "streaming", "off", *PRESETS, "int8|4|3|2", "k4v2", "codes", *POLICIES)
 
 
+def check(name: str) -> None:
+    """Raise `ValueError` if no method has this name, or a field cannot have such a value."""
+    base, *changes = name.split(":")
+    changed = changed_fields(name, changes)
+    if base == "codes":
+        replace(FadeConfig(quant_backend="product"), **changed)
+    elif is_config(base):
+        replace(config_of(base), **changed)
+    elif base not in (*POLICIES, "streaming") and (base not in ("dynamic", *QUANTIZED) or changes):
+        raise ValueError(f"no method {name!r}: there are {', '.join(NAMES)}")
+
+
 def configuration(name: str) -> FadeConfig:
     """The configuration of a method that is a preset or has widths, with its changed fields.
 
@@ -22,6 +37,18 @@ def configuration(name: str) -> FadeConfig:
     if not is_config(base):
         raise ValueError(f"{name!r} is no preset, and has no widths, as int4 and k4v2 have")
     return replace(config_of(base), **changed_fields(name, changes))
+
+
+def least(name: str, chunk: int = 1) -> int:
+    """Fewest tokens of a text for a method: see `Method.least`."""
+    if not is_config(name.split(":")[0]):
+        return 1
+    c = configuration(name)
+    if not c.compresses:
+        return 1
+    chosen = c.tokens_selected if isinstance(c.select, int) else 0
+    before = c.n_sink + c.recent_window + (chosen // c.block_size + 1) * c.block_size
+    return -(-before // chunk) * chunk + 1
 
 
 def is_config(base: str) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fade_fast.errors import InputError
 
-from . import options, pictures, runs
+from . import pictures, runs
 from .methods import COMPRESSES, Method, compressed_tokens
 from .parsers.needles import arguments
 from .streams import NothingCompressed, in_parts, of_one_prompt, prefilled, read_by_choice
@@ -243,7 +243,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances. The file of `--json` is written after every method."""
-    options.refuse_short(args.methods, min(args.lengths), option="--lengths")
     record = runs.Record("needles", args, chunk=args.chunk)
     results = run(
         record.model, record.tokenizer, args.methods, args.tasks, args.lengths, args.depths, args.trials,

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import fade_fast
 
-from . import free, memory, options, pictures, runs, texts
+from . import free, memory, pictures, runs, texts
 from .methods import Method, evicted_tokens, method
 from .parsers.quality import arguments
 from .streams import KEPT, Reader, Uncompressed, check, chunks, read_by_choice, stream
@@ -303,7 +303,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances. The file of `--json` is written after every batch."""
-    options.refuse_short(args.methods, args.length, args.chunk)
     record = runs.Record(
         "quality", args, windows=args.windows, length=args.length, chunk=args.chunk, weighed_at=AT
     )

@@ -253,7 +253,7 @@ def measured(args: argparse.Namespace) -> tuple[dict, Path]:
     runs.quiet()
     torch.backends.cuda.matmul.allow_tf32 = False
     plan = Plan(args.length, args.windows, args.trials, args.new)
-    options.refuse_short(args.methods, plan.length, plan.chunk)
+    options.refuse_short([m.name for m in args.methods], plan.length, plan.chunk)
     text, source = texts.read_or_default(args.text)
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
     reach = getattr(text_config(model), "max_position_embeddings", None)

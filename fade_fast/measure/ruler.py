@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fade_fast.errors import InputError
 
-from . import options, runs
+from . import runs
 from .methods import Method, compressed_tokens, evicted_tokens
 from .needles import GRASS, woven
 from .parsers.ruler import arguments
@@ -463,7 +463,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances. The file of `--json` is written after every method."""
-    options.refuse_short(args.methods, min(args.lengths), option="--lengths")
     record = runs.Record("ruler", args, chunk=args.chunk, most=args.most)
     results = run(
         record.model, record.tokenizer, args.methods, args.tasks, args.lengths, args.trials, args.chunk,

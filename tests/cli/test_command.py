@@ -17,9 +17,13 @@ from fade_fast.cli.command import main
 from fade_fast.hf import calibration, codebooks, loading
 from fade_fast.kernels import merge, product
 from fade_fast.measure import texts
+from fade_fast.measure.parsers import paged_attention
 from fade_fast.saved import checkpoint, snapshot, telemetry
 from fade_fast.serve import engine
+from fade_fast.vllm import pages
 from fade_ref.config import FadeConfig
+from parity import __main__ as parity
+from parity import twins
 
 from ..models import compressed_tokens, generate, prompt, tiny_llama
 from .test_demo import loud_again, one_line, refused, tiny  # noqa: F401
@@ -49,6 +53,7 @@ def test_the_help_of_all_commands_is_that_of_each(name):
 def test_what_options_copy_to_spare_an_import():
     """The options are parsed without torch. What their choices and defaults repeat is still the same."""
     assert serve.REUSE == engine.REUSE and calibrate.TOKENS == calibration.TOKENS
+    assert paged_attention.PREFERRED == pages.PREFERRED and parity.COMPILED == tuple(twins.CHOICES)
     with pytest.raises(RuntimeError) as said:
         torch.device("abacus")
     known = str(said.value).removeprefix("Expected one of ").partition(" device type")[0]

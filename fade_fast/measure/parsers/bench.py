@@ -15,19 +15,16 @@ LEAST = 4  # new tokens: the first one, and steps before and after the warm-up
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("fade bench", **options.told(__doc__))
-    gpu = options.on_gpu()
-    options.add_model(parser, dtype="bf16" if gpu else "fp32")
+    options.add_model(parser, None, "bf16, without a GPU fp32")
     options.add_text(parser, "of the prompt")
-    parser.add_argument(
-        "--length", type=positive, default=8192 if gpu else 2048, metavar="N", help="tokens of the prompt"
-    )
-    parser.add_argument(
-        "--new", type=positive, default=128 if gpu else 24, metavar="N", help="tokens written"
-    )
+    parser.add_argument("--length", type=positive, metavar="N", help="tokens of the prompt")
+    parser.add_argument("--new", type=positive, metavar="N", help="tokens written")
     options.add_methods(parser, SUITE)
     options.add_output(parser, "bench")
     args = parser.parse_args(argv)
-    if args.length < 64 or args.new < LEAST:
+    if (args.length or 64) < 64 or (args.new or LEAST) < LEAST:
         parser.error(f"--length must be at least 64, --new at least {LEAST}")
-    args.methods = options.methods_of(parser, args)
+    names = options.named(parser, args)
+    options.fill(args, length=(8192, 2048), new=(128, 24), dtype=("bf16", "fp32"))
+    args.methods = options.methods_of(args, names)
     return args

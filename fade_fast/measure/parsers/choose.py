@@ -5,10 +5,9 @@ import argparse
 from fade_fast.arguments import Parser, positive
 from fade_ref.config import INDEXES
 
-from .. import options
-from ..methods import method
-from ..models import K
+from .. import names, options
 
+K = 1024
 PARTS = ("steps", "hits", "prefill", "batch", "curve")
 
 
@@ -17,7 +16,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     listed = lambda text: text.split(",")  # noqa: E731
     add = parser.add_argument
     add("--parts", type=listed, default=list(PARTS), metavar="A,B", help=f"of {','.join(PARTS)}")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if options.on_gpu() else "cpu")
+    options.add_processor(parser)
     add("--layers", type=positive, metavar="N", help="of the model: 4, or 2 of a tiny one")
     add("--vocabulary", type=positive, default=K, metavar="N", help="of the model; default: %(default)s")
     add("--read", type=positive, metavar="N", help="tokens that a query reads: 2048, or 64 of a tiny text")
@@ -41,28 +40,35 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--new", type=positive, metavar="N", help="tokens of a turn: 48, or 4 of a tiny model")
     options.add_output(parser, "choose")
     args = parser.parse_args(argv)
-    tiny = args.device == "cpu"
-    usual = dict(
-        layers=(4, 2), read=(2048, 64), length=(32 * K, 384), turns=(5, 1), new=(48, 4),
-        cases=("8x32768 8x131072".split(), ["2x384"]),
-        lengths=([2 * K << 2 * i for i in range(5)], [192, 512]),
-    )  # fmt: skip
-    for name, values in usual.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[tiny])
     allowed = dict(parts=PARTS, indexes=INDEXES, cold=("none", "host"))
     for name, values in allowed.items():
         if wrong := [x for x in getattr(args, name) if x not in values]:
             parser.error(f"--{name}: {', '.join(wrong)}: of {','.join(values)}")
     try:
-        args.cases = [tuple(map(int, case.split("x"))) for case in args.cases]
-        args.batches, args.lengths = ([int(x) for x in xs] for xs in (args.batches, args.lengths))
+        args.cases = args.cases and [tuple(map(int, case.split("x"))) for case in args.cases]
+        args.lengths = args.lengths and [int(x) for x in args.lengths]
+        args.batches = [int(x) for x in args.batches]
         args.hits = [float(x) / 100 for x in args.hits]
-        ours = [f"int4:select={args.read}:index={i}" for i in args.indexes]
-        args.near = [method(x) for x in ours] if "none" in args.cold else []
-        args.far = [method(f"{x}:cold=host") for x in ours] if "host" in args.cold else []
+        for name in sum(compared(args, args.read or 64), []):
+            names.check(name)
     except ValueError as error:
         parser.error(str(error))
-    if any(len(case) != 2 for case in args.cases) or args.new < 4:
+    if any(len(case) != 2 for case in args.cases or ()) or (args.new or 4) < 4:
         parser.error("--cases: BxS, such as 8x32768; --new: at least 4")
+    options.fill(args)
+    usual = dict(
+        layers=(4, 2), read=(2048, 64), length=(32 * K, 384), turns=(5, 1), new=(48, 4),
+        cases=([(8, 32 * K), (8, 128 * K)], [(2, 384)]),
+        lengths=([2 * K << 2 * i for i in range(5)], [192, 512]),
+    )  # fmt: skip
+    for name, values in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[args.device == "cpu"])
+    args.near, args.far = compared(args, args.read)
     return args
+
+
+def compared(args: argparse.Namespace, read: int) -> tuple[list[str], list[str]]:
+    """Names of the methods that choose `read` tokens: with the payload on the GPU, and in host memory."""
+    ours = [f"int4:select={read}:index={i}" for i in args.indexes]
+    return ours if "none" in args.cold else [], [f"{x}:cold=host" for x in ours if "host" in args.cold]

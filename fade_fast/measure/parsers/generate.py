@@ -3,10 +3,10 @@
 import argparse
 from dataclasses import replace
 
-import torch
-
 from fade_fast.arguments import Parser, positive, readable, writable
 from fade_ref.config import PRESETS, FadeConfig
+
+from .. import options
 
 SHOWN = tuple(name for name in PRESETS if name != "int4")
 #: Our methods; "fp16" never compresses. The others are "dynamic" and "static".
@@ -23,7 +23,6 @@ FILLS = ("once", "rows", "chunk", "random")
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("fade bench generate", description=__doc__.splitlines()[0])
-    gpu = torch.cuda.is_available()
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the times there as well")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--methods", metavar="A,B", help="these instead of each case's own")
@@ -36,17 +35,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--largest-batch", action="store_true", help="instead of timing: what batch fits")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, as without a GPU")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
+    options.add_processor(parser)
     parser.add_argument("--list", action="store_true", help="list cases and methods, and stop")
     parser.add_argument(
         "--show", type=readable, nargs="+", metavar="FILE", help="tables of stored results, and stop"
     )
     args = parser.parse_args(argv)
-    args.tiny |= args.device == "cpu"
-    args.new = args.new or (8 if args.tiny else 128)
-    if args.new < 3:
+    if (args.new or 3) < 3:
         parser.error("--new: at least 3 tokens")
     args.methods = tuple(args.methods.split(",")) if args.methods else None
     if unknown := set(args.methods or ()) - set(METHODS):
         parser.error(f"--methods: {', '.join(sorted(unknown))}: of {', '.join(METHODS)}")
+    options.fill(args)
+    args.tiny |= args.device == "cpu"
+    args.new = args.new or (8 if args.tiny else 128)
     return args

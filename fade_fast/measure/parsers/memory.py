@@ -34,5 +34,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=pictures.path, metavar="FILE", help="bytes against length")
     options.add_output(parser, "memory")
     args = parser.parse_args(argv)
-    args.methods = options.methods_of(parser, args)
+    names = options.named(parser, args)
+    options.fill(args)
+    args.methods = options.methods_of(args, names)
     return args

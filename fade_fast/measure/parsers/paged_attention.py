@@ -3,10 +3,9 @@
 import argparse
 from pathlib import Path
 
-import torch
+from .. import options
 
-from fade_fast.vllm.pages import PREFERRED
-
+PREFERRED = 128  # tokens in a page of the plugin, which imports torch; a test compares them
 CODECS = ("rotated", "matched")
 #: Widths and codecs whose encoding and capacity are measured.
 STORED = [(bits, codec) for codec in CODECS for bits in (8, 4)]
@@ -25,7 +24,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small shapes, as without a GPU")
     parser.add_argument("--skip-decode", action="store_true", help="no decode cases")
     parser.add_argument("--skip-encode", action="store_true", help="no times of writing and prefill")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    return parser.parse_args(argv)
+    options.add_processor(parser)
+    args = parser.parse_args(argv)
+    options.fill(args)
+    return args

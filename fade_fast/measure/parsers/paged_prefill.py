@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-import torch
+from .. import options
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -12,7 +12,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--page", type=int, default=None, help="tokens in a page")
     parser.add_argument("--quick", action="store_true", help="small shapes, as without a GPU")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    return parser.parse_args(argv)
+    options.add_processor(parser)
+    args = parser.parse_args(argv)
+    options.fill(args)
+    return args

@@ -4,11 +4,8 @@ needed."""
 import argparse
 from pathlib import Path
 
-import torch
-
-from fade_fast.vllm.pages import PREFERRED
-
-from .paged_attention import STORED
+from .. import options
+from .paged_attention import PREFERRED, STORED
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -21,16 +18,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--reserve-gb", type=float, metavar="N", help="neither for weights nor for pages (default 4)")
     add("--quick", action="store_true", help="a tiny model, as without a GPU")
     add("--skip-prefill", action="store_true", help="no times of prompts")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_processor(parser)
     args = parser.parse_args(argv)
+    args.formats = [x for x in STORED if args.only in name_of(*x)]
+    if not args.formats:
+        parser.error(f"--only: no format of {', '.join(name_of(*x) for x in STORED)} contains {args.only}")
+    options.fill(args)
     args.quick |= args.device != "cuda"
     usual = dict(page=(PREFERRED, 32), gpu_gb=(80, 0.0025), reserve_gb=(4, 0))
     for name, values in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, values[args.quick])
-    args.formats = [x for x in STORED if args.only in name_of(*x)]
-    if not args.formats:
-        parser.error(f"--only: no format of {', '.join(name_of(*x) for x in STORED)} contains {args.only}")
     return args
 
 

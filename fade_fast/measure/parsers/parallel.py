@@ -3,11 +3,9 @@
 import argparse
 import os
 
-import torch
-
 from fade_fast.arguments import Parser, positive, readable, writable
 
-from ..models import K
+from .. import options
 from .generate import OURS
 
 METHODS = ("safe", "dynamic", "static")
@@ -15,7 +13,6 @@ METHODS = ("safe", "dynamic", "static")
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("fade bench parallel", description=__doc__.splitlines()[0])
-    gpu = torch.cuda.is_available()
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the numbers there as well")
     parser.add_argument("--show", type=readable, metavar="FILE", help="print a stored report, and stop")
     parser.add_argument("--batch", type=positive, metavar="N", help="rows: 8, or 2 of a tiny model")
@@ -27,24 +24,25 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--one-shot", action="store_true", help="sum over GPUs by symmetric memory")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, as without a GPU")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
+    options.add_processor(parser)
     args = parser.parse_args(argv)
-    args.tiny |= args.device == "cpu"
-    args.batch, args.length = (
-        args.batch or (2 if args.tiny else 8),
-        args.length or (192 if args.tiny else 32 * K),
-    )
-    args.new = args.new or (8 if args.tiny else 128)
     args.methods, args.parts = tuple(args.methods.split(",")), tuple(args.parts.split(","))
     allowed = dict(methods=("dynamic", "static", *OURS), parts=("tokens", "times"))
     for name, known in allowed.items():
         if unknown := set(getattr(args, name)) - set(known):
             parser.error(f"--{name}: {', '.join(sorted(unknown))}: of {', '.join(known)}")
-    if args.new < 3:
+    if (args.new or 3) < 3:
         parser.error("--new must be at least 3")
     if args.show is None and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         parser.error(
             "one process is here, and two or more are compared with it: "
             "torchrun --standalone --nproc-per-node 2 -m fade_fast bench parallel"
         )
+    options.fill(args)
+    args.tiny |= args.device == "cpu"
+    args.batch, args.length = (
+        args.batch or (2 if args.tiny else 8),
+        args.length or (192 if args.tiny else 32 * 1024),
+    )
+    args.new = args.new or (8 if args.tiny else 128)
     return args

@@ -28,20 +28,15 @@ SUITES = {"presets": PRESETS, "table": SUITE, "sweep": SWEEP}
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("fade quality", **options.told(__doc__))
-    cuda = options.on_gpu()
     options.add_model(parser)
     options.add_text(parser, "that is read")
     parser.add_argument(
         "--free", action="store_true", help="free-running texts instead; --free --help shows its options"
     )
-    parser.add_argument(
-        "--windows", type=positive, default=8 if cuda else 2, metavar="N", help="pieces of the text"
-    )
+    parser.add_argument("--windows", type=positive, metavar="N", help="pieces of the text")
     parser.add_argument("--length", type=positive, default=2048, metavar="N", help="tokens of a window")
     parser.add_argument("--chunk", type=positive, default=64, metavar="N", help="tokens fed at a time")
-    parser.add_argument(
-        "--batch", type=positive, default=8 if cuda else 1, metavar="N", help="windows at a time"
-    )
+    parser.add_argument("--batch", type=positive, metavar="N", help="windows at a time")
     parser.add_argument(
         "--suite", choices=(*SUITES, "report"), default="presets",
         help="presets (default) and widths; table: also policies and caches of transformers; sweep: for "
@@ -60,5 +55,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--length must be at least 2")
     if args.suite not in SUITES:  # the command `fade` runs report.py
         parser.error("run it as `fade quality --suite report`")
-    args.methods = options.methods_of(parser, args, args.configs or SUITES[args.suite])
+    names = options.named(parser, args, args.configs or SUITES[args.suite])
+    if not args.show:
+        options.refuse_short(names, args.length, args.chunk)
+    options.fill(args, windows=(8, 2), batch=(8, 1))
+    args.methods = options.methods_of(args, names)
     return args

@@ -19,7 +19,6 @@ SUITE = (
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("fade ruler", **options.told(__doc__))
-    cuda = options.on_gpu()
     options.add_model(parser)
     options.add_text(parser, "of prompts")
     parser.add_argument(
@@ -28,18 +27,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lengths", nargs="+", type=positive, default=[1024, 2048, 4096, 8192], metavar="N", help="tokens"
     )
-    parser.add_argument(
-        "--trials", type=positive, default=20 if cuda else 2, metavar="N", help="seeds a task"
-    )
+    parser.add_argument("--trials", type=positive, metavar="N", help="seeds a task")
     parser.add_argument("--chunk", type=positive, default=512, metavar="N", help="tokens fed at a time")
-    parser.add_argument(
-        "--batch", type=positive, default=20 if cuda else 2, metavar="N", help="examples at a time"
-    )
+    parser.add_argument("--batch", type=positive, metavar="N", help="examples at a time")
     parser.add_argument(
         "--most", type=positive, metavar="N", help="tokens of an answer (default: as in RULER)"
     )
     options.add_methods(parser, SUITE)
     options.add_output(parser, "ruler")
     args = parser.parse_args(argv)
-    args.methods = options.methods_of(parser, args)
+    names = options.named(parser, args)
+    if not args.show:
+        options.refuse_short(names, min(args.lengths), option="--lengths")
+    options.fill(args, trials=(20, 2), batch=(20, 2))
+    args.methods = options.methods_of(args, names)
     return args
