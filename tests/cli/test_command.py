@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import fade_fast
 from fade_fast.cli import calibrate, command, plots, serve, session
 from fade_fast.cli.command import main
-from fade_fast.hf import calibration, codebooks, loading
+from fade_fast.hf import calibration, capacity, codebooks, loading
 from fade_fast.kernels import merge, product
 from fade_fast.measure import texts
 from fade_fast.measure.parsers import paged_attention
@@ -26,7 +27,7 @@ from parity import __main__ as parity
 from parity import twins
 
 from ..models import compressed_tokens, generate, prompt, tiny_llama
-from .test_demo import loud_again, one_line, refused, tiny  # noqa: F401
+from .test_demo import loud_again, no_hub, offline, one_line, refused, tiny  # noqa: F401
 
 CONFIG = "recent_window=16,block_size=8"
 
@@ -415,6 +416,26 @@ def test_plan_needs_no_weights(tiny, tmp_path, capsys):  # noqa: F811
         h2o["forgets"] and not safe["forgets"] and h2o["sequences"] > safe["sequences"] > plain["sequences"]
     )
     assert "any length" in said and "part of the text" in said, said
+
+
+def test_plan_knows_the_default_model_without_a_hub(no_hub, capsys):  # noqa: F811
+    """Before it was ever fetched."""
+    for more in ([], ["--model", "smollm2"]):
+        assert main(["plan", "--gpu", "1GB", *more]) == 0
+        said = capsys.readouterr().out
+        assert "(LlamaForCausalLM), bf16" in said and "The model was made for 8,192 positions." in said
+    assert not no_hub.exists()  # nothing was fetched
+    assert main(["plan", "--gpu", "1GB", "--model", "somebody/something"]) == 2
+    assert "no hub can be reached" in one_line(capsys)
+
+
+@pytest.mark.real_model
+def test_the_default_model_that_plan_knows_is_the_one_that_is_loaded(smollm2):
+    known, real = LlamaConfig(**loading.SHAPE), smollm2[0].config
+    assert {name: getattr(known, name) for name in loading.SHAPE} == {
+        name: getattr(real, name) for name in loading.SHAPE
+    }
+    assert capacity.architecture(known) == capacity.architecture(real)
 
 
 def test_what_plan_refuses(tmp_path, capsys, refused):  # noqa: F811
