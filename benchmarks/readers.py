@@ -13,7 +13,8 @@ from torch import Tensor
 
 import fade_fast
 from fade_fast.hf import codebooks
-from fade_fast.measure.methods import configuration, key_shape
+from fade_fast.measure.methods import key_shape
+from fade_fast.measure.names import configuration
 from fade_ref import matched, product, quantize
 from fade_ref.config import FadeConfig
 from fade_ref.rotation import RotatedCodec, key_mean, qr_rotation

@@ -6,8 +6,7 @@ Caches with `FadeConfig(quant_backend="product")` use them.
 import argparse
 
 from .. import arguments
-from ..hf import codebooks
-from ..hf.loading import LoadError, load, quiet
+from ..errors import LoadError
 from ..saved.units import size
 from . import options
 
@@ -39,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Learn the codebooks and write the file."""
+    from ..hf import codebooks
+    from ..hf.loading import load, quiet
+
     quiet()
     model, tokenizer = load(args.model, args.device, args.dtype)
     text = args.text[: args.tokens * 16]  # enough characters for every tokenizer; a long text takes long
