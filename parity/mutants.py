@@ -501,7 +501,7 @@ CORRUPTIONS = {
         ),
         (
             "codes that no cache has",
-            call("_is_product").becomes("False"),
+            call("_refuse_product").becomes("None"),
             "checkpoints/refused",
         ),
     ],

@@ -29,11 +29,6 @@ TIERED = "TieredLayer"  # kind of a tiered layer in files
 CALIBRATION = "calibration."  # begins the names of the tensors of a calibration
 #: Fields of a configuration that mean nothing without `select`.
 SELECTION = ("select", "select_page", "select_max", "index", "cold", "resident")
-#: What earlier versions could store, and what to do about it.
-PRODUCT_CODES = (
-    "product-quantized codes, which caches no longer have: read the text again into a new cache, with "
-    "quant_backend='matched', middle_k_bits=2, middle_v_bits=2 for codes of about that size"
-)
 TOKENS = "tokens"  # name of a tensor of ids that goes with a cache, but is none of it
 
 
@@ -92,8 +87,7 @@ def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
         )
     if cache.token_positions.length:
         raise ValueError("the cache is not empty: reset() it first")
-    if _is_product(known):
-        raise ValueError(f"what is stored are {PRODUCT_CODES}")
+    _refuse_product("what is stored has", known)
     if _as_json(known["config"]) != _as_json(config_dict(cache.fade_config)):
         raise ValueError(
             f"the stored configuration is {known['config']}, the cache's {cache.fade_config}: create the "
@@ -247,8 +241,7 @@ def _opened(path: str | os.PathLike):
         raise ValueError(
             f"{path} is not a stored cache, or is damaged: {error}; give a file that cache.save() wrote"
         ) from error
-    if _is_product(header):
-        raise ValueError(f"{path} has {PRODUCT_CODES}")
+    _refuse_product(f"{path} has", header)
     raise ValueError(
         f"{path} has version {header.get('version')}; {VERSION} is understood here: read it with the version "
         "of fade-fast that wrote it, or save the cache again"
@@ -259,6 +252,15 @@ def _is_product(known: dict) -> bool:
     """Whether a header is of a cache whose codec was product quantization."""
     config = known.get("config")
     return isinstance(config, dict) and config.get("quant_backend") == "product"
+
+
+def _refuse_product(what: str, known: dict) -> None:
+    """Raise `ValueError` for codes that only earlier versions could read."""
+    if _is_product(known):
+        raise ValueError(
+            f"{what} product-quantized codes, which caches no longer have: read the text again into a new "
+            "cache; quant_backend='matched', middle_k_bits=2, middle_v_bits=2 gives codes of about that size"
+        )
 
 
 def _digest(tensors: dict[str, Tensor], header: dict) -> str:
