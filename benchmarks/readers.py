@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fade_fast
-from fade_fast.measure.methods import configuration, key_shape
+from fade_fast.measure.methods import key_shape
+from fade_fast.measure.names import configuration
 from fade_ref import matched, product, quantize
 from fade_ref.config import FadeConfig
 from fade_ref.rotation import RotatedCodec, key_mean, qr_rotation
@@ -102,7 +103,7 @@ def _matched(name: str, model, config: FadeConfig, bits: tuple[int, int]) -> Rea
         moments = matched.Moments(*(x.double() for x in known.moments[i]))
         means[i], keys, queries = matched.frame(moments, kinds[i], known.ropes[i], config.block_size)
         sides = matched.matched(keys, queries), matched.matched(moments.values, moments.outputs)
-        codecs[i] = tuple(matched.MatchedCodec(b, side) for b, side in zip(bits, sides))
+        codecs[i] = tuple(map(matched.MatchedCodec, bits, sides, (False, True)))
         shared = known.tables(kinds[i], config.block_size, torch.device("cpu"))[i]
         tables += sum(x.nbytes for x in (shared[0], *shared[1], *shared[2]))
 

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fade_fast import FadeConfig, create_cache, detach
-from fade_fast.cli import demo
+from fade_fast.cli import comparison
 from fade_fast.hf import loading
 from fade_fast.measure import texts
 from fade_ref import attention, baselines, product, rope, tiers
@@ -104,7 +104,7 @@ class Lab:
     def life(self) -> tuple[dict, LayerCache]:
         """The tier of every token at every step under two policies, and the second one's cache."""
         if self._life is None:
-            inputs = demo.encode_prompt(
+            inputs = comparison.encode_prompt(
                 self.model, self.tokenizer, BEAM_SEARCH_HAS_UNFINISHED_SEQUENCES, NEW_TOKENS
             )
             ids, by_position = _generate(self.model, inputs)

@@ -138,8 +138,9 @@ class LayerCache:
         for group in self.groups:
             own = [matched.Matrices(*(x[group] for x in side)) for side in sides]
             found.append(tuple(
-                {bits: matched.MatchedCodec(bits, side) for bits in INTEGER_TIERS} | {KEPT: Unquantized()}
-                for side in own
+                {bits: matched.MatchedCodec(bits, side, of_values) for bits in INTEGER_TIERS}
+                | {KEPT: Unquantized()}
+                for side, of_values in zip(own, (False, True))
             ))  # fmt: skip
         return found
 

@@ -33,9 +33,11 @@ STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
 FACTORS = (0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.17, 1.27, 1.4)
 #: Smallest of these scales that is used, by bits. At 2 bits the best one for plain rounding clips too much.
 LEAST = {8: 0.7, 4: 0.7, 3: 0.7, 2: 1.2}
-#: Scales with which all channels are rounded, relative to the one found so, by bits. Few levels depend much
-#: on their distance.
+#: Scales with which all channels of a key are rounded, relative to the one found so, by bits. Few levels
+#: depend much on their distance.
 SEARCHED = {8: (1.0,), 4: (1.0,), 3: (0.88, 0.95, 1.02, 1.09, 1.17), 2: (0.8, 0.88, 0.96, 1.04, 1.14)}
+#: The same for values. Attention adds values up, and a small scale clips many of them in one direction.
+SEARCHED_FOR_VALUES = SEARCHED | {2: (1.0,)}
 PASSES = {8: 1, 4: 1, 3: 2, 2: 2}  # how often each channel is rounded, by bits
 SHRINK = 0.3  # how far moments are drawn to their diagonals: they are measured on a few hundred tokens
 RIDGE = 1e-4  # added to the diagonals, relative to their mean
@@ -300,13 +302,15 @@ def balanced(back: Tensor, V: Tensor) -> Matrices:
 
 @dataclass(frozen=True, eq=False)
 class MatchedCodec:
-    """Vectors of H heads as records of `bits` bits per channel and one scale.
+    """Vectors of H heads as records of `bits` bits per channel and one scale. Values are not searched for
+    the same scales as keys (`of_values`).
 
     Raises `ValueError` for other widths, and for a head_dim that does not fill whole bytes.
     """
 
     bits: int
     matrices: Matrices
+    of_values: bool = False
 
     def __post_init__(self):
         if self.bits not in INTEGER_TIERS:
@@ -403,17 +407,19 @@ class MatchedCodec:
         At 8 and 4 bits, no other scale is searched. The one with the least squared error of plain rounding is
         nearly as good as the one with the least damage after feedback.
 
-        At 3 and 2 bits, vectors are rounded with several scales around the first one (`SEARCHED`). Feedback
-        adds errors to what is rounded, and the channels that follow cannot make up for the large error of a
-        clipped one. The scale whose codes have the smallest angle to y in the metric of V wins, the first of
-        equal ones. Then all channels are rounded once more (`round_again`).
+        Keys of 3 and 2 bits and values of 3 bits are rounded with several scales around the first one
+        (`SEARCHED`). Feedback adds errors to what is rounded, and the channels that follow cannot make up for
+        the large error of a clipped one. The scale whose codes have the smallest angle to y in the metric of
+        V wins, the first of equal ones. At 3 and 2 bits, all channels are then rounded once more
+        (`round_again`).
 
         The stored scale makes the vector unbiased in the metric of V, <Vy, V decoded> = |Vy|^2, as in the
         rotated codec. It stays within a factor of 2 of the scale that was used. A zero vector has scale 0.
         """
         first, best = self._first_scale(y), None
         Vy = self._each(self.matrices.feedback, y)
-        for factor in SEARCHED[self.bits]:
+        searched = SEARCHED_FOR_VALUES if self.of_values else SEARCHED
+        for factor in searched[self.bits]:
             codes = self.round(self._in_units(y, first * factor))
             Vz = self._each(self.matrices.feedback, self._centered(codes))
             aligned, size = (Vy * Vz).sum(-1), Vz.square().sum(-1)  # codes are never 0, nor are their sizes

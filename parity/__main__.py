@@ -12,15 +12,10 @@ import time
 import warnings
 from collections.abc import Sequence
 
-import torch
-from tqdm import tqdm
-from transformers.utils import logging
-
 from fade_fast.saved.files import whole
 
-from . import mutants, pool, report, subjects, twins
-
-DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+COMPILED = ("all", "some", "none")  # those of `twins`, which imports torch; a test compares them
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--compiled",
         default="some",
-        choices=twins.CHOICES,
+        choices=COMPILED,
         help="which cases run compiled on a GPU. The default is some: these cases share their shapes. "
         "The other cases run eagerly.",
     )
@@ -56,6 +51,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. The exit code is 0, 1 if a result does not agree, or 2 if the command cannot run."""
     args = parser().parse_args(argv)
+    import torch  # takes seconds, as what follows does: not before wrong options are told
+    from transformers.utils import logging
+
+    from . import mutants, report
+
     logging.set_verbosity_error()
     torch.set_num_threads(1)  # the tensors are tiny: threads would wait for each other
     warnings.filterwarnings("ignore", message=".*non-contiguous.*")
@@ -74,9 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args) -> int:
     """Run every case that the arguments select."""
+    import torch
+    from tqdm import tqdm
+
+    from . import pool, report, subjects
+
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
-    cases = [c for c in subjects.collect(DTYPES.get(args.dtype)) if args.only in c.title]
+    cases = [c for c in subjects.collect(args.dtype and getattr(torch, args.dtype)) if args.only in c.title]
     if not cases:
         raise ValueError(f"--only {args.only}: no case has it in its subject/group/name")
     jobs = (min(8, os.cpu_count()) if args.device == "cuda" else 1) if args.jobs is None else args.jobs

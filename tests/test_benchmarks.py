@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from benchmarks import int8, products
 from fade_fast.measure import decode_attention, generate, models
 from fade_fast.measure.generate import Case, Result, Target
+from fade_fast.measure.parsers.generate import FILLS
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_every_way_to_fill_leaves_the_same_cache(model, monkeypatch):
     monkeypatch.setattr(generate, "CHUNK", 13)
     ids = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
     keys = {}
-    for fill in generate.FILLS:
+    for fill in FILLS:
         cache = DynamicCache(config=model.config)
         clock = generate.run(model, cache, ids, 2, fill)
         assert len(clock.seconds()) == 2 and cache.get_seq_length() == 41

@@ -231,6 +231,29 @@ def test_every_message_tells_its_cure():
     assert not WITHOUT.keys() - {message for message, _ in raised if not has_cure(message)}
 
 
+#: What docs/compatibility.md says of a refusal by us, in a cell or in a remark. A late one tells its mode.
+REFUSALS = re.compile(
+    r"^\| refused(?: late)?: (.*?)(?:, generate\(\), .*?)? \| (?:off|safe|evicting)\b"
+    r"|^- .*, every mode: refused: (.*)$",
+    re.MULTILINE,
+)
+
+
+def test_the_refusals_of_the_compatibility_page_are_those_of_the_code():
+    """The page is written by runs of hours. A message that changes is changed there, too."""
+    sources = (path for folder in ("hf", "cache") for path in (ROOT / "fade_fast" / folder).glob("*.py"))
+    known = [x for path in sources for x in messages(path.read_text(encoding="utf-8"))]
+    # Classes with different errors, or layers, share a line of the page.
+    known = [x.replace(", relative error {} (at most {} is rounding)", "") for x in known]
+    known = [re.escape(x.replace("layer {} of", "a layer of")).replace(r"\{\}", ".*") for x in known]
+    pattern = re.compile("|".join(x for x in known if len(x.replace(".*", "")) > 40))
+    said = [
+        "".join(x) for x in REFUSALS.findall((ROOT / "docs/compatibility.md").read_text(encoding="utf-8"))
+    ]
+    assert len(said) > 30
+    assert [x for x in said if not pattern.fullmatch(x)] == []
+
+
 def test_the_readme_fits_two_screens():
     """A screen has 40 lines of 160 characters, as in a browser. Paragraphs wrap, and marks are invisible."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()

@@ -40,13 +40,49 @@ def test_help_and_import_load_nothing_slow():
     assert "fade_fast" in found and not found & SLOW
 
 
+#: Arguments that each command refuses, beside an option that it does not have. A check of a value must not
+#: import torch, either.
+WRONG = (
+    "plan --gpu 24", "plan --gpu 24GB --config nonsense", "demo --config nonsense", "demo --device abacus",
+    "check --config n_sink=-1", "generate --config nonsense", "generate", "generate --prompt a --compare",
+    "serve --config nonsense", "serve --n-sink -1", "serve --engine vllm", "serve --reuse x", "warm --mode x",
+    "calibrate", "vllm-calibrate", "train-codebook --text none.txt", "inspect none", "plot none",
+    "train-policy --dtype x", "parity --dtype x", "parity --compiled x", "quality --configs nonsense",
+    "quality --configs int4:n_sink=-1", "quality --length 100", "quality --free --margin -1",
+    "quality --suite report --parts x", "memory --lengths 0", "needles --depths 101", "ruler --lengths 100",
+    "bench --new 3", "bench --device abacus", "bench --json none/none.json", "bench generate --methods x",
+    "bench choose --read 7", "bench choose --cases 1", "bench throughput --only x",
+    "bench parallel --parts x",
+)  # fmt: skip
+
+
+def test_help_and_wrong_options_load_nothing_slow():
+    """Of each command, in one process: torch alone takes seconds to import."""
+    commands = [*command.COMMANDS, *command.PASSED, *(f"bench {name}" for name in command.BENCHES)]
+    commands += [f"quality {' '.join(x)}" for x in (command.REPORT[:-1], command.FREE[:-1])]
+    lines = [f"{name} {option}" for name in commands for option in ("--help", "--no-such-option")]
+    answers = f"""
+from fade_fast.cli import main
+for line in {[*lines, *WRONG]}:
+    try:
+        code = main(line.split())
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == (0 if "--help" in line else 2), (line, code)
+    slow = {SLOW} & set(sys.modules)
+    assert not slow, (line, slow)
+"""
+    assert "fade_fast" in loaded(answers)
+
+
 @pytest.mark.slow
 def test_the_public_names_and_commands_work_without_the_packages_that_train():
     """Nothing but training imports scikit-learn and scipy: without them, all else is imported."""
     passed = [module for module, _ in command.PASSED.values()] + list(command.BENCHES.values())
     public = "import fade_fast\n[getattr(fade_fast, name) for name in fade_fast.__all__]"
     modules = f"import importlib\n[importlib.import_module(x) for x in {passed}]"
-    commands = f"from fade_fast.cli import command\n[command.module_of(x) for x in {list(command.COMMANDS)}]"
+    work = [path.stem for path in (ROOT / "fade_fast/cli").glob("*.py") if path.stem != "plots"]  # it draws
+    commands = f"[importlib.import_module('fade_fast.cli.' + x) for x in {work}]"
     found = loaded("\n".join([public, modules, commands]), absent={*TRAINING, "matplotlib", "datasets"})
     assert {"torch", "transformers"} <= found
 

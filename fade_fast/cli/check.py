@@ -7,8 +7,6 @@ import argparse
 import dataclasses
 
 from .. import arguments
-from ..hf.check import check_model
-from ..hf.loading import quiet
 from ..saved.files import write_json
 from . import options
 
@@ -28,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the prediction. Returns 0 if the model is served, else 1."""
+    from ..hf.check import check_model
+    from ..hf.loading import quiet
+
     quiet()
     model, _ = options.loaded(args)
     options.wait("Checking it. The first time, what its bits lose is measured, too ...")

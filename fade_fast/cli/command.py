@@ -1,7 +1,7 @@
 """The command `fade`, also `python -m fade_fast`. Each subcommand is one module.
 
-Only the module of the given subcommand is imported, so that `fade --help` loads neither torch nor
-transformers.
+Only the module of the given subcommand is imported. torch and transformers take seconds to import, so nothing
+imports them before the options are parsed: --help and wrong options are answered at once.
 
 Modules in `COMMANDS` have `add_arguments(parser)` and `run(args)`, which may return an exit code. Commands in
 `PASSED` parse the arguments after their name themselves.
@@ -69,6 +69,13 @@ GONE = {
     "quant_backend=matched,middle_k_bits=2,middle_v_bits=2, which needs no codebooks",
 }
 REPORT = ("--suite", "report", "fade_fast.measure.report")  # two arguments, and their module
+FREE = ("--free", "fade_fast.measure.free")
+#: Where the options of such a module are parsed. The others import nothing slow before they parse theirs.
+PARSERS = {
+    module: module.replace(".measure.", ".measure.parsers.")
+    for module in (*(x for x, _ in PASSED.values()), *BENCHES.values(), REPORT[2], FREE[1])
+    if ".measure." in module and module != BENCHES["start"]
+} | {"fade_fast.hf.train_policy": "fade_fast.hf.train_options"}
 #: The extra that contains a package which a command imports.
 EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "matplotlib": "plot", "sklearn": "train", "scipy": "train"}
 
@@ -134,6 +141,10 @@ def pass_on(command: str, argv: list[str]) -> int:
     if command == "quality" and REPORT[:2] in zip(argv, argv[1:]):
         name, shown, at = REPORT[2], f"{shown} {' '.join(REPORT[:2])}", argv.index(REPORT[0])
         argv = argv[:at] + argv[at + 2 :]
+    elif command == "quality" and FREE[0] in argv:
+        name, shown, argv = FREE[1], f"{shown} {FREE[0]}", [x for x in argv if x != FREE[0]]
+    if name in PARSERS:  # what is wrong with them is told before torch is imported
+        importlib.import_module(PARSERS[name]).arguments(argv)
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -8,14 +8,17 @@ import argparse
 import contextlib
 import time
 import warnings
+from typing import TYPE_CHECKING
 
 from .. import arguments
 from ..cache.eviction import EvictionWarning
-from ..hf.create import create_cache
-from ..hf.loading import LoadError, quiet
+from ..errors import LoadError
 from ..saved.files import write_json
 from ..saved.units import size
-from . import options, session
+from . import options
+
+if TYPE_CHECKING:
+    from .session import Answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +50,10 @@ def run(args: argparse.Namespace) -> None:
     """Read, save and answer. Prints the answer and its times."""
     question = args.prompt or args.prompt_file
     _check(args, question)
+    from ..hf.create import create_cache
+    from ..hf.loading import quiet
+    from . import session
+
     quiet()
     warnings.filterwarnings("ignore", category=EvictionWarning)  # the number of forgotten tokens is printed
     model, tokenizer = options.loaded(args)
@@ -101,6 +108,9 @@ def _check(args: argparse.Namespace, question: str | None) -> None:
 
 def _answer(args, model, tokenizer, cache, read, rest, read_s: float) -> dict:
     """Answer, print the times, and compare with a fresh cache if --compare is given."""
+    from ..hf.create import create_cache
+    from . import session
+
     ids = session.joined(read, rest)
     given = session.answer(model, cache, ids, args.max_new_tokens)
     text = tokenizer.decode(given.tokens, skip_special_tokens=True)
@@ -122,7 +132,7 @@ def _answer(args, model, tokenizer, cache, read, rest, read_s: float) -> dict:
     return record
 
 
-def _speed(given: session.Answer) -> str:
+def _speed(given: "Answer") -> str:
     if given.tokens_per_s is None:
         return f"{len(given.tokens)} new token"
     return f"{len(given.tokens)} new tokens, {given.tokens_per_s:.1f} a second"

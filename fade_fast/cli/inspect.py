@@ -7,7 +7,6 @@ import argparse
 
 from .. import arguments
 from ..errors import LoadError
-from ..saved import checkpoint, snapshot
 from ..saved.files import write_json
 from ..saved.units import size
 
@@ -22,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the snapshot of a file."""
+    from ..saved import checkpoint, snapshot
+
     try:
         header, shapes = checkpoint.read_header(args.file)
         contents = snapshot.of_file(args.file)

@@ -1,16 +1,22 @@
-"""Options that the subcommands of `fade` share, and checks of their values."""
+"""Options that the subcommands of `fade` share, and checks of their values.
+
+Importing this module imports nothing slow.
+"""
 
 import argparse
 import contextlib
 import dataclasses
 import sys
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from fade_ref.config import PRESETS, FadeConfig
 
 from .. import arguments
-from ..hf.loading import DTYPES, HUB_ID, LoadError, called, load
+from ..errors import LoadError
+from ..hf.names import DTYPES, HUB_ID
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +27,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def loaded(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def loaded(args: argparse.Namespace) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Model and tokenizer of `add_model`. Who watches is told that it takes time."""
+    from ..hf.loading import called, load
+
     wait(f"Loading {called(args.model)} ...")
     return load(args.model, args.device, args.dtype)
 

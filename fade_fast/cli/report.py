@@ -8,9 +8,7 @@ import argparse
 
 from .. import arguments
 from ..errors import LoadError
-from ..saved import telemetry
 from ..saved.files import whole
-from ..serve import report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the page."""
+    from ..saved import telemetry
+    from ..serve import report
+
     out = args.out or args.file.with_name(args.file.name + ".html")
     try:
         page = report.page_of(telemetry.read(args.file), args.title or args.file.name)

@@ -14,10 +14,10 @@ import sys
 
 from .. import arguments
 from ..errors import LoadError, missing
-from ..hf.loading import HUB_ID, load, quiet
-from ..serve.engine import REUSE, Engine, Options
+from ..hf.names import HUB_ID
 from . import options
 
+REUSE = ("exact", "longest", "off")  # those of the engine, which imports torch; a test compares them
 #: Presets and fields that vLLM's pages can hold: tokens are never dropped there.
 VLLM_PRESETS = ("safe", "lossless")
 VLLM_FIELDS = ("middle_k_bits", "middle_v_bits", "layer_bits")
@@ -61,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
     if args.engine == "vllm":
         return start_vllm(args)
     config = options.with_fields(args)
+    from ..hf.loading import load, quiet
+    from ..serve.engine import Engine, Options
+
     settings = Options(
         reuse=args.reuse,
         chunk=args.chunk,

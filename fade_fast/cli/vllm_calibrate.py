@@ -7,8 +7,6 @@ because vLLM compresses these too. vLLM reads it if --additional-config is
 
 import argparse
 
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
 from . import calibrate, options
 
 
@@ -21,7 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Calibrate the model and write the file."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    from . import calibrating
+
     wanted = (DynamicLayer, DynamicSlidingWindowLayer)
-    model, found = calibrate.measure(args, args.model, lambda layer: type(layer) in wanted)
-    calibrate.choose(model, found, ["rotated"])
-    calibrate.write(args, found)
+    model, found = calibrating.measure(args, args.model, lambda layer: type(layer) in wanted)
+    calibrating.choose(model, found, ["rotated"])
+    calibrating.write(args, found)

@@ -10,8 +10,8 @@ import argparse
 import dataclasses
 
 from .. import arguments
-from ..hf.loading import LoadError, load, quiet
-from ..hf.warm import MODES, warm
+from ..errors import LoadError
+from ..hf.names import MODES
 from ..saved.files import write_json
 from . import options
 
@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Warm up. Prints what was compiled."""
+    from ..hf.loading import load, quiet
+    from ..hf.warm import warm
+
     quiet()
     model, _ = load(args.model, args.device, args.dtype)
     chosen = dict(batches=args.batch, lengths=args.length, modes=args.mode)

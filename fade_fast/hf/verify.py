@@ -5,6 +5,11 @@ So random tokens run through the model twice, in chunks and single steps: first 
 `DynamicCache`, then under ours with a cache that compresses nothing. The outputs of each attention layer are
 compared. Then the output of the first run replaces the output of the second. So every layer gets the same
 input in both runs, and an error shows in the layer that causes it.
+
+The first run has fewer passes, which is cheaper and computes the same in most models. It still shows what the
+model does with a prompt, and with several tokens and a single one after others. Only if the outputs then
+differ, it is run again in the chunks of the second run, and this comparison decides: the frequencies of a
+model may grow with the text, and its products may round otherwise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +22,11 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from .models import CACHE_NAME, attention_modules, cache_parameter, execution_device, text_config, vocabulary
 from .undisturbed import undisturbed
 
-#: Tokens per forward pass: two chunks (the second is longer than any draft), a draft, single tokens.
-CHUNKS = (40, 24, 5, 1, 1, 1)
+#: Tokens per forward pass: two chunks (the second is longer than any draft), a draft, two single tokens, of
+#: which the second one reads the first.
+CHUNKS = (40, 24, 6, 1, 1)
+#: The same tokens in the model's own first run: a prompt, several tokens, a single one.
+FEWER = (sum(CHUNKS[:2]), sum(CHUNKS[2:-1]), CHUNKS[-1])
 #: Largest allowed `distance` of an attention layer's outputs. The model's own attention rounds, too: eager
 #: attention computes its softmax in float32 for every dtype of the model.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -62,17 +70,25 @@ def compare(model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[],
             transformers choose its attention function.
         new_cache: returns an empty cache that compresses nothing.
     """
+    found = _compared(model, ours, own, new_cache, FEWER)
+    return _compared(model, ours, own, new_cache, CHUNKS) if found.refused else found
+
+
+def _compared(
+    model: PreTrainedModel, ours: str, own: str, new_cache: Callable[[], Cache], chunks: Sequence[int]
+) -> Verification:
+    """As `compare`. The model's own run gets its tokens in `chunks`: `FEWER`, or those of the other run."""
     name, config = type(model).__name__, text_config(model)
     if own == "sdpa" and getattr(config, "attn_logit_softcapping", None):
         own = "eager"  # sdpa ignores the softcap, and transformers 5.17 does not object
-    witness, cache = Witness(model), DynamicCache(config=config)
+    witness, cache = Witness(model, alike=chunks == CHUNKS), DynamicCache(config=config)
     dispatches = model._can_set_attn_implementation()
     with undisturbed(model):
         try:
             if dispatches:
                 model.set_attn_implementation(own)
             with witness:
-                expected = feed(model, cache, _tokens(model), CHUNKS)
+                expected = feed(model, cache, _tokens(model), chunks)
         except Exception as error:  # noqa: BLE001 - any error of the model's own code
             raised = f"raises {type(error).__name__}: {error}"
             takes = cache_parameter(type(model).forward) is not None
@@ -144,17 +160,20 @@ def _shapes(cache: Cache) -> dict[int, LayerShape]:
 class Witness:
     """Records the outputs of every attention layer. From the second run on, compares and replaces them.
 
+    Later runs have the passes of the first one; if not `alike`, other passes over the same tokens.
     A context manager: the hooks are on the model inside the `with` block.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, alike: bool = True):
+        self.alike = alike
         self.modules = dict(sorted(attention_modules(model).items()))
         self.heard: dict[int, list[Tensor]] = {}
         self.relative: dict[int, float] = {}  # largest relative error of each layer
         self.repeats = False
 
     def __enter__(self):
-        self._turn = dict.fromkeys(self.modules, 0)
+        self._turn = dict.fromkeys(self.modules, 0)  # passes of a layer
+        self._start = dict.fromkeys(self.modules, 0)  # and their tokens
         self._hooks = [m.register_forward_hook(self._hook(i)) for i, m in self.modules.items()]
         return self
 
@@ -169,12 +188,17 @@ class Witness:
             if not self.repeats:
                 self.heard.setdefault(index, []).append(result.clone())
                 return None
-            expected = self.heard[index][self._turn[index]]
-            self._turn[index] += 1
+            expected = self._expected(index, result.shape[1])
             self.relative[index] = max(self.relative.get(index, 0.0), distance(result, expected))
             return (expected.clone(), *out[1:]) if isinstance(out, tuple) else expected.clone()
 
         return hear
+
+    def _expected(self, index: int, tokens: int) -> Tensor:
+        """What the first run gave for the next tokens of a layer."""
+        start, turn, heard = self._start[index], self._turn[index], self.heard[index]
+        self._start[index], self._turn[index] = start + tokens, turn + 1
+        return heard[turn] if self.alike else torch.cat(heard, dim=1)[:, start : start + tokens]
 
     def errors(self) -> Iterator[tuple[str, float]]:
         """(layer name, largest relative error) of each layer."""
@@ -188,10 +212,17 @@ def distance(found: Tensor, expected: Tensor) -> float:
     """
     if found.shape != expected.shape:
         return float("inf")
-    real = expected.isfinite()
-    found, expected = found[real].double(), expected[real].double()
-    error = (found - expected).norm() / expected.norm().clamp_min(1e-30)
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    if not norm(expected).isfinite():
+        real = expected.isfinite()
+        found, expected = found[real], expected[real]
+    error = norm(found.to(wide) - expected.to(wide)) / norm(expected).clamp_min(1e-30)
     return error.nan_to_num(nan=float("inf")).item()
+
+
+def norm(x: Tensor) -> Tensor:
+    """Euclidean norm over all elements, float64 []."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64)
 
 
 def feed(model: PreTrainedModel, cache: Cache, tokens: Tensor, chunks: Sequence[int]) -> Tensor:

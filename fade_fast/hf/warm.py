@@ -27,16 +27,9 @@ from ..errors import known_keywords
 from ..saved.files import whole
 from .create import FIELDS, create_cache
 from .models import CACHE_NAME, text_config
+from .names import MODES
 
 MAGIC = b"fade warm 1\n"
-#: Options of `generate()` by the name of a mode. "padded" also pads rows on the left.
-MODES: dict[str, dict] = {
-    "greedy": {},
-    "sampled": dict(do_sample=True, temperature=0.8, top_p=0.9),
-    "padded": {},
-    "beams": dict(num_beams=4),
-    "drafted": dict(prompt_lookup_num_tokens=4),
-}
 NEW = 16  # tokens of a text: enough for steps to be captured, and for a demotion to be compiled
 
 

@@ -24,8 +24,10 @@ STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957}
 FACTORS = (0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.17, 1.27, 1.4)
 #: Smallest of these scales that is used, by bits. At 2 bits the best one for plain rounding clips too much.
 LEAST = {8: 0.7, 4: 0.7, 3: 0.7, 2: 1.2}
-#: Scales with which all channels are rounded, relative to the one found so, by bits; other widths use one.
-SEARCHED = {3: (0.88, 0.95, 1.02, 1.09, 1.17), 2: (0.8, 0.88, 0.96, 1.04, 1.14)}
+#: Scales with which all channels of a key are rounded, relative to the one found so, by bits.
+SEARCHED = {8: (1.0,), 4: (1.0,), 3: (0.88, 0.95, 1.02, 1.09, 1.17), 2: (0.8, 0.88, 0.96, 1.04, 1.14)}
+#: The same for values. Attention adds values up, and a small scale clips many of them in one direction.
+SEARCHED_FOR_VALUES = SEARCHED | {2: (1.0,)}
 MOST_SEARCHED = 1 << 25  # elements of vectors in all scales that are rounded at a time
 TOGETHER = 8  # channels of a compiled block
 GROUP = 32  # channels between two products with the errors of all channels before
@@ -53,9 +55,12 @@ class Matrices(NamedTuple):
         return self.decode_and_sum[:, :-1]
 
 
-def quantize(y: Tensor, feedback: Tensor, bits: int) -> Packed:
-    """Codes of vectors that are already centered and multiplied by A: float32 [B, H, n, D]."""
-    return _of_rows(_quantize(_by_head(y).mT.contiguous(), feedback, bits), len(y))
+def quantize(y: Tensor, feedback: Tensor, bits: int, of_values: bool = False) -> Packed:
+    """Codes of vectors that are already centered and multiplied by A: float32 [B, H, n, D].
+
+    `of_values`: whether they are values, see `SEARCHED_FOR_VALUES`.
+    """
+    return _of_rows(_quantize(_by_head(y).mT.contiguous(), feedback, bits, of_values), len(y))
 
 
 def quantize_to_nearest(y: Tensor, bits: int) -> Packed:
@@ -91,12 +96,12 @@ def _of_rows(found: tuple[Tensor, Tensor], batch: int) -> Packed:
     return Packed(*(x.unflatten(1, (batch, -1)).transpose(0, 1) for x in found), None)
 
 
-def _quantize(y: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _quantize(y: Tensor, feedback: Tensor, bits: int, of_values: bool) -> tuple[Tensor, Tensor]:
     """Packed codes [H, T, D * bits / 8] and scales [H, T] of `y` [H, D, T].
 
     Of `FACTORS`, the scale with the least squared error of plain rounding wins, unless it is below that of
-    `LEAST`. Channels are then rounded with feedback. At 3 and 2 bits they are rounded with all scales of
-    `SEARCHED`, and those of the best scale once more, given the errors of all others.
+    `LEAST`. Channels are then rounded with feedback, with each scale of `SEARCHED`. At 3 and 2 bits, those of
+    the best scale are rounded once more, given the errors of all others.
     """
     known = STEPS[bits], LEAST[bits], center(bits)
     step, smallest, limit = (torch.full((), x, device=y.device) for x in known)
@@ -104,22 +109,25 @@ def _quantize(y: Tensor, feedback: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     feedback = feedback.float()
     diagonal = feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [H, D, 1]
     weight, exposed = feedback / diagonal, feedback @ unit
-    if bits not in SEARCHED:
+    factors = (SEARCHED_FOR_VALUES if of_values else SEARCHED)[bits]
+    if len(factors) > 1:
+        pieces = max(1, -(-unit.numel() * len(factors) // MOST_SEARCHED))  # 1 for no vectors
+        parts = zip(unit.chunk(pieces, -1), exposed.chunk(pieces, -1))
+        searched = [_search(*part, weight, diagonal, limit, factors) for part in parts]
+        errors, factor = (x[0] if pieces == 1 else torch.cat(x, dim=-1) for x in zip(*searched))
+        unit, exposed = (x / factor.unsqueeze(1) for x in (unit, exposed))
+        tried = tried * factor
+    else:
         errors = torch.empty_like(unit)
-        lost = [x[:, 0] for x in _round(unit, errors, weight, exposed, diagonal, limit)]
-        return _run(_finish, unit, errors, exposed, tried, lost, limit, bits=bits)
-    pieces = max(1, -(-unit.numel() * len(SEARCHED[bits]) // MOST_SEARCHED))  # 1 for no vectors
-    searched = [
-        _search(*part, weight, diagonal, limit, SEARCHED[bits])
-        for part in zip(unit.chunk(pieces, -1), exposed.chunk(pieces, -1))
-    ]
-    errors, factor = (x[0] if pieces == 1 else torch.cat(x, dim=-1) for x in zip(*searched))
-    unit, exposed = (x / factor.unsqueeze(1) for x in (unit, exposed))
-    moment = feedback.mT @ feedback  # an error e of a vector does the damage e^T moment e
-    own = moment.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    _round(unit, errors, moment / own, exposed, own, limit, again=True)
-    lost = [(exposed * (feedback @ errors)).sum(1)]
-    return _run(_finish, unit, errors, exposed, tried * factor, lost, limit, bits=bits)
+        sums = _round(unit, errors, weight, exposed, diagonal, limit)
+    if bits >= 4:
+        lost = [x[:, 0] for x in sums]
+    else:
+        moment = feedback.mT @ feedback  # an error e of a vector does the damage e^T moment e
+        own = moment.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        _round(unit, errors, moment / own, exposed, own, limit, again=True)
+        lost = [(exposed * (feedback @ errors)).sum(1)]
+    return _run(_finish, unit, errors, exposed, tried, lost, limit, bits=bits)
 
 
 def _round(
@@ -288,7 +296,9 @@ def _finish(
     return pack(codes.mT, bits).contiguous(), scale.clamp_max(LARGEST).half()
 
 
-def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, feedback: Tensor, bits: int) -> Packed:
+def encode(
+    x: Tensor, mean: Tensor | None, matrix: Tensor, feedback: Tensor, bits: int, of_values: bool = False
+) -> Packed:
     """Center, multiply by A and quantize.
 
     Args:
@@ -296,12 +306,13 @@ def encode(x: Tensor, mean: Tensor | None, matrix: Tensor, feedback: Tensor, bit
         mean: [B, H, m, D], each the mean of n / m vectors, or None for values.
         matrix, feedback: A and V [H, D, D].
         bits: 8, 4, 3 or 2.
+        of_values: as in `quantize`.
     """
     batch, x = len(x), x.float()
     if mean is not None:
         groups = x.unflatten(2, (mean.shape[2], x.shape[2] // mean.shape[2]))
         x = (groups - mean.float().unsqueeze(3)).flatten(2, 3)
-    return _of_rows(_quantize(matrix.float() @ _by_head(x).mT, feedback, bits), batch)
+    return _of_rows(_quantize(matrix.float() @ _by_head(x).mT, feedback, bits, of_values), batch)
 
 
 def encode_both(
@@ -322,7 +333,9 @@ def encode_both(
 def _encode_both(keys, values, mean, *tables, bits) -> tuple[Packed, Packed]:
     """`tables`: `encode` and `feedback` of keys, then of values."""
     packed = encode(keys, mean, *tables[:2], bits[0])
-    return packed, Packed(values, None, None) if bits[1] == 16 else encode(values, None, *tables[2:], bits[1])
+    if bits[1] == 16:
+        return packed, Packed(values, None, None)
+    return packed, encode(values, None, *tables[2:], bits[1], of_values=True)
 
 
 def _run(function: Callable, *args, **constants):

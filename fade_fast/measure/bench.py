@@ -28,17 +28,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fade_fast.arguments import Parser, positive
 from fade_fast.errors import InputError
 from fade_fast.hf.cache import TieredKVCache
 from fade_fast.hf.models import text_config
 
 from . import generate, memory, options, runs, texts
 from .methods import Method, Unavailable, allocated, compressed_tokens, evicted_tokens, made_for
+from .parsers.bench import arguments
 from .streams import NothingCompressed, check
-
-SUITE = ("lossless", "safe", "int2", "balanced")
-LEAST = 4  # new tokens: the first one, and steps before and after the warm-up
 
 
 @dataclass
@@ -150,7 +147,7 @@ HEAD = (
 
 
 def table(results: list[Result]) -> str:
-    """Markdown, with one row for each method. Ratios are those of bytes to "dynamic"."""
+    """Markdown, with one row for each method. Ratios to "dynamic" are those of bytes without tables."""
     dense = next((r.bytes for r in results if r.method == "dynamic"), None)
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     for r in results:
@@ -158,9 +155,13 @@ def table(results: list[Result]) -> str:
         if r.failed:
             lines.append(f"| {name} | {r.failed} |" + " |" * (len(HEAD) - 2))
             continue
-        ratio = f"{dense / r.bytes:.2f}" if dense else "-"
+        own = r.bytes - (r.tables or 0)
+        size = f"{own / 2**20:.1f}"
+        if (r.tables or 0) > own // 64:  # as `str(cache.memory())` tells them
+            size += f" + {r.tables / 2**20:.1f} tables"
+        ratio = f"{dense / own:.2f}" if dense else "-"
         lines.append(
-            f"| {name} | {r.bytes / 2**20:.1f} | {ratio} | {r.first_token_s:.2f} | {r.ms:.2f} "
+            f"| {name} | {size} | {ratio} | {r.first_token_s:.2f} | {r.ms:.2f} "
             f"| {r.tokens_per_s:.1f} | {r.read:.0f} | {r.evicted:.0f} |"
         )
     return "\n".join(lines)
@@ -179,11 +180,9 @@ def notes(report: dict, results: list[Result]) -> list[str]:
     said = []
     if report["device"] == "CPU":
         said.append("On a CPU the cache saves memory, and time only in long texts: docs/speed.md.")
-    if shared := [f"{r.tables / 2**20:.1f} for `{r.method}`" for r in results if (r.tables or 0) > 2**20]:
-        said.append(
-            f"MiB: with bfloat16 keys and values, and with tables that all caches of the model share: "
-            f"{', '.join(shared)}."
-        )
+    said.append(
+        "MiB: with bfloat16 keys and values. Caches of a model share its tables, and ratios leave them out."
+    )
     if slow := [r.method for r in results if r.captured is not None and 2 * r.captured < r.new]:
         said.append(f"Steps of {', '.join(slow)} were not captured as CUDA graphs: expect faster ones.")
     if any(r.evicted for r in results):
@@ -213,26 +212,6 @@ def prompt(model, tokenizer, text: str, length: int, new: int) -> Tensor:
     return texts.windows(tokenizer, text, 1, length)
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade bench", **options.told(__doc__))
-    gpu = options.on_gpu()
-    options.add_model(parser, dtype="bf16" if gpu else "fp32")
-    options.add_text(parser, "of the prompt")
-    parser.add_argument(
-        "--length", type=positive, default=8192 if gpu else 2048, metavar="N", help="tokens of the prompt"
-    )
-    parser.add_argument(
-        "--new", type=positive, default=128 if gpu else 24, metavar="N", help="tokens written"
-    )
-    options.add_methods(parser, SUITE)
-    options.add_output(parser, "bench")
-    args = parser.parse_args(argv)
-    if args.length < 64 or args.new < LEAST:
-        parser.error(f"--length must be at least 64, --new at least {LEAST}")
-    args.methods = options.methods_of(parser, args)
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     report, results = stored(args.show) if args.show else measured(args)
@@ -243,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances."""
     runs.quiet()
-    options.refuse_short(args.methods, args.length, new=args.new)
+    options.refuse_short([m.name for m in args.methods], args.length, new=args.new)
     text, source = texts.read_or_default(args.text)
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
     ids = prompt(model, tokenizer, text, args.length, args.new)

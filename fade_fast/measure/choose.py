@@ -35,21 +35,19 @@ from pathlib import Path
 import torch
 import transformers
 
-from fade_fast.arguments import Parser, positive
 from fade_fast.cache import host
 from fade_fast.cache.select_store import HITS, MISSES, QUERIES, READ, Choice, SelectStore
 from fade_fast.errors import InputError
 from fade_fast.hf.cache import TieredKVCache
 from fade_fast.saved.files import write_json
-from fade_ref.config import INDEXES
 
-from . import generate, options
+from . import generate
 from .decode_attention import read_bandwidth, seconds
 from .methods import Method, made_for, method
 from .models import LLAMA, MODELS, TINY, K, build
+from .parsers.choose import PARTS, arguments
 from .streams import NothingCompressed
 
-PARTS = ("steps", "hits", "prefill", "batch", "curve")
 FILL = 64 * K  # most tokens of all rows that are filled at once
 FEW = 8  # rows of the batch from which the largest one is estimated
 TRIES = 4  # batches that are tried, each a sixteenth smaller than the one before
@@ -576,62 +574,6 @@ def report(bench: Bench) -> dict:
     )
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade bench choose", description=__doc__.splitlines()[0])
-    listed = lambda text: text.split(",")  # noqa: E731
-    add = parser.add_argument
-    add("--parts", type=listed, default=list(PARTS), metavar="A,B", help=f"of {','.join(PARTS)}")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if options.on_gpu() else "cpu")
-    add("--layers", type=positive, metavar="N", help="of the model: 4, or 2 of a tiny one")
-    add("--vocabulary", type=positive, default=K, metavar="N", help="of the model; default: %(default)s")
-    add("--read", type=positive, metavar="N", help="tokens that a query reads: 2048, or 64 of a tiny text")
-    add(
-        "--indexes",
-        type=listed,
-        default=["k2", "deviation+k2"],
-        metavar="A,B",
-        help=f"of {','.join(INDEXES)}",
-    )
-    add(
-        "--cold", type=listed, default=["none", "host"], metavar="A,B", help="where the payload is: none,host"
-    )
-    add("--cases", type=listed, metavar="BxS,...", help="of steps and hits: 8x32768,8x131072")
-    add("--hits", type=listed, default=["95", "80", "50"], metavar="A,B", help="percent that are forced")
-    add("--length", type=positive, metavar="N", help="of prefill and batch: 32768")
-    add("--gpu-gb", type=float, default=80, help="memory of the GPU of batch; default: %(default)s")
-    add("--batches", type=listed, default=["1", "8"], metavar="A,B", help="of the curve")
-    add("--lengths", type=listed, metavar="A,B", help="of the curve: 2048 to 524288, times 4 each")
-    add("--turns", type=positive, metavar="N", help="that count: 5, or 1 of a tiny model")
-    add("--new", type=positive, metavar="N", help="tokens of a turn: 48, or 4 of a tiny model")
-    options.add_output(parser, "choose")
-    args = parser.parse_args(argv)
-    tiny = args.device == "cpu"
-    usual = dict(
-        layers=(4, 2), read=(2048, 64), length=(32 * K, 384), turns=(5, 1), new=(48, 4),
-        cases=("8x32768 8x131072".split(), ["2x384"]),
-        lengths=([2 * K << 2 * i for i in range(5)], [192, 512]),
-    )  # fmt: skip
-    for name, values in usual.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[tiny])
-    allowed = dict(parts=PARTS, indexes=INDEXES, cold=("none", "host"))
-    for name, values in allowed.items():
-        if wrong := [x for x in getattr(args, name) if x not in values]:
-            parser.error(f"--{name}: {', '.join(wrong)}: of {','.join(values)}")
-    try:
-        args.cases = [tuple(map(int, case.split("x"))) for case in args.cases]
-        args.batches, args.lengths = ([int(x) for x in xs] for xs in (args.batches, args.lengths))
-        args.hits = [float(x) / 100 for x in args.hits]
-        ours = [f"int4:select={args.read}:index={i}" for i in args.indexes]
-        args.near = [method(x) for x in ours] if "none" in args.cold else []
-        args.far = [method(f"{x}:cold=host") for x in ours] if "host" in args.cold else []
-    except ValueError as error:
-        parser.error(str(error))
-    if any(len(case) != 2 for case in args.cases) or args.new < 4:
-        parser.error("--cases: BxS, such as 8x32768; --new: at least 4")
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     found = json.loads(args.show.read_text(encoding="utf-8")) if args.show else measured(args)
@@ -644,7 +586,8 @@ def measured(args: argparse.Namespace) -> dict:
     tiny = args.device == "cpu"
     vocabulary = None if tiny else args.vocabulary
     bench = Bench(TINY if tiny else LLAMA, args.device, args.layers, vocabulary, args.turns, args.new)
-    whole, chosen = method("int4"), [*args.near, *args.far]
+    near, far = ([method(name) for name in names] for names in (args.near, args.far))
+    whole, chosen = method("int4"), [*near, *far]
 
     def keep() -> None:
         if args.json:
@@ -653,10 +596,10 @@ def measured(args: argparse.Namespace) -> dict:
     bench.keep = keep
     run = dict(
         steps=lambda: steps(bench, [whole, *chosen], args.cases),
-        hits=lambda: hits(bench, args.far, args.cases, args.hits),
+        hits=lambda: hits(bench, far, args.cases, args.hits),
         prefill=lambda: prefill(bench, [method("dynamic"), whole, *chosen], args.length),
-        batch=lambda: largest_batch(bench, [whole, *(args.far or args.near)], args.length, args.gpu_gb * 1e9),
-        curve=lambda: curve(bench, [whole, *args.near], args.batches, args.lengths),
+        batch=lambda: largest_batch(bench, [whole, *(far or near)], args.length, args.gpu_gb * 1e9),
+        curve=lambda: curve(bench, [whole, *near], args.batches, args.lengths),
     )
     for part in args.parts:
         started = time.perf_counter()

@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fade_fast.arguments import Parser, writable
 from fade_fast.cache.append_store import AppendStore
 from fade_fast.cache.positions import TokenPositions
 from fade_fast.cache.store import ONE_MEAN
@@ -43,6 +42,8 @@ from fade_fast.kernels.rotated import Packed
 from fade_fast.saved.files import write_json
 from fade_ref.config import FadeConfig
 from fade_ref.tiers import token_bytes
+
+from .parsers.decode_attention import arguments
 
 BLOCK = 64  # slots that share a mean; tiers with a budget have one mean for all slots
 EXACT = 132  # uncompressed tokens: 4 sinks and 128 recent tokens
@@ -620,17 +621,7 @@ def small(case: Case) -> Case:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("fade bench attention", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=writable, metavar="FILE", help="write the times there as well")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--lengths", action="store_true", help="instead: times by live length")
-    parser.add_argument("--encode", action="store_true", help="instead: compressing against prefill")
-    parser.add_argument("--paged", action="store_true", help="instead: through a block table")
-    parser.add_argument("--processes", action="store_true", help="instead: compiling, cold and from caches")
-    args = parser.parse_args(argv)
+    args = arguments(argv)
     cuda = args.device == "cuda"
     others = {
         "lengths": lambda: by_length(args.device, LENGTHS if cuda else [128, 256, 512]),

@@ -32,20 +32,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fade_fast.arguments import Parser, positive
 from fade_fast.errors import InputError
 from fade_fast.hf.models import CACHE_NAME
 
-from . import options, ruler, runs
+from . import ruler, runs
 from .methods import Method, compressed_tokens, evicted_tokens, method
+from .parsers.free import MARGIN, arguments
 from .streams import check, stream
 
-SUITE = (
-    "off", "lossless", "safe", "k4v4", "int3", "k4v2", "int2",
-    "int2:quant_backend=matched", "balanced", "h2o",
-)  # fmt: skip
 STRIDE = 32  # tokens that the uncompressed model reads at a time
-MARGIN = 0.1  # of a near-tie, in logits
 
 
 @dataclass
@@ -279,40 +274,6 @@ def show(report: dict) -> str:
         tasks = ", ".join(dict.fromkeys(a.task for a in answers))
         told += f"; answers to {tasks} of {length} tokens, {trials} example{'s' * (trials > 1)} each"
     return f"{told}.\n\n{table(results, answers, report['new'])}"
-
-
-def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("fade quality --free", description=__doc__.splitlines()[0])
-    cuda = options.on_gpu()
-    options.add_model(parser)
-    options.add_text(parser, "of prompts")
-    parser.add_argument("--prompts", type=positive, default=16 if cuda else 4, metavar="N", help="how many")
-    parser.add_argument("--length", type=positive, default=512, metavar="N", help="tokens of a prompt")
-    parser.add_argument(
-        "--new", type=positive, default=512 if cuda else 128, metavar="N", help="tokens of a text"
-    )
-    parser.add_argument("--margin", type=float, default=MARGIN, metavar="X", help="of a near-tie, in logits")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the places of prompts")
-    parser.add_argument(
-        "--chunk", type=positive, default=64, metavar="N", help="tokens of a prompt fed at a time"
-    )
-    parser.add_argument(
-        "--batch", type=positive, default=16 if cuda else 4, metavar="N", help="prompts at a time"
-    )
-    parser.add_argument(
-        "--tasks", nargs="*", choices=ruler.TASKS, default=["niah_single", "niah_multikey"], help="of RULER"
-    )
-    parser.add_argument("--task-length", type=positive, default=1024, metavar="N", help="tokens of a task")
-    parser.add_argument(
-        "--trials", type=positive, default=20 if cuda else 2, metavar="N", help="examples of a task"
-    )
-    options.add_methods(parser, SUITE)
-    options.add_output(parser, "free")
-    args = parser.parse_args(argv)
-    if args.margin < 0:
-        parser.error("--margin must be at least 0")
-    args.methods = options.methods_of(parser, args)
-    return args
 
 
 def main(argv: list[str]) -> int:

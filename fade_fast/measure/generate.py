@@ -27,33 +27,20 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sta
 from transformers.generation.candidate_generator import CandidateGenerator
 
 import fade_fast
-from fade_fast.arguments import Parser, positive, readable, writable
 from fade_fast.hf.attach import attach
 from fade_fast.hf.cache import TieredKVCache
 from fade_fast.hf.models import CACHE_NAME, attention_modules, split_keys
 from fade_fast.saved.files import write_json
 from fade_fast.saved.memory import storage_bytes
-from fade_ref.config import PRESETS, FadeConfig
 
 from .decode_attention import read_bandwidth
 from .models import GEMMA, LLAMA, QWEN, TINY, K, build, step_weights
+from .parsers.generate import BASELINES, H2O, METHODS, OURS, SHOWN, arguments
 from .steps import Reorderings, Slow, Spread, Watch
-
-SHOWN = tuple(name for name in PRESETS if name != "int4")
-#: Our methods; "fp16" never compresses. The others are "dynamic" and "static".
-OURS = {"fp16": FadeConfig(recent_window=None)}
-OURS |= {name: FadeConfig.preset(name) for name in SHOWN}
-OURS["safe"] = FadeConfig.int4()  # random weights say nothing about the widths that a real model needs
-OURS |= {f"int{bits}": FadeConfig(middle_k_bits=bits, middle_v_bits=bits) for bits in (3, 2)}
-H2O = "balanced:eviction_policy=h2o"  # the same, but ranked by received attention
-OURS[H2O] = replace(OURS["balanced"], eviction_policy="h2o")
-BASELINES = ("dynamic", "static")
-METHODS = (*BASELINES, *OURS)
 
 WARM_UP = 40  # most steps that compilation and capture may take
 CHUNK = 2048  # tokens of each row in a chunk of a chunked prefill
 ONCE = 64 * K  # most tokens prefilled in one go, and twice: the second time is warm
-FILLS = ("once", "rows", "chunk", "random")
 DRAFT = 4  # tokens that are drafted for each step of assisted decoding
 #: Options of `generate()`. "padded" also pads rows on the left, up to a quarter of their tokens. "drafted"
 #: is assisted decoding. Its drafts are random and hardly ever right, so a step checks DRAFT + 1 tokens and
@@ -609,37 +596,6 @@ def merged(files: Iterable[Path]) -> tuple[dict, list[Result]]:
 def tables(results: list[Result]) -> str:
     rows = reached(results)
     return table(results) + ("\n\n" + targets_table(rows) if rows else "")
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade bench generate", description=__doc__.splitlines()[0])
-    gpu = torch.cuda.is_available()
-    parser.add_argument("--json", type=writable, metavar="FILE", help="write the times there as well")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
-    parser.add_argument("--methods", metavar="A,B", help="these instead of each case's own")
-    parser.add_argument(
-        "--new", type=positive, metavar="N", help="tokens to generate: 128, or 8 of a tiny model"
-    )
-    parser.add_argument("--fill", choices=("auto", *FILLS), default="auto", help="how the cache is filled")
-    parser.add_argument(
-        "--grow", action="store_true", help="our caches grow instead of being made to measure"
-    )
-    parser.add_argument("--largest-batch", action="store_true", help="instead of timing: what batch fits")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, as without a GPU")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--list", action="store_true", help="list cases and methods, and stop")
-    parser.add_argument(
-        "--show", type=readable, nargs="+", metavar="FILE", help="tables of stored results, and stop"
-    )
-    args = parser.parse_args(argv)
-    args.tiny |= args.device == "cpu"
-    args.new = args.new or (8 if args.tiny else 128)
-    if args.new < 3:
-        parser.error("--new: at least 3 tokens")
-    args.methods = tuple(args.methods.split(",")) if args.methods else None
-    if unknown := set(args.methods or ()) - set(METHODS):
-        parser.error(f"--methods: {', '.join(sorted(unknown))}: of {', '.join(METHODS)}")
-    return args
 
 
 def selected(args: argparse.Namespace) -> list[Case]:

@@ -10,7 +10,6 @@ above its weights, with activations, during a prefill and during a step of 17 to
 caching allocator counts it, and on a CPU the storages that operators made are counted.
 """
 
-import argparse
 import gc
 import json
 from dataclasses import asdict, dataclass
@@ -21,29 +20,15 @@ import transformers
 from transformers.cache_utils import Cache
 
 import fade_fast
-from fade_fast.arguments import Parser, positive
 from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.saved.memory import StorageMeter
 from fade_fast.saved.units import size
 
-from . import options, pictures, runs, texts
+from . import pictures, runs, texts
 from .methods import Method, Unavailable, allocated, key_shape, made_for
+from .parsers.memory import arguments
 
-SUITE = (
-    "dynamic",
-    "quanto4",
-    "hqq4",
-    "lossless",
-    "safe",
-    "int3",
-    "k4v2",
-    "int2",
-    "balanced",
-    "aggressive",
-    "h2o",
-)
-LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
 STEP = 17  # tokens of the step after a prefill, more than compiled decode kernels take
 
 
@@ -196,19 +181,6 @@ def table(results: list[Result], recall: dict[str, float] | None = None) -> str:
 def stored(path: Path) -> tuple[dict, list[Result]]:
     report = json.loads(path.read_text(encoding="utf-8"))
     return report, [Result(**r) for r in report["results"]]
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade memory", **options.told(__doc__))
-    options.add_model(parser, dtype=None)
-    parser.add_argument("--lengths", nargs="+", type=positive, default=LENGTHS, metavar="N", help="tokens")
-    options.add_methods(parser, SUITE)
-    parser.add_argument("--peak", action="store_true", help="run the model, too")
-    parser.add_argument("--plot", type=pictures.path, metavar="FILE", help="bytes against length")
-    options.add_output(parser, "memory")
-    args = parser.parse_args(argv)
-    args.methods = options.methods_of(parser, args)
-    return args
 
 
 def main(argv: list[str] | None = None) -> int:

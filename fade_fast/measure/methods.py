@@ -4,9 +4,7 @@ A name is one of `NAMES`, or one of ours followed by changed fields of `FadeConf
 "int4:recent_window=0:block_size=32".
 """
 
-import ast
 import copy
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,14 +21,11 @@ from fade_fast.hf.cache import TieredKVCache
 from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import text_config
 from fade_fast.saved.memory import storage_bytes
-from fade_ref.config import PRESETS, FadeConfig
+from fade_ref.config import FadeConfig
 
-#: Policies compared at equal bytes; "position" alone is StreamingLLM with its older tokens at INT4.
-POLICIES = ("position", "h2o", "ema", "adaptive", "snapkv", "tova", "knorm", "keydiff", "learned")
+from .names import POLICIES, QUANTIZED, changed_fields, check, config_of, is_config, least
+
 SHARE = 4  # policies keep a quarter of the tokens
-QUANTIZED = {"quanto4": ("quanto", 4), "quanto2": ("quanto", 2), "hqq4": ("hqq", 4), "hqq2": ("hqq", 2)}
-WIDTHS = re.compile(r"int([8432])|k([8432])v([8432])")
-NAMES = ("dynamic", *QUANTIZED, "streaming", "off", *PRESETS, "int8|4|3|2", "k4v2", *POLICIES)
 
 EXACT, COMPRESSES, EVICTS = "exact", "compresses", "evicts"
 
@@ -65,12 +60,7 @@ class Method:
         """Fewest tokens of a text, fed in chunks, of which a step reads some compressed, and some not at all
         where queries choose. 1 where that is not known before the run.
         """
-        c = self.config
-        if c is None or not c.compresses or self.does != COMPRESSES:
-            return 1
-        chosen = c.tokens_selected if isinstance(c.select, int) else 0
-        before = c.n_sink + c.recent_window + (chosen // c.block_size + 1) * c.block_size
-        return -(-before // chunk) * chunk + 1
+        return least(self.name, chunk)
 
     @property
     def stored(self) -> FadeConfig | None:
@@ -94,19 +84,18 @@ def method(name: str, weights=None) -> Method:
 
     Raises `ValueError` if no method has this name, or a field cannot have such a value.
     """
+    check(name)
     base, *changes = name.split(":")
-    changed = _changed(name, changes)
+    changed = changed_fields(name, changes)
     if base in POLICIES:
         return _policy(name, base, changed, weights)
     if base == "streaming":
         return Method(name, EVICTS, lambda model, length: _ours(model, streaming(model, length, changed)))
-    if _is_config(base):
-        config = replace(_config(base), **changed)
+    if is_config(base):
+        config = replace(config_of(base), **changed)
         does = COMPRESSES if config.compresses else EXACT
         most = None if config.select is None else MAX_DECODE_TOKENS
         return Method(name, does, lambda model, length: _ours(model, config), most=most, config=config)
-    if base not in ("dynamic", *QUANTIZED) or changes:
-        raise ValueError(f"no method {name!r}: there are {', '.join(NAMES)}")
     if base == "dynamic":
         return Method(name, EXACT, lambda model, length: DynamicCache(config=model.config))
     # Groups of HQQ run across rows, so each row is measured by itself.
@@ -143,44 +132,6 @@ def made_for(model: PreTrainedModel, m: Method, length: int) -> Cache:
         return cache
     weights = next((x.observer.weights for x in cache.tiered if hasattr(x.observer, "weights")), None)
     return fade_fast.create_cache(model, cache.fade_config, max_length=length, policy_weights=weights)
-
-
-def configuration(name: str) -> FadeConfig:
-    """The configuration of a method that is a preset or has widths, with its changed fields.
-
-    Raises `ValueError` for another name, and if a field cannot have such a value.
-    """
-    base, *changes = name.split(":")
-    if not _is_config(base):
-        raise ValueError(f"{name!r} is no preset, and has no widths, as int4 and k4v2 have")
-    return replace(_config(base), **_changed(name, changes))
-
-
-def _is_config(base: str) -> bool:
-    return base in PRESETS or base == "off" or WIDTHS.fullmatch(base) is not None
-
-
-def _changed(name: str, changes: list[str]) -> dict:
-    """Fields of `FadeConfig` from "field=value"."""
-    changed = {}
-    for change in changes:
-        field, _, value = change.partition("=")
-        if field not in FadeConfig.__dataclass_fields__ or not value:
-            raise ValueError(f"{name!r}: {change!r} is no field=value of FadeConfig")
-        try:
-            changed[field] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            changed[field] = value  # not a number: a string
-    return changed
-
-
-def _config(base: str) -> FadeConfig:
-    if base in PRESETS:
-        return FadeConfig.preset(base)
-    if base == "off":
-        return FadeConfig(recent_window=None)
-    both, key, value = WIDTHS.fullmatch(base).groups()
-    return FadeConfig(middle_k_bits=int(both or key), middle_v_bits=int(both or value))
 
 
 def _ours(model, config: FadeConfig, weights=None) -> TieredKVCache:

@@ -26,27 +26,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fade_fast.arguments import Parser, positive
 from fade_fast.errors import InputError
 
-from . import options, pictures, runs
-from .methods import COMPRESSES, POLICIES, QUANTIZED, Method, compressed_tokens
+from . import pictures, runs
+from .methods import COMPRESSES, Method, compressed_tokens
+from .parsers.needles import arguments
 from .streams import NothingCompressed, in_parts, of_one_prompt, prefilled, read_by_choice
 
-TASKS = ("passkey", "multikey", "recall")
-SUITE = (
-    "dynamic",
-    "lossless",
-    "safe",
-    "int3",
-    "k4v2",
-    "int2",
-    *QUANTIZED,
-    "balanced",
-    "streaming",
-    *POLICIES,
-)
-DEPTHS = (5, 20, 35, 50, 65, 80, 95)  # percent of the text before the fact
 NAMES = ("Alice", "Bruno", "Clara", "David")
 GRASS = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
@@ -246,40 +232,6 @@ def stored(path: Path) -> tuple[dict, list[Result]]:
     return report, [Result(**r) for r in report["results"]]
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade needles", **options.told(__doc__))
-    cuda = options.on_gpu()
-    options.add_model(parser)
-    options.add_text(parser, "around the facts")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
-    parser.add_argument(
-        "--lengths", nargs="+", type=positive, default=[1024, 2048], metavar="N", help="tokens"
-    )
-    parser.add_argument(
-        "--depths",
-        nargs="+",
-        type=int,
-        default=list(DEPTHS),
-        metavar="PERCENT",
-        help="of the text before the fact",
-    )
-    parser.add_argument(
-        "--trials", type=positive, default=10 if cuda else 2, metavar="N", help="examples a depth"
-    )
-    parser.add_argument("--chunk", type=positive, default=512, metavar="N", help="tokens fed at a time")
-    parser.add_argument(
-        "--batch", type=positive, default=35 if cuda else 7, metavar="N", help="examples at a time"
-    )
-    options.add_methods(parser, SUITE)
-    parser.add_argument("--plot", type=pictures.path, metavar="FILE", help="heat map")
-    options.add_output(parser, "needles")
-    args = parser.parse_args(argv)
-    if not all(0 <= d <= 100 for d in args.depths):
-        parser.error("--depths: from 0 to 100 percent")
-    args.methods = options.methods_of(parser, args)
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     report, results = stored(args.show) if args.show else measured(args)
@@ -291,7 +243,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances. The file of `--json` is written after every method."""
-    options.refuse_short(args.methods, min(args.lengths), option="--lengths")
     record = runs.Record("needles", args, chunk=args.chunk)
     results = run(
         record.model, record.tokenizer, args.methods, args.tasks, args.lengths, args.depths, args.trials,

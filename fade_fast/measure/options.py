@@ -1,17 +1,22 @@
-"""Options that the measurements share, each defined once."""
+"""Options that the measurements share, each defined once.
+
+Importing this module imports nothing slow.
+"""
 
 import argparse
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from fade_fast.arguments import device, readable, writable
 from fade_fast.errors import InputError
-from fade_fast.hf import loading
+from fade_fast.hf.names import DTYPES, SMOLLM2
 
-from .methods import Method, method
+from . import names as known
+
+if TYPE_CHECKING:
+    from .methods import Method
 
 #: Help of the option that takes names of methods.
 CONFIGS = "such as safe, int3, k4v2, h2o, quanto4, int4:recent_window=32 (docs/quality.md explains them)"
@@ -25,19 +30,40 @@ def told(docstring: str) -> dict[str, str]:
 
 def on_gpu() -> bool:
     """Whether measurements run on a GPU unless they are told otherwise."""
+    import torch  # takes seconds
+
     return torch.cuda.is_available()
 
 
-def add_model(parser: argparse.ArgumentParser, dtype: str | None = "fp32") -> None:
-    """--model and --device; also --dtype, unless its default `dtype` is None."""
+def fill(args: argparse.Namespace, **usual: tuple) -> None:
+    """Give the options that were left out their values: the first one on a GPU, else the second one.
+
+    The device is among them. It is looked for last, after all that is given was found to be right.
+    """
+    which = 0 if on_gpu() else 1
+    for name, values in {"device": ("cuda", "cpu"), **usual}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[which])
+
+
+def add_model(parser: argparse.ArgumentParser, dtype: str | None = "fp32", told: str | None = None) -> None:
+    """--model and --device, which `fill` fills in; also --dtype, unless `dtype` and `told` are None.
+
+    `told` tells a default that `fill` chooses, too.
+    """
     parser.add_argument(
-        "--model", default=loading.SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2 (default)"
+        "--model", default=SMOLLM2, help="hub id, folder (of GGUF, too), or smollm2 (default)"
     )
-    parser.add_argument("--device", type=device, default="cuda" if on_gpu() else "cpu", help="cuda or cpu")
-    if dtype is not None:
+    parser.add_argument("--device", type=device, help="cuda or cpu")
+    if dtype or told:
         parser.add_argument(
-            "--dtype", choices=tuple(loading.DTYPES), default=dtype, help=f"of the model; default: {dtype}"
+            "--dtype", choices=DTYPES, default=dtype, help=f"of the model; default: {told or dtype}"
         )
+
+
+def add_processor(parser: argparse.ArgumentParser) -> None:
+    """--device of a measurement that runs on a GPU, or shrinks. `fill` fills it in."""
+    parser.add_argument("--device", choices=("cuda", "cpu"))
 
 
 def add_text(parser: argparse.ArgumentParser, use: str) -> None:
@@ -83,31 +109,39 @@ def add_output(parser: argparse.ArgumentParser, kind: str) -> None:
 
 
 def refuse_short(
-    methods: Iterable[Method], length: int, chunk: int = 1, new: int = 0, option: str = "--length"
+    names: Iterable[str], length: int, chunk: int = 1, new: int = 0, option: str = "--length"
 ) -> None:
     """Raise `InputError`, before any work, if a method would compress none of the tokens of a text.
 
-    The text has `length` tokens, which are fed in chunks, and `new` ones after them. `option` says how many
-    there are.
+    `names` are those of methods. The text has `length` tokens, which are fed in chunks, and `new` ones after
+    them. `option` says how many there are.
     """
-    for m in methods:
-        if length < (least := m.least(chunk) - new):
+    for name in names:
+        if length < (least := known.least(name, chunk) - new):
             raise InputError(
-                f"{option} {length}: {m.name} does nothing to so few tokens. Give at least {least}, or other "
+                f"{option} {length}: {name} does nothing to so few tokens. Give at least {least}, or other "
                 "--configs"
             )
 
 
-def methods_of(
+def named(
     parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str] | None = None
-) -> list[Method]:
-    """The methods that --configs names, "dynamic" first, each once. A wrong name ends the program.
+) -> list[str]:
+    """The names of methods of --configs, "dynamic" first, each once. A wrong name ends the program.
 
     `names` are those to take instead.
     """
-    names = args.configs if names is None else names
+    found = list(dict.fromkeys(("dynamic", *(args.configs if names is None else names))))
     try:
-        names = dict.fromkeys(("dynamic", *names))
-        return [method(name, args.policy_weights) for name in names]
+        for name in found:
+            known.check(name)
     except ValueError as error:
         parser.error(str(error))
+    return found
+
+
+def methods_of(args: argparse.Namespace, names: Iterable[str]) -> "list[Method]":
+    """The methods of these names, with the files that `add_methods` lets name."""
+    from .methods import method  # imports torch
+
+    return [method(name, args.policy_weights) for name in names]

@@ -22,7 +22,6 @@ first checked against float64 attention over what the pages hold. `--quick` shri
 whose times mean nothing.
 """
 
-import argparse
 import contextlib
 import copy
 import itertools
@@ -49,9 +48,9 @@ from fade_fast.vllm.pages import FIRST, NEAR, PREFERRED, SPAN
 from fade_ref import matched as spec
 
 from .decode_attention import encoding, microseconds, read_bandwidth, seconds
+from .parsers.paged_attention import CODECS, STORED, arguments
 
 K = 1024
-CODECS = ("rotated", "matched")
 #: Most relative error of an output in bfloat16 that kernels in float16 compute.
 TOLERANCE = 1e-2
 #: Bytes that the layers of a case hold at least, so that no layer stays in the cache of a GPU.
@@ -108,8 +107,6 @@ CASES = [
     Case(8, 32 * K, 4, "matched"),
     Case(1, 32 * K, 4, "matched"),
 ]
-#: Widths and codecs whose encoding and capacity are measured.
-STORED = [(bits, codec) for codec in CODECS for bits in (8, 4)]
 CHUNK = 8 * K  # tokens of a chunk of prefill
 APPENDS = 64  # requests that add a token each
 QUICK = [replace(case, requests=min(case.requests, 3), length=min(case.length, 600)) for case in CASES]
@@ -666,22 +663,7 @@ class Attempts:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("fade bench paged", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what is measured there as well")
-    parser.add_argument(
-        "--only",
-        default="",
-        metavar="TEXT",
-        help="the decode case of this name, or those whose name contains TEXT",
-    )
-    parser.add_argument("--page", type=int, default=None, help=f"tokens in a page (default {PREFERRED})")
-    parser.add_argument("--quick", action="store_true", help="small shapes, as without a GPU")
-    parser.add_argument("--skip-decode", action="store_true", help="no decode cases")
-    parser.add_argument("--skip-encode", action="store_true", help="no times of writing and prefill")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    args = parser.parse_args(argv)
+    args = arguments(argv)
     cuda, quick = args.device == "cuda", args.quick or args.device != "cuda"
     shape, cases = (SMALL, QUICK) if quick else (Shape(), CASES)
     chunk, appends = (300, 5) if quick else (CHUNK, APPENDS)

@@ -19,11 +19,9 @@ queries.
 `--quick` shrinks everything, for a CPU.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +50,7 @@ from .paged_attention import (
     without_attention,
 )
 from .paged_throughput import Rest, first_calls
+from .parsers.paged_prefill import arguments
 
 LAYERS = 16  # layers that run one after another without a graph
 TARGET = 10.0  # percent by which a prefill may grow
@@ -281,15 +280,7 @@ def small(case: Case) -> Case:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("fade bench prefill", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what is measured there as well")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
-    parser.add_argument("--page", type=int, default=None, help="tokens in a page")
-    parser.add_argument("--quick", action="store_true", help="small shapes, as without a GPU")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    args = parser.parse_args(argv)
+    args = arguments(argv)
     quick = args.quick or args.device != "cuda"
     shape, model = (SMALL, TINY) if quick else (Shape(), LLAMA)
     shape = replace(shape, page=args.page or shape.page)

@@ -36,7 +36,6 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -44,13 +43,11 @@ from torch import Tensor
 
 from fade_fast.compile.compiled import use_compiled
 from fade_fast.vllm.batches import uniform
-from fade_fast.vllm.pages import PREFERRED
 
 from .choose import weights
 from .decode_attention import microseconds, read_bandwidth, seconds
 from .models import LLAMA, MODELS, TINY, build
 from .paged_attention import (
-    STORED,
     TOLERANCE,
     Attempts,
     Pool,
@@ -64,6 +61,7 @@ from .paged_attention import (
     show,
     storing,
 )
+from .parsers.paged_throughput import arguments, name_of
 
 TARGET = 1.5  # of packed pages over bfloat16
 DENSE_PAGE = 16  # tokens in a page of vLLM in bfloat16
@@ -414,33 +412,6 @@ def of_prompts(x: dict) -> list[str]:
             f"+{x['target']:.0f}). Storing is {write:.0f} % of bf16, attention {attend:.0f} %."
         )
     return lines
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fade bench throughput", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--json", type=Path, metavar="FILE", help="write what is measured there as well")
-    add("--only", default="", metavar="TEXT", help="of packed formats: those whose name contains TEXT")
-    add("--page", type=int, metavar="N", help=f"tokens in a page (default {PREFERRED})")
-    add("--gpu-gb", type=float, metavar="N", help="memory of the GPU (default 80)")
-    add("--reserve-gb", type=float, metavar="N", help="neither for weights nor for pages (default 4)")
-    add("--quick", action="store_true", help="a tiny model, as without a GPU")
-    add("--skip-prefill", action="store_true", help="no times of prompts")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    args.quick |= args.device != "cuda"
-    usual = dict(page=(PREFERRED, 32), gpu_gb=(80, 0.0025), reserve_gb=(4, 0))
-    for name, values in usual.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[args.quick])
-    args.formats = [x for x in STORED if args.only in name_of(*x)]
-    if not args.formats:
-        parser.error(f"--only: no format of {', '.join(name_of(*x) for x in STORED)} contains {args.only}")
-    return args
-
-
-def name_of(bits: int, codec: str) -> str:
-    return f"INT{bits} {codec}"
 
 
 def measured(work: Workload, args: argparse.Namespace, found: dict, attempt: Attempts) -> list[Row]:

@@ -38,16 +38,15 @@ from torch._inductor import config as inductor
 from torch.distributed import _symmetric_memory as symmetric_memory
 
 import fade_fast
-from fade_fast.arguments import Parser, positive, readable, writable
 from fade_fast.compile.record import record
 from fade_fast.hf import loading
 from fade_fast.hf.models import CACHE_NAME, ranks_of
 from fade_fast.saved.files import write_json
 
 from .generate import H2O, OURS, Case, Result, attempt, free, measure
-from .models import LLAMA, TINY, K, build, build_split, redraw
+from .models import LLAMA, TINY, build, build_split, redraw
+from .parsers.parallel import arguments
 
-METHODS = ("safe", "dynamic", "static")
 TARGET = 1.6  # times the tokens a second of one GPU, with `safe`
 #: What the small model writes its text with: every token kept, and tokens that compete by all heads' scores.
 TOLD = {"safe": "safe", "h2o": H2O}
@@ -253,43 +252,6 @@ def show(report: dict) -> str:
 
 
 # -- the command
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade bench parallel", description=__doc__.splitlines()[0])
-    gpu = torch.cuda.is_available()
-    parser.add_argument("--json", type=writable, metavar="FILE", help="write the numbers there as well")
-    parser.add_argument("--show", type=readable, metavar="FILE", help="print a stored report, and stop")
-    parser.add_argument("--batch", type=positive, metavar="N", help="rows: 8, or 2 of a tiny model")
-    parser.add_argument("--length", type=positive, metavar="N", help="tokens: 32768, or 192 of a tiny model")
-    parser.add_argument("--new", type=positive, metavar="N", help="timed tokens: 128, or 8 of a tiny model")
-    parser.add_argument("--methods", default=",".join(METHODS), metavar="A,B", help="what to time, in order")
-    parser.add_argument(
-        "--parts", default="tokens,times", metavar="A,B", help="tokens, times, or both (the default)"
-    )
-    parser.add_argument("--one-shot", action="store_true", help="sum over GPUs by symmetric memory")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, as without a GPU")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
-    args = parser.parse_args(argv)
-    args.tiny |= args.device == "cpu"
-    args.batch, args.length = (
-        args.batch or (2 if args.tiny else 8),
-        args.length or (192 if args.tiny else 32 * K),
-    )
-    args.new = args.new or (8 if args.tiny else 128)
-    args.methods, args.parts = tuple(args.methods.split(",")), tuple(args.parts.split(","))
-    allowed = dict(methods=("dynamic", "static", *OURS), parts=("tokens", "times"))
-    for name, known in allowed.items():
-        if unknown := set(getattr(args, name)) - set(known):
-            parser.error(f"--{name}: {', '.join(sorted(unknown))}: of {', '.join(known)}")
-    if args.new < 3:
-        parser.error("--new must be at least 3")
-    if args.show is None and int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        parser.error(
-            "one process is here, and two or more are compared with it: "
-            "torchrun --standalone --nproc-per-node 2 -m fade_fast bench parallel"
-        )
-    return args
 
 
 def main(argv: list[str] | None = None) -> int:

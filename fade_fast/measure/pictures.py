@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fade_fast.errors import require
 
-from .methods import POLICIES, QUANTIZED
+from .names import POLICIES, QUANTIZED
 
 BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#666666"
 MANY = 30  # points that are not all named

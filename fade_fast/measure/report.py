@@ -25,16 +25,15 @@ from pathlib import Path
 
 import torch
 
-from fade_fast.arguments import Parser, positive, writable
 from fade_fast.errors import InputError
 from fade_fast.hf.models import text_config
 
 from . import bench, memory, needles, options, quality, ruler, runs, texts
 from .methods import Method, Unavailable, allocated, compressed_tokens, evicted_tokens
+from .parsers.needles import TASKS as FACTS
+from .parsers.report import PARTS, arguments
 from .streams import check
 
-FEW = ("lossless", "safe", "int2", "balanced")  # on a CPU, where all of them take long
-SUITE = ("lossless", "safe", "int3", "int2", "recall", "balanced", "aggressive", "h2o")
 TASKS = ("niah_single", "niah_multikey", "vt")  # of RULER
 DEPTHS = (10, 50, 90)  # of facts, percent
 KEPT = 1 << 30  # bytes of uncompressed logits
@@ -110,7 +109,7 @@ def parts(
         return quality.run(model, methods, words, plan.chunk, 1, weigh=False, say=say, kept=KEPT)
 
     def facts() -> list:
-        tasks = needles.TASKS
+        tasks = FACTS
         return needles.run(
             model, tokenizer, methods, tasks, [length], DEPTHS, trials, size, plan.batch, text, say
         )
@@ -131,9 +130,7 @@ def parts(
 
 # -- what is shown
 
-KINDS = dict(
-    bytes=Weight, quality=quality.Result, needles=needles.Result, ruler=ruler.Result, bench=bench.Result
-)
+KINDS = dict(zip(PARTS, (Weight, quality.Result, needles.Result, ruler.Result, bench.Result)))
 HEAD = (
     "cache", "MiB", "ratio", "ratio of a cache that grew", "perplexity ratio", "mean KL", "top-1",
     "facts found", "RULER", "ms a step", "tokens/s", "keeps",
@@ -239,35 +236,6 @@ def show(report: dict) -> str:
 # -- the command
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade quality --suite report", **options.told(__doc__))
-    gpu = options.on_gpu()
-    options.add_model(parser, dtype="bf16" if gpu else "fp32")
-    options.add_text(parser, "that is read, and that is around facts")
-    parser.add_argument(
-        "--length", type=positive, default=8192 if gpu else 1024, metavar="N", help="tokens of every text"
-    )
-    parser.add_argument(
-        "--windows", type=positive, default=4 if gpu else 1, metavar="N", help="pieces of the text"
-    )
-    parser.add_argument(
-        "--trials", type=positive, default=5 if gpu else 1, metavar="N", help="examples of a task and depth"
-    )
-    parser.add_argument("--new", type=positive, default=128 if gpu else 8, metavar="N", help="tokens timed")
-    parser.add_argument(
-        "--parts", nargs="+", choices=tuple(KINDS), default=list(KINDS), metavar="PART",
-        help=f"what to measure, of {', '.join(KINDS)}",
-    )  # fmt: skip
-    options.add_methods(parser, SUITE if gpu else FEW)
-    options.add_output(parser, "report")
-    parser.add_argument("--markdown", type=writable, metavar="FILE", help="write the tables there")
-    args = parser.parse_args(argv)
-    if args.length < 256 or args.new < bench.LEAST:
-        parser.error(f"--length must be at least 256, --new {bench.LEAST}")
-    args.methods = options.methods_of(parser, args)
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.show:
@@ -285,7 +253,7 @@ def measured(args: argparse.Namespace) -> tuple[dict, Path]:
     runs.quiet()
     torch.backends.cuda.matmul.allow_tf32 = False
     plan = Plan(args.length, args.windows, args.trials, args.new)
-    options.refuse_short(args.methods, plan.length, plan.chunk)
+    options.refuse_short([m.name for m in args.methods], plan.length, plan.chunk)
     text, source = texts.read_or_default(args.text)
     model, tokenizer, name = texts.load_model(args.model, args.device, args.dtype)
     reach = getattr(text_config(model), "max_position_embeddings", None)

@@ -32,19 +32,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fade_fast.arguments import Parser, positive
 from fade_fast.errors import InputError
 
-from . import options, runs
-from .methods import POLICIES, QUANTIZED, Method, compressed_tokens, evicted_tokens
+from . import runs
+from .methods import Method, compressed_tokens, evicted_tokens
 from .needles import GRASS, woven
+from .parsers.ruler import arguments
 from .streams import check, chunks, in_parts, of_one_prompt, prefilled, read_by_choice
 
-TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "fwe")
-SUITE = (
-    "dynamic", "lossless", "safe", "k4v4", "int3", "k4v2", "int2",
-    "int2:quant_backend=matched", *QUANTIZED, "balanced", "streaming", *POLICIES,
-)  # fmt: skip
 #: Most tokens of an answer, as in RULER.
 NEW = {"niah_single": 128, "niah_multikey": 128, "vt": 30, "cwe": 120, "fwe": 50}
 KEYS, HOPS, COMMON, FREQUENT = 4, 4, 10, 3
@@ -459,34 +454,6 @@ def headline(report: dict) -> str:
     )
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("fade ruler", **options.told(__doc__))
-    cuda = options.on_gpu()
-    options.add_model(parser)
-    options.add_text(parser, "of prompts")
-    parser.add_argument(
-        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS)
-    )
-    parser.add_argument(
-        "--lengths", nargs="+", type=positive, default=[1024, 2048, 4096, 8192], metavar="N", help="tokens"
-    )
-    parser.add_argument(
-        "--trials", type=positive, default=20 if cuda else 2, metavar="N", help="seeds a task"
-    )
-    parser.add_argument("--chunk", type=positive, default=512, metavar="N", help="tokens fed at a time")
-    parser.add_argument(
-        "--batch", type=positive, default=20 if cuda else 2, metavar="N", help="examples at a time"
-    )
-    parser.add_argument(
-        "--most", type=positive, metavar="N", help="tokens of an answer (default: as in RULER)"
-    )
-    options.add_methods(parser, SUITE)
-    options.add_output(parser, "ruler")
-    args = parser.parse_args(argv)
-    args.methods = options.methods_of(parser, args)
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     report, results = stored(args.show) if args.show else measured(args)
@@ -496,7 +463,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(args: argparse.Namespace) -> tuple[dict, list[Result]]:
     """Load, run, and record the circumstances. The file of `--json` is written after every method."""
-    options.refuse_short(args.methods, min(args.lengths), option="--lengths")
     record = runs.Record("ruler", args, chunk=args.chunk, most=args.most)
     results = run(
         record.model, record.tokenizer, args.methods, args.tasks, args.lengths, args.trials, args.chunk,

@@ -9,7 +9,6 @@ does other work only the CPU time compares well.
 to the first token of the second turn is compared with that of the same chat where nothing is kept.
 """
 
-import argparse
 import json
 import socket
 import statistics
@@ -26,12 +25,13 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import fade_fast
-from fade_fast.arguments import Parser, positive, writable
 from fade_fast.hf import loading
 from fade_fast.hf.models import CACHE_NAME
 from fade_fast.measure import texts
 from fade_fast.serve import http
 from fade_fast.serve.engine import Engine, Options
+
+from .parsers.serve import arguments
 
 #: Reads a streamed answer, and prints the times of its first and its last token and their number.
 CLIENT = """
@@ -198,31 +198,11 @@ def second_turn(model, tokenizer, config, folder: Path, prompt: int, ways) -> li
     return results
 
 
-def parse(argv=None) -> argparse.Namespace:
-    """The options of the command."""
-    parser = Parser("fade bench serve", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="hub id or folder (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--config", default="safe", help="preset (default: safe)")
-    parser.add_argument("--new", type=positive, default=160, help="tokens that are timed (default: 160)")
-    parser.add_argument("--rounds", type=positive, default=5, help="default: 5")
-    parser.add_argument(
-        "--prompt", type=positive, default=3000, help="tokens of the first turn (default: 3000)"
-    )
-    parser.add_argument(
-        "--only", choices=("tokens", "turns", "all"), default="all", help="what to measure (default: all)"
-    )
-    parser.add_argument(
-        "--ways", nargs="+", choices=("exact", "longest"), default=["exact", "longest"], help="of --reuse"
-    )
-    parser.add_argument("--json", type=writable, help="write the results there as well")
-    return parser.parse_args(argv)
-
-
 def main(argv=None) -> int:
     """Run both measurements and print them."""
     import tempfile
 
-    args = parse(argv)
+    args = arguments(argv)
     loading.quiet()
     model, tokenizer = loading.load(args.model)
     with tempfile.TemporaryDirectory() as folder:

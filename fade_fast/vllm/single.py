@@ -317,15 +317,18 @@ def _with_feedback(turned: Tensor, feedback: Tensor, *, kind: Kind) -> list[list
     """Records of keys, and of values, by the `matched` codec, [1, H, T, ...]: the first ones, and below
     `PLAIN` bits the second ones.
 
-    At equal widths both sides are encoded as heads of one side: this takes half as many kernels.
+    Where both sides have one width and search the same scales, they are encoded as heads of one side: this
+    takes half as many kernels.
     """
-    found, alone = [], kind.bits[0] != kind.bits[1]
-    of_both = [(turned.flatten(0, 2).unsqueeze(0), feedback.flatten(0, 1), kind.bits[0])]
-    for x, matrices, bits in zip(turned, feedback, kind.bits) if alone else of_both:
-        records = [matched.quantize(x.float(), matrices, bits)]
+    key, value = kind.bits
+    found, alone = [], key != value or matched.SEARCHED[key] != matched.SEARCHED_FOR_VALUES[value]
+    of_both = [(turned.flatten(0, 2).unsqueeze(0), feedback.flatten(0, 1), key, False)]
+    sides = zip(turned, feedback, kind.bits, (False, True))
+    for x, matrices, bits, of_values in sides if alone else of_both:
+        records = [matched.quantize(x.float(), matrices, bits, of_values)]
         if bits < PLAIN:
             missed = x - dequantize(records[0], bits, x.dtype)
-            records.append(matched.quantize(missed.float(), matrices, bits))
+            records.append(matched.quantize(missed.float(), matrices, bits, of_values))
         found.append(records)
     return found if alone else _cut(found[0], turned.shape[2])
 

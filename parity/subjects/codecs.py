@@ -157,11 +157,12 @@ def _encoding_matched(bits, dim):
         for side, x, own, second in (
             ("key", keys, mean, pair), ("value", values, None, (moments.values, moments.outputs))
         ):  # fmt: skip
-            codec = matched_spec.MatchedCodec(bits, matched_spec.matched(*second))
+            of_values = side == "value"
+            codec = matched_spec.MatchedCodec(bits, matched_spec.matched(*second), of_values)
             wanted = codec.encode(x, own)
             A, _, V = (m.float().to(found.device) for m in codec.matrices)
             there = None if own is None else own[None].to(found.device)
-            ours = matched.encode(x[None].float().to(found.device), there, A, V, bits)
+            ours = matched.encode(x[None].float().to(found.device), there, A, V, bits, of_values)
             codes, scale = ours.codes[0].cpu(), ours.scale[0].cpu().double()
             same = (codes == wanted.codes).all(-1)
             found.near("vectors differing", 1 - same.double().mean().item(), side)

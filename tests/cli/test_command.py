@@ -1,5 +1,6 @@
 """Subcommands of `fade`: sessions that go on in another process, pictures, what is passed on."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,17 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import fade_fast
-from fade_fast.cli import command, options, plots, session
+from fade_fast.cli import calibrate, command, options, plots, serve, session
 from fade_fast.cli.command import main
-from fade_fast.hf import calibration, loading
+from fade_fast.hf import calibration, capacity, loading
 from fade_fast.measure import texts
+from fade_fast.measure.parsers import paged_attention
 from fade_fast.saved import checkpoint, snapshot, telemetry
+from fade_fast.serve import engine
+from fade_fast.vllm import pages
 from fade_ref.config import FadeConfig
+from parity import __main__ as parity
+from parity import twins
 
 from ..models import compressed_tokens, generate, prompt, tiny_llama
-from .test_demo import loud_again, one_line, refused, tiny  # noqa: F401
+from .test_demo import loud_again, no_hub, offline, one_line, refused, tiny  # noqa: F401
 
 CONFIG = "recent_window=16,block_size=8"
 
@@ -41,6 +48,26 @@ def test_help_fits_a_screen(command, capsys, monkeypatch):
 def test_the_help_of_all_commands_is_that_of_each(name):
     """`fade --help` imports no command, so it has a copy of the first line of each module."""
     assert command.COMMANDS[name][1] == command.module_of(name).__doc__.partition("\n")[0]
+
+
+def test_what_options_copy_to_spare_an_import():
+    """The options are parsed without torch. What their choices and defaults repeat is still the same."""
+    assert serve.REUSE == engine.REUSE and calibrate.TOKENS == calibration.TOKENS
+    assert paged_attention.PREFERRED == pages.PREFERRED and parity.COMPILED == tuple(twins.CHOICES)
+    with pytest.raises(RuntimeError) as said:
+        torch.device("abacus")
+    known = str(said.value).removeprefix("Expected one of ").partition(" device type")[0]
+    assert {"cpu", "cuda"} <= set(known.split(", ")) == set(fade_fast.arguments.DEVICES)
+    for name in ("cuda:01", "cuda:", "cuda:-1", "Cuda", "", "cpu "):
+        with pytest.raises(RuntimeError):
+            torch.device(name)
+        with pytest.raises(argparse.ArgumentTypeError, match="is not the name of a device"):
+            fade_fast.arguments.device(name)
+    assert [fade_fast.arguments.device(name) for name in ("cpu", "cuda:0", "cuda:12")] == [
+        "cpu",
+        "cuda:0",
+        "cuda:12",
+    ]
 
 
 def test_every_command_of_the_issue_is_there(capsys):
@@ -339,6 +366,26 @@ def test_plan_needs_no_weights(tiny, tmp_path, capsys):  # noqa: F811
         h2o["forgets"] and not safe["forgets"] and h2o["sequences"] > safe["sequences"] > plain["sequences"]
     )
     assert "any length" in said and "part of the text" in said, said
+
+
+def test_plan_knows_the_default_model_without_a_hub(no_hub, capsys):  # noqa: F811
+    """Before it was ever fetched."""
+    for more in ([], ["--model", "smollm2"]):
+        assert main(["plan", "--gpu", "1GB", *more]) == 0
+        said = capsys.readouterr().out
+        assert "(LlamaForCausalLM), bf16" in said and "The model was made for 8,192 positions." in said
+    assert not no_hub.exists()  # nothing was fetched
+    assert main(["plan", "--gpu", "1GB", "--model", "somebody/something"]) == 2
+    assert "no hub can be reached" in one_line(capsys)
+
+
+@pytest.mark.real_model
+def test_the_default_model_that_plan_knows_is_the_one_that_is_loaded(smollm2):
+    known, real = LlamaConfig(**loading.SHAPE), smollm2[0].config
+    assert {name: getattr(known, name) for name in loading.SHAPE} == {
+        name: getattr(real, name) for name in loading.SHAPE
+    }
+    assert capacity.architecture(known) == capacity.architecture(real)
 
 
 def test_what_plan_refuses(tmp_path, capsys, refused):  # noqa: F811

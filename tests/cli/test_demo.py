@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fade_fast.cli import demo
+from fade_fast.cli import comparison
 from fade_fast.cli.command import main
 from fade_fast.hf import loading
 from fade_fast.measure import texts
@@ -257,7 +257,7 @@ def test_one_new_token_has_no_decoding_speed(tiny, tmp_path):
 
 def test_agreement_counts_leading_tokens_only():
     def run(*tokens):
-        return demo.Run(list(tokens), 1.0, 1.0, 1, 1, {})
+        return comparison.Run(list(tokens), 1.0, 1.0, 1, 1, {})
 
     assert run(5, 6, 7, 8).agreement(run(5, 6, 9, 8)) == 2
     assert run(5, 6).agreement(run(5, 6, 9)) == 2
@@ -267,13 +267,13 @@ def test_agreement_counts_leading_tokens_only():
 def test_the_model_has_its_own_attention_back_afterwards(tiny):
     model, tokenizer = loading.load(tiny, "cpu")
     before = model.config._attn_implementation
-    demo.compare(model, demo.encode_prompt(model, tokenizer, "Some text.", 2), ["safe"], 2)
+    comparison.compare(model, comparison.encode_prompt(model, tokenizer, "Some text.", 2), ["safe"], 2)
     assert model.config._attn_implementation == before
 
 
 def test_interrupt_leaves_no_json(tiny, tmp_path):
     out = tmp_path / "out.json"
-    interrupted(["demo", "--model", tiny, "--device", "cpu", "--json", str(out)], at=demo.BASELINE)
+    interrupted(["demo", "--model", tiny, "--device", "cpu", "--json", str(out)], at=comparison.BASELINE)
     assert not list(tmp_path.iterdir())
 
 

@@ -54,8 +54,13 @@ class Driver:
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(module, "_stream", lambda device: stream)
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-            told = lambda device, pool, name=name: self.calls.append((name, pool))  # noqa: E731
+            told = lambda device, pool, name=name: self._told(name, pool, gone)  # noqa: E731
             monkeypatch.setattr(torch._C, name, told, raising=False)
+
+    def _told(self, name, pool, gone):
+        if pool == gone:
+            raise RuntimeError("not currently recording")
+        self.calls.append((name, pool))
 
 
 def test_a_capture_that_ends_needs_no_repair(monkeypatch):
@@ -88,25 +93,23 @@ def test_an_operation_that_is_not_allowed_is_told(monkeypatch):
     assert not driver.generator_captured and len(driver.calls) == 2
 
 
-def test_a_capture_that_cannot_begin(monkeypatch):
-    """Nothing of the pool is touched, which other code may own, and the generator may draw again."""
+def test_memory_that_is_gone_is_not_shared(monkeypatch):
+    """The capture has memory of its own, and nothing of the pool is touched, which other code may own."""
     driver = Driver(monkeypatch, breaks=False, gone=(3, 0))
-    with pytest.raises(RuntimeError, match="use_count"):
-        record(lambda: None, (3, 0))
-    assert not driver.generator_captured and not driver.calls and not driver.pools
+    graph, output = record(lambda: 5, (3, 0))
+    assert output == 5 and graph.ended and driver.pools == [(0, 7)]
+    assert not driver.generator_captured and not driver.calls
 
 
 @gpu
-def test_a_gpu_works_on_after_a_capture_in_memory_that_is_gone():
+def test_a_gpu_captures_where_memory_is_gone():
     x = torch.arange(8.0, device="cuda")
     pool = record(lambda: x * 2)[0].pool()
-    with pytest.raises(RuntimeError):
-        record(lambda: x * 3, pool)
+    graph, found = record(lambda: x * 3 + torch.rand(8, device="cuda"), pool)
     assert torch.rand(1000, device="cuda").mean() > 0.3
-    graph, found = record(lambda: x * 3)
     graph.replay()
     torch.cuda.empty_cache()
-    assert torch.equal(found, x * 3)
+    assert (found - x * 3).min() >= 0 and found.max() < 22
 
 
 @gpu

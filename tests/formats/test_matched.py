@@ -69,10 +69,10 @@ def test_codes_of_the_specification(bits, dim):
     (mean, keys_of, values_of), exact, keys, values = layer(dim, n=120)
     sides = (keys, mean, keys_of, exact[0]), (values, None, values_of, exact[1])
     for x, m, table, matrices in sides:
-        codec = spec.MatchedCodec(bits, matrices)
+        codec = spec.MatchedCodec(bits, matrices, of_values=m is None)
         wanted = codec.encode(x, None if m is None else m[:, None].double())
         own = None if m is None else m[None, :, None]
-        ours = matched.encode(x[None].float(), own, table.encode, table.feedback, bits)
+        ours = matched.encode(x[None].float(), own, table.encode, table.feedback, bits, of_values=m is None)
         same = (ours.codes[0] == wanted.codes).all(-1)
         assert same.float().mean() >= 0.98
         torch.testing.assert_close(ours.scale[0].double()[same], wanted.scale[same], rtol=1e-3, atol=0)

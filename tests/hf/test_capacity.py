@@ -8,7 +8,7 @@ from transformers import DynamicCache, ViTConfig
 
 import fade_fast
 from fade_fast.cache import positions
-from fade_fast.cli import plan
+from fade_fast.cli import planning
 from fade_fast.hf import capacity
 from fade_fast.hf.foreign import ForeignLayer
 from fade_fast.hf.models import CACHE_NAME
@@ -137,16 +137,16 @@ def test_what_fits(llama):
     rows = capacity.most_rows(lambda n: size(500, n), room)
     assert rows > 1 and size(500, rows) <= room < size(500, rows + 1)
     assert capacity.most_tokens(size, 0) == capacity.most_rows(size, 0) == 0
-    told = plan.row(model, "int4", config, 500, room)
+    told = planning.row(model, "int4", config, 500, room)
     assert (told["tokens"], told["sequences"], told["bytes"]) == (most, rows, size(500))
-    assert plan.row(model, "dynamic", None, 500, room)["per_token"] == 2 * 2 * 2 * 64 * 4
+    assert planning.row(model, "dynamic", None, 500, room)["per_token"] == 2 * 2 * 2 * 64 * 4
 
 
 def test_a_plan_larger_than_keeping_everything_is_told(llama):
     _, model = llama
     configs = {"snapkv": FadeConfig(int4_budget=2048, eviction_policy="snapkv"), "safe": FadeConfig.safe()}
-    rows = [plan.row(model, name, config, 3000, 10**8) for name, config in {"un": None, **configs}.items()]
-    said = plan.notes(model, rows, configs, 3000, 10**8)
+    rows = [planning.row(model, name, c, 3000, 10**8) for name, c in {"un": None, **configs}.items()]
+    said = planning.notes(model, rows, configs, 3000, 10**8)
     assert sum("yet holds more bytes" in line for line in said) == 1 and "`snapkv`" in "".join(said)
-    rows = [plan.row(model, name, c, 100_000, 10**8) for name, c in {"un": None, **configs}.items()]
-    assert not any("yet holds" in line for line in plan.notes(model, rows, configs, 100_000, 10**8))
+    rows = [planning.row(model, name, c, 100_000, 10**8) for name, c in {"un": None, **configs}.items()]
+    assert not any("yet holds" in line for line in planning.notes(model, rows, configs, 100_000, 10**8))

@@ -67,6 +67,39 @@ def test_attention_of_another_kind_is_refused(dtype):
     assert model.config._attn_implementation == attention.NAME
 
 
+#: When an attention of its own does something else: tokens of the query, and tokens that it sees.
+TWISTS = {
+    "in prompts": lambda new, seen: new == seen,
+    "in steps of several tokens": lambda new, seen: 1 < new < seen,
+    "in steps of a token": lambda new, seen: new == 1,
+}
+
+
+@pytest.mark.parametrize("name", TWISTS)
+def test_what_the_model_does_at_times_is_found(name):
+    """The model's own run has few passes, and among them each kind of pass."""
+
+    def odd(module, query, key, value, mask, scaling=None, **kwargs):
+        twist = 1.2 if TWISTS[name](query.shape[2], key.shape[2]) else 1.0
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling * twist, **kwargs)
+
+    AttentionInterface.register(name, odd)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model = tiny_llama()
+    model.set_attn_implementation(name)
+    with pytest.raises(ValueError, match="attention layer 0 of LlamaForCausalLM .* relative error"):
+        fade_fast.attach(model)
+
+
+def test_frequencies_that_change_with_the_text_are_those_of_the_same_chunks():
+    """A pass over 64 tokens rotates the first 40 otherwise: then both runs have the same passes."""
+    rope = dict(rope_type="longrope", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=48)
+    model = tiny_llama(rope_parameters=rope | dict(short_factor=[1.0] * 32, long_factor=[4.0] * 32))
+    calls = forwards(model)
+    assert fade_fast.attach(model)
+    assert len(calls) == len(verify.FEWER) + 3 * len(verify.CHUNKS)
+
+
 BREAKS = {
     "values are stored twice over": (KVLayer, "append", lambda own: _doubled(own)),
     "decode steps forget the scale": (attention, "sdpa_attention_forward", lambda own: _unscaled(own)),
@@ -99,14 +132,16 @@ def test_once_for_a_model():
     fade_fast.create_cache(model, SAFE, verify=False)
     assert not calls
     fade_fast.create_cache(model, SAFE)  # attached already, but not verified
-    assert len(calls) == 2 * len(verify.CHUNKS) and model.config._attn_implementation == attention.NAME
+    once = len(verify.FEWER) + len(verify.CHUNKS)
+    assert len(calls) == once and model.config._attn_implementation == attention.NAME
     fade_fast.create_cache(model, "lossless")
     fade_fast.detach(model)
     fade_fast.attach(model)
-    assert len(calls) == 2 * len(verify.CHUNKS)
+    assert len(calls) == once
     fade_fast.create_cache(model, "balanced")  # a step at two sets of positions shows how keys are rotated
-    assert len(calls) == 2 * len(verify.CHUNKS) + 2
+    assert len(calls) == once + 2
     assert sum(verify.CHUNKS[:2]) >= 64 and verify.CHUNKS[-1] == 1
+    assert sum(verify.FEWER) == sum(verify.CHUNKS) and verify.FEWER[-1] == 1 < verify.FEWER[-2]
 
 
 def test_nothing_is_disturbed():

@@ -80,7 +80,10 @@ def test_the_command(folder, text, tmp_path, capsys):
     rows = {r["method"]: r for r in report["results"]}
     assert rows["int4"]["read"] > 100 and rows["balanced:int4_budget=50"]["evicted"] > 50
     line = next(x for x in said.splitlines() if x.startswith("| `int4` |"))
-    assert f"{rows['dynamic']['bytes'] / rows['int4']['bytes']:.2f}" in line
+    own = rows["int4"]["bytes"] - rows["int4"]["tables"]
+    mib = f"{own / 2**20:.1f} + {rows['int4']['tables'] / 2**20:.1f} tables"
+    assert f"| {mib} | {rows['dynamic']['bytes'] / own:.2f} |" in line and "share its tables" in said
+    assert "tables" not in next(x for x in said.splitlines() if x.startswith("| uncompressed"))
     assert main(["bench", "--show", str(file)]) == 0
     assert capsys.readouterr().out.strip() in said
     for more, why in (

@@ -5,6 +5,7 @@ import torch
 
 from fade_fast.measure import needles
 from fade_fast.measure.methods import method
+from fade_fast.measure.parsers.needles import TASKS
 from fade_fast.measure.streams import NothingCompressed, of_one_prompt
 
 from ..marks import slow_but
@@ -31,7 +32,7 @@ def decoded(ids) -> str:
 TEXT = torch.tensor(list(models.words(1000).encode()))
 
 
-@pytest.mark.parametrize("task", needles.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("depth", slow_but([0, 35, 100], 35))
 def test_prompts(task, depth):
     found = needles.example(Bytes(), task, 1200, depth, 3, TEXT)

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from fade_fast.kernels import rotated
-from fade_fast.measure import bench, free, memory, needles, quality, report, ruler, texts
+from fade_fast.measure import memory, quality, texts
 from fade_fast.measure.methods import Unavailable, at_equal_bytes, compressed_tokens, method, record_bytes
+from fade_fast.measure.parsers import bench, free, needles, report, ruler
+from fade_fast.measure.parsers import memory as memory_options
+from fade_fast.measure.parsers import quality as quality_options
 from fade_fast.measure.streams import NothingCompressed
 from fade_ref.config import PRESETS, FadeConfig
 
@@ -151,7 +154,10 @@ def test_what_names_mean(model):
 
 @pytest.mark.parametrize(
     "suite",
-    [*quality.SUITES.values(), *(x.SUITE for x in (bench, free, memory, needles, report, ruler))],
+    [
+        *quality_options.SUITES.values(),
+        *(x.SUITE for x in (bench, free, memory_options, needles, report, ruler)),
+    ],
     ids=lambda suite: suite[0],
 )
 def test_a_suite_has_every_configuration_once_and_presets_by_name(suite):
@@ -159,7 +165,7 @@ def test_a_suite_has_every_configuration_once_and_presets_by_name(suite):
     config = lambda c: c and replace(c, loss_bound=None)  # noqa: E731
     found = {name: config(method(name).config) or name for name in suite}
     assert len({str(x) for x in found.values()}) == len(suite)
-    if suite is not quality.SWEEP:  # which looks for presets
+    if suite is not quality_options.SWEEP:  # which looks for presets
         presets = {config(FadeConfig.preset(name)) for name in PRESETS}
         assert not [name for name, x in found.items() if x in presets and name not in PRESETS]
 

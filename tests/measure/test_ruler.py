@@ -8,6 +8,7 @@ import torch
 
 from fade_fast.measure import ruler
 from fade_fast.measure.methods import method
+from fade_fast.measure.parsers.ruler import TASKS
 from fade_fast.measure.streams import NothingCompressed
 
 from ..marks import slow_but
@@ -67,7 +68,7 @@ def parts(found: ruler.Example) -> tuple[str, str]:
     return TOKENIZER.decode(context), TOKENIZER.decode(question)
 
 
-CASES = [(task, length) for task in ruler.TASKS for length in (2048, 8192)]
+CASES = [(task, length) for task in TASKS for length in (2048, 8192)]
 
 
 @pytest.mark.parametrize("task, length", CASES)
@@ -159,7 +160,7 @@ def test_frequent_words_are_the_next_after_the_noise(source, length):
     assert counts[ranked[1]] == counts[ruler.NOISE] // 4 and counts[ranked[2]] == counts[ruler.NOISE] // 9
 
 
-@pytest.mark.parametrize("task", ruler.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_an_oracle_scores_one_and_a_wrong_answer_none(source, task):
     found = ruler.example(source, task, 2048, 5)
     assert ruler.score(f"They are: {'; '.join(found.answers)}!", found.answers) == 1
@@ -171,7 +172,7 @@ def test_an_oracle_scores_one_and_a_wrong_answer_none(source, task):
     assert ruler.score(" ".join(some), found.answers) == pytest.approx(len(some) / len(found.answers))
 
 
-@pytest.mark.parametrize("task", slow_but(ruler.TASKS, "cwe", "niah_multikey"))
+@pytest.mark.parametrize("task", slow_but(TASKS, "cwe", "niah_multikey"))
 def test_too_short_a_prompt(source, task):
     with pytest.raises(ValueError, match="too few for the task"):
         ruler.example(source, task, 60, 0)

@@ -1,5 +1,7 @@
 """The matched codec: moments at other positions, matching matrices, feedback rounding, unbiased scales."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -191,15 +193,18 @@ def first_codes(subject, y):
     best = (near - y).square().sum(-1).argmin(0)
     factor = torch.tensor(matched.FACTORS).double()[best].clamp_min(matched.LEAST[subject.bits])
     first = size * factor[..., None]
-    return factor, first, [subject.round(y / (first * by)) for by in matched.SEARCHED[subject.bits]]
+    known = matched.SEARCHED_FOR_VALUES if subject.of_values else matched.SEARCHED
+    return factor, first, [subject.round(y / (first * by)) for by in known[subject.bits]]
 
 
+@pytest.mark.parametrize("of_values", (False, True), ids=("key", "value"))
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_scales_are_tried_from_the_least_one(bits):
-    """Rounding uses the best scale of plain rounding, or the least one that is allowed. At 3 and 2 bits it is
-    the first of several, and the codes with the smallest angle are rounded once more.
+def test_scales_are_tried_from_the_least_one(bits, of_values):
+    """Rounding uses the best scale of plain rounding, or the least one that is allowed. At 3 bits, and for
+    keys of 2 bits, that is the first of several. The codes with the smallest angle are rounded once more.
     """
     subject, keys, mean = codec(bits, n=200)
+    subject = replace(subject, of_values=of_values)
     y = torch.einsum("hij,hnj->hni", subject.matrices.encode, keys - mean)
     factor, first, searched = first_codes(subject, y)
     levels, top = subject.levels(subject._encode_rotated(y)), (2**bits - 1) / 2
@@ -211,8 +216,8 @@ def test_scales_are_tried_from_the_least_one(bits):
     exact = torch.einsum("hij,hnj->hni", V, y)
     seen = torch.einsum("hij,khnj->khni", V, torch.stack(searched).double() - top)
     best = torch.nn.functional.cosine_similarity(seen, exact[None], dim=-1).argmax(0)
-    assert len(best.unique()) == len(searched) > 1
-    scales = torch.tensor(matched.SEARCHED[bits]).double()[best]
+    assert len(best.unique()) == len(searched) == (1 if bits == 2 and of_values else 5)
+    scales = torch.tensor(matched.SEARCHED[bits] if len(searched) > 1 else [1.0]).double()[best]
     kept = torch.stack(searched).gather(0, best[None, ..., None].expand(1, *y.shape))[0]
     again = subject.round_again(y / (first * scales[..., None]), kept)
     assert torch.equal(levels, again.double() - top) and not torch.equal(kept, again)
