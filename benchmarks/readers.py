@@ -1,25 +1,23 @@
 """What attention reads of keys and values in a format, in float64: for `benchmarks.simulation`.
 
-Formats are ours (by the codecs of `fade_ref`), codes of product quantization, and those of
-`benchmarks.baselines`. A `Reader` also counts the bytes that a token takes.
+Formats are ours (by the codecs of `fade_ref`), those of `benchmarks.baselines`, and product quantization
+with the codebooks of `benchmarks.codebooks`. A `Reader` also counts the bytes that a token takes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import fade_fast
-from fade_fast.hf import codebooks
 from fade_fast.measure.methods import key_shape
 from fade_fast.measure.names import configuration
 from fade_ref import matched, product, quantize
 from fade_ref.config import FadeConfig
 from fade_ref.rotation import RotatedCodec, key_mean, qr_rotation
 
-from . import baselines
+from . import baselines, codebooks
 
 #: (layer index, keys, values) -> both as they are read; [H, n, D] each. Keys are after RoPE. Their first
 #: token has the position `n_sink`.
@@ -128,17 +126,16 @@ def _matched(name: str, model, config: FadeConfig, bits: tuple[int, int]) -> Rea
     )
 
 
-def coded(file: Path, model) -> Reader:
-    """Product quantization with the codebooks of a file, named by width and centroids: "pq-4x256"."""
-    books = codebooks.load(file, model).tensors
-    one = next(iter(books.values()))
-    size = product.bytes_per_token(one.shape[0] * one.shape[2], one.shape[2], one.shape[1])
+def coded(name: str, books: dict[int, codebooks.Books]) -> Reader:
+    """Product quantization called `name`, as in "pq-4x256", with codebooks by layer."""
+    width, centroids, _ = codebooks.settings(name)
+    key, value = next(iter(books.values()))
+    sizes = (product.bytes_per_token(len(x) * width, width, centroids) for x in (key, value))
 
     def read(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        found = zip((books[f"{layer}.{side}"].double() for side in codebooks.SIDES), (keys, values))
-        return tuple(product.decode(product.encode(x, book), book) for book, x in found)
+        found = zip((keys, values), books[layer])
+        return tuple(product.decode(product.encode(x, book), book) for x, book in found)
 
-    return Reader(
-        f"pq-{one.shape[2]}x{one.shape[1]}", "fade_ref.product: codebooks of a layer, trained beforehand",
-        size, size, sum(x.nbytes for x in books.values()), read,
-    )  # fmt: skip
+    tables = sum(product.codebook_bytes(len(x) * width, centroids) for pair in books.values() for x in pair)
+    source = "fade_ref.product: codebooks of a layer, trained beforehand"
+    return Reader(f"pq-{width}x{centroids}", source, *sizes, tables, read)

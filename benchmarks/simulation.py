@@ -9,7 +9,8 @@ does it.
 
 `--suite tails` compares formats, published ones included, with equal tails: the same windows, the same
 numbers of sinks and recent tokens, and only the mask "last". A group of tokens with common numbers may then
-reach into the recent tokens of a query, where a cache would have to wait for the whole group.
+reach into the recent tokens of a query, where a cache would have to wait for the whole group. Product
+quantization is among them: `--formats pq-4x256 --codebook-text TEXT` trains its codebooks first.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import statistics
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from fade_fast.measure.quality import Score
 from fade_fast.measure.streams import NothingCompressed
 from fade_ref.config import FadeConfig
 
-from . import readers
+from . import codebooks, readers
 from .readers import Read, Reader
 
 NAME = "fade_simulated"
@@ -167,6 +167,18 @@ def _rows(sums: dict, exact_nll: list[float], reads: dict[str, float]) -> list[d
     ]  # fmt: skip
 
 
+def format_of(name: str, model, config: FadeConfig, tokenizer, training: str | None) -> Reader:
+    """The format called `name`. Codebooks of product quantization are trained from the text `training`.
+
+    Raises as `readers.reader` and `codebooks.train`.
+    """
+    if not codebooks.NAME.fullmatch(name):
+        return readers.reader(name, model, config)
+    width, centroids, tokens = codebooks.settings(name)
+    ids = texts.windows(tokenizer, training, 1, tokens)
+    return readers.coded(name, codebooks.train(model, ids, width, centroids))
+
+
 def table(results: list[dict]) -> str:
     """Markdown, with one row for each format and mask."""
     lines = ["| format | mask | perplexity ratio | mean KL | top-1 |", "|---" * 5 + "|"]
@@ -214,8 +226,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sinks", type=int, default=4, metavar="N", help="first tokens, unchanged")
     parser.add_argument("--recent", type=int, default=64, metavar="N", help="recent tokens, unchanged")
     parser.add_argument(
-        "--codebooks", nargs="+", type=Path, default=[], metavar="FILE", help="of product quantization, too"
-    )
+        "--codebook-text", metavar="TEXT",
+        help="named as --text: what codebooks of product quantization (pq-4x256) are trained from",
+    )  # fmt: skip
     options.add_output(parser, "simulation")
     args = parser.parse_args(argv)
     if args.show:
@@ -223,6 +236,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     names, masks = SUITES[args.suite]
     names, masks = args.formats or names, args.masks or masks
+    if any(codebooks.NAME.fullmatch(name) for name in names) and args.codebook_text is None:
+        parser.error("product quantization needs codebooks: name a text to train them with --codebook-text")
+    training = args.codebook_text and texts.read(args.codebook_text)
     loading.quiet()
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
@@ -230,10 +246,9 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, called = texts.load_model(args.model, args.device, args.dtype)
     try:
         config = replace(FadeConfig(), n_sink=args.sinks, recent_window=args.recent)
-        formats = [readers.reader(name, model, config) for name in dict.fromkeys(names)]
+        formats = [format_of(name, model, config, tokenizer, training) for name in dict.fromkeys(names)]
     except ValueError as error:
         parser.error(str(error))
-    formats += [readers.coded(file, model) for file in args.codebooks]
     ids = texts.windows(tokenizer, text, args.windows, args.length)
     report = texts.circumstances("simulation", model, called, source, args.dtype) | dict(
         suite=args.suite,

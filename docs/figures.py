@@ -357,13 +357,9 @@ def sizes(lab: Lab) -> dict:
     return {
         "head_dims": dims,
         "block_size": BLOCK,
-        "codes": {
-            **{t.name: [tiers.packed_bytes(b, d) for d in dims] for b, t in tiers.INTEGER_TIERS.items()},
-            "PQ": [product.bytes_per_token(d) for d in dims],
-        },
+        "codes": {t.name: [tiers.packed_bytes(b, d) for d in dims] for b, t in tiers.INTEGER_TIERS.items()},
         "with_scale": {
-            **{t.name: [tiers.token_bytes(b, d) for d in dims] for b, t in tiers.INTEGER_TIERS.items()},
-            "PQ": [product.bytes_per_token(d) for d in dims],
+            t.name: [tiers.token_bytes(b, d) for d in dims] for b, t in tiers.INTEGER_TIERS.items()
         },
         "mean": [2 * d / BLOCK for d in dims],
     }

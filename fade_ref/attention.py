@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import product
 from .matched import MatchedCodec
 from .rope import alibi_bias
 from .rotation import Record, RotatedCodec
@@ -172,29 +171,3 @@ def over_codes(
 def _each(per_token: Tensor, query: Tensor) -> Tensor:
     """A number per token, [H, n], as the scores of all query heads need it: [Hq, 1, n]."""
     return per_token.repeat_interleave(query.shape[0] // per_token.shape[0], dim=0)[:, None]
-
-
-def over_tables(
-    query: Tensor,
-    key_codes: Tensor,
-    value_codes: Tensor,
-    books: tuple[Tensor, Tensor],
-    query_position: Tensor,
-    key_position: Tensor,
-    terms: Terms,
-) -> Partial:
-    """Partial over product codes of keys and values, [H, n, m]; `books` are their codebooks.
-
-    Keys are looked up in a table of the query, and values are summed by a histogram over centroids
-    (`product`). The result equals `over_tensors` on decoded codes, up to rounding.
-    """
-    key_book, value_book = books
-    heads = key_codes.shape[0]
-    products = product.scores(by_group(query, heads), key_codes[:, None], key_book).flatten(0, 1)
-
-    def weigh(weights: Tensor) -> Tensor:
-        codes, centroids = value_codes[:, None], value_book.shape[1]
-        histogram = product.value_histogram(by_group(weights, heads), codes, centroids)
-        return product.combine(histogram, value_book).flatten(0, 1)
-
-    return partial(products, weigh, query_position, key_position, terms)

@@ -17,7 +17,6 @@ from torch import Tensor
 from . import attention, importance, matched, policies, select, summaries
 from .attention import Terms
 from .config import KEPT, FadeConfig
-from .product import ProductCodec
 from .quantize import stored
 from .rope import NOPE, Rope, rotate
 from .rotation import Record, RotatedCodec, key_mean, qr_rotation
@@ -28,9 +27,9 @@ from .tiers import INTEGER_TIERS, Tier, first_tier
 class Token:
     """One stored token of one row, for H KV heads: a record that depends on no other token.
 
-    In tier FP16, `key` and `value` are [H, D]; in tier PQ, codes uint8 [H, m]. In both, the key is after
-    RoPE. In every other tier they are `Record`s of the rotated or matched codec. `mean` [H, 1, D] was
-    subtracted from the key, which is before RoPE if positions are contiguous.
+    In tier FP16, `key` and `value` are [H, D], and the key is after RoPE. In every other tier they are
+    `Record`s of the rotated or matched codec. `mean` [H, 1, D] was subtracted from the key, which is before
+    RoPE if positions are contiguous.
     """
 
     position: int  # index among the real tokens of its row
@@ -80,30 +79,26 @@ class LayerCache:
     """Keys and values of one attention layer.
 
     Args:
-        config: how tokens are kept; `quant_backend` must be "rotated", "matched" or "product".
+        config: how tokens are kept; `quant_backend` must be "rotated" or "matched".
         batch, heads, head_dim: rows, KV heads, and channels of a head.
         rope: how keys are rotated, needed if positions are contiguous.
         terms: how scores are made, by default scaled by 1 / sqrt(head_dim).
         observe: whether to count the attention that tokens receive, by default if the policy uses it.
-        codebooks: float64 [m, k, w] of keys (after RoPE) and of values, for the codec "product" alone.
         moments: what calibration knows of the layer, for the codec "matched" alone.
         **learned: `layer`, `layers` and `weights` for the `learned` policy, see `policies.Candidates`.
 
-    Raises `ValueError` for another codec, and if codebooks or moments do not go with the codec.
+    Raises `ValueError` for another codec, and if moments do not go with the codec.
     """
 
     def __init__(
         self, config: FadeConfig, batch: int, heads: int, head_dim: int, rope: Rope = NOPE,
         terms: Terms | None = None, observe: bool | None = None,
-        codebooks: tuple[Tensor, Tensor] | None = None, moments: matched.Moments | None = None,
-        **learned: int | dict[str, Tensor],
+        moments: matched.Moments | None = None, **learned: int | dict[str, Tensor],
     ):  # fmt: skip
-        if config.quant_backend not in ("rotated", "matched", "product"):
+        if config.quant_backend not in ("rotated", "matched"):
             raise ValueError(f"quant_backend={config.quant_backend!r}: its tokens cannot be moved")
-        for codec, given in dict(product=codebooks, matched=moments).items():
-            if (config.quant_backend == codec) != (given is not None):
-                name = dict(product="codebooks", matched="moments")[codec]
-                raise ValueError(f"quant_backend={config.quant_backend!r}: {codec!r} alone has {name}")
+        if (config.quant_backend == "matched") != (moments is not None):
+            raise ValueError(f"quant_backend={config.quant_backend!r}: 'matched' alone has moments")
         self.config, self.rope, self.learned, self.head_dim = config, rope, learned, head_dim
         #: Bits of keys and values in the first middle tier of this layer.
         self.widths = config.bits(learned.get("layer", 0), learned.get("layers", 1))
@@ -116,12 +111,8 @@ class LayerCache:
         self.rows = [[Row(len(g), i) for i, g in enumerate(self.groups)] for _ in range(batch)]
         self.columns = 0  # seen: the logical length
         self.boundary = config.n_sink  # columns before it have left the recent region
-        self.codebooks, self.moments, self.expected = codebooks, moments, None
+        self.moments, self.expected = moments, None
         self.num_read = 0  # tokens of the middle that queries read where they chose, over all KV heads
-        if codebooks:
-            self.first_tier = Tier.PQ
-            self.codecs = [{Tier.PQ: tuple(map(ProductCodec, codebooks))}] * len(self.groups)
-            return
         key_bits, value_bits = self.widths
         self.compresses = self.compresses and key_bits != KEPT
         self.first_tier = first_tier(key_bits, value_bits) if self.compresses else Tier.FP16
@@ -348,7 +339,7 @@ class LayerCache:
         return rotate(token.key, -token.position, self.rope) if self.config.contiguous else token.key
 
     def _mean(self, row: Row, tokens: list[Token]) -> Tensor | None:
-        if not tokens or self.codebooks:  # centroids lie where the keys are, so no mean is subtracted
+        if not tokens:
             return None
         if self.expected is not None:
             expected = self.expected[self.groups[row.group]]

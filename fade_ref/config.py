@@ -16,7 +16,12 @@ POLICIES = (
     "position", "h2o", "ema", "adaptive", "learned", "snapkv", "tova",
     "knorm", "keydiff", "expected_attention", "hybrid",
 )  # fmt: skip
-CODECS = ("rotated", "matched", "channel", "symmetric", "product")
+CODECS = ("rotated", "matched", "channel", "symmetric")
+#: Why a codec of earlier versions is refused.
+PRODUCT = (
+    "quant_backend='product': product quantization is a baseline of the benchmarks only, because 2-bit codes "
+    "lose less at its bytes: use quant_backend='matched', middle_k_bits=2, middle_v_bits=2"
+)
 POSITIONS = ("original", "contiguous")
 PLAN_SCOPES = ("layer", "sequence", "head")
 SAFE_LOSS = 0.003  # KL divergence per token that `safe` may cost, in nats
@@ -67,8 +72,7 @@ class FadeConfig:
             takes the widths as given.
         quant_backend: the codec, one of `CODECS`. "rotated", the default of this class, needs nothing from
             the model. "matched", the codec of the presets that keep every token at 4 bits, loses less and
-            needs a calibration. With "product" the cache is given codebooks. They set the width, and the
-            middle is one tier, PQ, that keeps every token.
+            needs a calibration.
         positions: RoPE positions of survivors. "contiguous" renumbers them without gaps (StreamingLLM, arXiv
             2309.17453, section 3.2). "original" leaves their own. `None`, the default, is "contiguous" if
             tokens can be evicted and "original" otherwise.
@@ -121,6 +125,8 @@ class FadeConfig:
         self._choice("eviction_policy", POLICIES)
         self._choice("middle_k_bits", tuple(INTEGER_TIERS))
         self._choice("middle_v_bits", (KEPT, *INTEGER_TIERS))
+        if self.quant_backend == "product":
+            raise ValueError(PRODUCT)
         self._choice("quant_backend", CODECS)
         self._choice("positions", (None, *POSITIONS))
         self._choice("plan_scope", PLAN_SCOPES)
@@ -139,8 +145,6 @@ class FadeConfig:
                 "quant_backend='channel' quantises keys in blocks of tokens that cannot be moved: "
                 "it needs int4_budget=None"
             )
-        if self.quant_backend == "product":
-            self._product()
         self._normalize_layer_bits()
         by_layer = self.quant_backend in ("rotated", "matched")
         if not by_layer and (self.layer_bits or self.middle_v_bits == KEPT):
@@ -240,25 +244,6 @@ class FadeConfig:
                 f"layer_bits names layers {without}: layers {tiered} can be compressed; name no others"
             )
         return self
-
-    def _product(self) -> None:
-        """Refuse what contradicts codebooks: their tokens stay in one tier, at their own positions."""
-        if self.relocatable:
-            raise ValueError(
-                "quant_backend='product' has one tier, which keeps every token: "
-                f"int4_budget={self.int4_budget} contradicts it, None is allowed"
-            )
-        if self.contiguous:
-            raise ValueError(
-                "quant_backend='product' encodes keys after RoPE, which cannot be renumbered: "
-                "positions='contiguous' contradicts it, 'original' is allowed"
-            )
-        if (self.middle_k_bits, self.middle_v_bits) != (4, 4):
-            raise ValueError(
-                "quant_backend='product' takes its width from the codebooks: "
-                f"middle_k_bits={self.middle_k_bits}, middle_v_bits={self.middle_v_bits} mean nothing to it, "
-                "leave them out"
-            )
 
     def _selection(self) -> None:
         """Refuse a choice of what to read that contradicts itself or the other fields."""

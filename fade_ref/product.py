@@ -5,11 +5,9 @@ centroids, found by k-means. A code names the nearest centroid: log2(k) / w bits
 default. A **codebook** is a float64 tensor [m, k, w] of fp16 values. It is trained for one kind of vector:
 keys and values, and keys before and after RoPE, each need their own.
 
-Attention never decodes. The score of a key is a sum of m table look-ups (the paper's asymmetric distance,
-here for inner products). Values are summed by adding up the weight that falls on each centroid.
+This is a baseline: `benchmarks.simulation` measures its loss, and no cache has it. 2-bit codes of `matched`
+lose less at its bytes, and a decode kernel that reads a table for each byte is slow.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -75,47 +73,6 @@ def decode(codes: Tensor, codebook: Tensor) -> Tensor:
     [1.0, 2.0, 3.0, 4.0]
     """
     return codebook[torch.arange(len(codebook)), codes.long()].flatten(-2)
-
-
-@dataclass(frozen=True)
-class ProductCodec:
-    """`encode` and `decode` with one codebook, called as in `rotation.RotatedCodec`. There is no mean."""
-
-    codebook: Tensor
-
-    def encode(self, x: Tensor, mean: None = None) -> Tensor:
-        """Codes of vectors `x`, as `encode` gives them. `mean` must be None."""
-        return encode(x, self.codebook)
-
-    def decode(self, codes: Tensor, mean: None = None) -> Tensor:
-        """Vectors of `codes`, as `decode` gives them. `mean` must be None."""
-        return decode(codes, self.codebook)
-
-
-def score_table(q: Tensor, codebook: Tensor) -> Tensor:
-    """T [..., m, k] = <part of q in the subspace, centroid> for queries q [..., D] (section III.A)."""
-    return torch.einsum("...mw,mkw->...mk", _cut(q, codebook.shape[-1]), codebook)
-
-
-def scores(q: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
-    """Inner products [..., Q, S] of queries q [..., Q, D] and keys with codes [..., S, m].
-
-    Each is a sum of m entries of the score table, and equals q @ decode(codes).mT up to rounding.
-    """
-    index = codes.long().mT.unsqueeze(-3)  # [..., 1, m, S]
-    return torch.take_along_dim(score_table(q, codebook), index, dim=-1).sum(-2)
-
-
-def value_histogram(p: Tensor, codes: Tensor, centroids: int = 256) -> Tensor:
-    """Sum of weights p [..., Q, S] that falls on each centroid, [..., Q, m, k], for codes [..., S, m]."""
-    weight, index = torch.broadcast_tensors(p.unsqueeze(-2), codes.long().mT.unsqueeze(-3))
-    empty = torch.zeros(*index.shape[:-1], centroids, dtype=p.dtype)
-    return empty.scatter_add(-1, index, weight)
-
-
-def combine(histogram: Tensor, codebook: Tensor) -> Tensor:
-    """Weighted sums of values, [..., Q, D], from a histogram: p @ decode(codes) up to rounding."""
-    return torch.einsum("...mk,mkw->...mw", histogram, codebook).flatten(-2)
 
 
 def bytes_per_token(dim: int, subspace_width: int = 4, centroids: int = 256) -> int:

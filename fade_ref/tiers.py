@@ -1,6 +1,6 @@
 """Tiers: how many bits of a token are kept.
 
-A **tier** says how much of a token survives. A **codec** (`quantize`, `rotation`, `product`) chooses its
+A **tier** says how much of a token survives. A **codec** (`quantize`, `rotation`, `matched`) chooses its
 bits. A **plan** is a tensor of tier codes, one for each token.
 """
 
@@ -15,7 +15,7 @@ class Tier(IntEnum):
     INT4 = 2
     INT3 = 3
     INT2 = 4
-    PQ = 5
+    # 5 was product-quantized. Old checkpoints have it, so it means nothing else.
     EVICTED = 6
 
 

@@ -18,11 +18,9 @@ from fade_fast.hf.attention import attention
 from fade_fast.hf.calibration import Calibration
 from fade_fast.hf.layer import PendingKV
 from fade_fast.hf.models import fingerprint
-from fade_fast.kernels import product as tables
 from fade_fast.kernels import rotated
-from fade_fast.kernels.merge import merge
 from fade_ref import attention as spec_attention
-from fade_ref import matched, product, quantize, scores
+from fade_ref import matched, quantize, scores
 from fade_ref.cache import LayerCache, Row, Token
 from fade_ref.config import FadeConfig
 from fade_ref.importance import Importance
@@ -116,101 +114,9 @@ def differing_codes(spec: Record, ours: rotated.Packed, bits: int, dim: int) -> 
     return Codes(gap.numel(), int((gap > 0).sum()), int(gap.max()) if gap.numel() else 0, error)
 
 
-@dataclass(frozen=True)
-class ProductCodes:
-    """The differences between the codes of both packages, for one product quantization."""
-
-    total: int
-    differing: int
-    excess: float  # excess distance to the nearest centroid, in units of rounding: see `product_codes`
-
-
-def product_codes(x: Tensor, codebook: Tensor, *, device: str = "cpu") -> ProductCodes:
-    """Encode x [B, H, n, D] with both packages, given a codebook [m, k, w] or [H, m, k, w].
-
-    `excess` compares the centroid c of fade_fast with the nearest centroid: the difference of their squared
-    distances to a subvector of x. Its unit is eps (|x| + |c|)^2 with the eps of the kernel's dtype. This unit
-    is the rounding of the kernel's products, so a tie is at most 1.
-    """
-    ours = tables.encode(x.to(device), codebook.to(device)).cpu()
-    books = codebook.double().expand(x.shape[1], *codebook.shape[-3:])
-    specified = torch.stack([product.encode(y, b) for y, b in zip(x.double().unbind(1), books)], dim=1)
-    parts = x.double().unflatten(-1, (codebook.shape[-3], -1))
-
-    def centroids(codes: Tensor) -> Tensor:
-        decoded = torch.stack([product.decode(c, b) for c, b in zip(codes.unbind(1), books)], dim=1)
-        return decoded.view_as(parts)
-
-    chosen, nearest = centroids(ours), centroids(specified)
-    further = (chosen - parts).square().sum(-1) - (nearest - parts).square().sum(-1)
-    size = (chosen.norm(dim=-1) + parts.norm(dim=-1)).square()
-    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-    excess = (further / (eps * size).clamp_min(1e-300))[ours != specified]
-    return ProductCodes(ours.numel(), excess.numel(), float(excess.max()) if excess.numel() else 0.0)
-
-
-def product_attention(
-    shape: Shape,
-    length: int,
-    *,
-    queries: int = 1,
-    widths: tuple[int, int] = (4, 4),
-    centroids: tuple[int, int] = (256, 256),
-    softcap: float | None = None,
-    per_head: bool = False,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Relative errors of attention over `length` coded tokens. A third of the tokens are padding.
-
-    The pairs `widths` and `centroids` are for keys and values. The first query of batch row 0 sees no key.
-    The packages use different row maxima for a row without keys, so these row maxima are not compared.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
-    batch, heads, dim = shape.batch, shape.heads, shape.head_dim
-    query = draw(batch, heads * shape.group, queries, dim).to(shape.dtype)
-    books = [draw(heads if per_head else 1, dim // w, k, w).half() for w, k in zip(widths, centroids)]
-    codes = [
-        torch.randint(0, k, (batch, heads, length, dim // w), generator=generator, dtype=torch.uint8)
-        for w, k in zip(widths, centroids)
-    ]
-    padded = torch.rand(batch, length, generator=generator) < 1 / 3
-    key_position = torch.arange(length).expand(batch, -1).masked_fill(padded, -1)
-    query_position = torch.arange(length - queries, length).expand(batch, -1).clone()
-    query_position[0, 0] = -1
-    terms = spec_attention.Terms(dim**-0.5, softcap)
-    sees = torch.stack([spec_attention.visible(*x) for x in zip(query_position, key_position)])
-    parts = []
-    for b in range(batch):
-        for h in range(heads):
-            group = slice(h * shape.group, (h + 1) * shape.group)
-            pair = tuple(book[h if per_head else 0].double() for book in books)
-            args = (*(c[b, h : h + 1] for c in codes), pair, query_position[b], key_position[b], terms)
-            parts.append(spec_attention.over_tables(query[b, group].double(), *args))
-    folded = (batch, heads, shape.group * queries)
-    exact = [torch.stack(x).reshape(*folded, *x[0].shape[2:]) for x in zip(*parts)]
-    # Code 255 may have no centroid.
-    poisoned = [c.masked_fill(padded[:, None, :, None], 255) for c in codes]
-    books = [book if per_head else book[0] for book in books]
-    sides = [x.to(shape.device) for pair in zip(poisoned, books) for x in pair]
-    rows = query.reshape(*folded, dim).to(shape.device) * terms.scaling
-    folded_sees = sees[:, None].repeat(1, 1, shape.group, 1).to(shape.device)
-    ours = tables.attend(rows, *sides, folded_sees, softcap)
-    output = merge([ours]).cpu()
-    acc, top, total = (x.cpu() for x in ours)
-    some = exact[2] > 0
-    wanted = exact[0] / torch.where(some, exact[2], 1.0)[..., None]
-    return {
-        "output": relative_error(output, wanted),
-        "acc": relative_error(acc, exact[0]),
-        "top": relative_error(top[some], exact[1][some]),
-        "total": relative_error(total, exact[2]),
-    }
-
-
 def mirror(layer: KVLayer, spec: LayerCache) -> LayerCache:
     """A specification cache with exactly the codes of a layer of fade_fast, for the model of `spec`."""
-    options = dict(codebooks=spec.codebooks, moments=spec.moments) | spec.learned
+    options = dict(moments=spec.moments) | spec.learned
     shape = len(spec.rows), layer.heads, spec.head_dim
     twin = LayerCache(layer.config, *shape, spec.rope, spec.terms, **options)
     twin.columns, twin.boundary = layer.length, layer.length - layer.recent
@@ -248,14 +154,6 @@ def _original_keys(layer: KVLayer) -> Tensor:
 def _of_tier(middle, tier) -> tuple[Tier, list, Tensor, list[rotated.Packed]]:
     """Positions, means and codes of a tier on the CPU. One copy serves all tokens."""
     count = tier.records.count
-    if tier.tier == Tier.PQ:
-        sides = [rotated.Packed(tier.records[f"{side}_codes"].cpu(), None, None) for side in ("key", "value")]
-        return (
-            tier.tier,
-            middle.position(tier)[:, 0].tolist(),
-            torch.empty(*sides[0][0].shape[:2], 1, 0),
-            sides,
-        )
     sides = [
         [None if x is None else x.cpu() for x in unpack_record(tier.format.whole(tier.fields()), side)]
         for side in ("key", "value")
@@ -283,7 +181,6 @@ class Step:
     same_lengths: bool = True  # whether the lengths and the numbers of tokens per tier agree
     state: tuple = ()  # the state that `same_tokens` compares, for a digest
     stored_error: float = 0.0  # decoded tokens compared with the independent run; only in the last step
-    codes: tuple[Tensor, Tensor] | None = None  # codes of tier PQ in both packages; only in the last step
     #: Tokens of the middle that queries read where they chose, summed over KV heads: of fade_fast, and of the
     #: specification; and how many they would have read without a choice. None if nothing was chosen.
     chosen: tuple[int, int, int] | None = None
@@ -293,17 +190,6 @@ def policy_weights(seed: int = 0) -> dict[str, Tensor]:
     """Random weights for the network of the `learned` policy."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) / 2 for name, shape in scores.MLP.items()}
-
-
-def codebooks(head_dim: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random float16 codebooks of a one-layer model, distributed as keys and values of `Shape.random`."""
-    generator = torch.Generator().manual_seed(seed)
-    books = {}
-    for side, width, centroids in (("key", 4, 64), ("value", 2, 16)):
-        x = torch.randn(centroids, head_dim, generator=generator, dtype=torch.float64)
-        x += torch.linspace(-4, 4, head_dim, dtype=torch.float64) if side == "key" else 0
-        books[f"0.{side}"] = x.unflatten(-1, (-1, width)).transpose(0, 1).half().contiguous()
-    return books
 
 
 def calibrated(model, shape: Shape, seed: int = 0) -> Calibration:
@@ -346,18 +232,16 @@ def trace(
     model = _model(shape).to(shape.device)
     module = model.model.layers[0].self_attn
     learned = dict(layer=0, layers=1, weights=policy_weights(seed)) if by_network else {}
-    books = codebooks(shape.head_dim, seed) if config.quant_backend == "product" else None
     known = calibrated(model, shape, seed) if config.quant_backend == "matched" else None
-    given = dict(policy_weights=learned.get("weights"), codebooks=books, calibration=known)
+    given = dict(policy_weights=learned.get("weights"), calibration=known)
     cache = fade_fast.create_cache(model, config, **given, verify=False)
     layer: KVLayer = cache.tiered[0]
     rope = Rope(model.model.rotary_emb.inv_freq.double().cpu())
     if isinstance(terms, dict):
         terms = spec_attention.Terms(shape.head_dim**-0.5, **terms)
-    exact_books = tuple(x.double() for x in books.values()) if books else None
     sizes = shape.batch, shape.heads, shape.head_dim
     moments = None if known is None else matched.Moments(*(x.double() for x in known.moments[0]))
-    spec = LayerCache(config, *sizes, rope, terms, codebooks=exact_books, moments=moments, **learned)
+    spec = LayerCache(config, *sizes, rope, terms, moments=moments, **learned)
     asked = {} if terms is None else _options(spec.terms, shape)
     generator = torch.Generator().manual_seed(seed)
     for i, count in enumerate(steps):
@@ -419,7 +303,6 @@ def trace(
             _same_lengths(cache, spec),
             _state(layer),
             _stored_error(mirror(layer, spec), spec) if same and i == len(steps) - 1 else 0.0,
-            _codes(mirror(layer, spec), spec) if same and books and i == len(steps) - 1 else None,
             tuple(chosen) if chosen else None,
         )
 
@@ -503,16 +386,6 @@ def _stored_error(ours: LayerCache, spec: LayerCache) -> float:
         for a, b in zip(ours.read(our_row), spec.read(spec_row)) if spec_row.tokens else ():
             worst = max(worst, relative_error(a, b) - 2 / b.numel() ** 0.5)
     return worst
-
-
-def _codes(ours: LayerCache, spec: LayerCache) -> tuple[Tensor, Tensor]:
-    """All codes of tier PQ in each cache, for the same tokens in the same order."""
-
-    def of(cache: LayerCache) -> Tensor:
-        coded = [t for (row,) in cache.rows for t in row.tokens if t.tier == Tier.PQ]
-        return torch.cat([x.flatten() for t in coded for x in (t.key, t.value)] or [torch.empty(0).byte()])
-
-    return of(ours), of(spec)
 
 
 def _own_scores(policy: str, known: Importance) -> Tensor:

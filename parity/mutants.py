@@ -313,19 +313,12 @@ CORRUPTIONS = {
     "kernels.decode._part": [
         ("last slot not read", call("leading").argument(0).becomes("max(1, _ - 1)"), "step, 4 bits/D64 plain")
     ],
-    # -- merge, uncompressed tokens, product quantization
+    # -- merge, uncompressed tokens
     "kernels.merge.merge": [("merge without the maxima", call("exp").becomes("torch.ones_like(_)"), "merge")],
     "kernels.merge.combine": [
         ("combine forgets a weight", binary("*").having(attribute("row_sum"))[1].becomes("_0"), "merge")
     ],
     "kernels.merge.soften": [("softcap forgotten in a long step", call("tanh").drop(), "softcap, int4")],
-    "kernels.product.encode": [
-        ("nearest by direction", binary("-").becomes("0 * _0 - _1"), "product/encode")
-    ],
-    "kernels.product._index": [("farthest of equals", call("long").becomes("_ ^ 1"), "product/decode")],
-    "kernels.product.attend": [
-        ("histogram forgets a tile", call("combine").becomes("_1"), "product/attention")
-    ],
     "kernels.dense._with_tail": [
         ("settled tokens forgotten", call("merge").argument(0).becomes("_[1:]"), "many uncompressed"),
         (
@@ -334,21 +327,6 @@ CORRUPTIONS = {
             "many uncompressed",
         ),
         ("values of the tail that nothing sees", call("where").becomes("_1"), "many uncompressed"),
-    ],
-    "formats.product.ProductTier.encode": [
-        ("values coded as keys", name("values").becomes("keys"), "of codes/codes, no sinks")
-    ],
-    "kernels.product_decode.attend": [
-        (
-            "codes of padding are seen",
-            attribute("valid").becomes("_ | True"),
-            "of codes/codes, padding (0, 11)",
-        ),
-        (
-            "learned sinks lost beside codes",
-            compare("is not").becomes("False"),
-            "what models ask/learned sinks, codes",
-        ),
     ],
     # -- what tokens received
     "policies.scores.Observer.add_step": [
@@ -466,13 +444,6 @@ CORRUPTIONS = {
             "long steps/int4, window",
         ),
     ],
-    "formats.product.ProductFormat.attend_tier": [
-        (
-            "long steps read keys as values",
-            attribute("values").becomes("view.keys") & item("codebooks")[1].becomes("self.codebooks[0]"),
-            "long steps/codes, softcap",
-        )
-    ],
     "cache.reads.AttentionQuery._decoded": [
         (
             "values decoded as keys",
@@ -529,8 +500,8 @@ CORRUPTIONS = {
             "checkpoints/refused",
         ),
         (
-            "codes of other codebooks",
-            compare("!=").having(constant("codebooks")).becomes("False"),
+            "codes that no cache has",
+            call("_refuse_product").becomes("None"),
             "checkpoints/refused",
         ),
     ],

@@ -16,13 +16,6 @@ CODES_DIFFERING = 1e-4
 #: Stored scales and zero points may differ by one rounding of fp16, for the same reason.
 SCALE_ULP = 2.0**-10
 
-#: Codes of product quantization may differ if two centroids are equally far from the input, within the
-#: rounding of the kernel's products |c|^2 - 2 x.c. The unit is eps (|x| + |c|)^2.
-TIE = 1.0
-
-#: Attention over codes of product quantization, as above, but without a rotation.
-PRODUCT = {torch.float64: 1e-13, torch.float32: 1e-5}
-
 #: The attention that a token received, in two runs that encode independently: norm of the difference divided
 #: by the norm. If the codes agree, the difference is rounding. A code that differs (`CODES_DIFFERING`)
 #: changes the probabilities of its token.
@@ -63,8 +56,6 @@ CLAIMS = {
         "the channel and symmetric codecs first round the stored scale; then they round half to even in IEEE "
         "arithmetic"
     ),
-    "centroids": Claim("decoding reads numbers from a table"),
-    "product codes in place": Claim("in float64, random inputs have no tie within a rounding"),
     "plan": Claim("the plan only compares the given scores and adds nothing; in a tie the newer token wins"),
     "key mean": Claim("the sum is in float64, so its order does not change the result in fp16"),
     "tokens": Claim("the live tokens, their tiers and their positions are integers"),
@@ -140,11 +131,9 @@ CLAIMS = {
         2e-2,
     ),
     "merge": Claim(
-        "exponentials, products and a quotient: about ten roundings", {d: 16 * EPS[d] for d in PRODUCT}
+        "exponentials, products and a quotient: about ten roundings",
+        {d: 16 * EPS[d] for d in (torch.float64, torch.float32)},
     ),
-    "product codes": Claim("two centroids tie within the rounding of |c|^2 - 2 x.c", TIE),
-    "product codes differing": Claim("the share of these ties; a small sample may have one", CODES_DIFFERING),
-    "product attention": Claim("the error is as in attention, but without a rotation", PRODUCT),
     "rope": Claim(
         "angles of up to 10^6 radians in float64 have an error of 4 eps; the sine, the cosine, two products "
         "and a sum use the dtype of the keys",

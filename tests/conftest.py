@@ -16,8 +16,6 @@ from fade_fast.kernels import (
     dense,
     matched,
     pages,
-    product,
-    product_decode,
     rotated,
     select,
     summaries,
@@ -69,7 +67,6 @@ KERNELS = (
     dense._compiled,
     dense._compiled_store,
     *matched._compiled.values(),
-    product_decode._compiled,
     rotated._compiled,
     scores._compiled,
     select._compiled,
@@ -135,9 +132,3 @@ def short_flash_prefixes(monkeypatch):
     """Captured steps leave uncompressed tokens to FlashAttention from 64 tokens on, in units of 256."""
     monkeypatch.setattr(layer, "MIN_FLASH_PREFIX", 64)
     monkeypatch.setattr(dense, "TAIL", 256)
-
-
-@pytest.fixture
-def product_elements(monkeypatch):
-    """A function that sets the size of a tile of the PQ kernel, in elements."""
-    return lambda count: monkeypatch.setattr(product, "ELEMENTS", count)

@@ -14,7 +14,6 @@ from fade_ref.config import FadeConfig
 SMALL = dict(recent_window=16, block_size=8)  # compresses after a few tokens
 OFF = FadeConfig(recent_window=None)
 SAFE = FadeConfig(**SMALL)
-CODED = FadeConfig(**SMALL, quant_backend="product")
 EVICTING = FadeConfig(**SMALL, int4_budget=24)
 
 
@@ -52,6 +51,9 @@ def generate(model, cache, inputs, new=40, **options):
     options = dict(do_sample=False, min_new_tokens=new) | options
     out = model.generate(**inputs, **{CACHE_NAME: cache}, max_new_tokens=new, **options)
     return out[:, inputs["input_ids"].shape[1] :]
+
+
+new_cache = fade_fast.create_cache  # short: most tests call it
 
 
 class Oracle(CandidateGenerator):
@@ -131,23 +133,6 @@ def show_survivors(cache) -> None:
     """Let stock attention read what an evicting cache has left: right in rows without padding."""
     for layer in cache.layers:
         layer.shows_survivors = True
-
-
-def codebooks(model, *, width=4, centroids=16, seed=0):
-    """Random codebooks of every layer, spread as far as a tiny model's keys and values are."""
-    generator, config = torch.Generator().manual_seed(seed), model.config
-    shape = (config.head_dim // width, centroids, width)
-    return {
-        f"{i}.{side}": (2 * torch.randn(*shape, generator=generator)).half()
-        for i in range(config.num_hidden_layers)
-        for side in ("key", "value")
-    }
-
-
-def new_cache(model, config, **options):
-    """`create_cache`, with codebooks where the configuration asks for them."""
-    books = codebooks(model) if config.quant_backend == "product" else None
-    return fade_fast.create_cache(model, config, **dict(codebooks=books) | options)
 
 
 def compressed_tokens(cache) -> int:

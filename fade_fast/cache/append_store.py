@@ -44,17 +44,12 @@ class AppendStore(CompressedStore):
 
     def written(self, slots: range) -> list[Tensor]:
         (tier,) = self.tiers
-        found = tier.records.between(slots)
-        if tier.bound is not None:
-            found.append(tier.bound)
-        if self.means is not None:
-            found += self.means.between(shared_by(slots, self.per_mean))
-        return found
+        means = self.means.between(shared_by(slots, self.per_mean))
+        return [*tier.records.between(slots), tier.bound, *means]
 
     def _reserve_means(self) -> None:
         """Make room for the means of all slots there are."""
-        if self.means is not None:
-            self.means.reserve(-(-self.tiers[0].records.capacity // self.per_mean))
+        self.means.reserve(-(-self.tiers[0].records.capacity // self.per_mean))
 
     def demote(
         self, keys, values, first, seen, attention_stats, before_write=lambda evicted: None, counters=None
@@ -65,23 +60,22 @@ class AppendStore(CompressedStore):
 
     def encoded(
         self, keys: Tensor, values: Tensor, position: Tensor, format: Format
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Records of new tokens at `position` [B, 1, n], and the means of their blocks.
 
         `format` is that of the heads given: of this layer, or of several (`Format.joined`).
         """
-        mean, keys = None, self.before_rope(keys, position)
-        if self.means is not None:
-            blocks = (keys.shape[2] // self.per_mean, self.per_mean)
-            grouped = position.unflatten(2, blocks)
-            real = grouped != PAD if self.token_positions.has_padding else None
-            mean = format.key_means(keys.unflatten(2, blocks), grouped, real)
+        keys = self.before_rope(keys, position)
+        blocks = (keys.shape[2] // self.per_mean, self.per_mean)
+        grouped = position.unflatten(2, blocks)
+        real = grouped != PAD if self.token_positions.has_padding else None
+        mean = format.key_means(keys.unflatten(2, blocks), grouped, real)
         return format.tiers[0].encode(keys, values, mean, recurs=True), mean
 
     def write(
         self,
         fields: dict[str, Tensor],
-        mean: Tensor | None,
+        mean: Tensor,
         at: Tensor | None,
         before_write: Callable[[Tensor | None], None] = lambda evicted: None,
         bound: Tensor | None = None,
@@ -91,8 +85,7 @@ class AppendStore(CompressedStore):
         with self._all_or_nothing():
             self.tiers[0].append(at, bound, **fields)
             self._reserve_means()
-            if self.means is not None:
-                self.means.append(block, mean=mean)
+            self.means.append(block, mean=mean)
             before_write(None)
 
     def slots(self, first: int, count: int, counters: DeviceCounters) -> Tensor:
@@ -102,13 +95,12 @@ class AppendStore(CompressedStore):
     def can_replay_demotion(self, new: int) -> bool:
         tier = self.tiers[0]
         needed = tier.records.count + new
-        has_means = self.means is None or self.means.capacity * self.per_mean >= needed
+        has_means = self.means.capacity * self.per_mean >= needed
         return 0 < tier.records.count and needed <= tier.most_read and has_means
 
     def count_replayed_demotion(self, new: int) -> None:
         self.tiers[0].records.count += new
-        if self.means is not None:
-            self.means.count += new // self.per_mean
+        self.means.count += new // self.per_mean
 
     def refresh_view(self, tier: StoredTier, view: TierView, counters: DeviceCounters | None = None) -> None:
         if counters is None:
@@ -126,9 +118,7 @@ class AppendStore(CompressedStore):
 
     read_at = position
 
-    def mean(self, start: int, stop: int) -> Tensor | None:
-        if self.means is None:
-            return None
+    def mean(self, start: int, stop: int) -> Tensor:
         per = self.per_mean
         blocks = self.means["mean"][:, :, start // per : -(-stop // per)]
         return blocks.repeat_interleave(per, dim=2).narrow(2, start % per, stop - start)

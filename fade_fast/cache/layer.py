@@ -451,9 +451,8 @@ class KVLayer:
         One beam: from now on each row reads for itself.
         """
         found = None
-        if beams > 1 and self.group and self.has_middle and not self.observer:
-            if self.middle.shares_slots and self.format.shares_slots:
-                found = Sharing.of(self.middle.tiers[0], beams, slots, self.group)
+        if beams > 1 and self.group and self.has_middle and not self.observer and self.middle.shares_slots:
+            found = Sharing.of(self.middle.tiers[0], beams, slots, self.group)
         if found != self.sharing:
             self.sharing = found
             self.version += 1

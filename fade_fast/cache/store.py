@@ -57,7 +57,7 @@ class StoredTier:
         self,
         format: TierFormat,
         records: Buffers,
-        bound: Tensor | None,
+        bound: Tensor,
         budget: int | None,
         outlook: Callable[["StoredTier", int], tuple[int | None, int | None]],
     ):
@@ -138,7 +138,7 @@ class StoredTier:
             else:
                 self.reserve(max(needed, min(self.budget, needed + max(growth.HEADROOM, needed // 8))))
         self.records.make_room(new, held)
-        if new and self.bound is not None:  # a bound that is too high does no harm
+        if new:  # a bound that is too high does no harm
             bound = self.format.value_bound(fields).to(self.bound.device) if bound is None else bound
             torch.maximum(self.bound, bound, out=self.bound)
 
@@ -157,13 +157,13 @@ class StoredTier:
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `function` of it."""
         self.records.map(function)
-        self.bound = None if self.bound is None else function(self.bound)
+        self.bound = function(self.bound)
         if self.records.compiled and self._longest < self.records.count:
             self.reserve(self.records.count)  # chunks are longer for more rows
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return [*self.records.tensors.values()] + ([] if self.bound is None else [self.bound])
+        return [*self.records.tensors.values(), self.bound]
 
 
 class CompressedStore(ABC):
@@ -207,14 +207,10 @@ class CompressedStore(ABC):
         self.tiers: list[StoredTier] = []
         for tier, budget in zip(format.tiers, (config.int4_budget, config.int2_budget)):
             records = self._new_records(self.own_fields() | tier.fields(heads), batch, device)
-            bound = None
-            if tier.has_bound:
-                least = rotated.SMALLEST_SCALE
-                bound = torch.full((batch, heads), least, dtype=torch.float32, device=device)
+            least = rotated.SMALLEST_SCALE
+            bound = torch.full((batch, heads), least, dtype=torch.float32, device=device)
             self.tiers.append(StoredTier(tier, records, bound, budget, self.outlook))
-        self.means: Buffers | None = None
-        if format.has_means:
-            self.means = Buffers({"mean": Field((dim,), torch.float16, heads)}, 1, batch, device)
+        self.means = Buffers({"mean": Field((dim,), torch.float16, heads)}, 1, batch, device)
 
     def _new_records(self, fields: dict[str, Field], batch: int, device) -> Buffers:
         """The empty records of a tier."""
@@ -230,7 +226,7 @@ class CompressedStore(ABC):
         if expected is not None:
             expected = max(0, expected - c.n_sink - (c.recent_window or 0)) // c.block_size * c.block_size
         if self.token_bytes:
-            means = 0 if self.means is None else self.means.record_bytes // self.per_mean
+            means = self.means.record_bytes // self.per_mean
             unused = 2 * c.block_size  # at least the dense slots that are empty, drafts' included
             most = (needed - unused) * self.token_bytes // (tier.records.record_bytes + means)
         return expected, most
@@ -321,13 +317,12 @@ class CompressedStore(ABC):
         """Position at which RoPE reads each slot, where `config.contiguous`."""
 
     @abstractmethod
-    def mean(self, start: int, stop: int) -> Tensor | None:
-        """Means of the keys in slots `start` to `stop`, [B, H, n or 1, D]; None without means."""
+    def mean(self, start: int, stop: int) -> Tensor:
+        """Means of the keys in slots `start` to `stop`, [B, H, n or 1, D]."""
 
     def buffers(self) -> dict[str, Buffers]:
         """All that grows with the text, by its name in reports."""
-        means = {} if self.means is None else {"means": self.means}
-        return {tier.name: tier.records for tier in self.tiers} | means
+        return {tier.name: tier.records for tier in self.tiers} | {"means": self.means}
 
     def view(self, tier: StoredTier, visible: Tensor | None = None, full: bool = False) -> TierView:
         """The view of a tier that kernels read: its buffers at full capacity.
@@ -344,7 +339,7 @@ class CompressedStore(ABC):
         else:
             valid = pad(self.position(tier) != PAD if visible is None else visible)
         read_at = pad(self.read_at(tier)) if self.config.contiguous else None
-        means = None if self.means is None else self.means.tensors["mean"]
+        means = self.means.tensors["mean"]
         view = tier.format.view(tier.records.tensors, tier.bound, means, valid, self.per_mean, read_at)
         return view._replace(full=True) if full else view
 
@@ -383,14 +378,12 @@ class CompressedStore(ABC):
         """Replace every tensor by `function` of it."""
         for tier in self.tiers:
             tier.map(function)
-        if self.means is not None:
-            self.means.map(function)
+        self.means.map(function)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held or shared."""
         records = [x for tier in self.tiers for x in tier.tensors()]
-        means = [] if self.means is None else [*self.means.tensors.values()]
-        return [*self.format.tensors(), *records, *means]
+        return [*self.format.tensors(), *records, *self.means.tensors.values()]
 
     def middle_positions(self, first: int, count: int, counters: DeviceCounters | None = None) -> Tensor:
         """Positions [B, 1, count] of step indices. Sinks are not part of the middle: they are `PAD` here."""

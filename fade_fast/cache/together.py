@@ -102,8 +102,8 @@ def _fields(fields: dict[str, Tensor], layers: list[KVLayer], axis: int) -> list
 
 
 def _bound(tier: TierFormat, records: dict[str, Tensor]) -> Tensor | None:
-    """The bound of the value scales of `records`; None where kernels need none, or there is no record."""
-    return tier.value_bound(records) if tier.has_bound and records["key_codes"].shape[2] else None
+    """The bound of the value scales of `records`; None where there is no record."""
+    return tier.value_bound(records) if records["key_codes"].shape[2] else None
 
 
 # -- every token is kept

@@ -37,9 +37,6 @@ COMMANDS = {
     "calibrate": (
         "calibrate", "Calibrate a model on a text, choose the widths of `safe`, and write both to a file.",
     ),
-    "train-codebook": (
-        "train_codebook", "Learn codebooks of product quantization from a model and a text.",
-    ),
     "warm": ("warm", "Compile what a model needs in a deployment, and keep it in a file."),
     "vllm-calibrate": (
         "vllm_calibrate", "Calibrate a model for the vLLM plugin on a text, and write a file.",
@@ -65,6 +62,11 @@ BENCHES = {
     "prefill": "fade_fast.measure.paged_prefill",
     "parallel": "fade_fast.measure.parallel",
     "start": "fade_fast.measure.start",
+}
+#: What to do instead of commands that earlier versions had.
+GONE = {
+    "train-codebook": "caches no longer have product quantization: use --config "
+    "quant_backend=matched,middle_k_bits=2,middle_v_bits=2, which needs no codebooks",
 }
 REPORT = ("--suite", "report", "fade_fast.measure.report")  # two arguments, and their module
 FREE = ("--free", "fade_fast.measure.free")
@@ -110,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((x for x in argv if not x.startswith("-")), None)  # no option before it takes a value
     try:
+        if command in GONE:
+            raise LoadError(GONE[command])
         if argv and argv[0] in PASSED:
             code = pass_on(argv[0], argv[1:])
         else:

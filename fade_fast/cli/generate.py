@@ -41,12 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", action="store_true", help="with --resume: also read everything afresh, and compare"
     )
     parser.add_argument(
-        "--codebooks",
-        type=arguments.readable,
-        metavar="FILE",
-        help="codebooks of train-codebook, for --config quant_backend=product",
-    )
-    parser.add_argument(
         "--telemetry", type=arguments.writable, metavar="FILE", help="append events as JSON lines"
     )
     options.add_json(parser)
@@ -66,9 +60,9 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     try:
         if args.resume:
-            cache, read = session.resume(args.resume, model, args.codebooks)
+            cache, read = session.resume(args.resume, model)
         else:
-            cache = create_cache(model, args.config, codebooks=args.codebooks)
+            cache = create_cache(model, args.config)
             read, _ = session.encode(tokenizer, args.document or "", question or "")
     except ValueError as error:
         raise LoadError(str(error)) from error
@@ -128,7 +122,7 @@ def _answer(args, model, tokenizer, cache, read, rest, read_s: float) -> dict:
     )
     if args.compare:
         started = time.perf_counter()
-        fresh = create_cache(model, cache.fade_config, codebooks=args.codebooks)
+        fresh = create_cache(model, cache.fade_config)
         session.prefill(model, fresh, read)
         again = session.answer(model, fresh, ids, args.max_new_tokens)
         fresh_s = time.perf_counter() - started - again.decode_s

@@ -48,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-body", type=arguments.size, default=4 * 2**20, metavar="SIZE", help="default: 4MiB")
     add("--connections", type=arguments.positive, default=512, metavar="N", help="default: 512")
     add("--chunk", type=arguments.positive, metavar="N", help="prompt tokens read at once")
-    add("--codebooks", type=arguments.readable, metavar="FILE", help="for quant-backend product")
     add(
         "--calibration",
         type=arguments.readable,
@@ -86,9 +85,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         model, tokenizer = load(args.model, args.device, args.dtype)
         try:
-            engine = Engine(
-                model, tokenizer, config, settings, codebooks=args.codebooks, calibration=args.calibration
-            )
+            engine = Engine(model, tokenizer, config, settings, calibration=args.calibration)
         except (ValueError, OSError) as error:
             raise LoadError(str(error)) from error
         name = args.name or os.path.basename((args.model or HUB_ID).rstrip("/"))

@@ -95,15 +95,15 @@ def prefill(model: PreTrainedModel, cache: TieredKVCache, ids: Tensor) -> None:
     cache.memory()  # demotes due blocks now, not at the first question
 
 
-def resume(path: str | os.PathLike, model: PreTrainedModel, codebooks=None) -> tuple[TieredKVCache, Tensor]:
+def resume(path: str | os.PathLike, model: PreTrainedModel) -> tuple[TieredKVCache, Tensor]:
     """The cache of a file that `TieredKVCache.save` wrote with ids, and these ids [1, n].
 
-    `codebooks` is as in `load_cache`. Raises as `load_cache`, and `ValueError` for a file without ids.
+    Raises as `load_cache`, and `ValueError` for a file without ids.
     """
     ids = checkpoint.read_tokens(path)
     if ids is None:
         raise ValueError(f"{path} has no token ids: save(path, tokens) stores them")
-    return load_cache(path, model, codebooks=codebooks), ids
+    return load_cache(path, model), ids
 
 
 def answer(model: PreTrainedModel, cache: TieredKVCache, ids: Tensor, max_new_tokens: int) -> Answer:

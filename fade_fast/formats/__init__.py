@@ -1,13 +1,10 @@
 """What a stored token is: its fields, their bytes, and how it is encoded, decoded and attended."""
 
 from fade_ref.config import FadeConfig
-from fade_ref.tiers import Tier
 
 from .rotated import tier_name, tier_widths
 
 
 def tier_names(config: FadeConfig, layer: int, layers: int) -> list[str]:
     """Names in reports of the tiers of a layer's middle, finest first. A model has `layers` layers."""
-    if config.quant_backend == "product":
-        return [Tier.PQ.name]
     return [tier_name(bits) for bits in tier_widths(config, config.bits(layer, layers))]

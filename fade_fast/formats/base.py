@@ -48,25 +48,22 @@ class TierFormat(ABC):
     Attributes:
         tier: the tier's code.
         name: the tier's name in reports: `INT4`, or `K4V2` where the widths differ.
-        has_bound: whether kernels need a bound of all value scales, [B, H] float32; then `value_bound` gives
-            that of some records.
     """
 
     tier: Tier
     name: str
-    has_bound: bool
 
     @abstractmethod
     def fields(self, heads: int) -> dict[str, Field]:
         """The fields of a record. Each format has the fields `key_codes` and `value_codes`."""
 
     @abstractmethod
-    def encode(self, keys: Tensor, values: Tensor, mean: Tensor | None, recurs: bool) -> dict[str, Tensor]:
+    def encode(self, keys: Tensor, values: Tensor, mean: Tensor, recurs: bool) -> dict[str, Tensor]:
         """Records of tokens.
 
         Args:
             keys, values: [B, H, n, D], any floating dtype.
-            mean: [B, H, m, D] fp16, the mean of each n / m keys; None where the format has no means.
+            mean: [B, H, m, D] fp16, the mean of each n / m keys.
             recurs: whether this number of tokens recurs. Then a compiled version pays.
         """
 
@@ -75,12 +72,16 @@ class TierFormat(ABC):
         return fields
 
     @abstractmethod
-    def decode_keys(self, fields: dict[str, Tensor], mean: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def decode_keys(self, fields: dict[str, Tensor], mean: Tensor, dtype: torch.dtype) -> Tensor:
         """Keys [B, H, n, D] of `dtype`, as they were encoded. `mean` is [B, H, n or 1, D]."""
 
     @abstractmethod
     def decode_values(self, fields: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Values [B, H, n, D] of `dtype`."""
+
+    @abstractmethod
+    def value_bound(self, fields: dict[str, Tensor]) -> Tensor:
+        """A bound of all value scales of these records, which kernels need: [B, H] float32."""
 
     @abstractmethod
     def view(
@@ -101,14 +102,9 @@ class Format(ABC):
     Attributes:
         table: that tensor, or one for each KV head, [H, D + 1, D], once `allocate` was called.
         value_table: [H, D, D] where values have matrices of their own, else None.
-        has_means: whether keys are stored less their mean.
-        shares_slots: whether `attend` can read slots once that are equal in several rows.
     """
 
-    has_means = False
-    shares_slots = False
     value_table: Tensor | None = None
-    table_bytes = 0  # of tables that belong to this layer alone
 
     def __init__(self, tables: Callable[[int, torch.device], Tensor]):
         self._tables = tables

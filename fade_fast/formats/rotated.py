@@ -63,7 +63,6 @@ class RotatedTier(TierFormat):
         dtype: of the keys and values.
     """
 
-    has_bound = True
     parts: tuple[int, ...] = ()  # bits of the parts of a code that are stored apart
 
     has_zero = True  # whether codes of 8 and 4 bits have a zero point
@@ -152,9 +151,6 @@ class RotatedFormat(Format):
         tables: see `Format`.
         tier_class: makes a tier of its widths, matrix, code and dtype; see `split.py` for another.
     """
-
-    has_means = True
-    shares_slots = True
 
     def __init__(
         self,

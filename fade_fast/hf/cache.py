@@ -25,7 +25,6 @@ from ..cache.layer import KVLayer
 from ..cache.positions import PositionsElsewhere, TokenPositions
 from ..cache.ranks import Ranks
 from ..formats.matched import MatchedFormat, MatchedTier
-from ..formats.product import ProductFormat
 from ..formats.rotated import RotatedFormat, RotatedTier, tier_widths
 from ..formats.split import tier_class
 from ..kernels import rotated
@@ -34,7 +33,6 @@ from ..saved import checkpoint, memory, snapshot, telemetry
 from ..saved.memory import Memory
 from .attention import NAME
 from .calibration import Calibration
-from .codebooks import Codebooks, given
 from .first_prompt import LayerLearner, PromptCalibration, for_cache
 from .foreign import ForeignLayer, static_window
 from .layer import TieredLayer
@@ -53,7 +51,7 @@ from .rope_probe import RopeElsewhere, probe_of
 if TYPE_CHECKING:
     from .widths import Choice
 
-CODECS = ("rotated", "matched", "product")  # the supported values of `quant_backend`
+CODECS = ("rotated", "matched")  # the supported values of `quant_backend`
 
 
 class TieredKVCache(Cache):
@@ -65,7 +63,7 @@ class TieredKVCache(Cache):
     Args:
         model: the model that the cache is for. It is not attached.
         config: a configuration without a `loss_bound`.
-        max_length, policy_weights, codebooks, calibration: as in `create_cache`.
+        max_length, policy_weights, calibration: as in `create_cache`.
 
     Attributes:
         fade_config: the configuration, with the widths of all layers.
@@ -80,7 +78,6 @@ class TieredKVCache(Cache):
         config: FadeConfig,
         max_length: int | None = None,
         policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
-        codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
         calibration: str | os.PathLike | Calibration | None = None,
     ):
         model = unwrapped(model)
@@ -97,15 +94,8 @@ class TieredKVCache(Cache):
             )
         if config.quant_backend not in CODECS or config.plan_scope not in plan.SCOPES:
             raise ValueError(
-                f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: 'rotated', "
-                f"'matched' or 'product', and one of {', '.join(plan.SCOPES)}, are supported inside "
-                "generate()"
-            )
-        if (config.quant_backend == "product") != (codebooks is not None):
-            what = "missing" if codebooks is None else "given"
-            raise ValueError(
-                f"quant_backend={config.quant_backend!r}, codebooks {what}: 'product' needs them, "
-                "others take none. `fade train-codebook` writes them"
+                f"quant_backend={config.quant_backend!r}, plan_scope={config.plan_scope!r}: 'rotated' "
+                f"or 'matched', and one of {', '.join(plan.SCOPES)}, are supported inside generate()"
             )
         if config.plan_scope == "head" and config.eviction_policy == "adaptive":
             raise ValueError(
@@ -149,12 +139,10 @@ class TieredKVCache(Cache):
         self.began: dict[int, int] = {}  # by thread id: number of tokens when its forward pass began
         self.guard = Guard()
         self._tables: dict[tuple, Tensor] = {}
-        self.codebooks: str | None = None  # the digest of the codebooks
         self.choice: Choice | None = None  # if the widths were chosen for this model
         # Captured steps keep their counters on one device, so all layers must be on that device.
         on_gpu = {p.device.type for p in model.parameters()} == {"cuda"}
         on_gpu &= len({p.device for p in model.parameters()}) == 1
-        by_layer = {}
         if not full:
             kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
             raise ValueError(
@@ -185,9 +173,6 @@ class TieredKVCache(Cache):
                 f"quant_backend={config.quant_backend!r}, calibration given: "
                 "'matched' has one, others take none; leave it out, or set quant_backend='matched'"
             )
-        if codebooks is not None:
-            codebooks = given(codebooks, model)
-            by_layer, self.codebooks = codebooks.by_layer(full), codebooks.digest
         self.tiered: list[KVLayer] = []
         self._elsewhere: dict[torch.device, PositionsElsewhere] = {}  # for layers on other devices
         for index, i in enumerate(full):
@@ -199,9 +184,7 @@ class TieredKVCache(Cache):
             if ropes and (config.contiguous or known and self.calibration.rotates(i)):
                 rope = ropes.find(i)
                 rope = rope if positions is self.token_positions else RopeElsewhere(rope, home)
-            if i in by_layer:
-                format = ProductFormat(by_layer[i], self._table)
-            elif known:
+            if known:
                 format = self._matched(i, widths, rope)
             else:
                 tier = RotatedTier if config.select is None else tier_class("rotated", config.index_bits)
@@ -255,7 +238,7 @@ class TieredKVCache(Cache):
     def __deepcopy__(self, memo: dict) -> "TieredKVCache":
         """Return an independent copy for the same model.
 
-        The copy shares the configuration of the model, the rotary modules and the codebooks.
+        The copy shares the configuration of the model and the rotary modules.
         """
         memo[id(self.model_config)] = self.model_config
         memo[id(self.calibration)] = self.calibration

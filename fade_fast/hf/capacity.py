@@ -72,8 +72,6 @@ class Architecture:
 
     def refusal(self, config: FadeConfig) -> str | None:
         """Why `create_cache` would refuse `config` for this model; None if it would not."""
-        if config.quant_backend == "product":
-            return "the size of its codes depends on codebooks"
         if config.eviction_policy not in plan.SUPPORTED or config.quant_backend not in ("rotated", "matched"):
             return "not served inside generate()"
         if (config.evicts or config.select is not None) and not self.dispatches:

@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fade_ref.config import FadeConfig
@@ -15,7 +14,6 @@ from ..saved.units import compared, grouped, size
 from .attach import verified
 from .cache import TieredKVCache
 from .calibration import Calibration
-from .codebooks import Codebooks
 from .models import attention_modules, unwrapped
 from .versions import untested
 from .widths import settled
@@ -94,7 +92,6 @@ def check_model(
     config: str | FadeConfig = "safe",
     *,
     length: int = 8192,
-    codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
     calibration: str | os.PathLike | Calibration | None = None,
     calibrate: bool = False,
 ) -> ModelCheck:
@@ -107,7 +104,7 @@ def check_model(
             weights is built on the CPU, which is practical for small models only.
         config: the name of a preset, or a `FadeConfig`.
         length: tokens per row for the memory prediction.
-        codebooks, calibration: as in `create_cache`.
+        calibration: as in `create_cache`.
         calibrate: measure the loss of the widths again, although the result is known. Only for a
             configuration with a `loss_bound`, such as `safe`.
 
@@ -129,7 +126,7 @@ def check_model(
     name = type(model).__name__
     try:
         config, calibration, choice = settled(model, config, calibration, again=calibrate)
-        cache = TieredKVCache(model, config, codebooks=codebooks, calibration=calibration)
+        cache = TieredKVCache(model, config, calibration=calibration)
         verification = verified(model)
         if verification.refused:
             raise ValueError(verification.refused)
@@ -168,8 +165,6 @@ def _codec(config: FadeConfig, bits: tuple[int, int]) -> str:
         return "tiered, but every token stays in the model's dtype (recent_window=None)"
     if bits[0] == 16:
         return "tiered, but every token stays in the model's dtype (layer_bits)"
-    if config.quant_backend == "product":
-        return "tiered: product-quantised"
     text = f"tiered: keys at {bits[0]} bits, values at {bits[1]}"
     if config.select is not None:
         most = (
@@ -216,8 +211,8 @@ def _bytes(layer: KVLayer, heads: int, dim: int, dtype: torch.dtype, length: int
     layer.token_positions.extend(0, None, 1, config.block_size, zeros.device)
     layer.middle.demote(zeros, zeros, 0, config.block_size, layer.new_stats(config.block_size))
     records = [tier.records.record_bytes for tier in layer.middle.tiers]
-    means, tables = layer.middle.means, layer.format.table_bytes
-    mean = means["mean"].nbytes if means is not None and means.count else 0
+    means = layer.middle.means
+    mean = means["mean"].nbytes if means.count else 0
     layer.reset()
     layer.token_positions.clear()
     kept = [due]
@@ -228,4 +223,4 @@ def _bytes(layer: KVLayer, heads: int, dim: int, dtype: torch.dtype, length: int
     packed = (length - due) * token + sum(n * size for n, size in zip(kept, records))
     if not config.relocatable:
         mean *= due // config.block_size
-    return dense, packed + (mean if due else 0) + tables
+    return dense, packed + (mean if due else 0)

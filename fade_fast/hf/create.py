@@ -15,7 +15,6 @@ from . import generate
 from .attach import attach
 from .cache import TieredKVCache
 from .calibration import Calibration, of_tensors
-from .codebooks import Codebooks
 from .models import of_process, unwrapped
 from .widths import Choice, settled
 
@@ -29,7 +28,6 @@ def create_cache(
     *,
     max_length: int | None = None,
     policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
-    codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
     calibration: str | os.PathLike | Calibration | None = None,
     verify: bool = True,
 ) -> TieredKVCache:
@@ -61,9 +59,6 @@ def create_cache(
             `fade_ref.scores` gives their names and shapes. By default the weights of `fade_fast` are used,
             which were trained on SmolLM2-135M. The inputs of the network do not depend on the shape of a
             model, so the weights fit every model.
-        codebooks: codebooks for `quant_backend="product"`: a file that `fade train-codebook` wrote, the
-            result of `codebooks.train`, or tensors with the same names and shapes. Codebooks belong to one
-            model.
         calibration: a file that `fade calibrate` wrote, or a `Calibration`. It belongs to one model.
             `quant_backend="matched"`, the codec of `safe`, `int4` and `recall`, needs one: by default the
             model is calibrated at its first cache of this kind, on a short text, and the result is kept in
@@ -76,11 +71,10 @@ def create_cache(
 
     Raises:
         ValueError: the preset is unknown, or the model or the policy is not supported. A policy that ranks by
-            attention needs a model whose attention can be replaced. Codebooks are missing, incomplete, from
-            another model, or given although the configuration does not use them. The same holds for a
-            calibration. Processes of a tensor-parallel model would hold parts of KV heads. `attach` can also
-            raise `ValueError`.
-        TypeError: `model`, `config`, `codebooks` or `calibration` has another type.
+            attention needs a model whose attention can be replaced. A calibration is from another model, or
+            given although the configuration does not use it. Processes of a tensor-parallel model would hold
+            parts of KV heads. `attach` can also raise `ValueError`.
+        TypeError: `model`, `config` or `calibration` has another type.
     """
     if isinstance(config, str):
         config = FadeConfig.preset(config)
@@ -95,7 +89,7 @@ def create_cache(
         raise ValueError(f"max_length={max_length!r}: an integer of at least 1, or None, is allowed")
     start_workers(getattr(model, "device", None))  # while the model is calibrated and verified
     config, calibration, choice = settled(model, config, calibration)
-    cache = TieredKVCache(model, config, max_length, policy_weights, codebooks, calibration)
+    cache = TieredKVCache(model, config, max_length, policy_weights, calibration)
     cache.choice = choice
     attach(model, verify=verify)
     return cache
@@ -108,7 +102,6 @@ def load_cache(
     *,
     max_length: int | None = None,
     policy_weights: str | os.PathLike | dict[str, Tensor] | None = None,
-    codebooks: str | os.PathLike | Codebooks | dict[str, Tensor] | None = None,
     verify: bool = True,
 ) -> TieredKVCache:
     """Load a cache for `model` from a file of `TieredKVCache.save`. Decoding continues with identical bits.
@@ -116,13 +109,12 @@ def load_cache(
     Args:
         path: the file that `save` wrote.
         model: the model that filled the cache, on any device.
-        max_length, policy_weights, codebooks, verify: as in `create_cache`. The file does not contain the
-            codebooks, but it identifies them. The file contains the calibration.
+        max_length, policy_weights, verify: as in `create_cache`. The file contains the calibration.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not a saved cache, is damaged, or belongs to another version, another model,
-            another process of a tensor-parallel model, or other codebooks.
+        ValueError: the file is not a saved cache, is damaged, or belongs to another version, another model or
+            another process of a tensor-parallel model.
     """
     model, (tensors, header) = unwrapped(model), checkpoint.read(path)
     calibration = None
@@ -144,7 +136,6 @@ def load_cache(
         config,
         max_length=max_length,
         policy_weights=policy_weights,
-        codebooks=codebooks,
         calibration=calibration,
         verify=verify,
     )

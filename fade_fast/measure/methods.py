@@ -18,7 +18,6 @@ from fade_fast.cache.layer import MAX_DECODE_TOKENS
 from fade_fast.cache.positions import PAD
 from fade_fast.compile import compiled as compiling
 from fade_fast.hf.cache import TieredKVCache
-from fade_fast.hf.codebooks import SIDES
 from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import text_config
 from fade_fast.saved.memory import storage_bytes
@@ -76,13 +75,12 @@ class Method:
         return self.make(model, length)
 
 
-def method(name: str, weights=None, codebooks=None) -> Method:
+def method(name: str, weights=None) -> Method:
     """The method called `name`.
 
     Args:
         name: see `NAMES` and the module.
         weights: for the policy "learned", a safetensors file; None: the shipped ones.
-        codebooks: for "codes" (product quantization), a file that `fade train-codebook` wrote.
 
     Raises `ValueError` if no method has this name, or a field cannot have such a value.
     """
@@ -93,9 +91,6 @@ def method(name: str, weights=None, codebooks=None) -> Method:
         return _policy(name, base, changed, weights)
     if base == "streaming":
         return Method(name, EVICTS, lambda model, length: _ours(model, streaming(model, length, changed)))
-    if base == "codes":
-        config = replace(FadeConfig(quant_backend="product"), **changed)
-        return Method(name, COMPRESSES, lambda model, length: _coded(model, config, codebooks))
     if is_config(base):
         config = replace(config_of(base), **changed)
         does = COMPRESSES if config.compresses else EXACT
@@ -136,20 +131,11 @@ def made_for(model: PreTrainedModel, m: Method, length: int) -> Cache:
     if not isinstance(cache, TieredKVCache):
         return cache
     weights = next((x.observer.weights for x in cache.tiered if hasattr(x.observer, "weights")), None)
-    pairs = ((i, zip(SIDES, getattr(layer, "books", None) or ())) for i, layer in enumerate(cache.layers))
-    books = {f"{i}.{side}": x for i, pair in pairs for side, x in pair}
-    options = dict(policy_weights=weights, codebooks=books or None)
-    return fade_fast.create_cache(model, cache.fade_config, max_length=length, **options)
+    return fade_fast.create_cache(model, cache.fade_config, max_length=length, policy_weights=weights)
 
 
 def _ours(model, config: FadeConfig, weights=None) -> TieredKVCache:
     return fade_fast.create_cache(model, config, policy_weights=weights)
-
-
-def _coded(model, config: FadeConfig, codebooks) -> TieredKVCache:
-    if codebooks is None:
-        raise Unavailable("no codebooks were given")
-    return fade_fast.create_cache(model, config, codebooks=codebooks)
 
 
 def _quantized(model, backend: str, bits: int) -> Cache:

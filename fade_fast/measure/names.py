@@ -13,16 +13,14 @@ from fade_ref.config import PRESETS, FadeConfig
 POLICIES = ("position", "h2o", "ema", "adaptive", "snapkv", "tova", "knorm", "keydiff", "learned")
 QUANTIZED = {"quanto4": ("quanto", 4), "quanto2": ("quanto", 2), "hqq4": ("hqq", 4), "hqq2": ("hqq", 2)}
 WIDTHS = re.compile(r"int([8432])|k([8432])v([8432])")
-NAMES = ("dynamic", *QUANTIZED, "streaming", "off", *PRESETS, "int8|4|3|2", "k4v2", "codes", *POLICIES)
+NAMES = ("dynamic", *QUANTIZED, "streaming", "off", *PRESETS, "int8|4|3|2", "k4v2", *POLICIES)
 
 
 def check(name: str) -> None:
     """Raise `ValueError` if no method has this name, or a field cannot have such a value."""
     base, *changes = name.split(":")
     changed = changed_fields(name, changes)
-    if base == "codes":
-        replace(FadeConfig(quant_backend="product"), **changed)
-    elif is_config(base):
+    if is_config(base):
         replace(config_of(base), **changed)
     elif base not in (*POLICIES, "streaming") and (base not in ("dynamic", *QUANTIZED) or changes):
         raise ValueError(f"no method {name!r}: there are {', '.join(NAMES)}")

@@ -76,13 +76,12 @@ def add_text(parser: argparse.ArgumentParser, use: str) -> None:
 
 
 def add_methods(parser: argparse.ArgumentParser, default: Iterable[str] | None) -> None:
-    """--configs, names of methods, and the files that some of them need. `methods_of` reads them."""
+    """--configs, names of methods, and the file that one of them needs. `methods_of` reads them."""
     parser.add_argument(
         "--configs", nargs="+", default=None if default is None else list(default), metavar="NAME",
         help=CONFIGS,
     )  # fmt: skip
     parser.add_argument("--policy-weights", type=readable, metavar="FILE", help="of the policy learned")
-    parser.add_argument("--codebooks", type=readable, metavar="FILE", help="of codes")
 
 
 def report_of(kind: str) -> Callable[[str], Path]:
@@ -145,4 +144,4 @@ def methods_of(args: argparse.Namespace, names: Iterable[str]) -> "list[Method]"
     """The methods of these names, with the files that `add_methods` lets name."""
     from .methods import method  # imports torch
 
-    return [method(name, args.policy_weights, args.codebooks) for name in names]
+    return [method(name, args.policy_weights) for name in names]

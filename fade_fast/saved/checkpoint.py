@@ -1,8 +1,8 @@
 """Store a cache as a file: safetensors with a JSON header, nothing that could run code.
 
 The slots in use are stored exactly as in memory, so decoding continues bit for bit. State that follows from
-the configuration (the codec's rotation, capacities, captured CUDA graphs) is created anew. Of codebooks only
-the digest is stored, so the loader must supply the codebooks. A calibration is stored with the cache.
+the configuration (the codec's rotation, capacities, captured CUDA graphs) is created anew. A
+calibration is stored with the cache.
 """
 
 import contextlib
@@ -51,8 +51,6 @@ def state_dict(cache) -> tuple[dict[str, Tensor], dict]:
     known = dict(
         config=config_dict(cache.fade_config), holes=cache.token_positions.has_padding, layers=layers
     )
-    if cache.codebooks is not None:
-        known["codebooks"] = cache.codebooks
     awaits = any(layer.format.awaits_tables for layer in cache.tiered)  # then there is no code yet
     if cache.calibration is not None and not awaits:  # without it, nobody could decode the codes
         tensors |= {CALIBRATION + name: x for name, x in cache.calibration.tensors().items()}
@@ -89,14 +87,11 @@ def load_state_dict(cache, tensors: dict[str, Tensor], known: dict) -> None:
         )
     if cache.token_positions.length:
         raise ValueError("the cache is not empty: reset() it first")
+    _refuse_product("what is stored has", known)
     if _as_json(known["config"]) != _as_json(config_dict(cache.fade_config)):
         raise ValueError(
             f"the stored configuration is {known['config']}, the cache's {cache.fade_config}: create the "
             "cache with the stored one"
-        )
-    if known.get("codebooks") != cache.codebooks:
-        raise ValueError(
-            "what is stored are codes of other codebooks than the cache's: pass the codebooks that filled it"
         )
     kinds, ours = (
         [layer.get("kind") for layer in layers],
@@ -237,7 +232,7 @@ def _opened(path: str | os.PathLike):
             header = json.loads((file.metadata() or {})["fade"])
             if not isinstance(header, dict):
                 raise ValueError("its header is no object")
-            if header.get("version") == VERSION:
+            if header.get("version") == VERSION and not _is_product(header):
                 yield header, file
                 return
     except FileNotFoundError:
@@ -246,10 +241,26 @@ def _opened(path: str | os.PathLike):
         raise ValueError(
             f"{path} is not a stored cache, or is damaged: {error}; give a file that cache.save() wrote"
         ) from error
+    _refuse_product(f"{path} has", header)
     raise ValueError(
         f"{path} has version {header.get('version')}; {VERSION} is understood here: read it with the version "
         "of fade-fast that wrote it, or save the cache again"
     )
+
+
+def _is_product(known: dict) -> bool:
+    """Whether a header is of a cache whose codec was product quantization."""
+    config = known.get("config")
+    return isinstance(config, dict) and config.get("quant_backend") == "product"
+
+
+def _refuse_product(what: str, known: dict) -> None:
+    """Raise `ValueError` for codes that only earlier versions could read."""
+    if _is_product(known):
+        raise ValueError(
+            f"{what} product-quantized codes, which caches no longer have: read the text again into a new "
+            "cache; quant_backend='matched', middle_k_bits=2, middle_v_bits=2 gives codes of about that size"
+        )
 
 
 def _digest(tensors: dict[str, Tensor], header: dict) -> str:
@@ -276,10 +287,8 @@ def _of_tiered(layer: KVLayer) -> tuple[dict[str, Tensor], dict]:
     if middle is not None:
         for i, tier in enumerate(middle.tiers):
             parts |= {f"tier{i}.{name}": tier.records[name] for name in tier.records.fields}
-            if tier.bound is not None:
-                parts[f"tier{i}.bound"] = tier.bound
-        if middle.means is not None:
-            parts["means"] = middle.means["mean"]
+            parts[f"tier{i}.bound"] = tier.bound
+        parts["means"] = middle.means["mean"]
         if isinstance(middle, BudgetStore) and middle.evicted is not None:
             parts |= dict(evicted=middle.evicted, demoted=middle._demoted)
     return parts, dict(length=layer.length, sinks_placed=layer.dense.sinks_placed)
@@ -315,11 +324,9 @@ def _fill_tiered(layer: KVLayer, parts: dict[str, Tensor], about: dict) -> None:
     for i, tier in enumerate(middle.tiers):
         fields = {name: parts.pop(f"tier{i}.{name}") for name in tier.records.fields}
         tier.append(**fields)
-        if tier.bound is not None:
-            tier.bound.copy_(parts.pop(f"tier{i}.bound"))
-    if middle.means is not None:
-        middle.means.reserve(-(-middle.tiers[0].records.capacity // middle.per_mean))
-        middle.means.append(mean=parts.pop("means"))
+        tier.bound.copy_(parts.pop(f"tier{i}.bound"))
+    middle.means.reserve(-(-middle.tiers[0].records.capacity // middle.per_mean))
+    middle.means.append(mean=parts.pop("means"))
     if "evicted" in parts:
         middle.evicted, middle._demoted = parts.pop("evicted"), parts.pop("demoted")
 

@@ -41,11 +41,11 @@ class Memory:
     Attributes:
         allocated: every distinct storage the cache holds, spare capacity included. The ids seen, 4 bytes per
             token on the host, are left out, and so is `host`.
-        packed: bytes that the live tokens need, means of keys and codebooks included.
+        packed: bytes that the live tokens need, means of keys included.
         dense: bytes that `DynamicCache` would hold for the same logical tokens.
         tokens: tokens by tier, "EVICTED" included, summed over the batch, of one tiered layer (the mean over
             layers where they differ).
-        tables: the part of `allocated` that does not grow with the text: rotations, matrices and codebooks.
+        tables: the part of `allocated` that does not grow with the text: rotations and matrices.
             All caches of a model share them.
         host: bytes of the storages in host memory, with `cold="host"`.
         selected: what queries have read, where they choose; None if none has chosen.
@@ -107,10 +107,9 @@ def layer_sizes(layer: KVLayer) -> tuple[int, int, dict[str, int]]:
             tokens[tier.name] = int((layer.middle.position(tier) >= 0).sum())
             packed += tokens[tier.name] * tier.records.record_bytes
         means = layer.middle.means
-        packed += means["mean"].nbytes if means is not None and means.count else 0
+        packed += means["mean"].nbytes if means.count else 0
         index = layer.middle.buffers().get("index")
         packed += index.count * index.record_bytes * keys.shape[0] if index else 0
-        packed += layer.format.table_bytes
         tokens[Tier.EVICTED.name] = seen - sum(tokens.values())
     return packed, batch * layer.length * heads * 2 * vector, tokens
 

@@ -199,7 +199,7 @@ class Engine:
         model, tokenizer: the model and its tokenizer. Nobody else may use the model meanwhile.
         config: the configuration of all caches.
         options: see `Options`.
-        policy_weights, codebooks, calibration: as in `create_cache`.
+        policy_weights, calibration: as in `create_cache`.
 
     Raises `ValueError` as `create_cache` does.
     """
@@ -212,11 +212,10 @@ class Engine:
         options: Options = Options(),  # noqa: B008 (it is immutable)
         *,
         policy_weights=None,
-        codebooks=None,
         calibration=None,
     ):
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        self._extras = dict(policy_weights=policy_weights, codebooks=codebooks, calibration=calibration)
+        self._extras = dict(policy_weights=policy_weights, calibration=calibration)
         self._extras = {name: x for name, x in self._extras.items() if x is not None}
         #: Copied for each prompt: creating a cache may run the model, to see how it rotates keys.
         self._empty = create_cache(model, config, **self._extras)
@@ -231,7 +230,7 @@ class Engine:
         self.metrics, self.view = Metrics(), View()
         calibration = self._empty.calibration and self._empty.calibration.header()
         weights = policy_weights if isinstance(policy_weights, str) else bool(policy_weights)
-        kind = f"{self.config} {options.reuse} {self.chunk} {self._empty.codebooks} {calibration} {weights}"
+        kind = f"{self.config} {options.reuse} {self.chunk} {calibration} {weights}"
         self.prefixes = Prefixes(
             model,
             budget=options.memory_budget,

@@ -67,7 +67,7 @@ class Prefixes:
         most: most entries, those on disk included.
         kind: identifies all that decides the bits of a cache besides the model and its tokens.
         folder: where caches go. They are found there again after a restart. None: a temporary folder.
-        load: arguments of `load_cache`: codebooks and policy_weights.
+        load: arguments of `load_cache`: policy_weights.
         crops: whether caches may be cropped to what a prompt shares with them.
     """
 

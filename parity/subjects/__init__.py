@@ -6,9 +6,9 @@ from fade_ref import config, policies, rope
 from fade_ref.tiers import Tier
 
 from ..case import Case, Found
-from . import attention, captured, checkpoints, codecs, life, plans, positions, product
+from . import attention, captured, checkpoints, codecs, life, plans, positions
 
-MODULES = (codecs, product, attention, plans, positions, life, checkpoints, captured)
+MODULES = (codecs, attention, plans, positions, life, checkpoints, captured)
 
 
 def registries() -> dict[str, list[str]]:

@@ -10,7 +10,6 @@ import fade_fast
 from fade_fast.hf.models import CACHE_NAME
 from fade_ref.config import FadeConfig
 
-from .. import cases as measure
 from ..case import Case, Draw, Found, relative_error
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -25,8 +24,6 @@ CONFIGS = {
     "evict, original positions": (FadeConfig(**SMALL, int4_budget=10, positions="original"), False),
     "h2o, evict": (FadeConfig(**SMALL, int4_budget=10, eviction_policy="h2o"), False),
     "off": (FadeConfig(recent_window=None), False),
-    "codes": (FadeConfig(**SMALL, quant_backend="product"), False),
-    "codes, padded": (FadeConfig(**SMALL, quant_backend="product"), True),
     "matched": (FadeConfig(**SMALL, quant_backend="matched"), True),
     "matched, evict": (FadeConfig(**SMALL, quant_backend="matched", int4_budget=10), False),
     "int4, beams": (FadeConfig(**SMALL), False, 3),
@@ -51,7 +48,6 @@ CONFIGS = {
     ),
     "int4, drafted": (FadeConfig(**SMALL), False, 1, None, True),
     "evict, drafted": (FadeConfig(**SMALL, int4_budget=10), False, 1, None, True),
-    "codes, padded, drafted": (FadeConfig(**SMALL, quant_backend="product"), True, 1, None, True),
 }
 
 
@@ -95,11 +91,9 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
                 assistant_confidence_threshold=0.0,
             )  # fmt: skip
         torch._dynamo.reset()  # here, since the counters below must not count the compiled encoders
-        books = measure.codebooks(64) if config.quant_backend == "product" else None
-        books = books and books | {name.replace("0.", "1."): x for name, x in books.items()}
 
         def eagerly(**more):
-            cache = fade_fast.create_cache(model, config, codebooks=books, verify=False)
+            cache = fade_fast.create_cache(model, config, verify=False)
             cache.decode_graph.compileable = False
             return cache, model.generate(
                 **inputs, **{CACHE_NAME: cache}, max_new_tokens=new, **options, **more
@@ -119,7 +113,7 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
         compiling = CompileConfig(fullgraph=True, backend=backend, mode=mode)
         compiling._compile_all_devices = True
         model.generation_config.compile_config = compiling  # beam search reads this attribute
-        cache = fade_fast.create_cache(model, config, codebooks=books, verify=False)
+        cache = fade_fast.create_cache(model, config, verify=False)
         cache.decode_graph.compileable = True
         begin, widths = cache.decode_graph.begin, []
         cache.decode_graph.begin = lambda new, batch: (

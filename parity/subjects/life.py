@@ -55,11 +55,6 @@ MATCHED = {
         **SMALL, quant_backend="matched", int4_budget=10, int2_budget=6, positions="original"
     ),
 }
-#: The middle consists of tokens with product quantization. The codebooks are `cases.codebooks`.
-CODED = {
-    "codes": FadeConfig(**SMALL, quant_backend="product"),
-    "codes, no sinks": FadeConfig(n_sink=0, recent_window=0, block_size=3, quant_backend="product"),
-}
 CHOOSING = dict(recent_window=8, block_size=8, select=8)
 #: Every token is kept, and a query reads some pages.
 CHOSEN = {
@@ -91,7 +86,6 @@ CHOSEN |= {
         **CHOOSING | dict(select=0.6), index="deviation", quant_backend="matched"
     ),
 }
-CODED_COVERS = ("tier PQ", "codec product")
 #: Configurations whose live tokens have gaps between them.
 GAPS = {
     "key norm": FadeConfig(**SMALL, int4_budget=10, eviction_policy="knorm"),
@@ -139,7 +133,7 @@ LONG = {
     "window, padding, float32": dict(terms=TERMS["window"], padding=(0, 7), shape=dict(dtype=torch.float32)),
     "bfloat16": dict(shape=dict(dtype=torch.bfloat16)),
 }
-RANDOM, CODED_RANDOM, CHOSEN_RANDOM = 24, 8, 12  # random traces
+RANDOM, CHOSEN_RANDOM = 24, 12  # random traces
 #: The cases that run compiled on a GPU by default.
 COMPILED = ("int4", "evict, padding (0, 11)", "D128 G7 float16", "D80 G4 bfloat16", "logits int4, bfloat16")
 
@@ -169,22 +163,9 @@ def collect() -> list[Case]:
             where = f"{name}, padded" if padding else name
             found.append(Case("life", "matched", where, _trace(config, padding=padding), ("codec matched",)))
     found += _choosing()
-    for name, config in CODED.items():
-        for padding in ((), (0, 11), (3, 6)):
-            for dtype in (torch.float64, torch.float32, torch.bfloat16):
-                title = f"{name}, padding {padding}, {dtype}".replace("torch.", "")
-                run = _trace(config, padding=padding, shape=dict(dtype=dtype))
-                found.append(Case("life", "of codes", title, run, CODED_COVERS, dtype))
-    run = _trace(CODED["codes"], ROWS, padding=(0, 7))
-    found.append(Case("life", "of codes", "rows that come and go", run, CODED_COVERS))
-    for dim, group in ((80, 4), (128, 7), (256, 1)):
-        run = _trace(CODED["codes"], [30, 1, 1, 18, 3, 1], shape=dict(head_dim=dim, group=group, heads=1))
-        found.append(Case("life", "of codes", f"D{dim} G{group}", run, CODED_COVERS))
-    for i in range(CODED_RANDOM):
-        found.append(Case("life", "of codes", f"random trace {i}", _random_codes, CODED_COVERS))
     for name, terms in TERMS.items():
-        for config in ("int4", "evict", "int4, int2, evict", "off", "codes"):
-            run = _trace((CONFIGS | CODED)[config], terms=terms)
+        for config in ("int4", "evict", "int4, int2, evict", "off"):
+            run = _trace(CONFIGS[config], terms=terms)
             found.append(Case("life", "what models ask", f"{name}, {config}", run))
     for name, config in GAPS.items():  # the content of a window depends on the way distances are counted
         for terms in ("window", "all"):
@@ -193,10 +174,10 @@ def collect() -> list[Case]:
     for config in ("int4", "off"):
         run = _trace(CONFIGS[config], [9] + [1] * 8 + [5, 1, 20, 1], terms=TERMS["window"])
         found.append(Case("life", "what models ask", f"window, {config}, a text that outgrows it", run))
-    for name in ("int4", "int4, int2", "evict", "before RoPE", "codes", "off"):
+    for name in ("int4", "int4, int2", "evict", "before RoPE", "off"):
         for title, options in LONG.items():
             dtype = options.get("shape", {}).get("dtype", torch.float64)
-            run = _in_tiles(_trace((CONFIGS | CODED)[name], [24, 1, 33, 1, 40, 3, 1], **options))
+            run = _in_tiles(_trace(CONFIGS[name], [24, 1, 33, 1, 40, 3, 1], **options))
             found.append(Case("life", "long steps", f"{name}, {title}", run, dtype=dtype))
     for dtype in ATTENTION:
         for dim, group in ((80, 4), (128, 7), (256, 1)):
@@ -296,11 +277,7 @@ def walk(found: Found, config, shape, steps, **options) -> None:
     extra, fewer = strain(shape.dtype, score, fused=True) if found.fused else 0.0, 0
     for i, step in enumerate(measure.trace(config, shape, steps, **options)):
         where = f"step {i}: {steps[i]}"
-        if config.quant_backend == "product" and shape.dtype == torch.float64:
-            # This codec has no float32 rotation, so its tolerance is smaller.
-            found.near("product attention", step.output_error, where, dtype=shape.dtype)
-        else:
-            found.near("attention", step.output_error, where, dtype=shape.dtype, strain=extra)
+        found.near("attention", step.output_error, where, dtype=shape.dtype, strain=extra)
         if step.chosen:
             ours, exact, every = step.chosen
             found.holds("tokens read", ours == exact, f"{where}: {ours} instead of {exact}")
@@ -312,15 +289,6 @@ def walk(found: Found, config, shape, steps, **options) -> None:
         found.bits("tokens", step.state)
         found.holds("moved records", step.same_records, where)
         found.holds("lengths", step.same_lengths, where)
-        if step.codes is not None:
-            ours, exact = step.codes
-            found.holds("product codes in place", len(exact) > 0, "nothing was coded")
-            if shape.dtype == torch.float64:
-                found.same("product codes in place", ours, exact, where)
-            else:
-                found.near(
-                    "product codes differing", max(0, int((ours != exact).sum()) - 1) / len(exact), where
-                )
     if config.select is not None:
         found.holds("tokens read", fewer > 0, "no query read fewer tokens than there were")
 
@@ -340,11 +308,6 @@ def tiles(tile: int, rows: int, eager: int, encoded: int):
             setattr(module, name, value)
 
 
-def _random_codes(found: Found, seed: int):
-    """A random trace with product quantization in float64. There the codes agree bit for bit."""
-    _random(found, seed, coded=True)
-
-
 def _random_choices(found: Found, seed: int):
     """A random trace in which queries choose what they read."""
     draw = Draw(seed)
@@ -360,7 +323,7 @@ def _random_choices(found: Found, seed: int):
     _random(found, seed, chosen=fields)
 
 
-def _random(found: Found, seed: int, coded: bool = False, chosen: dict | None = None):
+def _random(found: Found, seed: int, chosen: dict | None = None):
     """A random configuration and random steps: lengths near boundaries, crops, reordered rows, padding."""
     draw = Draw(seed)
     moves = draw.chance(0.7, 1).item()
@@ -378,9 +341,6 @@ def _random(found: Found, seed: int, coded: bool = False, chosen: dict | None = 
     shape = measure.Shape(
         batch=draw.one(1, 4), heads=draw.one(1, 3), group=draw.pick([1, 2, 3, 5]), device=found.device
     )
-    if coded:
-        kept = dict(n_sink=config.n_sink, recent_window=config.recent_window, block_size=config.block_size)
-        config, shape = FadeConfig(**kept, quant_backend="product"), replace(shape, dtype=torch.float64)
     if chosen:
         recent = draw.pick([0, 7, 16])
         config = FadeConfig(n_sink=config.n_sink, recent_window=recent, **chosen)

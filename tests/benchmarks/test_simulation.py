@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import fade_fast
-from benchmarks import readers, simulation
-from fade_fast.hf import codebooks
+from benchmarks import codebooks, readers, simulation
 from fade_fast.measure import quality
 from fade_fast.measure.methods import method
 from fade_fast.measure.streams import NothingCompressed
@@ -16,7 +15,6 @@ from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
 from ..measure import models
-from ..models import codebooks as random_books
 from ..models import prompt, tiny_llama
 
 
@@ -109,7 +107,7 @@ def test_a_baseline_is_read_where_the_mask_says():
     assert changed.tolist() == [i >= 13 for i in range(60)]  # the first query that misses a token
 
 
-def test_what_a_token_takes(tmp_path):
+def test_what_a_token_takes():
     model, config = tiny_llama(), FadeConfig()
     size = lambda name: readers.reader(name, model, config)  # noqa: E731
     matched = size("k4v2:quant_backend=matched")
@@ -119,16 +117,6 @@ def test_what_a_token_takes(tmp_path):
     assert matched.tables == sum(held.values()) > 2 * 2 * 2 * 64 * 64 * 4
     fade_fast.detach(model)
     assert (size("kivi2").key_bytes, size("kivi2").value_bytes, size("kivi2").tables) == (24, 24, 0)
-    file = tmp_path / "books.safetensors"
-    codebooks.Codebooks(random_books(model), dict(version=codebooks.VERSION, fingerprint=_print(model))).save(
-        file
-    )
-    coded = readers.coded(file, model)
-    assert coded.name == "pq-4x16" and coded.key_bytes == coded.value_bytes == 16 * 4 / 8
-    assert coded.tables == sum(x.nbytes for x in random_books(model).values())
-    x = torch.randn(2, 30, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    book = random_books(model)["1.value"].double()
-    assert torch.equal(coded.read(1, x, x)[1], product.decode(product.encode(x, book), book))
 
 
 def _tables(layer):
@@ -136,13 +124,33 @@ def _tables(layer):
     return layer.format.tensors()
 
 
-def _print(model):
-    from fade_fast.hf.models import fingerprint
+def test_product_quantization():
+    """Codebooks are trained from what the model caches: they code unseen text better than its mean does."""
+    model = tiny_llama()
+    books = codebooks.train(model, prompt(300)["input_ids"], 4, 16)
+    assert books.keys() == {0, 1} and books[1][1].shape == (16, 16, 4)
+    again = codebooks.train(model, prompt(300)["input_ids"], 4, 16)
+    assert all(torch.equal(*pair) for i in books for pair in zip(books[i], again[i]))
+    coded = readers.coded("pq-4x16:tokens=300", books)
+    assert coded.name == "pq-4x16" and coded.key_bytes == coded.value_bytes == 16 * 4 / 8
+    assert (
+        coded.tables
+        == 2 * 2 * product.codebook_bytes(64, 16)
+        == 2 * sum(x.numel() for pair in books.values() for x in pair)
+    )
+    for i, (keys, values) in codebooks.cached(model, prompt(200, seed=1)["input_ids"]).items():
+        for x, back in zip((keys, values), coded.read(i, keys[None], values[None])):
+            assert x.shape == (400, 64) and (back[0] - x).norm() < 0.9 * (x - x.mean(0)).norm()
+    assert torch.equal(back[0], product.decode(product.encode(x.double(), books[1][1]), books[1][1]))
+    with pytest.raises(ValueError, match="too few"):
+        codebooks.train(model, prompt(20)["input_ids"], 4, 256)
+    with pytest.raises(ValueError, match="no product quantization: pq-4x256"):
+        codebooks.settings("pq-4")
 
-    return fingerprint(model)
 
-
-@pytest.mark.parametrize("name", ["balanced", "codes", "off", "int4:layer_bits=boundary", "dynamic", "kivi9"])
+@pytest.mark.parametrize(
+    "name", ["balanced", "pq-4x9", "off", "int4:layer_bits=boundary", "dynamic", "kivi9"]
+)
 def test_formats_that_cannot_be_simulated(name):
     with pytest.raises(ValueError):
         readers.reader(name, tiny_llama(), FadeConfig())
@@ -160,3 +168,10 @@ def test_the_command(tmp_path, capsys):
     assert "4 sinks and its last 64 tokens" in shown and "| turboquant2 | 18 + 18 |" in shown
     assert simulation.main(["--show", str(file)]) == 0
     assert capsys.readouterr().out.strip() in shown
+    options[-2:] = ["pq-4x16:tokens=300"]
+    with pytest.raises(SystemExit):
+        simulation.main(options)
+    assert "name a text to train them with --codebook-text" in capsys.readouterr().err
+    text.with_name("other.txt").write_text(models.words(600))
+    assert simulation.main([*options, "--codebook-text", str(text.with_name("other.txt"))]) == 0
+    assert "| pq-4x16 | 8 + 8 |" in capsys.readouterr().out

@@ -14,8 +14,7 @@ from .test_cuda_graph import tapes  # noqa: F401
 from .test_decode_graph import SMALL, STEADY, compiled
 
 POLICIES = ("h2o", "snapkv", "keydiff")
-CASES = {name: config for name, config in STEADY.items() if name != "codes"}
-CASES |= {p: FadeConfig(**SMALL, int4_budget=12, int2_budget=8, eviction_policy=p) for p in POLICIES}
+CASES = STEADY | {p: FadeConfig(**SMALL, int4_budget=12, int2_budget=8, eviction_policy=p) for p in POLICIES}
 
 
 class Demotion:

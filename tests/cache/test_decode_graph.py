@@ -12,7 +12,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import fade_fast
 from fade_fast.cache.layer import KVLayer
 from fade_fast.cache.reads import AttentionQuery
-from fade_fast.formats.product import ProductFormat, ProductTier
 from fade_fast.formats.rotated import RotatedFormat, RotatedTier
 from fade_fast.hf.attention import NAME
 from fade_fast.hf.models import CACHE_NAME
@@ -39,7 +38,6 @@ CONFIGS = {
     "evict": FadeConfig(**SMALL, int4_budget=10),
     "evict, original positions": FadeConfig(**SMALL, int4_budget=10, positions="original"),
     "int4, int2, evict": FadeConfig(**SMALL, int4_budget=10, int2_budget=6),
-    "codes": FadeConfig(**SMALL, quant_backend="product"),
     "matched": FadeConfig(**SMALL, quant_backend="matched"),
     "matched, evict": FadeConfig(**SMALL, quant_backend="matched", int4_budget=10),
     "matched, two tiers": FadeConfig(
@@ -96,7 +94,7 @@ CAPTURED = pairwise(
     keep=[("steps", "int4, int2, evict", True), ("steps", "h2o", True), ("beams", "evict", False)],
 )
 #: The test of beams replays steps of every configuration. So the test of replays needs one of each kind.
-KINDS = "int4, int2, evict", "matched, two tiers", "codes", "select, host", "select, policy", "off", "h2o"
+KINDS = "int4, int2, evict", "matched, two tiers", "select, host", "select, policy", "off", "h2o"
 REPLAYED = pairwise(CONFIGS, (False, True)) if FULL else [(name, i % 2 > 0) for i, name in enumerate(KINDS)]
 
 
@@ -135,7 +133,6 @@ STEADY = {
     "int4, int2, evict": FadeConfig(**SMALL, int4_budget=12, int2_budget=8),
     "int2, evict": FadeConfig(**SMALL, int4_budget=8, int2_budget=8, middle_k_bits=2, middle_v_bits=2),
     "knorm": FadeConfig(**SMALL, int4_budget=12, int2_budget=8, eviction_policy="knorm"),
-    "codes": FadeConfig(**SMALL, quant_backend="product"),
     "select": FadeConfig(recent_window=8, block_size=8, select=64),  # more tokens come than are read
     "select, host": FadeConfig(recent_window=8, block_size=8, select=64, cold="host", resident=72),
     "select, bounds": FadeConfig(recent_window=8, block_size=8, select=64, index="bounds+k2"),
@@ -307,11 +304,11 @@ def test_a_cache_goes_in_and_out_of_inference_mode(run, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["int4", "evict", "codes", "h2o", "select, host", "off"])
+@pytest.mark.parametrize("name", ["int4", "evict", "h2o", "select, host", "off"])
 def test_autocast_reaches_the_model_alone(name, dtype, monkeypatch):
     """Keys and values are stored in its dtype; what they are encoded and attended by is not rounded to it."""
     model, inputs, seen, found = tiny_llama(dtype=dtype), prompt(60, batch=2, pads=(0, 7)), [], []
-    for kind in (RotatedTier, ProductTier, RotatedFormat, ProductFormat, KVLayer, AttentionQuery):
+    for kind in (RotatedTier, RotatedFormat, KVLayer, AttentionQuery):
         for method in ("encode", "decode_keys", "attend"):
             real = vars(kind).get(method)
             if real:
@@ -465,7 +462,7 @@ NEW, LAST = 120, 20  # steps of a run, and those after its last demotion that ar
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("drafted", [False, True], ids=["", "drafted"])
-@pytest.mark.parametrize("name", ["int4", "evict", "codes", "select", "select, host", "off"])
+@pytest.mark.parametrize("name", ["int4", "evict", "select", "select, host", "off"])
 def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name, drafted):
     """From one demotion to the next: no host synchronisation, no allocation, no compilation."""
     model = tiny_llama(dtype=torch.bfloat16).cuda()
@@ -474,7 +471,6 @@ def test_steady_steps_neither_wait_nor_allocate_nor_recompile(name, drafted):
     guesses = drafted_by(model, lambda: RandomDrafts(model.config.vocab_size, 3), most=3)
     long = dict(recent_window=8, block_size=64)
     configs = dict(int4=FadeConfig(**long), evict=FadeConfig(**long, int4_budget=64), off=CONFIGS["off"])
-    configs["codes"] = FadeConfig(**long, quant_backend="product")
     configs["select"] = FadeConfig(**long, select=64)
     configs["select, host"] = FadeConfig(**long, select=64, cold="host")
     # A cache that grows would compile for each larger buffer.

@@ -14,7 +14,7 @@ from ..models import compressed_tokens, new_cache, prompt, tiny_llama
 from .test_decode_graph import CONFIGS, SMALL, compiled
 
 #: Configurations whose layers are demoted one by one: they have tables, plans or sizes of their own.
-ALONE = ("codes", "matched, evict", "matched, two tiers", "adaptive", "learned")
+ALONE = ("matched, evict", "matched, two tiers", "adaptive", "learned")
 CASES = {name: config for name, config in CONFIGS.items() if name not in (*ALONE, "off")}
 CASES["contiguous"] = FadeConfig(**SMALL, positions="contiguous")
 CASES["by head"] = FadeConfig(**SMALL, int4_budget=10, eviction_policy="h2o", plan_scope="head")

@@ -1,4 +1,4 @@
-"""Subcommands of `fade`: sessions that go on in another process, pictures, codebooks, what is passed on."""
+"""Subcommands of `fade`: sessions that go on in another process, pictures, what is passed on."""
 
 import argparse
 import json
@@ -13,10 +13,9 @@ import torch
 from transformers import LlamaConfig
 
 import fade_fast
-from fade_fast.cli import calibrate, command, plots, serve, session
+from fade_fast.cli import calibrate, command, options, plots, serve, session
 from fade_fast.cli.command import main
-from fade_fast.hf import calibration, capacity, codebooks, loading
-from fade_fast.kernels import merge, product
+from fade_fast.hf import calibration, capacity, loading
 from fade_fast.measure import texts
 from fade_fast.measure.parsers import paged_attention
 from fade_fast.saved import checkpoint, snapshot, telemetry
@@ -73,7 +72,7 @@ def test_what_options_copy_to_spare_an_import():
 
 def test_every_command_of_the_issue_is_there(capsys):
     names = "demo check generate quality memory bench parity inspect plot calibrate serve report"
-    names += " warm plan train-codebook train-policy vllm-calibrate needles ruler"
+    names += " warm plan train-policy vllm-calibrate needles ruler"
     assert {*command.COMMANDS, *command.PASSED} == set(names.split())
 
 
@@ -266,61 +265,12 @@ def test_calibrate(tiny, document, tmp_path, capsys):  # noqa: F811
     )
 
 
-def test_codebooks(tiny, document, tmp_path, capsys):  # noqa: F811
-    """They code unseen text better than the mean does, attention reads the codes, and files are strict."""
-    out = tmp_path / "books"
-    arguments = ["train-codebook", "--model", tiny, "--device", "cpu", "--dtype", "fp32", "--text", document]
-    assert main([*arguments, "--out", str(out), "--centroids", "16", "--tokens", "300"]) == 0
-    assert "keys: relative error" in capsys.readouterr().out
-    model, tokenizer = loading.load(tiny, "cpu", "fp32")
-    books = codebooks.load(out, model)
-    assert books.tensors["1.value"].shape == (16, 16, 4) and books.tensors["1.value"].dtype == torch.float16
-    assert books.provenance["tokens"] == 300 and books.provenance["centroids"] == 16
-    assert str(tmp_path) not in json.dumps(books.provenance)
-    unseen = tokenizer(texts.built_in()[5000:6000], return_tensors="pt").input_ids
-    for name, x in codebooks.collect(model, unseen).items():
-        layer, side = name.split(".")
-        codes = books.encode(int(layer), side, x[None, None])
-        back = books.decode(int(layer), side, codes)[0, 0]
-        assert (back - x).norm() < 0.9 * (x - x.mean(0)).norm()
-    keys, values = (x[None, None] for x in list(codebooks.collect(model, unseen).values())[:2])
-    query, seen = torch.randn(1, 1, 3, 64) / 8, torch.ones(1, 1, 3, keys.shape[2], dtype=torch.bool)
-    key_codes, value_codes = books.encode(0, "key", keys), books.encode(0, "value", values)
-    part = product.attend(
-        query, key_codes, books.tensors["0.key"], value_codes, books.tensors["0.value"], seen
-    )
-    weights = (query @ books.decode(0, "key", key_codes).mT).softmax(-1)
-    torch.testing.assert_close(merge.merge([part]), weights @ books.decode(0, "value", value_codes))
-    with pytest.raises(ValueError, match="learned from another model"):
-        codebooks.load(out, tiny_llama())
-    common = ["generate", "--model", tiny, "--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "4"]
-    coded = ["--config", "quant_backend=product,recent_window=8,block_size=4"]
-    saved = ["--document", document, "--save", str(tmp_path / "cache")]
-    assert main([*common, *coded, *saved]) == 2
-    assert "codebooks missing" in one_line(capsys)
-    assert main([*common, *coded, *saved, "--codebooks", str(out)]) == 0
-    questions = [*common, "--resume", str(tmp_path / "cache"), "--prompt", "What is it about?"]
-    assert main(questions) == 2
-    assert "codebooks missing" in one_line(capsys)
-    assert main([*questions, "--codebooks", str(out), "--compare"]) == 0
-    assert "the same tokens" in capsys.readouterr().out
-    assert "PQ" in fade_fast.load_cache(tmp_path / "cache", model, codebooks=out).describe()
-    out.write_bytes(out.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="holds no codebooks, or is damaged"):
-        codebooks.load(out)
-    for more, says in (["--centroids", "7"], "power of two"), (["--subspace-width", "5"], "do not divide"):
-        assert main([*arguments, "--out", str(tmp_path / "x"), *more]) == 2
-        assert says in one_line(capsys)
-    assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.slow
-def test_training_again_gives_the_same_codebooks():
-    model, ids = tiny_llama(), prompt(200)["input_ids"]
-    one, two = (codebooks.train(model, ids, centroids=8) for _ in range(2))
-    assert one.tensors.keys() == {"0.key", "0.value", "1.key", "1.value"}
-    assert all(torch.equal(x, two.tensors[name]) for name, x in one.tensors.items())
-    assert one.provenance == two.provenance
+def test_a_command_that_is_gone_says_what_to_use(capsys):
+    assert main(["train-codebook", "--text", "text.txt", "--out", "books"]) == 2
+    said = one_line(capsys)
+    assert said.startswith("fade train-codebook: error: caches no longer have product quantization: use ")
+    config = FadeConfig(quant_backend="matched", middle_k_bits=2, middle_v_bits=2)
+    assert options.config(said.split("--config ")[1].split(", which")[0]) == config
 
 
 def test_commands_of_their_own_get_what_follows(tmp_path, monkeypatch, capsys):
@@ -366,7 +316,7 @@ def test_commands_of_their_own_get_what_follows(tmp_path, monkeypatch, capsys):
         ("ruler --configs frugal", "no method 'frugal'"),
         ("bench --json {tmp}/none/a.json", "a.json cannot be written: there is no folder {tmp}/none"),
         ("quality --markdown {tmp}", "cannot be written: it is a folder"),
-        ("quality --codebooks {tmp}/none.safetensors", "none.safetensors: no such file"),
+        ("quality --policy-weights {tmp}/none.safetensors", "none.safetensors: no such file"),
         ("bench --device abacus", "'abacus' is not the name of a device"),
         ("bench --text {tmp}/none.txt", "none.txt: no such file"),
         ("bench --text none.csv", "none.csv: no such file"),

@@ -61,7 +61,7 @@ def test_a_function_becomes_a_mapping_of_the_layers_that_are_tiered():
         (dict(layer_bits={0: 8}), "layer_bits"),
         (dict(layer_bits=7), "layer_bits=7"),
         (dict(middle_k_bits=16), "middle_k_bits=16"),
-        (dict(layer_bits={0: (8, 8)}, quant_backend="product"), "quant_backend='product'"),
+        (dict(layer_bits={0: (8, 8)}, quant_backend="symmetric"), "quant_backend='symmetric'"),
         (dict(middle_v_bits=16, quant_backend="channel"), "quant_backend='channel'"),
     ],
     ids=str,

@@ -307,8 +307,7 @@ class TestBadInput:
             dict(recent_window=None, int4_budget=4), dict(eviction_policy="lru"),
             dict(middle_k_bits=5), dict(middle_v_bits="4"), dict(middle_k_bits=True),
             dict(quant_backend="zip"), dict(quant_backend="channel", int4_budget=64),
-            dict(quant_backend="product", int4_budget=64), dict(quant_backend="product", middle_v_bits=8),
-            dict(quant_backend="product", positions="contiguous"),
+            dict(quant_backend="product"), dict(quant_backend="product", loss_bound=0.1),
             dict(positions="rotated"), dict(plan_scope="rows"), dict(n_sink=True),
         ],
         ids=str,
@@ -316,6 +315,16 @@ class TestBadInput:
     def test_configurations(self, bad):
         with pytest.raises(ValueError, match=str(next(iter(bad)))):
             FadeConfig(**bad)
+
+    def test_product_quantization_is_a_baseline(self):
+        """The message has the reason and what to take instead, and this is a configuration."""
+        with pytest.raises(ValueError, match="baseline of the benchmarks only, because .* lose less") as told:
+            FadeConfig(quant_backend="product")
+        instead = dict(quant_backend="matched", middle_k_bits=2, middle_v_bits=2)
+        assert str(told.value).endswith(": use " + ", ".join(f"{k}={v!r}" for k, v in instead.items()))
+        assert FadeConfig(**instead).compresses
+        with pytest.raises(TypeError, match="no argument 'codebooks'; its arguments are model, config"):
+            fade_fast.create_cache(tiny_llama(), codebooks="books.safetensors")
 
     def test_presets_and_types(self):
         model = tiny_llama()

@@ -350,7 +350,7 @@ def damaged_files(draw, models, files, path) -> None:
 def garbage_in_command_lines(draw, models, files, path) -> None:
     """Options in any order and of any value: parsed, or exit code 2."""
     words = [
-        "demo", "check", "generate", "inspect", "plot", "train-codebook", "--config", "--model", "--prompt",
+        "demo", "check", "generate", "inspect", "plot", "calibrate", "--config", "--model", "--prompt",
         "--save", "--resume", "--json", "--device", "--dtype", "--max-new-tokens", "--row", "safe",
         "n_sink=3", "=", "n_sink=x", "n_sink=3,", "a=b=c", "cpu", "cuda:x", "7", "-7", "1e3", "", "\x00", "é",
         "--", "-", "/", str(path),

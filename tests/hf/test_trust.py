@@ -12,7 +12,7 @@ from fade_fast.cache import budget_store, buffers, dense, layer, store
 from fade_fast.formats import base
 from fade_fast.formats.base import Format
 from fade_fast.hf.models import CACHE_NAME
-from fade_fast.kernels import product, rotated
+from fade_fast.kernels import rotated
 from fade_ref.config import FadeConfig
 
 from ..marks import slow_but
@@ -24,7 +24,6 @@ CONFIGS = {
     "evict": FadeConfig(**SMALL, int4_budget=10),
     "two tiers": FadeConfig(**SMALL, int4_budget=10, int2_budget=6, positions="original"),
     "knorm": FadeConfig(**SMALL, int4_budget=10, int2_budget=None, eviction_policy="knorm"),
-    "codes": FadeConfig(**SMALL, quant_backend="product"),
 }
 
 
@@ -53,7 +52,6 @@ PADS = [pytest.param((0, 0), id="whole", marks=pytest.mark.slow), pytest.param((
 PLACES = [
     (base.Field, "empty"),
     (rotated, "encode_both"),
-    (product, "encode"),
     (buffers.Buffers, "reserve"),
     (buffers.Buffers, "removal"),
     (Format, "key_means"),

@@ -238,7 +238,7 @@ def test_what_contradicts_a_bound_is_refused():
             FadeConfig(loss_bound=value)
     against = [
         dict(layer_bits="boundary"), dict(int4_budget=9), dict(recent_window=None),
-        dict(quant_backend="product"), dict(quant_backend="channel"), dict(select=64),
+        dict(quant_backend="symmetric"), dict(quant_backend="channel"), dict(select=64),
     ]  # fmt: skip
     for fields in against:
         with pytest.raises(ValueError, match=f"loss_bound=0.1 .*{next(iter(fields))}"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fade_ref import attention, product
+from fade_ref import attention
 from fade_ref.attention import Terms
 from fade_ref.rotation import RotatedCodec, key_mean, qr_rotation
 
@@ -95,17 +95,6 @@ def test_attention_on_codes_equals_decoding_first(bits, means):
         decoded = attention.over_tensors(query, codecs[0].decode(k, mean), codecs[1].decode(v), qp, kp, terms)
         for a, b in zip(ours, decoded):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def test_attention_by_tables_equals_decoding_first():
-    query, keys, values = inputs(2, n=300)
-    books = tuple(product.train(x.reshape(-1, D), subspace_width=4, centroids=32) for x in (keys, values))
-    codes = tuple(product.encode(x, b) for x, b in zip((keys, values), books))
-    qp, kp = torch.arange(296, 300), torch.arange(300)
-    ours = attention.over_tables(query, *codes, books, qp, kp, Terms(0.3, 2.0))
-    decoded = (product.decode(c, b) for c, b in zip(codes, books))
-    for a, b in zip(ours, attention.over_tensors(query, *decoded, qp, kp, Terms(0.3, 2.0))):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_visible_gives_zero():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fade_ref import attention, matched, product
+from fade_ref import attention, matched
 from fade_ref.cache import LayerCache
 from fade_ref.config import POLICIES, FadeConfig
 from fade_ref.rope import Rope, rotate
@@ -231,32 +231,6 @@ def test_plan_scopes_differ_and_backends_are_known():
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
     with pytest.raises(ValueError, match="quant_backend"):
         LayerCache(FadeConfig(quant_backend="symmetric"), 1, 1, D)
-
-
-def test_codes_hold_the_nearest_centroids():
-    """Tier PQ: each middle token consists of the codes of its key and value. Only these codes are read."""
-    g = torch.Generator().manual_seed(1)
-    books = tuple(torch.randn(D // w, 8, w, generator=g, dtype=torch.float64) + 1 for w in (4, 2))
-    arrived = {}
-
-    def check(cache):
-        for row in rows(cache):
-            keys, values = cache.read(row) if row.tokens else ((), ())
-            for i, t in enumerate(row.tokens):
-                exact = arrived.setdefault((id(row), t.position), (t.key, t.value))
-                middle = any(t is other for other in cache.middle(row))
-                assert t.tier == (Tier.PQ if middle else Tier.FP16) and t.mean is None
-                if middle:
-                    for codes, x, book, read in zip((t.key, t.value), exact, books, (keys, values)):
-                        assert codes.dtype == torch.uint8 and torch.equal(codes, product.encode(x, book))
-                        assert torch.equal(read[:, i], product.decode(codes, book))
-
-    config = FadeConfig(**SMALL, quant_backend="product")
-    cache, _ = run(config, [5] + [1] * 30, pads=(0, 3), after=check, codebooks=books)
-    assert sum(t.tier == Tier.PQ for row in rows(cache) for t in row.tokens) > 20
-    for wrong in (dict(config=config), dict(config=FadeConfig(**SMALL), codebooks=books)):
-        with pytest.raises(ValueError, match="codebooks"):
-            LayerCache(batch=1, heads=1, head_dim=D, **wrong)
 
 
 @pytest.mark.parametrize(

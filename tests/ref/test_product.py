@@ -1,4 +1,4 @@
-"""Product quantization: training, coding, and attention with tables and histograms."""
+"""Product quantization: training and coding."""
 
 import math
 
@@ -62,33 +62,11 @@ def test_the_lowest_index_wins_ties():
     assert pq.encode(x, book).flatten().tolist() == [0, 1, 0]
 
 
-def test_table_scores_equal_decoding(codebook):
-    q, keys = normal(2, 3, 5, 32, seed=3), normal(2, 3, 40, 32, seed=4)
-    codes = pq.encode(keys, codebook)
-    expected = q @ pq.decode(codes, codebook).mT
-    assert pq.score_table(q, codebook).shape == (2, 3, 5, 8, 64)
-    torch.testing.assert_close(pq.scores(q, codes, codebook), expected, rtol=0, atol=1e-12)
-
-
-def test_histogram_equals_decoding(codebook):
-    p, values = normal(2, 3, 5, 40, seed=5).softmax(-1), normal(2, 3, 40, 32, seed=6)
-    codes = pq.encode(values, codebook)
-    histogram = pq.value_histogram(p, codes, 64)
-    assert histogram.shape == (2, 3, 5, 8, 64)
-    torch.testing.assert_close(histogram.sum(-1), torch.ones(2, 3, 5, 8).double())
-    expected = p @ pq.decode(codes, codebook)
-    torch.testing.assert_close(pq.combine(histogram, codebook), expected, rtol=0, atol=1e-12)
-
-
 def test_residual_stage_adds(codebook):
     x = normal(4000, 32)
     rest = x - pq.decode(pq.encode(x, codebook), codebook)
     second = pq.train(rest, 4, 64)
     assert squared_error(rest, second) < 0.35 * squared_error(x, codebook)
-    q = normal(3, 32, seed=7)
-    both = [(pq.encode(x, codebook), codebook), (pq.encode(rest, second), second)]
-    decoded = sum(pq.decode(*stage) for stage in both)
-    torch.testing.assert_close(sum(pq.scores(q, *stage) for stage in both), q @ decoded.mT)
 
 
 @pytest.mark.parametrize("dim, width, centroids, expected", [

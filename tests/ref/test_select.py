@@ -191,7 +191,7 @@ def test_what_a_configuration_means():
         (dict(select=64, eviction_policy="h2o"), "eviction_policy='h2o' contradicts it"),
         (dict(select=64, positions="contiguous"), "positions='contiguous'"),
         (dict(select=64, recent_window=None), "recent_window=None"),
-        (dict(select=64, quant_backend="product"), "quant_backend='product'"),
+        (dict(select=64, quant_backend="symmetric"), "quant_backend='symmetric'"),
         (dict(select=64, quant_backend="channel"), "quant_backend='channel'"),
         (dict(select=64, middle_k_bits=8), "keys of 8 bits contradict it"),
         (dict(select=64, layer_bits={1: (3, 4)}), "keys of 3 bits"),

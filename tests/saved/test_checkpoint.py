@@ -196,6 +196,32 @@ def test_what_does_not_fit_leaves_the_cache_empty():
         fade_fast.create_cache(model, "safe").load_state_dict(tensors, known)
 
 
+def test_product_quantized_codes_are_refused(saved):
+    """Of a file of an earlier version, and of a state: the reason comes before anything is written."""
+
+    def as_earlier(header, tensors):
+        header["config"]["quant_backend"], header["codebooks"] = "product", "0" * 64
+
+    model, before = tiny_llama(), fade_fast.load_cache(saved, tiny_llama())
+    rewritten(saved, as_earlier)
+    told = "product-quantized codes, which caches no longer have: read the text again into a new cache"
+    for read in (
+        checkpoint.read_header,
+        checkpoint.read_tokens,
+        lambda path: fade_fast.load_cache(path, model),
+    ):
+        with pytest.raises(ValueError, match=told) as refused:
+            read(saved)
+        assert str(saved) in str(refused.value)
+    assert model.config._attn_implementation != "fade"  # nothing was attached
+    tensors, known = before.state_dict()
+    as_earlier(known, tensors)
+    cache = fade_fast.create_cache(model, CONFIGS["evict"])
+    with pytest.raises(ValueError, match=told):
+        cache.load_state_dict(tensors, known)
+    assert cache.get_seq_length() == 0 and not any(layer.is_initialized for layer in cache.tiered)
+
+
 def test_a_crash_spares_the_old_file(saved, monkeypatch):
     model, before = tiny_llama(), saved.read_bytes()
     cache = fade_fast.load_cache(saved, model)

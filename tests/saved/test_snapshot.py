@@ -18,7 +18,6 @@ CONFIGS = {
     "k4v2": FadeConfig(**SMALL, middle_v_bits=2),
     "evict": FadeConfig(**SMALL, int4_budget=10, eviction_policy="knorm"),
     "two tiers": FadeConfig(**SMALL, int4_budget=10, int2_budget=6, positions="original"),
-    "codes": FadeConfig(**SMALL, quant_backend="product"),
     "off": FadeConfig(recent_window=None),
 }
 
@@ -35,7 +34,7 @@ def members(tier) -> list[set[int]]:
     return [{p for start, stop in row for p in range(start, stop)} for row in tier["positions"]]
 
 
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "evict", "codes"))
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "evict"))
 def test_positions_and_counts(name):
     """Every token of a row is in one tier or evicted, and counts and bytes are the cache's own."""
     _, cache = filled(name)
@@ -60,7 +59,7 @@ def test_positions_and_counts(name):
 
 
 @pytest.mark.parametrize("pads", [(0, 0), (0, 7)], ids=["whole", "padded"])
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "evict", "codes"))
+@pytest.mark.parametrize("name", slow_but(CONFIGS, "evict"))
 def test_a_saved_cache_says_the_same(name, pads, tmp_path, monkeypatch):
     _, cache = filled(name, pads)
     cache.save(tmp_path / "c", torch.arange(59))

@@ -15,7 +15,7 @@ from fade_fast.saved import telemetry
 from fade_fast.serve import report, view
 
 from ..marks import slow_but
-from ..models import CODED, EVICTING, SAFE, compressed_tokens, generate, new_cache, prompt, tiny_llama
+from ..models import EVICTING, SAFE, compressed_tokens, generate, new_cache, prompt, tiny_llama
 from .engines import alone, ask, engine, tokens
 
 H2O = fade_fast.FadeConfig(recent_window=16, block_size=8, int4_budget=24, eviction_policy="h2o")
@@ -230,7 +230,7 @@ def events_of(tmp_path, config, new=40):
     return path, cache
 
 
-@pytest.mark.parametrize("config", [SAFE, EVICTING, CODED], ids=["safe", "evicting", "product"])
+@pytest.mark.parametrize("config", [SAFE, EVICTING], ids=["safe", "evicting"])
 def test_a_report_shows_what_the_cache_held(tmp_path, config, capsys):
     path, cache = events_of(tmp_path, config)
     cache.memory()

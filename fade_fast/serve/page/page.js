@@ -2,12 +2,12 @@
 // One script for the live page and for a report: pictures of a cache, and on the live page a chat.
 
 const $ = (id) => document.getElementById(id);
-const ORDER = ["FP16", "INT8", "INT4", "INT3", "INT2", "PQ", "EVICTED"];
+const ORDER = ["FP16", "INT8", "INT4", "INT3", "INT2", "EVICTED"];
 
 function color(tier) {
   const styles = getComputedStyle(document.documentElement);
   const base = tier.toLowerCase().replace(/[^a-z0-9].*$/, ""); // a tier like K8V4 has no color of its own
-  return styles.getPropertyValue("--" + base).trim() || styles.getPropertyValue("--pq").trim();
+  return styles.getPropertyValue("--" + base).trim() || styles.getPropertyValue("--other").trim();
 }
 
 function sorted(names) {
