@@ -129,6 +129,11 @@ class Calibration:
                 self._tables[key] = _stacked(dict(zip(self.moments, made)))
         return self._tables[key]
 
+    def drop_tables(self, block: int) -> None:
+        """Forget the tables of blocks of so many tokens. Caches that have them keep them."""
+        for key in [key for key in self._tables if key[1] == block]:
+            del self._tables[key]
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a file."""
         named = {f"{i}.{name}": x for i, m in self.moments.items() for name, x in m._asdict().items()}

@@ -176,12 +176,16 @@ def key(config: FadeConfig) -> str:
 
 
 def _choose(model: PreTrainedModel, config: FadeConfig, calibration: Calibration | None) -> Choice:
+    ladder = None
     try:
         ladder = Ladder(model, config, calibration)
         with undisturbed(model), without_autocast():
             return ladder.climb()
     except (Untried, NotCalibrated) as why:
         return Choice(bound=config.loss_bound, untried=str(why))
+    finally:
+        if ladder is not None and ladder.calibration is not None:
+            ladder.calibration.drop_tables(CHUNK)  # this process needs them only once
 
 
 class Untried(Exception):

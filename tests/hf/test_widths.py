@@ -68,6 +68,16 @@ def bits_of(choice, config, layers):
     return [choice.apply(config).bits(i, layers) for i in range(layers)]
 
 
+def test_tables_of_the_measurement_are_not_kept():
+    """A cache holds those of its own blocks alone, also in the process that measured the widths."""
+    model = sharp()
+    cache = fade_fast.create_cache(model, "safe")
+    assert cache.choice.tokens > 0 and not cache.choice.untried
+    generate(model, cache, prompt(200), new=2)
+    blocks = {block for _, block, _ in cache.calibration._tables}
+    assert compressed_tokens(cache) > 0 and blocks == {cache.fade_config.block_size} != {CHUNK}
+
+
 @pytest.mark.parametrize("codec", slow_but(["rotated", "matched"], "rotated"))
 @pytest.mark.parametrize("k_bits, v_bits", slow_but([(4, 4), (2, 4), (3, 8), (2, 16)], (4, 4)))
 def test_the_loss_is_below_the_bound_and_each_change_is_needed(codec, k_bits, v_bits):
