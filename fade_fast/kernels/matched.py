@@ -28,6 +28,7 @@ LEAST = {8: 0.7, 4: 0.7, 3: 0.7, 2: 1.2}
 SEARCHED = {8: (1.0,), 4: (1.0,), 3: (0.88, 0.95, 1.02, 1.09, 1.17), 2: (0.8, 0.88, 0.96, 1.04, 1.14)}
 #: The same for values. Attention adds values up, and a small scale clips many of them in one direction.
 SEARCHED_FOR_VALUES = SEARCHED | {2: (1.0,)}
+TWICE = (3, 2)  # bits of codes whose channels are rounded once more
 MOST_SEARCHED = 1 << 25  # elements of vectors in all scales that are rounded at a time
 TOGETHER = 8  # channels of a compiled block
 GROUP = 32  # channels between two products with the errors of all channels before
@@ -109,7 +110,7 @@ def _quantize(y: Tensor, feedback: Tensor, bits: int, of_values: bool) -> tuple[
     feedback = feedback.float()
     diagonal = feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [H, D, 1]
     weight, exposed = feedback / diagonal, feedback @ unit
-    factors = (SEARCHED_FOR_VALUES if of_values else SEARCHED)[bits]
+    factors, lost = (SEARCHED_FOR_VALUES if of_values else SEARCHED)[bits], None
     if len(factors) > 1:
         pieces = max(1, -(-unit.numel() * len(factors) // MOST_SEARCHED))  # 1 for no vectors
         parts = zip(unit.chunk(pieces, -1), exposed.chunk(pieces, -1))
@@ -119,13 +120,13 @@ def _quantize(y: Tensor, feedback: Tensor, bits: int, of_values: bool) -> tuple[
         tried = tried * factor
     else:
         errors = torch.empty_like(unit)
-        sums = _round(unit, errors, weight, exposed, diagonal, limit)
-    if bits >= 4:
-        lost = [x[:, 0] for x in sums]
-    else:
+        lost = [x[:, 0] for x in _round(unit, errors, weight, exposed, diagonal, limit)]
+    if bits in TWICE:
         moment = feedback.mT @ feedback  # an error e of a vector does the damage e^T moment e
         own = moment.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         _round(unit, errors, moment / own, exposed, own, limit, again=True)
+        lost = None
+    if lost is None:  # rounding did not tell it of these codes
         lost = [(exposed * (feedback @ errors)).sum(1)]
     return _run(_finish, unit, errors, exposed, tried, lost, limit, bits=bits)
 
