@@ -309,11 +309,17 @@ def encode(
         bits: 8, 4, 3 or 2.
         of_values: as in `quantize`.
     """
-    batch, x = len(x), x.float()
-    if mean is not None:
-        groups = x.unflatten(2, (mean.shape[2], x.shape[2] // mean.shape[2]))
-        x = (groups - mean.float().unsqueeze(3)).flatten(2, 3)
-    return _of_rows(_quantize(matrix.float() @ _by_head(x).mT, feedback, bits, of_values), batch)
+    turned = matrix.float() @ _by_head(_centered(x, mean)).mT
+    return _of_rows(_quantize(turned, feedback, bits, of_values), len(x))
+
+
+def _centered(x: Tensor, mean: Tensor | None) -> Tensor:
+    """`x` in float32, less its means; arguments as in `encode`."""
+    x = x.float()
+    if mean is None:
+        return x
+    groups = x.unflatten(2, (mean.shape[2], x.shape[2] // mean.shape[2]))
+    return (groups - mean.float().unsqueeze(3)).flatten(2, 3)
 
 
 def encode_both(
@@ -333,10 +339,23 @@ def encode_both(
 
 def _encode_both(keys, values, mean, *tables, bits) -> tuple[Packed, Packed]:
     """`tables`: `encode` and `feedback` of keys, then of values."""
-    packed = encode(keys, mean, *tables[:2], bits[0])
-    if bits[1] == 16:
-        return packed, Packed(values, None, None)
-    return packed, encode(values, None, *tables[2:], bits[1], of_values=True)
+    if not as_heads_of_one_side(bits):
+        packed = encode(keys, mean, *tables[:2], bits[0])
+        if bits[1] == 16:
+            return packed, Packed(values, None, None)
+        return packed, encode(values, None, *tables[2:], bits[1], of_values=True)
+    both = torch.cat((_centered(keys, mean), values.float()), dim=1)
+    matrix, feedback = (torch.cat(pair) for pair in zip(tables[:2], tables[2:]))
+    found = encode(both, None, matrix, feedback, bits[0])
+    return tuple(Packed(*side, None) for side in zip(*(x.chunk(2, dim=1) for x in found[:2])))
+
+
+def as_heads_of_one_side(bits: tuple[int, int]) -> bool:
+    """Whether keys and values are encoded together, which takes half as many kernels: they need one width,
+    and the same scales to search.
+    """
+    key, value = bits
+    return key == value and SEARCHED[key] == SEARCHED_FOR_VALUES[value]
 
 
 def _run(function: Callable, *args, **constants):

@@ -317,20 +317,18 @@ def _with_feedback(turned: Tensor, feedback: Tensor, *, kind: Kind) -> list[list
     """Records of keys, and of values, by the `matched` codec, [1, H, T, ...]: the first ones, and below
     `PLAIN` bits the second ones.
 
-    Where both sides have one width and search the same scales, they are encoded as heads of one side: this
-    takes half as many kernels.
+    Both sides are encoded together where they can be (`matched.as_heads_of_one_side`).
     """
-    key, value = kind.bits
-    found, alone = [], key != value or matched.SEARCHED[key] != matched.SEARCHED_FOR_VALUES[value]
-    of_both = [(turned.flatten(0, 2).unsqueeze(0), feedback.flatten(0, 1), key, False)]
+    found, together = [], matched.as_heads_of_one_side(kind.bits)
+    of_both = [(turned.flatten(0, 2).unsqueeze(0), feedback.flatten(0, 1), kind.bits[0], False)]
     sides = zip(turned, feedback, kind.bits, (False, True))
-    for x, matrices, bits, of_values in sides if alone else of_both:
+    for x, matrices, bits, of_values in of_both if together else sides:
         records = [matched.quantize(x.float(), matrices, bits, of_values)]
         if bits < PLAIN:
             missed = x - dequantize(records[0], bits, x.dtype)
             records.append(matched.quantize(missed.float(), matrices, bits, of_values))
         found.append(records)
-    return found if alone else _cut(found[0], turned.shape[2])
+    return _cut(found[0], turned.shape[2]) if together else found
 
 
 def _cut(both: list[Packed], heads: int) -> list[list[Packed]]:
