@@ -92,9 +92,13 @@ class KVLayer:
         telemetry: is told of what happens, where anything listens; else None.
         group: query heads of a KV head, once a step has told; else 0.
         sharing: what rows share, while a beam search lets steps read it once; else None.
+        chunk: the first step of a text is attended as if its tokens had come in chunks of this size, each of
+            which reads what is due before it in compressed form. It shows what compression loses. None: the
+            tokens of the first step read each other uncompressed.
     """
 
     telemetry = None
+    chunk: int | None = None
 
     def __init__(
         self,

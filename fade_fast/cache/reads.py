@@ -185,6 +185,33 @@ class AttentionQuery:
             self._observe_parts(first, keys, attention_stats, normalizer)
         return of_heads(merge([total]), self.raw.shape).to(self.raw.dtype)
 
+    def in_chunks(self, keys: Tensor, values: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the queries of a whole text read if its tokens had come `chunk` at a time.
+
+        The layer has stored the text, which has no padding. A query reads a token compressed if it was due
+        to be compressed before the chunk of the query, and else from `keys` and `values` [B, H, n, D].
+
+        Returns keys and values [B, H, m, D], those of all tokens and then those of compressed ones as they
+        are read, and which of them each query sees, bool [B, 1, q, m].
+        """
+        layer, step = self.layer, torch.arange(keys.shape[2], device=keys.device)
+        n_sink = layer.config.n_sink
+        due = [layer.num_overflow(max(0, i - n_sink)) for i in range(0, len(step), chunk)]
+        until = n_sink + torch.tensor(due, device=keys.device).repeat_interleave(chunk)
+        until = until[self.start : self.stop, None]
+        seen = self.sees_step(0, 0, len(step)) & ((step < n_sink) | (step >= until))
+        parts = [(keys, values, seen)]
+        for tier in layer.held_tiers():
+            position = self.tier_at(tier)
+            empty = (position == PAD).unsqueeze(-1)
+            decoded = (x.masked_fill(empty, 0.0) for x in self._decoded(tier, 0, tier.records.count))
+            early = layer.middle.position(tier).unsqueeze(2) < until
+            parts.append((*decoded, self.sees(position) & early))
+        keys, values, seen = zip(*parts)
+        batch = len(keys[0])
+        seen = torch.cat([x.expand(batch, -1, -1, -1) for x in seen], dim=-1)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2), seen
+
     def _observe_parts(self, first: int, keys: Tensor, attention_stats, normalizer: Tensor) -> None:
         """Count the attention of these queries, `ROWS` at a time, given their log-sum-exp [B, H, G, q]."""
         layer, horizon = self.layer, self.layer.observer.horizon

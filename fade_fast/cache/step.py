@@ -78,10 +78,19 @@ def run(
 
 def _first_step(layer, query, keys, values, mask, own, options, plain) -> Tensor:
     """Attention of the first tokens of a text, which see nothing but each other."""
+    if layer.chunk and layer.compresses:
+        layer.append(keys, values, attended=True)
+        return _in_chunks(layer, query, keys, values, own, options, plain)
     output = attend_tensors(query, keys, values, mask, options, plain)
     stats = _observe_first(layer, query, keys, options, own)
     layer.append(keys, values, attended=True, attention_stats=stats)
     return output
+
+
+def _in_chunks(layer, query, keys, values, own, options, plain) -> Tensor:
+    """Attention of the newest tokens of a text that the layer has stored; see `KVLayer.chunk`."""
+    rows = AttentionQuery(query, layer, layer.length - query.shape[2], options, own)
+    return attend_tensors(query, *rows.in_chunks(keys, values, layer.chunk), options, plain)
 
 
 def _later_step(layer, query, keys, values, start, own, options, plain, compact_at_once) -> Tensor:
@@ -153,6 +162,8 @@ def read_again(
                 for i, part in enumerate(query.split(MAX_DECODE_TOKENS, dim=2))
             ]  # fmt: skip
             return torch.cat(parts, dim=1)
+        if layer.chunk and layer.compresses:
+            return _in_chunks(layer, query, keys, values, own, options, plain)
         position = positions.logical[:, None]
         keys, values = (x.masked_fill((position == PAD)[..., None], 0) for x in (keys, values))
         seen = own if own is not None else AttentionQuery(query, layer, start, options).sees(position)

@@ -188,8 +188,7 @@ def _attend(
     first = past and not layer.kv.index
     if first and new <= MAX_DECODE_TOKENS:
         layer.graph.eager_steps += 1
-    at_once = not (layer.shared or layer.demotes_late)
-    compact = layer.graph.compact if first else None
+    at_once, compact = not layer.shared, layer.graph.compact if first else None
     output = step.run(layer.kv, query, keys, values, attention_mask, options, plain, at_once, compact)
     return without_gradient(output, query, keys, values) if past else output, None
 

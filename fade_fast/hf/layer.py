@@ -72,8 +72,6 @@ class TieredLayer(CacheLayerMixin):
         shows_survivors: whether stock attention may read the tokens that are left after eviction. That is
             right only without padding.
         shared: whether other layers may read what this one stores (Gemma 4).
-        demotes_late: whether a long step leaves its demotions to the next step, too, which computes those of
-            all layers together. The tokens of the step then take room until it comes.
     """
 
     is_sliding = False
@@ -81,7 +79,6 @@ class TieredLayer(CacheLayerMixin):
     record_past = False
     shows_survivors = False
     shared = False
-    demotes_late = False
 
     def __init__(
         self,

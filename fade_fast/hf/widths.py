@@ -1,9 +1,10 @@
 """Choose the widths of each layer, so that the measured loss stays below `FadeConfig.loss_bound`.
 
 The model reads a text twice: with a cache that compresses nothing, and with one that compresses all but the
-newest block. The loss is the mean KL divergence between both predictions. If the widths of the configuration
-lose too much, keys and values of single layers get 8 bits, the most damaged ones first. If 8 bits everywhere
-are not enough, layers stay uncompressed. Bisection finds the shortest list of such changes.
+newest block, as if the text had come block by block (`KVLayer.chunk`). The loss is the mean KL divergence
+between both predictions. If the widths of the configuration lose too much, keys and values of single layers
+get 8 bits, the most damaged ones first. If 8 bits everywhere are not enough, layers stay uncompressed.
+Bisection finds the shortest list of such changes.
 
 The result is known for the rest of the process. For a model with a name it is kept in the user's cache
 folder, by a digest of the model, so that every process makes the same choice.
@@ -36,8 +37,8 @@ from .models import ranks_of, text_config, unwrapped
 from .undisturbed import undisturbed
 from .verify import Witness, feed
 
-VERSION = 2  # of the files and of the way to choose
-CHUNK = 32  # tokens per forward pass, and of a block: each pass reads all earlier blocks compressed
+VERSION = 3  # of the files and of the way to choose
+CHUNK = 32  # tokens of a block, and of a chunk: each chunk reads all earlier blocks compressed
 TOKENS = 640  # most tokens of the text
 ROWS, LENGTH = 4, 96  # texts that a model without a tokenizer writes itself, and their tokens
 MORE = 8  # bits of keys and values that 4 or fewer bits damage too much
@@ -197,6 +198,7 @@ class Ladder:
 
     def __init__(self, model: PreTrainedModel, config: FadeConfig, calibration: Calibration | None):
         self.model, self.bound, self.calibration = model, config.loss_bound, calibration
+        self.at_once = model._can_set_attn_implementation()
         self.ranks = ranks_of(model)
         #: Without recent tokens and in short blocks, a short text shows what a long one would lose.
         self.config = replace(config, loss_bound=None, recent_window=0, block_size=CHUNK)
@@ -304,16 +306,16 @@ class Ladder:
     def _read_exact(self) -> None:
         name = type(self.model).__name__
         try:
-            if self.model._can_set_attn_implementation():
+            if self.at_once:
                 self.model.set_attn_implementation(NAME)
             ids = text_ids(self.model, CHECK, TOKENS)
             self.ids = same_ids(self.model, own_texts(self.model, ROWS, LENGTH) if ids is None else ids)
-            if self.model._can_set_attn_implementation():  # `own_texts` used another one
+            if self.at_once:  # `own_texts` used another one
                 self.model.set_attn_implementation(NAME)
             if self.ids.shape[1] <= CHUNK:
                 raise Untried(f"{name} reads at most {self.ids.shape[1]} tokens")
             cache = self._cache(replace(self.config, recent_window=None))
-            self.exact = feed(self.model, cache, self.ids, [self.ids.shape[1]])
+            self.exact = self._feed(cache)
         except Untried:
             raise
         except Exception as error:  # noqa: BLE001 - any error of the model's own code
@@ -324,16 +326,18 @@ class Ladder:
             raise Untried(f"{name} gives no finite predictions")
 
     def _feed(self, cache: TieredKVCache) -> Tensor:
-        return feed(self.model, cache, self.ids, [CHUNK] * -(-self.ids.shape[1] // CHUNK))
+        """Predictions of the text: from one pass, where our attention can act as if it came in chunks."""
+        each = self.ids.shape[1] if self.at_once else CHUNK
+        return feed(self.model, cache, self.ids, [each] * -(-self.ids.shape[1] // each))
 
     def _cache(self, config: FadeConfig) -> TieredKVCache:
         compresses = config.compresses
         if not compresses:
             config = replace(config, quant_backend="rotated", layer_bits=None)
         cache = TieredKVCache(self.model, config, calibration=self.calibration if compresses else None)
-        for layer in cache.layers:  # short steps: encoding layer by layer would take longer than the model
-            if isinstance(layer, TieredLayer):
-                layer.demotes_late = True
+        for layer in cache.layers:
+            if isinstance(layer, TieredLayer) and self.at_once:
+                layer.kv.chunk = CHUNK
         return cache
 
     def _with(self, bits: dict[int, Bits]) -> FadeConfig:

@@ -2,21 +2,24 @@
 
 import inspect
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
 import fade_fast
 from fade_fast.hf.attach import verified
+from fade_fast.hf.attention import NAME
 from fade_fast.hf.layer import TieredLayer
 from fade_fast.hf.models import attention_modules
-from fade_fast.hf.verify import Verification
+from fade_fast.hf.undisturbed import undisturbed
+from fade_fast.hf.verify import Verification, distance, feed
 from fade_ref.config import FadeConfig
 
 from .. import marks
 from .cells import SAFE, SMALL, create
 from .families import FAMILIES, KINDS
-from .modes import Run, prompt
+from .modes import VOCABULARY, Run, prompt
 from .twins import held
 
 SERVED = [family for family in FAMILIES.values() if not family.refused]
@@ -80,6 +83,32 @@ def test_keys_after_eviction_are_those_of_the_models_own_rotary(family):
         expected = caught.value.args[0]
         error = (keys[:, :, order] - expected).norm(dim=-1) / expected.norm(dim=-1).mean()
         assert error.max() < 0.05, (index, error.max())
+
+
+#: Families whose frequencies grow with the text: chunks have others than the whole text.
+GROWING = {family.name for family in SERVED if family.state_of_batch}
+
+
+@named([family for family in SERVED if family.dispatches and family.name not in GROWING])
+def test_a_text_at_once_reads_what_its_chunks_would(family):
+    """`KVLayer.chunk`, by which widths are measured: with the windows, softcaps, sinks and shared layers of
+    each family.
+    """
+    model = family.model()
+    config = FadeConfig(n_sink=3, recent_window=2, block_size=8, middle_k_bits=2, middle_v_bits=3)
+    ids = torch.randint(3, VOCABULARY, (2, 61), generator=torch.Generator().manual_seed(5))
+    found = {}
+    with undisturbed(model):
+        model.set_attn_implementation(NAME)
+        for each in (6, 61):
+            cache = create(model, config)
+            for index in family.tiered if each == 61 else ():
+                cache.layers[index].kv.chunk = 6
+            found[each] = feed(model, cache, ids, [each] * -(-61 // each))
+            assert all(cache.layers[index].kv.has_middle for index in family.tiered)
+        exact = feed(model, create(model, replace(config, recent_window=None)), ids, [61])
+    # Linear attention computes in float32 (Qwen3.5).
+    assert distance(found[61], found[6]) < 1e-5 < 1e-3 < distance(found[61], exact)
 
 
 @named([family for family in SERVED if family.renumbers or not family.dispatches])

@@ -238,7 +238,7 @@ def test_a_calibration_file_contains_choices(tmp_path):
         found.save(tmp_path / "file")
         Counting.passes = 0
         cache = fade_fast.create_cache(model, config, calibration=tmp_path / "file", verify=False)
-        assert cache.choice == made and Counting.passes < 5  # measuring takes 100
+        assert cache.choice == made and Counting.passes == 0  # nothing was measured
         assert cache.fade_config.bits(1, 3) == (8, 4) and (cache.calibration is None) == (codec == "rotated")
 
 
