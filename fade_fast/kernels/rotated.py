@@ -229,7 +229,7 @@ def _key_mean(keys: Tensor, real: Tensor | None) -> Tensor:
 
 
 ELEMENTS_SUMMED = 1 << 24  # elements that are copied to float64 at a time
-TILE = 2048  # tokens per tile without compilation
+TILE = 2048  # tokens per tile without compilation, and of a compiled one for short prompts
 MOST = 1 << 24  # elements of keys in the largest compiled tile, if its encoder names no other number
 MOST_TOKENS = 1 << 14  # most tokens of the largest compiled tile
 SMALL = 256  # tokens of the smallest compiled tile, and most tokens of a block with its own compiled version
@@ -238,11 +238,11 @@ SMALL = 256  # tokens of the smallest compiled tile, and most tokens of a block 
 def _tiles(length: int, most: int | None, step: int) -> list[tuple[int, int, int]]:
     """`(start, stop, size)` of the tiles of `length` tokens. Sizes are multiples of `step`.
 
-    A tile has `most` tokens, an eighth of that, or `SMALL`; if `most` is None, it has `TILE` tokens. At most
-    half of a tile is padding, except in tiles of the smallest size.
+    A tile has `most` tokens, `TILE` or half of `most`, whichever is less, or `SMALL`; if `most` is None, it
+    has `TILE` tokens. At most half of a tile is padding, except in tiles of the smallest size.
     """
     large = TILE if most is None else min(MOST_TOKENS, max(SMALL, most))
-    sizes = [TILE] if most is None else [large, max(SMALL, large // 8), SMALL]
+    sizes = [TILE] if most is None else [large, max(SMALL, min(TILE, large // 2)), SMALL]
     sizes = [max(1, n // step) * step for n in sizes]
     tiles, start = [], 0
     while start < length or not tiles:
