@@ -18,6 +18,7 @@ from . import names as known
 if TYPE_CHECKING:
     from .methods import Method
 
+FILES = (".txt", ".md", ".rst", ".text", ".json", ".jsonl", ".csv", ".parquet")  # endings of no data set
 #: Help of the option that takes names of methods.
 CONFIGS = "such as safe, int3, k4v2, h2o, quanto4, int4:recent_window=32 (docs/quality.md explains them)"
 
@@ -69,10 +70,23 @@ def add_processor(parser: argparse.ArgumentParser) -> None:
 def add_text(parser: argparse.ArgumentParser, use: str) -> None:
     """--text, which is for `use`."""
     parser.add_argument(
-        "--text", metavar="TEXT",
+        "--text", metavar="TEXT", type=text_source,
         help=f"{use}: a file, or NAME[:CONFIGURATION[:SPLIT[:COLUMN]]] of a data set on the hub. "
         "Default: WikiText-2 if it can be read, or else a built-in text",
     )  # fmt: skip
+
+
+def text_source(given: str) -> str:
+    """What `texts.read` takes."""
+    if is_missing_file(given):
+        raise argparse.ArgumentTypeError(f"cannot read {given}: no such file; give the path of a file")
+    return given
+
+
+def is_missing_file(source: str) -> bool:
+    """Whether a source of text can only be a file, by its name, and there is none."""
+    path = Path(source)
+    return not path.is_file() and (path.suffix in FILES or source.startswith((".", "/", "~")))
 
 
 def add_methods(parser: argparse.ArgumentParser, default: Iterable[str] | None) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 from fade_fast.errors import InputError, require
 from fade_fast.hf import loading
 
+from .options import is_missing_file
+
 BUILT_IN = "built-in"  # what the text that needs no download is called there
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 WORDS = 1_000_000  # more than the built-in text has
-FILES = (".txt", ".md", ".rst", ".text", ".json", ".jsonl", ".csv", ".parquet")  # endings of no data set
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # that `datasets` reads
 
 
@@ -36,8 +37,8 @@ def read(source: str) -> str:
         return built_in(WORDS)
     if path.is_file() and path.suffix not in TABLES:
         return path.read_text(encoding="utf-8")
-    if not path.is_file() and (path.suffix in FILES or source.startswith((".", "/", "~"))):
-        raise InputError(f"cannot read {source}: no such file")
+    if is_missing_file(source):
+        raise InputError(f"cannot read {source}: no such file; give the path of a file")
     what = f"{source} is {'no file of plain text' if path.is_file() else 'no file'}: reading it as a data set"
     require(what, "data", "datasets")
     from datasets import load_dataset  # a slow import
