@@ -397,7 +397,8 @@ def kept(moments: Moments, module: nn.Module | None, channels: int) -> Moments:
 _known: "weakref.WeakKeyDictionary[PreTrainedModel, Calibration]" = weakref.WeakKeyDictionary()
 TOKENS = 512  # most tokens of a text that is given
 BUILT_IN = 256  # most tokens of each built-in text
-ROWS = 8  # texts that a model without a tokenizer writes itself
+ROWS = 8  # texts to calibrate on that a model without a tokenizer writes itself
+OTHER_ROWS, OTHER_LENGTH = 4, 96  # more such texts, to measure the loss on, and their tokens
 SEED = 0
 
 
@@ -471,7 +472,7 @@ def built_in(model: PreTrainedModel) -> Tensor:
     """Ids [R, n] of the texts that a model is calibrated on."""
     rows = [text_ids(model, text, BUILT_IN) for text in TEXTS]
     if any(row is None for row in rows):
-        return own_texts(model)
+        return own_texts(model)[0]
     return torch.cat([row[:, : min(row.shape[1] for row in rows)] for row in rows])
 
 
@@ -492,14 +493,30 @@ def _most_positions(model: PreTrainedModel) -> int:
     return getattr(text_config(model), "max_position_embeddings", None) or TOKENS
 
 
-@torch.no_grad()
-def own_texts(model: PreTrainedModel, rows: int = ROWS, length: int = TOKENS // ROWS) -> Tensor:
-    """Ids [rows, n] of texts that the model writes: sampled at temperature 1, from random first tokens.
+#: Texts of models, and the number of times that weights had changed by then.
+_written: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Tensor]]" = weakref.WeakKeyDictionary()
 
-    n is `length`, or the number of the model's positions if that is smaller.
+
+def own_texts(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Texts that the model writes: sampled at temperature 1, from random first tokens.
+
+    All are written at once, because each token is a forward pass of the model. They are written once, unless
+    weights change.
+
+    Returns ids [ROWS, TOKENS / ROWS] to calibrate on, and ids [OTHER_ROWS, OTHER_LENGTH] to measure the loss
+    on. There are fewer tokens if the model has fewer positions.
     """
+    changes = sum(weight._version for weight in model.parameters() if not weight.is_inference())
+    if _written.get(model, (None,))[0] != changes:
+        _written[model] = changes, _write(model, ROWS + OTHER_ROWS, min(OTHER_LENGTH, _most_positions(model)))
+    ids = _written[model][1]
+    return ids[:ROWS, : TOKENS // ROWS], ids[ROWS:]
+
+
+@torch.no_grad()
+def _write(model: PreTrainedModel, rows: int, length: int) -> Tensor:
+    """Ids [rows, length] of texts that the model writes."""
     draw = torch.Generator().manual_seed(SEED)
-    length = min(length, _most_positions(model))
     ids = torch.randint(vocabulary(model), (rows, 1), generator=draw)
     device = execution_device(model.get_input_embeddings()) or model.device
     forward, cache = type(model).forward, DynamicCache(config=text_config(model))

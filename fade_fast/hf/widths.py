@@ -40,7 +40,6 @@ from .verify import Witness, feed
 VERSION = 3  # of the files and of the way to choose
 CHUNK = 32  # tokens of a block, and of a chunk: each chunk reads all earlier blocks compressed
 TOKENS = 640  # most tokens of the text
-ROWS, LENGTH = 4, 96  # texts that a model without a tokenizer writes itself, and their tokens
 MORE = 8  # bits of keys and values that 4 or fewer bits damage too much
 
 
@@ -309,7 +308,7 @@ class Ladder:
             if self.at_once:
                 self.model.set_attn_implementation(NAME)
             ids = text_ids(self.model, CHECK, TOKENS)
-            self.ids = same_ids(self.model, own_texts(self.model, ROWS, LENGTH) if ids is None else ids)
+            self.ids = same_ids(self.model, own_texts(self.model)[1] if ids is None else ids)
             if self.at_once:  # `own_texts` used another one
                 self.model.set_attn_implementation(NAME)
             if self.ids.shape[1] <= CHUNK:

@@ -90,7 +90,7 @@ def test_the_loss_is_below_the_bound_and_each_change_is_needed(codec, k_bits, v_
     assert choice.layer_bits and choice.loss <= config.loss_bound < choice.plain == plain.loss
     bits = bits_of(choice, config, 3)
     assert all(k >= k_bits and v >= v_bits for k, v in bits)
-    text = calibration.own_texts(model, widths.ROWS, widths.LENGTH)
+    text = calibration.own_texts(model)[1]
     if codec == "rotated":
         assert measured(model, bits, text) == pytest.approx(choice.loss, rel=1e-3)
         assert measured(model, [(k_bits, v_bits)] * 3, text) == pytest.approx(choice.plain, rel=1e-3)
@@ -257,3 +257,18 @@ def test_what_contradicts_a_bound_is_refused():
         fade_fast.TieredKVCache(sharp(), FadeConfig.safe())
     assert FadeConfig.preset("int4") == replace(FadeConfig.safe(), loss_bound=None)
     assert fade_fast.create_cache(sharp(), FadeConfig(**SMALL)).choice is None
+
+
+def test_a_model_without_a_tokenizer_writes_its_texts_once():
+    """Each token is a pass of the model. Other weights write other texts."""
+    model = sharp()
+    Counting.passes = 0
+    first = calibration.own_texts(model)
+    assert [tuple(x.shape) for x in first] == [(8, 64), (4, 96)] and Counting.passes == 95
+    assert all(torch.equal(x, y) for x, y in zip(first, calibration.own_texts(model)))
+    assert Counting.passes == 95
+    cache = fade_fast.create_cache(model, "safe")
+    assert cache.choice.tokens == 4 * (96 - CHUNK) and Counting.passes < 95 + 40
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(3)
+    assert not torch.equal(first[0], calibration.own_texts(model)[0])
