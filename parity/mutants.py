@@ -182,8 +182,14 @@ CORRUPTIONS = {
         ("biased scale", call("square").becomes("1.1 * _"), "matched codes, 4"),
     ],
     "kernels.matched.encode": [
-        ("dropped mean of matched keys", compare("is not").becomes("False"), "matched codes, 4"),
         ("matrix transposed", attribute("mT").drop(), "matched codes, 8"),
+    ],
+    "kernels.matched._centered": [
+        ("dropped mean of matched keys", compare("is").becomes("True"), "matched codes, 4"),
+    ],
+    "kernels.matched._encode_both": [
+        ("values encoded as keys", call("zip")[0].becomes("zip(tables[:2], tables[:2])"), "life/matched"),
+        ("codes of keys for values", call("chunk").becomes("[_[0], _[0]]"), "life/matched"),
     ],
     "formats.matched.MatchedFormat.key_means": [
         ("mean not rotated to its block", call("rotate").becomes("still.clone()"), "life/matched")

@@ -29,6 +29,7 @@ SEARCHED = {8: (1.0,), 4: (1.0,), 3: (0.88, 0.95, 1.02, 1.09, 1.17), 2: (0.8, 0.
 #: The same for values. Attention adds values up, and a small scale clips many of them in one direction.
 SEARCHED_FOR_VALUES = SEARCHED | {2: (1.0,)}
 TWICE = (3, 2)  # bits of codes whose channels are rounded once more
+MOST_OF_BOTH = 1 << 23  # elements of keys that are encoded with their values: launches of more take no time
 MOST_SEARCHED = 1 << 25  # elements of vectors in all scales that are rounded at a time
 TOGETHER = 8  # channels of a compiled block
 GROUP = 32  # channels between two products with the errors of all channels before
@@ -339,7 +340,7 @@ def encode_both(
 
 def _encode_both(keys, values, mean, *tables, bits) -> tuple[Packed, Packed]:
     """`tables`: `encode` and `feedback` of keys, then of values."""
-    if not as_heads_of_one_side(bits):
+    if not as_heads_of_one_side(bits) or keys.numel() > MOST_OF_BOTH:
         packed = encode(keys, mean, *tables[:2], bits[0])
         if bits[1] == 16:
             return packed, Packed(values, None, None)

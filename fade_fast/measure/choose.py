@@ -414,7 +414,7 @@ def largest_batch(bench: Bench, methods: list[Method], length: int, size: float)
     """
     cuda, whole = bench.device == "cuda", weights(build(bench.name, "meta"))
     room = room_for(bench, length, 3)
-    fill = 16 * K  # what is filled at once needs little beside the caches of a few layers
+    fill = 4 * K  # encoding what is filled at once must need little beside the caches of a few layers
     for m in methods:
         row = bench.row("batch", m, 0, length, refused=[])
         text = bench.text(m, FEW if cuda else 1, room).fill(length, fill)
