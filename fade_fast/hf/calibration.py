@@ -51,6 +51,7 @@ from .models import (
     text_config,
     vocabulary,
 )
+from .readers import Readers
 from .rope_probe import probe_of
 from .undisturbed import undisturbed
 
@@ -327,13 +328,14 @@ def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibra
         NotCalibrated: the model does not let its attention be replaced, or cannot run on token ids alone.
     """
     heard: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
-    modules = attention_modules(model)
+    modules, readers = attention_modules(model), Readers(model)
     with undisturbed(model):
         token = _heard.set(heard)
         try:
             model.set_attn_implementation(NAME)
             device = execution_device(model.get_input_embeddings()) or model.device
-            type(model).forward(model, input_ids=ids.to(device), use_cache=False, logits_to_keep=1)
+            with readers:
+                type(model).forward(model, input_ids=ids.to(device), use_cache=False, logits_to_keep=1)
         except Exception as error:  # noqa: BLE001 - any error of the model's own code
             raise NotCalibrated(
                 f"{type(model).__name__} cannot be calibrated: over {ids.shape[1]} tokens its forward pass "
@@ -351,7 +353,8 @@ def calibrate(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Calibra
         there = Rope(ropes[i].inv_freq.to(query.device), interleaved=ropes[i].interleaved)
         rows = zip(query, keys, values)
         found = spec.mean_of([spec.measure(*row, None, there, scaling, SINKS) for row in rows])
-        moments[i] = kept(found, modules.get(i), query.shape[1] * query.shape[3])
+        channels = query.shape[1] * query.shape[3]
+        moments[i] = kept(found, modules.get(i), channels, readers.weights(i))
     broken = [i for i, found in moments.items() if not all(x.isfinite().all() for x in found)]
     ranks = ranks_of(model)
     if broken or ranks is not None and not ranks.agree(not broken, model.device):
@@ -383,18 +386,23 @@ def ropes_of(model: PreTrainedModel, layers: list[int]) -> dict[int, Rope]:
     return ropes
 
 
-def kept(moments: Moments, module: nn.Module | None, channels: int) -> Moments:
+def kept(moments: Moments, module: nn.Module | None, channels: int, weights: Tensor | None = None) -> Moments:
     """Moments as they are kept, float32 on the CPU, with those of the output projection of the attention
-    module, if it is found. The query heads have so many `channels` in all.
+    module, if it is found. The query heads have so many `channels` in all. `weights` are those of
+    `Readers.weights`, by which the rows of the projection count.
     """
     output = None if module is None else output_projection(module, channels)
     if output is not None:
-        moments = spec.with_output(moments, output.detach().to(moments.mean.device))
+        output = output.detach().to(moments.mean.device)
+        if weights is not None and len(weights) == len(output):
+            output = output.double() * weights.to(output.device).unsqueeze(1)
+        moments = spec.with_output(moments, output)
     return Moments(*(x.float().cpu().contiguous() for x in moments))
 
 
 #: Calibrations of the models of this process.
 _known: "weakref.WeakKeyDictionary[PreTrainedModel, Calibration]" = weakref.WeakKeyDictionary()
+MEASURED = 2  # version of how moments are measured; matrices of old moments stay what they were
 TOKENS = 512  # most tokens of a text that is given
 BUILT_IN = 256  # most tokens of each built-in text
 ROWS = 8  # texts to calibrate on that a model without a tokenizer writes itself
@@ -412,7 +420,7 @@ def of_model(model: PreTrainedModel, layers: list[int]) -> Calibration:
     """
     if model in _known:
         return _known[model]
-    path = model_file(model, "calibration", VERSION, SEED, *TEXTS)
+    path = model_file(model, "calibration", VERSION, MEASURED, SEED, *TEXTS)
     found = None
     if path is not None and path.is_file():
         with contextlib.suppress(ValueError, OSError):  # a damaged file is written anew
