@@ -92,7 +92,7 @@ def test_a_policy_that_holds_more_than_everything_is_marked():
 
 def test_configurations_have_the_names_of_presets():
     """A preset and its width are never two rows, and all pages call it by one name."""
-    for name in ("quality-smollm2", "needles-smollm2", "memory-smollm2", "memory-h100", "ruler-smollm2"):
+    for name in ("quality-smollm2", "needles-smollm2", "memory-smollm2", "memory-h100"):
         names = {row["method"] for row in figures.load(name)["results"]}
         assert not names & {"int8", "int4"}, name
         assert {row["method"] for row in figures.stored(name)["results"]} & {"int8", "int4", "k4v4"}, name
