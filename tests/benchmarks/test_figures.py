@@ -48,7 +48,9 @@ def test_stored_tables_are_honest(name):
     assert {"model", "device", "torch", "transformers"} <= set(report)
     if report["kind"] == "choose":  # random keys, so no text
         ran = [r for r in report["rows"] if not r["failed"] and r["part"] != "prefill"]
-        assert ran and all(0 < r["read"] <= r["held"] for r in ran)
+        prompts = [r for r in report["rows"] if r["part"] == "prefill"]
+        assert ran or {"dynamic"} < {r["method"] for r in prompts}
+        assert all(0 < r["first_token_s"] for r in prompts) and all(0 < r["read"] <= r["held"] for r in ran)
         assert all((r["read"] < r["held"]) == ("select" in r["method"]) and r["captured"] for r in ran)
         return
     assert {"dtype", "text"} <= set(report)
