@@ -8,6 +8,8 @@ So channel c of the output of a layer counts g_c^2 times the mean of w_c^2 over 
 hidden state later, each divided by its own mean. g is the norm of the output, or 1.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -68,12 +70,18 @@ class Readers:
         """The root of how much each channel of the output of layer `index` counts, float64 [hidden] on the
         CPU; None if no norm is known to read it.
         """
-        later = [weights_of(norm) for norm in self._readers[self._from.get(index, len(self._readers)) :]]
-        known = [w.square() / w.square().mean() for w in later if w is not None]
+        start = self._from.get(index, len(self._readers))
+        known = [x for x in self._shares[start:] if x is not None]
         if not known:
             return None
         own = weights_of(self._after[index]) if index in self._after else None
         return torch.stack(known).mean(0).sqrt() * (1.0 if own is None else own)
+
+    @functools.cached_property
+    def _shares(self) -> list[Tensor | None]:
+        """How much each norm reads of each channel, of mean 1; None where that cannot be found."""
+        found = [weights_of(norm) for norm in self._readers]
+        return [None if w is None else w.square() / w.square().mean() for w in found]
 
 
 @torch.no_grad()
