@@ -80,8 +80,8 @@ def measure(
 
     Args:
         query: [Hq, n, D]; keys, values: [H, n, D], all after RoPE. Hq / H query heads read a KV head.
-        output: [hidden, Hq * D], the output projection. A row may be multiplied by how much the model reads
-            of its hidden channel. None: all channels count alike.
+        output: [hidden, Hq * D], the output projection. Its rows may be multiplied by how much the model
+            reads of their hidden channels. None: all channels count alike.
         rope: how the vectors were rotated. `NOPE`: not at all, or in an unknown way; then moments are those
             of the vectors as they are.
         scaling: of the scores. n_sink: first tokens, which are never encoded.

@@ -1,11 +1,12 @@
 """How much a model reads of each channel of what an attention layer adds to the hidden state.
 
-An error of a value reaches the hidden state through the output projection, and is damage where later layers
-read it. They read through norms, whose weights differ much by channel: a channel with large values has small
-weights. Some families (Gemma, OLMo 2) norm the output of attention, too, before it is added.
+Some families (Gemma, OLMo 2) norm the output of attention before they add it to the hidden state. Then the
+rows of the output projection say little about what an error of a value does: the weights g of this norm
+differ much by channel, and so do those of the norms that read the hidden state later, where a channel with
+large values has small weights. So channel c of the output counts g_c^2 times the mean of w_c^2 over these
+later norms w, each divided by its own mean.
 
-So channel c of the output of a layer counts g_c^2 times the mean of w_c^2 over the norms w that read the
-hidden state later, each divided by its own mean. g is the norm of the output, or 1.
+Without a norm of the output, the rows are used as they are. The mean of w_c^2 gained nothing there.
 """
 
 import functools
@@ -68,14 +69,11 @@ class Readers:
 
     def weights(self, index: int) -> Tensor | None:
         """The root of how much each channel of the output of layer `index` counts, float64 [hidden] on the
-        CPU; None if no norm is known to read it.
+        CPU; None if this output is not normed, or the norms are not known.
         """
-        start = self._from.get(index, len(self._readers))
-        known = [x for x in self._shares[start:] if x is not None]
-        if not known:
-            return None
         own = weights_of(self._after[index]) if index in self._after else None
-        return torch.stack(known).mean(0).sqrt() * (1.0 if own is None else own)
+        known = [x for x in self._shares[self._from.get(index, 0) :] if x is not None]
+        return torch.stack(known).mean(0).sqrt() * own if known and own is not None else None
 
     @functools.cached_property
     def _shares(self) -> list[Tensor | None]:
