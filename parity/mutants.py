@@ -188,8 +188,7 @@ CORRUPTIONS = {
         ("dropped mean of matched keys", compare("is").becomes("True"), "matched codes, 4"),
     ],
     "kernels.matched._encode_both": [
-        ("values encoded as keys", call("zip")[0].becomes("zip(tables[:2], tables[:2])"), "life/matched"),
-        ("codes of keys for values", call("chunk").becomes("[_[0], _[0]]"), "life/matched"),
+        ("values encoded as keys", item("tables")[1].becomes("tables[:2]"), "life/matched"),
     ],
     "formats.matched.MatchedFormat.key_means": [
         ("mean not rotated to its block", call("rotate").becomes("still.clone()"), "life/matched")

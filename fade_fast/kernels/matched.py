@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..compile.compiled import CompiledForSizes
+from ..compile.compiled import CompiledForSizes, use_compiled
 from ..compile.replay import Replayed
 from ..compile.tiles import channel_tiles, long_element_tiles
 from . import rotated
@@ -29,7 +29,7 @@ SEARCHED = {8: (1.0,), 4: (1.0,), 3: (0.88, 0.95, 1.02, 1.09, 1.17), 2: (0.8, 0.
 #: The same for values. Attention adds values up, and a small scale clips many of them in one direction.
 SEARCHED_FOR_VALUES = SEARCHED | {2: (1.0,)}
 TWICE = (3, 2)  # bits of codes whose channels are rounded once more
-MOST_OF_BOTH = 1 << 23  # elements of keys that are encoded with their values: launches of more take no time
+MOST_OF_BOTH = 1 << 21  # elements of keys that are encoded with their values: half of a replayed tile
 MOST_SEARCHED = 1 << 25  # elements of vectors in all scales that are rounded at a time
 TOGETHER = 8  # channels of a compiled block
 GROUP = 32  # channels between two products with the errors of all channels before
@@ -340,7 +340,9 @@ def encode_both(
 
 def _encode_both(keys, values, mean, *tables, bits) -> tuple[Packed, Packed]:
     """`tables`: `encode` and `feedback` of keys, then of values."""
-    if not as_heads_of_one_side(bits) or keys.numel() > MOST_OF_BOTH:
+    # Together they need twice the memory at a time, and only a GPU waits for launches.
+    together = use_compiled(keys) and keys.numel() <= MOST_OF_BOTH
+    if not (together and as_heads_of_one_side(bits)):
         packed = encode(keys, mean, *tables[:2], bits[0])
         if bits[1] == 16:
             return packed, Packed(values, None, None)

@@ -36,7 +36,7 @@ def both(model, inputs, monkeypatch, config="safe", **options):
 
 
 @pytest.mark.parametrize("stop", slow_but(STOPS, "heuristic"))
-@pytest.mark.parametrize("seed", slow_but((0, 1, 4), 0))
+@pytest.mark.parametrize("seed", slow_but((2, 1, 4), 2))
 def test_a_step_after_the_end_leaves_no_trace(stop, seed, tapes, monkeypatch):  # noqa: F811
     model = tiny_llama(layers=1, dtype=torch.float64, seed=seed)
     inputs = prompt(30, batch=2, pads=(0, 9), seed=seed)

@@ -96,18 +96,21 @@ def test_long_prompts_are_encoded_in_tiles_that_are_replayed(bits, monkeypatch):
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_keys_and_values_together_have_the_codes_that_each_has_alone(bits, monkeypatch):
-    """Each side by its own matrices, keys less their means; up to codes near a boundary."""
+    """Each side by its own matrices, keys less their means; up to codes near a boundary. As on a GPU."""
     sides = matrices(seed=1), matrices(seed=2)
     draws = torch.Generator().manual_seed(bits)
     keys, values = torch.randn(2, 2, 2, 128, 64, generator=draws).unbind(0)
     mean = torch.randn(2, 2, 2, 64, generator=draws).half()
-    together = matched.encode_both(keys + 3, values, mean + 3, sides, (bits, bits))
-    monkeypatch.setattr(matched, "MOST_OF_BOTH", 0)
-    calls = []
-    encode = matched.encode
+    encode, calls = matched.encode, []
     monkeypatch.setattr(matched, "encode", lambda *args, **more: calls.append(args) or encode(*args, **more))
     alone = matched.encode_both(keys + 3, values, mean + 3, sides, (bits, bits))
     assert len(calls) == 2
+    monkeypatch.setattr(matched, "use_compiled", lambda x: True)
+    together = matched.encode_both(keys + 3, values, mean + 3, sides, (bits, bits))
+    assert len(calls) == (4 if bits == 2 else 3)  # values of 2 bits are searched for no scales
+    monkeypatch.setattr(matched, "MOST_OF_BOTH", keys.numel() - 1)
+    matched.encode_both(keys, values, mean, sides, (bits, bits))
+    assert len(calls) == (6 if bits == 2 else 5)
     for one, other in zip(together, alone):
         assert one.codes.shape == other.codes.shape and one.scale.shape == other.scale.shape
         same = (one.codes == other.codes).all(-1)
