@@ -38,7 +38,7 @@ class Readers:
             if "norm" in type(module).__name__.lower() and not name.startswith(inside)
             and getattr(getattr(module, "weight", None), "shape", None) == (size,)
         }  # fmt: skip
-        self._made: list[tuple[Tensor, int | None]] = []  # what parts of a layer gave: attention, or others
+        self._made: list[tuple[Tensor, int | None]] = []  # what parts of a layer gave; the index if attention
         self._readers: list[nn.Module] = []
         self._from: dict[int, int] = {}  # how many norms had read when attention gave its output
         self._after: dict[int, nn.Module] = {}  # norms of the output of attention
@@ -61,11 +61,11 @@ class Readers:
         if id(module) not in self._norms:
             self._made.append((output[0] if isinstance(output, tuple) else output, index))
         elif args:
-            made = next((of for given, of in self._made if given is args[0]), args)
-            if made is args:  # no part of the layer gave this: it is the hidden state
+            givers = [giver for given, giver in self._made if given is args[0]]
+            if not givers:  # no part of the layer gave this: it is the hidden state
                 self._readers.append(module)
-            elif made is not None:
-                self._after[made] = module
+            elif givers[0] is not None:
+                self._after[givers[0]] = module
 
     def weights(self, index: int) -> Tensor | None:
         """The root of how much each channel of the output of layer `index` counts, float64 [hidden] on the
