@@ -17,6 +17,7 @@ class AppendStore(CompressedStore):
     keeps_slots = True
     fills_slots = True
     shares_slots = True
+    writes_ahead = True
 
     @property
     def slots_step(self) -> int:
@@ -81,12 +82,24 @@ class AppendStore(CompressedStore):
         bound: Tensor | None = None,
     ) -> None:
         """Append what `encoded` made. `at`: `slots`, for a captured graph. `bound`: see `StoredTier`."""
-        block = None if at is None else at[:: self.per_mean] // self.per_mean
+        block = None if at is None else self._blocks(at)
         with self._all_or_nothing():
             self.tiers[0].append(at, bound, **fields)
             self._reserve_means()
             self.means.append(block, mean=mean)
             before_write(None)
+
+    def write_ahead(self, fields: dict[str, Tensor], mean: Tensor, at: Tensor) -> None:
+        """Write what `encoded` made into slots `at` behind those in use, for which there is room.
+
+        No step reads them until they are counted.
+        """
+        self.tiers[0].records.write(at, **fields)
+        self.means.write(self._blocks(at), mean=mean)
+
+    def _blocks(self, at: Tensor) -> Tensor:
+        """Where the means of whole blocks of slots `at` lie, int64."""
+        return at[:: self.per_mean] // self.per_mean
 
     def slots(self, first: int, count: int, counters: DeviceCounters) -> Tensor:
         """Slots of step indices `first` to `first + count`, int64 [count], as the device counts them."""

@@ -152,13 +152,17 @@ class Buffers:
         name = next(iter(records))
         new = records[name].shape[self.fields[name].axis]
         self.make_room(new, self.count)
-        for name, x in records.items():
-            held, axis = self.tensors[name], self.fields[name].axis
-            if at is None:
-                held.narrow(axis, self.count, new).copy_(x)
-            else:
-                held.index_copy_(axis, at, x)
+        if at is None:
+            for name, x in records.items():
+                self.tensors[name].narrow(self.fields[name].axis, self.count, new).copy_(x)
+        else:
+            self.write(at, **records)
         self.count += new
+
+    def write(self, at: Tensor, **records: Tensor) -> None:
+        """Write records into slots `at`, int64 [n], for which there is room. None of them is counted."""
+        for name, x in records.items():
+            self.tensors[name].index_copy_(self.fields[name].axis, at, x)
 
     def rewritten(self, **records: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Hold exactly these records, for which there is room: the copies to be made, for `copy_all`."""

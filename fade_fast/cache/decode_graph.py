@@ -24,6 +24,7 @@ from ..kernels import dense
 from . import together
 from .beams import Beams, Written
 from .buffers import copy_all, cut, take_rows
+from .demotion import RecordedDemotion
 from .guard import without_autocast
 from .layer import MAX_DECODE_TOKENS, KVLayer, ScoreOptions, Visible
 from .positions import PAD, DeviceCounters, TokenPositions
@@ -111,7 +112,7 @@ class DecodeGraph:
         uncaptured: why steps are not captured, although the model runs on a GPU; empty if they are.
         active: whether a step is under way, so that attention goes through `fade::step`.
         graph_id: see above. dynamic_size: a tensor of that length.
-        demotion, order: the CUDA graphs of a demotion and of a reordering, or None.
+        demotion, order: what replays a demotion and a reordering, or None.
         search: runs the steps of a beam search or of assisted decoding; None before the first.
         drafts: gives the drafter while assisted decoding goes on, else None.
         asked: options of the newest generate() (`prompts.OPTIONS`).
@@ -213,6 +214,7 @@ class DecodeGraph:
     def touch(self) -> None:
         """Say that tokens changed other than by a captured step."""
         self._versions, self._kept_at = None, 0
+        self._forget_parts()
 
     # -- around a step
 
@@ -243,6 +245,8 @@ class DecodeGraph:
             self._settling -= 1
             if not self._settling:
                 self._record_demotion()
+        if self.demotion and new == 1:
+            self._demote_a_part()
         self.active = True
         return True
 
@@ -366,8 +370,10 @@ class DecodeGraph:
 
         A capture does not allow compilation. So the demotion runs once before, and writes nothing.
         """
-        together.rehearse(layers, DeviceCounters(self.step_index, self.newest))
-        self.demotion, _ = record(self._demote_on_device)
+        counters = DeviceCounters(self.step_index, self.newest)
+        together.rehearse(layers, counters)
+        self.demotion = RecordedDemotion(layers, counters, self._refresh)
+        self._set_fresh()
 
     def _demote_on_device(self) -> None:
         """The same by tensors of fixed addresses. All that graphs read is brought up to date."""
@@ -375,6 +381,25 @@ class DecodeGraph:
         together.compact(self.layers, counters)
         self._refresh(counters)
         self._set_fresh()
+
+    def _demote_a_part(self) -> None:
+        """Do a part of the next demotion, if that is due within a few steps of one token.
+
+        Where tokens are taken back or rows reordered at each step, that work would be lost.
+        """
+        if not self.demotion.left or self.reordered or self.drafts() is not None:
+            return
+        missing = -next(layer for layer in self.layers if layer.compresses).num_past_threshold
+        if 0 < missing <= self.demotion.left:
+            self.step_index.add_(missing)
+            self.demotion.run_part()
+            self.step_index.sub_(missing)
+            self.counts["demotion, a part ahead"] += 1
+
+    def _forget_parts(self) -> None:
+        """Tokens changed. The next demotion is done as a whole."""
+        if self.demotion:
+            self.demotion.done = 0
 
     # -- between steps
 
@@ -386,6 +411,7 @@ class DecodeGraph:
     def crop(self, n: int) -> None:
         """Go on before the newest `n` tokens, which the cache has cropped."""
         self._kept_at = 0
+        self._forget_parts()
         self.beams.close()
         if self._stale or self.token_positions.has_padding:
             self.touch()
@@ -402,6 +428,7 @@ class DecodeGraph:
         with one graph id on, a CUDA graph replays the kernels.
         """
         self._kept_at, self.reordered = 0, True
+        self._forget_parts()
         graphed = not self._stale and self.captures
         reach = self.beams.reach(index, static=graphed)
         graphed = graphed and not self._stale  # rows that leave their text share nothing any more
@@ -448,6 +475,7 @@ class DecodeGraph:
 
     def _renew(self) -> None:
         """Bring what graphs read up to date; under a new graph id if anything that is fixed has changed."""
+        self._forget_parts()
         for layer in self.layers:
             layer.follow_choices()
         inputs = [x for layer in self.layers for x in layer.static_inputs()] + self.token_positions.tensors()

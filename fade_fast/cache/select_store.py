@@ -86,6 +86,7 @@ class SelectStore(AppendStore):
 
     fills_slots = False  # a query reads some of them
     shares_slots = False  # each query reads others
+    writes_ahead = False  # scores of pages follow what is counted, and payload may lie in host memory
 
     def __init__(self, *args):
         super().__init__(*args)

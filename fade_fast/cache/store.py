@@ -185,6 +185,7 @@ class CompressedStore(ABC):
     keeps_slots = False  # whether a token stays in the slot it got
     fills_slots = False  # whether each slot in use holds a real token, in a batch without padding
     shares_slots = False  # whether a step may read slots once that are equal in several rows
+    writes_ahead = False  # whether new records may be written before they are counted
     evicted: Tensor | None = None  # [B, 1] int32: real tokens dropped so far
     token_bytes = 0  # of an uncompressed token; 0: not known
     on_plan: Callable | None = None  # is told of plans: see `plan.Candidates`

@@ -59,18 +59,56 @@ def groups(layers: list[KVLayer]) -> list[list[KVLayer]]:
     return [group for several in found.values() for group in several]
 
 
+def encode(layers: list[KVLayer], counters: DeviceCounters) -> list[Tensor]:
+    """Write the codes of blocks that are due behind the slots in use, where no step reads them yet.
+
+    Nothing is counted. So a graph may do this some steps before `take_in`. All `layers` are alike (`groups`),
+    and their stores write ahead (`CompressedStore.writes_ahead`).
+
+    Returns the bound of the new value scales of each layer, float32 [B, H], for `take_in`.
+    """
+    first = layers[0]
+    start, count = first.dense.count - first.recent, first.num_due
+    tokens = _joined(layers, start, count, HEADS)
+    found, at = _encoded(layers, tokens, first.length - first.recent, count, counters)
+    for layer, (fields, mean, _) in zip(layers, found):
+        layer.middle.write_ahead(fields, mean, at)
+    return [bound for *_, bound in found]
+
+
+def take_in(layers: list[KVLayer], bounds: list[Tensor]) -> None:
+    """Count blocks that are due, and that `encode` has written; it gave `bounds`. For a captured graph."""
+    first = layers[0]
+    start, count = first.dense.count - first.recent, first.num_due
+    later = _joined(layers, start + count, first.dense.capacity - start - count, HEADS)
+    torch._foreach_maximum_([layer.middle.tiers[0].bound for layer in layers], bounds)
+    moves = []
+    for layer, rest in zip(layers, _fields(later, layers, HEADS)):
+        layer.middle.count_replayed_demotion(count)
+        moves += _close_gap(layer, rest, count)
+    copy_all(moves)
+
+
+def _joined(layers: list[KVLayer], start: int, length: int, axis: int) -> dict[str, Tensor]:
+    """So many dense slots of several layers, as rows or heads of one layer: copies."""
+    fields = layers[0].dense.fields
+    parts = {
+        name: [layer.dense.tensors[name].narrow(field.axis, start, length) for layer in layers]
+        for name, field in fields.items()
+    }
+    return {name: torch.cat(tensors, dim=axis) for name, tensors in parts.items()}
+
+
 def _compact(layers: list[KVLayer], counters: DeviceCounters | None, writes: bool = True) -> None:
     first = layers[0]
     dense, count, recent = first.dense, first.num_due, first.recent
     start = dense.count - recent
     length = (dense.capacity if counters is not None else dense.count) - start
-    tokens, later = {}, {}
     planned = isinstance(first.middle, BudgetStore)
-    for name, field in dense.fields.items():
-        parts = [x.dense.tensors[name].narrow(field.axis, start, length) for x in layers]
-        joined = torch.cat(parts, dim=ROWS if planned else HEADS)
-        tokens[name] = joined.narrow(field.axis, 0, count)
-        later[name] = joined.narrow(field.axis, count, length - count)
+    joined = _joined(layers, start, length, ROWS if planned else HEADS)
+    axes = {name: field.axis for name, field in dense.fields.items()}
+    tokens = {name: x.narrow(axes[name], 0, count) for name, x in joined.items()}
+    later = {name: x.narrow(axes[name], count, length - count) for name, x in joined.items()}
     step = first.length - recent
     demote = _demote_planned if planned else _demote_appended
     write = demote(layers, tokens, later, step, count, counters)
@@ -111,6 +149,25 @@ def _bound(tier: TierFormat, records: dict[str, Tensor]) -> Tensor | None:
 
 def _demote_appended(layers, tokens, later, first, count, counters) -> Callable[[], None]:
     """What is demoted, computed. The result writes it."""
+    found, at = _encoded(layers, tokens, first, count, counters)
+    parts = zip(layers, found, _fields(later, layers, HEADS))
+
+    def write() -> None:
+        moves = []
+        try:
+            for layer, (fields, mean, bound), rest in parts:
+                layer.middle.write(fields, mean, at, bound=bound)
+                moves += _close_gap(layer, rest, count)
+        finally:  # memory may run out in a later layer
+            copy_all(moves)
+
+    return write
+
+
+def _encoded(
+    layers, tokens, first, count, counters
+) -> tuple[list[tuple[dict[str, Tensor], Tensor, Tensor | None]], Tensor | None]:
+    """Records, means of blocks and bound of each layer; and their slots, for a captured graph."""
     store: AppendStore = layers[0].middle
     position = store.middle_positions(first, count, counters)
     at = None if counters is None else store.slots(first, count, counters)
@@ -118,19 +175,7 @@ def _demote_appended(layers, tokens, later, first, count, counters) -> Callable[
     records, means = store.encoded(tokens["key"], tokens["value"], position, format)
     (tier,) = format.tiers
     bounds = _parts(_bound(tier, records), layers, HEADS)
-    fields, rest = (_fields(x, layers, HEADS) for x in (records, later))
-    parts = zip(layers, fields, _parts(means, layers, HEADS), bounds, rest)
-
-    def write() -> None:
-        moves = []
-        try:
-            for layer, fields, mean, bound, rest in parts:
-                layer.middle.write(fields, mean, at, bound=bound)
-                moves += _close_gap(layer, rest, count)
-        finally:  # memory may run out in a later layer
-            copy_all(moves)
-
-    return write
+    return list(zip(_fields(records, layers, HEADS), _parts(means, layers, HEADS), bounds)), at
 
 
 # -- tokens compete for budgets

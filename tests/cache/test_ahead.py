@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fade_fast.cache import cuda_graph, decode_graph
+from fade_fast.cache import cuda_graph, decode_graph, demotion, together
 from fade_fast.compile import replay
 from fade_fast.kernels import matched, packed
 from fade_ref.config import FadeConfig
@@ -18,21 +18,38 @@ CASES = STEADY | {p: FadeConfig(**SMALL, int4_budget=12, int2_budget=8, eviction
 
 
 class Demotion:
-    """A graph of a demotion. Recording changes no tensor; a replay changes nothing in Python."""
+    """A graph of a demotion, or of a part of it. Recording changes no tensor; a replay changes nothing in
+    Python.
+    """
 
-    def __init__(self, graph, call):
-        self.graph, self.call, self.replays = graph, call, 0
-        with kept(graph):
-            call()
+    def __init__(self, call, arguments):
+        self.call, self.arguments, self.replays = call, arguments, 0
+        self.layers, self.counters = arguments["layers"], arguments["counters"]
+        self.graph = next(x for x in decode_graph._graphs.values() if self.layers[0] in x.layers)
+        self.is_part = call is together.encode
+        self.dense = self.layers[0].dense.count  # a block is due, or counted as due
+        with kept(self.graph):
+            self.output = call(**arguments)
+
+    def pool(self):
+        return None
 
     def replay(self) -> None:
         self.replays += 1
-        counts = counted(self.graph.layers)
-        for layer in self.graph.layers:  # as they were at the capture: a block is due
-            layer.dense.count += layer.config.block_size
-            layer.middle.count_replayed_demotion(-layer.config.block_size)
-        self.call()
-        assert counted(self.graph.layers) == counts
+        layers, positions, length = self.graph.layers, self.graph.token_positions, int(self.counters.length)
+        counts, seen = counted(layers), positions.length
+        for layer in layers:  # as they were at the capture
+            layer.dense.count, layer.length = self.dense, length
+            if not self.is_part:
+                layer.middle.count_replayed_demotion(-layer.config.block_size)
+        positions.length = length
+        for known, new in zip(self.output or (), self.call(**self.arguments) or ()):
+            known.copy_(new)
+        positions.length = seen
+        if self.is_part:
+            for layer, (dense, _, own) in zip(layers, counts):
+                layer.dense.count, layer.length = dense, own
+        assert counted(layers) == counts
 
 
 class kept:
@@ -64,14 +81,19 @@ def demotions(monkeypatch, uncompiled_kernels):
     """Demotions are captured on the CPU; those that were."""
     made = []
 
-    def record(call, pool=None, **arguments):
-        graph = call.__self__
-        made.append(Demotion(graph, call))
-        return made[-1], None
-
     monkeypatch.setattr(decode_graph, "CAPTURES_ON", {"cpu"})
-    monkeypatch.setattr(decode_graph, "record", record)
+    record_demotions(monkeypatch, made)
     return made
+
+
+def record_demotions(monkeypatch, made: list) -> None:
+    """Let Python record demotions, into `made`."""
+
+    def record(call, pool=None, **arguments):
+        made.append(Demotion(call, arguments))
+        return made[-1], made[-1].output
+
+    monkeypatch.setattr(demotion, "record", record)
 
 
 @pytest.mark.slow
@@ -92,9 +114,14 @@ def test_a_demotion_is_captured_before_it_is_due(name, demotions, monkeypatch):
     # replayed, because their pages get slots of their own.
     graph_ids = 2 if "select" in name and "policy" not in name else 1
     eager = 4 if "policy" in name else 1
-    made = len(demotions)
-    assert counts["demotion, captured ahead"] == graph_ids == made
-    assert counts["demotion, replayed"] == sum(x.replays for x in demotions) > 3
+    made, whole, parts = len(demotions), *(
+        [x for x in demotions if x.is_part == is_part] for is_part in (False, True)
+    )
+    assert counts["demotion, captured ahead"] == graph_ids == len(whole)
+    assert counts["demotion, replayed"] == sum(x.replays for x in whole) > 3
+    assert len({x.replays for x in parts}) == bool(parts)  # equally often
+    assert bool(parts) == cache.tiered[0].middle.writes_ahead
+    assert counts["demotion, a part ahead"] == sum(x.replays for x in parts)
     assert counts["demotion, not captured"] <= eager and not counts["demotion, captured"]
     monkeypatch.setattr(decode_graph, "SETTLED", 0)
     monkeypatch.setattr(decode_graph, "CAPTURES_ON", set())
@@ -105,13 +132,67 @@ def test_a_demotion_is_captured_before_it_is_due(name, demotions, monkeypatch):
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
+@pytest.mark.parametrize("name", ["int4", "matched"])
+def test_parts_of_a_demotion_run_in_the_steps_before(name, demotions, monkeypatch):
+    """One part a step. What they write is read only when it is counted."""
+    monkeypatch.setattr(decode_graph, "SETTLED", 1)
+    monkeypatch.setattr(together, "MOST", 0)  # each layer is a part
+    config = FadeConfig(**SMALL, quant_backend="matched" if name == "matched" else "rotated")
+    model = tiny_llama(dtype=torch.float16, layers=3)
+    cache, steps = new_cache(model, config, verify=False), []
+    begin = cache.decode_graph.begin
+
+    def watched(*args):
+        before = cache.decode_graph.counts["demotion, a part ahead"]
+        ready = begin(*args)
+        steps.append(cache.decode_graph.counts["demotion, a part ahead"] - before)
+        return ready
+
+    cache.decode_graph.begin = watched
+    found = compiled(model, cache, prompt(60, batch=2), backend="eager", new=60)
+    ours = cache.state_dict()[0]
+    (whole,), parts = ([x for x in demotions if x.is_part == is_part] for is_part in (False, True))
+    assert len(parts) == 3 and whole.replays > 8
+    assert all(0 <= x.replays - whole.replays <= 1 for x in parts)  # the next demotion has begun
+    assert max(steps) == 1 and sum(steps) > 3 * whole.replays - 3  # hardly any when it is due
+    monkeypatch.setattr(decode_graph, "CAPTURES_ON", set())
+    other = new_cache(model, config, verify=False)
+    expected = compiled(model, other, prompt(60, batch=2), backend="eager", new=60)
+    assert torch.equal(found, expected) and compressed_tokens(cache) > 0
+    assert all(torch.equal(x, other.state_dict()[0][name]) for name, x in ours.items())
+
+
+def test_parts_are_done_again_after_tokens_are_taken_back(demotions, monkeypatch):
+    """Other tokens may have come to their slots."""
+    monkeypatch.setattr(decode_graph, "SETTLED", 1)
+    model, config = tiny_llama(dtype=torch.float16), FadeConfig(recent_window=4, block_size=8)
+    found = []
+    for captures in ({"cpu"}, set()):
+        monkeypatch.setattr(decode_graph, "CAPTURES_ON", captures)
+        cache = new_cache(model, config, verify=False)
+        graph, text = cache.decode_graph, prompt(60)["input_ids"]
+        while text.shape[1] < 80 or cache.tiered[0].num_past_threshold:  # until a block is due
+            text = compiled(model, cache, {"input_ids": text}, backend="eager", new=3)
+        assert not captures or graph.demotion.done == 1
+        cache.crop(-10)
+        text = text[:, : cache.get_seq_length() + 1].clone()
+        text[0, -1] = (text[0, -1] + 1) % 50
+        replayed = graph.counts["demotion, replayed"]
+        text = compiled(model, cache, {"input_ids": text}, backend="eager", new=40)
+        assert not captures or graph.counts["demotion, replayed"] > replayed
+        found.append((text, cache.state_dict()[0]))
+    (text, ours), (expected, theirs) = found
+    assert torch.equal(text, expected)
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
 def test_a_demotion_runs_once_before_it_is_captured_when_due(demotions, monkeypatch):
     """A capture does not allow compilation. Steps with drafts reach the next block before `SETTLED` steps."""
-    events, rehearse, record = [], decode_graph.together.rehearse, decode_graph.record
+    events, rehearse, record = [], decode_graph.together.rehearse, demotion.record
     monkeypatch.setattr(decode_graph, "SETTLED", 1000)
     logs = lambda name, call: lambda *args, **more: (events.append(name), call(*args, **more))[1]  # noqa: E731
     monkeypatch.setattr(decode_graph.together, "rehearse", logs("rehearsed", rehearse))
-    monkeypatch.setattr(decode_graph, "record", logs("recorded", record))
+    monkeypatch.setattr(demotion, "record", logs("recorded", record))
     model = tiny_llama(dtype=torch.float16)
     cache = new_cache(model, CASES["h2o"], verify=False)
     compiled(model, cache, prompt(60, batch=2), backend="eager", new=30)

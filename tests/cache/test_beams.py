@@ -14,7 +14,7 @@ from fade_ref.config import FadeConfig
 
 from ..marks import pairwise, slow_but
 from ..models import OFF, compressed_tokens, dense, new_cache, prompt, teacher_forced, tiny_llama
-from .test_ahead import Demotion
+from .test_ahead import record_demotions
 from .test_cuda_graph import tapes  # noqa: F401 - a fixture
 
 SMALL = dict(recent_window=8, block_size=4)
@@ -244,13 +244,12 @@ def test_recorded_reorderings_serve_several_steps(tapes, uncompiled_kernels, mon
             self.call(**self.arguments)
 
     def record(call, pool=None, **arguments):
-        if not arguments:
-            return Demotion(call.__self__, call), None
         made.append(Tape(call, arguments))
         return made[-1], None
 
     monkeypatch.setattr(decode_graph, "CAPTURES_ON", {"cpu"})
     monkeypatch.setattr(decode_graph, "record", record)
+    record_demotions(monkeypatch, [])
     monkeypatch.setattr(beams, "MIN_REACH", 8)
     model, first, found = tiny_llama(dtype=torch.float64), prompt(30, batch=2), []
     for all_of_it in (False, True):

@@ -14,7 +14,7 @@ from fade_ref.config import FadeConfig
 
 from ..marks import pairwise, slow_but
 from ..models import compressed_tokens, dense, new_cache, predictable, prompt, tiny_llama
-from .test_ahead import Demotion
+from .test_ahead import record_demotions
 from .test_beams import CONFIGS, PADS, search
 from .test_cuda_graph import tapes  # noqa: F401 - a fixture
 
@@ -68,10 +68,11 @@ def as_on_a_gpu(tapes, uncompiled_kernels, monkeypatch):  # noqa: F811
             self.call(**self.arguments)
 
     def record(call, pool=None, **arguments):
-        return Tape(call, arguments) if arguments else Demotion(call.__self__, call), None
+        return Tape(call, arguments), None
 
     monkeypatch.setattr(decode_graph, "CAPTURES_ON", {"cpu"})
     monkeypatch.setattr(decode_graph, "record", record)
+    record_demotions(monkeypatch, [])
     monkeypatch.setattr(packed, "_best_step", lambda heads: 128)
     monkeypatch.setattr(packed, "coarsest", lambda heads: 64)
     monkeypatch.setattr(packed, "spare", lambda view: 32)
