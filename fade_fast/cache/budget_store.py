@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..formats.base import Field
 from ..policies import plan
-from .buffers import Buffers, take
+from .buffers import Buffers, concatenated, take
 from .eviction import warn_once
 from .positions import PAD, DeviceCounters, RepeatedPositions
 from .store import CompressedStore, StoredTier
@@ -86,7 +86,8 @@ class BudgetStore(CompressedStore):
             return None
         if plan.sizes(self.config, held, self.config.block_size) is None:
             return None
-        return type(self), *held, self.means.count, self.evicted is None
+        slots = [tier.records.capacity for tier in self.tiers]
+        return type(self), *held, *slots, self.means.count, self.evicted is None
 
     def can_replay_demotion(self, new: int) -> bool:
         held = [tier.records.count for tier in self.tiers]
@@ -242,6 +243,7 @@ class BudgetStore(CompressedStore):
             index = torch.where(index < held_now, index, held_now + torch.arange(count, device=index.device))
             recurs = self.config.eviction_policy != "adaptive"  # which keeps another number each time
         new = tier.format.encode(keys, values, self.means["mean"], recurs)
+        new = {name: x.contiguous() for name, x in new.items()}
         parts, passed = [], False
         for source in self.tiers:
             passed |= source is tier
@@ -256,7 +258,7 @@ class BudgetStore(CompressedStore):
         parts.append(new)
         axes = {name: tier.records.fields[name].axis for name in new}
         return {
-            name: take(torch.cat([part[name] for part in parts], axis), index, axis)
+            name: take(concatenated([part[name] for part in parts], axis), index, axis)
             for name, axis in axes.items()
         }
 

@@ -31,19 +31,33 @@ def take_rows(x: Tensor, index: Tensor, pending: list[tuple[Tensor, Tensor]] | N
 
 
 def _words(x: Tensor) -> Tensor:
-    """A view of `x` [B, ...] as numbers of eight bytes, or `x` where its layout does not allow that.
-
-    A GPU gathers bytes no faster than words.
-    """
+    """A view of `x` [B, ...] as numbers of eight bytes, or `x` where its layout does not allow that."""
     if x.dim() < 2 or not x.numel():
         return x
     if x.is_contiguous():
         x = x.flatten(1)
     elif x.dim() > 3 and x[0, 0].is_contiguous():  # some slots of all heads
         x = x.flatten(2)
+    return as_words(x)
+
+
+def as_words(x: Tensor) -> Tensor:
+    """A view of `x` whose last axis has numbers of eight bytes, or `x` where its layout does not allow that.
+
+    A GPU moves bytes no faster than words.
+    """
+    if not x.dim() or x.stride(-1) != 1:
+        return x
     steps = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
-    fits = x.stride(-1) == 1 and all(n * x.element_size() % 8 == 0 for n in steps)
-    return x.view(torch.int64) if fits else x
+    return x.view(torch.int64) if all(n * x.element_size() % 8 == 0 for n in steps) else x
+
+
+def concatenated(tensors: list[Tensor], axis: int) -> Tensor:
+    """`torch.cat`, which copies words where the layouts of all tensors allow that."""
+    words = [as_words(x) for x in tensors]
+    if any(x.dtype != torch.int64 for x in words):
+        return torch.cat(tensors, axis)
+    return torch.cat(words, axis).view(tensors[0].dtype)
 
 
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -84,7 +98,7 @@ class Buffers:
         """The slots in use of all `parts`, whose rows follow one another: a copy, for reading."""
         twin = cls.__new__(cls)
         twin.fields, twin.step, twin.count = parts[0].fields, parts[0].step, parts[0].count
-        twin.tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0].fields}
+        twin.tensors = {name: concatenated([part[name] for part in parts], 0) for name in parts[0].fields}
         return twin
 
     @property
@@ -164,11 +178,20 @@ class Buffers:
         for name, x in records.items():
             self.tensors[name].index_copy_(self.fields[name].axis, at, x)
 
-    def rewritten(self, **records: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Hold exactly these records, for which there is room: the copies to be made, for `copy_all`."""
-        name = next(iter(records))
-        self.count = records[name].shape[self.fields[name].axis]
-        return [(self[name], x) for name, x in records.items()]
+    def rewritten(self, count: int, records: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Hold `count` records, given all slots of each field: the copies to be made, for `copy_all`."""
+        self.count = count
+        return [(self.tensors[name], x) for name, x in records.items()]
+
+    def filled_up(self, records: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Records with zeros behind them, as many as there are slots."""
+        found = {}
+        for name, x in records.items():
+            axis = self.fields[name].axis % x.dim()
+            missing = self.capacity - x.shape[axis]
+            behind = [0, 0] * (x.dim() - 1 - axis) + [0, missing]
+            found[name] = torch.nn.functional.pad(x, behind) if missing else x
+        return found
 
     def replace(self, **records: Tensor) -> None:
         """Hold exactly these records, in the existing memory if they fit."""
@@ -216,6 +239,7 @@ def along(x: Tensor, like: Tensor, axis: int = 2) -> Tensor:
 
 def take(x: Tensor, index: Tensor, axis: int = 2) -> Tensor:
     """Slots `index` [B, 1 or H, m] of `x`, gathered along the slot axis `axis`."""
-    shape = list(x.shape)
+    words = as_words(x) if axis % x.dim() < x.dim() - 1 else x
+    shape = list(words.shape)
     shape[axis] = index.shape[-1]
-    return x.gather(axis, along(index, x, axis).expand(shape))
+    return words.gather(axis, along(index, words, axis).expand(shape)).view(x.dtype)

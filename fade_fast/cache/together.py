@@ -15,7 +15,7 @@ from ..compile.replay import rehearsal
 from ..formats.base import TierFormat
 from .append_store import AppendStore
 from .budget_store import BudgetStore
-from .buffers import copy_all
+from .buffers import concatenated, copy_all
 from .layer import KVLayer
 from .positions import DeviceCounters
 
@@ -80,10 +80,9 @@ def take_in(layers: list[KVLayer], bounds: list[Tensor]) -> None:
     """Count blocks that are due, and that `encode` has written; it gave `bounds`. For a captured graph."""
     first = layers[0]
     start, count = first.dense.count - first.recent, first.num_due
-    later = _joined(layers, start + count, first.dense.capacity - start - count, HEADS)
     torch._foreach_maximum_([layer.middle.tiers[0].bound for layer in layers], bounds)
     moves = []
-    for layer, rest in zip(layers, _fields(later, layers, HEADS)):
+    for layer, rest in zip(layers, _fields(_without(layers, start, count), layers, ROWS)):
         layer.middle.count_replayed_demotion(count)
         moves += _close_gap(layer, rest, count)
     copy_all(moves)
@@ -96,37 +95,46 @@ def _joined(layers: list[KVLayer], start: int, length: int, axis: int) -> dict[s
         name: [layer.dense.tensors[name].narrow(field.axis, start, length) for layer in layers]
         for name, field in fields.items()
     }
-    return {name: torch.cat(tensors, dim=axis) for name, tensors in parts.items()}
+    return {name: concatenated(tensors, axis) for name, tensors in parts.items()}
+
+
+def _without(layers: list[KVLayer], start: int, count: int) -> dict[str, Tensor]:
+    """All dense slots, as rows of one layer, without `count` of them from `start` on. The last ones mean
+    nothing.
+
+    They are as many as there were, because one kernel copies many tensors without gaps.
+    """
+    first = layers[0].dense
+    joined, closed = _joined(layers, 0, first.capacity, ROWS), {}
+    for name, x in joined.items():
+        axis = first.fields[name].axis
+        gap = x.narrow(axis, start, count)
+        before, after = (
+            x.narrow(axis, 0, start),
+            x.narrow(axis, start + count, first.capacity - start - count),
+        )
+        closed[name] = concatenated([before, after, gap], axis)
+    return closed
 
 
 def _compact(layers: list[KVLayer], counters: DeviceCounters | None, writes: bool = True) -> None:
     first = layers[0]
-    dense, count, recent = first.dense, first.num_due, first.recent
-    start = dense.count - recent
-    length = (dense.capacity if counters is not None else dense.count) - start
+    count, recent = first.num_due, first.recent
+    start = first.dense.count - recent
     planned = isinstance(first.middle, BudgetStore)
-    joined = _joined(layers, start, length, ROWS if planned else HEADS)
-    axes = {name: field.axis for name, field in dense.fields.items()}
-    tokens = {name: x.narrow(axes[name], 0, count) for name, x in joined.items()}
-    later = {name: x.narrow(axes[name], count, length - count) for name, x in joined.items()}
-    step = first.length - recent
+    tokens = _joined(layers, start, count, ROWS if planned else HEADS)
     demote = _demote_planned if planned else _demote_appended
-    write = demote(layers, tokens, later, step, count, counters)
+    write = demote(layers, tokens, _without(layers, start, count), first.length - recent, count, counters)
     if writes:
         write()
 
 
-def _close_gap(layer: KVLayer, later: dict[str, Tensor], count: int) -> list[tuple[Tensor, Tensor]]:
-    """Count `count` tokens less in the recent region: the copies of those that move up."""
+def _close_gap(layer: KVLayer, rest: dict[str, Tensor], count: int) -> list[tuple[Tensor, Tensor]]:
+    """Count `count` tokens less in the recent region: the copies of what is left, see `_without`."""
     dense = layer.dense
-    start = dense.count - layer.recent
-    moves = [
-        (dense.tensors[name].narrow(axis, start, x.shape[axis]), x)
-        for (name, x), axis in zip(later.items(), [dense.fields[name].axis for name in later])
-    ]
     dense.count -= count
     layer.version += 1
-    return moves
+    return [(dense.tensors[name], x) for name, x in rest.items()]
 
 
 def _parts(x: Tensor | None, layers: list[KVLayer], axis: int) -> list:
@@ -147,10 +155,10 @@ def _bound(tier: TierFormat, records: dict[str, Tensor]) -> Tensor | None:
 # -- every token is kept
 
 
-def _demote_appended(layers, tokens, later, first, count, counters) -> Callable[[], None]:
+def _demote_appended(layers, tokens, dense, first, count, counters) -> Callable[[], None]:
     """What is demoted, computed. The result writes it."""
     found, at = _encoded(layers, tokens, first, count, counters)
-    parts = zip(layers, found, _fields(later, layers, HEADS))
+    parts = zip(layers, found, _fields(dense, layers, ROWS))
 
     def write() -> None:
         moves = []
@@ -181,13 +189,12 @@ def _encoded(
 # -- tokens compete for budgets
 
 
-def _demote_planned(layers, tokens, later, first, count, counters) -> Callable[[], None]:
+def _demote_planned(layers, tokens, dense, first, count, counters) -> Callable[[], None]:
     """What is demoted, computed. The result writes it."""
     stores: list[BudgetStore] = [layer.middle for layer in layers]
     joined = BudgetStore.joined(stores)
     stats = {name: x for name, x in tokens.items() if name not in ("key", "value")}
     found = joined.planned(tokens["key"], tokens["value"], first, layers[0].length, stats, counters)
-    records = [_fields(fields, layers, ROWS) for fields in found.records]
     bounds = [
         _parts(_bound(tier.format, fields), layers, ROWS)
         for tier, fields in zip(stores[0].tiers, found.records)
@@ -197,56 +204,54 @@ def _demote_planned(layers, tokens, later, first, count, counters) -> Callable[[
     counts = list(zip(_parts(found.demoted, layers, ROWS), _parts(found.evicted, layers, ROWS)))
     if stores[0].evicted is None:  # each layer gets tensors of its own, whose addresses captured steps know
         counts = [tuple(x.clone() for x in pair) for pair in counts]
-    sinks = _turned_sinks(layers, stores[0].evicted, found.evicted)
+    sinks = _turn_sinks(layers, dense, stores[0].evicted, found.evicted)
 
     def write() -> None:
+        parts = [_fields(fields, layers, ROWS) for fields in found.records]
         for i, store in enumerate(stores):  # all memory is allocated before anything is counted
-            for j, tier in enumerate(store.tiers):
-                tier.make_room(records[j][i], 0, bounds[j][i])
+            for tier, fields, bound in zip(store.tiers, parts, bounds):
+                tier.make_room(fields[i], 0, bound[i])
             store.means.make_room(1, 0)
+        sizes = [fields["key_codes"].shape[2] for fields in found.records]
+        parts = [
+            _fields(tier.records.filled_up(fields), layers, ROWS)
+            for tier, fields in zip(stores[0].tiers, found.records)
+        ]
         copies = []
         for i, (layer, store) in enumerate(zip(layers, stores)):
             if means[i] is not None:
-                copies += store.means.rewritten(mean=means[i])
-            for tier, parts in zip(store.tiers, records):
-                copies += tier.records.rewritten(**parts[i])
+                copies += store.means.rewritten(1, store.means.filled_up({"mean": means[i]}))
+            for tier, size, fields in zip(store.tiers, sizes, parts):
+                copies += tier.records.rewritten(size, fields[i])
             if store.evicted is None:
                 store.count_tokens(*counts[i])
             else:
                 copies += zip((store._demoted, store.evicted), counts[i])
-            copies += _write_sinks(layer, *sinks[i]) if sinks else []
-        for layer, rest in zip(layers, _fields(later, layers, ROWS)):
+            if sinks and layer.dense.sink_keys is None:
+                layer.dense.sink_keys = sinks[i]
+            elif sinks:
+                copies.append((layer.dense.sink_keys, sinks[i]))
+        for layer, rest in zip(layers, _fields(dense, layers, ROWS)):
             copies += _close_gap(layer, rest, count)
         copy_all(copies)
 
     return write
 
 
-def _turned_sinks(layers, before, evicted) -> list[tuple[Tensor, Tensor]]:
-    """Keys of the sinks of each layer, rotated on by the tokens evicted, and as they came.
+def _turn_sinks(layers, dense, before, evicted) -> list[Tensor]:
+    """Rotate the keys of the sinks in `dense` on by the tokens evicted; see `DenseStore.rotate_sinks`.
 
-    See `DenseStore.rotate_sinks`. Nothing is written. The list is empty where no token is renumbered.
+    `dense` is what `_without` made. Nothing else is written. Returns the keys of the sinks of each layer as
+    they came. The list is empty where no token is renumbered.
     """
     if not layers[0].config.contiguous:
         return []
     twin = copy.copy(layers[0].dense)
-    count = twin.count = layers[0].config.n_sink
-    twin.tensors = {"key": torch.cat([x.dense.tensors["key"].narrow(2, 0, count) for x in layers])}
+    twin.count = layers[0].config.n_sink
+    twin.tensors = {"key": dense["key"]}
     if before is not None:
         before = torch.cat([layer.middle.evicted for layer in layers])
         twin.sink_keys = torch.cat([layer.dense.sink_keys for layer in layers])
     twin.rotate_sinks(before, evicted, layers[0].rope())
     came = _parts(twin.sink_keys, layers, ROWS)
-    if before is None:
-        came = [x.clone() for x in came]
-    return list(zip(_parts(twin.tensors["key"], layers, ROWS), came))
-
-
-def _write_sinks(layer: KVLayer, turned: Tensor, came: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The copies that store them in a layer."""
-    dense = layer.dense
-    copies = [(dense.tensors["key"].narrow(2, 0, turned.shape[2]), turned)]
-    if dense.sink_keys is None:
-        dense.sink_keys = came
-        return copies
-    return [*copies, (dense.sink_keys, came)]
+    return [x.clone() for x in came] if before is None else came

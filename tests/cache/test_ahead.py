@@ -114,8 +114,9 @@ def test_a_demotion_is_captured_before_it_is_due(name, demotions, monkeypatch):
     # replayed, because their pages get slots of their own.
     graph_ids = 2 if "select" in name and "policy" not in name else 1
     eager = 4 if "policy" in name else 1
-    made, whole, parts = len(demotions), *(
-        [x for x in demotions if x.is_part == is_part] for is_part in (False, True)
+    made, whole, parts = (
+        len(demotions),
+        *([x for x in demotions if x.is_part == is_part] for is_part in (False, True)),
     )
     assert counts["demotion, captured ahead"] == graph_ids == len(whole)
     assert counts["demotion, replayed"] == sum(x.replays for x in whole) > 3
