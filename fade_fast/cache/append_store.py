@@ -5,7 +5,6 @@ from collections.abc import Callable, Hashable
 from torch import Tensor
 
 from ..formats.base import Format
-from ..kernels.packed import TierView
 from .buffers import shared_by
 from .positions import PAD, DeviceCounters
 from .store import CompressedStore, StoredTier
@@ -115,16 +114,16 @@ class AppendStore(CompressedStore):
         self.tiers[0].records.count += new
         self.means.count += new // self.per_mean
 
-    def refresh_view(self, tier: StoredTier, view: TierView, counters: DeviceCounters | None = None) -> None:
+    def refresh_view(self, tier, view, counters=None):
         if counters is None:
-            super().refresh_view(tier, view)
-            return
+            return super().refresh_view(tier, view)
         block = self.per_mean  # only the last block is new
         first = self.config.n_sink + tier.records.count - block
         position, at = self.middle_positions(first, block, counters), self.slots(first, block, counters)
         view.valid.index_copy_(-1, at, position != PAD)
         if view.read_at is not None:
             view.read_at.index_copy_(-1, at, position)
+        return []
 
     def position(self, tier: StoredTier) -> Tensor:
         return self.middle_positions(self.config.n_sink, tier.records.count)

@@ -107,6 +107,7 @@ class BudgetStore(CompressedStore):
             planned = self.planned(keys, values, first, seen, attention_stats, counters)
             for tier, fields in zip(self.tiers, planned.records):
                 tier.make_room(fields, 0)
+                tier.raise_bound(fields)
             before_write(planned.evicted)
             for tier, fields in zip(self.tiers, planned.records):
                 tier.replace(**fields)
@@ -296,12 +297,12 @@ class BudgetStore(CompressedStore):
             self._demoted.copy_(demoted)
 
     def refresh_view(self, tier, view, counters=None):
-        count = tier.records.count  # captured demotions leave as many as there were
-        torch.ne(self.position(tier), PAD, out=view.valid.narrow(-1, 0, count))
-        if view.read_at is not None:
-            view.read_at.narrow(-1, 0, count).copy_(self.read_at(tier))
+        held, count = tier.records.tensors, tier.records.count
         if counters is None:
+            torch.ne(self.position(tier), PAD, out=view.valid.narrow(-1, 0, count))
             view.valid.narrow(-1, count, view.valid.shape[-1] - count).zero_()
+        # Captured demotions leave full tiers full of real tokens, so there the same slots stay visible.
+        return [] if view.read_at is None else [(view.read_at, held["read_at"][:, :1])]
 
     def _renumber(self, places: list[Tensor], evicted: Tensor) -> list[Tensor]:
         """Positions at which survivors are read: rank among the live tokens, plus the tokens evicted.

@@ -568,7 +568,7 @@ class DecodeGraph:
             like = layer.views_like
             first = layer if like is None else firsts.setdefault(like, layer)
             if first is layer:
-                layer.refresh_static_views(counters)
+                copies += layer.refresh_static_views(counters)
             else:
                 for own, other in zip(layer.static_views, first.static_views):
                     pairs = (own.valid, other.valid), (own.read_at, other.read_at)

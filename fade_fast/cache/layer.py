@@ -621,16 +621,16 @@ class KVLayer:
         kind = key.shape[0], key.device, self.config.contiguous, self.config.n_sink, self.sharing
         return *kind, self.middle.views_like
 
-    def refresh_static_views(self, counters: DeviceCounters | None = None) -> None:
-        """Bring those views up to date, in place."""
+    def refresh_static_views(self, counters: DeviceCounters | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Bring those views up to date, in place. Returns copies that are left to be made, for `copy_all`."""
         if self.sharing is not None and counters is None:
             for view, fresh in zip(self.static_views, self._views()):
                 refresh(view, fresh)
-            return
+            return []
         # A demotion in a graph adds tokens, which are not shared.
         views = [view for view in self.static_views if view.beams == 1]
-        for tier, view in zip(self.held_tiers(), views):
-            self.middle.refresh_view(tier, view, counters)
+        pairs = zip(self.held_tiers(), views)
+        return [pair for tier, view in pairs for pair in self.middle.refresh_view(tier, view, counters)]
 
     @property
     def flash_prefix_len(self) -> int:

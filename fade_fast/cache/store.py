@@ -122,11 +122,8 @@ class StoredTier:
             tokens = -(-(slots + spare(slots)) // self.records.step) * self.records.step
         self.records.reserve(tokens)
 
-    def make_room(self, fields: dict[str, Tensor], held: int, bound: Tensor | None = None) -> None:
-        """Allocate now what writing `fields` after `held` slots needs.
-
-        `bound` is the bound of their value scales, if it is known already: [B, H] float32.
-        """
+    def make_room(self, fields: dict[str, Tensor], held: int) -> None:
+        """Allocate now what writing `fields` after `held` slots needs."""
         new = fields["key_codes"].shape[2]
         needed = held + new
         if self.records.compiled and needed > self._longest:
@@ -138,16 +135,23 @@ class StoredTier:
             else:
                 self.reserve(max(needed, min(self.budget, needed + max(growth.HEADROOM, needed // 8))))
         self.records.make_room(new, held)
-        if new:  # a bound that is too high does no harm
+
+    def raise_bound(self, fields: dict[str, Tensor], bound: Tensor | None = None) -> None:
+        """Make the bound fit the value scales of `fields`. A bound that is too high does no harm.
+
+        `bound` is that of these records, if it is known already: [B, H] float32.
+        """
+        if fields["key_codes"].shape[2]:
             bound = self.format.value_bound(fields).to(self.bound.device) if bound is None else bound
             torch.maximum(self.bound, bound, out=self.bound)
 
     def append(self, at: Tensor | None = None, bound: Tensor | None = None, **fields: Tensor) -> None:
         """Write records after those in use; `at` names their slots to a graph being captured.
 
-        `bound` is as in `make_room`.
+        `bound` is as in `raise_bound`.
         """
-        self.make_room(fields, self.records.count, bound)
+        self.make_room(fields, self.records.count)
+        self.raise_bound(fields, bound)
         self.records.append(at, **fields)
 
     def replace(self, **fields: Tensor) -> None:
@@ -344,9 +348,15 @@ class CompressedStore(ABC):
         view = tier.format.view(tier.records.tensors, tier.bound, means, valid, self.per_mean, read_at)
         return view._replace(full=True) if full else view
 
-    def refresh_view(self, tier: StoredTier, view: TierView, counters: DeviceCounters | None = None) -> None:
-        """Bring the tensors that `view` made beside the buffers up to date, in place."""
+    def refresh_view(
+        self, tier: StoredTier, view: TierView, counters: DeviceCounters | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Bring the tensors that `view` made beside the buffers up to date, in place.
+
+        Returns copies that are left to be made, for `copy_all`.
+        """
         refresh(view, self.view(tier))
+        return []
 
     @abstractmethod
     def can_replay_demotion(self, new: int) -> bool:

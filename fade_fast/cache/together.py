@@ -73,7 +73,7 @@ def encode(layers: list[KVLayer], counters: DeviceCounters) -> list[Tensor]:
     found, at = _encoded(layers, tokens, first.length - first.recent, count, counters)
     for layer, (fields, mean, _) in zip(layers, found):
         layer.middle.write_ahead(fields, mean, at)
-    return [bound for *_, bound in found]
+    return list(torch.stack([bound for *_, bound in found]))  # one kernel reads many without gaps
 
 
 def take_in(layers: list[KVLayer], bounds: list[Tensor]) -> None:
@@ -209,9 +209,17 @@ def _demote_planned(layers, tokens, dense, first, count, counters) -> Callable[[
     def write() -> None:
         parts = [_fields(fields, layers, ROWS) for fields in found.records]
         for i, store in enumerate(stores):  # all memory is allocated before anything is counted
-            for tier, fields, bound in zip(store.tiers, parts, bounds):
-                tier.make_room(fields[i], 0, bound[i])
+            for tier, fields in zip(store.tiers, parts):
+                tier.make_room(fields[i], 0)
             store.means.make_room(1, 0)
+        raised = [
+            (tier.bound, bound[i])
+            for i, store in enumerate(stores)
+            for tier, bound in zip(store.tiers, bounds)
+            if bound[i] is not None
+        ]
+        if raised:
+            torch._foreach_maximum_(*map(list, zip(*raised)))
         sizes = [fields["key_codes"].shape[2] for fields in found.records]
         parts = [
             _fields(tier.records.filled_up(fields), layers, ROWS)

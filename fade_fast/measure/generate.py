@@ -31,10 +31,11 @@ from fade_fast.hf.attach import attach
 from fade_fast.hf.cache import TieredKVCache
 from fade_fast.hf.models import CACHE_NAME, attention_modules, split_keys
 from fade_fast.saved.files import write_json
-from fade_fast.saved.memory import storage_bytes
 
+from . import methods
 from .decode_attention import read_bandwidth
 from .models import GEMMA, LLAMA, QWEN, TINY, K, build, step_weights
+from .names import QUANTIZED
 from .parsers.generate import BASELINES, H2O, METHODS, OURS, SHOWN, arguments
 from .steps import Reorderings, Slow, Spread, Watch
 
@@ -251,6 +252,8 @@ def make_cache(model, method: str, room: int | None, length: int):
         return DynamicCache(config=model.config)
     if method == "static":
         return StaticCache(config=model.config, max_cache_len=length)
+    if method in QUANTIZED:
+        return methods.method(method)(model, length)
     return fade_fast.create_cache(model, OURS[method], max_length=room)
 
 
@@ -259,7 +262,7 @@ def weigh(cache, batch: int) -> tuple[int, int, dict[str, float]]:
     if isinstance(cache, TieredKVCache):
         memory = cache.memory()
         return memory.allocated, memory.packed, memory.tokens
-    held = storage_bytes([x for layer in cache.layers for x in (layer.keys, layer.values)])
+    held = methods.allocated(cache)
     return held, held, {"FP16": batch * int(cache.get_seq_length())}
 
 
@@ -269,7 +272,7 @@ def free(model, method: str) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if method not in BASELINES:
+    if method in OURS:
         return
     model.__dict__.pop("_compiled_call", None)
     torch.compiler.reset()

@@ -7,9 +7,10 @@ from fade_fast.arguments import Parser, positive, readable, writable
 from fade_ref.config import PRESETS, FadeConfig
 
 from .. import options
+from ..names import QUANTIZED
 
 SHOWN = tuple(name for name in PRESETS if name != "int4")
-#: Our methods; "fp16" never compresses. The others are "dynamic" and "static".
+#: Our methods; "fp16" never compresses. The others are caches of transformers.
 OURS = {"fp16": FadeConfig(recent_window=None)}
 OURS |= {name: FadeConfig.preset(name) for name in SHOWN}
 OURS["safe"] = FadeConfig.int4()  # random weights say nothing about the widths that a real model needs
@@ -17,7 +18,7 @@ OURS |= {f"int{bits}": FadeConfig(middle_k_bits=bits, middle_v_bits=bits) for bi
 H2O = "balanced:eviction_policy=h2o"  # the same, but ranked by received attention
 OURS[H2O] = replace(OURS["balanced"], eviction_policy="h2o")
 BASELINES = ("dynamic", "static")
-METHODS = (*BASELINES, *OURS)
+METHODS = (*BASELINES, *OURS, *QUANTIZED)
 FILLS = ("once", "rows", "chunk", "random")
 
 
