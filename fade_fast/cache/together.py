@@ -104,16 +104,12 @@ def _without(layers: list[KVLayer], start: int, count: int) -> dict[str, Tensor]
 
     They are as many as there were, because one kernel copies many tensors without gaps.
     """
-    first = layers[0].dense
-    joined, closed = _joined(layers, 0, first.capacity, ROWS), {}
-    for name, x in joined.items():
-        axis = first.fields[name].axis
-        gap = x.narrow(axis, start, count)
-        before, after = (
-            x.narrow(axis, 0, start),
-            x.narrow(axis, start + count, first.capacity - start - count),
-        )
-        closed[name] = concatenated([before, after, gap], axis)
+    capacity, closed = layers[0].dense.capacity, {}
+    for name, field in layers[0].dense.fields.items():  # one after another: less memory
+        joined = concatenated([layer.dense.tensors[name] for layer in layers], ROWS)
+        parts = (0, start), (start + count, capacity - start - count), (start, count)
+        closed[name] = concatenated([joined.narrow(field.axis, *part) for part in parts], field.axis)
+        del joined
     return closed
 
 
@@ -124,9 +120,9 @@ def _compact(layers: list[KVLayer], counters: DeviceCounters | None, writes: boo
     planned = isinstance(first.middle, BudgetStore)
     tokens = _joined(layers, start, count, ROWS if planned else HEADS)
     demote = _demote_planned if planned else _demote_appended
-    write = demote(layers, tokens, _without(layers, start, count), first.length - recent, count, counters)
+    write = demote(layers, tokens, first.length - recent, count, counters)
     if writes:
-        write()
+        write(_without(layers, start, count))
 
 
 def _close_gap(layer: KVLayer, rest: dict[str, Tensor], count: int) -> list[tuple[Tensor, Tensor]]:
@@ -155,12 +151,12 @@ def _bound(tier: TierFormat, records: dict[str, Tensor]) -> Tensor | None:
 # -- every token is kept
 
 
-def _demote_appended(layers, tokens, dense, first, count, counters) -> Callable[[], None]:
-    """What is demoted, computed. The result writes it."""
+def _demote_appended(layers, tokens, first, count, counters) -> Callable[[dict[str, Tensor]], None]:
+    """What is demoted, computed. The result writes it, given the dense slots that are left (`_without`)."""
     found, at = _encoded(layers, tokens, first, count, counters)
-    parts = zip(layers, found, _fields(dense, layers, ROWS))
 
-    def write() -> None:
+    def write(dense) -> None:
+        parts = zip(layers, found, _fields(dense, layers, ROWS))
         moves = []
         try:
             for layer, (fields, mean, bound), rest in parts:
@@ -189,8 +185,8 @@ def _encoded(
 # -- tokens compete for budgets
 
 
-def _demote_planned(layers, tokens, dense, first, count, counters) -> Callable[[], None]:
-    """What is demoted, computed. The result writes it."""
+def _demote_planned(layers, tokens, first, count, counters) -> Callable[[dict[str, Tensor]], None]:
+    """What is demoted, computed. The result writes it, given the dense slots that are left (`_without`)."""
     stores: list[BudgetStore] = [layer.middle for layer in layers]
     joined = BudgetStore.joined(stores)
     stats = {name: x for name, x in tokens.items() if name not in ("key", "value")}
@@ -204,9 +200,8 @@ def _demote_planned(layers, tokens, dense, first, count, counters) -> Callable[[
     counts = list(zip(_parts(found.demoted, layers, ROWS), _parts(found.evicted, layers, ROWS)))
     if stores[0].evicted is None:  # each layer gets tensors of its own, whose addresses captured steps know
         counts = [tuple(x.clone() for x in pair) for pair in counts]
-    sinks = _turn_sinks(layers, dense, stores[0].evicted, found.evicted)
 
-    def write() -> None:
+    def write(dense) -> None:
         parts = [_fields(fields, layers, ROWS) for fields in found.records]
         for i, store in enumerate(stores):  # all memory is allocated before anything is counted
             for tier, fields in zip(store.tiers, parts):
@@ -220,6 +215,7 @@ def _demote_planned(layers, tokens, dense, first, count, counters) -> Callable[[
         ]
         if raised:
             torch._foreach_maximum_(*map(list, zip(*raised)))
+        sinks = _turn_sinks(layers, dense, stores[0].evicted, found.evicted)
         sizes = [fields["key_codes"].shape[2] for fields in found.records]
         parts = [
             _fields(tier.records.filled_up(fields), layers, ROWS)

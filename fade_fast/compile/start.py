@@ -30,7 +30,9 @@ def start_workers(device: torch.device | None) -> None:
 def without_collection() -> Iterator[None]:
     """While something compiles: no search for garbage, which would visit all objects of the process.
 
-    A compilation makes many objects, nearly all of which are in use until it ends.
+    A compilation makes many objects, nearly all of which are in use until it ends. Then they are visited
+    once. Left to Python, that happens twice, and the second time within a decode step hundreds of tokens
+    later.
     """
     global _compiling, _resumes
     with _lock:
@@ -46,3 +48,4 @@ def without_collection() -> Iterator[None]:
             _compiling -= 1
             if not _compiling and _resumes:
                 gc.enable()
+                gc.collect(1)  # what is in use counts as old from now on

@@ -29,6 +29,13 @@ def test_no_garbage_is_collected_in_the_context(collects):
     assert gc.isenabled()
 
 
+def test_what_was_made_in_the_context_is_old_at_its_end(collects):
+    """So no later step waits while Python visits it again."""
+    with start.without_collection():
+        made = [[]]
+    assert any(x is made for x in gc.get_objects(generation=2))
+
+
 def test_an_error_ends_the_context(collects):
     with pytest.raises(KeyError), start.without_collection():
         raise KeyError
