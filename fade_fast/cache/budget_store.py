@@ -77,23 +77,32 @@ class BudgetStore(CompressedStore):
     @property
     def shared(self) -> Hashable | None:
         held = [tier.records.count for tier in self.tiers]
-        # Rows of one layer may share a plan; and where the sizes of tiers depend on scores, they differ.
-        if self.config.plan_scope == "layer" or self.token_positions.has_padding:
+        if self.config.plan_scope == "layer":  # rows of one layer share a plan
             return None
         if self.asks_ranks:  # which layers are joined must not differ between processes
             return None
         if self.format.has_own_tables:
             return None
-        if plan.sizes(self.config, held, self.config.block_size) is None:
+        if self._sizes(self.config.block_size) is None:  # the layers may keep different numbers of tokens
             return None
         slots = [tier.records.capacity for tier in self.tiers]
         return type(self), *held, *slots, self.means.count, self.evicted is None
 
     def can_replay_demotion(self, new: int) -> bool:
         held = [tier.records.count for tier in self.tiers]
-        full = min(held) > 0 and plan.sizes(self.config, held, new) == held and not self.asks_ranks
-        # With padding, the fullest row decides how many tokens stay. The host must look at that number.
-        return full and not self.token_positions.has_padding
+        return min(held) > 0 and self._sizes(new) == held and not self.asks_ranks
+
+    def _sizes(self, new: int) -> list[int] | None:
+        """Slots of each tier after `new` tokens have come. None: the host must look at the plan.
+
+        With padding, the fullest row decides. Once its tiers are full, they stay so. In other rows some slots
+        then hold no token.
+        """
+        held = [tier.records.count for tier in self.tiers]
+        sizes = plan.sizes(self.config, held, new)
+        if self.token_positions.has_padding and (sizes != held or self.config.plan_scope == "layer"):
+            return None
+        return sizes
 
     def count_replayed_demotion(self, new: int) -> None:
         """Nothing is left to count: full tiers stay full."""
@@ -136,7 +145,7 @@ class BudgetStore(CompressedStore):
                 self.tiers, choices, places, self._renumber(places, evicted)
             )
         ]
-        self._warn(candidates.position, places, evicted)
+        self._warn(candidates.position, places, evicted, looked=self._sizes(position.shape[-1]) is None)
         return Planned(records, demoted, evicted)
 
     @classmethod
@@ -193,10 +202,7 @@ class BudgetStore(CompressedStore):
     def _choose(self, candidates: plan.Candidates, position: Tensor) -> list[Choice]:
         """The candidates of each tier, [B, P, m], oldest first."""
         tiers, order = plan.choose(self.config, candidates, self.tiers[0].tier)
-        held = [tier.records.count for tier in self.tiers]
-        sizes = plan.sizes(self.config, held, position.shape[-1])
-        if sizes is None or self.token_positions.has_padding:
-            sizes = [None] * len(self.tiers)
+        sizes = self._sizes(position.shape[-1]) or [None] * len(self.tiers)
         kept = [plan.kept(tiers, order, tier.tier, size) for tier, size in zip(self.tiers, sizes)]
         return [tuple(x.expand(len(position), -1, -1) for x in pair) for pair in kept]
 
@@ -276,14 +282,14 @@ class BudgetStore(CompressedStore):
         live = sum((place != PAD).sum(-1, dtype=torch.int32) for place in places)
         return demoted, demoted - live[:, :1]  # every head holds as many
 
-    def _warn(self, position: Tensor, places: list[Tensor], evicted: Tensor) -> None:
+    def _warn(self, position: Tensor, places: list[Tensor], evicted: Tensor, looked: bool) -> None:
         """Warn of the first eviction, before anything is written.
 
-        Without padding, shapes tell how many tokens are dropped, so a captured demotion waits for nothing.
-        With padding, the host has looked at the plan already.
+        Shapes tell how many tokens are dropped, so a captured demotion waits for nothing. With padding they
+        may not, but then the host has `looked` at the plan already.
         """
         dropped = position.shape[-1] - sum(place.shape[-1] for place in places)
-        if dropped > 0 and self.token_positions.has_padding:
+        if dropped > 0 and looked and self.token_positions.has_padding:
             dropped = int(evicted.max())
         if dropped > 0:
             warn_once(self.config, dropped)
@@ -298,10 +304,11 @@ class BudgetStore(CompressedStore):
 
     def refresh_view(self, tier, view, counters=None):
         held, count = tier.records.tensors, tier.records.count
-        if counters is None:
+        if counters is None or self.token_positions.has_padding:
             torch.ne(self.position(tier), PAD, out=view.valid.narrow(-1, 0, count))
+        if counters is None:
             view.valid.narrow(-1, count, view.valid.shape[-1] - count).zero_()
-        # Captured demotions leave full tiers full of real tokens, so there the same slots stay visible.
+        # Captured demotions leave full tiers full. Without padding, all their slots stay visible.
         return [] if view.read_at is None else [(view.read_at, held["read_at"][:, :1])]
 
     def _renumber(self, places: list[Tensor], evicted: Tensor) -> list[Tensor]:

@@ -23,7 +23,7 @@ from ..compile.record import record
 from ..kernels import dense
 from . import together
 from .beams import Beams, Written
-from .buffers import copy_all, cut, take_rows
+from .buffers import Buffers, copy_all, cut, take_rows
 from .demotion import RecordedDemotion
 from .guard import without_autocast
 from .layer import MAX_DECODE_TOKENS, KVLayer, ScoreOptions, Visible
@@ -303,32 +303,30 @@ class DecodeGraph:
         compressing = [layer for layer in self.layers if layer.compresses]
         replayable = all(layer.can_replay_demotion for layer in compressing)
         if self._stale or not (self._demotions or self.demotion) or not replayable:
-            together.compact(self.layers)
-            self.touch()
-            self._demotions += 1
-            self._settling = 0 if self.demotion else SETTLED
-            self.counts["demotion, not captured"] += 1
+            self._demote_uncaptured()
             return
-        past = compressing[0].num_past_threshold
+        past, captured = compressing[0].num_past_threshold, True
         self.step_index.sub_(past)
         self._count(-past)
         try:
             if self.step_index.device.type not in CAPTURES_ON:
                 self._demote_on_device()
-            else:
-                if self.demotion:
-                    for layer in compressing:
-                        layer.count_replayed_demotion()
-                    self.counts["demotion, replayed"] += 1
-                else:
-                    self._capture_demotion(compressing)
-                    self.counts["demotion, captured"] += 1
+            elif self.demotion:
+                for layer in compressing:
+                    layer.count_replayed_demotion()
+                self.counts["demotion, replayed"] += 1
+                self.demotion.replay()
+            elif captured := self._capture_demotion(compressing):
+                self.counts["demotion, captured"] += 1
                 self.demotion.replay()
         except BaseException:
             self.touch()
             raise
         finally:
             self._count(past)
+        if not captured:
+            self._demote_uncaptured()
+            return
         if past:
             self.step_index.add_(past)
             real = self.token_positions.logical[:, -past:] != PAD
@@ -337,6 +335,14 @@ class DecodeGraph:
                 group.held.narrow(2, group.layers[0].dense.count - past, past).copy_(real[:, None])
         if self._now_read() != self._slots_read:
             self.touch()
+
+    def _demote_uncaptured(self) -> None:
+        """The same as an eager step does it."""
+        together.compact(self.layers)
+        self.touch()
+        self._demotions += 1
+        self._settling = 0 if self.demotion else SETTLED
+        self.counts["demotion, not captured"] += 1
 
     def _record_demotion(self) -> None:
         """Record the next demotion before it is due, and compile what it needs: no step then waits for that.
@@ -349,31 +355,49 @@ class DecodeGraph:
         missing = -compressing[0].num_past_threshold if compressing else 0
         if missing <= 0:
             return
-        buffers = [layer.dense for layer in compressing]
-        buffers += [x for layer in compressing if layer.middle for x in layer.middle.buffers().values()]
-        held = [x.count for x in buffers]
         self._count(missing)
+        held = self._held(compressing)
         try:
-            if all(layer.can_record_demotion for layer in compressing):
-                self._capture_demotion(compressing)
+            if all(layer.can_record_demotion for layer in compressing) and self._capture_demotion(
+                compressing
+            ):
                 self.counts["demotion, captured ahead"] += 1
-        except RuntimeError:  # it is captured when it is due, or fails then
-            self.demotion = None
         finally:
+            self._hold(held)
             self._count(-missing)
-            for x, count in zip(buffers, held):
-                x.count = count
             self._set_fresh()
 
-    def _capture_demotion(self, layers: list[KVLayer]) -> None:
-        """Capture a demotion of blocks that are due in `layers`, or counted as due.
+    def _capture_demotion(self, layers: list[KVLayer]) -> bool:
+        """Capture a demotion of blocks that are due in `layers`, or counted as due, and count it as done.
 
         A capture does not allow compilation. So the demotion runs once before, and writes nothing.
+
+        Returns False, and counts nothing, if the capture did not allow an operation, or memory ran out.
         """
+        held = self._held(layers)
         counters = DeviceCounters(self.step_index, self.newest)
-        together.rehearse(layers, counters)
-        self.demotion = RecordedDemotion(layers, counters, self._refresh)
+        try:
+            together.rehearse(layers, counters)
+            self.demotion = RecordedDemotion(layers, counters, self._refresh)
+        except RuntimeError:
+            self.demotion = None
+            self._hold(held)
+            return False
         self._set_fresh()
+        return True
+
+    @staticmethod
+    def _held(layers: list[KVLayer]) -> list[tuple[Buffers, int]]:
+        """The buffers of layers, and their slots in use."""
+        buffers = [layer.dense for layer in layers]
+        buffers += [x for layer in layers if layer.middle for x in layer.middle.buffers().values()]
+        return [(x, x.count) for x in buffers]
+
+    @staticmethod
+    def _hold(held: list[tuple[Buffers, int]]) -> None:
+        """Count again what was counted when `held` was made."""
+        for buffers, count in held:
+            buffers.count = count
 
     def _demote_on_device(self) -> None:
         """The same by tensors of fixed addresses. All that graphs read is brought up to date."""

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fade_fast.cache import cuda_graph, decode_graph, demotion, together
+from fade_fast.cache.budget_store import BudgetStore
 from fade_fast.compile import replay
 from fade_fast.kernels import matched, packed
 from fade_ref.config import FadeConfig
@@ -17,6 +19,18 @@ POLICIES = ("h2o", "snapkv", "keydiff")
 CASES = STEADY | {p: FadeConfig(**SMALL, int4_budget=12, int2_budget=8, eviction_policy=p) for p in POLICIES}
 
 
+class OnDevice(TorchDispatchMode):
+    """Refuses operations for which the host would look at data: a capture does not allow them."""
+
+    LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        masks = [x for x in args[1] if x is not None and x.dtype == torch.bool] if name == "index" else []
+        assert name not in self.LOOKS and not masks, function
+        return function(*args, **(kwargs or {}))
+
+
 class Demotion:
     """A graph of a demotion, or of a part of it. Recording changes no tensor; a replay changes nothing in
     Python.
@@ -28,7 +42,7 @@ class Demotion:
         self.graph = next(x for x in decode_graph._graphs.values() if self.layers[0] in x.layers)
         self.is_part = call is together.encode
         self.dense = self.layers[0].dense.count  # a block is due, or counted as due
-        with kept(self.graph):
+        with kept(self.graph), OnDevice():
             self.output = call(**arguments)
 
     def pool(self):
@@ -133,6 +147,30 @@ def test_a_demotion_is_captured_before_it_is_due(name, demotions, monkeypatch):
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
+@pytest.mark.parametrize("name", ["evict", "int4, int2, evict", "h2o"])
+def test_padded_rows_are_demoted_by_graphs_once_tiers_are_full(name, demotions, monkeypatch):
+    """Then no row decides any more how many slots there are, and the bits are those of looked-at plans."""
+    model, inputs = tiny_llama(dtype=torch.float16), prompt(60, batch=2, pads=(0, 45))
+
+    def run():
+        cache = new_cache(model, CASES[name], verify=False)
+        return compiled(model, cache, inputs, backend="eager", new=60), cache
+
+    monkeypatch.setattr(decode_graph, "SETTLED", 2)
+    found, cache = run()
+    assert cache.decode_graph.counts["demotion, replayed"] > 8 and len(demotions) == 1
+    assert len(together.groups(cache.tiered)) == 1
+    sizes = BudgetStore._sizes
+    unknown = lambda self, new: None if self.token_positions.has_padding else sizes(self, new)  # noqa: E731
+    monkeypatch.setattr(BudgetStore, "_sizes", unknown)
+    expected, other = run()
+    assert not other.decode_graph.counts["demotion, replayed"]
+    assert torch.equal(found, expected) and cache.memory().forgotten
+    ours, theirs = cache.state_dict()[0], other.state_dict()[0]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
 @pytest.mark.parametrize("name", ["int4", "matched"])
 def test_parts_of_a_demotion_run_in_the_steps_before(name, demotions, monkeypatch):
     """One part a step. What they write is read only when it is counted."""
@@ -199,6 +237,28 @@ def test_a_demotion_runs_once_before_it_is_captured_when_due(demotions, monkeypa
     compiled(model, cache, prompt(60, batch=2), backend="eager", new=30)
     assert cache.decode_graph.counts["demotion, captured"] == 1 and compressed_tokens(cache) > 0
     assert events == ["rehearsed", "recorded"]
+
+
+@pytest.mark.parametrize("name", ["int4", "evict"])
+@pytest.mark.parametrize("settled", [2, 1000])
+def test_what_cannot_be_captured_is_demoted_without_a_graph(name, settled, demotions, monkeypatch):
+    """Ahead and when it is due: an operation that a capture does not allow costs time, and no text."""
+    model, found, record = tiny_llama(dtype=torch.float16), [], demotion.record
+    monkeypatch.setattr(decode_graph, "SETTLED", settled)
+
+    def refused(call, pool=None, **arguments):
+        record(call, pool, **arguments)  # counts what it demotes
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    for recorded in (refused, record):
+        monkeypatch.setattr(demotion, "record", recorded)
+        cache = new_cache(model, CASES[name], verify=False)
+        text = compiled(model, cache, prompt(60, batch=2), backend="eager", new=40)
+        found.append((text, cache.state_dict()[0], cache.decode_graph.counts))
+    (text, ours, counts), (expected, theirs, _) = found
+    assert counts["demotion, not captured"] > 5 and not counts["demotion, replayed"]
+    assert torch.equal(text, expected) and compressed_tokens(cache) > 0
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
 def test_a_rehearsal_encodes_without_replays(demotions, monkeypatch):
