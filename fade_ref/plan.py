@@ -121,9 +121,11 @@ def _assign(scores, position, first, second, first_tier: Tier, spent: Tensor | N
     real = position >= 0
     spent = torch.zeros_like(real) if spent is None else spent
     high = (rank(scores, position.masked_fill(spent, -1)) < first) & ~spent & real
+    tiers = torch.full_like(position, Tier.EVICTED, dtype=torch.int8).masked_fill_(high, first_tier)
+    if isinstance(second, int) and not second:  # the usual case, which spares a ranking
+        return tiers
     low = (rank(scores, position.masked_fill(high, -1)) < second) & ~high & real
-    tiers = torch.full_like(position, Tier.EVICTED, dtype=torch.int8)
-    return tiers.masked_fill_(high, first_tier).masked_fill_(low, Tier.INT2)
+    return tiers.masked_fill_(low, Tier.INT2)
 
 
 def _check(scores: Tensor, position: Tensor, *budgets: int | None) -> None:
