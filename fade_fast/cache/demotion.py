@@ -23,7 +23,8 @@ class RecordedDemotion:
 
     Attributes:
         parts: graphs that may run before the demotion is due, in this order. They need counters as if it
-            were due. None where tokens compete for budgets, are chosen by queries, or leave alone.
+            were due. Empty where tokens compete for budgets, where queries choose tokens, and where a layer
+            is demoted alone.
         done: how many of them have run for the next demotion.
 
     Raises what `record` raises.
