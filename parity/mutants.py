@@ -385,7 +385,11 @@ CORRUPTIONS = {
         ("a block too late", compare("<").to("<="), "of tokens/int4"),
     ],
     "cache.budget_store.BudgetStore._codes": [
-        ("new codes before stored ones", call("concatenated").argument(0).becomes("_[::-1]"), "of tokens/evict"),
+        (
+            "new codes before stored ones",
+            call("concatenated").argument(0).becomes("_[::-1]"),
+            "of tokens/evict",
+        ),
         ("codes of the wrong slot", call("take")[2].argument(1).becomes("(_ - 1).relu()"), "of tokens/evict"),
     ],
     "cache.budget_store.BudgetStore._fix_mean": [

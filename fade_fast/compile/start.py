@@ -46,6 +46,8 @@ def without_collection() -> Iterator[None]:
     finally:
         with _lock:
             _compiling -= 1
-            if not _compiling and _resumes:
+            ends = not _compiling and _resumes
+            if ends:
                 gc.enable()
-                gc.collect(1)  # what is in use counts as old from now on
+        if ends:  # without the lock, because finalizers may run anything
+            gc.collect(1)  # what is in use counts as old from now on
