@@ -21,10 +21,14 @@ CHOICES = {"all": (True, True), "some": (True, False), "none": (False, False)}
 
 @dataclass
 class Twins:
-    """The compiled graphs that ran, the number of new graphs, and the time of their first calls."""
+    """The compiled graphs that ran, the number of new graphs, and the time of their first calls.
+
+    `traced` are those of the new graphs that Dynamo counts: it counts none that are stored on disk.
+    """
 
     graphs: set[str] = field(default_factory=set)
     new: int = 0
+    traced: int = 0
     seconds: float = 0.0
 
 
@@ -40,10 +44,11 @@ def allowed(yes: bool) -> Iterator[Twins]:
 
     def watched(self, dynamic_sizes, pinned, args, constants):
         key = self._kinds(args), *constants.items()
-        start, new = time.perf_counter(), not self._knows(key)
+        start, new = time.perf_counter(), not self._knows(key, dynamic_sizes, args)
         result = call(self, dynamic_sizes, pinned, args, constants)
         graphs.graphs.add(f"{self.function.__module__}.{self.function.__qualname__} {key}")
         graphs.new += new
+        graphs.traced += new and isinstance(self.graphs[key], compiling.Traced)
         graphs.seconds += time.perf_counter() - start if new else 0.0
         return result
 

@@ -5,16 +5,19 @@ buffers, with measured tile sizes instead of autotuning, so compiling takes seco
 is data.
 """
 
+import contextlib
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list as compiled_of
 from torch.fx.experimental import _config as symbolic_shapes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from . import stored
 from .inductor import pinned_tiles
 from .start import without_collection
 from .tiles import Tiles, power_of_two
@@ -72,6 +75,37 @@ def dynamic_size(n: int) -> Tensor:
     return marker
 
 
+@dataclass(frozen=True)
+class Traced:
+    """A function as `torch.compile` returned it, and the code object by which Dynamo finds its graphs."""
+
+    graph: Callable
+    code: types.CodeType
+
+    def serves(self, *args) -> bool:
+        """Whether it is compiled. `torch._dynamo.reset()` drops all graphs, and a new one needs its tiles."""
+        return bool(compiled_of(self.code))
+
+    def __call__(self, *args):
+        return self.graph(*args)
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A function that was compiled ahead of time.
+
+    It knows no marks of dynamic dimensions, and needs none. Marks belong to objects, so it gets others.
+    """
+
+    graph: stored.Stored
+
+    def serves(self, dynamic_sizes: list[Tensor], *args) -> bool:
+        return self.graph.serves([*map(Tensor.detach, dynamic_sizes)], *args)
+
+    def __call__(self, dynamic_sizes: list[Tensor], *args):
+        return self.graph([*map(Tensor.detach, dynamic_sizes)], *args)
+
+
 class Compiled:
     """The compiled version of a function of tensors: one graph per shape, with its tiles pinned.
 
@@ -93,8 +127,7 @@ class Compiled:
     ):
         self.function, self.options, self.tiles = function, APART | options, tiles
         self.remembers = remembers
-        # Each graph, and the code object by which Dynamo finds it.
-        self.graphs: dict[tuple, tuple[Callable, types.CodeType]] = {}
+        self.graphs: dict[tuple, Traced | Ahead] = {}
 
     def __call__(self, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], *args, **constants):
         """Call the compiled version on `args`.
@@ -115,22 +148,25 @@ class Compiled:
 
     def _call(self, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], args: tuple, constants: dict):
         key = (self._kinds(args), *constants.items())
-        known = self._knows(key)
         # Inside the first call of another compiled graph, tensors show other dispatch keys than in later
         # calls. Then this function would be compiled again, and a CUDA graph capture does not allow that.
         with torch._C._ForceDispatchKeyGuard(*PLAIN):
-            if not known:
+            if not self._knows(key, dynamic_sizes, args):
                 return self._first_call(key, dynamic_sizes, pinned, args, constants)
-            return self.graphs[key][0](dynamic_sizes, *args)
+            return self.graphs[key](dynamic_sizes, *args)
 
-    def _knows(self, key: tuple) -> bool:
-        """Whether there is a graph. `torch._dynamo.reset()` drops all, and a new one needs its tiles, too."""
-        return key in self.graphs and bool(compiled_of(self.graphs[key][1]))
+    def _knows(self, key: tuple, dynamic_sizes: list[Tensor], args: tuple) -> bool:
+        """Whether there is a graph for this call."""
+        return key in self.graphs and self.graphs[key].serves(dynamic_sizes, *args)
 
     def _kinds(self, args: tuple) -> tuple:
         """What distinguishes calls that need graphs of their own, beside constants."""
         leaves = tree_leaves(args)
         return tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
+
+    def _marked(self, args: tuple) -> tuple:
+        """The same arguments. Dimensions of which the graph must not depend are marked as dynamic."""
+        return args
 
     def _first_call(
         self,
@@ -142,11 +178,37 @@ class Compiled:
     ):
         tiles = pinned()
         bound = bind(self.function, constants)
-        graph = torch.compile(bound, fullgraph=True, options=self.options)
-        tag = torch.compiler.config.patch(cache_key_tag=str(tiles))  # for graphs in the disk cache
+        with self._compiling(tiles):
+            # A graph that does not serve this call is replaced by one of Dynamo, which makes further ones.
+            graph = None if key in self.graphs else self._ahead(bound, key, tiles, dynamic_sizes, args)
+            if graph is None:
+                graph = Traced(torch.compile(bound, fullgraph=True, options=self.options), bound.__code__)
+                result = graph(dynamic_sizes, *self._marked(args))
+            else:
+                result = graph(dynamic_sizes, *args)
+        self.graphs[key] = graph
+        return result
+
+    def _ahead(
+        self, bound: Callable, key: tuple, tiles: Tiles, dynamic_sizes: list[Tensor], args: tuple
+    ) -> Ahead | None:
+        """The graph from disk, or compiled and stored; None if it cannot be stored, or not for this call."""
+        device = next((x.device for x in tree_leaves(args) if isinstance(x, Tensor)), torch.device("cpu"))
+        name = stored.name_of(self.function, device, self.options, key, tiles)
+        if name is None:
+            return None
+        found = stored.load(name)
+        if found is None:
+            found = stored.compile_and_store(name, bound, self.options, dynamic_sizes, *self._marked(args))
+        graph = found and Ahead(found)
+        return graph if graph and graph.serves(dynamic_sizes, *args) else None
+
+    @contextlib.contextmanager
+    def _compiling(self, tiles: Tiles) -> Iterator[None]:
+        """How functions are compiled in this context."""
         with (
             pinned_tiles(tiles),
-            tag,
+            torch.compiler.config.patch(cache_key_tag=str(tiles)),  # for graphs in the disk cache
             torch._dynamo.config.patch(
                 automatic_dynamic_shapes=False,  # except `dynamic_sizes`
                 fake_tensor_cache_enabled=self.remembers,
@@ -154,9 +216,7 @@ class Compiled:
             symbolic_shapes.patch(use_duck_shape=False),  # equal lengths may differ later
             without_collection(),
         ):
-            result = graph(dynamic_sizes, *args)
-        self.graphs[key] = graph, bound.__code__
-        return result
+            yield
 
 
 class CompiledForSizes(Compiled):
@@ -173,11 +233,12 @@ class CompiledForSizes(Compiled):
             kinds.append((*shape, *free, x.dtype, x.device))
         return tuple(kinds)
 
-    def _first_call(self, key, dynamic_sizes, pinned, args, constants):
+    def _marked(self, args):
+        args = tree_map_only(Tensor, Tensor.detach, args)  # marks must not stay on tensors of others
         for x, free in self._free_axes(args):
             for axis in free:
                 torch._dynamo.maybe_mark_dynamic(x, axis)
-        return super()._first_call(key, dynamic_sizes, pinned, args, constants)
+        return args
 
     @staticmethod
     def _free_axes(args: tuple) -> list[tuple[Tensor, list[int]]]:

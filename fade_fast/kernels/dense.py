@@ -105,6 +105,10 @@ def _with_tail(query, output, lse, keys, values, seen, scaling: float) -> Tensor
     return merge([known, tail]).reshape(shape).to(query.dtype).transpose(1, 2).contiguous()
 
 
+def _of_sizes(dynamic_sizes, *args, scaling: float) -> Tensor:
+    return _with_tail(*args, scaling)
+
+
 _compiled_store = Compiled(_store, options=TOGETHER)
 # Library products: here they are few and small, and choosing tiles for them would not pay.
-_compiled = Compiled(lambda dynamic_sizes, *args, scaling: _with_tail(*args, scaling), options={})
+_compiled = Compiled(_of_sizes, options={})

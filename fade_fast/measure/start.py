@@ -53,7 +53,7 @@ class Text:
         first, second: to the first token, and from there to the second one.
         whole: of the whole call of `generate()`.
         graphs: seconds of compilation by the name of a function, and how many graphs: `{name: [n, seconds]}`.
-        found: graphs that Inductor found on disk. compiled: graphs that it compiled.
+        found: graphs that were found on disk. compiled: graphs that Inductor compiled.
     """
 
     name: str
@@ -100,6 +100,7 @@ def measure(
     import torch
     from torch._dynamo.utils import clear_compilation_metrics
 
+    from fade_fast.compile import stored
     from fade_fast.hf.warm import compiled_graphs
 
     from . import generate
@@ -115,6 +116,7 @@ def measure(
     made = time.perf_counter() - started
     say(next=dict(name=name, cache=made))
     clear_compilation_metrics()
+    stored.seconds.clear()
     before, started = compiled_graphs(), time.perf_counter()
     first, second, *_ = generate.run(model, cache, ids, NEW, "once", mode).seconds()
     whole = time.perf_counter() - started
@@ -126,11 +128,16 @@ def _graphs() -> dict[str, list[float]]:
     """`Text.graphs` of what was compiled since the metrics of Dynamo were cleared."""
     from torch._dynamo.utils import get_compilation_metrics
 
+    from fade_fast.compile import stored
+
+    each = [(name, seconds) for name, times in [*stored.seconds.items()] for seconds in [*times]]
+    # Dynamo does not name what is compiled ahead of time.
+    each += [(one.co_name, (one.duration_us or 0) / 1e6) for one in get_compilation_metrics() if one.co_name]
     graphs: dict[str, list[float]] = {}
-    for one in get_compilation_metrics():
-        entry = graphs.setdefault(one.co_name or "", [0, 0.0])
+    for name, seconds in each:
+        entry = graphs.setdefault(name, [0, 0.0])
         entry[0] += 1
-        entry[1] += (one.duration_us or 0) / 1e6
+        entry[1] += seconds
     return graphs
 
 
@@ -175,6 +182,7 @@ def watch(args: argparse.Namespace, caches: str, folder: Path) -> Process:
     """Start a process with its compiled code in `folder`, and read what it says."""
     process = Process(caches)
     own = dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"))
+    own |= dict(PYTHONPYCACHEPREFIX=str(folder / "python"), PYTHONDONTWRITEBYTECODE="")
     command = [sys.executable, "-m", __spec__.name, "--child", "--config", args.config]
     command += ["--length", str(args.length), "--only", *args.only]
     command += ["--model", args.model] if args.model else []

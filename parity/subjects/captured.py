@@ -107,7 +107,7 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
         else:
             options["min_new_tokens"] = new
         counters.clear()
-        twins = found.ran.new
+        twins = found.ran.traced
         # Without code generation, the case tests whether steps can be captured, and their results.
         backend, mode = ("inductor", "reduce-overhead") if found.fused else ("aot_eager", None)
         compiling = CompileConfig(fullgraph=True, backend=backend, mode=mode)
@@ -128,7 +128,7 @@ def _steps(config, padded, beams=1, ends=None, drafted=False):
             found.holds("ends", ends is None or cache.decode_graph.runs_ahead, "not ahead")
         for layer in (*cache.tiered, *eager.tiered):  # a step after the end may have demoted a due block
             layer.compact()
-        graphs = counters["stats"]["unique_graphs"] - (found.ran.new - twins)
+        graphs = counters["stats"]["unique_graphs"] - (found.ran.traced - twins)
         found.holds("one graph", graphs == 1 or drafted and graphs == 2, f"{graphs}")
         found.holds("one graph", not counters["graph_break"], "a graph break")
         found.same("lengths", cache.token_positions.logical, eager.token_positions.logical)

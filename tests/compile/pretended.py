@@ -131,18 +131,18 @@ def recorded() -> Iterator[list[tuple]]:
         tiles = pinned()  # which may mark dynamic sizes
         calls.append((self, likes(dynamic_sizes), tiles, likes(args), constants))
         bound = compiled.bind(self.function, constants)
-        self.graphs[key] = bound, bound.__code__
+        self.graphs[key] = compiled.Traced(bound, bound.__code__)
         return bound(dynamic_sizes, *args)
 
     kind = compiled.Compiled
-    before = kind._first_call, compiled.CompiledForSizes._first_call, kind._knows
+    before = kind._first_call, kind._knows
     compiled.COMPILED_ON.add("cpu")
-    kind._first_call = compiled.CompiledForSizes._first_call = first_call
-    kind._knows = lambda self, key: key in self.graphs
+    kind._first_call = first_call
+    kind._knows = lambda self, key, *call: key in self.graphs
     try:
         yield calls
     finally:
-        kind._first_call, compiled.CompiledForSizes._first_call, kind._knows = before
+        kind._first_call, kind._knows = before
         compiled.COMPILED_ON.discard("cpu")
         for function in {call[0] for call in calls}:
             function.graphs.clear()

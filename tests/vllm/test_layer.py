@@ -327,7 +327,7 @@ def test_prefill_compiles_once(traced_kernels, compiled_on, small):
     for counts in ([100, 20, 2], [70, 1, 30]):  # contexts of one page and of many, in one part and in two
         engine.step(counts, rounded=True)
     compiled = lambda: {  # noqa: E731
-        name: [len(compiled_of(code)) for _, code in x.graphs.values()]
+        name: [len(compiled_of(graph.code)) for graph in x.graphs.values()]
         for name, x in prefill._compiled.items()
     }
     held = compiled()
