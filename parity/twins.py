@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fade_fast.compile import compiled as compiling
+from fade_fast.compile import stored
 
 #: The values of `--compiled`: whether a marked case runs compiled, and whether an unmarked case does.
 CHOICES = {"all": (True, True), "some": (True, False), "none": (False, False)}
@@ -23,7 +24,7 @@ CHOICES = {"all": (True, True), "some": (True, False), "none": (False, False)}
 class Twins:
     """The compiled graphs that ran, the number of new graphs, and the time of their first calls.
 
-    `traced` are those of the new graphs that Dynamo counts: it counts none that are stored on disk.
+    `traced` are those of the new graphs that Dynamo counts: it counts none that was loaded from disk.
     """
 
     graphs: set[str] = field(default_factory=set)
@@ -45,9 +46,11 @@ def allowed(yes: bool) -> Iterator[Twins]:
     def watched(self, dynamic_sizes, pinned, args, constants):
         key = self._kinds(args), *constants.items()
         start, new = time.perf_counter(), not self._knows(key, dynamic_sizes, args)
+        ahead = stored.counts["compiled"]
         result = call(self, dynamic_sizes, pinned, args, constants)
         graphs.graphs.add(f"{self.function.__module__}.{self.function.__qualname__} {key}")
         graphs.new += new
+        graphs.traced += stored.counts["compiled"] - ahead
         graphs.traced += new and isinstance(self.graphs[key], compiling.Traced)
         graphs.seconds += time.perf_counter() - start if new else 0.0
         return result

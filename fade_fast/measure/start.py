@@ -1,7 +1,7 @@
 """What a fresh process waits for: `fade bench start`.
 
 Two processes run one after the other, with a folder of their own for compiled code: the first one finds it
-empty, the second one finds what the first one left. Each one makes a model of a named shape with random
+empty, the second one finds what the first one left. Both find the bytecode of installed packages. Each one makes a model of a named shape with random
 weights, and then runs texts of several batch sizes and modes. For each text the table has the seconds to make
 its cache (the first one calibrates and verifies the model), to the first token, from there to the second one,
 in all without the cache, and the graphs that were compiled for it, with their seconds. `--layers N` makes a
@@ -13,6 +13,7 @@ of the next one the seconds until there was a cache, and what was compiled for i
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -182,7 +183,7 @@ def watch(args: argparse.Namespace, caches: str, folder: Path) -> Process:
     """Start a process with its compiled code in `folder`, and read what it says."""
     process = Process(caches)
     own = dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"))
-    own |= dict(PYTHONPYCACHEPREFIX=str(folder / "python"), PYTHONDONTWRITEBYTECODE="")
+    own |= bytecode(folder)
     command = [sys.executable, "-m", __spec__.name, "--child", "--config", args.config]
     command += ["--length", str(args.length), "--only", *args.only]
     command += ["--model", args.model] if args.model else []
@@ -208,6 +209,23 @@ def watch(args: argparse.Namespace, caches: str, folder: Path) -> Process:
         late = not timer.is_alive() and code < 0
         process.stopped = f"stopped after {args.limit:g} s" if late else f"ended with exit code {code}"
     return process
+
+
+def bytecode(folder: Path) -> dict[str, str]:
+    """Environment in which Python finds the bytecode of packages; empty if it lies where pip writes it.
+
+    Otherwise each process would compile the source of torch and transformers again, which takes seconds. It
+    is written to `folder` as pip would have written it.
+    """
+    import torch
+
+    if Path(importlib.util.cache_from_source(torch.__file__)).exists():
+        return {}
+    found = dict(PYTHONPYCACHEPREFIX=str(folder / "python"), PYTHONDONTWRITEBYTECODE="")
+    if not (folder / "python").exists():
+        command = [sys.executable, "-m", "compileall", "-q", "-j", "0", str(Path(torch.__file__).parents[1])]
+        subprocess.run(command, env=os.environ | found, stdout=subprocess.DEVNULL, check=False)
+    return found
 
 
 def _read(process: Process, line: str) -> None:

@@ -98,3 +98,18 @@ def test_two_processes(tmp_path):
         first = process["texts"][0]
         waited = process["second_token"] - process["built"]
         assert waited >= first["cache"] + first["first"] + first["second"]
+
+
+def test_bytecode_is_as_pip_leaves_it(tmp_path, monkeypatch):
+    """Where packages have none, it is written once, and processes look there."""
+    asked = []
+    monkeypatch.setattr(start.subprocess, "run", lambda command, env, **more: asked.append((command, env)))
+    monkeypatch.setattr(start.importlib.util, "cache_from_source", lambda path: path)
+    assert start.bytecode(tmp_path) == {} and not asked
+    monkeypatch.setattr(start.importlib.util, "cache_from_source", lambda path: path + "-missing")
+    for _ in range(2):
+        found = start.bytecode(tmp_path)
+        assert found == dict(PYTHONPYCACHEPREFIX=str(tmp_path / "python"), PYTHONDONTWRITEBYTECODE="")
+        (tmp_path / "python").mkdir(exist_ok=True)
+    ((command, env),) = asked
+    assert "compileall" in command and env["PYTHONPYCACHEPREFIX"] == found["PYTHONPYCACHEPREFIX"]
