@@ -1,11 +1,12 @@
 """What a fresh process waits for: `fade bench start`.
 
 Two processes run one after the other, with a folder of their own for compiled code: the first one finds it
-empty, the second one finds what the first one left. Both find the bytecode of installed packages. Each one makes a model of a named shape with random
-weights, and then runs texts of several batch sizes and modes. For each text the table has the seconds to make
-its cache (the first one calibrates and verifies the model), to the first token, from there to the second one,
-in all without the cache, and the graphs that were compiled for it, with their seconds. `--layers N` makes a
-model of N layers. Without a GPU a tiny model runs. Its steps are not compiled, and its times mean nothing.
+empty, the second one finds what the first one left. Both find the bytecode of packages, as pip writes it.
+Each one makes a model of a named shape with random weights, and then runs texts of several batch sizes and
+modes. For each text the table has the seconds to make its cache (the first one calibrates and verifies the
+model), to the first token, from there to the second one, in all without the cache, and the graphs that were
+compiled for it, with their seconds. `--layers N` makes a model of N layers. Without a GPU a tiny model runs.
+Its steps are not compiled, and its times mean nothing.
 
 A process that has not ended after `--limit` seconds is stopped. The texts that it has finished are shown, and
 of the next one the seconds until there was a cache, and what was compiled for it.
