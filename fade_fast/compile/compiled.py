@@ -47,6 +47,8 @@ PLAIN = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local
 
 #: Device types on which compiled versions run.
 COMPILED_ON = {"cuda"}
+#: Those whose compiled versions are kept on disk.
+STORED_ON = {"cuda"}
 
 
 def use_compiled(x: Tensor) -> bool:
@@ -194,14 +196,15 @@ class Compiled:
     ) -> Ahead | None:
         """The graph from disk, or compiled and stored; None if it cannot be stored, or not for this call."""
         device = next((x.device for x in tree_leaves(args) if isinstance(x, Tensor)), torch.device("cpu"))
+        if device.type not in STORED_ON:
+            return None
         name = stored.name_of(self.function, device, self.options, key, tiles)
         if name is None:
             return None
-        found = stored.load(name)
-        if found is None:
-            found = stored.compile_and_store(name, bound, self.options, dynamic_sizes, *self._marked(args))
-        graph = found and Ahead(found)
-        return graph if graph and graph.serves(dynamic_sizes, *args) else None
+        sizes = [*map(Tensor.detach, dynamic_sizes)]
+        marked = dynamic_sizes, *self._marked(args)
+        graph = stored.found(name, bound, self.options, (sizes, *args), marked)
+        return graph and Ahead(graph)
 
     @contextlib.contextmanager
     def _compiling(self, tiles: Tiles) -> Iterator[None]:

@@ -1,15 +1,15 @@
 """Functions of tensors that are kept compiled for a CPU, as loops over any number of rows and tokens."""
 
 import functools
-import types
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list as compiled_of
 from torch.fx.experimental import _config as symbolic_shapes
+from torch.utils._pytree import tree_map_only
 
-from .compiled import APART, PLAIN, bind
+from . import stored
+from .compiled import APART, PLAIN, Traced, bind
 
 
 @functools.cache
@@ -24,6 +24,7 @@ def available() -> bool:
     return True
 
 
+CPU = torch.device("cpu")
 #: Products and sums of one instruction: they round once, and so are no less exact.
 OPTIONS = APART | {"cpp.enable_floating_point_contract_flag": "fast"}
 
@@ -38,22 +39,20 @@ class Loops:
 
     def __init__(self, function: Callable, lengths: Callable[..., Iterable[tuple[Tensor, int]]]):
         self.function, self.lengths = function, lengths
-        self.graphs: dict[tuple, tuple[Callable, types.CodeType]] = {}
+        self.graphs: dict[tuple, Traced | stored.Stored] = {}
 
     def __call__(self, threads: int, *args, **constants) -> Tensor:
         """Call the version for so many threads on `args`."""
         key = (threads, *constants.values())
-        known = self.graphs.get(key)
-        # `torch._dynamo.reset()` drops compiled versions.
         with torch._C._ForceDispatchKeyGuard(*PLAIN):
-            if known is None or not compiled_of(known[1]):
+            if key not in self.graphs or not self.graphs[key].serves(*args):
                 return self._first_call(key, args, constants)
-            return known[0](*args)
+            return self.graphs[key](*args)
 
     def _first_call(self, key: tuple, args: tuple, constants: dict) -> Tensor:
-        bound = bind(self.function, constants)
-        graph = torch.compile(bound, fullgraph=True, options=OPTIONS | {"cpp.threads": key[0]})
-        for x, dim in self.lengths(*args):
+        bound, options = bind(self.function, constants), OPTIONS | {"cpp.threads": key[0]}
+        marked = tree_map_only(Tensor, Tensor.detach, args)  # marks must not stay on tensors of others
+        for x, dim in self.lengths(*marked):
             torch._dynamo.mark_dynamic(x, dim)
         with (
             torch.compiler.config.patch(cache_key_tag="loops"),  # graphs in the disk cache are like these
@@ -61,6 +60,14 @@ class Loops:
             # Equal lengths may differ later. One row or token, and a full buffer, are no special cases.
             symbolic_shapes.patch(use_duck_shape=False, backed_size_oblivious=True),
         ):
-            result = graph(*args)
-        self.graphs[key] = graph, bound.__code__
+            graph = None
+            if key not in self.graphs:  # as in `Compiled`, one that does not serve a call is replaced
+                name = stored.name_of(self.function, CPU, options, *constants.items())
+                graph = name and stored.found(name, bound, options, args, marked)
+            if graph is None:
+                graph = Traced(torch.compile(bound, fullgraph=True, options=options), bound.__code__)
+                result = graph(*marked)
+            else:
+                result = graph(*args)
+        self.graphs[key] = graph
         return result

@@ -29,8 +29,7 @@ from fade_ref import config
 
 PACKAGE = __name__.partition(".")[0]
 FOLDER = PACKAGE  # beside those of Inductor; also the kind of these files among its artifacts
-#: Device types whose compiled functions are stored.
-STORED_ON = {"cuda"}
+UNSUITABLE = b"cannot be loaded"  # instead of a function for which that is so
 #: What this process did, for measurements.
 counts: Counter[str] = Counter()  # functions "compiled" ahead of time, "stored", and "loaded"
 seconds: dict[str, list[float]] = {}  # of each compilation, by the name of the function
@@ -58,9 +57,7 @@ def name_of(function: Callable, device: torch.device, options: dict, *key) -> st
     `key` is all that the compiled function depends on besides our source, the versions of libraries, the
     GPU, and the settings of Inductor, which `options` changes.
     """
-    if device.type not in STORED_ON or not inductor.fx_graph_cache or inductor.force_disable_caches:
-        return None
-    if not _is_ours(function):
+    if not inductor.fx_graph_cache or inductor.force_disable_caches or not _is_ours(function):
         return None
     settings = inductor.save_config_portable() | options
     which = function.__module__, function.__qualname__
@@ -70,25 +67,37 @@ def name_of(function: Callable, device: torch.device, options: dict, *key) -> st
     return hashlib.sha256(known.encode()).hexdigest()
 
 
-def load(name: str) -> Stored | None:
-    """The function of that name; None if no file holds it, or the file cannot be used."""
-    try:
-        data = _path(name).read_bytes()
-    except OSError:
+def found(name: str, function: Callable, options: dict, args: tuple, marked: tuple) -> Stored | None:
+    """The function of that name, loaded, or compiled now and stored; None if it is not for `args`.
+
+    `marked` are the same arguments with marks of dynamic dimensions.
+    """
+    data = _read(name)
+    if data == UNSUITABLE:
         return None
-    try:
-        found = Stored(torch.compiler.load_compiled_function(io.BytesIO(data)))
-    except Exception:  # noqa: BLE001 - whatever is wrong: the function is compiled, and stored again
-        return None
-    counts["loaded"] += 1
-    CacheArtifactManager.record_artifact(StoredArtifact.type(), name, data)
-    return found
+    graph = _loaded(data) if data else None
+    if graph is not None:
+        counts["loaded"] += 1
+        CacheArtifactManager.record_artifact(StoredArtifact.type(), name, data)
+    else:
+        graph = _compiled_and_stored(name, function, options, *marked)
+    return graph if graph and graph.serves(*args) else None
 
 
-def compile_and_store(name: str, function: Callable, options: dict, *args) -> Stored | None:
+def _loaded(data: bytes) -> Stored | None:
+    """The function in a file; None if it cannot be loaded."""
+    try:
+        return Stored(torch.compiler.load_compiled_function(io.BytesIO(data)))
+    except Exception:  # noqa: BLE001 - whatever is wrong: the function is compiled
+        return None
+
+
+def _compiled_and_stored(name: str, function: Callable, options: dict, *args) -> Stored | None:
     """Compile a function for arguments like these, and store it; None if that fails.
 
-    The function is not called. If it cannot be written to a file, it is compiled all the same.
+    The function is not called. If it cannot be written to a file, it is compiled all the same. If its file
+    could not be loaded, the file says so. Later processes then leave it to Dynamo, and find what Inductor has
+    stored.
     """
     started = time.perf_counter()
     ahead = torch._dynamo.config.patch(enable_aot_compile=True)
@@ -100,16 +109,26 @@ def compile_and_store(name: str, function: Callable, options: dict, *args) -> St
             return None
     counts["compiled"] += 1
     seconds.setdefault(function.__code__.co_name, []).append(time.perf_counter() - started)
-    with contextlib.suppress(Exception):  # a full disk, or something that cannot be pickled
-        data = type(compiled).serialize(compiled).serialized_data
+    data = UNSUITABLE
+    with contextlib.suppress(Exception):  # something that cannot be pickled
+        written = type(compiled).serialize(compiled).serialized_data
+        data = written if _loaded(written) else UNSUITABLE
+    with contextlib.suppress(Exception):  # a full disk
         _write(name, data)
-        counts["stored"] += 1
+        counts["stored"] += data != UNSUITABLE
         CacheArtifactManager.record_artifact(StoredArtifact.type(), name, data)
     return Stored(compiled)
 
 
 def _path(name: str) -> Path:
     return Path(cache_dir()) / FOLDER / name
+
+
+def _read(name: str) -> bytes | None:
+    try:
+        return _path(name).read_bytes()
+    except OSError:
+        return None
 
 
 def _write(name: str, data: bytes) -> None:
@@ -128,9 +147,12 @@ def _is_ours(function: Callable) -> bool:
 @functools.cache
 def _surroundings(device: torch.device) -> tuple:
     """What compiled code depends on besides the function."""
-    kind = platform.machine()
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    else:
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+        kind = platform.machine(), str(pick_vec_isa())
     versions = [torch.__version__, platform.python_version()]
     with contextlib.suppress(metadata.PackageNotFoundError):
         versions.append(metadata.version("triton"))
@@ -140,11 +162,11 @@ def _surroundings(device: torch.device) -> tuple:
 @functools.cache
 def _source() -> str:
     """A hash of our source: a compiled function may contain any part of it."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for root in (Path(__file__).parents[1], Path(config.__file__).parent):
         for path in sorted(root.rglob("*.py")):
-            found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return found.hexdigest()
+            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 @CacheArtifactFactory.register

@@ -69,9 +69,10 @@ def attend(
         (rows, keys.flatten(0, 1), values.flatten(0, 1), _rows(seen, batch, heads), *tables),
         [_tier(view, count, batch, heads) for view, count in zip(tiers, slots_read)],
         scaling=scaling, bits=tuple(bits), per_mean=tuple(map(_per_mean, tiers)),
-        # What the compiled version depends on beside these: it sees no other values.
+        # What the compiled version depends on beside these: it sees no other values. Dtypes as text, because
+        # a file of a compiled function cannot hold a dtype that the function does not use.
         kind=(
-            rows.shape[1:], query.dtype, keys.dtype, matrix.dtype, *by_head, *(x.full for x in tiers)
+            rows.shape[1:], *(str(x.dtype) for x in (query, keys, matrix)), *by_head, *(x.full for x in tiers)
         ),
     )  # fmt: skip
     return output.reshape(batch, 1, q_heads, dim)

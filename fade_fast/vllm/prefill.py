@@ -482,8 +482,9 @@ def _run(name: str, dynamic: list[Tensor], axes: list[int], *args, **constants):
             torch._dynamo.mark_dynamic(x, axis)
         return _compiled[name].tiles(dynamic)
 
-    # Inputs of another kind need a graph of their own.
-    inputs = tuple((x.dtype, *x.shape[:axis], *x.shape[axis + 1 :]) for x, axis in zip(dynamic, axes))
+    # Inputs of another kind need a graph of their own. As text, because a file of a compiled function cannot
+    # hold a dtype that the function does not use.
+    inputs = tuple((str(x.dtype), *x.shape[:axis], *x.shape[axis + 1 :]) for x, axis in zip(dynamic, axes))
     return _compiled[name](dynamic, pinned, *args, **constants, inputs=inputs)
 
 

@@ -37,7 +37,7 @@ def disk(compiled_on, monkeypatch, tmp_path):
     """Compiled functions of a CPU are stored, in a folder of this test. Those of this file belong to us."""
     compiled_on("cpu")
     torch._dynamo.reset()
-    monkeypatch.setattr(stored, "STORED_ON", {"cpu"})
+    monkeypatch.setattr(compiling, "STORED_ON", {"cpu"})
     monkeypatch.setattr(stored, "PACKAGE", __name__.partition(".")[0])
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     stored.counts.clear()
@@ -113,7 +113,7 @@ def test_a_name_says_all_and_only_what_matters(disk):
             "import torch",
             "from fade_fast.compile import compiled, stored",
             f"from {__name__} import scaled",
-            "stored.STORED_ON, stored.PACKAGE = {'cpu'}, 'tests'",
+            "stored.PACKAGE = 'tests'",
             "print(stored.name_of(scaled, torch.device('cpu'), compiled.APART, 1))",
         ]
     )
@@ -139,7 +139,7 @@ def test_what_cannot_be_stored_is_compiled_as_before(disk, monkeypatch):
     with inductor.patch(fx_graph_cache=False):
         check()
     with monkeypatch.context() as without:
-        without.setattr(stored, "STORED_ON", {"cuda"})
+        without.setattr(compiling, "STORED_ON", {"cuda"})
         check()
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(stored, "PACKAGE", "fade_fast")
@@ -161,6 +161,19 @@ def test_a_function_that_no_file_can_hold_is_compiled_once(disk, monkeypatch):
     kernel, x = Compiled(scaled), torch.randn(3, 5)
     assert all(torch.equal(call(kernel, n, x), x * 2 + n) for n in (5, 6))
     assert stored.counts == dict(compiled=1) and not files(disk) and isinstance(only(kernel), Ahead)
+
+
+def test_a_file_that_could_not_be_loaded(disk, monkeypatch):
+    """It says so, and later processes leave the function to Dynamo."""
+    x = torch.randn(3, 5)
+    with monkeypatch.context() as refused:
+        refused.setattr(torch.compiler, "load_compiled_function", None)
+        kernel = Compiled(scaled)
+        assert torch.equal(call(kernel, 5, x), x * 2 + 5) and isinstance(only(kernel), Ahead)
+    kernel = Compiled(scaled)
+    assert torch.equal(call(kernel, 6, x), x * 2 + 6) and isinstance(only(kernel), Traced)
+    (path,) = disk.glob("*")
+    assert path.read_bytes() == stored.UNSUITABLE and stored.counts == dict(compiled=1, stored=0)
 
 
 @pytest.mark.parametrize("data", [b"", b"something else", None], ids=["empty", "other", "cut"])
@@ -233,7 +246,7 @@ PROCESS = """
 import sys, torch
 from fade_fast.compile import compiled, stored
 from fade_fast.kernels import matched, rotated
-compiled.COMPILED_ON.add("cpu"), stored.STORED_ON.add("cpu")
+compiled.COMPILED_ON.add("cpu"), compiled.STORED_ON.add("cpu")
 torch.manual_seed(0)
 found = []
 for heads, tokens in ((2, 3), (4, 65)):

@@ -8,6 +8,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from fade_fast.compile import loops as compiling
+from fade_fast.compile import stored
+from fade_fast.compile.compiled import Traced
+from fade_fast.compile.stored import Stored
 from fade_fast.kernels import decode, decode_loops
 from fade_fast.kernels.decode_loops import Loops
 from parity.tolerances import ATTENTION
@@ -44,6 +47,7 @@ def traced(few, monkeypatch):
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="aot_eager", fullgraph=True))
     monkeypatch.setattr(decode_loops, "_loops", Loops(decode_loops._attend, decode_loops._lengths))
+    monkeypatch.setattr(stored, "name_of", lambda *of: None)  # files hold code
     torch._dynamo.reset()
     counters.clear()
 
@@ -175,13 +179,19 @@ def test_one_graph_for_every_batch_and_length(traced):
 @pytest.mark.slow
 @pytest.mark.skipif(not compiling.available(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("bits", [(4, 4), (8, 2)])
-def test_the_code_that_inductor_generates(few, bits, monkeypatch):
-    """It is right for every size, and generated once, whatever size comes first."""
-    for sizes in (SIZES, SIZES[2:]):
-        monkeypatch.setattr(decode_loops, "_loops", Loops(decode_loops._attend, decode_loops._lengths))
+def test_the_code_that_inductor_generates(few, bits, monkeypatch, tmp_path):
+    """It is right for every size, and generated once, whatever size comes first. A file has it for all."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for sizes, stores, graphs in ((SIZES, False, 1), (SIZES[2:], True, 1), (SIZES, True, 0)):
+        loops = Loops(decode_loops._attend, decode_loops._lengths)
+        monkeypatch.setattr(decode_loops, "_loops", loops)
         torch._dynamo.reset()
         counters.clear()
-        for size in sizes:
-            make = functools.partial(problem, widths=[bits], dtype=torch.float32)
-            check(*make(size[2], size[0], 2, 2, 64, exact=size[1], lengths=size[2:3], capacities=size[3:]))
-        assert counters["stats"]["unique_graphs"] == 1
+        with torch._inductor.config.patch(fx_graph_cache=stores):
+            for size in sizes:
+                make = functools.partial(problem, widths=[bits], dtype=torch.float32)
+                check(
+                    *make(size[2], size[0], 2, 2, 64, exact=size[1], lengths=size[2:3], capacities=size[3:])
+                )
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert {type(graph) for graph in loops.graphs.values()} == {Stored if stores else Traced}
