@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch._C._dynamo.guards import GlobalStateGuard
 from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.compiler._cache import CacheArtifact, CacheArtifactFactory, CacheArtifactManager
@@ -55,13 +56,14 @@ def name_of(function: Callable, device: torch.device, options: dict, *key) -> st
     """The name under which a function compiled for `device` is stored; None if it cannot be stored.
 
     `key` is all that the compiled function depends on besides our source, the versions of libraries, the
-    GPU, and the settings of Inductor, which `options` changes.
+    GPU, the state of the process, and the settings of Inductor, which `options` changes.
     """
     if not inductor.fx_graph_cache or inductor.force_disable_caches or not _is_ours(function):
         return None
     settings = inductor.save_config_portable() | options
     which = function.__module__, function.__qualname__
-    known = repr((which, _surroundings(device), sorted(settings.items(), key=repr), key))
+    state = GlobalStateGuard().__getstate__()  # a graph serves no other: gradients, autocast, threads, ...
+    known = repr((which, _surroundings(device), state, sorted(settings.items(), key=repr), key))
     if " at 0x" in known:  # an object that says nothing of itself but its address
         return None
     return hashlib.sha256(known.encode()).hexdigest()
