@@ -35,6 +35,9 @@ import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from unittest import mock
+
+from fade_fast.compile import stored
 
 OPERATORS: dict[str, type[ast.AST]] = {
     "<": ast.Lt, "<=": ast.LtE, ">": ast.Gt, ">=": ast.GtE, "==": ast.Eq, "!=": ast.NotEq,
@@ -564,7 +567,9 @@ def changed(function: Callable, change: Change) -> Iterator[None]:
     try:
         inner.__code__ = code
         _forget(layers)
-        yield
+        # Compiled functions on disk are named by our source, which has not changed.
+        with mock.patch.object(stored, "name_of", lambda *of: None):
+            yield
     finally:
         inner.__code__ = own
         _forget(layers)

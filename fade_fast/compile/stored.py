@@ -5,7 +5,9 @@ two seconds. A stored function is found by its name and its key, and is loaded i
 The files lie beside those of Inductor, and hold code as those do. They are read and written by
 `torch.compiler`'s compilation ahead of time.
 
-The name of a file is a hash of all that a function depends on. So a file is never out of date.
+The name of a file is a hash of all that a function depends on, our source included. So a file is never out of
+date. What a process changes in our functions after their import is not in the source: such a process must not
+store, or load, see `parity/mutation.py`.
 """
 
 import contextlib

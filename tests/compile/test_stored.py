@@ -13,6 +13,7 @@ from torch._inductor import config as inductor
 from fade_fast.compile import compiled as compiling
 from fade_fast.compile import stored
 from fade_fast.compile.compiled import Ahead, Compiled, CompiledForSizes, Traced
+from parity.mutation import binary, changed
 
 
 def scaled(dynamic_sizes, x, more=None, *, factor):
@@ -93,9 +94,9 @@ def test_a_file_is_for_one_kind_of_call(disk, monkeypatch):
     for kind in kinds:
         kind()
     assert len(files(disk)) == len(kinds) and stored.counts["loaded"] == len(kinds)
-    for name, changed in (("_source", lambda: "other code"), ("_surroundings", lambda device: "other GPU")):
+    for name, other in (("_source", lambda: "other code"), ("_surroundings", lambda device: "other GPU")):
         stored._surroundings.cache_clear()
-        monkeypatch.setattr(stored, name, changed)
+        monkeypatch.setattr(stored, name, other)
         kinds[0]()
     with inductor.patch(max_fusion_size=5):
         kinds[0]()
@@ -176,6 +177,18 @@ def test_a_file_that_could_not_be_loaded(disk, monkeypatch):
     assert torch.equal(call(kernel, 6, x), x * 2 + 6) and isinstance(only(kernel), Traced)
     (path,) = disk.glob("*")
     assert path.read_bytes() == stored.UNSUITABLE and stored.counts == dict(compiled=1, stored=0)
+
+
+def test_a_mutant_is_neither_stored_nor_replaced_by_what_is(disk):
+    """Its name would be that of our source, which has not changed."""
+    x = torch.randn(3, 5)
+    call(Compiled(scaled), 5, x)
+    with changed(scaled, binary("*").to("+")):
+        kernel = Compiled(scaled)
+        assert torch.equal(call(kernel, 5, x), x + 2 + 5) and isinstance(only(kernel), Traced)
+    kernel = Compiled(scaled)
+    assert torch.equal(call(kernel, 5, x), x * 2 + 5) and isinstance(only(kernel), Ahead)
+    assert len(files(disk)) == 1
 
 
 @pytest.mark.parametrize("data", [b"", b"something else", None], ids=["empty", "other", "cut"])
