@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
+from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -33,6 +33,7 @@ from fade_ref.config import KEPT
 from ..kernels.matched import Matrices
 from . import calibration, options
 from .batches import SHORT, TOGETHER, Step, split, uniform
+from .graphs import Graphs, Held
 from .layer import ELEMENTS, CompressedLayer, DenseLayer, PagedLayer, mean_rows
 from .pages import GRANULARITY, PREFERRED, cell_bytes
 
@@ -121,6 +122,7 @@ class FadeMetadata(AttentionMetadata):
     Attributes:
         cut: the step. None: it is captured, and `lengths`, `table` and `longest` are arguments of `uniform`.
         slots: int64 [T], slot s is slot s % N of page s // N; negative for padding. vLLM may add padding.
+        held: the step, if its layers are replayed.
     """
 
     cut: Step | None
@@ -129,6 +131,7 @@ class FadeMetadata(AttentionMetadata):
     table: Tensor | None = None
     longest: int = 0
     made: dict[bool, Step] = field(default_factory=dict)
+    held: Held | None = None
 
     @property
     def step(self) -> Step:
@@ -154,6 +157,10 @@ class FadeBuilder(AttentionMetadataBuilder[FadeMetadata]):
             "fade: %d layers with pages of %d tokens in %d bytes",
             len(layer_names), kv_cache_spec.block_size, kv_cache_spec.page_size_bytes,
         )  # fmt: skip
+        self.graphs = None
+        if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            most = vllm_config.scheduler_config.max_num_seqs
+            self.graphs = Graphs(most, kv_cache_spec.num_kv_heads)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
@@ -186,7 +193,8 @@ class FadeBuilder(AttentionMetadataBuilder[FadeMetadata]):
             slack=2 * drafts,
             most=SHORT if drafts else 1,
         )
-        return FadeMetadata(cut, step.slot_mapping)
+        held = None if self.graphs is None else self.graphs.hold(cut, step.slot_mapping)
+        return FadeMetadata(cut, step.slot_mapping, held=held)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FadeMetadata:
         """A step whose tensors are those of vLLM, where each request has one new token."""
@@ -321,5 +329,9 @@ class FadeImpl(AttentionImpl[FadeMetadata]):
                 most = max(scores, 3 * held + 2 * query.numel())
                 torch.empty(most, dtype=torch.float32, device=query.device)
             return output.zero_()
-        self.layer.forward(kv_cache, query, key, value, attn_metadata.slots, attn_metadata.step, output)
+        held = attn_metadata.held
+        if held is not None and held.serves(self.layer):
+            held.forward(self.layer, kv_cache, query, key, value, output)
+        else:
+            self.layer.forward(kv_cache, query, key, value, attn_metadata.slots, attn_metadata.step, output)
         return output

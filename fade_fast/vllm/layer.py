@@ -307,7 +307,7 @@ class CompressedLayer(PagedLayer):
         half = dtype.itemsize == 2 and use_compiled(self.means)
         self.decoders = decoders.to(torch.float16 if half else torch.promote_types(dtype, torch.float32))
 
-    def _kind(self, page: int) -> single.Kind:
+    def kind(self, page: int) -> single.Kind:
         """What `single.py` knows of pages of `page` tokens."""
         if page not in self._kinds:
             fields = tuple((name, x.bytes, x.axis == -1) for name, x in self.layout.fields.items())
@@ -354,20 +354,32 @@ class CompressedLayer(PagedLayer):
         if not (serves or self.layout.fine):  # before the step overwrites them
             held = [self._second(cache, batch) for batch in step.batches]
         keep = not self.layout.fine and (not serves or bool(step.prefill))
-        old, whole = self._store(cache, keys, values, slots, step, keep)
+        old, whole = self.store(cache, keys, values, slots, step, keep)
         if held is not None:
             both = self._both_of(whole[:, :, :count], step.positions, keys.dtype)
         self.attend(cache, query, New((keys, values), both, None, serves, old, whole), step, output, held)
 
-    def _store(
-        self, cache, keys, values, slots, step: Step, keep: bool
+    def writes(self, page: int, slots: Tensor, step: Step, like: Tensor) -> list[single.Writes]:
+        """Where the tokens of a step go, part by part, in all layers with pages of this `kind`.
+
+        Args:
+            page: tokens in a page.
+            slots: int [T], see `append`.
+            like: a tensor such as the keys.
+        """
+        tokens, kind = (step.positions, slots, step.after), self.kind(page)
+        parts = single.parts(len(slots), use_compiled(like))
+        return [single.writes(*(x[of] for x in tokens), rows, kind) for of, rows in parts]
+
+    def store(
+        self, cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor, step: Step, keep: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Store a step by `single.py`. Returns `New.old`, and `New.whole` with `keep`."""
+        """Store a step by `single.py`. Returns `New.old`, and `New.whole` with `keep`. See `append`."""
         self.views(cache)  # refuses other caches
-        kind, parts = self._kind(cache.shape[2]), single.parts(len(slots), use_compiled(keys))
+        page = cache.shape[2]
+        kind, parts = self.kind(page), single.parts(len(slots), use_compiled(keys))
         if kind not in step.shared:
-            tokens = step.positions, slots, step.after
-            step.shared[kind] = [single.writes(*(x[of] for x in tokens), rows, kind) for of, rows in parts]
+            step.shared[kind] = self.writes(page, slots, step, keys)
         found = [
             single.store(
                 keys[of], values[of], self.means, self.encoders, self.layout.runs(cache), self.bound, to,
@@ -570,13 +582,23 @@ class CompressedLayer(PagedLayer):
             self.tier, rows, view, visible.shape[-1], reference, None, self.softcap
         )
 
-    def _attend_single(self, cache, query, new, batch):
-        """`_attend_short` of a step in which each request has one new token."""
-        kind = self._kind(cache.shape[2])
+    def reads(self, page: int, batch: Batch, like: Tensor) -> tuple[single.Reads, int]:
+        """What the rows of a batch of single tokens read, and from how many slots.
+
+        It is the same in all layers with as many heads and pages of this `kind`. `page` is the number of
+        tokens in a page, and `like` a tensor such as the query.
+        """
+        kind = self.kind(page)
+        num_read, capacity = self._capacity(batch, page, use_compiled(like))
+        return single.reads(batch.at[:, 0], batch.table, capacity, kind), num_read
+
+    def attend_single(self, cache: Tensor, query: Tensor, new: New, batch: Batch) -> Tensor:
+        """Attention of a batch of single tokens, which are stored, [B, 1, Hq, D]; see `attend`."""
+        page = cache.shape[2]
+        kind = self.kind(page)
         key = kind, self.heads
         if key not in batch.shared:
-            num_read, capacity = self._capacity(batch, kind.page, use_compiled(query))
-            batch.shared[key] = single.reads(batch.at[:, 0], batch.table, capacity, kind), num_read
+            batch.shared[key] = self.reads(page, batch, query)
         of, num_read = batch.shared[key]
         runs, tokens = self.layout.runs(cache), batch.tokens[:, 0]
         keys, values = single.vectors(
@@ -589,7 +611,7 @@ class CompressedLayer(PagedLayer):
         )  # fmt: skip
 
     def _attend_prefill(self, cache, query, new, group, output):
-        kind = self._kind(cache.shape[2])
+        kind = self.kind(cache.shape[2])
         if kind not in group.shared:
             group.shared[kind] = prefill.plan(group, kind)
         prefill.attend(
@@ -613,7 +635,7 @@ class CompressedLayer(PagedLayer):
 
     def _attend_short(self, cache, query, new, batch):
         if new.single:
-            return self._attend_single(cache, query, new, batch)
+            return self.attend_single(cache, query, new, batch)
         page = cache.shape[2]
         key = page, self.window, self.heads, self.layout.fine
         if key not in batch.shared:

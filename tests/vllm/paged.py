@@ -22,6 +22,19 @@ def draw(*shape, seed=0, dtype=torch.float32):
     return (x + 3 * torch.randn(shape[-1], generator=generator, dtype=torch.float64)).to(dtype)
 
 
+def matrices():
+    """Matrices of the `matched` codec, for keys and for values, of each of `HEADS` heads of 64 channels."""
+    sides = []
+    for seed in (5, 6):
+        made = torch.linalg.qr(draw(HEADS, 64, 64, seed=seed, dtype=torch.float64))[0]
+        made = made * torch.linspace(0.5, 2, 64)[:, None]
+        inverse = made.inverse().mT
+        whole = torch.cat((inverse, inverse.sum(1, keepdim=True)), 1)
+        feedback = torch.eye(64).expand(HEADS, -1, -1)
+        sides.append(matched.Matrices(made.float(), whole.float(), feedback))
+    return tuple(sides)
+
+
 def _decoders(layer):
     """The matrices that decode keys and values: [D, D], or [2, H, D, D]."""
     if layer.feedback is None:
@@ -37,6 +50,7 @@ class Engine:
         lengths: tokens of each request.
         most: see `batches.split`.
         serves: whether `single.py` and `prefill.py` serve steps; if not, the code of all other steps does.
+        graphs: which graphs replay decode steps; None: none.
         options: of the layer.
     """
 
@@ -54,9 +68,10 @@ class Engine:
         matrices=None,
         most=1,
         serves=True,
+        graphs=None,
         **options,
     ):
-        self.most, self.serves = most, serves
+        self.most, self.serves, self.graphs = most, serves, graphs
         self.page, self.dim, self.dtype, self.bits = page, dim, dtype, bits
         options = dict(heads=HEADS, scaling=dim**-0.5) | options
         if bits is None:
@@ -103,7 +118,11 @@ class Engine:
         assert torch.equal(step.positions, torch.cat(positions))
         step.single = step.single and self.serves
         output = torch.full_like(query, math.nan)
-        self.layer.forward(self.cache, query, keys, values, slots, step, output)
+        held = None if self.graphs is None else self.graphs.hold(step, slots)
+        if held is not None and held.serves(self.layer):
+            held.forward(self.layer, self.cache, query, keys, values, output)
+        else:
+            self.layer.forward(self.cache, query, keys, values, slots, step, output)
         assert output[len(query) - pads :].isnan().all(), "padding was written"
         self.done = [s.stop for s in spans]
         self.batches = step.short, step.long
@@ -143,7 +162,9 @@ class Engine:
             y = x @ encode[i].mT
             quantize = rotated.quantize
             if self.layer.feedback is not None:
-                quantize = functools.partial(matched.quantize, feedback=self.layer.feedback[i])
+                quantize = functools.partial(
+                    matched.quantize, feedback=self.layer.feedback[i], of_values=i == 1
+                )
             first = rotated.dequantize(quantize(y.float(), bits=bits), bits, torch.float64)
             missed = (y - first).float()
             if self.layer.feedback is None or bits < single.PLAIN:

@@ -6,13 +6,12 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from fade_fast.compile.compiled import compiled_of
-from fade_fast.kernels.matched import Matrices
 from fade_fast.vllm import batches, layer, prefill, single
 from fade_fast.vllm.layer import CompressedLayer
 from fade_fast.vllm.pages import FIRST, SPAN, PageLayout
 
 from . import paged
-from .paged import GROUP, HEADS, PAGE, Engine, distance, draw
+from .paged import GROUP, HEADS, PAGE, Engine, distance, draw, matrices
 
 WIDTHS = [None, (8, 8), (4, 4), (3, 3), (2, 2), (8, 4), (4, 16), (3, 2)]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -75,15 +74,7 @@ def test_a_ragged_life(bits, most, options, small):
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 3)])
 def test_the_matched_format(bits, small):
     """Each head has matrices of its own, for keys and for values."""
-    sides = []
-    for seed in (5, 6):
-        made = torch.linalg.qr(draw(HEADS, 64, 64, seed=seed, dtype=torch.float64))[0]
-        made = made * torch.linspace(0.5, 2, 64)[:, None]
-        inverse = made.inverse().mT
-        whole = torch.cat((inverse, inverse.sum(1, keepdim=True)), 1)
-        feedback = torch.eye(64).expand(HEADS, -1, -1)
-        sides.append(Matrices(made.float(), whole.float(), feedback))
-    engine = Engine(bits, [60, 33], means=MEANS, matrices=tuple(sides), window=40)
+    engine = Engine(bits, [60, 33], means=MEANS, matrices=matrices(), window=40)
     for counts in ([50, 3], [1, 1], [9, 29]):
         check(engine, counts)
 
@@ -409,7 +400,7 @@ def test_host_and_device_plan_the_same(window, seed):
     plans = []
     for slack in (0, 1):
         (group,) = batches.split(starts, reach, lengths, table, slack=slack, most=1).prefill
-        plans.append(tree_flatten(prefill.plan(group, made._kind(PAGE))))
+        plans.append(tree_flatten(prefill.plan(group, made.kind(PAGE))))
     (one, structure), (other, same) = plans
     assert structure == same
     assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(one, other))
