@@ -2,8 +2,8 @@
 
 vLLM captures the operations between attention layers. Attention runs between these pieces, because its work
 follows the lengths of the requests. The host then starts some 20 kernels in each layer, which takes longer
-than the device needs for most batches. So the plugin captures a layer's part of a step itself: storing, by the
-number of requests, and attention of a batch, by its rows and by a bound of its contexts.
+than the device needs for most batches. So the plugin captures a layer's part of a step itself: storing, by
+the number of requests, and attention of a batch, by its rows and by a bound of its contexts.
 
 A graph reads and writes tensors that stay. `Graphs.hold` copies what a step knows of its requests into such
 tensors, once for all layers, and `Held.forward` copies queries, keys and values of a layer. A call runs once

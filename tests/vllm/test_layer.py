@@ -344,18 +344,50 @@ def test_the_bound_grows_by_powers_of_two_and_ignores_padding():
     assert torch.equal(made.bound, first)
 
 
-def test_batches_follow_live_lengths():
-    """No short row is padded to more than twice its context, and finished long rows leave."""
-    reach = np.array([10, 500, 513, 900, 5000, 70000, 300])
-    starts = np.concatenate(([0], np.cumsum([1, 1, 1, 2, 1, 1, 200])))
-    table = torch.zeros(7, 5000, dtype=torch.int32)
-    step = batches.split(starts, reach, torch.from_numpy(reach), table)
-    short, long = step.short, step.long
-    for batch in short:
-        assert batch.length <= max(batches.LEAST, 2 * batch.reach.min())
-        assert (np.diff(batch.reach) <= 0).all()
-    assert sorted(x for b in short for x in b.reach) == sorted(reach[:6])
-    assert list(long.reach) == [300, 228] and (long.at >= 0).sum() == 200
+def cost_of(lengths, rounded):
+    """What batches of requests of these lengths cost, in slots."""
+    rows = [1 << (len(x) - 1).bit_length() if rounded else len(x) for x in lengths]
+    each = batches.BATCH if rounded else batches.EAGER_BATCH
+    return sum(n * max(batches.LEAST, *x) + each for n, x in zip(rows, lengths))
+
+
+def cuts_of(lengths):
+    """All ways to cut them where the batches are powers of two, except for the last one."""
+    yield [lengths]
+    for rows in (1, 2, 4, 8):
+        if rows < len(lengths):
+            yield from ([lengths[:rows], *rest] for rest in cuts_of(lengths[rows:]))
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_batches_follow_live_lengths(rounded, seed):
+    """The cheapest batches of all, and finished long rows leave."""
+    draws = np.random.default_rng(seed)
+    reach = np.exp(draws.uniform(2, 12, draws.integers(1, 11))).astype(np.int64) + 1
+    starts = np.arange(len(reach) + 1)
+    starts[-1] += 199  # the last one has many new tokens
+    reach[-1] += 200
+    table = torch.zeros(len(reach), 5000, dtype=torch.int32)
+    step = batches.split(starts, reach, torch.from_numpy(reach), table, rounded)
+    ordered = list(np.sort(reach[:-1])[::-1])
+    found = [[x for x in batch.reach if x > 1] for batch in step.short]
+    assert sum(found, []) == ordered
+    if ordered:
+        assert cost_of(found, rounded) == min(cost_of(x, rounded) for x in cuts_of(ordered))
+    assert list(step.long.reach) == [reach[-1], reach[-1] - 72] and (step.long.at >= 0).sum() == 200
+
+
+def test_batches_of_many_requests():
+    """525 requests are not padded to 1024, and requests at all ages cost little more than their contexts."""
+    same = batches._parts(np.full(525, 3000), True)
+    assert [x.stop - x.start for x in same] == [512, 13]
+    spread = np.linspace(3072, 2049, 512).astype(np.int64)
+    parts = batches._parts(spread, True)
+    assert [x.stop - x.start for x in parts] == [256] * 2
+    assert sum(256 * spread[x.start] for x in parts) < 1.11 * spread.sum()
+    assert batches._parts(np.full(8, 600), True) == [slice(0, 8)]
+    assert batches._parts(np.array([32000] + [600] * 63), True)[0] == slice(0, 2)
 
 
 def test_groups_of_prefill():
