@@ -149,7 +149,8 @@ class Compiled:
         return self.function.__globals__[self.function.__name__]([], *args, **constants)
 
     def _call(self, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], args: tuple, constants: dict):
-        key = (self._kinds(args), *constants.items())
+        # Dynamo guards on inference tensors and on the mode, and vLLM has steps of both kinds.
+        key = (torch.is_inference_mode_enabled(), self._kinds(args), *constants.items())
         # Inside the first call of another compiled graph, tensors show other dispatch keys than in later
         # calls. Then this function would be compiled again, and a CUDA graph capture does not allow that.
         with torch._C._ForceDispatchKeyGuard(*PLAIN):
@@ -163,8 +164,10 @@ class Compiled:
 
     def _kinds(self, args: tuple) -> tuple:
         """What distinguishes calls that need graphs of their own, beside constants."""
-        leaves = tree_leaves(args)
-        return tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
+        return tuple(
+            (x.shape, x.stride(), x.dtype, x.device, x.is_inference()) if isinstance(x, Tensor) else x
+            for x in tree_leaves(args)
+        )
 
     def _marked(self, args: tuple) -> tuple:
         """The same arguments. Dimensions of which the graph must not depend are marked as dynamic."""
@@ -233,7 +236,7 @@ class CompiledForSizes(Compiled):
         kinds = []
         for x, free in self._free_axes(args):
             shape = [min(size, 2) if axis in free else size for axis, size in enumerate(x.shape)]
-            kinds.append((*shape, *free, x.dtype, x.device))
+            kinds.append((*shape, *free, x.dtype, x.device, x.is_inference()))
         return tuple(kinds)
 
     def _marked(self, args):

@@ -105,6 +105,22 @@ def test_a_file_is_for_one_kind_of_call(disk, monkeypatch):
     assert len(files(disk)) == len(kinds) + 4 and stored.counts["loaded"] == len(kinds)
 
 
+def test_inference_tensors_and_the_mode_have_files_of_their_own(disk):
+    """vLLM runs steps in inference mode, on tensors of both kinds. Each kind finds its file again."""
+    with torch.inference_mode():
+        given = torch.ones(3, 5)
+    for again in (False, True):
+        for inside in (False, True):
+            for x in (given, torch.ones(3, 5)):
+                kernel = Compiled(scaled)
+                with torch.inference_mode(inside):
+                    for _ in range(2):
+                        assert torch.equal(call(kernel, 4, x), 2 * x + 4)
+                assert isinstance(only(kernel), Ahead)
+        assert stored.counts["compiled"] == 4 and stored.counts["loaded"] == 4 * again
+    assert len(files(disk)) == 4
+
+
 def test_a_name_says_all_and_only_what_matters(disk):
     """It is equal in another process, and within the compilation of a step, which changes settings."""
     name = lambda: stored.name_of(scaled, torch.device("cpu"), compiling.APART, 1)  # noqa: E731
