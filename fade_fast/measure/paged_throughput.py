@@ -14,13 +14,14 @@ length, and attention reads 2560 tokens of each in the mean. A decode step is
 
     layers x (attention with storing + all other operations of a layer) + what a step does once + output head
 
-Each term is a median of replays of a CUDA graph. One layer is allocated, with the pages of all requests. Its
-step is the one that vLLM captures with `full_graphs` and a longest context of 3072 tokens. Other operations,
-in bfloat16 with random weights, run uncompiled and compiled by Inductor, and the faster one counts, for each
-batch. "Once" is what a captured step of one layer takes beyond its attention and storing.
+Each term is a median. One layer is allocated, with the pages of all requests. Its step is that of the
+plugin's default: the layer's own CUDA graphs, one call after another, so the time of the host counts where it
+is longer. "Once" is the time in which a step is cut into batches and copied to where the graphs read, as if
+nothing else ran meanwhile. Other operations, in bfloat16 with random weights, run uncompiled and compiled by
+Inductor, in CUDA graphs, and the faster one counts, for each batch.
 
-Kernels are compiled for a power of two of requests, and pad the batch. So each format is measured with the
-most requests that fit, and with the largest power of two among them (`--max-num-seqs` of vLLM). The baseline
+Kernels are compiled for powers of two of requests. So each format is measured with the most requests that
+fit, and with the largest power of two among them (`--max-num-seqs` of vLLM). The baseline
 is the better of both with bfloat16 pages: the fastest attention kernel of PyTorch over contiguous keys and
 values, all requests at the mean length, which is easier than pages.
 
@@ -42,7 +43,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fade_fast.compile.compiled import use_compiled
-from fade_fast.vllm.batches import uniform
+from fade_fast.vllm.batches import Step
+from fade_fast.vllm.graphs import Graphs, Held
 
 from .choose import weights
 from .decode_attention import microseconds, read_bandwidth, seconds
@@ -53,6 +55,7 @@ from .paged_attention import (
     Pool,
     Shape,
     baselines,
+    eager,
     error_of,
     fastest,
     header,
@@ -293,21 +296,35 @@ def attention(pool: Pool, requests: int, fresh: Tensor) -> dict:
     part.cache.copy_(fresh)
     query, keys, values, slots, _, output = part.decode()
     exact = part.exact(query, keys, values)
-    lengths = torch.tensor(part.lengths, dtype=torch.int32, device=device)
-    made = lambda: uniform(lengths, part.table, part.shape.most, use_compiled(part.table))  # noqa: E731
-    run = lambda step: part.layer.forward(part.cache, query, keys, values, slots, step, output)  # noqa: E731
+    graphs = Graphs(requests, part.shape.heads)
+    cut = lambda: part.step([1] * requests, part.lengths)  # noqa: E731
+
+    def run(held: Held | None, step: Step | None = None) -> None:
+        args = part.cache, query, keys, values
+        if held is None:  # without a GPU
+            part.layer.forward(*args, slots, step or cut(), output)
+        else:
+            held.forward(part.layer, *args, output)
+
+    made = lambda: graphs.hold(cut(), slots)  # noqa: E731
     compile_s = seconds(lambda: run(made()), device)
     off = error_of(output, exact)
     assert off <= TOLERANCE, f"the output is off by {off:.1e}"
+    for _ in range(3):  # calls are captured, and then replayed
+        output.fill_(torch.nan)
+        part.cache.copy_(fresh)  # what a token overwrote is read only before
+        run(made())
+        off = max(off, error_of(output, exact))
+    assert off <= TOLERANCE, f"the output of a replay is off by {off:.1e}"
     assert output.isfinite().all(), "some outputs are not finite"
-    step = made()
-    run(step)  # what layers share is computed here
-    at_once, rows = needed(lambda: run(made()), device), step.short[0].at.shape[0]
-    forward = microseconds(lambda: run(step), device)
-    once = max(0.0, microseconds(lambda: run(made()), device) - forward)
-    read = part.layer._capacity(step.short[0], part.shape.page, use_compiled(query))[0]
+    step, held = cut(), made()
+    at_once = needed(lambda: run(None, cut()), device)
+    forward = eager(lambda: run(held, step), device)
+    once = eager(made, device)
+    batches = step.short if held is None else [x.batch for x in held.rows]
+    read = sum(len(x.at) * part.layer._capacity(x, part.shape.page, use_compiled(query))[0] for x in batches)
     return dict(
-        tokens=sum(part.lengths), slots=rows * read, error=off, attention_us=forward, once_us=once,
+        tokens=sum(part.lengths), slots=read, error=off, attention_us=forward, once_us=once,
         needed_bytes=at_once, compile_s=compile_s,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from fade_fast.measure import paged_throughput
+from fade_fast.measure import paged_attention, paged_throughput
 from fade_fast.measure.models import LLAMA, TINY, build
 from fade_fast.measure.paged_attention import Pool, make_layer
 from fade_fast.measure.paged_throughput import (
@@ -83,9 +83,10 @@ def test_wrong_attention_of_some_requests_is_an_error(monkeypatch):
     pool.fill()
     fresh = pool.cache.clone()
     found = attention(pool, 2, fresh)
-    assert found["tokens"] == 641 and found["slots"] == 2 * 360 and 0 < found["error"] < 5e-3
-    pages = paged_throughput.uniform
-    monkeypatch.setattr(paged_throughput, "uniform", lambda x, table, *more: pages(x, table.flip(0), *more))
+    assert found["tokens"] == 641 and found["slots"] == 2 * 340 and 0 < found["error"] < 5e-3
+    split = paged_attention.split
+    wrong = lambda a, b, c, table, *more, **options: split(a, b, c, table.flip(0), *more, **options)  # noqa: E731
+    monkeypatch.setattr(paged_attention, "split", wrong)
     with pytest.raises(AssertionError, match="the output is off"):
         attention(pool, 2, fresh)
 
