@@ -44,7 +44,7 @@ def allowed(yes: bool) -> Iterator[Twins]:
     graphs, before, call = Twins(), compiling.COMPILED_ON, compiling.Compiled._call
 
     def watched(self, dynamic_sizes, pinned, args, constants):
-        key = self._kinds(args), *constants.items()
+        key = self.key_of(args, constants)
         start, new = time.perf_counter(), not self._knows(key, dynamic_sizes, args)
         ahead = stored.counts["compiled"]
         result = call(self, dynamic_sizes, pinned, args, constants)

@@ -149,14 +149,18 @@ class Compiled:
         return self.function.__globals__[self.function.__name__]([], *args, **constants)
 
     def _call(self, dynamic_sizes: list[Tensor], pinned: Callable[[], Tiles], args: tuple, constants: dict):
-        # Dynamo guards on inference tensors and on the mode, and vLLM has steps of both kinds.
-        key = (torch.is_inference_mode_enabled(), self._kinds(args), *constants.items())
+        key = self.key_of(args, constants)
         # Inside the first call of another compiled graph, tensors show other dispatch keys than in later
         # calls. Then this function would be compiled again, and a CUDA graph capture does not allow that.
         with torch._C._ForceDispatchKeyGuard(*PLAIN):
             if not self._knows(key, dynamic_sizes, args):
                 return self._first_call(key, dynamic_sizes, pinned, args, constants)
             return self.graphs[key](dynamic_sizes, *args)
+
+    def key_of(self, args: tuple, constants: dict) -> tuple:
+        """The key in `graphs` of a call with these arguments and constants, in the present mode of autograd."""
+        # Dynamo guards on inference tensors and on the mode, and vLLM has steps of both kinds.
+        return torch.is_inference_mode_enabled(), self._kinds(args), *constants.items()
 
     def _knows(self, key: tuple, dynamic_sizes: list[Tensor], args: tuple) -> bool:
         """Whether there is a graph for this call."""
