@@ -158,7 +158,7 @@ class Compiled:
             return self.graphs[key](dynamic_sizes, *args)
 
     def key_of(self, args: tuple, constants: dict) -> tuple:
-        """The key in `graphs` of a call with these arguments and constants, in the present mode of autograd."""
+        """The key in `graphs` of a call with these arguments and constants, in the present mode."""
         # Dynamo guards on inference tensors and on the mode, and vLLM has steps of both kinds.
         return torch.is_inference_mode_enabled(), self._kinds(args), *constants.items()
 
