@@ -160,7 +160,7 @@ class Compiled:
     def key_of(self, args: tuple, constants: dict) -> tuple:
         """The key in `graphs` of a call with these arguments and constants, in the present mode."""
         # Dynamo guards on inference tensors and on the mode, and vLLM has steps of both kinds.
-        return torch.is_inference_mode_enabled(), self._kinds(args), *constants.items()
+        return self._kinds(args), torch.is_inference_mode_enabled(), *constants.items()
 
     def _knows(self, key: tuple, dynamic_sizes: list[Tensor], args: tuple) -> bool:
         """Whether there is a graph for this call."""
